@@ -1,0 +1,30 @@
+"""The utility API of an InternVL-style classification script, over a DeepSpeed engine."""
+
+__version__ = '0.1.0'
+
+from internvl_ds.checkpoint.api import (
+    auto_resume_helper,
+    load_checkpoint,
+    load_ema_checkpoint,
+    save_checkpoint,
+)
+from internvl_ds.comm import reduce_tensor
+from internvl_ds.engine import initialize, register
+from internvl_ds.metrics import MyAverageMeter
+from internvl_ds.precision import NativeScalerWithGradNormCount, get_grad_norm
+from internvl_ds.pretrained import convert_22k_head_to_1k, load_pretrained
+
+__all__ = [
+    'MyAverageMeter',
+    'NativeScalerWithGradNormCount',
+    'auto_resume_helper',
+    'convert_22k_head_to_1k',
+    'get_grad_norm',
+    'initialize',
+    'load_checkpoint',
+    'load_ema_checkpoint',
+    'load_pretrained',
+    'reduce_tensor',
+    'register',
+    'save_checkpoint',
+]

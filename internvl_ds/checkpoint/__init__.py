@@ -1,0 +1,1 @@
+"""Checkpoints: tags of ZeRO shards, saved whole or not at all."""

@@ -1,0 +1,445 @@
+"""save_checkpoint, load_checkpoint, load_ema_checkpoint, auto_resume_helper. All ranks call them."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from safetensors.torch import save_file
+from torch import nn
+from yacs.config import CfgNode
+
+import internvl_ds
+from internvl_ds import ds_config as ds
+from internvl_ds.checkpoint import store
+from internvl_ds.checkpoint.manifest import STATE_FILE, Manifest, tag_name
+from internvl_ds.checkpoint.restore import load_weights, model_shapes, require_same_model
+from internvl_ds.checkpoint.shards import TagShards, read_shard
+from internvl_ds.checkpoint.state import read_state, write_state
+from internvl_ds.checkpoint.writer import install_writer
+from internvl_ds.comm import agree, exchange, from_rank_0, rank, world_size
+from internvl_ds.config import default_config, get_option
+from internvl_ds.ema import ShardedEma, has_ema, read_ema_shards
+from internvl_ds.engine import engine_of, find_engine
+from internvl_ds.errors import CheckpointError, CheckpointMismatch, CheckpointNotFound, RankError
+from internvl_ds.pretrained.sources import open_source
+
+_WHOLE_EMA_FILE = 'ema.safetensors'
+
+_log = logging.getLogger(__name__)
+
+
+def save_checkpoint(
+    config: CfgNode,
+    epoch: int,
+    model: Any,
+    max_accuracy: float,
+    optimizer: Any,
+    lr_scheduler: Any,
+    scaler: Any,
+    logger: logging.Logger,
+    model_ema: Any = None,
+    max_accuracy_ema: float | None = None,
+    ema_decay: float | None = None,
+    best: str | None = None,
+) -> str:
+    """Saves a tag under OUTPUT. Every rank must call it: each writes its own shards.
+
+    The tag appears under its name, and ``latest`` names it, only once all of it is on disk; then
+    the epoch tags beyond the newest SAVE_CKPT_NUM go. A save that fails leaves all that was there.
+
+    Args:
+        config: OUTPUT, SAVE_CKPT_NUM and CHECKPOINT.RENDEZVOUS_TIMEOUT are read; kept as text.
+        epoch: the epoch that has ended; the tag is ``ckpt_epoch_{epoch}``.
+        model: the engine, or its module.
+        max_accuracy: the best accuracy so far.
+        optimizer: the engine's optimizer (its state is in the shards).
+        lr_scheduler: its ``state_dict()`` is kept; may be None.
+        scaler: its ``state_dict()`` is kept; may be None.
+        logger: gets one line before and one after.
+        model_ema: a `ShardedEma`, or timm's ModelEma, ModelEmaV2 or ModelEmaV3; kept with the tag.
+        max_accuracy_ema: kept where given.
+        ema_decay: kept where given.
+        best: a name such as 'best' or 'ema_best': the tag is ``ckpt_epoch_{best}``, not counted
+            by retention and not named by ``latest``.
+
+    Returns:
+        The path of the tag's directory.
+
+    Raises:
+        RankError: when a rank does not come within the limit (it is named), or when ranks come
+            with different tags.
+        CheckpointError: on all ranks, when any rank could not write; names rank and reason.
+    """
+    engine = engine_of(model)
+    tag, output = tag_name(epoch, best), Path(config.OUTPUT)
+    timeout = _timeout(config)
+    calls = exchange('save_checkpoint', [tag, str(output)], timeout)
+    if any(call != calls[0] for call in calls):
+        raise RankError(f'save_checkpoint: the ranks came with different tags or outputs: {calls}')
+    logger.info('%s saving......', output / tag)
+    from_rank_0('begin save', lambda: str(store.begin(output, tag)), timeout)
+    staging = store.staging_path(output, tag)
+    state = {
+        'epoch': epoch,
+        'max_accuracy': float(max_accuracy),
+        'max_accuracy_ema': None if max_accuracy_ema is None else float(max_accuracy_ema),
+        'ema_decay': None if ema_decay is None else float(ema_decay),
+        'lr_scheduler': None if lr_scheduler is None else lr_scheduler.state_dict(),
+        'scaler': None if scaler is None else scaler.state_dict(),
+        'config': config.dump(),
+    }
+    try:
+        writer = install_writer(engine)
+        # Stays on this side of the barriers inside: a failed write is kept, and raised below.
+        engine.save_checkpoint(str(output), tag=staging.name, save_latest=False)
+
+        def write_own_files() -> None:
+            if writer.error is not None:
+                raise CheckpointError(f'{staging}: {writer.error}') from writer.error
+            if rank() == 0:
+                write_state(staging / STATE_FILE, state)
+            _save_ema(model_ema, staging)
+
+        agree('write checkpoint', write_own_files, timeout, CheckpointError)
+        from_rank_0('commit', lambda: _commit(config, engine, epoch, tag, best), timeout)
+    except (CheckpointError, RankError, OSError):
+        if rank() == 0:
+            store.abandon(output, tag)
+        raise
+    logger.info('%s saved !!!', output / tag)
+    return str(output / tag)
+
+
+def load_checkpoint(
+    config: CfgNode,
+    model: Any,
+    optimizer: Any,
+    lr_scheduler: Any,
+    scaler: Any,
+    logger: logging.Logger,
+) -> float:
+    """Loads MODEL.RESUME. Every rank must call it.
+
+    Unless EVAL_MODE: weights, optimizer, scheduler and scaler are restored, and TRAIN.START_EPOCH
+    is set to the saved epoch + 1. In EVAL_MODE only weights are loaded, of any stage and world
+    size, or from an original .pth, into an engine or a plain nn.Module.
+
+    Args:
+        config: MODEL.RESUME is a tag directory, an output directory (its newest tag is taken), or
+            in EVAL_MODE also a .pth file or an https URL.
+        model: the engine or its module; in EVAL_MODE also a plain module.
+        optimizer: the engine's optimizer; not used in EVAL_MODE.
+        lr_scheduler: restored through ``load_state_dict``; may be None.
+        scaler: restored through ``load_state_dict``; may be None.
+        logger: told what was loaded.
+
+    Returns:
+        The saved max_accuracy; 0.0 when the checkpoint has none.
+
+    Raises:
+        CheckpointNotFound: when nothing is at the path.
+        CheckpointMismatch: when it is of another model, layout or precision; before any state is
+            changed.
+        CheckpointError: when it cannot be read.
+    """
+    resume, timeout = config.MODEL.RESUME, _timeout(config)
+    logger.info('==============> Resuming from %s....................', resume)
+    path = _resolve(resume, logger, timeout)
+    eval_mode = get_option(config, 'EVAL_MODE', False)
+    if path is None or path.is_file():
+        return _load_file(config, resume, model, logger)
+    state = agree('read state', lambda: _state_of(path), timeout, CheckpointError)
+    if eval_mode:
+        weights = agree('read weights', lambda: TagShards(path).weights(), timeout, CheckpointError)
+        load_weights(find_engine(model) or model, weights, str(path))
+    else:
+        client_state = _load_training_state(engine_of(model), path, timeout)
+        state = {**client_state, **state}
+        _restore_schedule(config, state, lr_scheduler, scaler, path, logger)
+    logger.info('=> loaded successfully %s (epoch %s)', path, state.get('epoch', 'unknown'))
+    return float(state.get('max_accuracy') or 0.0)
+
+
+def load_ema_checkpoint(config: CfgNode, model_ema: Any, logger: logging.Logger) -> float:
+    """Loads the averaged weights of MODEL.RESUME. Every rank must call it.
+
+    Args:
+        config: MODEL.RESUME as in `load_checkpoint`.
+        model_ema: a `ShardedEma` (same world size and stage as saved), or timm's ModelEma,
+            ModelEmaV2 or ModelEmaV3 (any). Its ``decay`` is set where the checkpoint has one.
+        logger: warned when the checkpoint has no EMA; the average is then left as it is.
+
+    Returns:
+        The saved max_accuracy_ema; 0.0 when the checkpoint has none.
+
+    Raises:
+        CheckpointNotFound, CheckpointMismatch, CheckpointError: as `load_checkpoint`.
+    """
+    resume, timeout = config.MODEL.RESUME, _timeout(config)
+    path = _resolve(resume, logger, timeout)
+    if path is None or path.is_file():
+        checkpoint = open_source(resume)
+        weights = checkpoint.get('model_ema')
+        state: dict[str, Any] = {
+            key: checkpoint.get(key) for key in ('max_accuracy_ema', 'ema_decay')
+        }
+        if weights is not None:
+            _load_whole_ema(model_ema, weights, resume)
+    else:
+        state = agree('read state', lambda: _state_of(path), timeout, CheckpointError)
+        weights = None
+        if isinstance(model_ema, ShardedEma) and has_ema(path):
+            agree('read EMA', lambda: model_ema.load_shard(path), timeout, CheckpointError)
+            weights = {}
+        elif has_ema(path) or (path / _WHOLE_EMA_FILE).is_file():
+            weights = agree('read EMA', lambda: _whole_ema(path), timeout, CheckpointError)
+            _load_whole_ema(model_ema, weights, str(path))
+    if weights is None:
+        logger.warning('%s has no EMA: starting from the loaded weights', resume)
+    else:
+        logger.info('loaded the EMA of %s', resume)
+    if state.get('ema_decay') is not None:
+        model_ema.decay = state['ema_decay']
+    return float(state.get('max_accuracy_ema') or 0.0)
+
+
+def auto_resume_helper(output_dir: str) -> str | None:
+    """The newest checkpoint in a directory, for MODEL.RESUME; the same answer on every rank.
+
+    Every rank must call it once there is a process group.
+
+    Returns:
+        A tag's path; None when there is no such directory, or no checkpoint was ever in it.
+
+    Raises:
+        CheckpointNotFound: when checkpoints were there and no whole one is left.
+    """
+
+    def find() -> tuple[str, str | None] | None:
+        found = store.newest(Path(output_dir))
+        return None if found is None else (str(found.path), found.warning)
+
+    found = from_rank_0('auto resume', find, default_config().CHECKPOINT.RENDEZVOUS_TIMEOUT)
+    if found is None:
+        return None
+    path, warning = found
+    if warning and rank() == 0:
+        _log.warning(warning)
+    return path
+
+
+def _timeout(config: CfgNode) -> float:
+    default = default_config().CHECKPOINT.RENDEZVOUS_TIMEOUT
+    return float(get_option(config, 'CHECKPOINT.RENDEZVOUS_TIMEOUT', default))
+
+
+def _commit(config: CfgNode, engine: DeepSpeedEngine, epoch: Any, tag: str, best: Any) -> None:
+    output = Path(config.OUTPUT)
+    store.commit(
+        output,
+        Manifest(
+            tag=tag,
+            epoch=epoch if isinstance(epoch, int) else None,
+            sequence=store.next_sequence(output),
+            zero_stage=engine.zero_optimization_stage(),
+            world_size=world_size(),
+            precision=_precision(engine.config),
+            global_steps=engine.global_steps,
+            files=store.file_sizes(store.staging_path(output, tag)),
+            versions={
+                'internvl_ds': internvl_ds.__version__,
+                'torch': str(torch.__version__),
+                'deepspeed': deepspeed.__version__,
+            },
+        ),
+    )
+    if best is None and isinstance(epoch, int):
+        store.write_latest(output, tag)
+        store.prune(output, get_option(config, 'SAVE_CKPT_NUM', default_config().SAVE_CKPT_NUM))
+
+
+def _resolve(resume: str, logger: logging.Logger, timeout: float) -> Path | None:
+    """The tag or file that MODEL.RESUME names, found by rank 0 for all; None for a URL."""
+    if not resume:
+        raise CheckpointNotFound('MODEL.RESUME is empty: set it to a checkpoint')
+    if resume.startswith('https://'):
+        return None
+
+    def find() -> tuple[str, str | None]:
+        found = store.resolve(resume)
+        return str(found.path), found.warning
+
+    path, warning = from_rank_0('resolve resume', find, timeout)
+    if warning:
+        logger.warning(warning)
+    return Path(path)
+
+
+def _state_of(path: Path) -> dict[str, Any]:
+    """What state.json keeps; empty for a tag of plain DeepSpeed."""
+    state = path / STATE_FILE
+    return read_state(state) if state.is_file() else {}
+
+
+def _load_file(config: CfgNode, resume: str, model: Any, logger: logging.Logger) -> float:
+    if not get_option(config, 'EVAL_MODE', False):
+        raise CheckpointError(
+            f'{resume}: this version resumes training from tag directories only. Evaluate a .pth '
+            'with EVAL_MODE, or start from its weights with MODEL.PRETRAINED.'
+        )
+    checkpoint = open_source(resume)
+    weights = checkpoint.get('model', checkpoint)
+    load_weights(find_engine(model) or model, weights, resume)
+    logger.info('=> loaded the weights of %s', resume)
+    accuracy = checkpoint.get('max_accuracy')
+    return float(accuracy) if isinstance(accuracy, int | float) else 0.0
+
+
+def _load_training_state(engine: DeepSpeedEngine, path: Path, timeout: float) -> dict[str, Any]:
+    from_rank_0('check layout', lambda: _require_same_layout(engine, path), timeout)
+
+    def read_own_files() -> None:
+        # Before any rank changes state or enters a collective: can this rank read its shards?
+        shards = TagShards(path)
+        for files in (shards.model_files, shards.optim_files):
+            if files:
+                read_shard(files[min(rank(), len(files) - 1)], mmap=True)
+
+    agree('read shards', read_own_files, timeout, CheckpointError)
+    install_writer(engine)
+
+    def load() -> dict[str, Any]:
+        loaded, client_state = engine.load_checkpoint(str(path.parent), tag=path.name)
+        if loaded is None:
+            raise CheckpointError(f'{path}: DeepSpeed found nothing to load in it')
+        return client_state
+
+    return agree('load shards', load, timeout, CheckpointError)
+
+
+def _require_same_layout(engine: DeepSpeedEngine, path: Path) -> None:
+    shards = TagShards(path)
+    require_same_model(shards.shapes(), model_shapes(engine.module), str(path))
+    saved = {
+        'ZeRO stage': shards.zero_stage,
+        'world size': shards.world_size,
+        'precision': _precision(shards.head.get('ds_config') or {}),
+    }
+    running = {
+        'ZeRO stage': engine.zero_optimization_stage(),
+        'world size': world_size(),
+        'precision': _precision(engine.config),
+    }
+    differing = [f'{k} {saved[k]}, and this run has {running[k]}' for k in saved
+                 if saved[k] != running[k]]
+    if differing:
+        raise CheckpointMismatch(
+            f'{path}: saved with {"; ".join(differing)}. This version resumes training into the '
+            'same layout only; EVAL_MODE loads the weights into any.'
+        )
+    if shards.zero_stage:
+        groups = [list(group) for group in shards.head['param_shapes']]
+        now = [list(group) for group in engine._get_zero_param_shapes()]
+        if groups != now:
+            raise CheckpointMismatch(
+                f'{path}: its optimizer has {len(groups)} parameter groups with '
+                f'{[len(g) for g in groups]} tensors, and this run has {len(now)} with '
+                f'{[len(g) for g in now]}: weight decay, layer decay or frozen layers changed'
+            )
+
+
+def _precision(ds_config: Any) -> str:
+    tree = ds_config if isinstance(ds_config, dict) else {}
+    return ds.precision({**{b: {'enabled': False} for b in ('fp16', 'bf16', 'torch_autocast')},
+                         **tree}, default_config())
+
+
+def _restore_schedule(
+    config: CfgNode,
+    state: dict[str, Any],
+    lr_scheduler: Any,
+    scaler: Any,
+    path: Path,
+    logger: logging.Logger,
+) -> None:
+    if state.get('lr_scheduler') is not None and lr_scheduler is not None:
+        lr_scheduler.load_state_dict(state['lr_scheduler'])
+    elif lr_scheduler is not None:
+        logger.warning('%s has no state of the lr scheduler: it goes on by itself', path)
+    if state.get('scaler') is not None and scaler is not None:
+        scaler.load_state_dict(state['scaler'])
+    if isinstance(state.get('epoch'), int):
+        frozen = config.is_frozen()
+        config.defrost()
+        config.TRAIN.START_EPOCH = state['epoch'] + 1
+        if frozen:
+            config.freeze()
+    else:
+        logger.warning(
+            '%s does not say its epoch: TRAIN.START_EPOCH stays %s', path, config.TRAIN.START_EPOCH
+        )
+
+
+def _save_ema(model_ema: Any, staging: Path) -> None:
+    if model_ema is None:
+        return
+    if isinstance(model_ema, ShardedEma):
+        model_ema.save_shard(staging)
+    elif rank() == 0:
+        state = _ema_module(model_ema).state_dict()
+        tensors = {n.removeprefix('module.'): t.detach().cpu().contiguous().clone()
+                   for n, t in state.items()}
+        save_file(tensors, staging / _WHOLE_EMA_FILE)
+
+
+def _ema_module(model_ema: Any) -> nn.Module:
+    """The averaged module inside timm's ModelEma (``.ema``), ModelEmaV2 or V3 (``.module``)."""
+    for name in ('ema', 'module'):
+        module = getattr(model_ema, name, None)
+        if isinstance(module, nn.Module):
+            return module
+    raise CheckpointError(
+        f'model_ema is a {type(model_ema).__name__}; it can be a ShardedEma or timm\'s ModelEma, '
+        'ModelEmaV2 or ModelEmaV3'
+    )
+
+
+def _whole_ema(path: Path) -> dict[str, torch.Tensor]:
+    """Name -> averaged tensor, from either kind of EMA that a tag can hold."""
+    if (path / _WHOLE_EMA_FILE).is_file():
+        return dict(open_source(str(path / _WHOLE_EMA_FILE)))
+    tag, shards = TagShards(path), read_ema_shards(path)
+    flats = [
+        {n.removeprefix('shard/'): t for n, t in shard.items() if n.startswith('shard/')}
+        for shard in shards
+    ]
+    if tag.zero_stage:
+        averaged = tag.merge([[flat[n] for n in sorted(flat)] for flat in flats])
+    else:
+        averaged = flats[0]
+    buffers = {n.removeprefix('buffer/'): t for n, t in shards[0].items() if 'buffer/' in n}
+    weights = {**tag.weights(), **averaged, **buffers}
+    aliases = tag.head.get('shared_params') or {}
+    weights.update({alias: weights[name] for alias, name in dict(aliases).items()})
+    return {name: weights[name] for name in tag.shapes()}
+
+
+def _load_whole_ema(model_ema: Any, weights: Any, where: str) -> None:
+    if isinstance(model_ema, ShardedEma):
+        raise CheckpointError(
+            f'{where}: this version restores a sharded EMA from tags that hold one; this one holds '
+            'a whole EMA'
+        )
+    module = _ema_module(model_ema)
+    wrapped = all(name.startswith('module.') for name in module.state_dict())
+    stripped = {name.removeprefix('module.'): t for name, t in weights.items()}
+    load_weights(
+        module, {f'module.{n}' if wrapped else n: t for n, t in stripped.items()}, where
+    )
+
+

@@ -1,0 +1,88 @@
+"""Putting whole weights, by name, into what is running: a plain module or an engine's partitions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import nn
+
+from internvl_ds.errors import CheckpointMismatch
+
+
+def model_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Name -> whole shape of every parameter and buffer of a state dict, partitioned or not."""
+    state = module.state_dict(keep_vars=True)
+    return {name: tuple(getattr(t, 'ds_shape', t.shape)) for name, t in state.items()}
+
+
+def require_same_model(
+    saved: Mapping[str, tuple[int, ...]], running: Mapping[str, tuple[int, ...]], where: str
+) -> None:
+    """Refuses a checkpoint of another model.
+
+    Raises:
+        CheckpointMismatch: names the checkpoint and the first keys that differ.
+    """
+    missing = [name for name in running if name not in saved]
+    unexpected = [name for name in saved if name not in running]
+    reshaped = [n for n in running if n in saved and tuple(saved[n]) != tuple(running[n])]
+    if not (missing or unexpected or reshaped):
+        return
+    parts = []
+    if missing:
+        parts.append(f'{len(missing)} keys are not in it: {_few(missing)}')
+    if unexpected:
+        parts.append(f'{len(unexpected)} keys are not in the model: {_few(unexpected)}')
+    if reshaped:
+        shapes = [f'{n} {tuple(saved[n])} -> {tuple(running[n])}' for n in reshaped]
+        parts.append(f'{len(reshaped)} have another shape (checkpoint -> model): {_few(shapes)}')
+    raise CheckpointMismatch(f'{where}: made for another model; {"; ".join(parts)}')
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], where: str) -> None:
+    """Copies whole weights into a plain module or an engine, casting to what it computes with.
+
+    At stage 3 each rank takes its own slices; every rank must call it. An engine's fp32 masters
+    are set from the weights that it computes with. The optimizer's state is left as it is.
+
+    Args:
+        model: a plain module, or an engine.
+        weights: name -> whole tensor, any device and dtype.
+        where: the checkpoint's path, for errors.
+
+    Raises:
+        CheckpointMismatch: before anything is changed.
+    """
+    engine = model if isinstance(model, DeepSpeedEngine) else None
+    module = engine.module if engine is not None else model
+    shapes = {name: tuple(t.shape) for name, t in weights.items()}
+    require_same_model(shapes, model_shapes(module), where)
+    optimizer: Any = engine.optimizer if engine is not None else None
+    if engine is not None and engine.zero_optimization_partition_weights():
+        optimizer.checkpoint_event_prologue()
+        for name, target in module.state_dict(keep_vars=True).items():
+            if hasattr(target, 'ds_tensor'):
+                _copy_slice(target, weights[name], engine)
+            else:
+                target.copy_(weights[name])
+        optimizer.checkpoint_event_epilogue()
+    else:
+        module.load_state_dict(weights)
+    if hasattr(optimizer, 'refresh_fp32_params'):
+        optimizer.refresh_fp32_params()
+
+
+def _copy_slice(parameter: Any, whole: torch.Tensor, engine: DeepSpeedEngine) -> None:
+    own = parameter.ds_tensor
+    length = own.ds_numel
+    rank = torch.distributed.get_rank(group=parameter.ds_process_group)
+    piece = whole.reshape(-1)[rank * length : (rank + 1) * length]
+    own.data[: piece.numel()].copy_(piece)
+
+
+def _few(names: list[str], most: int = 5) -> str:
+    return ', '.join(names[:most]) + (', ...' if len(names) > most else '')

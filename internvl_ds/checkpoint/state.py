@@ -1,0 +1,75 @@
+"""state.json: what a tag keeps beside DeepSpeed's shards, as text that reads back exactly."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from internvl_ds.errors import CheckpointError
+from internvl_ds.files import write_text
+
+# A dict with this single key stands for what JSON has no type for.
+_MARK = '__internvl_ds__'
+
+
+def write_state(path: Path, state: dict[str, Any]) -> None:
+    """Writes ``state`` (nested plain Python values) to ``path``.
+
+    Raises:
+        CheckpointError: for a value that would not read back as it was; its place is named.
+    """
+    write_text(path, json.dumps(_encode(state, path.name), indent=1) + '\n')
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Reads what `write_state` wrote.
+
+    Raises:
+        CheckpointError: when the file cannot be read.
+    """
+    try:
+        return _decode(json.loads(path.read_text(encoding='utf-8')))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f'{path}: cannot be read: {error}') from error
+
+
+def _encode(value: Any, where: str) -> Any:
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, np.generic) or (isinstance(value, torch.Tensor) and value.dim() == 0):
+        value = value.item()
+    if isinstance(value, int | float):
+        return value
+    if isinstance(value, list):
+        return [_encode(v, f'{where}[{i}]') for i, v in enumerate(value)]
+    if isinstance(value, tuple):
+        return {_MARK: 'tuple', 'of': [_encode(v, f'{where}[{i}]') for i, v in enumerate(value)]}
+    if type(value) in (dict, OrderedDict, Counter):
+        if type(value) is not Counter and _MARK not in value and all(
+            isinstance(k, str) for k in value
+        ):
+            return {k: _encode(v, f'{where}.{k}') for k, v in value.items()}
+        pairs = [[_encode(k, where), _encode(v, f'{where}.{k}')] for k, v in value.items()]
+        return {_MARK: 'Counter' if type(value) is Counter else 'dict', 'of': pairs}
+    raise CheckpointError(
+        f'{where} is a {type(value).__name__}, which a checkpoint cannot keep as text; have its '
+        'state_dict() return numbers, text, lists and dicts'
+    )
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_decode(v) for v in value]
+    if not isinstance(value, dict):
+        return value
+    if _MARK not in value:
+        return {k: _decode(v) for k, v in value.items()}
+    items = _decode(value['of'])
+    if value[_MARK] == 'tuple':
+        return tuple(items)
+    return (Counter if value[_MARK] == 'Counter' else dict)({k: v for k, v in items})

@@ -1,0 +1,7 @@
+"""Runs the command as ``python -m internvl_ds.cli``, where the console script is not on PATH."""
+
+import sys
+
+from internvl_ds.cli import main
+
+sys.exit(main())

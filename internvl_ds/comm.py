@@ -1,0 +1,196 @@
+"""Talking to other ranks: start, orderly end, reduce_tensor, and named meetings with a time limit.
+
+A meeting (`exchange`, `agree`) goes through the process group's store, not through a collective of
+the training group, so that a rank that does not come is named instead of waited for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections import Counter
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import deepspeed.comm as dist
+import torch
+import torch.distributed as torch_dist
+from torch.distributed import distributed_c10d
+
+from internvl_ds.errors import InternvlDsError, RankError
+
+T = TypeVar('T')
+
+_MPI_SIZE_VARIABLES = ('OMPI_COMM_WORLD_SIZE', 'PMI_SIZE', 'MV2_COMM_WORLD_SIZE')
+
+# How many meetings of each name this rank has been through: part of the key that they meet under.
+_rounds: Counter[str] = Counter()
+
+
+def init_distributed() -> None:
+    """Joins the process group that the launcher announced; a process of its own without one.
+
+    Every rank must call it, once or more often. The deepspeed launcher and torchrun announce RANK,
+    WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; under mpirun DeepSpeed asks mpi4py for
+    them. Without any of these the process becomes rank 0 of 1 on a free port.
+    """
+    if dist.is_initialized():
+        return
+    under_mpi = any(name in os.environ for name in _MPI_SIZE_VARIABLES)
+    if 'RANK' not in os.environ and not under_mpi:
+        os.environ.update(RANK='0', WORLD_SIZE='1', LOCAL_RANK='0')
+        os.environ.setdefault('MASTER_ADDR', '127.0.0.1')
+        os.environ.setdefault('MASTER_PORT', str(free_port()))
+    dist.init_distributed(verbose=False)
+
+
+def shutdown() -> None:
+    """Leaves the process group; safe to call twice, and without one."""
+    _rounds.clear()
+    if torch_dist.is_initialized():
+        torch_dist.destroy_process_group()
+
+
+def free_port() -> int:
+    """A TCP port on the loopback interface that was free when asked."""
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        return int(probe.getsockname()[1])
+
+
+def rank() -> int:
+    """This process's global rank; 0 without a process group."""
+    return torch_dist.get_rank() if torch_dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many ranks there are; 1 without a process group."""
+    return torch_dist.get_world_size() if torch_dist.is_initialized() else 1
+
+
+def reduce_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """Averages a tensor over all ranks. Every rank must call it, with the same shape and dtype.
+
+    Args:
+        tensor: any shape and dtype, on the engine's device; left untouched.
+
+    Returns:
+        A new tensor of the same shape: the mean over ranks; float32 for integer input.
+    """
+    total = tensor.detach().clone()
+    if not total.is_floating_point() and not total.is_complex():
+        total = total.to(torch.float32)
+    if torch_dist.is_initialized():
+        dist.all_reduce(total, op=dist.ReduceOp.SUM)
+    return total / world_size()
+
+
+def exchange(what: str, value: Any, timeout: float) -> list[Any]:
+    """Meets all ranks and hands every rank what each of them brought, in rank order.
+
+    Args:
+        what: the name of the meeting, the same on all ranks; it stands in the error.
+        value: anything JSON can hold, small (it travels through rank 0's store).
+        timeout: seconds to wait for the others.
+
+    Raises:
+        RankError: when a rank does not come in time; it names the ranks that are missing.
+    """
+    if world_size() == 1:
+        return [value]
+    store = distributed_c10d._get_default_store()
+    mine, ranks = rank(), range(world_size())
+    keys = [f'internvl_ds/{what}/{_rounds[what]}/{r}' for r in ranks]
+    store.set(keys[mine], json.dumps(value))
+    try:
+        store.wait(keys, timedelta(seconds=timeout))
+    except RuntimeError as error:
+        missing = [r for r in ranks if not store.check([keys[r]])]
+        store.delete_key(keys[mine])
+        if not missing:  # the store itself failed: rank 0's process is gone
+            raise RankError(f'{what}: rank {mine} lost the store of rank 0: {error}') from error
+        raise RankError(
+            f'{what}: rank {mine} waited {timeout:g} s and rank {_listed(missing)} did not come. '
+            'Every rank must make this call: remove an `if rank == 0` around it, and look in the '
+            'output of the missing rank for an error of its own.'
+        ) from error
+    values = [json.loads(text) for text in store.multi_get(keys)]
+    if _rounds[what]:
+        # Whoever came to this round has read the one before: its key is of no more use.
+        store.delete_key(f'internvl_ds/{what}/{_rounds[what] - 1}/{mine}')
+    _rounds[what] += 1
+    return values
+
+
+def agree(
+    what: str,
+    action: Callable[[], T],
+    timeout: float,
+    error_type: type[InternvlDsError] = InternvlDsError,
+) -> T:
+    """Runs ``action`` on this rank, then lets all ranks go on only if it succeeded on every one.
+
+    Args:
+        what: the name of the meeting, the same on all ranks.
+        action: this rank's part; it may raise.
+        timeout: seconds to wait for the others.
+        error_type: what the ranks raise whose own part went well.
+
+    Returns:
+        What this rank's ``action`` returned.
+
+    Raises:
+        Exception: this rank's own, as it was; or ``error_type``, naming the ranks that failed and
+            why; or RankError when a rank does not come.
+    """
+    result: T | None = None
+    own: Exception | None = None
+    try:
+        result = action()
+    except Exception as error:
+        own = error
+    reports = exchange(what, None if own is None else f'{type(own).__name__}: {own}', timeout)
+    if own is not None:
+        raise own
+    failed = {r: report for r, report in enumerate(reports) if report is not None}
+    if failed:
+        raise error_type(
+            f'{what}: ' + '; '.join(f'rank {r}: {text}' for r, text in failed.items())
+        )
+    return result  # type: ignore[return-value]
+
+
+def from_rank_0(what: str, action: Callable[[], Any], timeout: float) -> Any:
+    """Runs ``action`` on rank 0 alone and hands its result (anything JSON can hold) to all ranks.
+
+    Raises:
+        Exception: rank 0's own there, and the same type with the same text on the other ranks
+            where it is one of this package's errors; RankError when a rank does not come.
+    """
+    answer: dict[str, Any] = {}
+    own: Exception | None = None
+    if rank() == 0:
+        try:
+            answer = {'result': action()}
+        except Exception as error:
+            own = error
+            answer = {'error': type(error).__name__, 'text': str(error)}
+    answer = exchange(what, answer, timeout)[0]
+    if own is not None:
+        raise own
+    if 'error' in answer:
+        known = {c.__name__: c for c in _all_subclasses(InternvlDsError)}
+        raise known.get(answer['error'], InternvlDsError)(answer['text'])
+    return answer['result']
+
+
+def _all_subclasses(base: type) -> list[type]:
+    found = list(base.__subclasses__())
+    return found + [c for child in found for c in _all_subclasses(child)]
+
+
+def _listed(ranks: list[int], most: int = 16) -> str:
+    text = ', '.join(map(str, ranks[:most]))
+    return text if len(ranks) <= most else f'{text} and {len(ranks) - most} more'

@@ -1,0 +1,234 @@
+"""ds_config JSON: load it, and resolve it against the yacs config. Pure; no process group.
+
+A value that both files state must agree. Where the yacs value is left at its default an explicit
+value in the JSON wins; 'auto' or an absent field takes the yacs value.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from yacs.config import CfgNode
+
+from internvl_ds.config import default_config, get_option
+from internvl_ds.errors import ConfigError
+
+FP32, FP16, BF16 = 'fp32', 'fp16', 'bf16'
+AUTOCAST_FP16, AUTOCAST_BF16 = 'torch_autocast float16', 'torch_autocast bfloat16'
+
+_BLOCKS = ('fp16', 'bf16', 'torch_autocast')
+
+
+def shipped_dir() -> Path:
+    """The directory of the ds_configs that ship: inside the wheel, or beside the source."""
+    installed = Path(__file__).parent / 'ds_configs'
+    return installed if installed.is_dir() else Path(__file__).parent.parent / 'ds_configs'
+
+
+def load_ds_config(source: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
+    """Reads a ds_config.
+
+    Args:
+        source: a JSON path, the name of a shipped one (``zero2`` or ``zero2.json``), a mapping
+            (copied, never changed), or None for an empty one.
+
+    Raises:
+        ConfigError: when the file is missing, is no JSON object, or states a key twice.
+    """
+    if source is None:
+        return {}
+    if isinstance(source, Mapping):
+        return copy.deepcopy(dict(source))
+    path = _find(source)
+
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        twice = sorted({key for key in keys if keys.count(key) > 1})
+        if twice:
+            raise ConfigError(f'{path}: key stated twice: {", ".join(twice)}')
+        return dict(pairs)
+
+    try:
+        tree = json.loads(path.read_text(encoding='utf-8'), object_pairs_hook=no_duplicates)
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigError(f'{path}: cannot be read as JSON: {error}') from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f'{path}: holds a {type(tree).__name__}, not a JSON object')
+    return tree
+
+
+def resolve(ds_config: Mapping[str, Any], config: CfgNode, world_size: int) -> dict[str, Any]:
+    """Fills what the JSON leaves open from the yacs config, and checks what both state.
+
+    Args:
+        ds_config: as `load_ds_config` returned it; not changed.
+        config: the yacs tree, or one with fewer keys.
+        world_size: the number of data-parallel ranks.
+
+    Returns:
+        A ds_config without any 'auto', with batch sizes, clipping and precision stated.
+
+    Raises:
+        ConfigError: names the JSON key and the yacs key that disagree, and both values.
+    """
+    tree = copy.deepcopy(dict(ds_config))
+    micro = _number(tree, 'train_micro_batch_size_per_gpu', config, 'DATA.BATCH_SIZE')
+    steps = _number(tree, 'gradient_accumulation_steps', config, 'TRAIN.ACCUMULATION_STEPS')
+    tree['train_micro_batch_size_per_gpu'] = micro = int(micro)
+    tree['gradient_accumulation_steps'] = steps = max(1, int(steps))
+    total = tree.get('train_batch_size', 'auto')
+    if total != 'auto' and total != micro * steps * world_size:
+        raise ConfigError(
+            f'/train_batch_size is {total}, but {micro} images a micro-batch x {steps} '
+            f'accumulation steps x {world_size} ranks = {micro * steps * world_size}; '
+            "set it to 'auto' to have it computed"
+        )
+    tree['train_batch_size'] = micro * steps * world_size
+    clip = _number(tree, 'gradient_clipping', config, 'TRAIN.CLIP_GRAD')
+    tree['gradient_clipping'] = float(clip)
+    zero = tree.setdefault('zero_optimization', {})
+    zero.setdefault('stage', 0)
+    _set_precision(tree, precision(tree, config))
+    # DeepSpeed refuses SGD and timm's optimizers under ZeRO unless told that this is meant.
+    tree.setdefault('zero_allow_untested_optimizer', True)
+    left = list(_autos(tree))
+    if left:
+        raise ConfigError(
+            f"{', '.join(left)}: 'auto' has no counterpart in the yacs config; give a value, or "
+            "leave the key out for DeepSpeed's default"
+        )
+    return tree
+
+
+def adopt(config: CfgNode, resolved: Mapping[str, Any]) -> None:
+    """Writes into the yacs config what the JSON decided, so that loop and engine agree."""
+    frozen = config.is_frozen()
+    config.defrost()
+    config.DATA.BATCH_SIZE = resolved['train_micro_batch_size_per_gpu']
+    config.TRAIN.ACCUMULATION_STEPS = resolved['gradient_accumulation_steps']
+    config.TRAIN.CLIP_GRAD = resolved['gradient_clipping']
+    if frozen:
+        config.freeze()
+
+
+def precision(ds_config: Mapping[str, Any], config: CfgNode) -> str:
+    """The precision that JSON and yacs config agree on: one of this module's five constants.
+
+    AMP_OPT_LEVEL O0 is fp32, O1 torch_autocast with AMP_TYPE, O2 the fp16 or bf16 engine; left at
+    '' it is O1, the original's default, unless the JSON says otherwise.
+
+    Raises:
+        ConfigError: when JSON and yacs config contradict each other, or the JSON itself.
+    """
+    level = get_option(config, 'AMP_OPT_LEVEL', '')
+    amp_type = get_option(config, 'AMP_TYPE', 'float16')
+    if level not in ('', 'O0', 'O1', 'O2'):
+        raise ConfigError(f'AMP_OPT_LEVEL is {level!r}; it can be O0, O1 or O2')
+    if amp_type not in ('float16', 'bfloat16'):
+        raise ConfigError(f"AMP_TYPE is {amp_type!r}; it can be 'float16' or 'bfloat16'")
+    asked = _from_yacs(level, amp_type)
+    stated = _from_json(ds_config)
+    if stated is None:
+        switched_off = _BLOCK_OF.get(asked)
+        if switched_off and _enabled(ds_config, switched_off) is False:
+            raise ConfigError(
+                f'AMP_OPT_LEVEL {level!r} with AMP_TYPE {amp_type} asks for {asked}, but '
+                f'/{switched_off}/enabled is false in the ds_config'
+            )
+        return asked
+    # A yacs value left at its default gives way: the level '', and the type float16.
+    allowed = {asked}
+    if level == '':
+        allowed.add(stated)
+    elif amp_type == 'float16':
+        allowed.add(_from_yacs(level, 'bfloat16'))
+    if stated not in allowed:
+        raise ConfigError(
+            f'the ds_config states {stated}, but AMP_OPT_LEVEL {level!r} with AMP_TYPE {amp_type} '
+            f'asks for {asked}; change one of the two'
+        )
+    return stated
+
+
+_BLOCK_OF = {
+    FP16: 'fp16',
+    BF16: 'bf16',
+    AUTOCAST_FP16: 'torch_autocast',
+    AUTOCAST_BF16: 'torch_autocast',
+}
+
+
+def _from_yacs(level: str, amp_type: str) -> str:
+    if level == 'O0':
+        return FP32
+    if level == 'O2':
+        return BF16 if amp_type == 'bfloat16' else FP16
+    return AUTOCAST_BF16 if amp_type == 'bfloat16' else AUTOCAST_FP16
+
+
+def _from_json(ds_config: Mapping[str, Any]) -> str | None:
+    """What the JSON states of precision; None where it leaves that to the yacs config."""
+    flags = {block: _enabled(ds_config, block) for block in _BLOCKS}
+    on = [block for block, flag in flags.items() if flag is True]
+    if len(on) > 1:
+        raise ConfigError('enabled together in the ds_config: ' + ' and '.join(f'/{b}' for b in on))
+    if not on:
+        return FP32 if all(flag is False for flag in flags.values()) else None
+    if on[0] == 'torch_autocast':
+        dtype = ds_config['torch_autocast'].get('dtype', 'bfloat16')
+        return AUTOCAST_FP16 if dtype in ('float16', 'fp16', 'half') else AUTOCAST_BF16
+    return FP16 if on[0] == 'fp16' else BF16
+
+
+def _enabled(ds_config: Mapping[str, Any], block: str) -> bool | None:
+    """True or False where the JSON says so; None for 'auto' or no such block."""
+    if block not in ds_config:
+        return None
+    flag = ds_config[block].get('enabled', False)
+    return None if flag == 'auto' else bool(flag)
+
+
+def _set_precision(tree: dict[str, Any], mode: str) -> None:
+    for block in _BLOCKS:
+        if block in tree or _BLOCK_OF.get(mode) == block:
+            tree.setdefault(block, {})['enabled'] = _BLOCK_OF.get(mode) == block
+    if mode in (AUTOCAST_FP16, AUTOCAST_BF16):
+        tree['torch_autocast']['dtype'] = 'float16' if mode == AUTOCAST_FP16 else 'bfloat16'
+
+
+def _number(tree: Mapping[str, Any], json_key: str, config: CfgNode, key: str) -> float:
+    """One number that both files may state."""
+    default = get_option(default_config(), key, 0)
+    wanted = get_option(config, key, default) or 0
+    stated = tree.get(json_key, 'auto')
+    if stated == 'auto':
+        return wanted
+    if isinstance(stated, bool) or not isinstance(stated, int | float):
+        raise ConfigError(f'/{json_key} is {stated!r}; it must be a number or "auto"')
+    neutral = {0, 1} if key == 'TRAIN.ACCUMULATION_STEPS' else {0}
+    same = stated == wanted or {stated, wanted} <= neutral
+    if not same and wanted != default:
+        raise ConfigError(
+            f"/{json_key} is {stated} in the ds_config, but {key} is {wanted}; make them agree, "
+            "or set the JSON's to 'auto'"
+        )
+    return stated
+
+
+def _autos(node: Any, pointer: str = '') -> list[str]:
+    if isinstance(node, dict):
+        return [p for key, value in node.items() for p in _autos(value, f'{pointer}/{key}')]
+    return [pointer] if node == 'auto' else []
+
+
+def _find(source: str | Path) -> Path:
+    shipped = shipped_dir()
+    for candidate in (Path(source), shipped / source, shipped / f'{source}.json'):
+        if candidate.is_file():
+            return candidate
+    have = ', '.join(sorted(p.stem for p in shipped.glob('*.json')))
+    raise ConfigError(f'ds_config {source}: no such file; those that ship by name: {have}')

@@ -1,0 +1,26 @@
+"""Writing files that others read: aside, flushed to disk, and renamed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces ``path`` by ``text`` (UTF-8) so that a reader sees the old file or the new one."""
+    aside = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    with aside.open('w', encoding='utf-8') as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Makes renames and new names in a directory survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

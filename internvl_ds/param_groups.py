@@ -1,0 +1,64 @@
+"""Parameter groups: those of equal settings become one, and the scheduler follows.
+
+The original builds one group per tensor, and ZeRO partitions and reduces group by group, so
+hundreds of groups are slow. Merging changes no tensor's lr or weight decay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+# Which tensors a group holds, as opposed to how they are trained.
+_MEMBERSHIP = frozenset({'params', 'param_names', 'names', 'name'})
+
+# Lists with one entry per parameter group that timm's schedulers keep.
+_PER_GROUP_LISTS = ('base_values', 'warmup_steps')
+
+
+def merge_param_groups(
+    optimizer: torch.optim.Optimizer, names: Mapping[torch.Tensor, str]
+) -> list[int]:
+    """Merges the optimizer's groups of equal settings, in place, and drops empty ones.
+
+    Two groups are equal when every entry but their tensors and names is: lr, weight_decay, betas,
+    initial_lr, lr_scale and whatever else the client put there. Order is that of first appearance.
+
+    Args:
+        optimizer: a fresh optimizer (its state is per tensor and stays as it is).
+        names: the name of each parameter of the model; kept in the group as ``param_names``.
+
+    Returns:
+        For each group that remains, the index of the old group whose settings it has.
+    """
+    merged: dict[tuple, dict[str, Any]] = {}
+    origins: list[int] = []
+    for index, group in enumerate(optimizer.param_groups):
+        if not group['params']:
+            continue
+        key = tuple(sorted((k, repr(v)) for k, v in group.items() if k not in _MEMBERSHIP))
+        if key not in merged:
+            merged[key] = {k: v for k, v in group.items() if k not in _MEMBERSHIP}
+            merged[key].update(params=[], param_names=[])
+            origins.append(index)
+        merged[key]['params'] += group['params']
+        merged[key]['param_names'] += [names.get(p, '') for p in group['params']]
+    optimizer.param_groups[:] = merged.values()
+    return origins
+
+
+def remap_scheduler(lr_scheduler: Any, origins: list[int], groups_before: int) -> None:
+    """Makes a timm scheduler that was built for the old groups fit the merged ones, in place.
+
+    Args:
+        lr_scheduler: a timm scheduler, whose ``base_values`` (and ``warmup_steps``) have one entry
+            per group.
+        origins: what `merge_param_groups` returned.
+        groups_before: how many groups there were when the scheduler was built.
+    """
+    for name in _PER_GROUP_LISTS:
+        values = getattr(lr_scheduler, name, None)
+        if isinstance(values, list) and len(values) == groups_before:
+            setattr(lr_scheduler, name, [values[i] for i in origins])

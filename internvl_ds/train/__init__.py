@@ -1,0 +1,1 @@
+"""The training program: ``deepspeed --module internvl_ds.train --cfg FILE``."""

@@ -1,0 +1,66 @@
+"""Entry point of the training program: parse, join the other ranks, run, leave on every path."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from internvl_ds.comm import init_distributed, shutdown
+from internvl_ds.config import get_config
+from internvl_ds.errors import ConfigError
+from internvl_ds.train.loop import run
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Reads the command line. A flag that is not given is None, so that the YAML's value holds."""
+    parser = argparse.ArgumentParser(
+        prog='internvl_ds.train',
+        description='Train or evaluate an image classifier with DeepSpeed.',
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add('--cfg', required=True, metavar='FILE', help='YAML file, or the name of one that ships')
+    add('--opts', nargs='+', metavar='KEY VALUE', help='settings that win over the YAML file')
+    add('--batch-size', type=int, help='images per rank and micro-batch')
+    add('--dataset', help="'imagenet' (any image folder) or 'imagenet22K'")
+    add('--data-path', metavar='DIR', help='holds train/<class>/ and val/<class>/')
+    add('--zip', **_switch('not supported; use an image folder'))
+    add('--cache-mode', choices=('no', 'full', 'part'), help='of zipped data; not supported')
+    add('--pretrained', metavar='FILE', help='weights to start from')
+    add('--resume', metavar='PATH', help='checkpoint to go on from')
+    add('--accumulation-steps', type=int, help='micro-batches per update')
+    add('--use-checkpoint', **_switch('recompute activations to save memory'))
+    add('--amp-opt-level', choices=('O0', 'O1', 'O2'), help='O0 fp32, O1 autocast, O2 half')
+    add('--output', metavar='DIR', help='results go to DIR/<YAML stem>[/<tag>]')
+    add('--tag', help='name of this experiment')
+    add('--eval', **_switch('evaluate only'))
+    add('--throughput', **_switch('time forward passes only'))
+    add('--save-ckpt-num', type=int, help='how many epoch checkpoints to keep')
+    add('--use-zero', **_switch('accepted; the ds_config decides the ZeRO stage'))
+    add('--local-rank', '--local_rank', type=int, help='set by the launcher')
+    add('--deepspeed', **_switch('accepted; DeepSpeed is always used'))
+    add('--deepspeed_config', '--deepspeed-config', metavar='FILE', help='DeepSpeed JSON')
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the program; an exception on this rank ends it with a non-zero exit code."""
+    args = parse_args(argv)
+    try:
+        config = get_config(args)
+    except ConfigError as error:  # no other rank is there yet: the text is all that helps
+        raise SystemExit(f'error: {error}') from None
+    init_distributed()
+    try:
+        run(config, args.deepspeed_config)
+    finally:
+        shutdown()
+
+
+def _switch(text: str) -> dict[str, Any]:
+    return {'action': 'store_true', 'default': None, 'help': text}
+
+
+if __name__ == '__main__':
+    main()

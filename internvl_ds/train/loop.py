@@ -1,0 +1,322 @@
+"""The training loop: set up, resume, train, evaluate, save. Every rank runs all of it."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+from yacs.config import CfgNode
+
+from internvl_ds import ds_config as ds
+from internvl_ds.comm import rank, reduce_tensor, world_size
+from internvl_ds.ema import ShardedEma
+from internvl_ds.engine import initialize
+from internvl_ds.precision import NativeScalerWithGradNormCount
+from internvl_ds.train.data import Loaders, build_loaders, seed_everything, start_epoch
+from internvl_ds.train.evaluate import EvalResult, evaluate, measure_throughput
+from internvl_ds.train.log import MetricsLog, close_log, open_log, shows_bar, write_config
+from internvl_ds.train.model import build_model, input_dtype, set_train_mode
+from internvl_ds.train.optim import (
+    accumulation_steps,
+    build_optimizer,
+    build_scheduler,
+    scaled_lrs,
+    updates_per_epoch,
+)
+from internvl_ds.train.plot import plot_curves
+from internvl_ds.train.progress import Progress
+from internvl_ds.utils import (
+    auto_resume_helper,
+    load_checkpoint,
+    load_ema_checkpoint,
+    load_pretrained,
+    save_checkpoint,
+)
+
+
+@dataclass
+class Run:
+    """What one run works with, and how far it has come.
+
+    Attributes:
+        best: highest top-1 validation accuracy so far, percent.
+        best_ema: the same of the averaged weights.
+        optimizer, scheduler, ema: None where the run does not train, or keeps no average.
+    """
+
+    config: CfgNode
+    logger: logging.Logger
+    loaders: Loaders
+    engine: DeepSpeedEngine
+    scaler: NativeScalerWithGradNormCount
+    optimizer: Any = None
+    scheduler: Scheduler | None = None
+    ema: ShardedEma | None = None
+    best: float = 0.0
+    best_ema: float = 0.0
+
+
+def run(config: CfgNode, ds_config: str | Path | None = None) -> float:
+    """Trains, evaluates or times the configured model. Every rank must call it.
+
+    Args:
+        config: from `get_config`. Settings that the ds_config decides, MODEL.RESUME (automatic
+            resume) and TRAIN.START_EPOCH are written into it.
+        ds_config: path or shipped name of a DeepSpeed configuration; None for none.
+
+    Returns:
+        The best top-1 accuracy, percent; in THROUGHPUT_MODE images per second over all ranks.
+    """
+    logger = open_log(config.OUTPUT, rank())
+    try:
+        state = setup(config, ds_config, logger)
+        if config.THROUGHPUT_MODE:
+            return _report_throughput(state)
+        if config.EVAL_MODE:
+            return _report_accuracy(state)
+        return _train(state)
+    except BaseException:
+        logger.exception('rank %d ends', rank())
+        raise
+    finally:
+        close_log(logger)
+
+
+def setup(config: CfgNode, ds_config: str | Path | None, logger: logging.Logger) -> Run:
+    """Makes everything a run needs, in the order that it needs: data, weights, engine, checkpoint.
+
+    Raises:
+        ConfigError: for settings that disagree with each other, the data or the model.
+    """
+    resolved = ds.resolve(ds.load_ds_config(ds_config), config, world_size())
+    ds.adopt(config, resolved)
+    _choose_resume(config, logger)
+    if rank() == 0:
+        path = write_config(config, config.OUTPUT)
+        logger.info('configuration, resolved: %s', path)
+    loaders = build_loaders(config, rank(), world_size())
+    seed_everything(config.SEED)  # the same weights on every rank
+    model = build_model(config)
+    seed_everything(config.SEED + rank())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    logger.info(
+        'model %s: %.2f M parameters, %.2f M of them trained',
+        config.MODEL.FACTORY or config.MODEL.NAME,
+        sum(p.numel() for p in model.parameters()) / 1e6,
+        trainable / 1e6,
+    )
+    if config.MODEL.PRETRAINED and not config.MODEL.RESUME:
+        load_pretrained(config, model, logger)
+    scaler = NativeScalerWithGradNormCount()
+    training = not (config.EVAL_MODE or config.THROUGHPUT_MODE)
+    averages = config.TRAIN.EMA.ENABLE and (training or bool(config.MODEL.RESUME))
+    if training or averages:
+        engine, optimizer, scheduler = _training_engine(config, model, resolved, loaders, logger)
+    else:
+        engine, _ = initialize(config, model, None, _for_inference(resolved))
+        optimizer = scheduler = None
+    state = Run(config, logger, loaders, engine, scaler, optimizer, scheduler)
+    if config.MODEL.RESUME:
+        logger.info('resuming from %s', config.MODEL.RESUME)
+        state.best = load_checkpoint(config, engine, optimizer, scheduler, scaler, logger)
+    if averages:
+        # After the load: without an average in the checkpoint it starts at the loaded weights.
+        state.ema = ShardedEma(engine, config.TRAIN.EMA.DECAY)
+        if config.MODEL.RESUME:
+            state.best_ema = load_ema_checkpoint(config, state.ema, logger)
+    return state
+
+
+def train_one_epoch(state: Run, epoch: int) -> dict[str, float]:
+    """Trains one epoch: one pass over this rank's batches, an update every ACCUMULATION_STEPS.
+
+    The last group of an epoch may be shorter; it is divided by its own size and applied.
+
+    Returns:
+        train_loss (mean over ranks), lr, grad_norm (mean of the last 300 updates), images_per_s
+        (all ranks) and seconds.
+    """
+    config, engine, loader = state.config, state.engine, state.loaders.train
+    assert loader is not None
+    start_epoch(loader, config.SEED, epoch, rank())
+    set_train_mode(engine, engine.module, config.TRAIN.OPTIMIZER.FREEZE_BACKBONE)
+    criterion = build_criterion(config, soft_targets=state.loaders.mixup is not None)
+    dtype, steps, total = input_dtype(engine), accumulation_steps(config), len(loader)
+    progress = Progress(config, epoch, total, world_size(), state.logger, shows_bar(rank()))
+    try:
+        for index, (images, labels) in enumerate(loader):
+            images = images.to(engine.device, non_blocking=True)
+            labels = labels.to(engine.device, non_blocking=True)
+            if state.loaders.mixup is not None:
+                images, labels = state.loaders.mixup(images, labels)
+            loss = criterion(engine(images.to(dtype)).float(), labels)
+            group_size = min(steps, total - index // steps * steps)
+            boundary = (index + 1) % steps == 0 or index + 1 == total
+            norm = state.scaler(
+                loss / group_size,
+                state.optimizer,
+                clip_grad=config.TRAIN.CLIP_GRAD,
+                parameters=engine.parameters(),
+                update_grad=boundary,
+            )
+            if boundary and state.ema is not None:
+                state.ema.update()
+            skipped = boundary and state.scaler.step_was_skipped
+            progress.step(loss, norm, current_lr(engine), state.scaler.loss_scale, skipped)
+    finally:
+        progress.close()
+    mean_loss = torch.tensor(progress.losses.avg, dtype=torch.float32, device=engine.device)
+    return {
+        'train_loss': reduce_tensor(mean_loss).item(),
+        'lr': current_lr(engine),
+        'grad_norm': progress.norms.avg,
+        'images_per_s': round(progress.images_per_second, 2),
+        'seconds': round(progress.seconds, 3),
+    }
+
+
+def build_criterion(config: CfgNode, soft_targets: bool) -> nn.Module:
+    """The training loss over float32 logits: soft targets where mixup makes them."""
+    if soft_targets:  # they are smoothed already
+        return SoftTargetCrossEntropy()
+    if config.MODEL.LABEL_SMOOTHING > 0:
+        return LabelSmoothingCrossEntropy(config.MODEL.LABEL_SMOOTHING)
+    return nn.CrossEntropyLoss()
+
+
+def current_lr(engine: DeepSpeedEngine) -> float:
+    """The largest learning rate of the engine's groups: the unscaled one under layer decay."""
+    return max(group['lr'] for group in engine.optimizer.param_groups)
+
+
+def _train(state: Run) -> float:
+    config, logger = state.config, state.logger
+    first, last = config.TRAIN.START_EPOCH, config.TRAIN.EPOCHS - 1
+    metrics = MetricsLog(Path(config.OUTPUT) / 'metrics.jsonl')
+    if rank() == 0:
+        metrics.drop_from(first)
+    if first > last:
+        logger.info('nothing to train: epoch %d of %d is next', first, config.TRAIN.EPOCHS)
+    start = time.perf_counter()
+    for epoch in range(first, last + 1):
+        record: dict[str, Any] = {'epoch': epoch, **train_one_epoch(state, epoch)}
+        improved = improved_ema = False
+        if epoch % config.EVAL_FREQ == 0 or epoch == last:
+            result = _validate(state, f'epoch {epoch}')
+            improved, state.best = result.acc1 > state.best, max(state.best, result.acc1)
+            record.update(acc1=result.acc1, acc5=result.acc5, val_loss=result.loss)
+            if state.ema is not None:
+                with state.ema.swapped_in():
+                    averaged = _validate(state, f'epoch {epoch}, EMA')
+                improved_ema = averaged.acc1 > state.best_ema
+                state.best_ema = max(state.best_ema, averaged.acc1)
+                record.update(ema_acc1=averaged.acc1)
+            logger.info('best top-1 %.2f %%', state.best)
+        if rank() == 0:
+            metrics.append(record)
+            plot_curves(metrics.read(), Path(config.OUTPUT) / 'curves.png')
+        # After the evaluation, so that a resume from the epoch's tag knows its accuracy.
+        if epoch % config.SAVE_FREQ == 0 or epoch == last:
+            _save(state, epoch)
+        if improved:
+            _save(state, epoch, best='best')
+        if improved_ema:
+            _save(state, epoch, best='ema_best')
+    logger.info('trained in %.1f s; best top-1 %.2f %%', time.perf_counter() - start, state.best)
+    return state.best
+
+
+def _save(state: Run, epoch: int, best: str | None = None) -> None:
+    path = save_checkpoint(
+        state.config,
+        epoch,
+        state.engine,
+        state.best,
+        state.optimizer,
+        state.scheduler,
+        state.scaler,
+        state.logger,
+        model_ema=state.ema,
+        max_accuracy_ema=state.best_ema if state.ema is not None else None,
+        ema_decay=state.ema.decay if state.ema is not None else None,
+        best=best,
+    )
+    state.logger.info('saved %s', path)
+
+
+def _validate(state: Run, what: str) -> EvalResult:
+    result = evaluate(state.config, state.engine, state.loaders.val, state.engine.device)
+    state.logger.info(
+        '%s: top-1 %.2f %% top-5 %.2f %% loss %.4f on %d validation images',
+        what,
+        result.acc1,
+        result.acc5,
+        result.loss,
+        result.count,
+    )
+    return result
+
+
+def _report_accuracy(state: Run) -> float:
+    if not (state.config.MODEL.RESUME or state.config.MODEL.PRETRAINED):
+        state.logger.warning('neither MODEL.RESUME nor MODEL.PRETRAINED: the weights are random')
+    result = _validate(state, 'evaluation')
+    if state.ema is not None:
+        with state.ema.swapped_in():
+            _validate(state, 'evaluation, EMA')
+    return result.acc1
+
+
+def _report_throughput(state: Run) -> float:
+    own = measure_throughput(state.engine, state.loaders.val, state.engine.device)
+    mean = reduce_tensor(torch.tensor(own, device=state.engine.device)).item()
+    total = mean * world_size()
+    state.logger.info('throughput %.1f img/s on %d ranks', total, world_size())
+    return total
+
+
+def _training_engine(
+    config: CfgNode,
+    model: nn.Module,
+    resolved: dict[str, Any],
+    loaders: Loaders,
+    logger: logging.Logger,
+) -> tuple[DeepSpeedEngine, Any, Scheduler | None]:
+    lrs = scaled_lrs(config, world_size())
+    logger.info('lr for the global batch: %.3e, warm-up from %.3e, at least %.3e', *lrs)
+    client = build_optimizer(config, model, lrs.base)
+    scheduler = None
+    if loaders.train is not None:
+        updates = updates_per_epoch(config, len(loaders.train))
+        scheduler = build_scheduler(config, client, updates, lrs)
+    engine, optimizer = initialize(config, model, client, resolved, lr_scheduler=scheduler)
+    return engine, optimizer, scheduler
+
+
+def _for_inference(resolved: dict[str, Any]) -> dict[str, Any]:
+    """A ds_config for an engine without an optimizer: stages 1 and 2 partition nothing then."""
+    inference = copy.deepcopy(resolved)
+    if inference['zero_optimization']['stage'] in (1, 2):
+        inference['zero_optimization'] = {'stage': 0}
+    return inference
+
+
+def _choose_resume(config: CfgNode, logger: logging.Logger) -> None:
+    if config.MODEL.RESUME or not config.TRAIN.AUTO_RESUME:
+        return
+    found = auto_resume_helper(config.OUTPUT)
+    if found is None:
+        logger.info('no checkpoint in %s: starting anew', config.OUTPUT)
+        return
+    config.defrost()
+    config.MODEL.RESUME = found
+    config.freeze()

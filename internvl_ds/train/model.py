@@ -1,0 +1,190 @@
+"""Builds the model that the config names, and freezes what is not to be trained."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import logging
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import timm
+import torch
+from timm.models import is_model
+from torch import nn
+from yacs.config import CfgNode
+
+from internvl_ds.config import get_option
+from internvl_ds.errors import ConfigError
+
+_logger = logging.getLogger(__name__)
+
+
+def build_model(config: CfgNode) -> nn.Module:
+    """Builds the model with random weights, on the CPU, in float32.
+
+    MODEL.FACTORY ('package.module:function', called with the config) wins; else MODEL.TYPE
+    'timm' builds MODEL.NAME. The result depends on torch's seed, so every rank seeds alike first.
+
+    Returns:
+        The module, with frozen parameters (TRAIN.OPTIMIZER.FREEZE_BACKBONE) marked, and with
+        activation checkpointing on where TRAIN.USE_CHECKPOINT asks for it.
+
+    Raises:
+        ConfigError: for a factory or model that does not exist, or a setting the model lacks.
+    """
+    factory = get_option(config, 'MODEL.FACTORY', '')
+    if factory:
+        model = _load_factory(factory)(config)
+        if not isinstance(model, nn.Module):
+            raise ConfigError(
+                f'MODEL.FACTORY {factory!r} returned a {type(model).__name__}, not an nn.Module'
+            )
+    elif config.MODEL.TYPE == 'timm':
+        model = _build_timm_model(config)
+    else:
+        raise ConfigError(
+            f'MODEL.TYPE {config.MODEL.TYPE!r} does not ship with this package: set MODEL.TYPE '
+            "'timm' and MODEL.NAME to a timm model, or MODEL.FACTORY to 'package.module:function', "
+            'which is called with the config and returns the nn.Module'
+        )
+    if config.TRAIN.USE_CHECKPOINT:
+        _enable_activation_checkpointing(model)
+    freeze_parameters(model, config.TRAIN.OPTIMIZER.FREEZE_BACKBONE)
+    return model
+
+
+def freeze_parameters(model: nn.Module, which: bool | Sequence[int] | None) -> None:
+    """Turns requires_grad off: True for all but the classifier, [i, ...] for ``levels.{i}``.
+
+    Raises:
+        ConfigError: when nothing fits, or when nothing would be left to train.
+    """
+    setting = f'TRAIN.OPTIMIZER.FREEZE_BACKBONE {which!r}'
+    if not which:
+        return
+    if which is True:
+        trained = {id(p) for p in classifier_of(model, setting).parameters()}
+        for parameter in model.parameters():
+            parameter.requires_grad_(id(parameter) in trained)
+    else:
+        prefixes = tuple(f'levels.{level}' for level in which)
+        pattern = re.compile(rf'(^|\.)({"|".join(map(re.escape, prefixes))})(\.|$)')
+        frozen = [p for name, p in model.named_parameters() if pattern.search(name)]
+        if not frozen:
+            raise ConfigError(f'{setting}: no parameter is named like {", ".join(prefixes)}')
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ConfigError(f'{setting} leaves no parameter to train')
+
+
+def classifier_of(model: nn.Module, setting: str = 'this') -> nn.Module:
+    """Finds the classifier head: timm's ``get_classifier()``, else the attribute ``head``.
+
+    Args:
+        model: the bare module, not an engine.
+        setting: what asks for the head; the error begins with it.
+    """
+    getter = getattr(model, 'get_classifier', None)
+    head = getter() if callable(getter) else getattr(model, 'head', None)
+    if isinstance(head, tuple | list):  # distilled models have two
+        head = nn.ModuleList(head)
+    if not isinstance(head, nn.Module) or not any(True for _ in head.parameters()):
+        raise ConfigError(
+            f'{setting} needs a model with a classifier head, and {type(model).__name__} has '
+            f'neither a get_classifier() nor an attribute head with parameters'
+        )
+    return head
+
+
+def set_train_mode(
+    model: nn.Module, module: nn.Module, freeze: bool | Sequence[int] | None
+) -> None:
+    """Puts the model in training mode; a wholly frozen backbone stays in eval mode.
+
+    Dropout and batch statistics of a backbone that does not train would only blur its features.
+
+    Args:
+        model: the engine, or the module itself.
+        module: the bare module.
+        freeze: the value of TRAIN.OPTIMIZER.FREEZE_BACKBONE.
+    """
+    model.train()
+    if freeze is True:
+        module.eval()
+        classifier_of(module).train()
+
+
+def input_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype that images must have: an engine's half precision, else that of the weights."""
+    for name, dtype in (('bfloat16_enabled', torch.bfloat16), ('fp16_enabled', torch.float16)):
+        enabled = getattr(model, name, None)
+        if callable(enabled) and enabled():
+            return dtype
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _load_factory(factory: str) -> Callable[[CfgNode], Any]:
+    module_name, colon, function_name = factory.partition(':')
+    if not (module_name and colon and function_name):
+        raise ConfigError(f"MODEL.FACTORY {factory!r} is not of the form 'package.module:function'")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ConfigError(f'MODEL.FACTORY {factory!r}: {error}') from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise ConfigError(
+            f'MODEL.FACTORY {factory!r}: {module_name} has no function {function_name}'
+        )
+    return function
+
+
+def _build_timm_model(config: CfgNode) -> nn.Module:
+    name = config.MODEL.NAME
+    if ':' not in name and not is_model(name):  # with a colon it is a hub address, not a name
+        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
+        hint = f'; near it: {", ".join(near)}' if near else ''
+        raise ConfigError(f'MODEL.NAME {name!r}: timm has no such model{hint}')
+    offered = {
+        'img_size': ('DATA.IMG_SIZE', config.DATA.IMG_SIZE),
+        'drop_rate': ('MODEL.DROP_RATE', config.MODEL.DROP_RATE),
+        'drop_path_rate': ('MODEL.DROP_PATH_RATE', config.MODEL.DROP_PATH_RATE),
+    }
+    given = dict(config.MODEL.KWARGS)
+    while True:
+        standard = {key: value for key, (_, value) in offered.items()}
+        try:
+            return timm.create_model(
+                name,
+                pretrained=False,
+                **{'num_classes': config.MODEL.NUM_CLASSES, **standard, **given},
+            )
+        except TypeError as error:
+            # Not every family takes every argument, and timm has no list of who takes what.
+            match = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            refused = match.group(1) if match else None
+            if refused in offered and refused not in given:
+                key, value = offered.pop(refused)
+                if value and refused != 'img_size':
+                    _logger.warning('%s takes no %s: %s %s is not used', name, refused, key, value)
+                continue
+            if refused in given:
+                raise ConfigError(
+                    f'MODEL.KWARGS {refused}={given[refused]!r}: {name} takes no such argument'
+                ) from error
+            raise
+
+
+def _enable_activation_checkpointing(model: nn.Module) -> None:
+    setter = getattr(model, 'set_grad_checkpointing', None)
+    if not callable(setter):
+        raise ConfigError(
+            f'TRAIN.USE_CHECKPOINT True: {type(model).__name__} has no set_grad_checkpointing()'
+        )
+    try:
+        setter(True)
+    except AssertionError as error:  # timm's way to say that a model has none
+        raise ConfigError(f'TRAIN.USE_CHECKPOINT True: {type(model).__name__}: {error}') from error

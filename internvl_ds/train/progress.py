@@ -1,0 +1,139 @@
+"""What an epoch reports while it runs: meters that do not make the device wait, lines, a bar."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import time
+from datetime import timedelta
+
+import torch
+from timm.utils import AverageMeter
+from tqdm import tqdm
+from yacs.config import CfgNode
+
+from internvl_ds.metrics import MyAverageMeter
+from internvl_ds.train.log import PROGRESS
+
+_NORM_WINDOW = 300  # updates that the mean and deviation of the gradient norm cover
+
+
+class Progress:
+    """Collects one epoch's losses and norms, and writes a line every PRINT_FREQ micro-batches.
+
+    Losses and norms stay tensors until a line is due: reading one makes the host wait for the
+    device, so only a line does.
+    """
+
+    def __init__(
+        self,
+        config: CfgNode,
+        epoch: int,
+        micro_batches: int,
+        world_size: int,
+        logger: logging.Logger,
+        show_bar: bool = False,
+    ) -> None:
+        """Starts the epoch's clock.
+
+        Args:
+            config: PRINT_FREQ, DATA.BATCH_SIZE and TRAIN.EPOCHS are read.
+            epoch: counted from 0.
+            micro_batches: how many the epoch has, on each rank.
+            world_size: how many ranks train.
+            logger: takes the lines.
+            show_bar: whether to show a progress bar beside them.
+        """
+        self.losses = AverageMeter()
+        self.norms = MyAverageMeter(_NORM_WINDOW)
+        self._config, self._epoch, self._micro_batches = config, epoch, micro_batches
+        self._images_per_step = config.DATA.BATCH_SIZE * world_size
+        self._logger = logger
+        self._pending_losses: list[torch.Tensor] = []
+        self._pending_norms: list[torch.Tensor] = []
+        self._skipped = 0
+        self._done = 0
+        self._start = self._last_time = time.perf_counter()
+        self._last_done = 0
+        self._bar = tqdm(
+            total=micro_batches,
+            desc=f'epoch {epoch}/{config.TRAIN.EPOCHS}',
+            unit='batch',
+            dynamic_ncols=True,
+            leave=False,
+            disable=not show_bar,
+        )
+
+    def step(
+        self,
+        loss: torch.Tensor,
+        norm: torch.Tensor | None,
+        lr: float,
+        loss_scale: float,
+        skipped: bool,
+    ) -> None:
+        """Takes one micro-batch's results, and writes a line where one is due.
+
+        Args:
+            loss: 0-dim, this rank's mean loss over the micro-batch, not divided for accumulation.
+            norm: 0-dim gradient norm where the micro-batch completed an update, else None.
+            lr: the learning rate that the next update will use.
+            loss_scale: 1.0 without loss scaling.
+            skipped: whether the update was skipped for a gradient that was not finite.
+        """
+        self._pending_losses.append(loss.detach())
+        if norm is not None:
+            self._pending_norms.append(norm.detach().clone())
+        self._skipped += skipped
+        index, self._done = self._done, self._done + 1
+        self._bar.update()
+        if index % max(1, self._config.PRINT_FREQ) == 0 or self._done == self._micro_batches:
+            self._read_pending()
+            self._write_line(index, lr, loss_scale)
+
+    @property
+    def images_per_second(self) -> float:
+        """Images of all ranks per second since the epoch began."""
+        return self._images_per_step * self._done / max(self.seconds, 1e-9)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the epoch began."""
+        return time.perf_counter() - self._start
+
+    def close(self) -> None:
+        """Takes the bar down; to be called on every path."""
+        self._bar.close()
+
+    def _read_pending(self) -> None:
+        for loss in self._pending_losses:
+            self.losses.update(loss.item())
+        for norm in self._pending_norms:
+            self.norms.update(norm.item())
+        self._pending_losses.clear()
+        self._pending_norms.clear()
+
+    def _write_line(self, index: int, lr: float, loss_scale: float) -> None:
+        now = time.perf_counter()
+        seconds_per_step = (now - self._last_time) / (self._done - self._last_done)
+        self._last_time, self._last_done = now, self._done
+        epochs_left = self._config.TRAIN.EPOCHS - self._epoch - 1
+        steps_left = epochs_left * self._micro_batches + self._micro_batches - self._done
+        eta = timedelta(seconds=int(self.seconds / self._done * steps_left))
+        skipped = f' skipped {self._skipped}' if self._skipped else ''
+        self._logger.info(
+            f'Train: [{self._epoch}/{self._config.TRAIN.EPOCHS}][{index}/{self._micro_batches}] '
+            f'eta {eta} lr {lr:.3e} loss {self.losses.val:.4f} ({self.losses.avg:.4f}) '
+            f'grad_norm {self.norms.val:.4f} ({self.norms.avg:.4f}/{self.norms.var:.4f}) '
+            f'loss_scale {loss_scale:g}{skipped} '
+            f'{self._images_per_step / seconds_per_step:.1f} img/s mem {memory_mib():.0f} MiB',
+            extra=PROGRESS,
+        )
+        self._bar.set_postfix_str(f'loss {self.losses.avg:.4f} lr {lr:.2e}')
+
+
+def memory_mib() -> float:
+    """Peak memory in MiB: allocated on the GPU where there is one, else the process's own."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

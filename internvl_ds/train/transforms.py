@@ -1,0 +1,103 @@
+"""Image transforms for training and evaluation, chosen by DATA.TRANSFORM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from timm.data import create_transform
+from timm.data.transforms import str_to_interp_mode
+from torchvision import transforms
+from yacs.config import CfgNode
+
+from internvl_ds.errors import ConfigError
+
+Transform = Callable[[Any], torch.Tensor]
+
+# Up to this size images are taken to be that small already: a crop of a part would lose too much.
+_SMALL_IMAGE = 32  # pixels
+
+
+def build_transform(config: CfgNode, training: bool) -> Transform:
+    """Builds the transform from a PIL image to a float32 tensor (3, IMG_SIZE, IMG_SIZE).
+
+    Raises:
+        ConfigError: for an unknown DATA.TRANSFORM, and for evaluation on random crops.
+    """
+    name = config.DATA.TRANSFORM
+    if name not in ('build_transform', 'build_transform_for_linear_probe'):
+        raise ConfigError(
+            f'DATA.TRANSFORM {name!r} is none of build_transform, build_transform_for_linear_probe'
+        )
+    if not training:
+        return _eval_transform(config)
+    if name == 'build_transform':
+        return _augmenting_transform(config)
+    return transforms.Compose(
+        [
+            transforms.RandomResizedCrop(config.DATA.IMG_SIZE, interpolation=_bicubic()),
+            transforms.RandomHorizontalFlip(config.AUG.HFLIP),
+            *_to_normalized_tensor(config),
+        ]
+    )
+
+
+def _augmenting_transform(config: CfgNode) -> Transform:
+    size, aug = config.DATA.IMG_SIZE, config.AUG
+    transform = create_transform(
+        input_size=size,
+        is_training=True,
+        color_jitter=aug.COLOR_JITTER or None,
+        auto_augment=None if aug.AUTO_AUGMENT in (None, '', 'none') else aug.AUTO_AUGMENT,
+        re_prob=aug.REPROB,
+        re_mode=aug.REMODE,
+        re_count=aug.RECOUNT,
+        hflip=aug.HFLIP,
+        scale=tuple(aug.SCALE),
+        interpolation=config.DATA.INTERPOLATION,
+        mean=tuple(aug.MEAN),
+        std=tuple(aug.STD),
+    )
+    if size <= _SMALL_IMAGE:
+        # Takes the place of the random resized crop; the resize leaves a fitting image as it is.
+        transform.transforms[0] = transforms.Compose(
+            [
+                transforms.Resize(size, interpolation=_interpolation(config)),
+                transforms.RandomCrop(size, padding=4),
+            ]
+        )
+    return transform
+
+
+def _eval_transform(config: CfgNode) -> Transform:
+    size = config.DATA.IMG_SIZE
+    if config.DATA.TRANSFORM == 'build_transform_for_linear_probe':
+        crop = [transforms.Resize(size, interpolation=_bicubic()), transforms.CenterCrop(size)]
+    elif config.TEST.CROP:
+        crop = [
+            transforms.Resize(size, interpolation=_interpolation(config)),
+            transforms.CenterCrop(size),
+        ]
+    elif config.AUG.RANDOM_RESIZED_CROP:
+        raise ConfigError(
+            'AUG.RANDOM_RESIZED_CROP True with TEST.CROP False evaluates on random crops, whose '
+            'accuracy cannot be reproduced: it is not supported; set one of the two otherwise'
+        )
+    else:
+        crop = [transforms.Resize((size, size), interpolation=_interpolation(config))]
+    return transforms.Compose([*crop, *_to_normalized_tensor(config)])
+
+
+def _to_normalized_tensor(config: CfgNode) -> list[Transform]:
+    return [transforms.ToTensor(), transforms.Normalize(config.AUG.MEAN, config.AUG.STD)]
+
+
+def _interpolation(config: CfgNode) -> transforms.InterpolationMode:
+    # 'random' is a training mode of timm's, and means either; evaluation takes the milder one.
+    name = config.DATA.INTERPOLATION
+    return str_to_interp_mode('bilinear' if name == 'random' else name)
+
+
+def _bicubic() -> transforms.InterpolationMode:
+    return transforms.InterpolationMode.BICUBIC

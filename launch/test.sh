@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# The checks of this repository: set up, then lint, format, types and tests.
+# Arguments go to pytest: bash launch/test.sh -m 'not slow' tests/test_config.py
+set -euo pipefail
+
+# shellcheck source=launch/common.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
+
+set_up dev,mpi
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+say 'ruff check' && ruff check
+say 'ruff format --check' && ruff format --check
+say 'mypy' && mypy
+say "pytest $*" && exec python -m pytest "$@"

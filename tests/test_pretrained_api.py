@@ -1,0 +1,251 @@
+"""load_pretrained as a script calls it, on small real modules."""
+
+import copy
+import logging
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from internvl_ds import config as config_module
+from internvl_ds.errors import PretrainedError
+from internvl_ds.pretrained import imagenet_22k_rows, load_pretrained
+
+logger = logging.getLogger('test_pretrained')
+
+
+class Block(nn.Module):
+    def __init__(self, dim, window, heads):
+        super().__init__()
+        self.proj = nn.Linear(dim, dim)
+        self.relative_position_bias_table = nn.Parameter(torch.randn(window * window, heads))
+        self.register_buffer('relative_position_index', torch.arange(window))
+
+
+class Net(nn.Module):
+    def __init__(self, classes=5, dim=8, window=3, grid=4, heads=2, depth=2):
+        super().__init__()
+        self.absolute_pos_embed = nn.Parameter(torch.randn(1, grid * grid, dim))
+        self.blocks = nn.ModuleList(Block(dim, window, heads) for _ in range(depth))
+        self.norm = nn.BatchNorm1d(dim)
+        self.head = nn.Linear(dim, classes)
+
+
+@pytest.fixture(autouse=True)
+def _seed_and_log(caplog):
+    torch.manual_seed(0)
+    caplog.set_level(logging.DEBUG)
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Saves an object, then loads it into a model through the public function."""
+
+    def run(obj, model, rand_init=False):
+        torch.save(obj, tmp_path / 'w.pth')
+        config = config_module.default_config()
+        config.MODEL.PRETRAINED = str(tmp_path / 'w.pth')
+        config.TRAIN.RAND_INIT_FT_HEAD = rand_init
+        config.freeze()
+        assert load_pretrained(config, model, logger) is None
+
+    return run
+
+
+def snapshot(model):
+    return copy.deepcopy(model.state_dict())
+
+
+def assert_state(model, expected):
+    state = model.state_dict()
+    assert list(state) == list(expected)
+    for key, tensor in expected.items():
+        assert torch.equal(state[key], tensor), key
+
+
+def lines(caplog, level):
+    return [r.getMessage() for r in caplog.records if r.levelno == level]
+
+
+@pytest.mark.parametrize(
+    'wrap', [lambda s: {'model': s, 'epoch': 1}, lambda s: {'module': s}, dict]
+)
+def test_same_model(load, caplog, wrap):
+    source, model = Net(), Net()
+    expected = snapshot(source)
+    for i in range(2):  # rebuilt by the model, whatever the file says
+        source.blocks[i].relative_position_index.fill_(9)
+    load(wrap(source.state_dict()), model)
+    assert_state(model, expected)
+    assert 'dropped 2 buffers that the model builds itself' in lines(caplog, logging.INFO)
+
+
+def test_all_sizes_at_once(load, caplog):
+    source, model = Net(window=3, grid=4), Net(window=5, grid=6)
+    expected = snapshot(model) | {
+        key: value
+        for key, value in snapshot(source).items()
+        if 'relative_position' not in key and key != 'absolute_pos_embed'
+    }
+    for i in range(2):
+        table = source.blocks[i].relative_position_bias_table.detach()
+        image = table.t().reshape(1, 2, 3, 3)
+        image = F.interpolate(image, size=(5, 5), mode='bicubic', align_corners=False)
+        expected[f'blocks.{i}.relative_position_bias_table'] = image.reshape(2, 25).t()
+    image = source.absolute_pos_embed.detach().reshape(1, 4, 4, 8).permute(0, 3, 1, 2)
+    image = F.interpolate(image, size=(6, 6), mode='bicubic', align_corners=False)
+    expected['absolute_pos_embed'] = image.permute(0, 2, 3, 1).reshape(1, 36, 8)
+    load(source.state_dict(), model)
+    assert_state(model, expected)
+    info = lines(caplog, logging.INFO)
+    assert 'resized 2 relative_position_bias_table 9 -> 25' in info
+    assert 'resized 1 absolute_pos_embed 16 -> 36' in info
+
+
+def test_dtypes_meet_in_the_model(load):
+    source, model = Net().bfloat16(), Net(window=5).half()
+    load(source.state_dict(), model)
+    table = source.blocks[0].relative_position_bias_table.detach().float()
+    image = F.interpolate(table.t().reshape(1, 2, 3, 3), size=(5, 5), mode='bicubic')
+    expected = image.reshape(2, 25).t().half()
+    assert torch.equal(model.blocks[0].relative_position_bias_table, expected)
+    assert torch.equal(model.head.weight, source.head.weight.half())
+    assert {p.dtype for p in model.parameters()} == {torch.float16}
+
+
+def test_parameters_stay_the_same_objects(load):
+    model = Net(window=5)
+    before = list(model.parameters())
+    load(Net().state_dict(), model)
+    assert all(a is b for a, b in zip(before, model.parameters(), strict=True))
+    assert all(p.requires_grad for p in before)
+
+
+def test_left_out_tables_keep_the_model_and_are_reported(load, caplog):
+    source, model = Net(heads=4), Net(heads=2)
+    before = snapshot(model)
+    load(source.state_dict(), model)
+    assert torch.equal(
+        model.blocks[1].relative_position_bias_table,
+        before['blocks.1.relative_position_bias_table'],
+    )
+    assert torch.equal(model.head.weight, source.head.weight)
+    warnings = lines(caplog, logging.WARNING)
+    key = 'blocks.0.relative_position_bias_table'
+    assert f'{key}: left out: 4 heads in the checkpoint, 2 in the model' in warnings
+    # Two tables, and the two index buffers that are never taken from a file.
+    assert any(w.startswith('4 entries missing') and key in w for w in warnings)
+
+
+def test_report_is_short_and_full_at_debug(load, caplog):
+    source = Net(depth=2).state_dict() | {f'extra.{i}': torch.zeros(1) for i in range(7)}
+    load(source, Net(depth=4))
+    warnings = lines(caplog, logging.WARNING)
+    names = 'extra.0, extra.1, extra.2, extra.3, extra.4 and 2 more'
+    assert f'7 entries unexpected, not in the model: {names}' in warnings
+    assert any('blocks.2.' in w and ' more' in w for w in warnings)
+    debug = lines(caplog, logging.DEBUG)
+    full = ', '.join(f'extra.{i}' for i in range(7))
+    assert f'unexpected, not in the model: {full}' in debug
+    assert any('blocks.3.proj.bias' in line for line in debug)
+
+
+def test_student_of_a_sim_free_checkpoint(load):
+    source, model = Net(), Net()
+    state = {'teacher.norm.weight': torch.zeros(8), 'student_proj.weight': torch.zeros(8)}
+    state |= {f'student.{key}': value for key, value in source.state_dict().items()}
+    load({'model': state}, model)
+    assert_state(model, snapshot(source))
+
+
+def test_rand_init_scales_the_models_head(load):
+    source, model = Net(classes=7), Net(classes=5)
+    weight, bias = model.head.weight.detach().clone(), model.head.bias.detach().clone()
+    load(source.state_dict(), model, rand_init=True)
+    assert torch.equal(model.head.weight, weight * 0.001)
+    assert torch.equal(model.head.bias, bias * 0.001)
+    assert torch.equal(model.norm.weight, source.norm.weight)
+    assert model.head.weight.requires_grad
+
+
+def test_rand_init_leaves_a_head_of_the_same_length(load):
+    source, model = Net(), Net()
+    load(source.state_dict(), model, rand_init=True)
+    assert torch.equal(model.head.weight, source.head.weight)
+
+
+def test_22k_head_gives_its_rows(load):
+    source, model = Net(classes=21841), Net(classes=1000)
+    load(source.state_dict(), model)
+    for label, row in enumerate(imagenet_22k_rows().tolist()):
+        assert torch.equal(model.head.weight[label], source.head.weight[row])
+    assert torch.equal(model.head.bias[850], source.head.bias[11136])
+
+
+def test_head_that_no_setting_allows(load, tmp_path):
+    model = Net(classes=5)
+    before = snapshot(model)
+    with pytest.raises(PretrainedError, match=r'7 classes in the checkpoint, 5 in the model'):
+        load(Net(classes=7).state_dict(), model)
+    assert_state(model, before)
+
+
+def test_other_shapes_are_named_and_nothing_is_loaded(load):
+    model = Net(classes=5)
+    before = snapshot(model)
+    state = Net(classes=7).state_dict()
+    state['norm.weight'], state['norm.bias'] = torch.zeros(3), torch.zeros(2, 4)
+    with pytest.raises(PretrainedError) as caught:
+        load(state, model, rand_init=True)
+    text = str(caught.value)
+    assert '2 entries do not fit the model' in text
+    assert 'norm.weight ((3,) in the checkpoint, (8,) in the model)' in text
+    assert 'norm.bias ((2, 4) in the checkpoint, (8,) in the model)' in text
+    # Neither the other entries nor the scaling of the head went through.
+    assert_state(model, before)
+
+
+def test_value_that_is_no_tensor(load):
+    with pytest.raises(PretrainedError, match=r'norm.weight \(int in the checkpoint'):
+        load(Net().state_dict() | {'norm.weight': 3}, Net())
+
+
+def test_nothing_in_common(load, tmp_path):
+    state = {f'backbone.{key}': value for key, value in Net().state_dict().items()}
+    with pytest.raises(PretrainedError) as caught:
+        load({'state_dict': state, 'epoch': 1}, Net())
+    text = str(caught.value)
+    assert text.startswith(f'{tmp_path / "w.pth"}: no key of the checkpoint is in the model')
+    assert 'the checkpoint has state_dict, epoch;' in text
+    assert 'absolute_pos_embed, blocks.0.relative_position_bias_table' in text
+    with pytest.raises(PretrainedError, match='the checkpoint has none'):
+        load({}, Net())
+
+
+def test_missing_file_and_empty_setting():
+    config = config_module.default_config()
+    with pytest.raises(PretrainedError, match=r'MODEL\.PRETRAINED is empty'):
+        load_pretrained(config, Net(), logger)
+    config.MODEL.PRETRAINED = '/nowhere/w.pth'
+    with pytest.raises(PretrainedError, match=r'/nowhere/w\.pth: no such file'):
+        load_pretrained(config, Net(), logger)
+
+
+@pytest.mark.parametrize('rand_init', [False, True])
+def test_no_random_number_is_drawn(load, rand_init):
+    source, model = Net(window=5, classes=7 if rand_init else 5), Net()
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    load(source.state_dict(), model, rand_init=rand_init)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert np.random.get_state()[1].tolist() == states[2]
+
+
+def test_too_late_is_refused_before_the_file_is_read():
+    model = Net()
+    model.head.weight.ds_id = 0
+    with pytest.raises(PretrainedError, match=r'load_pretrained: models built under .*zero\.Init'):
+        load_pretrained(config_module.default_config(), model, logger)

@@ -1,0 +1,97 @@
+"""A small model, its data and its optimizer, the same in every process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from yacs.config import CfgNode
+
+from internvl_ds.config import default_config
+
+CLASSES = 5
+FEATURES = 12
+GLOBAL_BATCH = 16
+
+
+class Net(nn.Module):
+    """Conv, BatchNorm-free: a frozen layer, an odd parameter count, a buffer, a tied weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(FEATURES, 19)
+        self.frozen = nn.Linear(19, 19)
+        self.norm = nn.LayerNorm(19)
+        self.body = nn.Linear(19, 7)
+        self.head = nn.Linear(7, CLASSES)
+        self.register_buffer('seen', torch.zeros(()))
+        self.frozen.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.seen += 1
+        x = torch.nn.functional.gelu(self.stem(x))
+        x = self.norm(x + self.frozen(x))
+        return self.head(torch.tanh(self.body(x)))
+
+
+def make_model(seed: int = 0) -> Net:
+    torch.manual_seed(seed)
+    return Net()
+
+
+def make_optimizer(model: nn.Module, lr: float = 1e-2) -> torch.optim.AdamW:
+    """AdamW with two weight-decay groups, built as the original does: one group per tensor."""
+    groups = [
+        {'params': [p], 'weight_decay': 0.0 if p.dim() == 1 else 0.05, 'lr': lr, 'name': name}
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    ]
+    return torch.optim.AdamW(groups, lr=lr)
+
+
+def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The whole batch of an update: inputs (16, 12) float32 and targets (16,) int64."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    x = torch.randn(GLOBAL_BATCH, FEATURES, generator=generator)
+    return x, torch.randint(CLASSES, (GLOBAL_BATCH,), generator=generator)
+
+
+def micro_batch(step: int, micro: int, accumulation: int, rank: int, world: int) -> Any:
+    """This rank's share of a micro-batch."""
+    x, y = batch(step)
+    size = GLOBAL_BATCH // accumulation // world
+    start = (micro * world + rank) * size
+    return x[start : start + size], y[start : start + size]
+
+
+def make_config(output: str = '', **values: Any) -> CfgNode:
+    """The default tree with OUTPUT, fp32 and dotted overrides (A__B for A.B)."""
+    config = default_config()
+    config.OUTPUT = output
+    config.AMP_OPT_LEVEL = 'O0'
+    config.CHECKPOINT.RENDEZVOUS_TIMEOUT = 30
+    for key, value in values.items():
+        node = config
+        *sections, last = key.split('__')
+        for section in sections:
+            node = node[section]
+        node[last] = value
+    config.freeze()
+    return config
+
+
+def precision_values(precision: str) -> dict[str, Any]:
+    """The yacs values of 'fp32' or 'bf16'."""
+    if precision == 'bf16':
+        return {'AMP_OPT_LEVEL': 'O2', 'AMP_TYPE': 'bfloat16'}
+    return {'AMP_OPT_LEVEL': 'O0'}
+
+
+def zero_json(stage: int) -> dict[str, Any]:
+    """A ds_config of a stage; at stage 3 every parameter is partitioned, however small."""
+    zero: dict[str, Any] = {'stage': stage}
+    if stage == 3:
+        zero['stage3_param_persistence_threshold'] = 0
+    return {'zero_optimization': zero}
