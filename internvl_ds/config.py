@@ -224,7 +224,7 @@ def _parse_opt(config: CN, key: str, text: Any) -> Any:
         if takes_text:
             return text
         raise ConfigError(f'--opts: {key} {text!r} cannot be read as YAML: {error}') from error
-    # '7', 'no' and '' are a number, a bool and None to YAML; where text is due, they are meant as is.
+    # '7', 'no' and '' are a number, a bool and None to YAML; where text is due, they are text.
     return text if takes_text and not isinstance(value, str) else value
 
 

@@ -14,6 +14,11 @@ from deepspeed.utils import safe_get_full_grad
 from internvl_ds.engine import engine_of, step_scheduler
 from internvl_ds.errors import ConfigError, InternvlDsError
 
+_NO_GRADIENTS = (
+    'get_grad_norm: no gradients are there. Under ZeRO they exist between backward and step only; '
+    'NativeScalerWithGradNormCount returns the norm of each step.'
+)
+
 
 class NativeScalerWithGradNormCount:
     """Backward, and on a boundary: clip, step, and report the gradient norm.
@@ -126,18 +131,21 @@ def get_grad_norm(
     for p in parameters:
         zero = hasattr(p, '_hp_mapping') or hasattr(p, 'ds_id')
         under_zero = under_zero or (zero and p.requires_grad)
-        # safe_get_full_grad is a collective: enter it for every trainable parameter, on all ranks.
-        grad = safe_get_full_grad(p) if zero and p.requires_grad else p.grad
+        grad = _gathered_grad(p) if zero and p.requires_grad else p.grad
         if grad is not None:
             norms.append(torch.linalg.vector_norm(grad.detach().float(), norm_type))
     if not norms:
         if under_zero:
-            raise InternvlDsError(
-                'get_grad_norm: no gradients are there. Under ZeRO they exist between backward and '
-                'step only; NativeScalerWithGradNormCount returns the norm of each step.'
-            )
+            raise InternvlDsError(_NO_GRADIENTS)
         return torch.zeros((), device=parameters[0].device if parameters else None)
     return torch.linalg.vector_norm(torch.stack(norms), norm_type)
+
+
+def _gathered_grad(parameter: torch.Tensor) -> torch.Tensor | None:
+    try:
+        return safe_get_full_grad(parameter)  # a collective
+    except AssertionError as error:  # what ZeRO-3 raises after a step, on all ranks alike
+        raise InternvlDsError(_NO_GRADIENTS) from error
 
 
 def _step_and_norm(engine: DeepSpeedEngine, clip_grad: float) -> torch.Tensor:

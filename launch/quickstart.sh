@@ -61,7 +61,7 @@ main() {
     rm -rf -- "$OUTPUT"
   fi
   internvl-ds digits "$DATA" || die 'the training data are not there; the line above says why.'
-  [[ ! -f $RUN/latest ]] || say "found checkpoint $(<"$RUN/latest"): this run resumes from it"
+  [[ ! -f $RUN/latest ]] || say "found checkpoint $(<"$RUN/latest"): this run resumes from it (--fresh starts anew)"
   port=$(free_port)
   train "$port" ${epochs:+--opts TRAIN.EPOCHS "$epochs"}
   report
@@ -93,7 +93,7 @@ train() {
     deepspeed --num_gpus "$ranks" --no_local_rank --master_port "$port"
     --module internvl_ds.train
     --cfg "$CFG" --data-path "$DATA" --output "$OUTPUT"
-    --deepspeed_config ds_configs/zero2_bf16.json "$@"
+    --deepspeed_config ds_configs/zero2.json "$@"
   )
   say "training on $ranks rank(s): ${command[*]}"
   trap 'remove_shared_memory '"$port" EXIT

@@ -70,6 +70,7 @@ def run_ranks(
     target: str,
     ranks: int,
     folder: Path,
+    /,
     timeout: float = 240,
     env: dict[str, str] | None = None,
     expect_failure: bool = False,

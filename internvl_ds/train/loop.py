@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
+import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ from torch import nn
 from yacs.config import CfgNode
 
 from internvl_ds import ds_config as ds
-from internvl_ds.comm import rank, reduce_tensor, world_size
+from internvl_ds.comm import exchange, rank, reduce_tensor, world_size
 from internvl_ds.ema import ShardedEma
 from internvl_ds.engine import initialize
 from internvl_ds.precision import NativeScalerWithGradNormCount
@@ -99,6 +101,7 @@ def setup(config: CfgNode, ds_config: str | Path | None, logger: logging.Logger)
     """
     resolved = ds.resolve(ds.load_ds_config(ds_config), config, world_size())
     ds.adopt(config, resolved)
+    _share_cores(config)
     _choose_resume(config, logger)
     if rank() == 0:
         path = write_config(config, config.OUTPUT)
@@ -236,7 +239,7 @@ def _train(state: Run) -> float:
 
 
 def _save(state: Run, epoch: int, best: str | None = None) -> None:
-    path = save_checkpoint(
+    save_checkpoint(
         state.config,
         epoch,
         state.engine,
@@ -250,7 +253,6 @@ def _save(state: Run, epoch: int, best: str | None = None) -> None:
         ema_decay=state.ema.decay if state.ema is not None else None,
         best=best,
     )
-    state.logger.info('saved %s', path)
 
 
 def _validate(state: Run, what: str) -> EvalResult:
@@ -308,6 +310,14 @@ def _for_inference(resolved: dict[str, Any]) -> dict[str, Any]:
     if inference['zero_optimization']['stage'] in (1, 2):
         inference['zero_optimization'] = {'stage': 0}
     return inference
+
+
+def _share_cores(config: CfgNode) -> None:
+    """Divides a host's cores between its ranks, which would otherwise each take all of them."""
+    hosts = exchange('hosts', socket.gethostname(), config.CHECKPOINT.RENDEZVOUS_TIMEOUT)
+    if 'OMP_NUM_THREADS' not in os.environ and not torch.cuda.is_available():
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // hosts.count(socket.gethostname())))
 
 
 def _choose_resume(config: CfgNode, logger: logging.Logger) -> None:

@@ -45,7 +45,7 @@ def reference(precision: str, steps: int, clip: float | None) -> dict[str, Any]:
         if clip:
             nn.utils.clip_grad_norm_([m for m, _ in trained], clip)
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         for m, p in trained:
             p.data.copy_(m.data)
             m.grad = p.grad = None
@@ -97,7 +97,7 @@ def follow_reference(
                 x, y = micro_batch(step, micro, accumulation, rank(), world_size())
                 x = x.to(torch.bfloat16 if precision == 'bf16' else torch.float32)
                 loss = nn.functional.cross_entropy(engine(x).float(), y) / accumulation
-                total += float(loss)
+                total += float(loss.detach())
                 last = micro == accumulation - 1
                 norm = scaler(
                     loss, optimizer, clip, parameters=model.parameters(), update_grad=last

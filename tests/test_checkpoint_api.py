@@ -1,0 +1,201 @@
+"""save_checkpoint, load_checkpoint, load_ema_checkpoint and the EMA on 2 real ranks."""
+
+import pytest
+
+from tests.ranks import run_ranks
+
+STAGES = [0, 1, 2, 3]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize('precision', ['fp32', 'bf16'])
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, precision):
+    whole = run_ranks(
+        'tests.workers.saving:train_and_save', 2, tmp_path,
+        stages=STAGES, precision=precision, root=tmp_path,
+    )  # fmt: skip
+    resumed = run_ranks(
+        'tests.workers.saving:resume_and_go_on', 2, tmp_path,
+        stages=STAGES, precision=precision, root=tmp_path,
+    )  # fmt: skip
+    for stage in map(str, STAGES):
+        for before, after in zip(whole, resumed, strict=True):
+            a, b = before[stage], after[stage]
+            assert b['path'] == a['path'] == str(tmp_path / f'zero{stage}' / 'ckpt_epoch_3')
+            assert b['next'] == a['next'], stage
+            assert b['masters'] == a['masters'], stage
+            assert b['ema'] == a['ema'], stage
+            assert b['accuracy'] == 81.5
+            assert b['accuracy_ema'] == 79.25
+            assert b['start_epoch'] == 4
+            updates, micro_batches = b['counts']
+            assert updates == 10
+            assert micro_batches % 2 == 0  # the accumulation phase: at a boundary
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize('precision', ['fp32', 'bf16'])
+def test_eval_mode_loads_the_tag_that_was_asked_for(tmp_path, precision):
+    results = run_ranks(
+        'tests.workers.saving:evaluate_by_name', 2, tmp_path,
+        stages=STAGES, precision=precision, root=tmp_path,
+    )  # fmt: skip
+    for stage in map(str, STAGES):
+        for result in results:
+            got = result[stage]
+            assert got['latest'] == 'ckpt_epoch_1'
+            assert got['first'] != got['second']
+            assert got['got'] == got['first'], stage
+            assert got['plain'] == got['first'], stage
+            assert got['accuracy'] == 50.0
+            assert got['start_epoch'] == 0
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize('stage', [1, 3])
+def test_a_save_on_rank_0_alone_names_the_missing_rank(tmp_path, stage):
+    texts = run_ranks(
+        'tests.workers.saving:save_on_rank_0_only', 2, tmp_path,
+        expect_failure=True, stage=stage, root=tmp_path / 'out',
+    )  # fmt: skip
+    assert 'RankError: save_checkpoint: rank 0 waited 3 s and rank 1 did not come' in texts[0]
+    assert 'remove an `if rank == 0` around it' in texts[0]
+    assert not list((tmp_path / 'out').glob('ckpt_*'))
+
+
+@pytest.mark.ranks
+def test_ranks_that_save_different_epochs_are_told(tmp_path):
+    messages = run_ranks(
+        'tests.workers.saving:save_with_another_epoch', 2, tmp_path, root=tmp_path / 'out'
+    )
+    for message in messages:
+        assert message.startswith('RankError: save_checkpoint: the ranks came with different tags')
+        assert 'ckpt_epoch_0' in message
+        assert 'ckpt_epoch_1' in message
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize('stage', [1, 3])
+def test_a_rank_that_cannot_write_fails_the_save_on_all_and_training_goes_on(tmp_path, stage):
+    results = run_ranks(
+        'tests.workers.saving:save_that_fails_on_rank_1', 2, tmp_path,
+        stage=stage, root=tmp_path / 'out',
+    )  # fmt: skip
+    for result in results:
+        assert 'No space left on device' in result['error']
+        assert result['error'].startswith('CheckpointError')
+        assert result['left'] == ['ckpt_epoch_2']  # SAVE_CKPT_NUM is 1; epoch 0 stayed until then
+        assert result['latest'] == 'ckpt_epoch_2'
+    assert 'rank 1' in results[0]['error']
+
+
+@pytest.mark.ranks
+def test_what_cannot_be_loaded_says_why(tmp_path):
+    for messages in run_ranks(
+        'tests.workers.saving:load_errors', 2, tmp_path, root=tmp_path
+    ):
+        assert messages['missing'].startswith('CheckpointNotFound')
+        assert 'ckpt_epoch_9: no such checkpoint' in messages['missing']
+        assert 'has ckpt_epoch_0' in messages['missing']
+        assert messages['empty'].startswith('CheckpointNotFound: MODEL.RESUME is empty')
+        assert 'nowhere: no such checkpoint' in messages['no directory']
+        assert 'resumes training from tag directories only' in messages['pth']
+        assert 'ZeRO stage 2, and this run has 1' in messages['stage']
+        assert 'precision fp32, and this run has bf16' in messages['precision']
+        assert messages['model'].startswith('CheckpointMismatch')
+        assert '0.weight' in messages['model']
+        assert 'stem.weight' in messages['model']
+        assert messages['no engine'].startswith('EngineNotFound')
+        assert messages['untouched'] == 'True'
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize('precision', ['fp32', 'bf16'])
+def test_the_ema_is_the_average_and_evaluates_in_place(tmp_path, precision):
+    results = run_ranks(
+        'tests.workers.saving:ema_in_place', 2, tmp_path, stages=STAGES, precision=precision
+    )
+    for stage in map(str, STAGES):
+        for result in results:
+            got = result[stage]
+            # the same fp32 lerp, element by element, over another cut of the tensors
+            assert got['off'] <= 1e-7, stage
+            assert got['inside_differs'], stage
+            assert got['restored'], stage
+            assert got['inside'] == results[0][stage]['inside']
+            # `seen` counts forward passes in training: 2 an update, averaged with decay 0.9
+            assert got['seen'] == pytest.approx(_averaged_count(5), rel=1e-6)
+
+
+def _averaged_count(updates: int) -> float:
+    average = 0.0
+    for update in range(1, updates + 1):
+        average += 0.1 * (2 * update - average)
+    return average
+
+
+
+
+@pytest.mark.ranks
+def test_retention_leaves_exactly_the_newest_epoch_tags(tmp_path):
+    # (SAVE_CKPT_NUM, SAVE_FREQ, epochs of this run): each run goes on in the same directory.
+    runs = [(1, 1, range(0, 3)), (3, 1, range(3, 7)), (3, 2, range(7, 13)), (1, 2, range(13, 17))]
+    results = run_ranks(
+        'tests.workers.saving:retain', 2, tmp_path,
+        root=tmp_path / 'out', runs=[(keep, freq, list(epochs)) for keep, freq, epochs in runs],
+    )  # fmt: skip
+    saved: list[int] = []
+    expected = []
+    for keep, freq, epochs in runs:
+        for epoch in epochs:
+            if epoch % freq == 0:
+                saved.append(epoch)
+                expected.append([f'ckpt_epoch_{e}' for e in sorted(saved[-keep:])])
+                saved = saved[-keep:]
+    for result in results:
+        assert result['epoch_tags'] == expected
+        assert result['others'] == ['ckpt_epoch_best', 'ckpt_epoch_ema_best']
+        assert result['latest'] == 'ckpt_epoch_16'
+        assert result['hidden'] == []
+
+
+@pytest.mark.ranks
+def test_a_rewound_run_keeps_what_it_saves_and_resumes_from_it(tmp_path):
+    results = run_ranks('tests.workers.saving:rewind', 2, tmp_path, root=tmp_path / 'out')
+    for result in results:
+        assert result == {'tags': ['ckpt_epoch_4', 'ckpt_epoch_9'], 'newest': 'ckpt_epoch_4'}
+
+
+@pytest.mark.ranks
+def test_timm_averages_are_saved_and_loaded(tmp_path):
+    for result in run_ranks('tests.workers.saving:timm_ema', 2, tmp_path, root=tmp_path):
+        assert result['ModelEma'] == [True, 0.75]
+        assert result['ModelEmaV2'] == [True, 0.75]
+        assert result['ModelEmaV3'] == [True, 0.75]
+        assert result['from shards'] <= 1e-7  # the same fp32 numbers, merged from 2 ranks
+        assert result['without'] == [0.0, 'has no EMA: starting from the loaded weights']
+
+
+@pytest.mark.ranks
+def test_a_tag_of_plain_deepspeed_loads_and_ours_loads_plainly(tmp_path):
+    for result in run_ranks(
+        'tests.workers.saving:interchange', 2, tmp_path, stages=STAGES, root=tmp_path
+    ):
+        for stage in map(str, STAGES):
+            assert result[stage] == {
+                'plain into ours': True,
+                'ours into plain': True,
+                'warned': True,
+                'start_epoch': 0,
+            }
+
+
+@pytest.mark.ranks
+def test_hostile_shards_run_no_code(tmp_path):
+    for messages in run_ranks(
+        'tests.workers.saving:hostile', 2, tmp_path, root=tmp_path, target=tmp_path / 'owned'
+    ):
+        for message in messages:
+            assert message.startswith('CheckpointError')
+            assert 'refused, because it holds more than tensors and plain data' in message
+    assert not (tmp_path / 'owned').exists()

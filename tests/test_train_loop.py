@@ -1,0 +1,154 @@
+"""The training program on real ranks: what a run writes, and that a resumed one is the same run."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from internvl_ds.train.__main__ import parse_args
+from internvl_ds.train.loop import build_criterion
+from tests.ranks import free_port, run_command, run_ranks
+from tests.workers.training import small_config, write_folder
+
+# What depends on the clock alone.
+_TIMES = ('images_per_s', 'seconds')
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp('images'), classes=3, train=29, val=7)
+
+
+def write_config(folder, data, **values):
+    """A YAML file: 2 epochs of 7 micro-batches on 2 ranks, so that the last group is short."""
+    settings = {
+        'DATA__BATCH_SIZE': 2,
+        'TRAIN__EPOCHS': 2,
+        'TRAIN__WARMUP_EPOCHS': 0,
+        'TRAIN__BASE_LR': 0.1,
+        'TRAIN__ACCUMULATION_STEPS': 4,
+        'TRAIN__EMA__ENABLE': True,
+        'TRAIN__EMA__DECAY': 0.5,
+        'AUG__REPROB': 0.5,
+        'MODEL__DROP_PATH_RATE': 0.2,
+        'SAVE_CKPT_NUM': 2,
+        'PRINT_FREQ': 2,
+    }
+    path = folder / 'small.yaml'
+    path.write_text(small_config(data, **{**settings, **values}).dump())
+    return path
+
+
+def train(tmp_path, cfg, output, stage, *opts, level='O0'):
+    ds_config = tmp_path / f'stage{stage}.json'
+    ds_config.write_text(json.dumps({'zero_optimization': {'stage': stage}}))
+    opts = ['AMP_OPT_LEVEL', level, 'AMP_TYPE', 'bfloat16', *opts]
+    return run_ranks(
+        'tests.workers.training:train_on_ranks', 2, tmp_path,
+        cfg=str(cfg), output=str(tmp_path / output), opts=opts, ds_config=str(ds_config),
+    )  # fmt: skip
+
+
+def timeless(result):
+    return [{k: v for k, v in r.items() if k not in _TIMES} for r in result['metrics']]
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+@pytest.mark.parametrize(('stage', 'level'), [(1, 'O0'), (3, 'O2')])
+def test_a_resumed_run_goes_on_as_if_never_stopped(tmp_path, data, stage, level):
+    cfg = write_config(tmp_path, data)
+    whole, other_rank = train(tmp_path, cfg, 'whole', stage, level=level)
+    assert whole == other_rank
+    assert [record['epoch'] for record in whole['metrics']] == [0, 1]
+    assert whole['best'] == max(record['acc1'] for record in whole['metrics'])
+    for name in (
+        'ckpt_epoch_0', 'ckpt_epoch_1', 'ckpt_epoch_best', 'ckpt_epoch_ema_best', 'config.json',
+        'curves.png', 'ds_config.json', 'latest', 'log_rank0.txt', 'log_rank1.txt',
+    ):  # fmt: skip
+        assert name in whole['files']
+
+    tag = str(tmp_path / 'whole' / 'small' / 'ckpt_epoch_0')
+    resumed = train(tmp_path, cfg, 'resumed', stage, 'MODEL.RESUME', tag, level=level)[0]
+    assert timeless(resumed) == timeless(whole)[1:]
+    assert resumed['best'] == whole['best']
+
+    # The same command once more finds its own last epoch, and nothing is left to do.
+    again = train(tmp_path, cfg, 'whole', stage, level=level)[0]
+    assert again['metrics'] == whole['metrics']
+    assert 'nothing to train' in (tmp_path / 'whole' / 'small' / 'log_rank0.txt').read_text()
+
+
+@pytest.mark.ranks
+def test_evaluation_finds_the_accuracy_that_training_reported(tmp_path, data):
+    cfg = write_config(tmp_path, data, TRAIN__EPOCHS=1)
+    trained = train(tmp_path, cfg, 'out', 2)[0]
+    evaluated = train(tmp_path, cfg, 'out', 2, 'EVAL_MODE', 'True')[0]
+    assert evaluated['best'] == trained['metrics'][0]['acc1']
+    log = (tmp_path / 'out' / 'small' / 'log_rank0.txt').read_text()
+    ema = trained['metrics'][0]['ema_acc1']
+    assert f'evaluation, EMA: top-1 {ema:.2f} %' in log
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_linear_probing_changes_the_head_alone(tmp_path, data):
+    cfg = write_config(
+        tmp_path, data, TRAIN__EPOCHS=1, TRAIN__OPTIMIZER__FREEZE_BACKBONE=True,
+        TRAIN__OPTIMIZER__NAME='sgd',
+    )  # fmt: skip
+    result = train(tmp_path, cfg, 'out', 1)[0]
+    assert result['metrics'][0]['grad_norm'] > 0
+    log = (tmp_path / 'out' / 'small' / 'log_rank0.txt').read_text()
+    assert '0.00 M of them trained' in log
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_a_rank_that_fails_ends_the_program_with_its_reason(tmp_path, data):
+    cfg = write_config(tmp_path, data, MODEL__NUM_CLASSES=10)
+    port = str(free_port())
+    job = run_command(
+        [
+            'deepspeed', '--num_gpus', '2', '--no_local_rank', '--master_port', port,
+            '--module', 'internvl_ds.train', '--cfg', str(cfg), '--output', str(tmp_path / 'out'),
+        ],
+        timeout=120,
+    )  # fmt: skip
+    assert job.returncode != 0
+    assert 'MODEL.NUM_CLASSES 10' in job.output
+    assert 'MODEL.NUM_CLASSES 10' in (tmp_path / 'out' / 'small' / 'log_rank1.txt').read_text()
+
+
+def test_flags_that_are_not_given_leave_the_yaml_alone():
+    args = vars(parse_args(['--cfg', 'digits_quickstart']))
+    assert args.pop('cfg') == 'digits_quickstart'
+    assert set(args.values()) == {None}
+
+
+def test_the_launchers_own_flags_are_taken():
+    args = parse_args(
+        ['--cfg', 'x', '--local_rank=1', '--deepspeed', '--deepspeed_config', 'zero2']
+    )
+    assert (args.local_rank, args.deepspeed_config) == (1, 'zero2')
+    assert parse_args(['--cfg', 'x', '--local-rank', '3']).local_rank == 3
+
+
+@pytest.mark.parametrize('flag', ['--batchsize', '--batch', '--accumulation-step'])
+def test_an_unknown_or_shortened_flag_is_refused(flag, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(['--cfg', 'x', flag, '4'])
+    assert flag in capsys.readouterr().err
+
+
+def test_the_loss_fits_the_targets(tmp_path):
+    logits = torch.tensor([[2.0, 0.0, 0.0]])
+    label, soft = torch.tensor([0]), torch.tensor([[0.9, 0.05, 0.05]])
+    config = small_config(tmp_path, MODEL__LABEL_SMOOTHING=0.15)
+    smoothed = build_criterion(config, soft_targets=False)(logits, label)
+    mixed = build_criterion(config, soft_targets=True)(logits, soft)
+    assert smoothed == pytest.approx(mixed.item())  # 0.85 + 0.15 / 3 on the label
+    config.MODEL.LABEL_SMOOTHING = 0.0
+    plain = build_criterion(config, soft_targets=False)(logits, label)
+    assert plain == pytest.approx(nn.functional.cross_entropy(logits, label).item())
