@@ -126,27 +126,36 @@ def exchange(what: str, value: Any, timeout: float) -> list[Any]:
     if world_size() == 1:
         return [value]
     store = distributed_c10d._get_default_store()
-    mine, ranks = rank(), range(world_size())
-    keys = [f'internvl_ds/{what}/{_rounds[what]}/{r}' for r in ranks]
-    store.set(keys[mine], json.dumps(value))
+    deadline = time.monotonic() + timeout
+    while True:
+        keys = [f'internvl_ds/{what}/{_rounds[what]}/{r}' for r in range(world_size())]
+        store.set(keys[rank()], json.dumps({'value': value}))
+        _wait_for_keys(store, keys, what, timeout, deadline)
+        brought = [json.loads(text) for text in store.multi_get(keys)]
+        if _rounds[what]:
+            # Whoever came to this round is through with the one before.
+            store.delete_key(f'internvl_ds/{what}/{_rounds[what] - 1}/{rank()}')
+        _rounds[what] += 1
+        if all('value' in item for item in brought):
+            return [item['value'] for item in brought]
+        # Others gave this round up before this rank came: they meet in the next one, if at all.
+
+
+def _wait_for_keys(store: Any, keys: list[str], what: str, timeout: float, deadline: float) -> None:
     try:
-        store.wait(keys, timedelta(seconds=timeout))
+        store.wait(keys, timedelta(seconds=max(0.1, deadline - time.monotonic())))
     except RuntimeError as error:
-        missing = [r for r in ranks if not store.check([keys[r]])]
-        store.delete_key(keys[mine])
+        mine = rank()
+        missing = [r for r, key in enumerate(keys) if not store.check([key])]
         if not missing:  # the store itself failed: rank 0's process is gone
             raise RankError(f'{what}: rank {mine} lost the store of rank 0: {error}') from error
+        store.set(keys[mine], json.dumps({'gave up': mine}))
+        _rounds[what] += 1
         raise RankError(
             f'{what}: rank {mine} waited {timeout:g} s and rank {_listed(missing)} did not come. '
             'Every rank must make this call: remove an `if rank == 0` around it, and look in the '
             'output of the missing rank for an error of its own.'
         ) from error
-    values = [json.loads(text) for text in store.multi_get(keys)]
-    if _rounds[what]:
-        # Whoever came to this round has read the one before: its key is of no more use.
-        store.delete_key(f'internvl_ds/{what}/{_rounds[what] - 1}/{mine}')
-    _rounds[what] += 1
-    return values
 
 
 def agree(
@@ -181,9 +190,7 @@ def agree(
         raise own
     failed = {r: report for r, report in enumerate(reports) if report is not None}
     if failed:
-        raise error_type(
-            f'{what}: ' + '; '.join(f'rank {r}: {text}' for r, text in failed.items())
-        )
+        raise error_type(f'{what}: ' + '; '.join(f'rank {r}: {text}' for r, text in failed.items()))
     return result  # type: ignore[return-value]
 
 
@@ -212,7 +219,7 @@ def from_rank_0(what: str, action: Callable[[], Any], timeout: float) -> Any:
 
 
 def _all_subclasses(base: type) -> list[type]:
-    found = list(base.__subclasses__())
+    found: list[type] = list(base.__subclasses__())
     return found + [c for child in found for c in _all_subclasses(child)]
 
 

@@ -213,7 +213,7 @@ def _number(tree: Mapping[str, Any], json_key: str, config: CfgNode, key: str) -
     same = stated == wanted or {stated, wanted} <= neutral
     if not same and wanted != default:
         raise ConfigError(
-            f"/{json_key} is {stated} in the ds_config, but {key} is {wanted}; make them agree, "
+            f'/{json_key} is {stated} in the ds_config, but {key} is {wanted}; make them agree, '
             "or set the JSON's to 'auto'"
         )
     return stated

@@ -109,8 +109,10 @@ class ShardedEma:
         stage, ranks = self.engine.zero_optimization_stage(), world_size()
         with safe_open(directory / 'ema_rank_0.safetensors', 'pt') as file:
             saved = file.metadata()
-            buffers = {n: file.get_tensor(f'buffer/{n}') for n in self._buffers
-                       if f'buffer/{n}' in file.keys()}  # noqa: SIM118
+            held = set(file.keys())
+            buffers = {
+                n: file.get_tensor(f'buffer/{n}') for n in self._buffers if f'buffer/{n}' in held
+            }
         if (int(saved['zero_stage']), int(saved['world_size'])) != (stage, ranks):
             raise CheckpointMismatch(
                 f'{directory}: its EMA was saved at ZeRO stage {saved["zero_stage"]} on '
@@ -123,7 +125,9 @@ class ShardedEma:
             names = {n.removeprefix('shard/') for n in file.keys() if n.startswith('shard/')}  # noqa: SIM118
             differing = sorted(names ^ set(targets))
             if differing or set(buffers) != set(self._buffers):
-                raise CheckpointMismatch(f'{own}: made for another model; differs in {differing[:5]}')
+                raise CheckpointMismatch(
+                    f'{own}: made for another model; differs in {differing[:5]}'
+                )
             for name, target in targets.items():
                 value = file.get_tensor(f'shard/{name}')
                 if value.shape != target.shape:

@@ -34,9 +34,7 @@ class _Registration:
 
 
 # Engine, module and optimizer objects -> their engine. Weak on both sides: nothing is kept alive.
-_engines: weakref.WeakKeyDictionary[Any, weakref.ref[DeepSpeedEngine]] = (
-    weakref.WeakKeyDictionary()
-)
+_engines: weakref.WeakKeyDictionary[Any, weakref.ref[DeepSpeedEngine]] = weakref.WeakKeyDictionary()
 _registrations: weakref.WeakKeyDictionary[DeepSpeedEngine, _Registration] = (
     weakref.WeakKeyDictionary()
 )
@@ -79,7 +77,7 @@ def initialize(
     if optimizer is not None and 'optimizer' in resolved:
         raise ConfigError(
             'the ds_config has an /optimizer section and an optimizer was passed as well: '
-            "DeepSpeed would ignore the section; remove it, or pass optimizer=None"
+            'DeepSpeed would ignore the section; remove it, or pass optimizer=None'
         )
     if optimizer is None and lr_scheduler is not None:
         raise ConfigError('lr_scheduler= needs the optimizer it was built over: pass both')

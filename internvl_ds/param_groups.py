@@ -18,9 +18,7 @@ _MEMBERSHIP = frozenset({'params', 'param_names', 'names', 'name'})
 _PER_GROUP_LISTS = ('base_values', 'warmup_steps')
 
 
-def merge_param_groups(
-    optimizer: torch.optim.Optimizer, names: Mapping[torch.Tensor, str]
-) -> list[int]:
+def merge_param_groups(optimizer: torch.optim.Optimizer, names: Mapping[Any, str]) -> list[int]:
     """Merges the optimizer's groups of equal settings, in place, and drops empty ones.
 
     Two groups are equal when every entry but their tensors and names is: lr, weight_decay, betas,

@@ -84,7 +84,7 @@ class NativeScalerWithGradNormCount:
 
     @property
     def loss_scale(self) -> float:
-        """The scale the engine multiplies the loss by; 1.0 without one, or before the first call."""
+        """What the engine multiplies the loss by; 1.0 without a scale or before the first call."""
         engine = self._engine() if self._engine is not None else None
         scale = getattr(engine.optimizer, 'loss_scale', 1.0) if engine is not None else 1.0
         return float(scale)

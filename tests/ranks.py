@@ -95,14 +95,14 @@ def run_ranks(
     for rank in range(ranks):
         logs.append(work / f'rank_{rank}.log')
         command = [sys.executable, '-m', 'tests.ranks', target, str(work)]
-        variables = dict(
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            WORLD_SIZE=str(ranks),
-            MASTER_ADDR='127.0.0.1',
-            MASTER_PORT=port,
-            # without LOCAL_SIZE DeepSpeed makes no shared-memory buffers that outlive the job
-        )
+        # Without LOCAL_SIZE DeepSpeed makes no shared-memory buffers that outlive the job.
+        variables = {
+            'RANK': str(rank),
+            'LOCAL_RANK': str(rank),
+            'WORLD_SIZE': str(ranks),
+            'MASTER_ADDR': '127.0.0.1',
+            'MASTER_PORT': port,
+        }
         with logs[-1].open('wb') as log:
             processes.append(
                 subprocess.Popen(

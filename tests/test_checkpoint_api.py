@@ -91,9 +91,7 @@ def test_a_rank_that_cannot_write_fails_the_save_on_all_and_training_goes_on(tmp
 
 @pytest.mark.ranks
 def test_what_cannot_be_loaded_says_why(tmp_path):
-    for messages in run_ranks(
-        'tests.workers.saving:load_errors', 2, tmp_path, root=tmp_path
-    ):
+    for messages in run_ranks('tests.workers.saving:load_errors', 2, tmp_path, root=tmp_path):
         assert messages['missing'].startswith('CheckpointNotFound')
         assert 'ckpt_epoch_9: no such checkpoint' in messages['missing']
         assert 'has ckpt_epoch_0' in messages['missing']
@@ -132,8 +130,6 @@ def _averaged_count(updates: int) -> float:
     for update in range(1, updates + 1):
         average += 0.1 * (2 * update - average)
     return average
-
-
 
 
 @pytest.mark.ranks

@@ -123,7 +123,7 @@ def test_another_number_of_classes_names_both(data):
 def test_train_and_val_must_hold_the_same_classes(tmp_path):
     write_folder(tmp_path, classes=3, train=6, val=3)
     (tmp_path / 'val' / 'class_1').rename(tmp_path / 'val' / 'other')
-    with pytest.raises(ConfigError, match="'class_1'.*'class_2'"):
+    with pytest.raises(ConfigError, match=r"'class_1'.*'class_2'"):
         build_loaders(small_config(tmp_path), 0, 1)
 
 
@@ -163,7 +163,7 @@ def test_a_22k_head_is_measured_on_1000_classes_where_the_config_says_so(data):
     assert evaluates_22k_as_1k(config, 1000)
     assert not evaluates_22k_as_1k(config, 21841)
     config.EVAL_22K_TO_1K = True
-    with pytest.raises(ConfigError, match='3 classes.*tell 1000 apart'):
+    with pytest.raises(ConfigError, match=r'3 classes.*tell 1000 apart'):
         build_loaders(config, 0, 1)
 
 
@@ -215,5 +215,5 @@ def test_training_transforms_give_normalized_tensors_of_the_right_size(data, nam
 
 
 def test_an_unknown_transform_is_named(data):
-    with pytest.raises(ConfigError, match="DATA.TRANSFORM 'mine'"):
+    with pytest.raises(ConfigError, match=r"DATA\.TRANSFORM 'mine'"):
         build_transform(small_config(data, DATA__TRANSFORM='mine'), training=True)

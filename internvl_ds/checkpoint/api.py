@@ -1,4 +1,4 @@
-"""save_checkpoint, load_checkpoint, load_ema_checkpoint, auto_resume_helper. All ranks call them."""
+"""The checkpoint names of the API: save, load, load the EMA, auto resume. All ranks call them."""
 
 from __future__ import annotations
 
@@ -335,8 +335,9 @@ def _require_same_layout(engine: DeepSpeedEngine, path: Path) -> None:
         'world size': world_size(),
         'precision': _precision(engine.config),
     }
-    differing = [f'{k} {saved[k]}, and this run has {running[k]}' for k in saved
-                 if saved[k] != running[k]]
+    differing = [
+        f'{k} {saved[k]}, and this run has {running[k]}' for k in saved if saved[k] != running[k]
+    ]
     if differing:
         raise CheckpointMismatch(
             f'{path}: saved with {"; ".join(differing)}. This version resumes training into the '
@@ -355,8 +356,10 @@ def _require_same_layout(engine: DeepSpeedEngine, path: Path) -> None:
 
 def _precision(ds_config: Any) -> str:
     tree = ds_config if isinstance(ds_config, dict) else {}
-    return ds.precision({**{b: {'enabled': False} for b in ('fp16', 'bf16', 'torch_autocast')},
-                         **tree}, default_config())
+    return ds.precision(
+        {**{b: {'enabled': False} for b in ('fp16', 'bf16', 'torch_autocast')}, **tree},
+        default_config(),
+    )
 
 
 def _restore_schedule(
@@ -392,8 +395,10 @@ def _save_ema(model_ema: Any, staging: Path) -> None:
         model_ema.save_shard(staging)
     elif rank() == 0:
         state = _ema_module(model_ema).state_dict()
-        tensors = {n.removeprefix('module.'): t.detach().cpu().contiguous().clone()
-                   for n, t in state.items()}
+        tensors = {
+            n.removeprefix('module.'): t.detach().cpu().contiguous().clone()
+            for n, t in state.items()
+        }
         save_file(tensors, staging / _WHOLE_EMA_FILE)
 
 
@@ -404,7 +409,7 @@ def _ema_module(model_ema: Any) -> nn.Module:
         if isinstance(module, nn.Module):
             return module
     raise CheckpointError(
-        f'model_ema is a {type(model_ema).__name__}; it can be a ShardedEma or timm\'s ModelEma, '
+        f"model_ema is a {type(model_ema).__name__}; it can be a ShardedEma or timm's ModelEma, "
         'ModelEmaV2 or ModelEmaV3'
     )
 
@@ -438,8 +443,4 @@ def _load_whole_ema(model_ema: Any, weights: Any, where: str) -> None:
     module = _ema_module(model_ema)
     wrapped = all(name.startswith('module.') for name in module.state_dict())
     stripped = {name.removeprefix('module.'): t for name, t in weights.items()}
-    load_weights(
-        module, {f'module.{n}' if wrapped else n: t for n, t in stripped.items()}, where
-    )
-
-
+    load_weights(module, {f'module.{n}' if wrapped else n: t for n, t in stripped.items()}, where)

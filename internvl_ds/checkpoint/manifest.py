@@ -1,4 +1,4 @@
-"""What a tag holds: names, the manifest, and whether a directory is what its manifest says. Pure."""
+"""What a tag holds: its name, its manifest, and whether files are what that says. Pure."""
 
 from __future__ import annotations
 

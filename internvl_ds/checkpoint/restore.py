@@ -1,4 +1,4 @@
-"""Putting whole weights, by name, into what is running: a plain module or an engine's partitions."""
+"""Putting whole weights, by name, into a plain module or an engine's partitions."""
 
 from __future__ import annotations
 

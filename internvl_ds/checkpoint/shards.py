@@ -151,7 +151,9 @@ class TagShards:
         paddings = self._optim_states()[0].get('param_alignment_paddings')
         merged = {}
         for index, shapes in enumerate(groups):
-            flat = torch.cat([rank_groups[index].detach().reshape(-1) for rank_groups in flat_groups])
+            flat = torch.cat(
+                [rank_groups[index].detach().reshape(-1) for rank_groups in flat_groups]
+            )
             gaps = paddings[index] if paddings else [0] * len(shapes)
             offset = 0
             for (name, shape), gap in zip(shapes.items(), gaps, strict=True):

@@ -50,8 +50,10 @@ def _encode(value: Any, where: str) -> Any:
     if isinstance(value, tuple):
         return {_MARK: 'tuple', 'of': [_encode(v, f'{where}[{i}]') for i, v in enumerate(value)]}
     if type(value) in (dict, OrderedDict, Counter):
-        if type(value) is not Counter and _MARK not in value and all(
-            isinstance(k, str) for k in value
+        if (
+            type(value) is not Counter
+            and _MARK not in value
+            and all(isinstance(k, str) for k in value)
         ):
             return {k: _encode(v, f'{where}.{k}') for k, v in value.items()}
         pairs = [[_encode(k, where), _encode(v, f'{where}.{k}')] for k, v in value.items()]
@@ -72,4 +74,4 @@ def _decode(value: Any) -> Any:
     items = _decode(value['of'])
     if value[_MARK] == 'tuple':
         return tuple(items)
-    return (Counter if value[_MARK] == 'Counter' else dict)({k: v for k, v in items})
+    return (Counter if value[_MARK] == 'Counter' else dict)(items)

@@ -68,9 +68,7 @@ class Run:
                 logits = self.engine(x.to(self.dtype)).float()
                 loss = nn.functional.cross_entropy(logits, y) / ACCUMULATION
                 total += loss.detach()
-                norm = self.scaler(
-                    loss, self.optimizer, 0.5, update_grad=micro == ACCUMULATION - 1
-                )
+                norm = self.scaler(loss, self.optimizer, 0.5, update_grad=micro == ACCUMULATION - 1)
             self.ema.update()
             lrs = [g['lr'] for g in self.optimizer.param_groups]
             seen.append([float(total), float(norm), *lrs])

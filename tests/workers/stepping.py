@@ -37,8 +37,11 @@ def reference(precision: str, steps: int, clip: float | None) -> dict[str, Any]:
         x, y = batch(step)
         loss = nn.functional.cross_entropy(low(x.to(low.stem.weight.dtype)).float(), y)
         loss.backward()
-        trained = [(m, p) for m, p in zip(master.parameters(), low.parameters(), strict=True)
-                   if p.requires_grad]
+        trained = [
+            (m, p)
+            for m, p in zip(master.parameters(), low.parameters(), strict=True)
+            if p.requires_grad
+        ]
         for m, p in trained:
             m.grad = p.grad.float()
         norms.append(float(nn.utils.get_total_norm([m.grad for m, _ in trained])))

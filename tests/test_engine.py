@@ -1,0 +1,92 @@
+"""initialize, register and finding an engine, on 2 real ranks; the exported names."""
+
+import inspect
+import json
+
+import pytest
+
+import internvl_ds
+import internvl_ds.utils
+from tests.ranks import run_ranks
+
+TEN = (
+    'load_checkpoint', 'load_ema_checkpoint', 'load_pretrained', 'save_checkpoint',
+    'NativeScalerWithGradNormCount', 'auto_resume_helper', 'reduce_tensor', 'get_grad_norm',
+    'MyAverageMeter', 'convert_22k_head_to_1k',
+)  # fmt: skip
+
+SIGNATURES = {
+    'load_checkpoint': 'config, model, optimizer, lr_scheduler, scaler, logger',
+    'load_ema_checkpoint': 'config, model_ema, logger',
+    'load_pretrained': 'config, model, logger',
+    'save_checkpoint': 'config, epoch, model, max_accuracy, optimizer, lr_scheduler, scaler, '
+    'logger, model_ema=None, max_accuracy_ema=None, ema_decay=None, best=None',
+    'auto_resume_helper': 'output_dir',
+    'reduce_tensor': 'tensor',
+    'get_grad_norm': 'parameters, norm_type=2',
+    'MyAverageMeter': 'max_len=-1',
+    'convert_22k_head_to_1k': 'model, logger',
+    'initialize': 'config, model, optimizer=None, ds_config=None',
+    'register': 'engine',
+}
+
+
+def _positional(function) -> str:
+    parts = []
+    for p in inspect.signature(function).parameters.values():
+        if p.kind is not p.KEYWORD_ONLY:
+            parts.append(p.name if p.default is p.empty else f'{p.name}={p.default!r}')
+    return ', '.join(parts)
+
+
+@pytest.mark.parametrize('module', [internvl_ds, internvl_ds.utils])
+def test_the_ten_names_and_two_more_are_exported_with_their_signatures(module):
+    for name in TEN:
+        assert hasattr(module, name)
+    for name, expected in SIGNATURES.items():
+        assert _positional(getattr(module, name)) == expected
+    call = _positional(module.NativeScalerWithGradNormCount.__call__)
+    assert call == (
+        'self, loss, optimizer, clip_grad=None, parameters=None, create_graph=False, '
+        'update_grad=True'
+    )
+
+
+@pytest.mark.ranks
+def test_an_engine_is_found_from_its_module_and_either_optimizer(tmp_path):
+    for result in run_ranks('tests.workers.talking:engine_from_any', 2, tmp_path):
+        assert result == {'0': True, '1': True, '2': True, '3': True}
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize('stage', [0, 2])
+def test_an_engine_of_plain_deepspeed(tmp_path, stage):
+    for result in run_ranks('tests.workers.talking:plain_engine', 2, tmp_path, stage=stage):
+        assert 'internvl_ds.register(engine)' in result['unknown']
+        # gradient_clipping of the ds_config is 0.1, but the call said clip_grad=None
+        assert result['norm'] > 0.5
+        assert result['registered']
+        assert result['norm again'] > 0
+        assert result['wrong'] == 'EngineNotFound: register() takes a DeepSpeedEngine, not a Net'
+
+
+@pytest.mark.ranks
+def test_what_initialize_refuses(tmp_path):
+    for result in run_ranks('tests.workers.talking:refusals', 1, tmp_path):
+        for name in ('fp16', 'default'):
+            assert 'float16 at ZeRO stage 0 is not supported' in result[name]
+            assert 'AMP_TYPE bfloat16' in result[name]
+        assert '/optimizer section and an optimizer was passed' in result['two optimizers']
+        assert 'TRAIN.ACCUMULATION_STEPS is 2' in result['contradiction']
+
+
+@pytest.mark.ranks
+def test_the_resolved_ds_config_is_recorded(tmp_path):
+    run_ranks(
+        'tests.workers.saving:train_and_save', 1, tmp_path,
+        stages=[1], precision='fp32', root=tmp_path,
+    )  # fmt: skip
+    recorded = json.loads((tmp_path / 'zero1' / 'ds_config.json').read_text())
+    assert recorded['train_micro_batch_size_per_gpu'] == 8
+    assert recorded['gradient_accumulation_steps'] == 2
+    assert recorded['zero_optimization']['stage'] == 1

@@ -1,0 +1,137 @@
+"""What ranks do in test_comm.py and test_engine.py."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+
+from internvl_ds import NativeScalerWithGradNormCount, initialize, reduce_tensor, register
+from internvl_ds.comm import agree, exchange, from_rank_0, rank, world_size
+from internvl_ds.engine import engine_of
+from internvl_ds.errors import CheckpointError, CheckpointNotFound
+from tests.workers.model import make_config, make_model, make_optimizer, micro_batch, zero_json
+
+
+def _message(action: Any) -> str:
+    try:
+        action()
+    except Exception as error:
+        return f'{type(error).__name__}: {error}'
+    return 'no error'
+
+
+def reduce() -> dict[str, Any]:
+    """reduce_tensor of several dtypes and shapes."""
+    value = torch.tensor([float(rank()), 1.0])
+    mean = reduce_tensor(value)
+    return {
+        'mean': mean.tolist(),
+        'input': value.tolist(),
+        'scalar': float(reduce_tensor(torch.tensor(float(rank())))),
+        'integer': float(reduce_tensor(torch.tensor(rank()))),
+        'bf16': str(reduce_tensor(torch.ones(3, dtype=torch.bfloat16)).dtype),
+        'shared': mean.data_ptr() == value.data_ptr(),
+    }
+
+
+def meet() -> dict[str, Any]:
+    """Meetings in order; one rank slow, one failing."""
+    results: dict[str, Any] = {}
+    results['rounds'] = [exchange('count', [rank(), n], 20) for n in range(3)]
+    if rank() == 1:
+        time.sleep(1)
+    results['slow'] = exchange('slow', rank(), 20)
+
+    def part() -> int:
+        if rank() == 1:
+            raise OSError(28, 'No space left on device')
+        return rank()
+
+    results['agree'] = _message(lambda: agree('write', part, 20, CheckpointError))
+    results['after'] = agree('write', rank, 20)
+
+    def find() -> str:
+        raise CheckpointNotFound('nothing there')
+
+    results['rank 0'] = _message(lambda: from_rank_0('find', find, 20))
+    results['told'] = from_rank_0('find', lambda: {'path': rank()}, 20)
+    return results
+
+
+def missing() -> dict[str, Any]:
+    """The last rank comes late to a meeting of 2 s; the others name it and can go on."""
+    last = world_size() - 1
+    message = ''
+    if rank() != last:
+        message = _message(lambda: exchange('save', 'x', 2))
+    torch.distributed.barrier()
+    return {'message': message, 'later': exchange('save', rank(), 20)}
+
+
+def engine_from_any() -> dict[str, Any]:
+    """Which objects an engine is found from, at each stage."""
+    results: dict[str, Any] = {}
+    for stage in range(4):
+        model = make_model()
+        client = make_optimizer(model)
+        engine, optimizer = initialize(
+            make_config(DATA__BATCH_SIZE=8), model, client, zero_json(stage)
+        )
+        parts = (engine, engine.module, model, optimizer, client)
+        results[str(stage)] = all(engine_of(part) is engine for part in parts)
+        engine.destroy()
+    return results
+
+
+def plain_engine(stage: int) -> dict[str, Any]:
+    """An engine of plain deepspeed.initialize: unregistered, as itself, and registered."""
+    model = make_model()
+    engine, optimizer, _, _ = deepspeed.initialize(
+        model=model,
+        optimizer=make_optimizer(model),
+        config={'train_micro_batch_size_per_gpu': 8, 'gradient_clipping': 0.1, **zero_json(stage)},
+    )
+    scaler = NativeScalerWithGradNormCount()
+
+    def step(optimizer: Any) -> Any:
+        x, y = micro_batch(0, 0, 1, rank(), world_size())
+        return scaler(nn.functional.cross_entropy(engine(x), y), optimizer)
+
+    unknown = _message(lambda: engine_of(model))
+    as_itself = float(step(engine))
+    same = register(engine) is engine and engine_of(model) is engine
+    return {
+        'unknown': unknown,
+        'norm': as_itself,
+        'registered': same,
+        'norm again': float(step(optimizer)),
+        'wrong': _message(lambda: register(model)),
+    }
+
+
+def refusals() -> dict[str, str]:
+    """What initialize refuses before it makes an engine."""
+
+    def start(ds: dict[str, Any] | None = None, **values: Any) -> None:
+        model = make_model()
+        given = values.pop('optimizer', True)
+        initialize(
+            make_config(DATA__BATCH_SIZE=8, **values),
+            model,
+            make_optimizer(model) if given else None,
+            ds,
+            lr_scheduler=values.pop('lr_scheduler', None),
+        )
+
+    adam = {'optimizer': {'type': 'AdamW', 'params': {'lr': 0.1}}}
+    return {
+        'fp16': _message(lambda: start(AMP_OPT_LEVEL='O2')),
+        'default': _message(lambda: start(AMP_OPT_LEVEL='')),
+        'two optimizers': _message(lambda: start(adam)),
+        'contradiction': _message(lambda: start({'gradient_accumulation_steps': 3, **adam},
+                                                TRAIN__ACCUMULATION_STEPS=2)),
+    }  # fmt: skip
