@@ -7,30 +7,22 @@ the training group, so that a rank that does not come is named instead of waited
 from __future__ import annotations
 
 import json
-import logging
 import os
 import socket
 import time
 from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar
 
 import deepspeed.comm as dist
 import torch
 import torch.distributed as torch_dist
 from torch.distributed import distributed_c10d
-from torch.utils.cpp_extension import get_default_build_root
 
 from internvl_ds.errors import InternvlDsError, RankError
 
 T = TypeVar('T')
-
-logger = logging.getLogger(__name__)
-
-# Seconds after which a build of a DeepSpeed op is more likely dead than slow.
-_OLD_LOCK = 600
 
 _MPI_SIZE_VARIABLES = ('OMPI_COMM_WORLD_SIZE', 'PMI_SIZE', 'MV2_COMM_WORLD_SIZE')
 
@@ -52,23 +44,7 @@ def init_distributed() -> None:
         os.environ.update(RANK='0', WORLD_SIZE='1', LOCAL_RANK='0')
         os.environ.setdefault('MASTER_ADDR', '127.0.0.1')
         os.environ.setdefault('MASTER_PORT', str(free_port()))
-    _warn_of_build_locks()
     dist.init_distributed(verbose=False)
-
-
-def _warn_of_build_locks() -> None:
-    """Names the lock that a killed build left behind: torch would wait for it without a word."""
-    default = Path(get_default_build_root())
-    root = Path(os.environ.get('TORCH_EXTENSIONS_DIR', default))
-    for lock in [*root.glob('*/lock'), *root.glob('*/*/lock')]:
-        age = time.time() - lock.stat().st_mtime
-        if age > _OLD_LOCK:
-            logger.warning(
-                '%s is %d minutes old: if no other process is building a DeepSpeed op, remove it, '
-                'or this one may wait for it for ever',
-                lock,
-                age / 60,
-            )
 
 
 def shutdown() -> None:

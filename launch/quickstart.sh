@@ -96,6 +96,7 @@ train() {
     --deepspeed_config ds_configs/zero2.json "$@"
   )
   say "training on $ranks rank(s): ${command[*]}"
+  mkdir -p -- "$(dirname -- "$CONSOLE")"
   trap 'remove_shared_memory '"$port" EXIT
   set -m
   (

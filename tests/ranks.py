@@ -57,8 +57,7 @@ def base_env(**more: str) -> dict[str, str]:
         PYTHONUNBUFFERED='1',
         OMP_NUM_THREADS='1',
         DS_ACCELERATOR='cpu',
-        # Environments that share the default directory rebuild each other's ops, and wait for ever
-        # for the lock of a build that was killed.
+        # Environments that share the default directory rebuild each other's ops again and again.
         TORCH_EXTENSIONS_DIR=str(Path(sys.prefix) / 'torch_extensions'),
         CUDA_VISIBLE_DEVICES='',
     )

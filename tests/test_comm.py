@@ -1,6 +1,5 @@
 """reduce_tensor and the named meetings, on 2 and 4 real ranks."""
 
-import logging
 import os
 
 import pytest
@@ -55,20 +54,6 @@ def test_alone_there_is_nothing_to_wait_for():
     assert comm.from_rank_0('x', lambda: 'y', 1) == 'y'
     assert (comm.rank(), comm.world_size()) == (0, 1)
     comm.shutdown()
-
-
-def test_an_old_build_lock_is_named(tmp_path, monkeypatch, caplog):
-    lock = tmp_path / 'deepspeed_shm_comm' / 'lock'
-    lock.parent.mkdir()
-    lock.touch()
-    monkeypatch.setenv('TORCH_EXTENSIONS_DIR', str(tmp_path))
-    comm._warn_of_build_locks()
-    assert not caplog.records
-    os.utime(lock, (0, 0))
-    with caplog.at_level(logging.WARNING):
-        comm._warn_of_build_locks()
-    assert str(lock) in caplog.text
-    assert 'remove it' in caplog.text
 
 
 @pytest.mark.ranks

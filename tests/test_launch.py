@@ -39,6 +39,10 @@ case "$*" in
     [[ -z ${FAKE_OP:-} ]]
     ;;
   *torch.cuda*) echo 2 ;;
+  '-m pytest'*)
+    echo "$*" >>"$FAKE_CALLS"
+    exit "${FAKE_TESTS:-0}"
+    ;;
   '-I -'*) ;;
   *) exec "$REAL_PYTHON" "$@" ;;
 esac
@@ -323,6 +327,7 @@ class TestQuickstart:
         second = run(repo, env, 'quickstart.sh')
         fresh = run(repo, env, 'quickstart.sh', '--fresh')
 
+        assert [first.returncode, second.returncode, fresh.returncode] == [0, 0, 0]
         assert 'found checkpoint' not in first.stdout
         assert 'found checkpoint ckpt_epoch_1: this run resumes from it' in second.stdout
         assert 'found checkpoint' not in fresh.stdout
@@ -370,6 +375,40 @@ class TestQuickstart:
         assert process.returncode == status
         assert not buffers(port)
         assert not alive(rank)
+
+
+class TestTest:
+    @pytest.fixture
+    def env(self, env):
+        for name in ('ruff', 'mypy'):
+            tool = Path(env['PATH']) / name
+            tool.write_text(f'#!/bin/sh\necho {name} "$*" >>"$FAKE_CALLS"\n')
+            tool.chmod(0o755)
+        return env
+
+    @pytest.mark.parametrize('script', ['launch/test.sh', '.ci/run'])
+    def test_runs_every_check_and_keeps_the_status(self, repo, env, tmp_path, script):
+        shutil.copytree(ROOT / '.ci', repo / '.ci')
+
+        done = subprocess.run(
+            ['bash', str(repo / script), '-k', 'a b'],
+            env=env | {'FAKE_TESTS': '5'},
+            cwd=tmp_path,
+            stdin=subprocess.DEVNULL,
+            timeout=60,
+        )
+
+        assert done.returncode == 5
+        calls = Path(env['FAKE_CALLS']).read_text().splitlines()
+        assert calls[2:] == ['ruff check', 'ruff format --check', 'mypy ', '-m pytest -k a b']
+
+    def test_stops_at_the_first_check_that_fails(self, repo, env):
+        (Path(env['PATH']) / 'mypy').write_text('#!/bin/sh\nexit 4\n')
+
+        done = run(repo, env, 'test.sh')
+
+        assert done.returncode == 4
+        assert 'pytest' not in Path(env['FAKE_CALLS']).read_text()
 
 
 def default_interrupt():

@@ -81,14 +81,30 @@ def test_a_resumed_run_goes_on_as_if_never_stopped(tmp_path, data, stage, level)
 
 
 @pytest.mark.ranks
-def test_evaluation_finds_the_accuracy_that_training_reported(tmp_path, data):
-    cfg = write_config(tmp_path, data, TRAIN__EPOCHS=1)
-    trained = train(tmp_path, cfg, 'out', 2)[0]
-    evaluated = train(tmp_path, cfg, 'out', 2, 'EVAL_MODE', 'True')[0]
+@pytest.mark.parametrize('stage', [1, 3])
+def test_an_epoch_is_that_of_a_plain_loop_over_all_ranks_images(tmp_path, data, stage):
+    for result in run_ranks(
+        'tests.workers.training:follow_plain_loop', 2, tmp_path,
+        data=str(data), output=str(tmp_path / 'out'), stage=stage,
+    ):  # fmt: skip
+        assert result['moved'] > 1e-3
+        assert result['differs'] < 1e-5 * result['moved'] + 1e-7
+        assert result['loss'][0] == pytest.approx(result['loss'][1], rel=1e-5)
+        assert result['lr'][0] == pytest.approx(result['lr'][1])
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize('ema', [True, False])
+@pytest.mark.parametrize('stage', [2, 3])
+def test_evaluation_finds_the_accuracy_that_training_reported(tmp_path, data, stage, ema):
+    cfg = write_config(tmp_path, data, TRAIN__EPOCHS=1, TRAIN__EMA__ENABLE=ema)
+    trained = train(tmp_path, cfg, 'out', stage)[0]
+    evaluated = train(tmp_path, cfg, 'out', stage, 'EVAL_MODE', 'True')[0]
     assert evaluated['best'] == trained['metrics'][0]['acc1']
-    log = (tmp_path / 'out' / 'small' / 'log_rank0.txt').read_text()
-    ema = trained['metrics'][0]['ema_acc1']
-    assert f'evaluation, EMA: top-1 {ema:.2f} %' in log
+    if ema:
+        log = (tmp_path / 'out' / 'small' / 'log_rank0.txt').read_text()
+        averaged = trained['metrics'][0]['ema_acc1']
+        assert f'evaluation, EMA: top-1 {averaged:.2f} %' in log
 
 
 @pytest.mark.ranks

@@ -63,17 +63,31 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], where: s
     require_same_model(shapes, model_shapes(module), where)
     optimizer: Any = engine.optimizer if engine is not None else None
     if engine is not None and engine.zero_optimization_partition_weights():
-        optimizer.checkpoint_event_prologue()
+        _release_gathered(optimizer)
         for name, target in module.state_dict(keep_vars=True).items():
             if hasattr(target, 'ds_tensor'):
                 _copy_slice(target, weights[name], engine)
             else:
                 target.copy_(weights[name])
-        optimizer.checkpoint_event_epilogue()
+        _gather_persistent(optimizer)
     else:
         module.load_state_dict(weights)
     if hasattr(optimizer, 'refresh_fp32_params'):
         optimizer.refresh_fp32_params()
+
+
+def _release_gathered(optimizer: Any) -> None:
+    """Stage 3: frees the gathered copies of small parameters, so that only slices are left."""
+    # An engine without an optimizer has DeepSpeedZeRoOffload in its place.
+    getattr(optimizer, 'parameter_offload', optimizer).partition_all_parameters()
+
+
+def _gather_persistent(optimizer: Any) -> None:
+    """Stage 3: gathers the small parameters anew. A collective."""
+    if hasattr(optimizer, 'checkpoint_event_epilogue'):
+        optimizer.checkpoint_event_epilogue()
+    elif optimizer.persistent_parameters:
+        optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 
 
 def _copy_slice(parameter: Any, whole: torch.Tensor, engine: DeepSpeedEngine) -> None:

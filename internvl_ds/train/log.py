@@ -17,8 +17,10 @@ from internvl_ds.files import write_text
 
 _FORMAT = '[%(asctime)s rank {rank}] %(levelname)s %(message)s'
 
-# Mark of the records that a progress bar makes superfluous on the console.
+# Marks of records (``extra=``) that the console leaves out: those that a progress bar on it makes
+# superfluous, and those that reach it by another way.
 PROGRESS = {'progress': True}
+FILE_ONLY = {'file_only': True}
 
 
 def open_log(output: str | Path, rank: int, console: bool | None = None) -> logging.Logger:
@@ -65,6 +67,7 @@ def shows_bar(rank: int) -> bool:
 def write_config(config: CfgNode, output: str | Path) -> Path:
     """Writes the resolved config to ``output/config.json``. Rank 0 alone calls it."""
     path = Path(output) / 'config.json'
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(_plain(config), indent=2) + '\n')
     return path
 
@@ -109,6 +112,8 @@ class _ConsoleHandler(logging.StreamHandler):
         self._terminal = sys.stdout.isatty()
 
     def emit(self, record: logging.LogRecord) -> None:
+        if getattr(record, 'file_only', False):
+            return
         if not self._terminal:
             super().emit(record)
         elif not getattr(record, 'progress', False):

@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,14 @@ from internvl_ds.engine import initialize
 from internvl_ds.precision import NativeScalerWithGradNormCount
 from internvl_ds.train.data import Loaders, build_loaders, seed_everything, start_epoch
 from internvl_ds.train.evaluate import EvalResult, evaluate, measure_throughput
-from internvl_ds.train.log import MetricsLog, close_log, open_log, shows_bar, write_config
+from internvl_ds.train.log import (
+    FILE_ONLY,
+    MetricsLog,
+    close_log,
+    open_log,
+    shows_bar,
+    write_config,
+)
 from internvl_ds.train.model import build_model, input_dtype, set_train_mode
 from internvl_ds.train.optim import (
     accumulation_steps,
@@ -43,6 +51,8 @@ from internvl_ds.utils import (
     load_pretrained,
     save_checkpoint,
 )
+
+DsConfig = str | Path | Mapping[str, Any] | None
 
 
 @dataclass
@@ -67,13 +77,13 @@ class Run:
     best_ema: float = 0.0
 
 
-def run(config: CfgNode, ds_config: str | Path | None = None) -> float:
+def run(config: CfgNode, ds_config: DsConfig = None) -> float:
     """Trains, evaluates or times the configured model. Every rank must call it.
 
     Args:
         config: from `get_config`. Settings that the ds_config decides, MODEL.RESUME (automatic
             resume) and TRAIN.START_EPOCH are written into it.
-        ds_config: path or shipped name of a DeepSpeed configuration; None for none.
+        ds_config: a DeepSpeed configuration: its path, shipped name or content; None for none.
 
     Returns:
         The best top-1 accuracy, percent; in THROUGHPUT_MODE images per second over all ranks.
@@ -87,13 +97,14 @@ def run(config: CfgNode, ds_config: str | Path | None = None) -> float:
             return _report_accuracy(state)
         return _train(state)
     except BaseException:
-        logger.exception('rank %d ends', rank())
+        # The interpreter prints it; the file keeps it, on each rank.
+        logger.exception('rank %d ends', rank(), extra=FILE_ONLY)
         raise
     finally:
         close_log(logger)
 
 
-def setup(config: CfgNode, ds_config: str | Path | None, logger: logging.Logger) -> Run:
+def setup(config: CfgNode, ds_config: DsConfig, logger: logging.Logger) -> Run:
     """Makes everything a run needs, in the order that it needs: data, weights, engine, checkpoint.
 
     Raises:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import numpy as np
 import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
@@ -19,10 +22,11 @@ from internvl_ds import initialize
 from internvl_ds.comm import rank, world_size
 from internvl_ds.config import default_config, get_config, merge_opts
 from internvl_ds.errors import RankError
-from internvl_ds.train.data import build_loaders, seed_everything
+from internvl_ds.train.data import build_loaders, seed_everything, start_epoch
 from internvl_ds.train.evaluate import evaluate
-from internvl_ds.train.loop import run
+from internvl_ds.train.loop import build_criterion, run, setup, train_one_epoch
 from internvl_ds.train.model import build_model
+from internvl_ds.train.optim import build_optimizer, build_scheduler, scaled_lrs
 
 
 def write_folder(root: Path, classes: int, train: int, val: int, side: int = 16) -> Path:
@@ -111,6 +115,56 @@ def evaluate_with_a_padding_sampler(data: str) -> str:
     except RankError as error:
         return str(error)
     return 'no error'
+
+
+def follow_plain_loop(data: str, output: str, stage: int) -> dict[str, Any]:
+    """An epoch of the program on these ranks, and of a plain loop that sees all ranks' images.
+
+    7 micro-batches in groups of 4, so that the second group is shorter.
+    """
+    config = small_config(
+        Path(data), OUTPUT=output, DATA__BATCH_SIZE=2, TRAIN__ACCUMULATION_STEPS=4,
+        TRAIN__OPTIMIZER__NAME='sgd', TRAIN__BASE_LR=1.0, TRAIN__EPOCHS=2,
+        TRAIN__WARMUP_EPOCHS=1, TRAIN__CLIP_GRAD=0.5, TRAIN__LR_LAYER_DECAY=True,
+        MODEL__DROP_PATH_RATE=0.0, TRAIN__AUTO_RESUME=False,
+    )  # fmt: skip
+    state = setup(config, {'zero_optimization': {'stage': stage}}, logging.getLogger('test'))
+    start = {name: p.clone() for name, p in whole_weights(state.engine).items()}
+    record = train_one_epoch(state, 0)
+
+    seed_everything(config.SEED)
+    model = build_model(config).train()
+    lrs = scaled_lrs(config, world_size())
+    optimizer = build_optimizer(config, model, lrs.base)
+    scheduler = build_scheduler(config, optimizer, 2, lrs)
+    batches = []
+    for other in range(world_size()):
+        loader = build_loaders(config, other, world_size()).train
+        start_epoch(loader, config.SEED, 0, other)
+        batches.append(list(loader))
+    criterion = build_criterion(config, soft_targets=False)
+    losses = []
+    for number, group in enumerate((range(4), range(4, 7))):
+        parts = [criterion(model(x), y) for b in batches for x, y in (b[i] for i in group)]
+        losses += [part.item() for part in parts]
+        (sum(parts) / len(parts)).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), config.TRAIN.CLIP_GRAD)
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step_update(number + 1)
+    got, expected = whole_weights(state.engine), dict(model.named_parameters())
+    return {
+        'moved': max((expected[n] - start[n]).abs().max().item() for n in start),
+        'differs': max((expected[n] - got[n]).abs().max().item() for n in start),
+        'loss': [record['train_loss'], sum(losses) / len(losses)],
+        'lr': [record['lr'], max(group['lr'] for group in optimizer.param_groups)],
+    }
+
+
+def whole_weights(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
+    """Every parameter, gathered."""
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+        return {name: p.detach().clone() for name, p in engine.module.named_parameters()}
 
 
 def train_on_ranks(cfg: str, output: str, opts: list[str], ds_config: str | None) -> dict[str, Any]:
