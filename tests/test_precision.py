@@ -53,12 +53,13 @@ def test_fp32_follows_the_plain_loop_at_every_stage(tmp_path, clip):
 
 
 @pytest.mark.ranks
-def test_bf16_follows_the_plain_loop_at_every_stage(tmp_path):
+@pytest.mark.parametrize('precision', ['bf16', 'autocast'])
+def test_bf16_follows_the_plain_loop_at_every_stage(tmp_path, precision):
     results = run_ranks(
         'tests.workers.stepping:follow_reference', 2, tmp_path,
-        stages=STAGES, precision='bf16', steps=STEPS, accumulation=2, clip=0.5,
+        stages=STAGES, precision=precision, steps=STEPS, accumulation=2, clip=0.5,
     )  # fmt: skip
-    expected = reference('bf16', STEPS, 0.5)
+    expected = reference(precision, STEPS, 0.5)
     start = {n: p.detach().flatten().tolist() for n, p in make_model().named_parameters()}
     trained = results[0]['0']['weights'].keys()
     wanted = {n: expected['weights'][n] for n in trained}

@@ -83,10 +83,10 @@ def make_config(output: str = '', **values: Any) -> CfgNode:
 
 
 def precision_values(precision: str) -> dict[str, Any]:
-    """The yacs values of 'fp32' or 'bf16'."""
-    if precision == 'bf16':
-        return {'AMP_OPT_LEVEL': 'O2', 'AMP_TYPE': 'bfloat16'}
-    return {'AMP_OPT_LEVEL': 'O0'}
+    """The yacs values of 'fp32', 'bf16' (the engine's) or 'autocast' (torch's, in bf16)."""
+    if precision == 'fp32':
+        return {'AMP_OPT_LEVEL': 'O0'}
+    return {'AMP_OPT_LEVEL': 'O2' if precision == 'bf16' else 'O1', 'AMP_TYPE': 'bfloat16'}
 
 
 def zero_json(stage: int) -> dict[str, Any]:

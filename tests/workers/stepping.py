@@ -35,7 +35,9 @@ def reference(precision: str, steps: int, clip: float | None) -> dict[str, Any]:
     norms, losses = [], []
     for step in range(steps):
         x, y = batch(step)
-        loss = nn.functional.cross_entropy(low(x.to(low.stem.weight.dtype)).float(), y)
+        with torch.autocast('cpu', torch.bfloat16, enabled=precision == 'autocast'):
+            logits = low(x.to(low.stem.weight.dtype))
+        loss = nn.functional.cross_entropy(logits.float(), y)
         loss.backward()
         trained = [
             (m, p)
