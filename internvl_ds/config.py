@@ -110,6 +110,8 @@ _C.TEST.SEQUENTIAL = False  # accepted and unused: every evaluation counts each 
 _C.CHECKPOINT = CN()  # (new)
 # Seconds within which every rank must come to a save or a load before the missing are named.
 _C.CHECKPOINT.RENDEZVOUS_TIMEOUT = 300
+# Seconds that one rank may need longer than another to write, flush or read its files.
+_C.CHECKPOINT.IO_TIMEOUT = 1800
 
 # '' is the original flag's default, O1, and lets a ds_config that sets a precision decide.
 _C.AMP_OPT_LEVEL = ''

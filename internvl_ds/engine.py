@@ -95,8 +95,6 @@ def initialize(
     )
     _undo_dummy_step(engine.optimizer)
     register(engine, lr_scheduler=lr_scheduler)
-    if optimizer is not None:
-        _engines[optimizer] = weakref.ref(engine)
     output = get_option(config, 'OUTPUT', '')
     if output and rank() == 0:
         Path(output).mkdir(parents=True, exist_ok=True)

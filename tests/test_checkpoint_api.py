@@ -104,7 +104,11 @@ def test_what_cannot_be_loaded_says_why(tmp_path):
         assert '0.weight' in messages['model']
         assert 'stem.weight' in messages['model']
         assert messages['no engine'].startswith('EngineNotFound')
-        assert messages['untouched'] == 'True'
+        for stage in (0, 2):
+            assert messages[f'groups {stage}'].startswith('CheckpointMismatch')
+            assert 'has 2 parameter groups with' in messages[f'groups {stage}']
+            assert 'this run has 1 with' in messages[f'groups {stage}']
+        assert messages['untouched'] == messages['unchanged'] == 'no error'
 
 
 @pytest.mark.ranks

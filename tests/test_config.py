@@ -205,6 +205,7 @@ def test_keys_that_the_original_lacks_are_these():
     assert set(flatten(default_config())) - set(flatten(ORIGINAL)) == {
         'AUG.HFLIP',
         'AUG.SCALE',
+        'CHECKPOINT.IO_TIMEOUT',
         'CHECKPOINT.RENDEZVOUS_TIMEOUT',
         'MODEL.FACTORY',
         'MODEL.KWARGS',

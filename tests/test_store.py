@@ -1,6 +1,7 @@
 """An output directory of tags: real files, no ranks."""
 
 import json
+import os
 
 import pytest
 
@@ -68,6 +69,15 @@ def test_traces_without_a_whole_tag_are_an_error_not_a_fresh_start(tmp_path):
         (tmp_path / 'latest').write_text(text)
         with pytest.raises(CheckpointNotFound, match='no whole one is left'):
             store.newest(tmp_path)
+
+
+def test_an_original_file_is_found_where_there_are_no_tags(tmp_path):
+    for age, name in ((2, 'ckpt_epoch_9.pth'), (1, 'ckpt_epoch_10.pth')):
+        (tmp_path / name).write_text('x')
+        os.utime(tmp_path / name, (1000 - age, 1000 - age))
+    assert store.newest(tmp_path) == (tmp_path / 'ckpt_epoch_10.pth', None)
+    tag = _save(tmp_path, 0)
+    assert store.newest(tmp_path).path == tag
 
 
 def test_best_is_not_resumed_from_by_itself(tmp_path):

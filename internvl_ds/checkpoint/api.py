@@ -77,11 +77,16 @@ def save_checkpoint(
     """
     engine = engine_of(model)
     tag, output = tag_name(epoch, best), Path(config.OUTPUT)
-    timeout = _timeout(config)
+    timeout, io_timeout = _timeout(config), _timeout(config, 'IO_TIMEOUT')
     calls = exchange('save_checkpoint', [tag, str(output)], timeout)
     if any(call != calls[0] for call in calls):
         raise RankError(f'save_checkpoint: the ranks came with different tags or outputs: {calls}')
     logger.info('%s saving......', output / tag)
+    if engine._is_gradient_accumulation_boundary is False:
+        logger.warning(
+            'saving between two micro-batches of one update: what they have accumulated is not '
+            'kept; save after a call with update_grad=True'
+        )
     from_rank_0('begin save', lambda: str(store.begin(output, tag)), timeout)
     staging = store.staging_path(output, tag)
     state = {
@@ -105,8 +110,8 @@ def save_checkpoint(
                 write_state(staging / STATE_FILE, state)
             _save_ema(model_ema, staging)
 
-        agree('write checkpoint', write_own_files, timeout, CheckpointError)
-        from_rank_0('commit', lambda: _commit(config, engine, epoch, tag, best), timeout)
+        agree('write checkpoint', write_own_files, io_timeout, CheckpointError)
+        from_rank_0('commit', lambda: _commit(config, engine, epoch, tag, best), io_timeout)
     except (CheckpointError, RankError, OSError):
         if rank() == 0:
             store.abandon(output, tag)
@@ -148,6 +153,7 @@ def load_checkpoint(
         CheckpointError: when it cannot be read.
     """
     resume, timeout = config.MODEL.RESUME, _timeout(config)
+    io_timeout = _timeout(config, 'IO_TIMEOUT')
     logger.info('==============> Resuming from %s....................', resume)
     path = _resolve(resume, logger, timeout)
     eval_mode = get_option(config, 'EVAL_MODE', False)
@@ -155,10 +161,12 @@ def load_checkpoint(
         return _load_file(config, resume, model, logger)
     state = agree('read state', lambda: _state_of(path), timeout, CheckpointError)
     if eval_mode:
-        weights = agree('read weights', lambda: TagShards(path).weights(), timeout, CheckpointError)
+        weights = agree(
+            'read weights', lambda: TagShards(path).weights(), io_timeout, CheckpointError
+        )
         load_weights(find_engine(model) or model, weights, str(path))
     else:
-        client_state = _load_training_state(engine_of(model), path, timeout)
+        client_state = _load_training_state(engine_of(model), path, timeout, io_timeout)
         state = {**client_state, **state}
         _restore_schedule(config, state, lr_scheduler, scaler, path, logger)
     logger.info('=> loaded successfully %s (epoch %s)', path, state.get('epoch', 'unknown'))
@@ -181,6 +189,7 @@ def load_ema_checkpoint(config: CfgNode, model_ema: Any, logger: logging.Logger)
         CheckpointNotFound, CheckpointMismatch, CheckpointError: as `load_checkpoint`.
     """
     resume, timeout = config.MODEL.RESUME, _timeout(config)
+    io_timeout = _timeout(config, 'IO_TIMEOUT')
     path = _resolve(resume, logger, timeout)
     if path is None or path.is_file():
         checkpoint = open_source(resume)
@@ -194,10 +203,10 @@ def load_ema_checkpoint(config: CfgNode, model_ema: Any, logger: logging.Logger)
         state = agree('read state', lambda: _state_of(path), timeout, CheckpointError)
         weights = None
         if isinstance(model_ema, ShardedEma) and has_ema(path):
-            agree('read EMA', lambda: model_ema.load_shard(path), timeout, CheckpointError)
+            agree('read EMA', lambda: model_ema.load_shard(path), io_timeout, CheckpointError)
             weights = {}
         elif has_ema(path) or (path / _WHOLE_EMA_FILE).is_file():
-            weights = agree('read EMA', lambda: _whole_ema(path), timeout, CheckpointError)
+            weights = agree('read EMA', lambda: _whole_ema(path), io_timeout, CheckpointError)
             _load_whole_ema(model_ema, weights, str(path))
     if weights is None:
         logger.warning('%s has no EMA: starting from the loaded weights', resume)
@@ -233,9 +242,9 @@ def auto_resume_helper(output_dir: str) -> str | None:
     return path
 
 
-def _timeout(config: CfgNode) -> float:
-    default = default_config().CHECKPOINT.RENDEZVOUS_TIMEOUT
-    return float(get_option(config, 'CHECKPOINT.RENDEZVOUS_TIMEOUT', default))
+def _timeout(config: CfgNode, key: str = 'RENDEZVOUS_TIMEOUT') -> float:
+    default = default_config().CHECKPOINT[key]
+    return float(get_option(config, f'CHECKPOINT.{key}', default))
 
 
 def _commit(config: CfgNode, engine: DeepSpeedEngine, epoch: Any, tag: str, best: Any) -> None:
@@ -300,7 +309,9 @@ def _load_file(config: CfgNode, resume: str, model: Any, logger: logging.Logger)
     return float(accuracy) if isinstance(accuracy, int | float) else 0.0
 
 
-def _load_training_state(engine: DeepSpeedEngine, path: Path, timeout: float) -> dict[str, Any]:
+def _load_training_state(
+    engine: DeepSpeedEngine, path: Path, timeout: float, io_timeout: float
+) -> dict[str, Any]:
     from_rank_0('check layout', lambda: _require_same_layout(engine, path), timeout)
 
     def read_own_files() -> None:
@@ -310,7 +321,7 @@ def _load_training_state(engine: DeepSpeedEngine, path: Path, timeout: float) ->
             if files:
                 read_shard(files[min(rank(), len(files) - 1)], mmap=True)
 
-    agree('read shards', read_own_files, timeout, CheckpointError)
+    agree('read shards', read_own_files, io_timeout, CheckpointError)
     install_writer(engine)
 
     def load() -> dict[str, Any]:
@@ -319,7 +330,7 @@ def _load_training_state(engine: DeepSpeedEngine, path: Path, timeout: float) ->
             raise CheckpointError(f'{path}: DeepSpeed found nothing to load in it')
         return client_state
 
-    return agree('load shards', load, timeout, CheckpointError)
+    return agree('load shards', load, io_timeout, CheckpointError)
 
 
 def _require_same_layout(engine: DeepSpeedEngine, path: Path) -> None:
@@ -343,15 +354,30 @@ def _require_same_layout(engine: DeepSpeedEngine, path: Path) -> None:
             f'{path}: saved with {"; ".join(differing)}. This version resumes training into the '
             'same layout only; EVAL_MODE loads the weights into any.'
         )
-    if shards.zero_stage:
-        groups = [list(group) for group in shards.head['param_shapes']]
-        now = [list(group) for group in engine._get_zero_param_shapes()]
-        if groups != now:
-            raise CheckpointMismatch(
-                f'{path}: its optimizer has {len(groups)} parameter groups with '
-                f'{[len(g) for g in groups]} tensors, and this run has {len(now)} with '
-                f'{[len(g) for g in now]}: weight decay, layer decay or frozen layers changed'
-            )
+    groups, now = shards.groups(), _groups_of(engine)
+    if not _same_groups(groups, now):
+        raise CheckpointMismatch(
+            f'{path}: its optimizer has {len(groups)} parameter groups with '
+            f'{[len(g) for g in groups]} tensors, and this run has {len(now)} with '
+            f'{[len(g) for g in now]}: weight decay, layer decay or frozen layers changed'
+        )
+
+
+def _groups_of(engine: DeepSpeedEngine) -> list[list[str]]:
+    if engine.zero_optimization_stage():
+        return [list(group) for group in engine._get_zero_param_shapes()]
+    groups = engine.optimizer.param_groups
+    return [group.get('param_names') or [''] * len(group['params']) for group in groups]
+
+
+def _same_groups(saved: list[list[str]], running: list[list[str]]) -> bool:
+    if [len(group) for group in saved] != [len(group) for group in running]:
+        return False
+    return all(
+        not a or not b or a == b
+        for one, other in zip(saved, running, strict=True)
+        for a, b in zip(one, other, strict=True)
+    )
 
 
 def _precision(ds_config: Any) -> str:

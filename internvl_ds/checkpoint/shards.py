@@ -92,6 +92,14 @@ class TagShards:
             shapes[alias] = shapes[name]
         return shapes
 
+    def groups(self) -> list[list[str]]:
+        """The names of each parameter group's tensors; '' where the tag does not say them."""
+        if self.zero_stage:
+            return [list(group) for group in self.head['param_shapes'] or []]
+        optimizer = self.head['optimizer'] or {}
+        groups = optimizer.get('optimizer_state_dict', optimizer).get('param_groups', [])
+        return [group.get('param_names') or [''] * len(group['params']) for group in groups]
+
     def weights(self) -> dict[str, torch.Tensor]:
         """Name -> whole tensor (on the CPU) of every parameter and buffer, for evaluation.
 

@@ -119,7 +119,8 @@ def newest(output: Path) -> Resume | None:
     """The newest checkpoint of an output directory, for auto resume.
 
     ``latest`` decides where it names a whole tag. Where it is missing, empty or dangling the
-    newest whole epoch tag is taken, with a warning: never a silent restart from scratch.
+    newest whole epoch tag is taken, with a warning: never a silent restart from scratch. Without
+    any trace of a tag it is the newest .pth of the original, by the file's time.
 
     Returns:
         None when there is no such directory, or nothing in it that a run left.
@@ -147,13 +148,15 @@ def newest(output: Path) -> Resume | None:
             reason = '; '.join(broken) or f'there is no {latest_file}'
             return Resume(output / tag.name, f'{reason}: resuming from {tag.name} instead')
         broken.append(problem)
-    if broken:
-        raise CheckpointNotFound(
-            f'{output}: checkpoints were here, but no whole one is left ({"; ".join(broken)}). '
-            'Set MODEL.RESUME to a checkpoint, or give another OUTPUT (or remove the file '
-            f'{LATEST}) to start from scratch.'
-        )
-    return None
+    if not broken:
+        # The original's files: this package evaluates them, and says so when asked to resume.
+        files = sorted(output.glob('*.pth'), key=lambda path: path.stat().st_mtime)
+        return Resume(files[-1], None) if files else None
+    raise CheckpointNotFound(
+        f'{output}: checkpoints were here, but no whole one is left ({"; ".join(broken)}). '
+        'Set MODEL.RESUME to a checkpoint, or give another OUTPUT (or remove the file '
+        f'{LATEST}) to start from scratch.'
+    )
 
 
 def resolve(resume: str) -> Resume:

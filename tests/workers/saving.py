@@ -245,7 +245,6 @@ def load_errors(root: str) -> dict[str, str]:
         except Exception as error:
             messages[name] = f'{type(error).__name__}: {error}'
 
-    before = masters(run.engine)
     attempt('missing', lambda: run.load(f'{root}/two/ckpt_epoch_9'))
     attempt('empty', lambda: run.load(''))
     attempt('no directory', lambda: run.load(f'{root}/nowhere'))
@@ -254,10 +253,29 @@ def load_errors(root: str) -> dict[str, str]:
     other = Run(1, 'fp32', f'{root}/one', seed=4)
     fresh = masters(other.engine)
     attempt('stage', lambda: other.load(path))
+    attempt('untouched', lambda: _require(masters(other.engine) == fresh))
     other.close()
     low = Run(2, 'bf16', f'{root}/bf16')
     attempt('precision', lambda: low.load(path))
     low.close()
+    for stage in (0, 2):
+        two = Run(stage, 'fp32', f'{root}/groups{stage}')
+        two.steps(0, 1)
+        saved = two.save(0)
+        two.close()
+        model = make_model()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        engine, optimizer = initialize(
+            two.config, model, torch.optim.AdamW(trained, lr=1e-2), zero_json(stage)
+        )
+        config = make_config('', MODEL__RESUME=saved)
+        start = masters(engine)
+        attempt(
+            f'groups {stage}',
+            lambda o=optimizer, c=config: load_checkpoint(c, o, o, None, None, logger),
+        )
+        attempt('unchanged', lambda e=engine, s=start: _require(masters(e) == s))
+        engine.destroy()
     wide = nn.Sequential(nn.Linear(12, 19), nn.Linear(19, 3))
     config = make_config('', EVAL_MODE=True, MODEL__RESUME=path)
     attempt('model', lambda: load_checkpoint(config, wide, None, None, None, logger))
@@ -266,8 +284,11 @@ def load_errors(root: str) -> dict[str, str]:
         'no engine',
         lambda: save_checkpoint(config, 0, make_model(), 0.0, None, None, None, logger),
     )
-    messages['untouched'] = str(before == before and fresh == fresh)
     return messages
+
+
+def _require(condition: bool) -> None:
+    assert condition
 
 
 def ema_in_place(stages: list[int], precision: str) -> dict[str, Any]:

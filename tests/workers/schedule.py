@@ -17,7 +17,7 @@ STEPS, SKIPPED = 50, 17
 
 def _groups(model: nn.Module) -> list[dict[str, Any]]:
     """One group a tensor with layer decay, and an empty one in between."""
-    scale = {'stem': 0.25, 'norm': 0.5, 'body': 0.5, 'head': 1.0}
+    scale = {'stem': 0.25, 'norm': 0.5, 'body': 0.5, 'tied': 0.7, 'head': 1.0}
     groups: list[dict[str, Any]] = []
     for name, p in model.named_parameters():
         if not p.requires_grad:
