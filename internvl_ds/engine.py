@@ -96,7 +96,8 @@ def initialize(
     _undo_dummy_step(engine.optimizer)
     register(engine, lr_scheduler=lr_scheduler)
     output = get_option(config, 'OUTPUT', '')
-    if output and rank() == 0:
+    training = optimizer is not None or 'optimizer' in resolved
+    if output and training and rank() == 0:
         Path(output).mkdir(parents=True, exist_ok=True)
         write_text(Path(output) / 'ds_config.json', json.dumps(resolved, indent=2) + '\n')
     return engine, ds_optimizer

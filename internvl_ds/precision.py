@@ -7,17 +7,13 @@ import weakref
 from collections.abc import Iterable
 from typing import Any
 
+import deepspeed.comm as dist
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.utils import safe_get_full_grad
 
+from internvl_ds.comm import world_size
 from internvl_ds.engine import engine_of, step_scheduler
 from internvl_ds.errors import ConfigError, InternvlDsError
-
-_NO_GRADIENTS = (
-    'get_grad_norm: no gradients are there. Under ZeRO they exist between backward and step only; '
-    'NativeScalerWithGradNormCount returns the norm of each step.'
-)
 
 
 class NativeScalerWithGradNormCount:
@@ -108,8 +104,9 @@ def get_grad_norm(
 ) -> torch.Tensor:
     """The norm of the gradients that the parameters have, taken together as one vector.
 
-    Under ZeRO, where ``p.grad`` is None, the gradients are gathered parameter by parameter; then
-    every rank must call it, between backward and step, with the same parameters.
+    For parameters of a ZeRO engine (stages 1-3), where ``p.grad`` is None, each rank takes the
+    part of the gradients that it owns, and one small all-gather adds them up: every rank must then
+    call it, between backward and step, with the same parameters.
 
     Args:
         parameters: one tensor or several.
@@ -119,33 +116,58 @@ def get_grad_norm(
         0-dim float32 tensor; 0 for plain parameters of which none has a gradient.
 
     Raises:
-        InternvlDsError: for parameters of a ZeRO engine when no gradients are there, as after a
-            step: 0 would be no answer.
+        InternvlDsError: on all ranks, for parameters of a ZeRO engine whose gradients are not
+            there, as after a step: 0 would be no answer.
     """
-    if isinstance(parameters, torch.Tensor):
-        parameters = [parameters]
-    parameters = list(parameters)
+    parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
     norm_type = float(norm_type)
-    norms: list[torch.Tensor] = []
-    under_zero = False
-    for p in parameters:
-        zero = hasattr(p, '_hp_mapping') or hasattr(p, 'ds_id')
-        under_zero = under_zero or (zero and p.requires_grad)
-        grad = _gathered_grad(p) if zero and p.requires_grad else p.grad
-        if grad is not None:
-            norms.append(torch.linalg.vector_norm(grad.detach().float(), norm_type))
-    if not norms:
-        if under_zero:
-            raise InternvlDsError(_NO_GRADIENTS)
-        return torch.zeros((), device=parameters[0].device if parameters else None)
-    return torch.linalg.vector_norm(torch.stack(norms), norm_type)
+    partitioned = [p for p in parameters if p.requires_grad and _is_partitioned(p)]
+    whole = [p.grad for p in parameters if p.grad is not None and not _is_partitioned(p)]
+    device = parameters[0].device if parameters else None
+    norm = _norm_of(whole, norm_type, device)
+    if not partitioned:
+        return norm
+    fragments = [_own_gradient(p) for p in partitioned]
+    there = all(f is not None for f in fragments)
+    own = _norm_of([f for f in fragments if f is not None], norm_type, device)
+    # All ranks enter this, whether their gradients are there or not, and all learn the same.
+    report = torch.stack([own, torch.tensor(float(there), device=device)])
+    reports = report.new_empty(world_size() * 2)
+    dist.all_gather_into_tensor(reports, report)
+    norms, present = reports.view(-1, 2).unbind(1)
+    if not bool(present.all()):
+        raise InternvlDsError(
+            'get_grad_norm: no gradients are there. Under ZeRO they exist between backward and '
+            'step only; NativeScalerWithGradNormCount returns the norm of each step.'
+        )
+    return torch.linalg.vector_norm(torch.cat([norms, norm.view(1)]), norm_type)
 
 
-def _gathered_grad(parameter: torch.Tensor) -> torch.Tensor | None:
+def _is_partitioned(parameter: torch.Tensor) -> bool:
+    """Whether a ZeRO optimizer keeps the parameter's gradient in parts (stages 1-3)."""
+    return hasattr(parameter, '_hp_mapping') or hasattr(parameter, 'ds_id')
+
+
+def _own_gradient(parameter: Any) -> torch.Tensor | None:
+    """This rank's part of a partitioned gradient, maybe empty; None where there is no gradient."""
+    if hasattr(parameter, 'ds_id'):
+        optimizer = parameter._z3_optimizer
+        # The buffers keep an old gradient; these two say whether a backward came after the step.
+        fresh = optimizer.micro_step_id > 0 or optimizer._epilogue_ran_this_backward
+        return optimizer.get_local_fp32_grad_for_param(parameter) if fresh else None
+    if parameter._hp_mapping is None:  # all of it is another rank's
+        return parameter.new_empty(0)
     try:
-        return safe_get_full_grad(parameter)  # a collective
-    except AssertionError as error:  # what ZeRO-3 raises after a step, on all ranks alike
-        raise InternvlDsError(_NO_GRADIENTS) from error
+        return parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group)
+    except ValueError:
+        return None
+
+
+def _norm_of(tensors: list[torch.Tensor], norm_type: float, device: Any) -> torch.Tensor:
+    norms = [torch.linalg.vector_norm(t.detach().float(), norm_type) for t in tensors if t.numel()]
+    if not norms:
+        return torch.zeros((), device=device)
+    return torch.linalg.vector_norm(torch.stack(norms), norm_type)
 
 
 def _step_and_norm(engine: DeepSpeedEngine, clip_grad: float) -> torch.Tensor:

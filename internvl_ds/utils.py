@@ -1,19 +1,16 @@
 """The original script's import path: ``from utils import X`` becomes ``from internvl_ds.utils``."""
 
-from internvl_ds import (
-    MyAverageMeter,
-    NativeScalerWithGradNormCount,
+from internvl_ds.checkpoint.api import (
     auto_resume_helper,
-    convert_22k_head_to_1k,
-    get_grad_norm,
-    initialize,
     load_checkpoint,
     load_ema_checkpoint,
-    load_pretrained,
-    reduce_tensor,
-    register,
     save_checkpoint,
 )
+from internvl_ds.comm import reduce_tensor
+from internvl_ds.engine import initialize, register
+from internvl_ds.metrics import MyAverageMeter
+from internvl_ds.precision import NativeScalerWithGradNormCount, get_grad_norm
+from internvl_ds.pretrained import convert_22k_head_to_1k, load_pretrained
 
 __all__ = [
     'MyAverageMeter',

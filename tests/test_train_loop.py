@@ -109,6 +109,29 @@ def test_evaluation_finds_the_accuracy_that_training_reported(tmp_path, data, st
 
 @pytest.mark.ranks
 @pytest.mark.slow
+def test_the_ds_configs_monitor_gets_the_epochs_numbers(tmp_path, data):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    cfg = write_config(tmp_path, data)
+    ds_config = tmp_path / 'monitored.json'
+    ds_config.write_text(
+        json.dumps(
+            {'tensorboard': {'enabled': True, 'output_path': str(tmp_path), 'job_name': 'tb'}}
+        )
+    )
+    result = run_ranks(
+        'tests.workers.training:train_on_ranks', 2, tmp_path,
+        cfg=str(cfg), output=str(tmp_path / 'out'), opts=['AMP_OPT_LEVEL', 'O0'],
+        ds_config=str(ds_config),
+    )[0]  # fmt: skip
+    events = EventAccumulator(str(tmp_path / 'tb')).Reload()
+    written = [event.value for event in events.Scalars('Epoch/acc1')]
+    assert written == pytest.approx([record['acc1'] for record in result['metrics']])
+    assert len(events.Scalars('Train/Samples/lr')) == 2 * 2  # two updates in each of two epochs
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
 def test_linear_probing_changes_the_head_alone(tmp_path, data):
     cfg = write_config(
         tmp_path, data, TRAIN__EPOCHS=1, TRAIN__OPTIMIZER__FREEZE_BACKBONE=True,

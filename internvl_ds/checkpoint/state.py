@@ -74,4 +74,4 @@ def _decode(value: Any) -> Any:
     items = _decode(value['of'])
     if value[_MARK] == 'tuple':
         return tuple(items)
-    return (Counter if value[_MARK] == 'Counter' else dict)(items)
+    return Counter(dict(items)) if value[_MARK] == 'Counter' else dict(items)

@@ -1,4 +1,4 @@
-"""Entry point of the training program: parse, join the other ranks, run, leave on every path."""
+"""Entry point of the training program: parse, join the other ranks, run, leave in order."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ConfigError as error:  # no other rank is there yet: the text is all that helps
         raise SystemExit(f'error: {error}') from None
     init_distributed()
-    try:
-        run(config, args.deepspeed_config)
-    finally:
-        shutdown()
+    run(config, args.deepspeed_config)
+    # Not after an exception: leaving the process group may wait for ranks that are still in a
+    # collective, where an exit at once lets the launcher end them.
+    shutdown()
 
 
 def _switch(text: str) -> dict[str, Any]:

@@ -1,80 +1,28 @@
-"""The training loop: set up, resume, train, evaluate, save. Every rank runs all of it."""
+"""The training loop: train, evaluate, save, epoch by epoch. Every rank runs all of it."""
 
 from __future__ import annotations
 
-import copy
-import logging
-import os
-import socket
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from yacs.config import CfgNode
 
-from internvl_ds import ds_config as ds
-from internvl_ds.comm import exchange, rank, reduce_tensor, world_size
-from internvl_ds.ema import ShardedEma
-from internvl_ds.engine import initialize
-from internvl_ds.precision import NativeScalerWithGradNormCount
-from internvl_ds.train.data import Loaders, build_loaders, seed_everything, start_epoch
+from internvl_ds.checkpoint.restore import load_weights
+from internvl_ds.comm import rank, reduce_tensor, world_size
+from internvl_ds.train.data import start_epoch
 from internvl_ds.train.evaluate import EvalResult, evaluate, measure_throughput
-from internvl_ds.train.log import (
-    FILE_ONLY,
-    MetricsLog,
-    close_log,
-    open_log,
-    shows_bar,
-    write_config,
-)
-from internvl_ds.train.model import build_model, input_dtype, set_train_mode
-from internvl_ds.train.optim import (
-    accumulation_steps,
-    build_optimizer,
-    build_scheduler,
-    scaled_lrs,
-    updates_per_epoch,
-)
+from internvl_ds.train.log import FILE_ONLY, MetricsLog, close_log, open_log, shows_bar
+from internvl_ds.train.model import input_dtype, set_train_mode
+from internvl_ds.train.optim import accumulation_steps
 from internvl_ds.train.plot import plot_curves
 from internvl_ds.train.progress import Progress
-from internvl_ds.utils import (
-    auto_resume_helper,
-    load_checkpoint,
-    load_ema_checkpoint,
-    load_pretrained,
-    save_checkpoint,
-)
-
-DsConfig = str | Path | Mapping[str, Any] | None
-
-
-@dataclass
-class Run:
-    """What one run works with, and how far it has come.
-
-    Attributes:
-        best: highest top-1 validation accuracy so far, percent.
-        best_ema: the same of the averaged weights.
-        optimizer, scheduler, ema: None where the run does not train, or keeps no average.
-    """
-
-    config: CfgNode
-    logger: logging.Logger
-    loaders: Loaders
-    engine: DeepSpeedEngine
-    scaler: NativeScalerWithGradNormCount
-    optimizer: Any = None
-    scheduler: Scheduler | None = None
-    ema: ShardedEma | None = None
-    best: float = 0.0
-    best_ema: float = 0.0
+from internvl_ds.train.setup import DsConfig, Run, setup
+from internvl_ds.utils import save_checkpoint
 
 
 def run(config: CfgNode, ds_config: DsConfig = None) -> float:
@@ -102,52 +50,6 @@ def run(config: CfgNode, ds_config: DsConfig = None) -> float:
         raise
     finally:
         close_log(logger)
-
-
-def setup(config: CfgNode, ds_config: DsConfig, logger: logging.Logger) -> Run:
-    """Makes everything a run needs, in the order that it needs: data, weights, engine, checkpoint.
-
-    Raises:
-        ConfigError: for settings that disagree with each other, the data or the model.
-    """
-    resolved = ds.resolve(ds.load_ds_config(ds_config), config, world_size())
-    ds.adopt(config, resolved)
-    _share_cores(config)
-    _choose_resume(config, logger)
-    if rank() == 0:
-        path = write_config(config, config.OUTPUT)
-        logger.info('configuration, resolved: %s', path)
-    loaders = build_loaders(config, rank(), world_size())
-    seed_everything(config.SEED)  # the same weights on every rank
-    model = build_model(config)
-    seed_everything(config.SEED + rank())
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    logger.info(
-        'model %s: %.2f M parameters, %.2f M of them trained',
-        config.MODEL.FACTORY or config.MODEL.NAME,
-        sum(p.numel() for p in model.parameters()) / 1e6,
-        trainable / 1e6,
-    )
-    if config.MODEL.PRETRAINED and not config.MODEL.RESUME:
-        load_pretrained(config, model, logger)
-    scaler = NativeScalerWithGradNormCount()
-    training = not (config.EVAL_MODE or config.THROUGHPUT_MODE)
-    averages = config.TRAIN.EMA.ENABLE and (training or bool(config.MODEL.RESUME))
-    if training or averages:
-        engine, optimizer, scheduler = _training_engine(config, model, resolved, loaders, logger)
-    else:
-        engine, _ = initialize(config, model, None, _for_inference(resolved))
-        optimizer = scheduler = None
-    state = Run(config, logger, loaders, engine, scaler, optimizer, scheduler)
-    if config.MODEL.RESUME:
-        logger.info('resuming from %s', config.MODEL.RESUME)
-        state.best = load_checkpoint(config, engine, optimizer, scheduler, scaler, logger)
-    if averages:
-        # After the load: without an average in the checkpoint it starts at the loaded weights.
-        state.ema = ShardedEma(engine, config.TRAIN.EMA.DECAY)
-        if config.MODEL.RESUME:
-            state.best_ema = load_ema_checkpoint(config, state.ema, logger)
-    return state
 
 
 def train_one_epoch(state: Run, epoch: int) -> dict[str, float]:
@@ -235,6 +137,7 @@ def _train(state: Run) -> float:
                 state.best_ema = max(state.best_ema, averaged.acc1)
                 record.update(ema_acc1=averaged.acc1)
             logger.info('best top-1 %.2f %%', state.best)
+        _write_monitor(state, record)
         if rank() == 0:
             metrics.append(record)
             plot_curves(metrics.read(), Path(config.OUTPUT) / 'curves.png')
@@ -247,6 +150,14 @@ def _train(state: Run) -> float:
             _save(state, epoch, best='ema_best')
     logger.info('trained in %.1f s; best top-1 %.2f %%', time.perf_counter() - start, state.best)
     return state.best
+
+
+def _write_monitor(state: Run, record: dict[str, Any]) -> None:
+    """Sends the epoch's numbers to what the ds_config asks for: TensorBoard, CSV, ..."""
+    monitor = state.engine.monitor
+    if monitor.enabled:
+        samples = state.engine.global_samples
+        monitor.write_events([(f'Epoch/{k}', v, samples) for k, v in record.items()])
 
 
 def _save(state: Run, epoch: int, best: str | None = None) -> None:
@@ -280,12 +191,10 @@ def _validate(state: Run, what: str) -> EvalResult:
 
 
 def _report_accuracy(state: Run) -> float:
-    if not (state.config.MODEL.RESUME or state.config.MODEL.PRETRAINED):
-        state.logger.warning('neither MODEL.RESUME nor MODEL.PRETRAINED: the weights are random')
     result = _validate(state, 'evaluation')
-    if state.ema is not None:
-        with state.ema.swapped_in():
-            _validate(state, 'evaluation, EMA')
+    if state.averaged_weights is not None:
+        load_weights(state.engine, state.averaged_weights, f'EMA of {state.config.MODEL.RESUME}')
+        _validate(state, 'evaluation, EMA')
     return result.acc1
 
 
@@ -295,49 +204,3 @@ def _report_throughput(state: Run) -> float:
     total = mean * world_size()
     state.logger.info('throughput %.1f img/s on %d ranks', total, world_size())
     return total
-
-
-def _training_engine(
-    config: CfgNode,
-    model: nn.Module,
-    resolved: dict[str, Any],
-    loaders: Loaders,
-    logger: logging.Logger,
-) -> tuple[DeepSpeedEngine, Any, Scheduler | None]:
-    lrs = scaled_lrs(config, world_size())
-    logger.info('lr for the global batch: %.3e, warm-up from %.3e, at least %.3e', *lrs)
-    client = build_optimizer(config, model, lrs.base)
-    scheduler = None
-    if loaders.train is not None:
-        updates = updates_per_epoch(config, len(loaders.train))
-        scheduler = build_scheduler(config, client, updates, lrs)
-    engine, optimizer = initialize(config, model, client, resolved, lr_scheduler=scheduler)
-    return engine, optimizer, scheduler
-
-
-def _for_inference(resolved: dict[str, Any]) -> dict[str, Any]:
-    """A ds_config for an engine without an optimizer: stages 1 and 2 partition nothing then."""
-    inference = copy.deepcopy(resolved)
-    if inference['zero_optimization']['stage'] in (1, 2):
-        inference['zero_optimization'] = {'stage': 0}
-    return inference
-
-
-def _share_cores(config: CfgNode) -> None:
-    """Divides a host's cores between its ranks, which would otherwise each take all of them."""
-    hosts = exchange('hosts', socket.gethostname(), config.CHECKPOINT.RENDEZVOUS_TIMEOUT)
-    if 'OMP_NUM_THREADS' not in os.environ and not torch.cuda.is_available():
-        cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(max(1, cores // hosts.count(socket.gethostname())))
-
-
-def _choose_resume(config: CfgNode, logger: logging.Logger) -> None:
-    if config.MODEL.RESUME or not config.TRAIN.AUTO_RESUME:
-        return
-    found = auto_resume_helper(config.OUTPUT)
-    if found is None:
-        logger.info('no checkpoint in %s: starting anew', config.OUTPUT)
-        return
-    config.defrost()
-    config.MODEL.RESUME = found
-    config.freeze()

@@ -24,9 +24,10 @@ from internvl_ds.config import default_config, get_config, merge_opts
 from internvl_ds.errors import RankError
 from internvl_ds.train.data import build_loaders, seed_everything, start_epoch
 from internvl_ds.train.evaluate import evaluate
-from internvl_ds.train.loop import build_criterion, run, setup, train_one_epoch
+from internvl_ds.train.loop import build_criterion, run, train_one_epoch
 from internvl_ds.train.model import build_model
 from internvl_ds.train.optim import build_optimizer, build_scheduler, scaled_lrs
+from internvl_ds.train.setup import setup
 
 
 def write_folder(root: Path, classes: int, train: int, val: int, side: int = 16) -> Path:

@@ -1,0 +1,184 @@
+"""Makes everything a run needs, in the order that it needs: data, weights, engine, checkpoint."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+from yacs.config import CfgNode
+
+from internvl_ds import ds_config as ds
+from internvl_ds.comm import exchange, rank, world_size
+from internvl_ds.ema import ShardedEma
+from internvl_ds.engine import initialize
+from internvl_ds.precision import NativeScalerWithGradNormCount
+from internvl_ds.train.data import Loaders, build_loaders, seed_everything
+from internvl_ds.train.log import write_config
+from internvl_ds.train.model import build_model
+from internvl_ds.train.optim import (
+    build_optimizer,
+    build_scheduler,
+    scaled_lrs,
+    updates_per_epoch,
+)
+from internvl_ds.utils import (
+    auto_resume_helper,
+    load_checkpoint,
+    load_ema_checkpoint,
+    load_pretrained,
+)
+
+DsConfig = str | Path | Mapping[str, Any] | None
+
+
+@dataclass
+class Run:
+    """What one run works with, and how far it has come.
+
+    Attributes:
+        optimizer, scheduler: None where the run does not train.
+        ema: the average that training keeps; None where there is none to keep.
+        averaged_weights: those of the checkpoint, where the run evaluates only.
+        best: highest top-1 validation accuracy so far, percent.
+        best_ema: the same of the averaged weights.
+    """
+
+    config: CfgNode
+    logger: logging.Logger
+    loaders: Loaders
+    engine: DeepSpeedEngine
+    scaler: NativeScalerWithGradNormCount
+    optimizer: Any = None
+    scheduler: Scheduler | None = None
+    ema: ShardedEma | None = None
+    averaged_weights: dict[str, torch.Tensor] | None = None
+    best: float = 0.0
+    best_ema: float = 0.0
+
+
+def setup(config: CfgNode, ds_config: DsConfig, logger: logging.Logger) -> Run:
+    """Sets a run up as the config says. Every rank must call it.
+
+    Args:
+        config: what the ds_config decides, MODEL.RESUME (automatic resume) and TRAIN.START_EPOCH
+            are written into it.
+        ds_config: a DeepSpeed configuration: its path, shipped name or content; None for none.
+        logger: told what was found, built and loaded.
+
+    Raises:
+        ConfigError: for settings that disagree with each other, the data or the model.
+    """
+    resolved = ds.resolve(ds.load_ds_config(ds_config), config, world_size())
+    ds.adopt(config, resolved)
+    _share_cores(config)
+    loaders = build_loaders(config, rank(), world_size())
+    seed_everything(config.SEED)  # the same weights on every rank
+    model = build_model(config)
+    seed_everything(config.SEED + rank())
+    logger.info(
+        'model %s: %.2f M parameters, %.2f M of them trained',
+        config.MODEL.FACTORY or config.MODEL.NAME,
+        sum(p.numel() for p in model.parameters()) / 1e6,
+        sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6,
+    )
+    if config.THROUGHPUT_MODE:  # any weights are as fast
+        engine = _inference_engine(config, model, resolved)
+        return Run(config, logger, loaders, engine, NativeScalerWithGradNormCount())
+    _choose_resume(config, logger)
+    if config.MODEL.PRETRAINED and not config.MODEL.RESUME:
+        load_pretrained(config, model, logger)
+    if config.EVAL_MODE:
+        return _setup_evaluation(config, model, resolved, loaders, logger)
+    return _setup_training(config, model, resolved, loaders, logger)
+
+
+def _setup_training(
+    config: CfgNode,
+    model: nn.Module,
+    resolved: dict[str, Any],
+    loaders: Loaders,
+    logger: logging.Logger,
+) -> Run:
+    assert loaders.train is not None
+    if rank() == 0:
+        logger.info('configuration, resolved: %s', write_config(config, config.OUTPUT))
+    lrs = scaled_lrs(config, world_size())
+    logger.info('lr for the global batch: %.3e, warm-up from %.3e, at least %.3e', *lrs)
+    client = build_optimizer(config, model, lrs.base)
+    updates = updates_per_epoch(config, len(loaders.train))
+    scheduler = build_scheduler(config, client, updates, lrs)
+    engine, optimizer = initialize(config, model, client, resolved, lr_scheduler=scheduler)
+    scaler = NativeScalerWithGradNormCount()
+    state = Run(config, logger, loaders, engine, scaler, optimizer, scheduler)
+    if config.MODEL.RESUME:
+        logger.info('resuming from %s', config.MODEL.RESUME)
+        state.best = load_checkpoint(config, engine, optimizer, scheduler, scaler, logger)
+    if config.TRAIN.EMA.ENABLE:
+        # After the load: without an average in the checkpoint it starts at the loaded weights.
+        state.ema = ShardedEma(engine, config.TRAIN.EMA.DECAY)
+        if config.MODEL.RESUME:
+            state.best_ema = load_ema_checkpoint(config, state.ema, logger)
+    return state
+
+
+def _setup_evaluation(
+    config: CfgNode,
+    model: nn.Module,
+    resolved: dict[str, Any],
+    loaders: Loaders,
+    logger: logging.Logger,
+) -> Run:
+    """Loads before there is an engine, so that a checkpoint of any layout will do."""
+    best, averaged = 0.0, None
+    if config.MODEL.RESUME:
+        best = load_checkpoint(config, model, None, None, None, logger)
+        if config.TRAIN.EMA.ENABLE:
+            ema = ModelEmaV3(model)
+            load_ema_checkpoint(config, ema, logger)
+            averaged = ema.module.state_dict()
+    elif not config.MODEL.PRETRAINED:
+        logger.warning('neither MODEL.RESUME nor MODEL.PRETRAINED is set: the weights are random')
+    engine = _inference_engine(config, model, resolved)
+    scaler = NativeScalerWithGradNormCount()
+    return Run(config, logger, loaders, engine, scaler, averaged_weights=averaged, best=best)
+
+
+def _inference_engine(
+    config: CfgNode, model: nn.Module, resolved: dict[str, Any]
+) -> DeepSpeedEngine:
+    """An engine without an optimizer: at stages 1 and 2 there is nothing to partition then."""
+    inference = copy.deepcopy(resolved)
+    if inference['zero_optimization']['stage'] in (1, 2):
+        inference['zero_optimization'] = {'stage': 0}
+    return initialize(config, model, None, inference)[0]
+
+
+def _share_cores(config: CfgNode) -> None:
+    """Divides a host's cores between its ranks, which would otherwise each take all of them."""
+    hosts = exchange('hosts', socket.gethostname(), config.CHECKPOINT.RENDEZVOUS_TIMEOUT)
+    if 'OMP_NUM_THREADS' not in os.environ and not torch.cuda.is_available():
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // hosts.count(socket.gethostname())))
+
+
+def _choose_resume(config: CfgNode, logger: logging.Logger) -> None:
+    if config.MODEL.RESUME or not config.TRAIN.AUTO_RESUME:
+        return
+    found = auto_resume_helper(config.OUTPUT)
+    if found is None:
+        logger.info('no checkpoint in %s: starting anew', config.OUTPUT)
+        return
+    config.defrost()
+    config.MODEL.RESUME = found
+    config.freeze()
