@@ -63,10 +63,15 @@ def test_an_engine_is_found_from_its_module_and_either_optimizer(tmp_path):
 def test_an_engine_of_plain_deepspeed(tmp_path, stage):
     for result in run_ranks('tests.workers.talking:plain_engine', 2, tmp_path, stage=stage):
         assert 'internvl_ds.register(engine)' in result['unknown']
-        # gradient_clipping of the ds_config is 0.1, but the call said clip_grad=None
-        assert result['norm'] > 0.5
+        # With SGD and lr 1 the weights move by the gradient that was applied. The ds_config's
+        # gradient_clipping is 0.1, and the calls said clip_grad=None and 0.02.
+        norm, moved = result['unclipped']
+        assert norm > 0.1
+        assert moved == pytest.approx(norm, rel=1e-4)
         assert result['registered']
-        assert result['norm again'] > 0
+        norm, moved = result['clipped']
+        assert norm > 0.1
+        assert moved == pytest.approx(0.02, rel=1e-3)  # both clip to 0.02 * norm / (norm + 1e-6)
         assert result['wrong'] == 'EngineNotFound: register() takes a DeepSpeedEngine, not a Net'
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -14,6 +15,7 @@ from internvl_ds.comm import agree, exchange, from_rank_0, rank, world_size
 from internvl_ds.engine import engine_of
 from internvl_ds.errors import CheckpointError, CheckpointNotFound
 from tests.workers.model import make_config, make_model, make_optimizer, micro_batch, zero_json
+from tests.workers.stepping import masters
 
 
 def _message(action: Any) -> str:
@@ -92,23 +94,34 @@ def plain_engine(stage: int) -> dict[str, Any]:
     model = make_model()
     engine, optimizer, _, _ = deepspeed.initialize(
         model=model,
-        optimizer=make_optimizer(model),
-        config={'train_micro_batch_size_per_gpu': 8, 'gradient_clipping': 0.1, **zero_json(stage)},
+        optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0),
+        config={
+            'train_micro_batch_size_per_gpu': 8,
+            'gradient_clipping': 0.1,
+            'zero_allow_untested_optimizer': True,
+            **zero_json(stage),
+        },
     )
     scaler = NativeScalerWithGradNormCount()
 
-    def step(optimizer: Any) -> Any:
+    def step(optimizer: Any, clip_grad: float | None = None) -> Any:
         x, y = micro_batch(0, 0, 1, rank(), world_size())
-        return scaler(nn.functional.cross_entropy(engine(x), y), optimizer)
+        return scaler(nn.functional.cross_entropy(engine(x), y), optimizer, clip_grad)
+
+    def moved_by(action: Any) -> list[float]:
+        before = masters(engine)
+        norm, after = float(action()), masters(engine)
+        ways = [a - b for n in after for a, b in zip(after[n], before[n], strict=True)]
+        return [norm, math.hypot(*ways)]
 
     unknown = _message(lambda: engine_of(model))
-    as_itself = float(step(engine))
+    as_itself = moved_by(lambda: step(engine))
     same = register(engine) is engine and engine_of(model) is engine
     return {
         'unknown': unknown,
-        'norm': as_itself,
+        'unclipped': as_itself,
         'registered': same,
-        'norm again': float(step(optimizer)),
+        'clipped': moved_by(lambda: step(optimizer, 0.02)),
         'wrong': _message(lambda: register(model)),
     }
 
