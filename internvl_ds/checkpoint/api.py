@@ -9,26 +9,23 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
-from safetensors.torch import save_file
-from torch import nn
 from yacs.config import CfgNode
 
 import internvl_ds
-from internvl_ds import ds_config as ds
 from internvl_ds.checkpoint import store
+from internvl_ds.checkpoint.averages import holds_ema, load_whole_ema, read_whole_ema, save_ema
+from internvl_ds.checkpoint.layout import precision_of, require_same_layout
 from internvl_ds.checkpoint.manifest import STATE_FILE, Manifest, tag_name
-from internvl_ds.checkpoint.restore import load_weights, model_shapes, require_same_model
+from internvl_ds.checkpoint.restore import load_weights
 from internvl_ds.checkpoint.shards import TagShards, read_shard
 from internvl_ds.checkpoint.state import read_state, write_state
 from internvl_ds.checkpoint.writer import install_writer
 from internvl_ds.comm import agree, exchange, from_rank_0, rank, world_size
 from internvl_ds.config import default_config, get_option
-from internvl_ds.ema import ShardedEma, has_ema, read_ema_shards
+from internvl_ds.ema import ShardedEma, has_ema
 from internvl_ds.engine import engine_of, find_engine
-from internvl_ds.errors import CheckpointError, CheckpointMismatch, CheckpointNotFound, RankError
+from internvl_ds.errors import CheckpointError, CheckpointNotFound, RankError
 from internvl_ds.pretrained.sources import open_source
-
-_WHOLE_EMA_FILE = 'ema.safetensors'
 
 _log = logging.getLogger(__name__)
 
@@ -108,7 +105,7 @@ def save_checkpoint(
                 raise CheckpointError(f'{staging}: {writer.error}') from writer.error
             if rank() == 0:
                 write_state(staging / STATE_FILE, state)
-            _save_ema(model_ema, staging)
+            save_ema(model_ema, staging)
 
         agree('write checkpoint', write_own_files, io_timeout, CheckpointError)
         from_rank_0('commit', lambda: _commit(config, engine, epoch, tag, best), io_timeout)
@@ -198,16 +195,16 @@ def load_ema_checkpoint(config: CfgNode, model_ema: Any, logger: logging.Logger)
             key: checkpoint.get(key) for key in ('max_accuracy_ema', 'ema_decay')
         }
         if weights is not None:
-            _load_whole_ema(model_ema, weights, resume)
+            load_whole_ema(model_ema, weights, resume)
     else:
         state = agree('read state', lambda: _state_of(path), timeout, CheckpointError)
         weights = None
         if isinstance(model_ema, ShardedEma) and has_ema(path):
             agree('read EMA', lambda: model_ema.load_shard(path), io_timeout, CheckpointError)
             weights = {}
-        elif has_ema(path) or (path / _WHOLE_EMA_FILE).is_file():
-            weights = agree('read EMA', lambda: _whole_ema(path), io_timeout, CheckpointError)
-            _load_whole_ema(model_ema, weights, str(path))
+        elif holds_ema(path):
+            weights = agree('read EMA', lambda: read_whole_ema(path), io_timeout, CheckpointError)
+            load_whole_ema(model_ema, weights, str(path))
     if weights is None:
         logger.warning('%s has no EMA: starting from the loaded weights', resume)
     else:
@@ -257,7 +254,7 @@ def _commit(config: CfgNode, engine: DeepSpeedEngine, epoch: Any, tag: str, best
             sequence=store.next_sequence(output),
             zero_stage=engine.zero_optimization_stage(),
             world_size=world_size(),
-            precision=_precision(engine.config),
+            precision=precision_of(engine.config),
             global_steps=engine.global_steps,
             files=store.file_sizes(store.staging_path(output, tag)),
             versions={
@@ -312,7 +309,7 @@ def _load_file(config: CfgNode, resume: str, model: Any, logger: logging.Logger)
 def _load_training_state(
     engine: DeepSpeedEngine, path: Path, timeout: float, io_timeout: float
 ) -> dict[str, Any]:
-    from_rank_0('check layout', lambda: _require_same_layout(engine, path), timeout)
+    from_rank_0('check layout', lambda: require_same_layout(engine, path), timeout)
 
     def read_own_files() -> None:
         # Before any rank changes state or enters a collective: can this rank read its shards?
@@ -331,61 +328,6 @@ def _load_training_state(
         return client_state
 
     return agree('load shards', load, io_timeout, CheckpointError)
-
-
-def _require_same_layout(engine: DeepSpeedEngine, path: Path) -> None:
-    shards = TagShards(path)
-    require_same_model(shards.shapes(), model_shapes(engine.module), str(path))
-    saved = {
-        'ZeRO stage': shards.zero_stage,
-        'world size': shards.world_size,
-        'precision': _precision(shards.head.get('ds_config') or {}),
-    }
-    running = {
-        'ZeRO stage': engine.zero_optimization_stage(),
-        'world size': world_size(),
-        'precision': _precision(engine.config),
-    }
-    differing = [
-        f'{k} {saved[k]}, and this run has {running[k]}' for k in saved if saved[k] != running[k]
-    ]
-    if differing:
-        raise CheckpointMismatch(
-            f'{path}: saved with {"; ".join(differing)}. This version resumes training into the '
-            'same layout only; EVAL_MODE loads the weights into any.'
-        )
-    groups, now = shards.groups(), _groups_of(engine)
-    if not _same_groups(groups, now):
-        raise CheckpointMismatch(
-            f'{path}: its optimizer has {len(groups)} parameter groups with '
-            f'{[len(g) for g in groups]} tensors, and this run has {len(now)} with '
-            f'{[len(g) for g in now]}: weight decay, layer decay or frozen layers changed'
-        )
-
-
-def _groups_of(engine: DeepSpeedEngine) -> list[list[str]]:
-    if engine.zero_optimization_stage():
-        return [list(group) for group in engine._get_zero_param_shapes()]
-    groups = engine.optimizer.param_groups
-    return [group.get('param_names') or [''] * len(group['params']) for group in groups]
-
-
-def _same_groups(saved: list[list[str]], running: list[list[str]]) -> bool:
-    if [len(group) for group in saved] != [len(group) for group in running]:
-        return False
-    return all(
-        not a or not b or a == b
-        for one, other in zip(saved, running, strict=True)
-        for a, b in zip(one, other, strict=True)
-    )
-
-
-def _precision(ds_config: Any) -> str:
-    tree = ds_config if isinstance(ds_config, dict) else {}
-    return ds.precision(
-        {**{b: {'enabled': False} for b in ('fp16', 'bf16', 'torch_autocast')}, **tree},
-        default_config(),
-    )
 
 
 def _restore_schedule(
@@ -412,61 +354,3 @@ def _restore_schedule(
         logger.warning(
             '%s does not say its epoch: TRAIN.START_EPOCH stays %s', path, config.TRAIN.START_EPOCH
         )
-
-
-def _save_ema(model_ema: Any, staging: Path) -> None:
-    if model_ema is None:
-        return
-    if isinstance(model_ema, ShardedEma):
-        model_ema.save_shard(staging)
-    elif rank() == 0:
-        state = _ema_module(model_ema).state_dict()
-        tensors = {
-            n.removeprefix('module.'): t.detach().cpu().contiguous().clone()
-            for n, t in state.items()
-        }
-        save_file(tensors, staging / _WHOLE_EMA_FILE)
-
-
-def _ema_module(model_ema: Any) -> nn.Module:
-    """The averaged module inside timm's ModelEma (``.ema``), ModelEmaV2 or V3 (``.module``)."""
-    for name in ('ema', 'module'):
-        module = getattr(model_ema, name, None)
-        if isinstance(module, nn.Module):
-            return module
-    raise CheckpointError(
-        f"model_ema is a {type(model_ema).__name__}; it can be a ShardedEma or timm's ModelEma, "
-        'ModelEmaV2 or ModelEmaV3'
-    )
-
-
-def _whole_ema(path: Path) -> dict[str, torch.Tensor]:
-    """Name -> averaged tensor, from either kind of EMA that a tag can hold."""
-    if (path / _WHOLE_EMA_FILE).is_file():
-        return dict(open_source(str(path / _WHOLE_EMA_FILE)))
-    tag, shards = TagShards(path), read_ema_shards(path)
-    flats = [
-        {n.removeprefix('shard/'): t for n, t in shard.items() if n.startswith('shard/')}
-        for shard in shards
-    ]
-    if tag.zero_stage:
-        averaged = tag.merge([[flat[n] for n in sorted(flat)] for flat in flats])
-    else:
-        averaged = flats[0]
-    buffers = {n.removeprefix('buffer/'): t for n, t in shards[0].items() if 'buffer/' in n}
-    weights = {**tag.weights(), **averaged, **buffers}
-    aliases = tag.head.get('shared_params') or {}
-    weights.update({alias: weights[name] for alias, name in dict(aliases).items()})
-    return {name: weights[name] for name in tag.shapes()}
-
-
-def _load_whole_ema(model_ema: Any, weights: Any, where: str) -> None:
-    if isinstance(model_ema, ShardedEma):
-        raise CheckpointError(
-            f'{where}: this version restores a sharded EMA from tags that hold one; this one holds '
-            'a whole EMA'
-        )
-    module = _ema_module(model_ema)
-    wrapped = all(name.startswith('module.') for name in module.state_dict())
-    stripped = {name.removeprefix('module.'): t for name, t in weights.items()}
-    load_weights(module, {f'module.{n}' if wrapped else n: t for n, t in stripped.items()}, where)

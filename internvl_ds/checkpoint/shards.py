@@ -139,18 +139,20 @@ class TagShards:
         self, flat_groups: Sequence[Sequence[torch.Tensor]], groups: Sequence[Mapping[str, Any]]
     ) -> dict[str, torch.Tensor]:
         flats = [torch.cat([t.detach().reshape(-1) for t in flat]) for flat in flat_groups]
+        shapes = dict(itertools.chain.from_iterable(group.items() for group in groups))
+        lengths = {n: math.ceil(math.prod(shape) / len(flats)) for n, shape in shapes.items()}
+        needed, found = sum(lengths.values()), [flat.numel() for flat in flats]
+        if any(numel != needed for numel in found):
+            raise CheckpointError(
+                f'{self.tag}: the parameters need {needed} elements of each rank, and the shards '
+                f'have {found}'
+            )
         merged, offset = {}, 0
-        for name, shape in itertools.chain.from_iterable(group.items() for group in groups):
-            numel = math.prod(shape)
-            length = math.ceil(numel / len(flats))
+        for name, shape in shapes.items():
+            numel, length = math.prod(shape), lengths[name]
             slices = [flat[offset : offset + length] for flat in flats]
             merged[name] = torch.cat(slices)[:numel].reshape(tuple(shape))
             offset += length
-        if any(flat.numel() != offset for flat in flats):
-            raise CheckpointError(
-                f'{self.tag}: the parameters need {offset} elements of each rank, and the shards '
-                f'have {[flat.numel() for flat in flats]}'
-            )
         return merged
 
     def _merge_runs(

@@ -1,0 +1,89 @@
+"""The averaged weights in a tag: sharded as `ShardedEma` keeps them, or whole as timm does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from internvl_ds.checkpoint.restore import load_weights
+from internvl_ds.checkpoint.shards import TagShards
+from internvl_ds.comm import rank
+from internvl_ds.ema import ShardedEma, has_ema, read_ema_shards
+from internvl_ds.errors import CheckpointError
+from internvl_ds.pretrained.sources import open_source
+
+_WHOLE_EMA_FILE = 'ema.safetensors'
+
+
+def save_ema(model_ema: Any, staging: Path) -> None:
+    """Writes this rank's part of an average, or rank 0 the whole of timm's; nothing for None."""
+    if model_ema is None:
+        return
+    if isinstance(model_ema, ShardedEma):
+        model_ema.save_shard(staging)
+    elif rank() == 0:
+        state = _ema_module(model_ema).state_dict()
+        tensors = {
+            n.removeprefix('module.'): t.detach().cpu().contiguous().clone()
+            for n, t in state.items()
+        }
+        save_file(tensors, staging / _WHOLE_EMA_FILE)
+
+
+def _ema_module(model_ema: Any) -> nn.Module:
+    """The averaged module inside timm's ModelEma (``.ema``), ModelEmaV2 or V3 (``.module``)."""
+    for name in ('ema', 'module'):
+        module = getattr(model_ema, name, None)
+        if isinstance(module, nn.Module):
+            return module
+    raise CheckpointError(
+        f"model_ema is a {type(model_ema).__name__}; it can be a ShardedEma or timm's ModelEma, "
+        'ModelEmaV2 or ModelEmaV3'
+    )
+
+
+def read_whole_ema(path: Path) -> dict[str, torch.Tensor]:
+    """Name -> averaged tensor, from either kind of EMA that a tag can hold."""
+    if (path / _WHOLE_EMA_FILE).is_file():
+        return dict(open_source(str(path / _WHOLE_EMA_FILE)))
+    tag, shards = TagShards(path), read_ema_shards(path)
+    flats = [
+        {n.removeprefix('shard/'): t for n, t in shard.items() if n.startswith('shard/')}
+        for shard in shards
+    ]
+    if tag.zero_stage:
+        averaged = tag.merge([[flat[n] for n in sorted(flat)] for flat in flats])
+    else:
+        averaged = flats[0]
+    buffers = {n.removeprefix('buffer/'): t for n, t in shards[0].items() if 'buffer/' in n}
+    weights = {**tag.weights(), **averaged, **buffers}
+    aliases = tag.head.get('shared_params') or {}
+    weights.update({alias: weights[name] for alias, name in dict(aliases).items()})
+    return {name: weights[name] for name in tag.shapes()}
+
+
+def load_whole_ema(model_ema: Any, weights: Any, where: str) -> None:
+    """Copies averaged weights by name into timm's ModelEma, V2 or V3.
+
+    Raises:
+        CheckpointMismatch: for weights of another model.
+        CheckpointError: for a `ShardedEma`, which this version restores from its shards only.
+    """
+    if isinstance(model_ema, ShardedEma):
+        raise CheckpointError(
+            f'{where}: this version restores a sharded EMA from tags that hold one; this one holds '
+            'a whole EMA'
+        )
+    module = _ema_module(model_ema)
+    wrapped = all(name.startswith('module.') for name in module.state_dict())
+    stripped = {name.removeprefix('module.'): t for name, t in weights.items()}
+    load_weights(module, {f'module.{n}' if wrapped else n: t for n, t in stripped.items()}, where)
+
+
+def holds_ema(tag: Path) -> bool:
+    """Whether a tag holds an average of either kind."""
+    return has_ema(tag) or (tag / _WHOLE_EMA_FILE).is_file()
