@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from internvl_ds.comm import rank, world_size
 from internvl_ds.engine import engine_of
 from internvl_ds.errors import CheckpointError, CheckpointMismatch
+from internvl_ds.files import write_safetensors
 
 FILE_PATTERN = 'ema_rank_*.safetensors'
 
@@ -90,14 +90,12 @@ class ShardedEma:
         if rank() == 0:
             tensors.update({f'buffer/{n}': t for n, t in self._buffers.items()})
         metadata = {
-            'decay': repr(self.decay),
+            'decay': repr(float(self.decay)),
             'num_updates': str(self.num_updates),
             'zero_stage': str(self.engine.zero_optimization_stage()),
             'world_size': str(world_size()),
         }
-        # contiguous clones: safetensors refuses tensors that share memory
-        tensors = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
-        save_file(tensors, directory / f'ema_rank_{rank()}.safetensors', metadata)
+        write_safetensors(tensors, directory / f'ema_rank_{rank()}.safetensors', metadata)
 
     @torch.no_grad()
     def load_shard(self, directory: Path) -> None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
 
 
 def write_text(path: Path, text: str) -> None:
@@ -15,6 +19,16 @@ def write_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     aside.replace(path)
     sync_directory(path.parent)
+
+
+def write_safetensors(
+    tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Writes tensors of any device and layout, readable by whoever may read the directory."""
+    # Clones, because safetensors refuses tensors that share memory.
+    plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    save_file(plain, path, metadata)
+    path.chmod(path.parent.stat().st_mode & 0o666)  # save_file makes it private
 
 
 def sync_directory(path: Path) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from internvl_ds.checkpoint.restore import load_weights
@@ -14,6 +13,7 @@ from internvl_ds.checkpoint.shards import TagShards
 from internvl_ds.comm import rank
 from internvl_ds.ema import ShardedEma, has_ema, read_ema_shards
 from internvl_ds.errors import CheckpointError
+from internvl_ds.files import write_safetensors
 from internvl_ds.pretrained.sources import open_source
 
 _WHOLE_EMA_FILE = 'ema.safetensors'
@@ -27,11 +27,8 @@ def save_ema(model_ema: Any, staging: Path) -> None:
         model_ema.save_shard(staging)
     elif rank() == 0:
         state = _ema_module(model_ema).state_dict()
-        tensors = {
-            n.removeprefix('module.'): t.detach().cpu().contiguous().clone()
-            for n, t in state.items()
-        }
-        save_file(tensors, staging / _WHOLE_EMA_FILE)
+        tensors = {name.removeprefix('module.'): t for name, t in state.items()}
+        write_safetensors(tensors, staging / _WHOLE_EMA_FILE)
 
 
 def _ema_module(model_ema: Any) -> nn.Module:
