@@ -74,6 +74,7 @@ def initialize(
     init_distributed()
     resolved = ds.resolve(ds.load_ds_config(ds_config), config, world_size())
     _refuse_unsupported(resolved)
+    _refuse_epoch_scheduler(lr_scheduler)
     if optimizer is not None and 'optimizer' in resolved:
         raise ConfigError(
             'the ds_config has an /optimizer section and an optimizer was passed as well: '
@@ -85,7 +86,13 @@ def initialize(
         before = len(optimizer.param_groups)
         names = {p: name for name, p in model.named_parameters()}
         origins = merge_param_groups(optimizer, names)
-        remap_scheduler(lr_scheduler, origins, before)
+        if lr_scheduler is not None:
+            remap_scheduler(lr_scheduler, origins, before)
+        elif origins != list(range(before)) and _has_scheduler(optimizer):
+            raise ConfigError(
+                f'{before} parameter groups become {len(origins)}, and a scheduler was built over '
+                'them already: pass it as lr_scheduler=, or build it after initialize'
+            )
         logger.info('parameter groups: %d merged into %d', before, len(origins))
     engine, ds_optimizer, _, _ = deepspeed.initialize(
         model=model,
@@ -93,7 +100,6 @@ def initialize(
         model_parameters=[p for p in model.parameters() if p.requires_grad],
         config=resolved,
     )
-    _undo_dummy_step(engine.optimizer)
     register(engine, lr_scheduler=lr_scheduler)
     output = get_option(config, 'OUTPUT', '')
     training = optimizer is not None or 'optimizer' in resolved
@@ -107,14 +113,23 @@ def register(engine: DeepSpeedEngine, *, lr_scheduler: Any = None) -> DeepSpeedE
     """Makes an engine of plain ``deepspeed.initialize`` known to the adapters.
 
     Afterwards its module and its optimizer (DeepSpeed's wrapper and the client's own) stand for
-    it. Registering again replaces the scheduler when one is given.
+    it. Registering again replaces the scheduler when one is given. An engine that is passed to an
+    adapter unregistered is registered then.
 
     Args:
         engine: what ``deepspeed.initialize`` returned.
         lr_scheduler: keyword-only; stepped after each applied update, as in `initialize`.
+
+    Raises:
+        ConfigError: for settings that this version cannot train right.
     """
     if not isinstance(engine, DeepSpeedEngine):
         raise EngineNotFound(f'register() takes a DeepSpeedEngine, not a {type(engine).__name__}')
+    _refuse_epoch_scheduler(lr_scheduler)
+    if engine not in _registrations:
+        _refuse_unsupported(engine.config)
+        if engine.global_steps == 0:
+            _undo_dummy_step(engine.optimizer)
     for part in (engine, engine.module, engine.optimizer, getattr(engine, 'basic_optimizer', None)):
         if part is not None:
             _engines[part] = weakref.ref(engine)
@@ -144,7 +159,7 @@ def engine_of(part: Any) -> DeepSpeedEngine:
 def find_engine(part: Any) -> DeepSpeedEngine | None:
     """As `engine_of`, with None for an object that belongs to no engine."""
     if isinstance(part, DeepSpeedEngine):
-        return part
+        return part if part in _registrations else register(part)
     try:
         known = _engines.get(part)
     except TypeError:  # not hashable, or no weak reference to it is possible
@@ -164,16 +179,47 @@ def step_scheduler(engine: DeepSpeedEngine) -> None:
         scheduler.step()
 
 
-def _refuse_unsupported(resolved: Mapping[str, Any]) -> None:
-    stage = resolved['zero_optimization']['stage']
-    autocast = resolved.get('torch_autocast', {})
-    in_autocast = autocast.get('enabled') and autocast.get('dtype') == 'float16'
-    if resolved.get('fp16', {}).get('enabled') or in_autocast:
+def _refuse_unsupported(ds_config: Mapping[str, Any]) -> None:
+    """Refuses what DeepSpeed 0.19.8 steps, clips or reports in a way that is not bridged yet."""
+    zero = ds_config.get('zero_optimization', {})
+    stage = zero.get('stage', 0)
+    bf16 = ds_config.get('bf16', {}).get('enabled')
+    autocast = ds_config.get('torch_autocast', {})
+    in_autocast = autocast.get('enabled') and 'bf' not in str(autocast.get('dtype', 'bfloat16'))
+    if ds_config.get('fp16', {}).get('enabled') or in_autocast:
         raise ConfigError(
             f'float16 at ZeRO stage {stage} is not supported by this version: DeepSpeed 0.19.8 '
             'reports and clips by wrong norms there. Set AMP_TYPE bfloat16, or AMP_OPT_LEVEL O0 '
             'for fp32.'
         )
+    if not ds_config.get('managed_gradient_accumulation', True):
+        raise ConfigError(
+            '/managed_gradient_accumulation is false: NativeScalerWithGradNormCount marks the '
+            'boundary by its update_grad; remove the key'
+        )
+    dtype = ds_config.get('data_types', {}).get('grad_accum_dtype')
+    if bf16 and stage == 1 and dtype not in (None, 'bf16', 'bfloat16'):
+        raise ConfigError(
+            f'/data_types/grad_accum_dtype {dtype} with bf16 at ZeRO stage 1 is not supported by '
+            'this version; use stage 2, or remove the key'
+        )
+    if bf16 and stage == 0 and 'optimizer' in ds_config:
+        raise ConfigError(
+            'the /optimizer section with bf16 at ZeRO stage 0 is not supported by this version; '
+            'pass a torch optimizer to initialize, or use stage 1'
+        )
+
+
+def _refuse_epoch_scheduler(lr_scheduler: Any) -> None:
+    if getattr(lr_scheduler, 't_in_epochs', False):
+        raise ConfigError(
+            f'{type(lr_scheduler).__name__} counts epochs (t_in_epochs=True), and an engine steps '
+            'it by updates: build it with t_in_epochs=False, or keep it and step it yourself'
+        )
+
+
+def _has_scheduler(optimizer: torch.optim.Optimizer) -> bool:
+    return any('initial_lr' in group for group in optimizer.param_groups)
 
 
 def _undo_dummy_step(optimizer: Any) -> None:

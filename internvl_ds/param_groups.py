@@ -14,8 +14,8 @@ import torch
 # Which tensors a group holds, as opposed to how they are trained.
 _MEMBERSHIP = frozenset({'params', 'param_names', 'names', 'name'})
 
-# Lists with one entry per parameter group that timm's schedulers keep.
-_PER_GROUP_LISTS = ('base_values', 'warmup_steps')
+# Lists with one entry per parameter group: timm's schedulers keep the first two, torch's the rest.
+_PER_GROUP_LISTS = ('base_values', 'warmup_steps', 'base_lrs', 'lr_lambdas', '_last_lr')
 
 
 def merge_param_groups(optimizer: torch.optim.Optimizer, names: Mapping[Any, str]) -> list[int]:
@@ -36,7 +36,7 @@ def merge_param_groups(optimizer: torch.optim.Optimizer, names: Mapping[Any, str
     for index, group in enumerate(optimizer.param_groups):
         if not group['params']:
             continue
-        key = tuple(sorted((k, repr(v)) for k, v in group.items() if k not in _MEMBERSHIP))
+        key = tuple(sorted((k, _exact(v)) for k, v in group.items() if k not in _MEMBERSHIP))
         if key not in merged:
             merged[key] = {k: v for k, v in group.items() if k not in _MEMBERSHIP}
             merged[key].update(params=[], param_names=[])
@@ -48,11 +48,10 @@ def merge_param_groups(optimizer: torch.optim.Optimizer, names: Mapping[Any, str
 
 
 def remap_scheduler(lr_scheduler: Any, origins: list[int], groups_before: int) -> None:
-    """Makes a timm scheduler that was built for the old groups fit the merged ones, in place.
+    """Makes a scheduler that was built for the old groups fit the merged ones, in place.
 
     Args:
-        lr_scheduler: a timm scheduler, whose ``base_values`` (and ``warmup_steps``) have one entry
-            per group.
+        lr_scheduler: one of timm's or torch's, which keep lists with one entry per group.
         origins: what `merge_param_groups` returned.
         groups_before: how many groups there were when the scheduler was built.
     """
@@ -60,3 +59,8 @@ def remap_scheduler(lr_scheduler: Any, origins: list[int], groups_before: int) -
         values = getattr(lr_scheduler, name, None)
         if isinstance(values, list) and len(values) == groups_before:
             setattr(lr_scheduler, name, [values[i] for i in origins])
+
+
+def _exact(value: Any) -> str:
+    """A text that two values share only if they are equal; a tensor's own is rounded."""
+    return repr(value.item() if isinstance(value, torch.Tensor) and value.dim() == 0 else value)

@@ -65,12 +65,10 @@ class NativeScalerWithGradNormCount:
         self._engine = weakref.ref(engine)
         if create_graph:
             raise ConfigError('create_graph=True: DeepSpeed engines keep no graph of the backward')
-        if engine.managed_gradient_accumulation():
-            engine.set_gradient_accumulation_boundary(update_grad)
+        engine.set_gradient_accumulation_boundary(update_grad)
         engine.backward(loss, scale_wrt_gas=False)
         if not update_grad:
-            if engine.managed_gradient_accumulation():
-                engine.step()  # counts the micro-batch; no update off a boundary
+            engine.step()  # counts the micro-batch; no update off a boundary
             return None
         norm = _step_and_norm(engine, float(clip_grad or 0.0))
         self.step_was_skipped = not engine.was_step_applied()
@@ -164,7 +162,11 @@ def _own_gradient(parameter: Any) -> torch.Tensor | None:
 
 
 def _norm_of(tensors: list[torch.Tensor], norm_type: float, device: Any) -> torch.Tensor:
-    norms = [torch.linalg.vector_norm(t.detach().float(), norm_type) for t in tensors if t.numel()]
+    norms = [
+        torch.linalg.vector_norm(t.detach().float(), norm_type).to(device)
+        for t in tensors
+        if t.numel()
+    ]
     if not norms:
         return torch.zeros((), device=device)
     return torch.linalg.vector_norm(torch.stack(norms), norm_type)

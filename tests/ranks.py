@@ -190,16 +190,14 @@ def _end(processes: list[subprocess.Popen]) -> None:
 
 
 def _main(target: str, work: Path) -> None:
-    from internvl_ds.comm import init_distributed, rank, shutdown
+    from internvl_ds.comm import init_distributed, leave, rank
 
     module, _, name = target.partition(':')
     kwargs = json.loads((work / 'kwargs.json').read_text())
     init_distributed()
-    try:
-        result = getattr(importlib.import_module(module), name)(**kwargs)
-        (work / f'result_{rank()}.json').write_text(json.dumps(result))
-    finally:
-        shutdown()
+    result = getattr(importlib.import_module(module), name)(**kwargs)
+    (work / f'result_{rank()}.json').write_text(json.dumps(result))
+    leave()
 
 
 if __name__ == '__main__':

@@ -8,16 +8,13 @@ STAGES = [0, 1, 2, 3]
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize('precision', ['fp32', 'bf16'])
-def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, precision):
-    whole = run_ranks(
-        'tests.workers.saving:train_and_save', 2, tmp_path,
-        stages=STAGES, precision=precision, root=tmp_path,
-    )  # fmt: skip
-    resumed = run_ranks(
-        'tests.workers.saving:resume_and_go_on', 2, tmp_path,
-        stages=STAGES, precision=precision, root=tmp_path,
-    )  # fmt: skip
+@pytest.mark.parametrize(
+    ('precision', 'ranks'), [('fp32', 2), ('bf16', 2), ('autocast', 2), ('fp32', 4)]
+)
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, precision, ranks):
+    settings = {'stages': STAGES, 'precision': precision, 'root': tmp_path}
+    whole = run_ranks('tests.workers.saving:train_and_save', ranks, tmp_path, **settings)
+    resumed = run_ranks('tests.workers.saving:resume_and_go_on', ranks, tmp_path, **settings)
     for stage in map(str, STAGES):
         for before, after in zip(whole, resumed, strict=True):
             a, b = before[stage], after[stage]
@@ -104,6 +101,10 @@ def test_what_cannot_be_loaded_says_why(tmp_path):
         assert '0.weight' in messages['model']
         assert 'stem.weight' in messages['model']
         assert messages['no engine'].startswith('EngineNotFound')
+        assert 'it can be a ShardedEma or timm' in messages['ema type']
+        assert 'this one holds a whole EMA' in messages['whole ema']
+        assert 'was saved at ZeRO stage 1 on 2 ranks' in messages['other ema']
+        assert 'use internvl_ds.ema.ShardedEma(engine, decay)' in messages['partitioned ema']
         for stage in (0, 2):
             assert messages[f'groups {stage}'].startswith('CheckpointMismatch')
             assert 'has 2 parameter groups with' in messages[f'groups {stage}']
@@ -164,3 +165,15 @@ def test_hostile_shards_run_no_code(tmp_path):
             assert message.startswith('CheckpointError')
             assert 'refused, because it holds more than tensors and plain data' in message
     assert not (tmp_path / 'owned').exists()
+
+
+@pytest.mark.ranks
+def test_what_the_running_configuration_changed_is_said(tmp_path):
+    for result in run_ranks(
+        'tests.workers.saving:resume_with_other_settings', 2, tmp_path, root=tmp_path / 'out'
+    ):
+        assert result['weight_decay'] == [0.0, 0.5]  # the running configuration's
+        assert result['t_initial'] == 30  # the schedule goes on as saved, and that is said
+        text = '\n'.join(result['warnings'])
+        assert "{'weight_decay': (0.05, 0.5)}" in text
+        assert "differ in {'t_initial': (30, 90)}" in text

@@ -78,11 +78,17 @@ def test_an_engine_of_plain_deepspeed(tmp_path, stage):
 @pytest.mark.ranks
 def test_what_initialize_refuses(tmp_path):
     for result in run_ranks('tests.workers.talking:refusals', 1, tmp_path):
-        for name in ('fp16', 'default'):
+        for name in ('fp16', 'default', 'registered float16'):
             assert 'float16 at ZeRO stage 0 is not supported' in result[name]
             assert 'AMP_TYPE bfloat16' in result[name]
         assert '/optimizer section and an optimizer was passed' in result['two optimizers']
         assert 'TRAIN.ACCUMULATION_STEPS is 2' in result['contradiction']
+        assert 'pass it as lr_scheduler=' in result['scheduler not passed']
+        assert 'build it with t_in_epochs=False' in result['epoch scheduler']
+        assert '/managed_gradient_accumulation is false' in result['unmanaged']
+        assert '/data_types/grad_accum_dtype fp32 with bf16' in result['fp32 accumulation']
+        assert '/optimizer section with bf16 at ZeRO stage 0' in result['fused']
+        assert result['second order'].startswith('ConfigError: create_graph=True')
 
 
 @pytest.mark.ranks

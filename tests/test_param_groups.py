@@ -59,6 +59,28 @@ def test_the_scheduler_follows_an_empty_group_that_went():
     assert scheduler.warmup_steps == [0.05, 0.1]
 
 
+def test_torch_schedulers_follow_too():
+    tensors = _tensors(4)
+    optimizer = torch.optim.SGD(
+        [{'params': [p], 'lr': lr} for p, lr in zip(tensors, (0.1, 0.1, 0.2, 0.2), strict=True)]
+    )
+    halve = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    origins = merge_param_groups(optimizer, {})
+    remap_scheduler(halve, origins, 4)
+    optimizer.step()
+    halve.step()
+    assert [group['lr'] for group in optimizer.param_groups] == [0.05, 0.1]
+    assert halve.get_last_lr() == [0.05, 0.1]
+
+
+def test_tensor_lrs_that_only_print_alike_are_not_merged():
+    a, b = _tensors(2)
+    lrs = torch.tensor([0.12341, 0.12344])
+    assert repr(lrs[0]) == repr(lrs[1])
+    optimizer = torch.optim.SGD([{'params': [a], 'lr': lrs[0]}, {'params': [b], 'lr': lrs[1]}])
+    assert merge_param_groups(optimizer, {}) == [0, 1]
+
+
 @pytest.mark.ranks
 def test_fifty_steps_of_lr_per_parameter_equal_a_plain_loop(tmp_path):
     results = run_ranks('tests.workers.schedule:fifty_steps', 2, tmp_path)

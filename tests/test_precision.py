@@ -33,10 +33,10 @@ def _distance(a: dict, b: dict) -> float:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize('clip', [0.5, None])
-def test_fp32_follows_the_plain_loop_at_every_stage(tmp_path, clip):
+@pytest.mark.parametrize(('clip', 'ranks'), [(0.5, 2), (None, 2), (0.5, 4)])
+def test_fp32_follows_the_plain_loop_at_every_stage(tmp_path, clip, ranks):
     results = run_ranks(
-        'tests.workers.stepping:follow_reference', 2, tmp_path,
+        'tests.workers.stepping:follow_reference', ranks, tmp_path,
         stages=STAGES, precision='fp32', steps=STEPS, accumulation=2, clip=clip,
     )  # fmt: skip
     expected = reference('fp32', STEPS, clip)

@@ -80,9 +80,21 @@ def test_an_original_file_is_found_where_there_are_no_tags(tmp_path):
     assert store.newest(tmp_path).path == tag
 
 
-def test_best_is_not_resumed_from_by_itself(tmp_path):
-    _save(tmp_path, 4, best='best')
-    assert store.newest(tmp_path) is None
+def test_other_whole_tags_are_better_than_a_silent_start_from_scratch(tmp_path):
+    best = _save(tmp_path, 4, best='best')
+    path, warning = store.newest(tmp_path)
+    assert path == best
+    assert 'there is no' in warning
+    assert 'resuming from ckpt_epoch_best instead' in warning
+    epoch = _save(tmp_path, 2)
+    assert store.newest(tmp_path) == (epoch, None)
+
+
+def test_a_tag_of_plain_deepspeed_is_found_without_latest(tmp_path):
+    plain = tmp_path / 'global_step100'
+    plain.mkdir()
+    (plain / 'mp_rank_00_model_states.pt').touch()
+    assert store.newest(tmp_path).path == plain
 
 
 def test_resolve(tmp_path):
@@ -107,9 +119,18 @@ def test_overwriting_a_tag_keeps_nothing_of_the_old_one(tmp_path):
 
 def test_a_tag_that_stepped_aside_for_a_save_that_died_comes_back(tmp_path):
     tag = _save(tmp_path, 3, best='best')
-    tag.rename(tmp_path / '.old-ckpt_epoch_best')  # killed between the two renames
+    aside = tmp_path / '.old-ckpt_epoch_best'
+    tag.rename(aside)  # killed between the two renames
+    assert store.resolve(str(tag)).path == aside
     store.begin(tmp_path, 'ckpt_epoch_best')
     assert store.resolve(str(tag)).path == tag
+
+
+def test_latest_may_name_a_tag_that_stepped_aside(tmp_path):
+    _save(tmp_path, 0)
+    tag = _save(tmp_path, 1)
+    tag.rename(tmp_path / '.old-ckpt_epoch_1')
+    assert store.newest(tmp_path) == (tmp_path / '.old-ckpt_epoch_1', None)
 
 
 def test_a_leftover_of_a_dead_save_is_never_read(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,13 @@ from internvl_ds.comm import agree, exchange, from_rank_0, rank, world_size
 from internvl_ds.config import default_config, get_option
 from internvl_ds.ema import ShardedEma, has_ema
 from internvl_ds.engine import engine_of, find_engine
-from internvl_ds.errors import CheckpointError, CheckpointNotFound, RankError
+from internvl_ds.errors import (
+    CheckpointError,
+    CheckpointMismatch,
+    CheckpointNotFound,
+    PretrainedError,
+    RankError,
+)
 from internvl_ds.pretrained.sources import open_source
 
 _log = logging.getLogger(__name__)
@@ -109,7 +116,7 @@ def save_checkpoint(
 
         agree('write checkpoint', write_own_files, io_timeout, CheckpointError)
         from_rank_0('commit', lambda: _commit(config, engine, epoch, tag, best), io_timeout)
-    except (CheckpointError, RankError, OSError):
+    except Exception:
         if rank() == 0:
             store.abandon(output, tag)
         raise
@@ -163,7 +170,7 @@ def load_checkpoint(
         )
         load_weights(find_engine(model) or model, weights, str(path))
     else:
-        client_state = _load_training_state(engine_of(model), path, timeout, io_timeout)
+        client_state = _load_training_state(engine_of(model), path, timeout, io_timeout, logger)
         state = {**client_state, **state}
         _restore_schedule(config, state, lr_scheduler, scaler, path, logger)
     logger.info('=> loaded successfully %s (epoch %s)', path, state.get('epoch', 'unknown'))
@@ -298,16 +305,29 @@ def _load_file(config: CfgNode, resume: str, model: Any, logger: logging.Logger)
             f'{resume}: this version resumes training from tag directories only. Evaluate a .pth '
             'with EVAL_MODE, or start from its weights with MODEL.PRETRAINED.'
         )
-    checkpoint = open_source(resume)
-    weights = checkpoint.get('model', checkpoint)
+    try:
+        checkpoint = open_source(resume)
+    except PretrainedError as error:
+        raise CheckpointError(str(error)) from error
+    found = (checkpoint.get(key) for key in ('model', 'module', 'state_dict'))
+    weights = next((value for value in found if isinstance(value, Mapping)), checkpoint)
+    odd = next((key for key, value in weights.items() if not isinstance(value, torch.Tensor)), None)
+    if odd is not None:
+        raise CheckpointMismatch(
+            f'{resume}: {odd!r} is a {type(weights[odd]).__name__}, not a tensor: no state dict is '
+            "under 'model', 'module' or 'state_dict', nor is the file one"
+        )
     load_weights(find_engine(model) or model, weights, resume)
     logger.info('=> loaded the weights of %s', resume)
-    accuracy = checkpoint.get('max_accuracy')
-    return float(accuracy) if isinstance(accuracy, int | float) else 0.0
+    return float(checkpoint.get('max_accuracy') or 0.0)
 
 
 def _load_training_state(
-    engine: DeepSpeedEngine, path: Path, timeout: float, io_timeout: float
+    engine: DeepSpeedEngine,
+    path: Path,
+    timeout: float,
+    io_timeout: float,
+    logger: logging.Logger,
 ) -> dict[str, Any]:
     from_rank_0('check layout', lambda: require_same_layout(engine, path), timeout)
 
@@ -327,7 +347,23 @@ def _load_training_state(
             raise CheckpointError(f'{path}: DeepSpeed found nothing to load in it')
         return client_state
 
-    return agree('load shards', load, io_timeout, CheckpointError)
+    running = _hyperparameters(engine)
+    client_state = agree('load shards', load, io_timeout, CheckpointError)
+    # Those of the running configuration hold; the lr is the scheduler's.
+    for group, own, saved in zip(
+        engine.optimizer.param_groups, running, _hyperparameters(engine), strict=True
+    ):
+        group.update(own)
+        changed = {key: (saved.get(key), own[key]) for key in own if saved.get(key) != own[key]}
+        if changed:
+            logger.warning('%s: (saved, now) of the optimizer differ, now holds: %s', path, changed)
+    return client_state
+
+
+def _hyperparameters(engine: DeepSpeedEngine) -> list[dict[str, Any]]:
+    """Each group's own settings, such as weight_decay and betas, without its lr."""
+    keys = engine.basic_optimizer.defaults.keys() - {'lr'}
+    return [{k: group[k] for k in keys if k in group} for group in engine.optimizer.param_groups]
 
 
 def _restore_schedule(
@@ -339,6 +375,7 @@ def _restore_schedule(
     logger: logging.Logger,
 ) -> None:
     if state.get('lr_scheduler') is not None and lr_scheduler is not None:
+        _warn_of_another_schedule(lr_scheduler, state['lr_scheduler'], path, logger)
         lr_scheduler.load_state_dict(state['lr_scheduler'])
     elif lr_scheduler is not None:
         logger.warning('%s has no state of the lr scheduler: it goes on by itself', path)
@@ -353,4 +390,24 @@ def _restore_schedule(
     else:
         logger.warning(
             '%s does not say its epoch: TRAIN.START_EPOCH stays %s', path, config.TRAIN.START_EPOCH
+        )
+
+
+def _warn_of_another_schedule(
+    lr_scheduler: Any, saved: Mapping[str, Any], path: Path, logger: logging.Logger
+) -> None:
+    """A schedule is restored as it was saved, as the original does; say so where it differs."""
+    built = lr_scheduler.state_dict()
+    # torch's schedulers keep their position with their settings; timm's keep none.
+    position = {'last_epoch', '_step_count', '_last_lr', '_get_lr_called_within_step', 'metric'}
+    differing = {
+        key: (saved[key], built[key])
+        for key in saved.keys() & built.keys() - position
+        if saved[key] != built[key]
+    }
+    if differing:
+        logger.warning(
+            '%s: the lr schedule goes on as it was saved; (saved, configured now) differ in %s',
+            path,
+            differing,
         )

@@ -25,8 +25,17 @@ def save_ema(model_ema: Any, staging: Path) -> None:
         return
     if isinstance(model_ema, ShardedEma):
         model_ema.save_shard(staging)
-    elif rank() == 0:
-        state = _ema_module(model_ema).state_dict()
+        return
+    module = _ema_module(model_ema)
+    empty = [name for name, p in module.named_parameters() if p.numel() == 0]
+    if empty:
+        raise CheckpointError(
+            f'{type(model_ema).__name__} holds no values of {empty[0]} and {len(empty) - 1} more: '
+            'it was copied from parameters that ZeRO-3 had partitioned; use '
+            'internvl_ds.ema.ShardedEma(engine, decay)'
+        )
+    if rank() == 0:
+        state = module.state_dict()
         tensors = {name.removeprefix('module.'): t for name, t in state.items()}
         write_safetensors(tensors, staging / _WHOLE_EMA_FILE)
 

@@ -119,8 +119,9 @@ def newest(output: Path) -> Resume | None:
     """The newest checkpoint of an output directory, for auto resume.
 
     ``latest`` decides where it names a whole tag. Where it is missing, empty or dangling the
-    newest whole epoch tag is taken, with a warning: never a silent restart from scratch. Without
-    any trace of a tag it is the newest .pth of the original, by the file's time.
+    newest whole epoch tag is taken, else any other whole tag (one saved as best, one of plain
+    DeepSpeed), with a warning: never a silent restart from scratch. Without any trace of a tag it
+    is the newest .pth of the original, by the file's time.
 
     Returns:
         None when there is no such directory, or nothing in it that a run left.
@@ -134,19 +135,20 @@ def newest(output: Path) -> Resume | None:
     latest = latest_file.read_text(encoding='utf-8').strip() if latest_file.is_file() else None
     broken: list[str] = []
     if latest:
-        problem = _problem(output / latest)
+        named = _present(output / latest)
+        problem = _problem(named)
         if problem is None:
-            return Resume(output / latest, None)
+            return Resume(named, None)
         broken.append(f'{latest_file} names {latest}, and {problem}')
     elif latest == '':
         broken.append(f'{latest_file} is empty')
-    for tag in sorted(_epoch_tags(output), reverse=True):
-        if tag.name == latest:
+    for path in _newest_first(output):
+        if path.name == latest:
             continue
-        problem = _problem(output / tag.name)
+        problem = _problem(path)
         if problem is None:
             reason = '; '.join(broken) or f'there is no {latest_file}'
-            return Resume(output / tag.name, f'{reason}: resuming from {tag.name} instead')
+            return Resume(path, f'{reason}: resuming from {path.name} instead')
         broken.append(problem)
     if not broken:
         # The original's files: this package evaluates them, and says so when asked to resume.
@@ -166,7 +168,7 @@ def resolve(resume: str) -> Resume:
         CheckpointNotFound: when nothing is there; names the path and the tags beside it.
         CheckpointError: when a tag is there and is not whole.
     """
-    path = Path(resume)
+    path = _present(Path(resume))
     if path.is_file():
         return Resume(path, None)
     if path.is_dir() and not _looks_like_tag(path):
@@ -220,6 +222,24 @@ def _manifest_or_none(tag: Path) -> Manifest | None:
         return read_manifest(tag)
     except CheckpointError:
         return None
+
+
+def _newest_first(output: Path) -> list[Path]:
+    """Every tag of a directory: epoch tags from the newest on, then the others likewise."""
+    epochs = [output / tag.name for tag in sorted(_epoch_tags(output), reverse=True)]
+    others = [path for path in _tags(output) if path not in epochs and _looks_like_tag(path)]
+
+    def order(path: Path) -> tuple[int, float]:
+        manifest = _manifest_or_none(path)
+        return (manifest.sequence if manifest else 0, path.stat().st_mtime)
+
+    return epochs + sorted(others, key=order, reverse=True)
+
+
+def _present(tag: Path) -> Path:
+    """The tag, or what stepped aside for a save of that name that died before its last rename."""
+    aside = tag.with_name(f'.old-{tag.name}')
+    return aside if not tag.exists() and aside.is_dir() and _problem(aside) is None else tag
 
 
 def _looks_like_tag(path: Path) -> bool:

@@ -36,7 +36,7 @@ class ShardWriter(CheckpointEngine):
         """Writes one shard; a failure is kept in ``error``."""
         try:
             torch.save(state_dict, path)
-        except (OSError, RuntimeError) as error:
+        except Exception as error:
             self.error = self.error or error
 
     def load(self, path: str, map_location: Any = None) -> Any:

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from internvl_ds.comm import init_distributed, shutdown
+from internvl_ds.comm import init_distributed, leave, shutdown
 from internvl_ds.config import get_config
 from internvl_ds.errors import ConfigError
 from internvl_ds.train.loop import run
@@ -64,3 +64,4 @@ def _switch(text: str) -> dict[str, Any]:
 
 if __name__ == '__main__':
     main()
+    leave()

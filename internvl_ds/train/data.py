@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from timm.data import Mixup
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 from torch.utils.data.distributed import DistributedSampler
 from torchvision.datasets import ImageFolder
 from yacs.config import CfgNode
@@ -236,9 +236,3 @@ def _refuse_unsupported(config: CfgNode) -> None:
 
 def _pin_memory(config: CfgNode) -> bool:
     return bool(config.DATA.PIN_MEMORY and torch.cuda.is_available())
-
-
-def dataset_size(loader: DataLoader) -> int:
-    """How many images the whole data set has, over all ranks."""
-    dataset: Dataset = loader.dataset
-    return len(dataset)  # type: ignore[arg-type]

@@ -141,13 +141,13 @@ def _train(state: Run) -> float:
         if rank() == 0:
             metrics.append(record)
             plot_curves(metrics.read(), Path(config.OUTPUT) / 'curves.png')
-        # After the evaluation, so that a resume from the epoch's tag knows its accuracy.
-        if epoch % config.SAVE_FREQ == 0 or epoch == last:
-            _save(state, epoch)
+        # The best first: a run that is killed in between repeats the epoch, and saves both again.
         if improved:
             _save(state, epoch, best='best')
         if improved_ema:
             _save(state, epoch, best='ema_best')
+        if epoch % config.SAVE_FREQ == 0 or epoch == last:
+            _save(state, epoch)
     logger.info('trained in %.1f s; best top-1 %.2f %%', time.perf_counter() - start, state.best)
     return state.best
 

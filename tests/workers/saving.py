@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEma, ModelEmaV2, ModelEmaV3
 from torch import nn
 
 from internvl_ds import (
@@ -77,7 +78,7 @@ class Run:
     def save(self, epoch: int, accuracy: float = 0.0, **more: Any) -> str:
         return save_checkpoint(
             self.config, epoch, self.engine.module, accuracy, self.optimizer, self.scheduler,
-            self.scaler, logger, model_ema=self.ema, **more,
+            self.scaler, logger, **{'model_ema': self.ema, **more},
         )  # fmt: skip
 
     def load(self, resume: str, **values: Any) -> float:
@@ -233,7 +234,7 @@ def save_that_fails_on_rank_1(stage: int, root: str) -> dict[str, Any]:
 
 def load_errors(root: str) -> dict[str, str]:
     """Saves stage 2 in fp32, then tries what cannot work; each rank reports the messages."""
-    run = Run(2, 'fp32', f'{root}/two')
+    run = Run(2, 'fp32', f'{root}/two', SAVE_CKPT_NUM=5)
     run.steps(0, 1)
     path = run.save(0)
     messages = {}
@@ -249,8 +250,8 @@ def load_errors(root: str) -> dict[str, str]:
     attempt('empty', lambda: run.load(''))
     attempt('no directory', lambda: run.load(f'{root}/nowhere'))
     attempt('pth', lambda: run.load(__file__))
-    run.close()
     other = Run(1, 'fp32', f'{root}/one', seed=4)
+    other_ema = other.save(0)
     fresh = masters(other.engine)
     attempt('stage', lambda: other.load(path))
     attempt('untouched', lambda: _require(masters(other.engine) == fresh))
@@ -258,6 +259,17 @@ def load_errors(root: str) -> dict[str, str]:
     low = Run(2, 'bf16', f'{root}/bf16')
     attempt('precision', lambda: low.load(path))
     low.close()
+    attempt('ema type', lambda: run.save(1, model_ema=nn.Linear(2, 2)))
+    whole = run.save(1, model_ema=ModelEmaV3(make_model()))
+    for name, resume in (('whole ema', whole), ('other ema', other_ema)):
+        config = make_config('', MODEL__RESUME=resume)
+        attempt(name, lambda c=config: load_ema_checkpoint(c, run.ema, logger))
+    run.close()
+    three = Run(3, 'fp32', f'{root}/three')
+    three.steps(0, 1)
+    empty = ModelEmaV3(three.engine.module)
+    attempt('partitioned ema', lambda: three.save(0, model_ema=empty))
+    three.close()
     for stage in (0, 2):
         two = Run(stage, 'fp32', f'{root}/groups{stage}')
         two.steps(0, 1)
@@ -363,8 +375,6 @@ def rewind(root: str) -> dict[str, Any]:
 
 def timm_ema(root: str) -> dict[str, Any]:
     """timm's three averages through a tag, and a sharded one into timm's."""
-    from timm.utils import ModelEma, ModelEmaV2, ModelEmaV3
-
     results: dict[str, Any] = {}
     run = Run(2, 'fp32', f'{root}/out')
     run.steps(0, 3)
@@ -468,3 +478,31 @@ def hostile(root: str, target: str) -> list[str]:
                 messages.append(f'{type(error).__name__}: {error}')
         run.close()
     return messages
+
+
+def resume_with_other_settings(root: str) -> dict[str, Any]:
+    """Saves, then resumes with another weight decay and a longer schedule."""
+    first = Run(2, 'fp32', root)
+    first.steps(0, 2)
+    path = first.save(0)
+    first.close()
+    model = make_model()
+    client = make_optimizer(model)
+    for group in client.param_groups:
+        group['weight_decay'] *= 10
+    scheduler = CosineLRScheduler(
+        client, t_initial=90, warmup_t=4, warmup_lr_init=1e-4, t_in_epochs=False
+    )
+    config = make_config('', DATA__BATCH_SIZE=8, MODEL__RESUME=path)
+    engine, optimizer = initialize(config, model, client, zero_json(2), lr_scheduler=scheduler)
+    warnings: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    load_checkpoint(config, engine, optimizer, scheduler, None, logger)
+    logger.removeHandler(handler)
+    return {
+        'weight_decay': sorted(g['weight_decay'] for g in optimizer.param_groups),
+        't_initial': scheduler.t_initial,
+        'warnings': warnings,
+    }

@@ -82,7 +82,12 @@ def masters(engine: Any) -> dict[str, list[float]]:
 
 
 def follow_reference(
-    stages: list[int], precision: str, steps: int, accumulation: int, clip: float | None
+    stages: list[int],
+    precision: str,
+    steps: int,
+    accumulation: int,
+    clip: float | None,
+    offload: bool = False,
 ) -> dict[str, Any]:
     """Trains at each stage; returns norms, losses and final masters by stage."""
     results = {}
@@ -93,9 +98,13 @@ def follow_reference(
             **precision_values(precision),
         )
         model = make_model()
-        engine, optimizer = initialize(config, model, make_optimizer(model), zero_json(stage))
+        tree = zero_json(stage)
+        if offload:
+            tree['zero_optimization']['offload_optimizer'] = {'device': 'cpu'}
+            tree['zero_force_ds_cpu_optimizer'] = False
+        engine, optimizer = initialize(config, model, make_optimizer(model), tree)
         scaler = NativeScalerWithGradNormCount()
-        norms, asked, losses, off_boundary = [], [], [], []
+        norms, losses, off_boundary = [], [], []
         for step in range(steps):
             total = 0.0
             for micro in range(accumulation):
@@ -118,7 +127,6 @@ def follow_reference(
             'losses': losses,
             'weights': masters(engine),
             'applied': engine.global_steps - engine.skipped_steps,
-            'asked': asked,
         }
         engine.destroy()
     return results

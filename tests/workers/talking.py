@@ -8,6 +8,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from timm.scheduler import CosineLRScheduler
 from torch import nn
 
 from internvl_ds import NativeScalerWithGradNormCount, initialize, reduce_tensor, register
@@ -131,20 +132,56 @@ def refusals() -> dict[str, str]:
 
     def start(ds: dict[str, Any] | None = None, **values: Any) -> None:
         model = make_model()
-        given = values.pop('optimizer', True)
+        in_code, schedule = values.pop('in_code', True), values.pop('schedule', None)
+        client = make_optimizer(model) if in_code else None
+        scheduler = None
+        if schedule is not None:
+            scheduler = CosineLRScheduler(client, 10, t_in_epochs=schedule == 'epochs')
         initialize(
             make_config(DATA__BATCH_SIZE=8, **values),
             model,
-            make_optimizer(model) if given else None,
+            client,
             ds,
-            lr_scheduler=values.pop('lr_scheduler', None),
+            lr_scheduler=None if schedule == 'not passed' else scheduler,
         )
 
+    def register_float16() -> None:
+        model = make_model()
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=make_optimizer(model),
+            config={
+                'train_micro_batch_size_per_gpu': 8,
+                'torch_autocast': {'enabled': True, 'dtype': 'float16'},
+            },
+        )
+        register(engine)
+
+    def second_order() -> None:
+        model = make_model()
+        client = make_optimizer(model)
+        initialize(make_config(DATA__BATCH_SIZE=8), model, client)
+        loss = model(torch.ones(2, 12)).sum()
+        NativeScalerWithGradNormCount()(loss, client, create_graph=True)
+
+    bf16 = {'AMP_OPT_LEVEL': 'O2', 'AMP_TYPE': 'bfloat16'}
     adam = {'optimizer': {'type': 'AdamW', 'params': {'lr': 0.1}}}
     return {
         'fp16': _message(lambda: start(AMP_OPT_LEVEL='O2')),
         'default': _message(lambda: start(AMP_OPT_LEVEL='')),
         'two optimizers': _message(lambda: start(adam)),
+        'scheduler not passed': _message(lambda: start(schedule='not passed')),
+        'epoch scheduler': _message(lambda: start(schedule='epochs')),
+        'unmanaged': _message(lambda: start({'managed_gradient_accumulation': False})),
+        'fp32 accumulation': _message(
+            lambda: start(
+                {'zero_optimization': {'stage': 1}, 'data_types': {'grad_accum_dtype': 'fp32'}},
+                **bf16,
+            )
+        ),
+        'fused': _message(lambda: start(adam, in_code=False, **bf16)),
+        'registered float16': _message(register_float16),
+        'second order': _message(second_order),
         'contradiction': _message(lambda: start({'gradient_accumulation_steps': 3, **adam},
                                                 TRAIN__ACCUMULATION_STEPS=2)),
     }  # fmt: skip
