@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import logging
 import os
 import socket
 import sys
@@ -25,6 +26,11 @@ from torch.distributed import distributed_c10d
 from internvl_ds.errors import InternvlDsError, RankError
 
 T = TypeVar('T')
+
+logger = logging.getLogger(__name__)
+
+# Seconds that rank 0 waits at the end for ranks that are still busy.
+_LAST_WAIT = 60
 
 _MPI_SIZE_VARIABLES = ('OMPI_COMM_WORLD_SIZE', 'PMI_SIZE', 'MV2_COMM_WORLD_SIZE')
 
@@ -50,7 +56,12 @@ def init_distributed() -> None:
 
 
 def shutdown() -> None:
-    """Leaves the process group; safe to call twice, and without one."""
+    """Leaves the process group, rank 0 last: it holds the store that the others may still read.
+
+    Every rank calls it when its work is done; safe to call twice, and without a process group.
+    """
+    if world_size() > 1:
+        _wait_for_the_others()
     _rounds.clear()
     if dist.is_initialized():
         # DeepSpeed's own call also lets go of the groups that it keeps; left to the interpreter's
@@ -58,6 +69,18 @@ def shutdown() -> None:
         dist.destroy_process_group()
     elif torch_dist.is_initialized():
         torch_dist.destroy_process_group()
+
+
+def _wait_for_the_others() -> None:
+    store = distributed_c10d._get_default_store()
+    keys = [f'internvl_ds/left/{r}' for r in range(world_size())]
+    store.set(keys[rank()], '')
+    if rank() == 0:
+        try:
+            store.wait(keys, timedelta(seconds=_LAST_WAIT))
+        except RuntimeError:
+            late = [r for r, key in enumerate(keys) if not store.check([key])]
+            logger.warning('rank 0 leaves; rank %s is not done yet', _listed(late))
 
 
 def leave() -> NoReturn:

@@ -46,6 +46,11 @@ def test_a_rank_that_does_not_come_is_named(tmp_path, ranks):
         assert got['later'] == list(range(ranks))
 
 
+@pytest.mark.ranks
+def test_rank_0_leaves_last(tmp_path):
+    assert run_ranks('tests.workers.harness:leave_late', 2, tmp_path) == ['', 'x']
+
+
 def test_alone_there_is_nothing_to_wait_for():
     value = torch.tensor([2.0])
     assert reduce_tensor(value).tolist() == [2.0]

@@ -3,8 +3,9 @@
 import pytest
 
 from tests.ranks import run_ranks
+from tests.workers.model import OFFLOAD
 
-STAGES = [0, 1, 2, 3]
+STAGES = [0, 1, 2, 3, OFFLOAD]
 
 
 @pytest.mark.ranks

@@ -9,10 +9,12 @@ from torch import nn
 from yacs.config import CfgNode
 
 from internvl_ds.config import default_config
+from internvl_ds.ds_config import load_ds_config
 
 CLASSES = 5
 FEATURES = 12
 GLOBAL_BATCH = 16
+OFFLOAD = 4
 
 
 class Net(nn.Module):
@@ -94,7 +96,12 @@ def precision_values(precision: str) -> dict[str, Any]:
 
 
 def zero_json(stage: int) -> dict[str, Any]:
-    """A ds_config of a stage; at stage 3 every parameter is partitioned, however small."""
+    """A ds_config of a stage; at stage 3 every parameter is partitioned, however small.
+
+    OFFLOAD stands for the zero3_offload that ships.
+    """
+    if stage == OFFLOAD:
+        return load_ds_config('zero3_offload')
     zero: dict[str, Any] = {'stage': stage}
     if stage == 3:
         zero['stage3_param_persistence_threshold'] = 0

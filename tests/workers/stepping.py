@@ -87,7 +87,6 @@ def follow_reference(
     steps: int,
     accumulation: int,
     clip: float | None,
-    offload: bool = False,
 ) -> dict[str, Any]:
     """Trains at each stage; returns norms, losses and final masters by stage."""
     results = {}
@@ -98,11 +97,7 @@ def follow_reference(
             **precision_values(precision),
         )
         model = make_model()
-        tree = zero_json(stage)
-        if offload:
-            tree['zero_optimization']['offload_optimizer'] = {'device': 'cpu'}
-            tree['zero_force_ds_cpu_optimizer'] = False
-        engine, optimizer = initialize(config, model, make_optimizer(model), tree)
+        engine, optimizer = initialize(config, model, make_optimizer(model), zero_json(stage))
         scaler = NativeScalerWithGradNormCount()
         norms, losses, off_boundary = [], [], []
         for step in range(steps):
