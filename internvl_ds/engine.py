@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class _Registration:
-    """What this package knows of an engine; the engine itself holds it alive."""
+    """What this package knows of an engine beside what the engine knows itself."""
 
     lr_scheduler: Any = None
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,19 @@ from tests.workers.stepping import masters
 
 logger = logging.getLogger('test')
 ACCUMULATION = 2
+
+
+@contextmanager
+def caught_warnings() -> Iterator[list[str]]:
+    """The warnings that the adapters log through the script's logger meanwhile."""
+    caught: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: caught.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    try:
+        yield caught
+    finally:
+        logger.removeHandler(handler)
 
 
 class Run:
@@ -403,12 +418,8 @@ def timm_ema(root: str) -> dict[str, Any]:
     config.MODEL.RESUME = save_checkpoint(
         config, 8, run.engine, 0.0, run.optimizer, None, None, logger
     )
-    warnings: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
-    logger.addHandler(handler)
-    accuracy = load_ema_checkpoint(config, target, logger)
-    logger.removeHandler(handler)
+    with caught_warnings() as warnings:
+        accuracy = load_ema_checkpoint(config, target, logger)
     results['without'] = [accuracy, warnings[-1].partition(' ')[2]]
     run.close()
     return results
@@ -426,12 +437,8 @@ def interchange(stages: list[int], root: str) -> dict[str, Any]:
         path = run.save(0)
         run.close()
         ours = Run(stage, 'fp32', output, seed=5)
-        warnings: list[str] = []
-        handler = logging.Handler(logging.WARNING)
-        handler.emit = lambda r, w=warnings: w.append(r.getMessage())  # type: ignore[method-assign]
-        logger.addHandler(handler)
-        ours.load(f'{output}/plain/global_step2')
-        logger.removeHandler(handler)
+        with caught_warnings() as warnings:
+            ours.load(f'{output}/plain/global_step2')
         same = masters(ours.engine) == saved
         start_epoch = ours.config.TRAIN.START_EPOCH
         ours.close()
@@ -495,12 +502,8 @@ def resume_with_other_settings(root: str) -> dict[str, Any]:
     )
     config = make_config('', DATA__BATCH_SIZE=8, MODEL__RESUME=path)
     engine, optimizer = initialize(config, model, client, zero_json(2), lr_scheduler=scheduler)
-    warnings: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
-    logger.addHandler(handler)
-    load_checkpoint(config, engine, optimizer, scheduler, None, logger)
-    logger.removeHandler(handler)
+    with caught_warnings() as warnings:
+        load_checkpoint(config, engine, optimizer, scheduler, None, logger)
     return {
         'weight_decay': sorted(g['weight_decay'] for g in optimizer.param_groups),
         't_initial': scheduler.t_initial,
