@@ -12,11 +12,13 @@ import logging
 import os
 import socket
 import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import deepspeed.comm as dist
 import torch
@@ -36,6 +38,12 @@ _MPI_SIZE_VARIABLES = ('OMPI_COMM_WORLD_SIZE', 'PMI_SIZE', 'MV2_COMM_WORLD_SIZE'
 
 # How many meetings of each name this rank has been through: part of the key that they meet under.
 _rounds: Counter[str] = Counter()
+
+# What has to end before the process group does: see `before_shutdown`.
+_before_shutdown: list[Callable[[], None]] = []
+
+# What a background thread meets the others through: see `background_meetings`.
+_thread = threading.local()
 
 
 def init_distributed() -> None:
@@ -59,7 +67,23 @@ def shutdown() -> None:
     """Leaves the process group, rank 0 last: it holds the store that the others may still read.
 
     Every rank calls it when its work is done; safe to call twice, and without a process group.
+
+    Raises:
+        InternvlDsError: when a background save failed; the group is left all the same.
     """
+    try:
+        for action in _before_shutdown:
+            action()
+    finally:
+        _leave_group()
+
+
+def before_shutdown(action: Callable[[], None]) -> None:
+    """Has `shutdown` call ``action`` while the process group is still there."""
+    _before_shutdown.append(action)
+
+
+def _leave_group() -> None:
     if world_size() > 1:
         _wait_for_the_others()
     _rounds.clear()
@@ -105,11 +129,15 @@ def free_port() -> int:
 
 def rank() -> int:
     """This process's global rank; 0 without a process group."""
+    if peers := _peers():
+        return peers.rank
     return torch_dist.get_rank() if torch_dist.is_initialized() else 0
 
 
 def world_size() -> int:
     """How many ranks there are; 1 without a process group."""
+    if peers := _peers():
+        return peers.world_size
     return torch_dist.get_world_size() if torch_dist.is_initialized() else 1
 
 
@@ -143,7 +171,7 @@ def exchange(what: str, value: Any, timeout: float) -> list[Any]:
     """
     if world_size() == 1:
         return [value]
-    store = distributed_c10d._get_default_store()
+    store = _store()
     deadline = time.monotonic() + timeout
     while True:
         keys = [f'internvl_ds/{what}/{_rounds[what]}/{r}' for r in range(world_size())]
@@ -164,9 +192,12 @@ def _wait_for_keys(store: Any, keys: list[str], what: str, timeout: float, deadl
         store.wait(keys, timedelta(seconds=max(0.1, deadline - time.monotonic())))
     except RuntimeError as error:
         mine = rank()
-        missing = [r for r, key in enumerate(keys) if not store.check([key])]
-        if not missing:  # the store itself failed: rank 0's process is gone
+        try:
+            missing = [r for r, key in enumerate(keys) if not store.check([key])]
+        except RuntimeError:
             raise RankError(f'{what}: rank {mine} lost the store of rank 0: {error}') from error
+        if not missing:  # the last one came just now
+            return
         store.set(keys[mine], json.dumps({'gave up': mine}))
         _rounds[what] += 1
         raise RankError(
@@ -174,6 +205,86 @@ def _wait_for_keys(store: Any, keys: list[str], what: str, timeout: float, deadl
             'Every rank must make this call: remove an `if rank == 0` around it, and look in the '
             'output of the missing rank for an error of its own.'
         ) from error
+
+
+def gather(what: str, value: Any, timeout: float) -> list[Any] | None:
+    """Meets all ranks and hands rank 0 alone what each of them brought, in rank order.
+
+    For values too large for every rank to read from every other, as `exchange` has it.
+
+    Args:
+        what: the name of the meeting, the same on all ranks; it stands in the error.
+        value: anything JSON can hold.
+        timeout: seconds to wait for the others.
+
+    Raises:
+        RankError: when a rank does not come in time; it names the ranks that are missing.
+    """
+    if world_size() == 1:
+        return [value]
+    store = _store()
+    # Under a name of its own: the next gathering may begin while rank 0 still reads this one.
+    _rounds['gather'] += 1
+    own = f'internvl_ds/brought/{_rounds["gather"]}/{rank()}'
+    store.set(own, json.dumps(value))
+    keys = exchange(what, own, timeout)
+    if rank() != 0:
+        return None
+    brought = [json.loads(text) for text in store.multi_get(keys)]
+    for key in keys:
+        store.delete_key(key)
+    return brought
+
+
+class Peers(NamedTuple):
+    """A connection to the other ranks for one background thread.
+
+    Attributes:
+        store: a further connection to the process group's store.
+        rank: this process's.
+        world_size: how many ranks there are.
+        group_store: the group's own connection, kept alive: rank 0's serves all others.
+    """
+
+    store: Any
+    rank: int
+    world_size: int
+    group_store: Any
+
+
+def connect_peers() -> Peers | None:
+    """Opens a connection for a background thread; None where this is the only rank.
+
+    To be called in the main thread, on every rank that will use one.
+    """
+    if world_size() == 1:
+        return None
+    store = distributed_c10d._get_default_store()
+    return Peers(store.clone(), rank(), world_size(), store)
+
+
+@contextmanager
+def background_meetings(peers: Peers | None) -> Iterator[None]:
+    """Lets this thread meet the other ranks' threads through a connection of its own.
+
+    The default connection serves one call at a time: a wait on it would keep the main thread from
+    using it. And the rank and world size stay what they were, should the main thread leave the
+    process group. The names of the meetings must not be in use by another thread meanwhile.
+    """
+    _thread.peers = peers
+    try:
+        yield
+    finally:
+        _thread.peers = None
+
+
+def _peers() -> Peers | None:
+    return getattr(_thread, 'peers', None)
+
+
+def _store() -> Any:
+    peers = _peers()
+    return peers.store if peers else distributed_c10d._get_default_store()
 
 
 def agree(

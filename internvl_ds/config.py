@@ -112,6 +112,12 @@ _C.CHECKPOINT = CN()  # (new)
 _C.CHECKPOINT.RENDEZVOUS_TIMEOUT = 300
 # Seconds that one rank may need longer than another to write, flush or read its files.
 _C.CHECKPOINT.IO_TIMEOUT = 1800
+# Save in the background: training waits only while the state is copied in memory.
+_C.CHECKPOINT.ASYNC = False
+# How many epoch tags stay for their accuracy, beside the newest SAVE_CKPT_NUM (0: none).
+_C.CHECKPOINT.KEEP_BEST = 0
+# Every epoch that this divides stays for good (0: none).
+_C.CHECKPOINT.KEEP_EVERY = 0
 
 # '' is the original flag's default, O1, and lets a ds_config that sets a precision decide.
 _C.AMP_OPT_LEVEL = ''
@@ -204,6 +210,11 @@ def merge_opts(config: CN, opts: Sequence[str]) -> None:
         raise ConfigError(f'--opts takes KEY VALUE pairs, and {opts[-1]!r} has no value')
     for key, text in zip(opts[0::2], opts[1::2], strict=True):
         _merge_tree(config, _nest(key, _parse_opt(config, key, text)), source='--opts')
+
+
+def checkpoint_option(config: CN, key: str) -> Any:
+    """CHECKPOINT.``key`` of a tree that may lack it, as the original's trees do."""
+    return get_option(config, f'CHECKPOINT.{key}', default_config().CHECKPOINT[key])
 
 
 def get_option(config: CN, key: str, default: Any) -> Any:

@@ -10,18 +10,31 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from internvl_ds.comm import rank, world_size
 from internvl_ds.engine import engine_of
 from internvl_ds.errors import CheckpointError, CheckpointMismatch
-from internvl_ds.files import write_safetensors
 
 FILE_PATTERN = 'ema_rank_*.safetensors'
+
+
+class EmaFile(NamedTuple):
+    """What one rank writes of an average.
+
+    Attributes:
+        name: of the file.
+        tensors: name -> values.
+        metadata: for the file's header.
+    """
+
+    name: str
+    tensors: dict[str, torch.Tensor]
+    metadata: dict[str, str] | None
 
 
 class ShardedEma:
@@ -45,7 +58,7 @@ class ShardedEma:
         self.engine: DeepSpeedEngine = engine_of(model)
         self.decay = decay
         self.num_updates = 0
-        self._shards = {name: t.detach().clone() for name, t in self._masters().items()}
+        self._shards = {name: t.detach().clone() for name, t in master_weights(self.engine).items()}
         self._buffers = {n: b.detach().clone() for n, b in self.engine.module.named_buffers()}
 
     @torch.no_grad()
@@ -56,7 +69,7 @@ class ShardedEma:
         """
         if not self.engine.was_step_applied():
             return
-        masters = self._masters()
+        masters = master_weights(self.engine)
         torch._foreach_lerp_(
             list(self._shards.values()), [masters[n] for n in self._shards], 1.0 - self.decay
         )
@@ -84,8 +97,8 @@ class ShardedEma:
         finally:
             self._exchange()
 
-    def save_shard(self, directory: Path) -> None:
-        """Writes this rank's part into a tag's directory."""
+    def shard_file(self) -> EmaFile:
+        """This rank's part, as it goes into a tag: views of the average, not copies."""
         tensors = {f'shard/{n}': t for n, t in self._unpadded(self._shards).items()}
         if rank() == 0:
             tensors.update({f'buffer/{n}': t for n, t in self._buffers.items()})
@@ -95,7 +108,7 @@ class ShardedEma:
             'zero_stage': str(self.engine.zero_optimization_stage()),
             'world_size': str(world_size()),
         }
-        write_safetensors(tensors, directory / f'ema_rank_{rank()}.safetensors', metadata)
+        return EmaFile(f'ema_rank_{rank()}.safetensors', tensors, metadata)
 
     @torch.no_grad()
     def load_shard(self, directory: Path) -> None:
@@ -105,7 +118,7 @@ class ShardedEma:
             CheckpointMismatch: when the tag was saved by another layout, or for another model.
         """
         stage, ranks = self.engine.zero_optimization_stage(), world_size()
-        with safe_open(directory / 'ema_rank_0.safetensors', 'pt') as file:
+        with _open(directory / 'ema_rank_0.safetensors') as file:
             saved = file.metadata()
             held = set(file.keys())
             buffers = {
@@ -119,7 +132,7 @@ class ShardedEma:
             )
         own = directory / f'ema_rank_{rank()}.safetensors'
         targets = self._unpadded(self._shards)
-        with safe_open(own, 'pt') as file:
+        with _open(own) as file:
             names = {n.removeprefix('shard/') for n in file.keys() if n.startswith('shard/')}  # noqa: SIM118
             differing = sorted(names ^ set(targets))
             if differing or set(buffers) != set(self._buffers):
@@ -138,24 +151,6 @@ class ShardedEma:
         self.decay = float(saved['decay'])
         self.num_updates = int(saved['num_updates'])
 
-    def _masters(self) -> dict[str, torch.Tensor]:
-        """The fp32 weights that this rank owns, by parameter name or by group."""
-        optimizer, stage = self.engine.optimizer, self.engine.zero_optimization_stage()
-        if stage == 3:
-            groups = optimizer.fp32_partitioned_groups_flat
-        elif stage:
-            groups = optimizer.single_partition_of_fp32_groups
-        elif hasattr(optimizer, 'fp32_groups'):
-            names = {id(p): n for n, p in self.engine.module.named_parameters()}
-            return {
-                names[id(p)]: master
-                for lows, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
-                for p, master in zip(lows, masters, strict=True)
-            }
-        else:
-            return {n: p for n, p in self.engine.module.named_parameters() if p.requires_grad}
-        return {f'{i:04d}': group for i, group in enumerate(groups)}
-
     def _unpadded(self, shards: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Views without the alignment padding, in the layout in which DeepSpeed saves masters."""
         if self.engine.zero_optimization_stage() in (1, 2):
@@ -165,11 +160,30 @@ class ShardedEma:
 
     @torch.no_grad()
     def _exchange(self) -> None:
-        for name, master in self._masters().items():
+        for name, master in master_weights(self.engine).items():
             _swap(self._shards[name], master)
         for name, buffer in self.engine.module.named_buffers():
             _swap(self._buffers[name], buffer)
         _push_masters(self.engine)
+
+
+def master_weights(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
+    """The fp32 weights that this rank owns, by parameter name or by group."""
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    if stage == 3:
+        groups = optimizer.fp32_partitioned_groups_flat
+    elif stage:
+        groups = optimizer.single_partition_of_fp32_groups
+    elif hasattr(optimizer, 'fp32_groups'):
+        names = {id(p): n for n, p in engine.module.named_parameters()}
+        return {
+            names[id(p)]: master
+            for lows, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+            for p, master in zip(lows, masters, strict=True)
+        }
+    else:
+        return {n: p for n, p in engine.module.named_parameters() if p.requires_grad}
+    return {f'{i:04d}': group for i, group in enumerate(groups)}
 
 
 def _swap(a: torch.Tensor, b: torch.Tensor) -> None:
@@ -213,13 +227,23 @@ def read_ema_shards(tag: Path) -> list[dict[str, torch.Tensor]]:
     Raises:
         CheckpointError: when a rank's file is missing.
     """
-    with safe_open(tag / 'ema_rank_0.safetensors', 'pt') as file:
+    with _open(tag / 'ema_rank_0.safetensors') as file:
         ranks = int(file.metadata()['world_size'])
     shards = []
     for r in range(ranks):
         path = tag / f'ema_rank_{r}.safetensors'
         if not path.is_file():
             raise CheckpointError(f'{path}: missing; the EMA was saved by {ranks} ranks')
-        with safe_open(path, 'pt') as file:
+        with _open(path) as file:
             shards.append({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     return shards
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    try:
+        file = safe_open(path, 'pt')
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f'{path}: cannot be read: {error}') from error
+    with file as opened:
+        yield opened

@@ -195,8 +195,9 @@ def _main(target: str, work: Path) -> None:
     module, _, name = target.partition(':')
     kwargs = json.loads((work / 'kwargs.json').read_text())
     init_distributed()
+    own = rank()
     result = getattr(importlib.import_module(module), name)(**kwargs)
-    (work / f'result_{rank()}.json').write_text(json.dumps(result))
+    (work / f'result_{own}.json').write_text(json.dumps(result))
     leave()
 
 

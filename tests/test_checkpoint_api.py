@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.ranks import run_ranks
+from tests.ranks import free_port, run_command, run_ranks
 from tests.workers.model import OFFLOAD
 
 STAGES = [0, 1, 2, 3, OFFLOAD]
@@ -59,6 +59,24 @@ def test_a_save_on_rank_0_alone_names_the_missing_rank(tmp_path, stage):
     assert 'RankError: save_checkpoint: rank 0 waited 3 s and rank 1 did not come' in texts[0]
     assert 'remove an `if rank == 0` around it' in texts[0]
     assert not list((tmp_path / 'out').glob('ckpt_*'))
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+@pytest.mark.parametrize('stage', [1, 3])
+def test_a_job_that_saves_on_rank_0_alone_ends_with_a_status_that_says_so(tmp_path, stage):
+    script = tmp_path / 'train.py'
+    script.write_text(
+        'from internvl_ds.comm import init_distributed\n'
+        'from tests.workers.saving import save_on_rank_0_only\n'
+        'init_distributed()\n'
+        f'save_on_rank_0_only({stage}, {str(tmp_path / "out")!r})\n'
+    )
+    launcher = ['deepspeed', '--num_gpus', '2', '--no_local_rank', '--master_port']
+    job = run_command([*launcher, str(free_port()), str(script)], timeout=120)
+    assert job.returncode not in (0, None), job.output[-3000:]
+    assert 'rank 0 waited 3 s and rank 1 did not come' in job.output
+    assert '[ended after' not in job.output
 
 
 @pytest.mark.ranks
@@ -152,6 +170,7 @@ def test_a_tag_of_plain_deepspeed_loads_and_ours_loads_plainly(tmp_path):
             assert result[stage] == {
                 'plain into ours': True,
                 'ours into plain': True,
+                'zero_to_fp32': True,
                 'warned': True,
                 'start_epoch': 0,
             }

@@ -79,3 +79,24 @@ def test_the_harness_ends_a_job_at_its_limit_with_all_its_children(tmp_path):
     for child in children:
         status = f'/proc/{child}/stat'
         assert not os.path.exists(status) or ') Z' in open(status).read()  # noqa: SIM115, PTH123
+
+
+@pytest.mark.ranks
+def test_gather_hands_rank_0_what_each_rank_brought(tmp_path):
+    results = run_ranks('tests.workers.talking:gather_twice', 3, tmp_path)
+    assert results[0] == [[{'rank': r, 'round': n} for r in range(3)] for n in range(2)]
+    assert results[1] == results[2] == [None, None]
+
+
+@pytest.mark.ranks
+def test_threads_meet_while_the_main_thread_waits_in_another_meeting(tmp_path):
+    for result in run_ranks('tests.workers.talking:meet_in_the_background', 2, tmp_path):
+        assert result == ['threads of [0, 1]', 'main']
+
+
+@pytest.mark.ranks
+def test_threads_meet_after_the_process_group_is_gone(tmp_path):
+    results = run_ranks(
+        'tests.workers.talking:meet_after_the_group_is_gone', 2, tmp_path, timeout=30
+    )
+    assert results == [[0, 1], [0, 1]]

@@ -205,7 +205,10 @@ def test_keys_that_the_original_lacks_are_these():
     assert set(flatten(default_config())) - set(flatten(ORIGINAL)) == {
         'AUG.HFLIP',
         'AUG.SCALE',
+        'CHECKPOINT.ASYNC',
         'CHECKPOINT.IO_TIMEOUT',
+        'CHECKPOINT.KEEP_BEST',
+        'CHECKPOINT.KEEP_EVERY',
         'CHECKPOINT.RENDEZVOUS_TIMEOUT',
         'MODEL.FACTORY',
         'MODEL.KWARGS',

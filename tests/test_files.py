@@ -3,10 +3,8 @@
 import os
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from internvl_ds.files import write_safetensors, write_text
+from internvl_ds.files import write_text
 
 
 def test_the_new_text_replaces_the_old_and_nothing_is_left_aside(tmp_path):
@@ -25,16 +23,14 @@ def test_a_reader_that_has_the_old_file_open_keeps_it(tmp_path):
         assert reader.read() == 'old'
 
 
-def test_safetensors_are_as_readable_as_their_folder(tmp_path):
-    whole = torch.arange(6.0).reshape(2, 3)
-    tmp_path.chmod(0o755)
-    write_safetensors({'a': whole, 'b': whole.T}, tmp_path / 'x.safetensors', {'decay': '0.9'})
-    assert (tmp_path / 'x.safetensors').stat().st_mode & 0o777 == 0o644
-    back = load_file(tmp_path / 'x.safetensors')
-    assert torch.equal(back['a'], whole)
-    assert torch.equal(back['b'], whole.T)
-
-
 def test_a_folder_that_is_not_there_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         write_text(tmp_path / 'no' / 'latest', 'x')
+
+
+def test_a_file_that_cannot_be_replaced_stays_and_nothing_is_left_aside(tmp_path):
+    path = tmp_path / 'latest'
+    path.mkdir()
+    with pytest.raises(OSError, match='latest'):
+        write_text(path, 'x')
+    assert os.listdir(tmp_path) == ['latest']

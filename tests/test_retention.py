@@ -1,22 +1,88 @@
 """Which tags go: pure."""
 
-from internvl_ds.checkpoint.retention import EpochTag, tags_to_prune
+import math
+
+from internvl_ds.checkpoint.retention import (
+    EpochTag,
+    KeepBest,
+    KeepEvery,
+    KeepNewest,
+    tags_to_prune,
+)
 
 
 def _tags(*epochs):
+    """Tags of these epochs, in the order in which they were saved."""
     return [EpochTag(i, e, f'ckpt_epoch_{e}') for i, e in enumerate(epochs, 1)]
 
 
+def _tags_with(*accuracies):
+    """Tags of the epochs 0, 1, 2 ..., each with the best accuracy up to it."""
+    return [EpochTag(e + 1, e, f'ckpt_epoch_{e}', a) for e, a in enumerate(accuracies)]
+
+
+def _stay(tags, *policies):
+    """The epochs that are left, oldest save first."""
+    goes = tags_to_prune(tags, policies)
+    return [tag.epoch for tag in sorted(tags) if tag.name not in goes]
+
+
 def test_the_newest_stay():
-    assert tags_to_prune(_tags(0, 1, 2, 3), 3) == ['ckpt_epoch_0']
-    assert tags_to_prune(_tags(0, 5, 10), 1) == ['ckpt_epoch_0', 'ckpt_epoch_5']
-    assert tags_to_prune(_tags(1, 2), 3) == []
-    assert tags_to_prune([], 1) == []
+    assert tags_to_prune(_tags(0, 1, 2, 3), [KeepNewest(3)]) == ['ckpt_epoch_0']
+    assert tags_to_prune(_tags(0, 5, 10), [KeepNewest(1)]) == ['ckpt_epoch_0', 'ckpt_epoch_5']
+    assert tags_to_prune(_tags(1, 2), [KeepNewest(3)]) == []
+    assert tags_to_prune([], [KeepNewest(1)]) == []
 
 
 def test_newest_is_what_was_saved_last_not_the_highest_epoch():
-    assert tags_to_prune(_tags(8, 9, 4), 1) == ['ckpt_epoch_8', 'ckpt_epoch_9']
+    assert tags_to_prune(_tags(8, 9, 4), [KeepNewest(1)]) == ['ckpt_epoch_8', 'ckpt_epoch_9']
 
 
-def test_below_one_keeps_all():
-    assert tags_to_prune(_tags(0, 1, 2), 0) == []
+def test_the_order_in_which_tags_are_listed_does_not_matter():
+    tags = _tags_with(1.0, 3.0, 3.0, 4.0, 4.0)
+    for policy in (KeepNewest(2), KeepBest(2), KeepEvery(2)):
+        assert tags_to_prune(tags[::-1], [policy]) == tags_to_prune(tags, [policy])
+
+
+def test_keeping_fewer_than_one_newest_keeps_all():
+    for count in (0, -1):
+        assert tags_to_prune(_tags(0, 1, 2), [KeepNewest(count)]) == []
+
+
+def test_tags_that_do_not_say_when_they_were_saved_are_older_and_go_by_epoch():
+    unknown = [EpochTag(0, 10, 'ckpt_epoch_10'), EpochTag(0, 9, 'ckpt_epoch_9')]
+    assert tags_to_prune([*_tags(3), *unknown], [KeepNewest(2)]) == ['ckpt_epoch_9']
+
+
+def test_the_best_stay_each_by_the_tag_that_reached_it_first():
+    # epochs:           0    1    2    3    4    5
+    tags = _tags_with(1.0, 3.0, 3.0, 4.0, 4.0, 4.0)
+    assert _stay(tags, KeepBest(1)) == [3, 5]  # 5 was saved last
+    assert _stay(tags, KeepBest(2)) == [1, 3, 5]
+    assert _stay(tags, KeepBest(9)) == [0, 1, 3, 5]
+
+
+def test_a_tag_without_an_accuracy_is_not_among_the_best():
+    for unknown in (None, math.nan):
+        assert _stay(_tags_with(unknown, 2.0, unknown, 1.0, unknown), KeepBest(1)) == [1, 4]
+
+
+def test_every_interval_th_epoch_stays():
+    assert _stay(_tags(*range(12)), KeepEvery(5)) == [0, 5, 10, 11]
+
+
+def test_policies_that_are_off_ask_for_no_tag():
+    tags = _tags_with(1.0, 2.0, 3.0, 4.0)
+    assert _stay(tags, KeepNewest(2), KeepBest(0), KeepEvery(0)) == [2, 3]
+
+
+def test_a_tag_stays_when_any_policy_wants_it():
+    tags = _tags_with(1.0, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0)
+    assert _stay(tags, KeepNewest(2), KeepBest(1), KeepEvery(4)) == [0, 1, 4, 6, 7]
+
+
+def test_the_tag_saved_last_always_stays():
+    tags = _tags_with(9.0, 1.0, 1.0)
+    assert _stay(tags, KeepBest(1)) == [0, 2]
+    assert _stay(tags, KeepEvery(7)) == [0, 2]
+    assert _stay(_tags(8, 9, 4), KeepEvery(100)) == [4]

@@ -1,167 +1,315 @@
-"""An output directory of tags: real files, no ranks."""
+"""Stage, commit, latest, prune, sweep: real files and processes, no ranks."""
 
-import json
 import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
+from internvl_ds.checkpoint import lookup, store
+from internvl_ds.checkpoint.manifest import FileEntry, Manifest
+from internvl_ds.checkpoint.retention import KeepBest, KeepNewest
+from internvl_ds.errors import CheckpointError
+from tests.ranks import ROOT, base_env
+from tests.tags import SHARD, hidden, make_header, save_tag, stage_tag
+
+
+def _commit(staging, files, sequence=1):
+    return store.commit(staging, Manifest(make_header(staging.tag, 0, sequence), files))
+
+
+@pytest.fixture
+def other_process():
+    """Starts a process that begins a save and keeps it open; gives it and the staging path."""
+    code = """
+import sys
+from pathlib import Path
 from internvl_ds.checkpoint import store
-from internvl_ds.checkpoint.manifest import Manifest
-from internvl_ds.errors import CheckpointError, CheckpointNotFound
+staging = store.begin(Path(sys.argv[1]), sys.argv[2])
+(staging.path / 'half').write_text('half')
+print(staging.path, flush=True)
+sys.stdin.read()
+"""
+    started = []
+
+    def start(output, tag='ckpt_epoch_0'):
+        process = subprocess.Popen(
+            [sys.executable, '-c', code, str(output), tag],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=base_env(), cwd=ROOT,
+        )  # fmt: skip
+        started.append(process)
+        return process, Path(process.stdout.readline().strip())
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+        process.stdin.close()
+        process.stdout.close()
 
 
-def _save(output, epoch, best=None, content='weights'):
-    tag = f'ckpt_epoch_{epoch if best is None else best}'
-    staging = store.begin(output, tag)
-    (staging / 'mp_rank_00_model_states.pt').write_text(content)
-    manifest = Manifest(
-        tag=tag, epoch=epoch, sequence=store.next_sequence(output), zero_stage=0, world_size=1,
-        precision='fp32', global_steps=1, files=store.file_sizes(staging),
-    )  # fmt: skip
-    store.commit(output, manifest)
-    if best is None:
-        store.write_latest(output, tag)
-    return output / tag
+def _kill(process):
+    process.send_signal(signal.SIGKILL)
+    process.wait()
 
 
-def test_nothing_there_is_a_fresh_start(tmp_path):
-    assert store.newest(tmp_path / 'nowhere') is None
-    assert store.newest(tmp_path) is None
-    (tmp_path / 'log_rank0.txt').write_text('x')
-    assert store.newest(tmp_path) is None
+def test_a_save_is_a_tag_and_leaves_nothing_else(tmp_path):
+    tag = save_tag(tmp_path, 0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['ckpt_epoch_0', 'latest']
+    assert sorted(p.name for p in tag.iterdir()) == ['manifest.json', SHARD]
+    assert lookup.newest(tmp_path) == (tag, None)
 
 
-def test_latest_decides(tmp_path):
-    first, second = _save(tmp_path, 0), _save(tmp_path, 1)
-    assert store.newest(tmp_path) == (second, None)
-    store.write_latest(tmp_path, first.name)
-    assert store.newest(tmp_path) == (first, None)
+def test_the_output_directory_is_made(tmp_path):
+    tag = save_tag(tmp_path / 'a' / 'b', 0)
+    assert lookup.newest(tmp_path / 'a' / 'b') == (tag, None)
 
 
-def test_a_missing_empty_or_dangling_latest_is_said_and_the_newest_tag_taken(tmp_path):
-    _save(tmp_path, 0)
-    second = _save(tmp_path, 1)
-    latest = tmp_path / 'latest'
-    latest.unlink()
-    path, warning = store.newest(tmp_path)
-    assert path == second
-    assert 'there is no' in warning
-    assert 'resuming from ckpt_epoch_1 instead' in warning
-    latest.write_text('')
-    assert 'is empty' in store.newest(tmp_path).warning
-    latest.write_text('ckpt_epoch_7')
-    assert 'names ckpt_epoch_7, and' in store.newest(tmp_path).warning
-    assert store.newest(tmp_path).path == second
+def test_a_save_that_cannot_begin_leaves_nothing(tmp_path):
+    tag = 'ckpt_epoch_' + 'x' * 229  # a lock of that name can be made, a staging directory not
+    with pytest.raises(OSError, match='File name too long'):
+        store.begin(tmp_path, tag)
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_tag_that_lost_a_file_is_passed_over(tmp_path):
-    first, second = _save(tmp_path, 0), _save(tmp_path, 1)
-    (second / 'mp_rank_00_model_states.pt').unlink()
-    path, warning = store.newest(tmp_path)
-    assert path == first
-    assert 'mp_rank_00_model_states.pt is missing' in warning
-    with pytest.raises(CheckpointError, match='is missing; it cannot be loaded'):
-        store.resolve(str(second))
+def test_a_save_under_way_is_never_read(tmp_path):
+    staging, _ = stage_tag(tmp_path, 'ckpt_epoch_0')
+    assert lookup.newest(tmp_path) is None
+    assert lookup.tags(tmp_path) == []
+    store.abandon(staging)
 
 
-def test_traces_without_a_whole_tag_are_an_error_not_a_fresh_start(tmp_path):
-    for text in ('', 'ckpt_epoch_3'):
-        (tmp_path / 'latest').write_text(text)
-        with pytest.raises(CheckpointNotFound, match='no whole one is left'):
-            store.newest(tmp_path)
+def test_an_abandoned_save_leaves_nothing(tmp_path):
+    staging, _ = stage_tag(tmp_path, 'ckpt_epoch_0')
+    store.abandon(staging)
+    store.abandon(staging)
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_an_original_file_is_found_where_there_are_no_tags(tmp_path):
-    for age, name in ((2, 'ckpt_epoch_9.pth'), (1, 'ckpt_epoch_10.pth')):
-        (tmp_path / name).write_text('x')
-        os.utime(tmp_path / name, (1000 - age, 1000 - age))
-    assert store.newest(tmp_path) == (tmp_path / 'ckpt_epoch_10.pth', None)
-    tag = _save(tmp_path, 0)
-    assert store.newest(tmp_path).path == tag
-
-
-def test_other_whole_tags_are_better_than_a_silent_start_from_scratch(tmp_path):
-    best = _save(tmp_path, 4, best='best')
-    path, warning = store.newest(tmp_path)
-    assert path == best
-    assert 'there is no' in warning
-    assert 'resuming from ckpt_epoch_best instead' in warning
-    epoch = _save(tmp_path, 2)
-    assert store.newest(tmp_path) == (epoch, None)
-
-
-def test_a_tag_of_plain_deepspeed_is_found_without_latest(tmp_path):
-    plain = tmp_path / 'global_step100'
-    plain.mkdir()
-    (plain / 'mp_rank_00_model_states.pt').touch()
-    assert store.newest(tmp_path).path == plain
-
-
-def test_resolve(tmp_path):
-    tag = _save(tmp_path, 0)
-    assert store.resolve(str(tag)).path == tag
-    assert store.resolve(str(tmp_path)).path == tag
-    assert store.resolve(str(tag / 'manifest.json')).path == tag / 'manifest.json'
-    with pytest.raises(CheckpointNotFound, match=r'ckpt_epoch_5: no such .* has ckpt_epoch_0'):
-        store.resolve(str(tmp_path / 'ckpt_epoch_5'))
-    (tmp_path / 'empty').mkdir()
-    with pytest.raises(CheckpointNotFound, match='empty: a directory without any checkpoint'):
-        store.resolve(str(tmp_path / 'empty'))
+def test_an_abandoned_save_leaves_what_was_there(tmp_path):
+    tag = save_tag(tmp_path, 3, best='best', content='old')
+    staging, _ = stage_tag(tmp_path, 'ckpt_epoch_best', 'new')
+    store.abandon(staging)
+    assert (tag / SHARD).read_text() == 'old'
+    assert list(tmp_path.iterdir()) == [tag]
 
 
 def test_overwriting_a_tag_keeps_nothing_of_the_old_one(tmp_path):
-    _save(tmp_path, 3, best='best', content='old')
-    tag = _save(tmp_path, 5, best='best', content='new')
-    assert (tag / 'mp_rank_00_model_states.pt').read_text() == 'new'
-    assert store.read_manifest(tag).epoch == 5
+    old = save_tag(tmp_path, 3, best='best', content='old')
+    (old / 'more').write_text('x')
+    tag = save_tag(tmp_path, 5, best='best', content='new')
+    assert tag == old
+    assert (tag / SHARD).read_text() == 'new'
+    assert lookup.read_manifest(tag).header.epoch == 5
+    assert sorted(p.name for p in tag.iterdir()) == ['manifest.json', SHARD]
     assert sorted(p.name for p in tmp_path.iterdir()) == ['ckpt_epoch_best']
 
 
-def test_a_tag_that_stepped_aside_for_a_save_that_died_comes_back(tmp_path):
-    tag = _save(tmp_path, 3, best='best')
+def test_a_commit_that_fails_leaves_the_old_tag(tmp_path):
+    tag = save_tag(tmp_path, 0, content='old')
+    staging, files = stage_tag(tmp_path, tag.name, 'new')
+    (staging.path / SHARD).unlink()
+    staging.path.rmdir()  # someone removed it
+    with pytest.raises(FileNotFoundError):
+        _commit(staging, files)
+    store.abandon(staging)
+    assert (tag / SHARD).read_text() == 'old'
+    assert lookup.newest(tmp_path) == (tag, None)
+    assert hidden(tmp_path) == []
+
+
+def test_two_saves_of_one_tag_at_once_do_not_meet(tmp_path):
+    first, files = stage_tag(tmp_path, 'ckpt_epoch_best', 'first')
+    second, more = stage_tag(tmp_path, 'ckpt_epoch_best', 'second')
+    assert first.path != second.path
+    assert store.sweep(tmp_path) == []
+    tag = _commit(second, more, 1)
+    assert (tag / SHARD).read_text() == 'second'
+    assert _commit(first, files, 2) == tag
+    assert (tag / SHARD).read_text() == 'first'
+    assert list(tmp_path.iterdir()) == [tag]
+
+
+def test_one_save_may_be_abandoned_while_another_of_the_tag_goes_on(tmp_path):
+    first, _ = stage_tag(tmp_path, 'ckpt_epoch_best', 'first')
+    second, files = stage_tag(tmp_path, 'ckpt_epoch_best', 'second')
+    store.abandon(first)
+    assert (_commit(second, files) / SHARD).read_text() == 'second'
+    assert hidden(tmp_path) == []
+
+
+def test_a_save_of_a_living_process_is_not_swept(tmp_path, other_process, caplog):
+    process, staging = other_process(tmp_path)
+    for path in (staging / 'half', staging):
+        os.utime(path, (0, 0))  # however long ago it wrote
+    assert store.sweep(tmp_path) == []
+    own = store.begin(tmp_path, 'ckpt_epoch_0')
+    assert (staging / 'half').exists()
+    assert own.path != staging
+    assert process.poll() is None
+    assert caplog.text == ''
+    store.abandon(own)
+
+
+def test_a_save_of_a_killed_process_is_swept_with_a_warning(tmp_path, other_process, caplog):
+    process, staging = other_process(tmp_path)
+    _kill(process)
+    assert store.sweep(tmp_path) == [staging.name]
+    assert f'{staging}: left by a save that died; removed' in caplog.text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_next_save_sweeps_away_only_what_dead_ones_left(tmp_path, other_process):
+    dead, left = other_process(tmp_path)
+    _, living = other_process(tmp_path)
+    _kill(dead)
+    tag = save_tag(tmp_path, 0)
+    assert not left.exists()
+    assert (living / 'half').exists()
+    assert lookup.newest(tmp_path) == (tag, None)
+    assert len(hidden(tmp_path)) == 2  # the living save and its lock
+
+
+def test_where_the_lock_is_lost_a_save_is_dead_after_a_day_without_a_write(tmp_path, other_process):
+    _, staging = other_process(tmp_path)
+    for lock in tmp_path.glob('.lock-*'):
+        lock.unlink()
+    assert store.sweep(tmp_path) == []
+    long_ago = time.time() - 25 * 3600
+    os.utime(staging, (long_ago, long_ago))
+    assert store.sweep(tmp_path) == []  # the file in it was written just now
+    os.utime(staging / 'half', (long_ago, long_ago))
+    assert store.sweep(tmp_path) == [staging.name]
+
+
+def test_a_save_of_another_host_is_not_taken_for_dead_by_its_lock(tmp_path, other_process):
+    process, staging = other_process(tmp_path)
+    _kill(process)
+    (lock,) = tmp_path.glob('.lock-*')
+    lock.write_text('another host')  # whose locks may not be seen here
+    assert store.sweep(tmp_path) == []
+    assert (staging / 'half').exists()
+
+
+def test_the_lock_of_a_save_that_died_before_it_wrote_is_swept(tmp_path, other_process):
+    process, staging = other_process(tmp_path)
+    _kill(process)
+    (staging / 'half').unlink()
+    staging.rmdir()
+    assert store.sweep(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tag_that_stepped_aside_for_a_save_that_died_gets_its_name_again(tmp_path, caplog):
+    tag = save_tag(tmp_path, 3, best='best')
+    tag.rename(tmp_path / '.old-ckpt_epoch_best')  # killed between the two renames
+    store.sweep(tmp_path)
+    assert list(tmp_path.iterdir()) == [tag]
+    assert lookup.resolve(str(tag)) == tag
+    assert f'{tag}: the save that was to replace it died' in caplog.text
+
+
+def test_the_next_save_gives_a_tag_that_stepped_aside_its_name_again(tmp_path):
+    tag = save_tag(tmp_path, 3, best='best')
+    tag.rename(tmp_path / '.old-ckpt_epoch_best')
+    store.abandon(store.begin(tmp_path, 'ckpt_epoch_best'))
+    assert list(tmp_path.iterdir()) == [tag]
+
+
+def test_a_tag_that_stepped_aside_is_left_to_a_save_that_is_alive(tmp_path, other_process):
+    tag = save_tag(tmp_path, 3, best='best')
+    process, staging = other_process(tmp_path, tag.name)
     aside = tmp_path / '.old-ckpt_epoch_best'
-    tag.rename(aside)  # killed between the two renames
-    assert store.resolve(str(tag)).path == aside
-    store.begin(tmp_path, 'ckpt_epoch_best')
-    assert store.resolve(str(tag)).path == tag
+    tag.rename(aside)
+    store.sweep(tmp_path)
+    assert aside.exists()
+    _kill(process)
+    assert store.sweep(tmp_path) == [staging.name]
+    assert list(tmp_path.iterdir()) == [tag]
 
 
-def test_latest_may_name_a_tag_that_stepped_aside(tmp_path):
-    _save(tmp_path, 0)
-    tag = _save(tmp_path, 1)
-    tag.rename(tmp_path / '.old-ckpt_epoch_1')
-    assert store.newest(tmp_path) == (tmp_path / '.old-ckpt_epoch_1', None)
+def test_a_tag_that_stepped_aside_goes_where_the_new_one_has_its_name(tmp_path):
+    save_tag(tmp_path, 3, best='best', content='old').rename(tmp_path / '.old-ckpt_epoch_best')
+    # killed before the old one was removed: written as the second rename leaves it
+    (tmp_path / '.old-ckpt_epoch_best').rename(tmp_path / 'kept')
+    tag = save_tag(tmp_path, 4, best='best', content='new')
+    (tmp_path / 'kept').rename(tmp_path / '.old-ckpt_epoch_best')
+    store.sweep(tmp_path)
+    assert list(tmp_path.iterdir()) == [tag]
+    assert (tag / SHARD).read_text() == 'new'
 
 
-def test_a_leftover_of_a_dead_save_is_never_read(tmp_path):
-    staging = store.begin(tmp_path, 'ckpt_epoch_0')
-    (staging / 'mp_rank_00_model_states.pt').write_text('half')
-    assert store.newest(tmp_path) is None
-    assert list(store.begin(tmp_path, 'ckpt_epoch_0').iterdir()) == []
+def test_what_stepped_aside_and_is_not_whole_gets_no_name(tmp_path):
+    tag = save_tag(tmp_path, 3, best='best')
+    aside = tag.rename(tmp_path / '.old-ckpt_epoch_best')
+    (aside / SHARD).unlink()
+    store.sweep(tmp_path)
+    assert not tag.exists()
 
 
-def test_a_broken_manifest_is_named(tmp_path):
-    tag = _save(tmp_path, 0)
-    (tag / 'manifest.json').write_text('{')
-    with pytest.raises(CheckpointError, match=r'manifest.json: cannot be read'):
-        store.resolve(str(tag))
-    (tag / 'manifest.json').write_text(json.dumps({'format': 99}))
-    with pytest.raises(CheckpointError, match='upgrade internvl_ds'):
-        store.resolve(str(tag))
+def test_tags_that_were_half_removed_are_swept(tmp_path):
+    tag = save_tag(tmp_path, 0)
+    (tmp_path / '.trash-ckpt_epoch_7-00' / 'folder').mkdir(parents=True)
+    (tmp_path / '.trash-ckpt_epoch_7-00' / 'folder' / 'x').write_text('x')
+    store.sweep(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [tag.name, 'latest']
 
 
-def test_a_tag_that_cannot_be_removed_is_a_warning(tmp_path, caplog, monkeypatch):
-    for epoch in range(3):
-        _save(tmp_path, epoch)
-    # root may remove anything, so a read-only directory proves nothing here: fail the rename
-    original = type(tmp_path).rename
+def test_sweeping_leaves_what_is_not_ours(tmp_path):
+    for name in ('ckpt_epoch_3', '.git', '.lockfile', '.old', 'logs'):
+        (tmp_path / name).mkdir()
+    (tmp_path / '.hidden').write_text('x')
+    before = sorted(tmp_path.iterdir())
+    assert store.sweep(tmp_path) == []
+    assert sorted(tmp_path.iterdir()) == before
 
-    def rename(self, target):
-        if self.name == 'ckpt_epoch_0':
-            raise PermissionError(13, 'Permission denied', str(self))
-        return original(self, target)
 
-    monkeypatch.setattr(type(tmp_path), 'rename', rename)
-    assert store.prune(tmp_path, 1) == ['ckpt_epoch_1']
-    assert 'could not remove the old checkpoint' in caplog.text
-    assert 'ckpt_epoch_0' in caplog.text
+def test_files_that_rank_0_does_not_see_are_named(tmp_path):
+    staging, files = stage_tag(tmp_path, 'ckpt_epoch_0')
+    sizes = lookup.file_sizes(staging.path)
+    store.require_files(staging, files, sizes)
+    elsewhere = {**files, 'zero_pp_rank_1.pt': FileEntry(5, 'a' * 32)}
+    with pytest.raises(CheckpointError, match=r'zero_pp_rank_1\.pt is missing.*must be one dir'):
+        store.require_files(staging, elsewhere, sizes)
+    with pytest.raises(CheckpointError, match=f'{SHARD} has 6 bytes, not 7'):
+        store.require_files(staging, files, {SHARD: 6})
+    store.abandon(staging)
+
+
+def test_saves_are_counted_over_all_tags_that_exist(tmp_path):
+    assert store.next_sequence(tmp_path) == 1
+    save_tag(tmp_path, 7)
+    best = save_tag(tmp_path, 7, best='best')
+    assert store.next_sequence(tmp_path) == 3
+    save_tag(tmp_path, 2)
+    assert store.next_sequence(tmp_path) == 4
+    (best / 'manifest.json').write_text('{')
+    assert store.next_sequence(tmp_path) == 4
+
+
+def test_only_epoch_tags_are_pruned_and_whole(tmp_path):
+    for epoch in range(4):
+        save_tag(tmp_path, epoch, max_accuracy=(1.0, 9.0, 9.0, 9.0)[epoch])
+    save_tag(tmp_path, 0, best='best')
+    (tmp_path / 'global_step5').mkdir()
+    removed = store.prune(tmp_path, [KeepNewest(1), KeepBest(1)])
+    assert removed == ['ckpt_epoch_0', 'ckpt_epoch_2']
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        'ckpt_epoch_1', 'ckpt_epoch_3', 'ckpt_epoch_best', 'global_step5', 'latest',
+    ]  # fmt: skip
+
+
+def test_a_tag_that_cannot_be_removed_is_a_warning(tmp_path, caplog):
+    # Root may remove anything, so a read-only directory proves nothing; but a name so long that no
+    # name can be made of it for the trash stops anyone.
+    stays = tmp_path / ('ckpt_epoch_' + '1' * 240)
+    stays.mkdir()
+    for epoch in range(2):
+        save_tag(tmp_path, epoch)
+    assert store.prune(tmp_path, [KeepNewest(1)]) == ['ckpt_epoch_0']
+    assert f'could not remove {stays}: ' in caplog.text
+    assert stays.exists()
+    assert (tmp_path / 'ckpt_epoch_1').exists()

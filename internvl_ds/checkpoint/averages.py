@@ -11,21 +11,23 @@ from torch import nn
 from internvl_ds.checkpoint.restore import load_weights
 from internvl_ds.checkpoint.shards import TagShards
 from internvl_ds.comm import rank
-from internvl_ds.ema import ShardedEma, has_ema, read_ema_shards
+from internvl_ds.ema import EmaFile, ShardedEma, has_ema, read_ema_shards
 from internvl_ds.errors import CheckpointError
-from internvl_ds.files import write_safetensors
 from internvl_ds.pretrained.sources import open_source
 
 _WHOLE_EMA_FILE = 'ema.safetensors'
 
 
-def save_ema(model_ema: Any, staging: Path) -> None:
-    """Writes this rank's part of an average, or rank 0 the whole of timm's; nothing for None."""
+def ema_file(model_ema: Any) -> EmaFile | None:
+    """What this rank writes of an average: its part of a sharded one; rank 0 the whole of timm's.
+
+    Raises:
+        CheckpointError: for what is no average, or one that holds no values.
+    """
     if model_ema is None:
-        return
+        return None
     if isinstance(model_ema, ShardedEma):
-        model_ema.save_shard(staging)
-        return
+        return model_ema.shard_file()
     module = _ema_module(model_ema)
     empty = [name for name, p in module.named_parameters() if p.numel() == 0]
     if empty:
@@ -34,10 +36,10 @@ def save_ema(model_ema: Any, staging: Path) -> None:
             'it was copied from parameters that ZeRO-3 had partitioned; use '
             'internvl_ds.ema.ShardedEma(engine, decay)'
         )
-    if rank() == 0:
-        state = module.state_dict()
-        tensors = {name.removeprefix('module.'): t for name, t in state.items()}
-        write_safetensors(tensors, staging / _WHOLE_EMA_FILE)
+    if rank() != 0:
+        return None
+    state = module.state_dict()
+    return EmaFile(_WHOLE_EMA_FILE, {n.removeprefix('module.'): t for n, t in state.items()}, None)
 
 
 def _ema_module(model_ema: Any) -> nn.Module:

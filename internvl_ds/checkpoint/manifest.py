@@ -2,19 +2,66 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, NamedTuple
+
+import xxhash
 
 from internvl_ds.errors import CheckpointError
 
 FILE_NAME = 'manifest.json'
 STATE_FILE = 'state.json'
-FORMAT = 1
+FORMAT = 2
+
+# A header is read from this many bytes at the front of the file.
+HEADER_BYTES = 4096
 
 _EPOCH_TAG = re.compile(r'ckpt_epoch_(0|[1-9]\d*)')
 _BEST_NAME = re.compile(r'[A-Za-z_][A-Za-z0-9_.-]*')
+_FILE_RANK = re.compile(r'(?:pp_rank|ema_rank)_(\d+)')
+_FILES = ',\n "files": {'
+_DIGEST = ',\n "xxh3_128": "'
+
+
+class FileEntry(NamedTuple):
+    """Size in bytes and xxh3-128 digest (32 hexadecimal digits) of a file."""
+
+    size: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a tag is, without its files: the front of a manifest, so that it is read quickly.
+
+    Attributes:
+        tag: the directory's name when it was saved.
+        epoch: the epoch that the tag was saved after; None where the caller's is no int.
+        max_accuracy: the best accuracy at that time.
+        sequence: counts the saves of an output directory, so that "newest" needs no clock.
+        saved_at: when it was committed, UTC, ISO 8601.
+        zero_stage, world_size, precision: the layout of the shards.
+        global_steps: updates that the engine had counted.
+        size: of all files together, bytes.
+        versions: of this package, torch and deepspeed.
+        format: of this file.
+    """
+
+    tag: str
+    epoch: int | None
+    max_accuracy: float
+    sequence: int
+    saved_at: str
+    zero_stage: int
+    world_size: int
+    precision: str
+    global_steps: int
+    size: int
+    versions: dict[str, str] = field(default_factory=dict)
+    format: int = FORMAT
 
 
 @dataclass(frozen=True)
@@ -22,42 +69,65 @@ class Manifest:
     """Written last into a tag: a directory that has one was complete when it was committed.
 
     Attributes:
-        tag: the directory's name.
-        epoch: the epoch that the tag was saved after; None where the caller's is no int.
-        sequence: counts the saves of an output directory, so that "newest" needs no clock.
-        zero_stage, world_size, precision: the layout of the shards.
-        global_steps: updates that the engine had counted.
-        files: name -> size in bytes, of every file but the manifest.
-        versions: of this package, torch and deepspeed.
-        format: of this file.
+        header: what the tag is.
+        files: name -> size and digest, of every file but the manifest.
     """
 
-    tag: str
-    epoch: int | None
-    sequence: int
-    zero_stage: int
-    world_size: int
-    precision: str
-    global_steps: int
-    files: dict[str, int]
-    versions: dict[str, str] = field(default_factory=dict)
-    format: int = FORMAT
+    header: Header
+    files: Mapping[str, FileEntry]
 
-    def to_json(self) -> dict[str, Any]:
-        """The manifest as plain JSON types."""
-        return asdict(self)
+    def to_text(self) -> str:
+        """The manifest as JSON whose last key is the digest of all the text before it."""
+        tree = {**asdict(self.header), 'files': {n: list(e) for n, e in self.files.items()}}
+        return _with_digest(json.dumps(tree, indent=1).removesuffix('\n}'))
 
 
-def parse_manifest(tree: Any, where: str) -> Manifest:
-    """Reads what `Manifest.to_json` gave.
+def parse_header(front: str, where: str) -> Header | None:
+    """Reads the header from the first HEADER_BYTES of a manifest; no checksum is verified.
+
+    Returns:
+        None where the header is longer than that, or not as `Manifest.to_text` writes it.
+
+    Raises:
+        CheckpointError: as `parse_manifest`.
+    """
+    head, found, _ = front.partition(_FILES)
+    if not found:
+        return None
+    try:
+        return _header(json.loads(head + '\n}'), where)
+    except ValueError as error:
+        raise CheckpointError(f'{where}: not a checkpoint manifest: {error}') from error
+
+
+def parse_manifest(text: str, where: str) -> Manifest:
+    """Reads what `Manifest.to_text` gave.
 
     Args:
-        tree: parsed JSON.
+        text: the file's content.
         where: the file's path, for the error.
 
     Raises:
-        CheckpointError: when it is no manifest, or one of a newer format.
+        CheckpointError: when it is no manifest, is damaged, or has another format.
     """
+    try:
+        tree = json.loads(text)
+    except ValueError as error:
+        raise CheckpointError(f'{where}: not a checkpoint manifest: {error}') from error
+    header = _header(tree, where)
+    if text != _with_digest(text.rpartition(_DIGEST)[0]):
+        raise CheckpointError(f'{where}: damaged: its own xxh3-128 is another')
+    try:
+        return Manifest(header, {n: FileEntry(*entry) for n, entry in tree['files'].items()})
+    except (KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f'{where}: the manifest has no list of files: {error}') from error
+
+
+def _with_digest(body: str) -> str:
+    return f'{body}{_DIGEST}{xxhash.xxh3_128(body.encode()).hexdigest()}"\n}}\n'
+
+
+def _header(tree: Any, where: str) -> Header:
     if not isinstance(tree, Mapping) or not isinstance(tree.get('format'), int):
         raise CheckpointError(f'{where}: not a checkpoint manifest')
     if tree['format'] > FORMAT:
@@ -65,21 +135,32 @@ def parse_manifest(tree: Any, where: str) -> Manifest:
             f'{where}: manifest format {tree["format"]}, and this version reads up to {FORMAT}: '
             'upgrade internvl_ds'
         )
+    if tree['format'] < FORMAT:
+        raise CheckpointError(
+            f'{where}: manifest format {tree["format"]}, of a development version without '
+            'checksums, and this version does not read it'
+        )
     try:
-        return Manifest(**{name: tree[name] for name in Manifest.__dataclass_fields__})
+        return Header(**{f.name: tree[f.name] for f in fields(Header)})
     except KeyError as error:
         raise CheckpointError(f'{where}: the manifest lacks {error}') from error
 
 
-def wrong_files(manifest: Manifest, sizes: Mapping[str, int]) -> list[str]:
-    """Names each file that is missing or of another size than the manifest says."""
+def wrong_files(files: Mapping[str, FileEntry], sizes: Mapping[str, int]) -> list[str]:
+    """Names each of ``files`` that is missing or of another size."""
     wrong = []
-    for name, size in sorted(manifest.files.items()):
+    for name, entry in sorted(files.items()):
         if name not in sizes:
             wrong.append(f'{name} is missing')
-        elif sizes[name] != size:
-            wrong.append(f'{name} has {sizes[name]} bytes, not {size}')
+        elif sizes[name] != entry.size:
+            wrong.append(f'{name} has {sizes[name]} bytes, not {entry.size}')
     return wrong
+
+
+def file_rank(name: str) -> int:
+    """The rank whose shard a file is; 0 for what belongs to none."""
+    match = _FILE_RANK.search(name)
+    return int(match.group(1)) if match else 0
 
 
 def tag_name(epoch: Any, best: str | None) -> str:

@@ -1,30 +1,101 @@
-"""Which tags go after a save. Pure: a list of tags in, a list of names out."""
+"""Which tags go after a save. Pure: tags in, names out.
+
+A policy says which epoch tags it wants to stay; what no policy wants goes. Tags saved with ``best``
+are not epoch tags and are never among them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 
 class EpochTag(NamedTuple):
-    """An epoch tag that exists, and what orders it; compares from oldest to newest."""
+    """An epoch tag that exists, and what orders it; compares from the oldest save to the newest.
+
+    Attributes:
+        sequence: number of the save; 0 where the tag does not say.
+        epoch: from its name.
+        name: of the directory.
+        max_accuracy: the best accuracy up to that save; None where the tag does not say.
+    """
 
     sequence: int
     epoch: int
     name: str
+    max_accuracy: float | None = None
 
 
-def tags_to_prune(tags: Sequence[EpochTag], keep: int) -> list[str]:
-    """The names that go so that the newest ``keep`` epoch tags stay.
+class Policy(Protocol):
+    """Decides which epoch tags stay."""
 
-    Newest means saved last: a run that was rewound to an earlier epoch keeps what it saves now.
-    Counted over what exists, so that another SAVE_FREQ or a skipped epoch leaks nothing. Tags
-    saved with ``best`` are not epoch tags and are never among them.
+    def keeps(self, tags: Sequence[EpochTag]) -> set[str]:
+        """The names of the tags that shall stay.
+
+        Args:
+            tags: all epoch tags of an output directory, oldest save first.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class KeepNewest:
+    """Keeps the ``count`` tags saved last; below 1 keeps all.
+
+    Counted over what exists, so that another SAVE_FREQ or a skipped epoch leaks nothing, and by
+    when it was saved, so that a run that was rewound to an earlier epoch keeps what it saves now.
+    """
+
+    count: int
+
+    def keeps(self, tags: Sequence[EpochTag]) -> set[str]:
+        """See `Policy`."""
+        return {tag.name for tag in (tags[-self.count :] if self.count > 0 else tags)}
+
+
+@dataclass(frozen=True)
+class KeepBest:
+    """Keeps the ``count`` tags with the highest accuracy; 0 asks for none.
+
+    A tag says the best accuracy up to its save: of several that say the same, the first reached it.
+    """
+
+    count: int
+
+    def keeps(self, tags: Sequence[EpochTag]) -> set[str]:
+        """See `Policy`."""
+        first_to_reach: dict[float, str] = {}
+        for tag in tags:
+            if tag.max_accuracy is not None and not math.isnan(tag.max_accuracy):
+                first_to_reach.setdefault(tag.max_accuracy, tag.name)
+        best = sorted(first_to_reach, reverse=True)[: max(0, self.count)]
+        return {first_to_reach[accuracy] for accuracy in best}
+
+
+@dataclass(frozen=True)
+class KeepEvery:
+    """Keeps every tag whose epoch is a multiple of ``interval``, for good; 0 asks for none."""
+
+    interval: int
+
+    def keeps(self, tags: Sequence[EpochTag]) -> set[str]:
+        """See `Policy`."""
+        return {tag.name for tag in tags if self.interval > 0 and tag.epoch % self.interval == 0}
+
+
+def tags_to_prune(tags: Iterable[EpochTag], policies: Sequence[Policy]) -> list[str]:
+    """The names of the tags that no policy keeps, oldest save first.
+
+    The tag saved last always stays: it is the one that a run resumes from.
 
     Args:
         tags: all epoch tags of an output directory, in any order.
-        keep: SAVE_CKPT_NUM; below 1 keeps all.
+        policies: at least one.
     """
-    if keep < 1:
-        return []
-    return [tag.name for tag in sorted(tags)[:-keep]]
+    ordered = sorted(tags, key=lambda tag: tag[:3])
+    kept = {ordered[-1].name} if ordered else set()
+    for policy in policies:
+        kept |= policy.keeps(ordered)
+    return [tag.name for tag in ordered if tag.name not in kept]

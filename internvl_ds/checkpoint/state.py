@@ -11,23 +11,22 @@ import numpy as np
 import torch
 
 from internvl_ds.errors import CheckpointError
-from internvl_ds.files import write_text
 
 # A dict with this single key stands for what JSON has no type for.
 _MARK = '__internvl_ds__'
 
 
-def write_state(path: Path, state: dict[str, Any]) -> None:
-    """Writes ``state`` (nested plain Python values) to ``path``.
+def state_text(state: dict[str, Any]) -> str:
+    """``state`` (nested plain Python values) as the content of state.json.
 
     Raises:
         CheckpointError: for a value that would not read back as it was; its place is named.
     """
-    write_text(path, json.dumps(_encode(state, path.name), indent=1) + '\n')
+    return json.dumps(_encode(state, 'state.json'), indent=1) + '\n'
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Reads what `write_state` wrote.
+    """Reads a file that holds what `state_text` gave.
 
     Raises:
         CheckpointError: when the file cannot be read.

@@ -1,92 +1,145 @@
-"""An output directory of tags: stage, commit, latest, resolve, prune. Files only; knows no ranks.
+"""An output directory's saves: stage, commit, latest, prune, sweep. Files only; knows no ranks.
 
-A save is staged in ``.staging-TAG`` and becomes TAG by a rename once it is complete; ``latest`` is
-replaced by a rename after that. What begins with a dot is never read.
+A save is staged in ``.staging-TAG-*`` and becomes TAG by a rename once it is complete; ``latest``
+is replaced by a rename after that. What goes is renamed to ``.trash-*`` first, so that no reader
+ever meets a tag with half of its files.
+
+One process, rank 0's, owns a staging directory: it holds a lock (flock) on the file ``.lock-TAG-*``
+beside it, which the kernel releases when that process ends, however it ends.
 """
 
 from __future__ import annotations
 
-import json
+import fcntl
 import logging
 import os
+import secrets
 import shutil
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
-from internvl_ds.checkpoint.manifest import (
-    FILE_NAME,
-    Manifest,
-    epoch_of,
-    parse_manifest,
-    wrong_files,
+from internvl_ds.checkpoint.lookup import (
+    ASIDE,
+    LATEST,
+    epoch_tags,
+    header_or_none,
+    problem,
+    tags,
 )
-from internvl_ds.checkpoint.retention import EpochTag, tags_to_prune
-from internvl_ds.errors import CheckpointError, CheckpointNotFound
+from internvl_ds.checkpoint.manifest import FILE_NAME, FileEntry, Manifest, wrong_files
+from internvl_ds.checkpoint.retention import Policy, tags_to_prune
+from internvl_ds.errors import CheckpointError
 from internvl_ds.files import sync_directory, write_text
 
 logger = logging.getLogger(__name__)
 
-LATEST = 'latest'
+STAGING = '.staging-'
+_LOCK = '.lock-'
+_TRASH = '.trash-'
+
+# Seconds without a write after which a save is taken for dead where its lock cannot tell: another
+# host's, or on a file system without locks.
+_DEAD_AFTER = 24 * 3600.0
 
 
-class Resume(NamedTuple):
-    """Where to resume from, and what the user should be told about the choice (or None)."""
+@dataclass
+class Staging:
+    """A save under way; belongs to the process that began it.
+
+    Attributes:
+        path: the directory that is written into.
+        tag: what it becomes.
+    """
 
     path: Path
-    warning: str | None
+    tag: str
+    _lock: int
+
+    @property
+    def output(self) -> Path:
+        """The directory of tags."""
+        return self.path.parent
+
+    def release(self) -> None:
+        """Gives up the lock: nothing is written any more."""
+        if self._lock >= 0:
+            _lock_of(self.path).unlink(missing_ok=True)
+            os.close(self._lock)
+            self._lock = -1
 
 
-def staging_path(output: Path, tag: str) -> Path:
-    """Where a tag is written before it is committed."""
-    return output / f'.staging-{tag}'
+def begin(output: Path, tag: str) -> Staging:
+    """Makes an empty staging directory, and sweeps away what dead saves left.
 
-
-def begin(output: Path, tag: str) -> Path:
-    """Makes an empty staging directory, removing the leftover of a save that died."""
-    staging = staging_path(output, tag)
+    Raises:
+        OSError: when it cannot be made.
+    """
     output.mkdir(parents=True, exist_ok=True)
-    if staging.exists():
-        shutil.rmtree(staging)
-    _restore_stepped_aside(output, tag)
-    staging.mkdir()
+    sweep(output)
+    path, lock = _lock_new_name(output, tag)
+    staging = Staging(path, tag, lock)
+    try:
+        path.mkdir()
+    except OSError:
+        staging.release()
+        raise
     return staging
 
 
-def abandon(output: Path, tag: str) -> None:
+def abandon(staging: Staging) -> None:
     """Removes a staging directory whose save failed."""
-    shutil.rmtree(staging_path(output, tag), ignore_errors=True)
+    shutil.rmtree(staging.path, ignore_errors=True)
+    staging.release()
 
 
-def file_sizes(directory: Path) -> dict[str, int]:
-    """Relative name -> size in bytes of every file below a tag, the manifest left out."""
-    return {
-        str(path.relative_to(directory)): path.stat().st_size
-        for path in sorted(directory.rglob('*'))
-        if path.is_file() and path.name != FILE_NAME
-    }
+def require_files(
+    staging: Staging, files: Mapping[str, FileEntry], sizes: Mapping[str, int]
+) -> None:
+    """Checks that this process sees the files that the ranks say they wrote.
+
+    Args:
+        staging: where they are.
+        files: what the ranks say.
+        sizes: name -> bytes, of what is there.
+
+    Raises:
+        CheckpointError: names the first files that it does not see.
+    """
+    wrong = wrong_files(files, sizes)
+    if wrong:
+        raise CheckpointError(
+            f'{staging.path}: rank 0 does not see what the ranks wrote: {"; ".join(wrong[:3])}. '
+            'OUTPUT must be one directory that all hosts share.'
+        )
 
 
-def next_sequence(output: Path) -> int:
-    """One more than the highest sequence number among the tags that exist."""
-    return 1 + max((m.sequence for m in map(_manifest_or_none, _tags(output)) if m), default=0)
-
-
-def commit(output: Path, manifest: Manifest) -> Path:
+def commit(staging: Staging, manifest: Manifest) -> Path:
     """Publishes a staged tag: manifest last, flushed, renamed; an old tag of that name goes after.
 
     Returns:
         The tag's directory.
+
+    Raises:
+        OSError: when it cannot; an old tag of that name is then where it was.
     """
-    staging, final = staging_path(output, manifest.tag), output / manifest.tag
-    write_text(staging / FILE_NAME, json.dumps(manifest.to_json(), indent=1) + '\n')
-    _flush_files(staging)
-    aside = output / f'.old-{manifest.tag}'
+    final = staging.output / staging.tag
+    aside = staging.output / f'{ASIDE}{staging.tag}'
+    write_text(staging.path / FILE_NAME, manifest.to_text())
     if final.exists():
-        shutil.rmtree(aside, ignore_errors=True)
+        _discard(aside)
         final.rename(aside)
-    staging.rename(final)
-    sync_directory(output)
-    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        staging.path.rename(final)
+    except OSError:
+        if aside.exists() and not final.exists():
+            aside.rename(final)
+        raise
+    sync_directory(staging.output)
+    staging.release()
+    _discard(aside)
     return final
 
 
@@ -95,184 +148,120 @@ def write_latest(output: Path, tag: str) -> None:
     write_text(output / LATEST, tag)
 
 
-def prune(output: Path, keep: int) -> list[str]:
-    """Removes the epoch tags that retention lets go; one that cannot be removed is a warning.
+def next_sequence(output: Path) -> int:
+    """One more than the highest sequence number among the tags that exist."""
+    headers = map(header_or_none, tags(output))
+    return 1 + max((header.sequence for header in headers if header), default=0)
+
+
+def prune(output: Path, policies: Sequence[Policy]) -> list[str]:
+    """Removes the epoch tags that no policy keeps; one that cannot be removed is a warning.
 
     Returns:
         The names of the tags that were removed.
     """
-    removed = []
-    for name in tags_to_prune(_epoch_tags(output), keep):
-        aside = output / f'.old-{name}'
-        try:
-            # A rename first: no reader ever meets a tag with half of its files.
-            (output / name).rename(aside)
-            shutil.rmtree(aside)
-        except OSError as error:
-            logger.warning('could not remove the old checkpoint %s: %s', output / name, error)
-        else:
-            removed.append(name)
-    return removed
+    goes = tags_to_prune(epoch_tags(output), policies)
+    return [name for name in goes if _discard(output / name)]
 
 
-def newest(output: Path) -> Resume | None:
-    """The newest checkpoint of an output directory, for auto resume.
+def sweep(output: Path) -> list[str]:
+    """Removes what dead processes left: stagings, and tags that were half removed.
 
-    ``latest`` decides where it names a whole tag. Where it is missing, empty or dangling the
-    newest whole epoch tag is taken, else any other whole tag (one saved as best, one of plain
-    DeepSpeed), with a warning: never a silent restart from scratch. Without any trace of a tag it
-    is the newest .pth of the original, by the file's time.
+    A staging directory goes only when its owner is known to be dead. A tag that stepped aside for
+    a save that died before it took the name gets its name back.
 
     Returns:
-        None when there is no such directory, or nothing in it that a run left.
-
-    Raises:
-        CheckpointNotFound: when there are traces of checkpoints but no whole one.
+        The names of the staging directories that were removed.
     """
-    if not output.is_dir():
-        return None
-    latest_file = output / LATEST
-    latest = latest_file.read_text(encoding='utf-8').strip() if latest_file.is_file() else None
-    broken: list[str] = []
-    if latest:
-        named = _present(output / latest)
-        problem = _problem(named)
-        if problem is None:
-            return Resume(named, None)
-        broken.append(f'{latest_file} names {latest}, and {problem}')
-    elif latest == '':
-        broken.append(f'{latest_file} is empty')
-    for path in _newest_first(output):
-        if path.name == latest:
+    swept = []
+    for path in sorted(output.glob(f'{STAGING}*')):
+        if _is_dead(path):
+            logger.warning('%s: left by a save that died; removed', path)
+            _discard(path)
+            swept.append(path.name)
+    for lock in output.glob(f'{_LOCK}*'):
+        path = output / lock.name.replace(_LOCK, STAGING, 1)
+        if not path.exists() and _is_dead(path):
+            lock.unlink(missing_ok=True)
+    for path in output.glob(f'{_TRASH}*'):
+        shutil.rmtree(path, ignore_errors=True)
+    for aside in output.glob(f'{ASIDE}*'):
+        tag = output / aside.name.removeprefix(ASIDE)
+        if any(output.glob(f'{STAGING}{tag.name}-*')):
+            continue  # its save is still alive
+        if tag.exists():
+            _discard(aside)
+        elif problem(aside) is None:
+            logger.warning('%s: the save that was to replace it died; it has its name again', tag)
+            aside.rename(tag)
+    return swept
+
+
+def _discard(path: Path) -> bool:
+    """Takes a directory's name away and then its files; what cannot be removed is a warning.
+
+    Returns:
+        Whether this call took the name away.
+    """
+    trash = path.with_name(f'{_TRASH}{path.name}-{secrets.token_hex(4)}')
+    try:
+        path.rename(trash)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        logger.warning('could not remove %s: %s', path, error)
+        return False
+    try:
+        shutil.rmtree(trash)
+    except OSError as error:
+        logger.warning('could not remove all of %s: %s', trash, error)
+    return True
+
+
+def _lock_of(staging: Path) -> Path:
+    return staging.with_name(staging.name.replace(STAGING, _LOCK, 1))
+
+
+def _lock_new_name(output: Path, tag: str) -> tuple[Path, int]:
+    """A staging path that nobody has, and the descriptor of its lock, held by this process."""
+    while True:
+        path = output / f'{STAGING}{tag}-{secrets.token_hex(4)}'
+        descriptor = os.open(_lock_of(path), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # another process looks whether it is dead: take another name
+            os.close(descriptor)
+            _lock_of(path).unlink(missing_ok=True)
             continue
-        problem = _problem(path)
-        if problem is None:
-            reason = '; '.join(broken) or f'there is no {latest_file}'
-            return Resume(path, f'{reason}: resuming from {path.name} instead')
-        broken.append(problem)
-    if not broken:
-        # The original's files: this package evaluates them, and says so when asked to resume.
-        files = sorted(output.glob('*.pth'), key=lambda path: path.stat().st_mtime)
-        return Resume(files[-1], None) if files else None
-    raise CheckpointNotFound(
-        f'{output}: checkpoints were here, but no whole one is left ({"; ".join(broken)}). '
-        'Set MODEL.RESUME to a checkpoint, or give another OUTPUT (or remove the file '
-        f'{LATEST}) to start from scratch.'
-    )
+        except OSError as error:
+            logger.info('%s: no file locks here (%s); leftovers go by their age', output, error)
+        os.write(descriptor, socket.gethostname().encode())
+        return path, descriptor
 
 
-def resolve(resume: str) -> Resume:
-    """Finds what MODEL.RESUME names: a tag directory, an output directory, or a file.
-
-    Raises:
-        CheckpointNotFound: when nothing is there; names the path and the tags beside it.
-        CheckpointError: when a tag is there and is not whole.
-    """
-    path = _present(Path(resume))
-    if path.is_file():
-        return Resume(path, None)
-    if path.is_dir() and not _looks_like_tag(path):
-        found = newest(path)
-        if found is None:
-            raise CheckpointNotFound(f'{path}: a directory without any checkpoint')
-        return found
-    if not path.is_dir():
-        siblings = sorted(tag.name for tag in _tags(path.parent)) if path.parent.is_dir() else []
-        raise CheckpointNotFound(
-            f'{path}: no such checkpoint; {path.parent} has {", ".join(siblings) or "none"}'
-        )
-    problem = _problem(path)
-    if problem is not None:
-        raise CheckpointError(f'{problem}; it cannot be loaded')
-    return Resume(path, None)
-
-
-def read_manifest(tag: Path) -> Manifest | None:
-    """A tag's manifest; None for a tag that plain DeepSpeed wrote.
-
-    Raises:
-        CheckpointError: when there is one and it cannot be read.
-    """
-    path = tag / FILE_NAME
-    if not path.is_file():
-        return None
+def _is_dead(staging: Path) -> bool:
+    """Whether no process can be writing into a staging directory any more."""
     try:
-        tree = json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f'{path}: cannot be read: {error}') from error
-    return parse_manifest(tree, str(path))
-
-
-def _tags(output: Path) -> list[Path]:
-    return [p for p in output.iterdir() if p.is_dir() and not p.name.startswith('.')]
-
-
-def _epoch_tags(output: Path) -> list[EpochTag]:
-    tags = []
-    for path in _tags(output):
-        epoch = epoch_of(path.name)
-        if epoch is not None:
-            manifest = _manifest_or_none(path)
-            tags.append(EpochTag(manifest.sequence if manifest else 0, epoch, path.name))
-    return tags
-
-
-def _manifest_or_none(tag: Path) -> Manifest | None:
+        descriptor = os.open(_lock_of(staging), os.O_RDWR)
+    except OSError:
+        return _untouched_for_long(staging)
     try:
-        return read_manifest(tag)
-    except CheckpointError:
-        return None
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # On some network file systems a lock is seen on its own host only.
+        own = os.read(descriptor, 1024).decode(errors='replace') == socket.gethostname()
+    except BlockingIOError:
+        return False
+    except OSError:
+        own = False
+    finally:
+        os.close(descriptor)
+    return own or _untouched_for_long(staging)
 
 
-def _newest_first(output: Path) -> list[Path]:
-    """Every tag of a directory: epoch tags from the newest on, then the others likewise."""
-    epochs = [output / tag.name for tag in sorted(_epoch_tags(output), reverse=True)]
-    others = [path for path in _tags(output) if path not in epochs and _looks_like_tag(path)]
-
-    def order(path: Path) -> tuple[int, float]:
-        manifest = _manifest_or_none(path)
-        return (manifest.sequence if manifest else 0, path.stat().st_mtime)
-
-    return epochs + sorted(others, key=order, reverse=True)
-
-
-def _present(tag: Path) -> Path:
-    """The tag, or what stepped aside for a save of that name that died before its last rename."""
-    aside = tag.with_name(f'.old-{tag.name}')
-    return aside if not tag.exists() and aside.is_dir() and _problem(aside) is None else tag
-
-
-def _looks_like_tag(path: Path) -> bool:
-    return (path / FILE_NAME).exists() or any(path.glob('*_states.pt'))
-
-
-def _problem(tag: Path) -> str | None:
-    """Why a tag cannot be resumed from; None where nothing speaks against it."""
-    if not tag.is_dir():
-        return f'{tag} does not exist'
+def _untouched_for_long(directory: Path) -> bool:
     try:
-        manifest = read_manifest(tag)
-    except CheckpointError as error:
-        return str(error)
-    if manifest is None:
-        return None if any(tag.glob('*_model_states.pt')) else f'{tag} holds no checkpoint'
-    wrong = wrong_files(manifest, file_sizes(tag))
-    return f'{tag}: {"; ".join(wrong[:3])}' if wrong else None
-
-
-def _restore_stepped_aside(output: Path, tag: str) -> None:
-    """Puts a tag back that had stepped aside for one that never came (a crash between renames)."""
-    aside, final = output / f'.old-{tag}', output / tag
-    if aside.is_dir() and not final.exists() and _problem(aside) is None:
-        aside.rename(final)
-
-
-def _flush_files(directory: Path) -> None:
-    for path in directory.rglob('*'):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-    sync_directory(directory)
+        with os.scandir(directory) as entries:
+            touched = [entry.stat().st_mtime for entry in entries]
+        return time.time() - max([directory.stat().st_mtime, *touched]) > _DEAD_AFTER
+    except OSError:  # just renamed or removed
+        return False

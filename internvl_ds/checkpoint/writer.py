@@ -5,43 +5,95 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import (
     CheckpointCommitInfo,
     CheckpointEngine,
 )
 from deepspeed.runtime.engine import DeepSpeedEngine
 
+from internvl_ds.checkpoint.hashing import save_safetensors, save_tensors
+from internvl_ds.checkpoint.manifest import FileEntry
 from internvl_ds.checkpoint.shards import read_shard
+from internvl_ds.checkpoint.snapshot import Snapshot, tensor_bytes
+from internvl_ds.ema import EmaFile
+from internvl_ds.errors import CheckpointError
 
 
 class ShardWriter(CheckpointEngine):
-    """Writes shards, and keeps a failure until all ranks can hear of it.
+    """Writes this rank's files of a save, flushed and hashed: at once, or from a copy later.
 
     ``engine.save_checkpoint`` meets in barriers after each rank has written: an exception in
-    between would leave the others waiting. ``error`` holds it instead, for the caller to raise
+    between would leave the others waiting. ``error`` keeps it instead, for the caller to raise
     once all ranks are through.
+
+    Attributes:
+        written: path -> size and digest, of the files of this save.
+        error: the first failure of this save.
+        last_size: bytes that this rank wrote in its last whole save; None before one.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.name = 'internvl_ds'
+        self.written: dict[Path, FileEntry] = {}
         self.error: Exception | None = None
+        self.last_size: int | None = None
+        self._in_background = False
+        self._copies: list[tuple[Path, Any]] = []
+        self._snapshot = Snapshot()
+
+    def begin(self, *, in_background: bool) -> None:
+        """Begins a save; with ``in_background``, files are copied now and written by `finish`."""
+        self.error = None
+        self.written = {}
+        self._copies = []
+        self._in_background = in_background
+        if in_background:
+            self._snapshot.begin()
+        else:
+            self._snapshot = Snapshot()  # lets go of its memory
 
     def create(self, info: CheckpointCommitInfo) -> None:
-        """Begins a save: forgets the last one's failure."""
-        self.error = None
+        """Nothing to do: the caller has made the staging directory."""
 
-    def save(self, state_dict: Any, path: str) -> None:
-        """Writes one shard; a failure is kept in ``error``."""
+    def save(self, state_dict: Any, path: str | Path) -> None:
+        """Writes or copies one file; a failure is kept in ``error``.
+
+        Args:
+            state_dict: what torch.save is to write, or an `EmaFile`.
+            path: where to.
+        """
         try:
-            torch.save(state_dict, path)
+            if self._in_background:
+                # An EmaFile is a tuple of a name, tensors and metadata: it is copied as one.
+                self._copies.append((Path(path), self._snapshot.copy(state_dict)))
+            else:
+                self._write(state_dict, Path(path))
         except Exception as error:
             self.error = self.error or error
 
+    def finish(self) -> None:
+        """Writes what `save` copied; a failure is kept in ``error``."""
+        try:
+            while self._copies and self.error is None:
+                path, copied = self._copies.pop(0)
+                self._write(copied, path)
+        except Exception as error:
+            self.error = error
+        self._copies = []
+
+    def _write(self, value: Any, path: Path) -> None:
+        try:
+            if isinstance(value, EmaFile):
+                self.written[path] = save_safetensors(value.tensors, path, value.metadata)
+            else:
+                self.written[path] = save_tensors(value, path)
+        except Exception as error:
+            raise CheckpointError(f'{error}; the file needs {tensor_bytes(value)} bytes') from error
+
     def load(self, path: str, map_location: Any = None) -> Any:
-        """Reads one shard as data; what is no data is refused."""
-        return read_shard(Path(path))
+        """Reads one shard as data, mapped into memory; what is no data is refused."""
+        return read_shard(Path(path), mmap=True)
 
     def commit(self, info: CheckpointCommitInfo) -> bool:
         """The caller commits, when every rank has reported."""
@@ -51,5 +103,16 @@ class ShardWriter(CheckpointEngine):
 def install_writer(engine: DeepSpeedEngine) -> ShardWriter:
     """Makes ``engine`` save and load through a `ShardWriter`, and returns it."""
     if not isinstance(engine.checkpoint_engine, ShardWriter):
-        engine.checkpoint_engine = ShardWriter()
+        writer = ShardWriter()
+        engine.checkpoint_engine = writer
+        copy_scripts = engine._copy_recovery_script
+
+        def copy_scripts_or_keep_error(save_path: str) -> None:
+            # On rank 0 only, and before a barrier: see ShardWriter.
+            try:
+                copy_scripts(save_path)
+            except OSError as error:
+                writer.error = writer.error or error
+
+        engine._copy_recovery_script = copy_scripts_or_keep_error
     return engine.checkpoint_engine

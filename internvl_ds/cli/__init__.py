@@ -12,11 +12,12 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from internvl_ds.cli import digits, version
+from internvl_ds.cli import ckpt, digits, version
 from internvl_ds.errors import InternvlDsError
 
 # Name of the subcommand -> its module, in the order in which --help lists them.
 _COMMANDS: dict[str, ModuleType] = {
+    'ckpt': ckpt,
     'digits': digits,
     'version': version,
 }

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEma, ModelEmaV2, ModelEmaV3
 from torch import nn
@@ -435,6 +436,10 @@ def interchange(stages: list[int], root: str) -> dict[str, Any]:
         run.engine.save_checkpoint(f'{output}/plain', tag='global_step2')
         saved = masters(run.engine)
         path = run.save(0)
+        converted = True
+        if stage in (1, 2, 3):
+            state = get_fp32_state_dict_from_zero_checkpoint(output, tag=Path(path).name)
+            converted = all(state[n].flatten().tolist() == v for n, v in saved.items())
         run.close()
         ours = Run(stage, 'fp32', output, seed=5)
         with caught_warnings() as warnings:
@@ -447,6 +452,7 @@ def interchange(stages: list[int], root: str) -> dict[str, Any]:
         results[str(stage)] = {
             'plain into ours': same,
             'ours into plain': masters(plain.engine) == saved,
+            'zero_to_fp32': converted,
             'warned': any('does not say its epoch' in w for w in warnings),
             'start_epoch': start_epoch,
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from typing import Any
 
@@ -12,7 +13,16 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 
 from internvl_ds import NativeScalerWithGradNormCount, initialize, reduce_tensor, register
-from internvl_ds.comm import agree, exchange, from_rank_0, rank, world_size
+from internvl_ds.comm import (
+    agree,
+    background_meetings,
+    connect_peers,
+    exchange,
+    from_rank_0,
+    gather,
+    rank,
+    world_size,
+)
 from internvl_ds.engine import engine_of
 from internvl_ds.errors import CheckpointError, CheckpointNotFound
 from tests.workers.model import make_config, make_model, make_optimizer, micro_batch, zero_json
@@ -185,3 +195,40 @@ def refusals() -> dict[str, str]:
         'contradiction': _message(lambda: start({'gradient_accumulation_steps': 3, **adam},
                                                 TRAIN__ACCUMULATION_STEPS=2)),
     }  # fmt: skip
+
+
+def gather_twice() -> list[Any]:
+    """What rank 0 hears, twice, so that keys of the first time are not in the way."""
+    return [gather('shards', {'rank': rank(), 'round': n}, 30) for n in range(2)]
+
+
+def meet_in_the_background() -> list[str]:
+    """Threads meet while the main thread of rank 0 waits for the others in a meeting of its own."""
+    order = []
+    peers = connect_peers()
+
+    def meet() -> None:
+        with background_meetings(peers):
+            order.append(f'threads of {exchange("threads", rank(), 30)}')
+
+    thread = threading.Thread(target=meet)
+    thread.start()
+    if rank() == 0:
+        exchange('main', 0, 30)
+        order.append('main')
+        thread.join()
+    else:
+        thread.join()
+        exchange('main', rank(), 30)
+        order.append('main')
+    return order
+
+
+def meet_after_the_group_is_gone() -> list[int]:
+    """A thread still knows the other ranks when the main thread has left the process group."""
+    peers = connect_peers()
+    torch.distributed.destroy_process_group()
+    with background_meetings(peers):
+        ranks = exchange('late', rank(), 30)
+        exchange('all have read', None, 30)
+        return ranks

@@ -1,28 +1,27 @@
-"""The checkpoint names of the API: save, load, load the EMA, auto resume. All ranks call them."""
+"""load_checkpoint, load_ema_checkpoint and auto_resume_helper. All ranks call them."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from yacs.config import CfgNode
 
-import internvl_ds
-from internvl_ds.checkpoint import store
-from internvl_ds.checkpoint.averages import holds_ema, load_whole_ema, read_whole_ema, save_ema
-from internvl_ds.checkpoint.layout import precision_of, require_same_layout
-from internvl_ds.checkpoint.manifest import STATE_FILE, Manifest, tag_name
+from internvl_ds.checkpoint import background, lookup, store
+from internvl_ds.checkpoint.averages import holds_ema, load_whole_ema, read_whole_ema
+from internvl_ds.checkpoint.layout import require_same_layout
+from internvl_ds.checkpoint.manifest import STATE_FILE, Manifest, file_rank
 from internvl_ds.checkpoint.restore import load_weights
 from internvl_ds.checkpoint.shards import TagShards, read_shard
-from internvl_ds.checkpoint.state import read_state, write_state
+from internvl_ds.checkpoint.state import read_state
+from internvl_ds.checkpoint.verify import damage, share_of
 from internvl_ds.checkpoint.writer import install_writer
 from internvl_ds.comm import agree, exchange, from_rank_0, rank, world_size
-from internvl_ds.config import default_config, get_option
+from internvl_ds.config import checkpoint_option, default_config, get_option
 from internvl_ds.ema import ShardedEma, has_ema
 from internvl_ds.engine import engine_of, find_engine
 from internvl_ds.errors import (
@@ -30,98 +29,10 @@ from internvl_ds.errors import (
     CheckpointMismatch,
     CheckpointNotFound,
     PretrainedError,
-    RankError,
 )
 from internvl_ds.pretrained.sources import open_source
 
 _log = logging.getLogger(__name__)
-
-
-def save_checkpoint(
-    config: CfgNode,
-    epoch: int,
-    model: Any,
-    max_accuracy: float,
-    optimizer: Any,
-    lr_scheduler: Any,
-    scaler: Any,
-    logger: logging.Logger,
-    model_ema: Any = None,
-    max_accuracy_ema: float | None = None,
-    ema_decay: float | None = None,
-    best: str | None = None,
-) -> str:
-    """Saves a tag under OUTPUT. Every rank must call it: each writes its own shards.
-
-    The tag appears under its name, and ``latest`` names it, only once all of it is on disk; then
-    the epoch tags beyond the newest SAVE_CKPT_NUM go. A save that fails leaves all that was there.
-
-    Args:
-        config: OUTPUT, SAVE_CKPT_NUM and CHECKPOINT.RENDEZVOUS_TIMEOUT are read; kept as text.
-        epoch: the epoch that has ended; the tag is ``ckpt_epoch_{epoch}``.
-        model: the engine, or its module.
-        max_accuracy: the best accuracy so far.
-        optimizer: the engine's optimizer (its state is in the shards).
-        lr_scheduler: its ``state_dict()`` is kept; may be None.
-        scaler: its ``state_dict()`` is kept; may be None.
-        logger: gets one line before and one after.
-        model_ema: a `ShardedEma`, or timm's ModelEma, ModelEmaV2 or ModelEmaV3; kept with the tag.
-        max_accuracy_ema: kept where given.
-        ema_decay: kept where given.
-        best: a name such as 'best' or 'ema_best': the tag is ``ckpt_epoch_{best}``, not counted
-            by retention and not named by ``latest``.
-
-    Returns:
-        The path of the tag's directory.
-
-    Raises:
-        RankError: when a rank does not come within the limit (it is named), or when ranks come
-            with different tags.
-        CheckpointError: on all ranks, when any rank could not write; names rank and reason.
-    """
-    engine = engine_of(model)
-    tag, output = tag_name(epoch, best), Path(config.OUTPUT)
-    timeout, io_timeout = _timeout(config), _timeout(config, 'IO_TIMEOUT')
-    calls = exchange('save_checkpoint', [tag, str(output)], timeout)
-    if any(call != calls[0] for call in calls):
-        raise RankError(f'save_checkpoint: the ranks came with different tags or outputs: {calls}')
-    logger.info('%s saving......', output / tag)
-    if engine._is_gradient_accumulation_boundary is False:
-        logger.warning(
-            'saving between two micro-batches of one update: what they have accumulated is not '
-            'kept; save after a call with update_grad=True'
-        )
-    from_rank_0('begin save', lambda: str(store.begin(output, tag)), timeout)
-    staging = store.staging_path(output, tag)
-    state = {
-        'epoch': epoch,
-        'max_accuracy': float(max_accuracy),
-        'max_accuracy_ema': None if max_accuracy_ema is None else float(max_accuracy_ema),
-        'ema_decay': None if ema_decay is None else float(ema_decay),
-        'lr_scheduler': None if lr_scheduler is None else lr_scheduler.state_dict(),
-        'scaler': None if scaler is None else scaler.state_dict(),
-        'config': config.dump(),
-    }
-    try:
-        writer = install_writer(engine)
-        # Stays on this side of the barriers inside: a failed write is kept, and raised below.
-        engine.save_checkpoint(str(output), tag=staging.name, save_latest=False)
-
-        def write_own_files() -> None:
-            if writer.error is not None:
-                raise CheckpointError(f'{staging}: {writer.error}') from writer.error
-            if rank() == 0:
-                write_state(staging / STATE_FILE, state)
-            save_ema(model_ema, staging)
-
-        agree('write checkpoint', write_own_files, io_timeout, CheckpointError)
-        from_rank_0('commit', lambda: _commit(config, engine, epoch, tag, best), io_timeout)
-    except Exception:
-        if rank() == 0:
-            store.abandon(output, tag)
-        raise
-    logger.info('%s saved !!!', output / tag)
-    return str(output / tag)
 
 
 def load_checkpoint(
@@ -134,13 +45,16 @@ def load_checkpoint(
 ) -> float:
     """Loads MODEL.RESUME. Every rank must call it.
 
+    What is read is verified against the manifest's checksums first; a tag of plain DeepSpeed, which
+    has none, is loaded with a warning.
+
     Unless EVAL_MODE: weights, optimizer, scheduler and scaler are restored, and TRAIN.START_EPOCH
     is set to the saved epoch + 1. In EVAL_MODE only weights are loaded, of any stage and world
     size, or from an original .pth, into an engine or a plain nn.Module.
 
     Args:
-        config: MODEL.RESUME is a tag directory, an output directory (its newest tag is taken), or
-            in EVAL_MODE also a .pth file or an https URL.
+        config: MODEL.RESUME is a tag directory, an output directory (its newest undamaged tag is
+            taken), or in EVAL_MODE also a .pth file or an https URL.
         model: the engine or its module; in EVAL_MODE also a plain module.
         optimizer: the engine's optimizer; not used in EVAL_MODE.
         lr_scheduler: restored through ``load_state_dict``; may be None.
@@ -154,23 +68,30 @@ def load_checkpoint(
         CheckpointNotFound: when nothing is at the path.
         CheckpointMismatch: when it is of another model, layout or precision; before any state is
             changed.
-        CheckpointError: when it cannot be read.
+        CheckpointError: when it cannot be read, or a file of it is not what was written; before
+            any state is changed.
     """
-    resume, timeout = config.MODEL.RESUME, _timeout(config)
-    io_timeout = _timeout(config, 'IO_TIMEOUT')
+    background.wait()
+    resume, timeout = config.MODEL.RESUME, checkpoint_option(config, 'RENDEZVOUS_TIMEOUT')
+    io_timeout = checkpoint_option(config, 'IO_TIMEOUT')
     logger.info('==============> Resuming from %s....................', resume)
-    path = _resolve(resume, logger, timeout)
+    path = _resolve(resume, logger, timeout, io_timeout)
     eval_mode = get_option(config, 'EVAL_MODE', False)
     if path is None or path.is_file():
         return _load_file(config, resume, model, logger)
-    state = agree('read state', lambda: _state_of(path), timeout, CheckpointError)
     if eval_mode:
+        _verify(path, _share_of_weights, io_timeout, logger)
+        state = agree('read state', lambda: _state_of(path), timeout, CheckpointError)
         weights = agree(
             'read weights', lambda: TagShards(path).weights(), io_timeout, CheckpointError
         )
         load_weights(find_engine(model) or model, weights, str(path))
     else:
-        client_state = _load_training_state(engine_of(model), path, timeout, io_timeout, logger)
+        engine = engine_of(model)
+        _verify(path, _own_shards, io_timeout, logger)
+        from_rank_0('check layout', lambda: require_same_layout(engine, path), timeout)
+        state = agree('read state', lambda: _state_of(path), timeout, CheckpointError)
+        client_state = _load_training_state(engine, path, io_timeout, logger)
         state = {**client_state, **state}
         _restore_schedule(config, state, lr_scheduler, scaler, path, logger)
     logger.info('=> loaded successfully %s (epoch %s)', path, state.get('epoch', 'unknown'))
@@ -192,9 +113,10 @@ def load_ema_checkpoint(config: CfgNode, model_ema: Any, logger: logging.Logger)
     Raises:
         CheckpointNotFound, CheckpointMismatch, CheckpointError: as `load_checkpoint`.
     """
-    resume, timeout = config.MODEL.RESUME, _timeout(config)
-    io_timeout = _timeout(config, 'IO_TIMEOUT')
-    path = _resolve(resume, logger, timeout)
+    background.wait()
+    resume, timeout = config.MODEL.RESUME, checkpoint_option(config, 'RENDEZVOUS_TIMEOUT')
+    io_timeout = checkpoint_option(config, 'IO_TIMEOUT')
+    path = _resolve(resume, logger, timeout, io_timeout)
     if path is None or path.is_file():
         checkpoint = open_source(resume)
         weights = checkpoint.get('model_ema')
@@ -204,14 +126,16 @@ def load_ema_checkpoint(config: CfgNode, model_ema: Any, logger: logging.Logger)
         if weights is not None:
             load_whole_ema(model_ema, weights, resume)
     else:
-        state = agree('read state', lambda: _state_of(path), timeout, CheckpointError)
         weights = None
         if isinstance(model_ema, ShardedEma) and has_ema(path):
+            _verify(path, _own_ema, io_timeout, logger)
             agree('read EMA', lambda: model_ema.load_shard(path), io_timeout, CheckpointError)
             weights = {}
         elif holds_ema(path):
+            _verify(path, _share_of_ema, io_timeout, logger)
             weights = agree('read EMA', lambda: read_whole_ema(path), io_timeout, CheckpointError)
             load_whole_ema(model_ema, weights, str(path))
+        state = agree('read state', lambda: _state_of(path), timeout, CheckpointError)
     if weights is None:
         logger.warning('%s has no EMA: starting from the loaded weights', resume)
     else:
@@ -224,7 +148,9 @@ def load_ema_checkpoint(config: CfgNode, model_ema: Any, logger: logging.Logger)
 def auto_resume_helper(output_dir: str) -> str | None:
     """The newest checkpoint in a directory, for MODEL.RESUME; the same answer on every rank.
 
-    Every rank must call it once there is a process group.
+    Every rank must call it once there is a process group. The tag's checksums are verified, each
+    rank reading a share of its files; a damaged tag is passed over with a warning that names file
+    and reason. What dead saves left in the directory is swept away.
 
     Returns:
         A tag's path; None when there is no such directory, or no checkpoint was ever in it.
@@ -232,65 +158,124 @@ def auto_resume_helper(output_dir: str) -> str | None:
     Raises:
         CheckpointNotFound: when checkpoints were there and no whole one is left.
     """
-
-    def find() -> tuple[str, str | None] | None:
-        found = store.newest(Path(output_dir))
-        return None if found is None else (str(found.path), found.warning)
-
-    found = from_rank_0('auto resume', find, default_config().CHECKPOINT.RENDEZVOUS_TIMEOUT)
+    background.wait()
+    limits = default_config().CHECKPOINT
+    from_rank_0('sweep', lambda: _sweep(Path(output_dir)), limits.RENDEZVOUS_TIMEOUT)
+    found = _newest(Path(output_dir), limits.RENDEZVOUS_TIMEOUT, limits.IO_TIMEOUT)
     if found is None:
         return None
-    path, warning = found
-    if warning and rank() == 0:
-        _log.warning(warning)
-    return path
+    if found.warning and rank() == 0:
+        _log.warning(found.warning)
+    return str(found.path)
 
 
-def _timeout(config: CfgNode, key: str = 'RENDEZVOUS_TIMEOUT') -> float:
-    default = default_config().CHECKPOINT[key]
-    return float(get_option(config, f'CHECKPOINT.{key}', default))
+def _sweep(output: Path) -> None:
+    try:
+        store.sweep(output)
+    except OSError as error:  # someone who may only read: it stays as it is
+        _log.info('%s: leftovers of dead saves are not swept: %s', output, error)
 
 
-def _commit(config: CfgNode, engine: DeepSpeedEngine, epoch: Any, tag: str, best: Any) -> None:
-    output = Path(config.OUTPUT)
-    store.commit(
-        output,
-        Manifest(
-            tag=tag,
-            epoch=epoch if isinstance(epoch, int) else None,
-            sequence=store.next_sequence(output),
-            zero_stage=engine.zero_optimization_stage(),
-            world_size=world_size(),
-            precision=precision_of(engine.config),
-            global_steps=engine.global_steps,
-            files=store.file_sizes(store.staging_path(output, tag)),
-            versions={
-                'internvl_ds': internvl_ds.__version__,
-                'torch': str(torch.__version__),
-                'deepspeed': deepspeed.__version__,
-            },
-        ),
-    )
-    if best is None and isinstance(epoch, int):
-        store.write_latest(output, tag)
-        store.prune(output, get_option(config, 'SAVE_CKPT_NUM', default_config().SAVE_CKPT_NUM))
+def _newest(output: Path, timeout: float, io_timeout: float) -> lookup.Resume | None:
+    """The newest tag whose checksums are right, on all ranks alike. A meeting of all ranks."""
+    damaged: dict[str, str] = {}
+
+    def find() -> list[str | None] | None:
+        found = lookup.newest(output, damaged)
+        return None if found is None else [str(found.path), found.warning]
+
+    while True:
+        answer = from_rank_0('find newest', find, timeout)
+        if answer is None:
+            return None
+        path, warning = Path(answer[0]), answer[1]
+        reports = exchange('verify newest', _damage_of_share(path), io_timeout)
+        reasons = [reason for report in reports for reason in report]
+        if not reasons:
+            return lookup.Resume(path, warning)
+        damaged[path.name] = '; '.join(reasons[:3])
 
 
-def _resolve(resume: str, logger: logging.Logger, timeout: float) -> Path | None:
-    """The tag or file that MODEL.RESUME names, found by rank 0 for all; None for a URL."""
+def _damage_of_share(path: Path) -> list[str]:
+    if path.is_file():
+        return []
+    try:
+        manifest = lookup.read_manifest(path)
+    except CheckpointError as error:
+        return [str(error)]
+    if manifest is None:
+        return []
+    return damage(path, manifest, share_of(manifest.files, rank(), world_size()))
+
+
+def _resolve(resume: str, logger: logging.Logger, timeout: float, io_timeout: float) -> Path | None:
+    """The tag or file that MODEL.RESUME names, the same on all ranks; None for a URL."""
     if not resume:
         raise CheckpointNotFound('MODEL.RESUME is empty: set it to a checkpoint')
     if resume.startswith('https://'):
         return None
+    path, is_tag = from_rank_0('resolve resume', lambda: _named(resume), timeout)
+    if is_tag:
+        return Path(path)
+    found = _newest(Path(path), timeout, io_timeout)
+    if found is None:
+        raise CheckpointNotFound(f'{path}: a directory without any checkpoint')
+    if found.warning:
+        logger.warning(found.warning)
+    return found.path
 
-    def find() -> tuple[str, str | None]:
-        found = store.resolve(resume)
-        return str(found.path), found.warning
 
-    path, warning = from_rank_0('resolve resume', find, timeout)
-    if warning:
-        logger.warning(warning)
-    return Path(path)
+def _named(resume: str) -> tuple[str, bool]:
+    path = lookup.resolve(resume)
+    return str(path), path.is_file() or lookup.is_tag(path)
+
+
+def _verify(
+    path: Path, choose: Callable[[Manifest], list[str]], timeout: float, logger: logging.Logger
+) -> None:
+    """Compares files with their checksums, on this rank those that ``choose`` names.
+
+    A meeting of all ranks.
+
+    Raises:
+        CheckpointError: on all ranks, when a file of any rank is damaged.
+    """
+
+    def check() -> bool:
+        manifest = lookup.read_manifest(path)
+        if manifest is None:
+            return False
+        found = damage(path, manifest, choose(manifest))
+        if found:
+            raise CheckpointError('; '.join(found))
+        return True
+
+    if not agree('verify', check, timeout, CheckpointError):
+        logger.warning('%s has no manifest: it could not be verified', path)
+
+
+def _own_shards(manifest: Manifest) -> list[str]:
+    """What DeepSpeed reads on this rank, and state.json."""
+    shards = [n for n in manifest.files if n.endswith('_states.pt')]
+    return [STATE_FILE, *(n for n in shards if 'pp_rank' not in n or file_rank(n) == rank())]
+
+
+def _own_ema(manifest: Manifest) -> list[str]:
+    """What a sharded average reads on this rank, and state.json."""
+    files = [n for n in manifest.files if n.startswith('ema_rank_')]
+    return [STATE_FILE, *(n for n in files if file_rank(n) in (0, rank()))]
+
+
+def _share_of_weights(manifest: Manifest) -> list[str]:
+    """Of what `TagShards.weights` reads on every rank, the part that this one verifies for all."""
+    ending = '_states.pt' if manifest.header.zero_stage == 3 else '_model_states.pt'
+    names = [STATE_FILE, *(n for n in manifest.files if n.endswith(ending))]
+    return share_of(names, rank(), world_size())
+
+
+def _share_of_ema(manifest: Manifest) -> list[str]:
+    """Of what `read_whole_ema` reads on every rank, the part that this one verifies for all."""
+    return share_of(manifest.files, rank(), world_size())
 
 
 def _state_of(path: Path) -> dict[str, Any]:
@@ -323,14 +308,8 @@ def _load_file(config: CfgNode, resume: str, model: Any, logger: logging.Logger)
 
 
 def _load_training_state(
-    engine: DeepSpeedEngine,
-    path: Path,
-    timeout: float,
-    io_timeout: float,
-    logger: logging.Logger,
+    engine: DeepSpeedEngine, path: Path, io_timeout: float, logger: logging.Logger
 ) -> dict[str, Any]:
-    from_rank_0('check layout', lambda: require_same_layout(engine, path), timeout)
-
     def read_own_files() -> None:
         # Before any rank changes state or enters a collective: can this rank read its shards?
         shards = TagShards(path)
@@ -340,11 +319,14 @@ def _load_training_state(
 
     agree('read shards', read_own_files, io_timeout, CheckpointError)
     install_writer(engine)
+    state = engine.basic_optimizer.state
+    buffers = {parameter: dict(tensors) for parameter, tensors in state.items()}
 
     def load() -> dict[str, Any]:
         loaded, client_state = engine.load_checkpoint(str(path.parent), tag=path.name)
         if loaded is None:
             raise CheckpointError(f'{path}: DeepSpeed found nothing to load in it')
+        _into_buffers(engine.basic_optimizer.state, buffers)
         return client_state
 
     running = _hyperparameters(engine)
@@ -358,6 +340,26 @@ def _load_training_state(
         if changed:
             logger.warning('%s: (saved, now) of the optimizer differ, now holds: %s', path, changed)
     return client_state
+
+
+@torch.no_grad()
+def _into_buffers(state: Mapping[Any, dict[str, Any]], buffers: Mapping[Any, Any]) -> None:
+    """Copies loaded optimizer state into the memory that held it before, or into memory of its own.
+
+    torch's optimizers take over the tensors that they are given, which here are the file, mapped
+    into memory.
+    """
+    for parameter, tensors in state.items():
+        before = buffers.get(parameter, {})
+        for key, loaded in tensors.items():
+            if not isinstance(loaded, torch.Tensor) or loaded.device.type != 'cpu':
+                continue
+            own = before.get(key)
+            fits = isinstance(own, torch.Tensor) and own.device == loaded.device
+            if fits and (own.shape, own.dtype) == (loaded.shape, loaded.dtype):
+                tensors[key] = own.copy_(loaded)
+            else:
+                tensors[key] = loaded.clone()
 
 
 def _hyperparameters(engine: DeepSpeedEngine) -> list[dict[str, Any]]:

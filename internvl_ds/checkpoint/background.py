@@ -1,0 +1,97 @@
+"""One save at a time may finish in the background, on a thread; everything waits for it in order.
+
+The next save, a load, `internvl_ds.comm.shutdown` and the end of the program wait, and hear of its
+failure.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+
+from internvl_ds.comm import background_meetings, before_shutdown, connect_peers
+from internvl_ds.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+# Seconds that the end of a program waits which an exception ends: other ranks may be gone.
+_LIMIT_AFTER_ERROR = 60.0
+
+
+class _Save(threading.Thread):
+    def __init__(self, name: str, action: Callable[[], None], limit: float) -> None:
+        # A daemon: the interpreter would join others before the exit function below can report.
+        super().__init__(name=f'save {name}', daemon=True)
+        self.action, self.limit = action, limit
+        self.error: Exception | None = None
+        self.peers = connect_peers()
+
+    def run(self) -> None:
+        try:
+            with background_meetings(self.peers):
+                self.action()
+        except Exception as error:
+            self.error = error
+            logger.error('%s failed: %s', self.name, error)
+
+
+_pending: _Save | None = None
+
+
+def start(name: str, action: Callable[[], None], limit: float) -> None:
+    """Runs ``action`` in the background, where it may meet the other ranks' actions.
+
+    Every rank must call it. The save before must have been waited for.
+
+    Args:
+        name: what is saved, for messages.
+        action: writes, meets, commits.
+        limit: seconds after which a `wait` gives up.
+    """
+    global _pending
+    _pending = _Save(name, action, limit)
+    _pending.start()
+
+
+def wait(limit: float | None = None) -> None:
+    """Waits until nothing is saved in the background; returns at once when nothing is.
+
+    Args:
+        limit: seconds; None for the limit that the save was started with.
+
+    Raises:
+        CheckpointError: when it failed, or is not done in time. It is told once.
+        RankError: when a rank did not come to the end of the save.
+    """
+    global _pending
+    save, _pending = _pending, None
+    if save is None:
+        return
+    limit = save.limit if limit is None else limit
+    save.join(limit)
+    if save.is_alive():
+        raise CheckpointError(f'{save.name}, in the background, was not done after {limit:g} s')
+    if save.error is not None:
+        raise save.error
+
+
+def _finish_at_exit() -> None:
+    try:
+        # sys.last_type is set when an exception is about to end the program.
+        wait(_LIMIT_AFTER_ERROR if hasattr(sys, 'last_type') else None)
+    except Exception:
+        # An exception here would be printed, and the exit status still be 0.
+        traceback.print_exc()
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+before_shutdown(wait)
+atexit.register(_finish_at_exit)

@@ -1,0 +1,271 @@
+"""Finding checkpoints in an output directory. Reads only; knows no ranks.
+
+Names that begin with a dot are never checkpoints, but for ``.old-TAG``: the tag that stepped aside
+for a save of the same name, which stands in for it if that save died between its two renames.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from internvl_ds.checkpoint.manifest import (
+    FILE_NAME,
+    HEADER_BYTES,
+    STATE_FILE,
+    Header,
+    Manifest,
+    epoch_of,
+    parse_header,
+    parse_manifest,
+    wrong_files,
+)
+from internvl_ds.checkpoint.retention import EpochTag
+from internvl_ds.errors import CheckpointError, CheckpointNotFound
+
+LATEST = 'latest'
+ASIDE = '.old-'
+
+
+class Resume(NamedTuple):
+    """Where to resume from, and what the user should be told about the choice (or None)."""
+
+    path: Path
+    warning: str | None
+
+
+def newest(output: Path, damaged: Mapping[str, str] | None = None) -> Resume | None:
+    """The newest checkpoint of an output directory, for auto resume.
+
+    ``latest`` decides where it names a tag whose files are all there with the right sizes. Where it
+    does not, the newest such epoch tag is taken, else any other such tag (one saved as best, one of
+    plain DeepSpeed), with a warning: never a silent restart from scratch. Without any trace of a
+    tag it is the newest .pth of the original, by the file's time.
+
+    Where ``latest`` is right this reads it, one manifest and one listing, however many tags there
+    are; else the front of every tag's manifest too.
+
+    Args:
+        output: the directory.
+        damaged: directory name -> what is wrong with it, of tags to pass over.
+
+    Returns:
+        None when there is no such directory, or nothing in it that a run left.
+
+    Raises:
+        CheckpointNotFound: when there are traces of checkpoints but no whole one.
+    """
+    if not output.is_dir():
+        return None
+    damaged = damaged or {}
+    latest_file = output / LATEST
+    latest = _read_latest(latest_file)
+    broken: list[str] = []
+    if latest:
+        named = present(output / latest)
+        why = damaged.get(named.name) or problem(named)
+        if why is None:
+            return Resume(named, None)
+        broken.append(f'{latest_file} names {latest}, and {why}')
+    elif latest == '':
+        broken.append(f'{latest_file} is empty')
+    for path in _newest_first(output):
+        if path.name == latest:
+            continue
+        why = damaged.get(path.name) or problem(path)
+        if why is None:
+            reason = '; '.join(broken) or f'there is no {latest_file}'
+            return Resume(path, f'{reason}: resuming from {path.name} instead')
+        broken.append(why)
+    if not broken:
+        files = sorted(output.glob('*.pth'), key=lambda path: path.stat().st_mtime)
+        return Resume(files[-1], None) if files else None
+    raise CheckpointNotFound(
+        f'{output}: checkpoints were here, but no whole one is left ({"; ".join(broken)}). '
+        'Set MODEL.RESUME to a checkpoint, or give another OUTPUT (or remove the file '
+        f'{LATEST}) to start from scratch.'
+    )
+
+
+def resolve(resume: str) -> Path:
+    """Finds what MODEL.RESUME names: a tag directory, an output directory, or a file.
+
+    Returns:
+        The tag, whose files are all there with the right sizes; the file; or the output directory.
+
+    Raises:
+        CheckpointNotFound: when nothing is there; names the path and the tags beside it.
+        CheckpointError: when a tag is there and is not whole.
+    """
+    path = present(Path(resume))
+    if path.is_file() or (path.is_dir() and not is_tag(path)):
+        return path
+    if not path.is_dir():
+        siblings = sorted(tag.name for tag in tags(path.parent)) if path.parent.is_dir() else []
+        raise CheckpointNotFound(
+            f'{path}: no such checkpoint; {path.parent} has {", ".join(siblings) or "none"}'
+        )
+    why = problem(path)
+    if why is not None:
+        raise CheckpointError(f'{why}; it cannot be loaded')
+    return path
+
+
+def tags(output: Path) -> list[Path]:
+    """Every directory below ``output`` that could be a tag, in no order."""
+    with os.scandir(output) as entries:
+        return [Path(e.path) for e in entries if not e.name.startswith('.') and e.is_dir()]
+
+
+def epoch_tags(output: Path) -> list[EpochTag]:
+    """The tags of epochs, with what retention decides by, in no order."""
+    found = []
+    for path in tags(output):
+        epoch = epoch_of(path.name)
+        if epoch is not None:
+            header = header_or_none(path)
+            sequence = header.sequence if header else 0
+            accuracy = header.max_accuracy if header else None
+            found.append(EpochTag(sequence, epoch, path.name, accuracy))
+    return found
+
+
+def is_tag(path: Path) -> bool:
+    """Whether a directory holds a checkpoint, whole or not, of ours or of plain DeepSpeed.
+
+    One that may not be read, such as lost+found, holds none.
+    """
+    try:
+        return (path / FILE_NAME).exists() or any(
+            name.endswith('_states.pt') for name in _file_names(path)
+        )
+    except PermissionError:
+        return False
+
+
+def read_manifest(tag: Path) -> Manifest | None:
+    """A tag's manifest; None for a tag that plain DeepSpeed wrote.
+
+    Raises:
+        CheckpointError: when there is one and it cannot be read.
+    """
+    path = tag / FILE_NAME
+    try:
+        return parse_manifest(path.read_text(encoding='utf-8'), str(path))
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f'{path}: cannot be read: {error}') from error
+
+
+def read_header(tag: Path) -> Header | None:
+    """The front of a tag's manifest, however many files it lists; None as `read_manifest`.
+
+    Raises:
+        CheckpointError: when there is one and it cannot be read.
+    """
+    path = tag / FILE_NAME
+    try:
+        with path.open('rb', buffering=0) as file:
+            front = file.read(HEADER_BYTES) or b''
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise CheckpointError(f'{path}: cannot be read: {error}') from error
+    header = parse_header(front.decode(errors='replace'), str(path))
+    if header is not None:
+        return header
+    manifest = read_manifest(tag)
+    return manifest.header if manifest else None
+
+
+def header_or_none(tag: Path) -> Header | None:
+    """As `read_header`, with None where it cannot be read."""
+    try:
+        return read_header(tag)
+    except CheckpointError:
+        return None
+
+
+def file_sizes(directory: Path) -> dict[str, int]:
+    """Relative name -> size in bytes of every file below a tag, the manifest left out."""
+    sizes = {}
+    pending = [(directory, '')]
+    while pending:
+        folder, prefix = pending.pop()
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_dir():
+                    pending.append((Path(entry.path), f'{prefix}{entry.name}/'))
+                elif entry.name != FILE_NAME:
+                    sizes[f'{prefix}{entry.name}'] = entry.stat().st_size
+    return sizes
+
+
+def problem(tag: Path) -> str | None:
+    """Why a tag cannot be resumed from, by its manifest and the sizes of its files; None if it can.
+
+    Contents are not read: `internvl_ds.checkpoint.verify` does that.
+    """
+    try:
+        return _problem(tag)
+    except CheckpointError as error:
+        return str(error)
+    except OSError as error:  # no rights, a link to nowhere, a failing disk
+        return f'{tag}: cannot be read: {error}'
+
+
+def _problem(tag: Path) -> str | None:
+    if not tag.is_dir():
+        return f'{tag} does not exist'
+    manifest = read_manifest(tag)
+    if manifest is None:
+        if (tag / STATE_FILE).exists():  # plain DeepSpeed writes none
+            return f'{tag}: {FILE_NAME} is missing'
+        whole = any(name.endswith('_model_states.pt') for name in _file_names(tag))
+        return None if whole else f'{tag} holds no checkpoint'
+    wrong = wrong_files(manifest.files, file_sizes(tag))
+    return f'{tag}: {"; ".join(wrong[:3])}' if wrong else None
+
+
+def present(tag: Path) -> Path:
+    """The tag, or what stepped aside for a save of that name that died before its last rename."""
+    try:
+        if tag.exists():
+            return tag
+    except OSError:  # no rights, or a name that no file can have
+        return tag
+    aside = tag.with_name(f'{ASIDE}{tag.name}')
+    return aside if problem(aside) is None else tag
+
+
+def _read_latest(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding='utf-8').strip()
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError):
+        return ''  # there, and naming nothing
+
+
+def _newest_first(output: Path) -> list[Path]:
+    """Every tag of a directory: epoch tags from the newest on, then the others likewise."""
+    epochs = [output / t.name for t in sorted(epoch_tags(output), key=lambda t: t[:3])[::-1]]
+    known = {path.name for path in epochs}
+    others = [path for path in tags(output) if path.name not in known and is_tag(path)]
+    aside = {present(output / p.name.removeprefix(ASIDE)) for p in output.glob(f'{ASIDE}*')}
+    others += [path for path in aside if path.name.startswith(ASIDE)]
+
+    def order(path: Path) -> tuple[int, float]:
+        header = header_or_none(path)
+        return (header.sequence if header else 0, path.stat().st_mtime)
+
+    return epochs + sorted(others, key=order, reverse=True)
+
+
+def _file_names(directory: Path) -> Iterator[str]:
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            yield entry.name

@@ -1,0 +1,316 @@
+"""save_checkpoint: the ranks meet, stage their files, report, and rank 0 commits."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from yacs.config import CfgNode
+
+import internvl_ds
+from internvl_ds.checkpoint import background, store
+from internvl_ds.checkpoint.averages import ema_file
+from internvl_ds.checkpoint.hashing import flush_and_hash, write_hashed
+from internvl_ds.checkpoint.layout import precision_of
+from internvl_ds.checkpoint.lookup import file_sizes
+from internvl_ds.checkpoint.manifest import STATE_FILE, FileEntry, Header, Manifest, tag_name
+from internvl_ds.checkpoint.retention import KeepBest, KeepEvery, KeepNewest, Policy
+from internvl_ds.checkpoint.snapshot import tensor_bytes
+from internvl_ds.checkpoint.space import state_size
+from internvl_ds.checkpoint.state import state_text
+from internvl_ds.checkpoint.writer import ShardWriter, install_writer
+from internvl_ds.comm import exchange, from_rank_0, gather, rank, world_size
+from internvl_ds.config import checkpoint_option, default_config, get_option
+from internvl_ds.ema import EmaFile
+from internvl_ds.engine import engine_of
+from internvl_ds.errors import CheckpointError, RankError
+
+
+@dataclass
+class _Save:
+    """A save under way, as one rank knows it; nothing in it changes with further training.
+
+    Attributes:
+        output, tag: where it goes.
+        writer: holds this rank's files.
+        staging_path: where they are written.
+        header: the manifest's, but for what is known at the commit only.
+        policies: retention; None for a tag that is neither counted nor named by ``latest``.
+        io_timeout: seconds that one rank may be slower than another.
+        staging, state: on rank 0 only: the lock, and the content of state.json.
+    """
+
+    output: Path
+    tag: str
+    writer: ShardWriter
+    staging_path: Path
+    header: dict[str, Any]
+    policies: list[Policy] | None
+    io_timeout: float
+    logger: logging.Logger
+    staging: store.Staging | None = None
+    state: str = ''
+
+
+def save_checkpoint(
+    config: CfgNode,
+    epoch: int,
+    model: Any,
+    max_accuracy: float,
+    optimizer: Any,
+    lr_scheduler: Any,
+    scaler: Any,
+    logger: logging.Logger,
+    model_ema: Any = None,
+    max_accuracy_ema: float | None = None,
+    ema_decay: float | None = None,
+    best: str | None = None,
+) -> str:
+    """Saves a tag under OUTPUT. Every rank must call it: each writes its own shards.
+
+    The tag appears under its name, and ``latest`` names it, only once all of it is on disk with a
+    checksum for every file; then the epoch tags that no retention policy keeps go. A save that
+    fails leaves all that was there.
+
+    With CHECKPOINT.ASYNC it returns when the state is copied in memory, and the rest follows in the
+    background. The next save, a load, `internvl_ds.comm.shutdown` and the end of the program wait
+    for it; a failure is raised there.
+
+    Args:
+        config: OUTPUT, SAVE_CKPT_NUM and CHECKPOINT are read; all of it is kept as text.
+        epoch: the epoch that has ended; the tag is ``ckpt_epoch_{epoch}``.
+        model: the engine, or its module.
+        max_accuracy: the best accuracy so far.
+        optimizer: the engine's optimizer (its state is in the shards).
+        lr_scheduler: its ``state_dict()`` is kept; may be None.
+        scaler: its ``state_dict()`` is kept; may be None.
+        logger: gets one line before and one after.
+        model_ema: a `ShardedEma`, or timm's ModelEma, ModelEmaV2 or ModelEmaV3; kept with the tag.
+        max_accuracy_ema: kept where given.
+        ema_decay: kept where given.
+        best: a name such as 'best' or 'ema_best': the tag is ``ckpt_epoch_{best}``, not counted
+            by retention and not named by ``latest``.
+
+    Returns:
+        The path of the tag's directory.
+
+    Raises:
+        RankError: when a rank does not come within the limit (it is named), or when ranks come
+            with different tags.
+        CheckpointError: on all ranks, when any rank could not write; names rank, path, reason and
+            the bytes needed. Or when the save before it, in the background, failed.
+    """
+    background.wait()
+    engine = engine_of(model)
+    counted = best is None and isinstance(epoch, int)
+    save = _Save(
+        output=Path(config.OUTPUT),
+        tag=tag_name(epoch, best),
+        writer=install_writer(engine),
+        staging_path=Path(),
+        header=_header(engine, epoch, max_accuracy),
+        policies=_policies(config) if counted else None,
+        io_timeout=checkpoint_option(config, 'IO_TIMEOUT'),
+        logger=logger,
+    )
+    average = ema_file(model_ema)
+    _begin(save, engine, average, checkpoint_option(config, 'RENDEZVOUS_TIMEOUT'))
+    logger.info('%s saving......', save.output / save.tag)
+    if engine._is_gradient_accumulation_boundary is False:
+        logger.warning(
+            'saving between two micro-batches of one update: what they have accumulated is not '
+            'kept; save after a call with update_grad=True'
+        )
+    state = {
+        'epoch': epoch,
+        'max_accuracy': float(max_accuracy),
+        'max_accuracy_ema': None if max_accuracy_ema is None else float(max_accuracy_ema),
+        'ema_decay': None if ema_decay is None else float(ema_decay),
+        'lr_scheduler': None if lr_scheduler is None else lr_scheduler.state_dict(),
+        'scaler': None if scaler is None else scaler.state_dict(),
+        'config': config.dump(),
+    }
+    in_background = bool(checkpoint_option(config, 'ASYNC'))
+    try:
+        _stage(save, engine, average, state, in_background)
+    except BaseException:
+        _abandon(save)
+        raise
+    finish = functools.partial(_finish, save)
+    if in_background:
+        background.start(save.tag, finish, limit=3 * save.io_timeout)
+    else:
+        finish()
+    return str(save.output / save.tag)
+
+
+def _header(engine: DeepSpeedEngine, epoch: Any, max_accuracy: float) -> dict[str, Any]:
+    return {
+        'epoch': epoch if isinstance(epoch, int) else None,
+        'max_accuracy': float(max_accuracy),
+        'zero_stage': engine.zero_optimization_stage(),
+        'world_size': world_size(),
+        'precision': precision_of(engine.config),
+        'global_steps': engine.global_steps,
+        'versions': {
+            'internvl_ds': internvl_ds.__version__,
+            'torch': str(torch.__version__),
+            'deepspeed': deepspeed.__version__,
+        },
+    }
+
+
+def _policies(config: CfgNode) -> list[Policy]:
+    return [
+        KeepNewest(get_option(config, 'SAVE_CKPT_NUM', default_config().SAVE_CKPT_NUM)),
+        KeepBest(checkpoint_option(config, 'KEEP_BEST')),
+        KeepEvery(checkpoint_option(config, 'KEEP_EVERY')),
+    ]
+
+
+def _begin(save: _Save, engine: DeepSpeedEngine, average: EmaFile | None, timeout: float) -> None:
+    """Meets the other ranks, and has rank 0 make the staging directory. A meeting of all ranks."""
+    size = save.writer.last_size
+    if size is None:
+        size = state_size(engine) + tensor_bytes(average)
+    calls = exchange('save_checkpoint', [save.tag, str(save.output), size], timeout)
+    if any(call[:2] != calls[0][:2] for call in calls):
+        raise RankError(
+            'save_checkpoint: the ranks came with different tags or outputs: '
+            f'{[call[:2] for call in calls]}'
+        )
+
+    def make_staging() -> str:
+        try:
+            _require_space(save, [call[2] for call in calls])
+            save.staging = store.begin(save.output, save.tag)
+        except OSError as error:
+            raise CheckpointError(
+                f'{save.output / save.tag}: rank 0 cannot begin to save: {error}'
+            ) from error
+        return str(save.staging.path)
+
+    save.staging_path = Path(from_rank_0('begin save', make_staging, timeout))
+
+
+def _require_space(save: _Save, sizes: list[int]) -> None:
+    save.output.mkdir(parents=True, exist_ok=True)
+    needed, free = sum(sizes), shutil.disk_usage(save.output).free
+    if needed > free:
+        most = max(range(len(sizes)), key=sizes.__getitem__)
+        raise CheckpointError(
+            f'{save.output / save.tag}: needs {needed} bytes (rank {most} the most, '
+            f'{sizes[most]}), and {free} are free: nothing was written, and the earlier '
+            'checkpoints stay'
+        )
+
+
+def _stage(
+    save: _Save,
+    engine: DeepSpeedEngine,
+    average: EmaFile | None,
+    state: Mapping[str, Any],
+    in_background: bool,
+) -> None:
+    """Writes or copies this rank's files. What fails is kept, for all ranks to hear of later."""
+    writer = save.writer
+    writer.begin(in_background=in_background)
+    if not save.staging_path.is_dir():
+        writer.error = CheckpointError(
+            f'{save.staging_path}: made by rank 0, and not there for this rank: OUTPUT must be one '
+            'directory that all hosts share'
+        )
+    # Meets in barriers: every rank calls it, whatever has happened.
+    engine.save_checkpoint(str(save.output), tag=save.staging_path.name, save_latest=False)
+    if average is not None:
+        writer.save(average, save.staging_path / average.name)
+    if rank() == 0:
+        try:
+            save.state = state_text(dict(state))
+        except CheckpointError as error:
+            writer.error = writer.error or error
+
+
+def _finish(save: _Save) -> None:
+    """Writes what is not written yet, reports, commits. A meeting of all ranks, on any thread."""
+
+    def commit_or_abandon() -> None:
+        try:
+            _commit(save, reports)
+        except Exception:
+            _abandon(save)  # before the others hear of it
+            raise
+
+    try:
+        report = _write_own_files(save)
+        reports = gather('write checkpoint', report, save.io_timeout)
+        from_rank_0('commit', commit_or_abandon, save.io_timeout)
+    except Exception as error:
+        _abandon(save)
+        if save.writer.error is not None:
+            raise error from save.writer.error
+        raise
+    save.writer.last_size = sum(entry.size for entry in save.writer.written.values())
+    save.logger.info('%s saved !!!', save.output / save.tag)
+
+
+def _abandon(save: _Save) -> None:
+    if save.staging is not None:
+        store.abandon(save.staging)
+
+
+def _write_own_files(save: _Save) -> dict[str, Any]:
+    writer = save.writer
+    writer.finish()
+    if rank() == 0 and writer.error is None:
+        try:
+            path = save.staging_path / STATE_FILE
+            writer.written[path] = write_hashed(path, lambda file: file.write(save.state.encode()))
+        except OSError as error:
+            writer.error = error
+    if writer.error is not None:
+        return {'error': str(writer.error)}
+    staging = save.staging_path
+    return {'files': {str(p.relative_to(staging)): list(e) for p, e in writer.written.items()}}
+
+
+def _commit(save: _Save, reports: list[dict[str, Any]] | None) -> None:
+    assert save.staging is not None  # this is rank 0
+    assert reports is not None
+    failed = {r: report['error'] for r, report in enumerate(reports) if 'error' in report}
+    errors = [f'rank {r}: {text}' for r, text in failed.items()]
+    if failed:
+        raise CheckpointError(
+            f'{save.output / save.tag}: not saved, and the earlier checkpoints stay: '
+            f'{"; ".join(errors)}'
+        )
+    files = {n: FileEntry(*e) for report in reports for n, e in report['files'].items()}
+    try:
+        sizes = file_sizes(save.staging_path)
+        store.require_files(save.staging, files, sizes)
+        for name in sizes.keys() - files.keys():  # what DeepSpeed wrote by itself
+            files[name] = flush_and_hash(save.staging_path / name)
+        header = Header(
+            tag=save.tag,
+            sequence=store.next_sequence(save.output),
+            saved_at=datetime.now(timezone.utc).isoformat(timespec='seconds'),
+            size=sum(entry.size for entry in files.values()),
+            **save.header,
+        )
+        store.commit(save.staging, Manifest(header, dict(sorted(files.items()))))
+        if save.policies is not None:
+            store.write_latest(save.output, save.tag)
+            store.prune(save.output, save.policies)
+    except OSError as error:
+        raise CheckpointError(
+            f'{save.output / save.tag}: rank 0 cannot commit it: {error}'
+        ) from error

@@ -1,0 +1,75 @@
+"""A copy of a state tree in host memory that is used again for the next one.
+
+Background saves write from the copy while training changes the original.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict, defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+
+class Snapshot:
+    """Host buffers that state trees are copied into.
+
+    The buffers stay for the next round, because fresh memory costs more than the copy (the kernel
+    clears every page of it); they are pinned where there is a GPU, for its copies to be fast.
+    """
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[torch.UntypedStorage]] = defaultdict(list)
+        self._used: dict[int, list[torch.UntypedStorage]] = defaultdict(list)
+
+    def begin(self) -> None:
+        """Takes all buffers back: what the last round copied is no longer valid.
+
+        Buffers that the last round had no use for are given up.
+        """
+        self._free, self._used = self._used, defaultdict(list)
+
+    def copy(self, tree: Any) -> Any:
+        """Copies nested dicts, lists and tuples; of tensors only the values they show.
+
+        Tensors that share memory in ``tree`` do not in the copy. What is neither a container nor a
+        tensor is deep-copied.
+        """
+        if isinstance(tree, torch.Tensor):
+            return self._copy_tensor(tree.detach())
+        if type(tree) in (dict, OrderedDict):
+            copied = copy.copy(tree)  # with the attributes that a state dict carries
+            for key, value in tree.items():
+                copied[key] = self.copy(value)
+            return copied
+        if type(tree) in (list, tuple):
+            return type(tree)(self.copy(value) for value in tree)
+        if isinstance(tree, tuple) and hasattr(tree, '_make'):  # a named tuple
+            return type(tree)._make(self.copy(value) for value in tree)
+        return copy.deepcopy(tree)
+
+    def _copy_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        size = tensor.numel() * tensor.element_size()
+        free = self._free[size]
+        if free:
+            storage = free.pop()
+        else:
+            pinned = torch.cuda.is_available() and size > 0
+            buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+            storage = buffer.untyped_storage()
+        self._used[size].append(storage)
+        target = torch.empty(0, dtype=tensor.dtype).set_(storage)
+        return target.view(tensor.shape).copy_(tensor)
+
+
+def tensor_bytes(tree: Any) -> int:
+    """Bytes of all tensors in nested dicts, lists and tuples."""
+    if isinstance(tree, torch.Tensor):
+        return tree.numel() * tree.element_size()
+    if isinstance(tree, Mapping):
+        return sum(map(tensor_bytes, tree.values()))
+    if isinstance(tree, list | tuple):
+        return sum(map(tensor_bytes, tree))
+    return 0

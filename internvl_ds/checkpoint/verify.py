@@ -1,0 +1,57 @@
+"""Whether the contents of a tag's files are what was written. Files only; knows no ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from internvl_ds.checkpoint.hashing import hash_file
+from internvl_ds.checkpoint.lookup import read_manifest
+from internvl_ds.checkpoint.manifest import Manifest, file_rank
+
+
+def share_of(names: Iterable[str], rank: int, world_size: int) -> list[str]:
+    """The files that ``rank`` verifies when all ranks share the work: its own shards, if it can."""
+    return [name for name in names if file_rank(name) % world_size == rank]
+
+
+def damage(tag: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
+    """Reads the named files whole, and says of each that differs from the manifest how it does.
+
+    Args:
+        tag: the directory.
+        manifest: what its files were when they were saved.
+        names: of files in the manifest; a name that it does not list is damage too.
+    """
+    found = []
+    for name in names:
+        entry = manifest.files.get(name)
+        if entry is None:
+            found.append(f'{tag / name}: not a file of this checkpoint')
+            continue
+        try:
+            actual = hash_file(tag / name)
+        except OSError as error:
+            found.append(f'{tag / name}: cannot be read: {error.strerror}')
+            continue
+        if actual.size != entry.size:
+            found.append(f'{tag / name}: has {actual.size} bytes, not {entry.size}')
+        elif actual.digest != entry.digest:
+            found.append(
+                f'{tag / name}: damaged: its xxh3-128 is {actual.digest}, and {entry.digest} was '
+                'written'
+            )
+    return found
+
+
+def damage_of_tag(tag: Path) -> list[str] | None:
+    """What is wrong with any file of a tag; empty when all is as written.
+
+    Returns:
+        None for a tag without a manifest (plain DeepSpeed's): nothing can be said of it.
+
+    Raises:
+        CheckpointError: when the manifest cannot be read.
+    """
+    manifest = read_manifest(tag)
+    return None if manifest is None else damage(tag, manifest, manifest.files)

@@ -1,0 +1,173 @@
+"""What the ``ckpt`` command finds out about tags. Files only; reads, and changes nothing."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from internvl_ds.checkpoint.lookup import (
+    ASIDE,
+    LATEST,
+    file_sizes,
+    header_or_none,
+    is_tag,
+    newest,
+    present,
+    problem,
+    read_manifest,
+    tags,
+)
+from internvl_ds.checkpoint.manifest import Header, Manifest, epoch_of
+from internvl_ds.errors import CheckpointError, CheckpointNotFound
+
+_READERS = 4  # files read at once: enough for a disk array, and few enough for a single disk
+
+
+@dataclass(frozen=True)
+class Examined:
+    """A tag and what was found about it.
+
+    Attributes:
+        path: the directory.
+        header: None without a manifest, or without a readable one.
+        size: bytes of all its files, but for the manifest.
+        saved: seconds since the epoch: the header's time, else the directory's.
+        verified: 'sizes', 'checksums', 'no manifest' or 'damaged'.
+        problems: what is wrong with it.
+    """
+
+    path: Path
+    header: Header | None
+    size: int
+    saved: float
+    verified: str
+    problems: list[str]
+
+    @property
+    def name(self) -> str:
+        """The tag; a directory that stepped aside for a save that died stands in for it."""
+        return self.path.name.removeprefix(ASIDE)
+
+
+def examine(path: Path, contents: bool) -> Examined:
+    """Checks that a tag's files are there with their sizes and, if asked to, their checksums.
+
+    Raises:
+        OSError: when the directory cannot be read.
+    """
+    problems: list[str] = []
+    header = None
+    try:
+        manifest = read_manifest(path)
+        header = manifest.header if manifest else None
+        if manifest and contents:
+            problems = _damage(path, manifest)
+        elif why := problem(path):
+            problems = [why]
+        verified = 'no manifest' if manifest is None else 'checksums' if contents else 'sizes'
+    except CheckpointError as error:
+        header, problems, verified = header_or_none(path), [str(error)], ''
+    try:
+        saved = datetime.fromisoformat(header.saved_at).timestamp() if header else None
+    except ValueError:
+        saved = None
+    saved = path.stat().st_mtime if saved is None else saved
+    size = sum(file_sizes(path).values())
+    return Examined(path, header, size, saved, 'damaged' if problems else verified, problems)
+
+
+def examine_all(output: Path, contents: bool) -> list[Examined]:
+    """Examines every tag of an output directory; newest save first, plain DeepSpeed's last.
+
+    Raises:
+        CheckpointNotFound: when there is none.
+    """
+    found = []
+    for path in find_tags(output):
+        try:
+            found.append(examine(path, contents))
+        except FileNotFoundError:
+            if path.exists():
+                raise
+            # a run that saves meanwhile has pruned it
+    if not found:
+        raise CheckpointNotFound(f'{output}: no checkpoint tag in it')
+    return sorted(found, key=_recency, reverse=True)
+
+
+def choose(path: Path, tag: str | None) -> tuple[list[Path], str | None]:
+    """The tags that the words mean, and what auto resume would say to that.
+
+    Without TAG it is what auto resume takes; where that is not what ``latest`` names, the latter
+    follows, because it is the one that someone wants to know about.
+
+    Raises:
+        CheckpointNotFound: when there is none.
+    """
+    target = present(path / tag if tag else path)
+    if target.is_dir() and (is_tag(target) or epoch_of(target.name) is not None):
+        return [target], None
+    if tag:
+        have = ', '.join(sorted(p.name for p in find_tags(path))) or 'no tag'
+        raise CheckpointNotFound(f'{target}: no such tag; {path} has {have}')
+    there = find_tags(path)
+    latest = present(path / (latest_of(path) or ''))
+    try:
+        resume = newest(path)
+    except CheckpointNotFound as error:
+        if not there:
+            raise
+        return ([latest] if latest in there else there), str(error)
+    if resume is None or resume.path.is_file():
+        raise CheckpointNotFound(f'{path}: no checkpoint tag in it')
+    also = [latest] if latest in there and latest != resume.path else []
+    return [resume.path, *also], resume.warning
+
+
+def find_tags(output: Path) -> list[Path]:
+    """The directories that hold, or by their name should hold, a tag; in no order.
+
+    Raises:
+        CheckpointNotFound: when there is no such directory, or it is a tag itself.
+    """
+    if not output.is_dir():
+        raise CheckpointNotFound(f'{output}: no such directory')
+    if is_tag(output):
+        raise CheckpointNotFound(f'{output}: is a tag; name its output directory, {output.parent}')
+    found = [path for path in tags(output) if epoch_of(path.name) is not None or is_tag(path)]
+    asides = (output / path.name.removeprefix(ASIDE) for path in output.glob(f'{ASIDE}*'))
+    return found + [present(tag) for tag in asides if not tag.exists() and present(tag) != tag]
+
+
+def latest_of(output: Path) -> str | None:
+    """The tag that the file ``latest`` names; None where it names none."""
+    try:
+        return (output / LATEST).read_text(encoding='utf-8').strip() or None
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def tree_of(examined: Examined) -> dict[str, Any]:
+    """A tag with the keys that the docstring of `internvl_ds.cli.ckpt` lists, for JSON."""
+    names = [f.name for f in fields(Header) if f.name not in ('tag', 'size', 'format')]
+    header = asdict(examined.header) if examined.header else dict.fromkeys(names)
+    first = {'tag': examined.name, 'path': str(examined.path), 'size': examined.size}
+    last = {'verified': examined.verified, 'problems': examined.problems}
+    return first | {name: header[name] for name in names} | last
+
+
+def _damage(path: Path, manifest: Manifest) -> list[str]:
+    # imports torch, which the other actions can do without
+    from internvl_ds.checkpoint.verify import damage
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        parts = pool.map(lambda name: damage(path, manifest, [name]), sorted(manifest.files))
+        return [problem for part in parts for problem in part]
+
+
+def _recency(examined: Examined) -> tuple[bool, int, float]:
+    header = examined.header
+    return (header is not None, header.sequence if header else 0, examined.saved)
