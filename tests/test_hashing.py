@@ -1,6 +1,8 @@
 """Files written with their digest: real files, no ranks."""
 
 import json
+import mmap
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from internvl_ds.checkpoint import hashing
 from internvl_ds.checkpoint.hashing import (
     flush_and_hash,
     hash_file,
@@ -183,3 +186,26 @@ def test_safetensors_are_as_readable_as_their_folder(tmp_path, folder, expected)
     tmp_path.chmod(folder)
     save_safetensors({'a': torch.zeros(3)}, tmp_path / 'x.safetensors')
     assert (tmp_path / 'x.safetensors').stat().st_mode & 0o777 == expected
+
+
+def test_what_cannot_be_read_is_an_error_and_not_the_end_of_the_process(tmp_path, monkeypatch):
+    path = tmp_path / 'shard.pt'
+    path.write_bytes(b'x' * 100_000)
+    real = mmap.mmap
+
+    def map_and_lose(descriptor, size, **more):
+        mapped = real(descriptor, size, **more)
+        os.truncate(path, 0)  # touching the mapping is a SIGBUS now, as on a broken disk
+        return mapped
+
+    monkeypatch.setattr(hashing.mmap, 'mmap', map_and_lose)
+    with pytest.raises(OSError, match='Input/output error'):
+        hashing.hash_file(path)
+
+
+def test_a_kernel_that_cannot_ask_for_pages_reads_the_file(tmp_path, monkeypatch):
+    path = tmp_path / 'shard.pt'
+    path.write_bytes(os.urandom(3_000_000))
+    expected = hashing.hash_file(path)
+    monkeypatch.setattr(hashing, '_MADV_POPULATE_READ', 9999)  # as on Linux before 5.14: EINVAL
+    assert hashing.hash_file(path) == expected

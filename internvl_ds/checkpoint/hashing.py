@@ -7,7 +7,9 @@ against someone who means harm: shards are therefore read as data only.
 from __future__ import annotations
 
 import ctypes
+import errno
 import io
+import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +28,9 @@ _PIECE = 1 << 20
 # After so many bytes the kernel is told to begin writing, so that the flush finds little left.
 _WRITE_BACK = 8 << 20
 _SYNC_FILE_RANGE_WRITE = 2
+# Hashed from a mapping part by part, whole pages each.
+_PART = 64 << 20
+_MADV_POPULATE_READ = 22
 
 # torch's CRC switch is global: one save at a time may turn it.
 _crc_switch = threading.Lock()
@@ -101,16 +106,44 @@ def flush_and_hash(path: Path) -> FileEntry:
 def hash_file(path: Path) -> FileEntry:
     """The size and digest of a file as it is.
 
-    It is read, not mapped into memory: a sector that cannot be read is an OSError here, where a
-    mapping would end the process.
+    Raises:
+        OSError: when it cannot be read; a sector that cannot be is no end of the process.
     """
-    digest, size = xxhash.xxh3_128(), 0
-    buffer = memoryview(bytearray(_PIECE))
+    digest = xxhash.xxh3_128()
     with path.open('rb', buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-            size += count
+        size = os.fstat(file.fileno()).st_size
+        # Twice as fast as reading, in the page cache.
+        if not size or not _hash_mapped(file.fileno(), size, digest):
+            size = _hash_read(file, digest)
     return FileEntry(size, digest.hexdigest())
+
+
+def _hash_mapped(descriptor: int, size: int, digest: Any) -> bool:
+    """Hashes a file through memory; False, with nothing hashed, where the kernel cannot.
+
+    Each part is asked for before it is touched: what cannot be read is then an error (EFAULT) of
+    the asking, where the touch would end the process (SIGBUS). Linux 5.14 and newer.
+    """
+    with mmap.mmap(descriptor, size, prot=mmap.PROT_READ) as mapped, memoryview(mapped) as view:
+        for start in range(0, size, _PART):
+            length = min(_PART, size - start)
+            try:
+                mapped.madvise(_MADV_POPULATE_READ, start, length)
+            except OSError as error:
+                if start == 0 and error.errno == errno.EINVAL:
+                    return False
+                raise OSError(errno.EIO, os.strerror(errno.EIO)) from error
+            with view[start : start + length] as part:
+                digest.update(part)
+    return True
+
+
+def _hash_read(file: IO[bytes], digest: Any) -> int:
+    buffer, size = memoryview(bytearray(_PIECE)), 0
+    while count := file.readinto(buffer):  # type: ignore[attr-defined]
+        digest.update(buffer[:count])
+        size += count
+    return size
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from internvl_ds.checkpoint.averages import holds_ema, load_whole_ema, read_whol
 from internvl_ds.checkpoint.layout import require_same_layout
 from internvl_ds.checkpoint.manifest import STATE_FILE, Manifest, file_rank
 from internvl_ds.checkpoint.restore import load_weights
-from internvl_ds.checkpoint.shards import TagShards, read_shard
+from internvl_ds.checkpoint.shards import TagShards
 from internvl_ds.checkpoint.state import read_state
 from internvl_ds.checkpoint.verify import damage, share_of
 from internvl_ds.checkpoint.writer import install_writer
@@ -310,19 +310,26 @@ def _load_file(config: CfgNode, resume: str, model: Any, logger: logging.Logger)
 def _load_training_state(
     engine: DeepSpeedEngine, path: Path, io_timeout: float, logger: logging.Logger
 ) -> dict[str, Any]:
-    def read_own_files() -> None:
+    writer = install_writer(engine)
+
+    def open_own_files() -> None:
         # Before any rank changes state or enters a collective: can this rank read its shards?
         shards = TagShards(path)
         for files in (shards.model_files, shards.optim_files):
             if files:
-                read_shard(files[min(rank(), len(files) - 1)], mmap=True)
+                writer.open(files[min(rank(), len(files) - 1)])
 
-    agree('read shards', read_own_files, io_timeout, CheckpointError)
-    install_writer(engine)
+    agree('read shards', open_own_files, io_timeout, CheckpointError)
     state = engine.basic_optimizer.state
     buffers = {parameter: dict(tensors) for parameter, tensors in state.items()}
 
     def load() -> dict[str, Any]:
+        try:
+            return read_into_engine()
+        finally:
+            writer.close()
+
+    def read_into_engine() -> dict[str, Any]:
         loaded, client_state = engine.load_checkpoint(str(path.parent), tag=path.name)
         if loaded is None:
             raise CheckpointError(f'{path}: DeepSpeed found nothing to load in it')

@@ -130,15 +130,17 @@ def save_checkpoint(
             'saving between two micro-batches of one update: what they have accumulated is not '
             'kept; save after a call with update_grad=True'
         )
-    state = {
-        'epoch': epoch,
-        'max_accuracy': float(max_accuracy),
-        'max_accuracy_ema': None if max_accuracy_ema is None else float(max_accuracy_ema),
-        'ema_decay': None if ema_decay is None else float(ema_decay),
-        'lr_scheduler': None if lr_scheduler is None else lr_scheduler.state_dict(),
-        'scaler': None if scaler is None else scaler.state_dict(),
-        'config': config.dump(),
-    }
+    state: dict[str, Any] = {}
+    if rank() == 0:
+        state = {
+            'epoch': epoch,
+            'max_accuracy': float(max_accuracy),
+            'max_accuracy_ema': None if max_accuracy_ema is None else float(max_accuracy_ema),
+            'ema_decay': None if ema_decay is None else float(ema_decay),
+            'lr_scheduler': None if lr_scheduler is None else lr_scheduler.state_dict(),
+            'scaler': None if scaler is None else scaler.state_dict(),
+            'config': config.dump(),
+        }
     in_background = bool(checkpoint_option(config, 'ASYNC'))
     try:
         _stage(save, engine, average, state, in_background)

@@ -39,6 +39,8 @@ class Snapshot:
         """
         if isinstance(tree, torch.Tensor):
             return self._copy_tensor(tree.detach())
+        if tree is None or isinstance(tree, int | float | str | torch.Size):
+            return tree
         if type(tree) in (dict, OrderedDict):
             copied = copy.copy(tree)  # with the attributes that a state dict carries
             for key, value in tree.items():

@@ -41,6 +41,7 @@ class ShardWriter(CheckpointEngine):
         self._in_background = False
         self._copies: list[tuple[Path, Any]] = []
         self._snapshot = Snapshot()
+        self._opened: dict[Path, Any] = {}
 
     def begin(self, *, in_background: bool) -> None:
         """Begins a save; with ``in_background``, files are copied now and written by `finish`."""
@@ -91,9 +92,22 @@ class ShardWriter(CheckpointEngine):
         except Exception as error:
             raise CheckpointError(f'{error}; the file needs {tensor_bytes(value)} bytes') from error
 
-    def load(self, path: str, map_location: Any = None) -> Any:
+    def open(self, path: Path) -> None:
+        """Reads one shard now for the `load` that follows, to see whether it can be read.
+
+        Raises:
+            CheckpointError: when it cannot, or is no data.
+        """
+        self._opened[path] = read_shard(path, mmap=True)
+
+    def load(self, path: str | Path, map_location: Any = None) -> Any:
         """Reads one shard as data, mapped into memory; what is no data is refused."""
-        return read_shard(Path(path), mmap=True)
+        opened = self._opened.pop(Path(path), None)
+        return read_shard(path, mmap=True) if opened is None else opened
+
+    def close(self) -> None:
+        """Lets go of what was opened and not loaded."""
+        self._opened = {}
 
     def commit(self, info: CheckpointCommitInfo) -> bool:
         """The caller commits, when every rank has reported."""
