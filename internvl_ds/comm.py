@@ -95,8 +95,20 @@ def _leave_group() -> None:
         torch_dist.destroy_process_group()
 
 
+def part_from(peers: Peers) -> None:
+    """Has rank 0 wait, where `shutdown` is not called, until the others need its store no more.
+
+    Every rank that has these peers calls it at its end.
+    """
+    with background_meetings(peers):
+        try:
+            _wait_for_the_others()
+        except RuntimeError as error:  # rank 0 is gone: then there is nothing left to wait for
+            logger.info('rank %d ends without rank 0: %s', rank(), error)
+
+
 def _wait_for_the_others() -> None:
-    store = distributed_c10d._get_default_store()
+    store = _store()
     keys = [f'internvl_ds/left/{r}' for r in range(world_size())]
     store.set(keys[rank()], '')
     if rank() == 0:

@@ -80,14 +80,17 @@ def test_a_job_that_saves_on_rank_0_alone_ends_with_a_status_that_says_so(tmp_pa
 
 
 @pytest.mark.ranks
-def test_ranks_that_save_different_epochs_are_told(tmp_path):
+@pytest.mark.parametrize('best', [None, 'best'])
+def test_ranks_that_save_different_epochs_are_told(tmp_path, best):
     messages = run_ranks(
-        'tests.workers.saving:save_with_another_epoch', 2, tmp_path, root=tmp_path / 'out'
-    )
+        'tests.workers.saving:save_with_another_epoch', 2, tmp_path,
+        root=tmp_path / 'out', best=best,
+    )  # fmt: skip
     for message in messages:
-        assert message.startswith('RankError: save_checkpoint: the ranks came with different tags')
-        assert 'ckpt_epoch_0' in message
-        assert 'ckpt_epoch_1' in message
+        assert message.startswith('RankError: save_checkpoint: the ranks came with different (tag')
+        for epoch in (0, 1):
+            assert f"['ckpt_epoch_{epoch if best is None else best}', {epoch}, " in message
+    assert not list((tmp_path / 'out').glob('ckpt_*'))
 
 
 @pytest.mark.ranks

@@ -14,7 +14,13 @@ import threading
 import traceback
 from collections.abc import Callable
 
-from internvl_ds.comm import background_meetings, before_shutdown, connect_peers
+from internvl_ds.comm import (
+    Peers,
+    background_meetings,
+    before_shutdown,
+    connect_peers,
+    part_from,
+)
 from internvl_ds.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -42,6 +48,9 @@ class _Save(threading.Thread):
 
 _pending: _Save | None = None
 
+# Of the last save that was started, for the end of the program.
+_peers: Peers | None = None
+
 
 def start(name: str, action: Callable[[], None], limit: float) -> None:
     """Runs ``action`` in the background, where it may meet the other ranks' actions.
@@ -53,8 +62,9 @@ def start(name: str, action: Callable[[], None], limit: float) -> None:
         action: writes, meets, commits.
         limit: seconds after which a `wait` gives up.
     """
-    global _pending
+    global _pending, _peers
     _pending = _Save(name, action, limit)
+    _peers = _pending.peers
     _pending.start()
 
 
@@ -75,15 +85,25 @@ def wait(limit: float | None = None) -> None:
     limit = save.limit if limit is None else limit
     save.join(limit)
     if save.is_alive():
+        _pending = save  # nothing may be saved beside it, nor its buffers be used again
         raise CheckpointError(f'{save.name}, in the background, was not done after {limit:g} s')
     if save.error is not None:
         raise save.error
 
 
+def _finish_before_shutdown() -> None:
+    global _peers
+    _peers = None  # shutdown parts from the others by itself
+    wait()
+
+
 def _finish_at_exit() -> None:
+    # sys.last_type is set when an exception is about to end the program.
+    failing = hasattr(sys, 'last_type')
     try:
-        # sys.last_type is set when an exception is about to end the program.
-        wait(_LIMIT_AFTER_ERROR if hasattr(sys, 'last_type') else None)
+        wait(_LIMIT_AFTER_ERROR if failing else None)
+        if _peers is not None and not failing:
+            part_from(_peers)
     except Exception:
         # An exception here would be printed, and the exit status still be 0.
         traceback.print_exc()
@@ -93,5 +113,5 @@ def _finish_at_exit() -> None:
         os._exit(1)
 
 
-before_shutdown(wait)
+before_shutdown(_finish_before_shutdown)
 atexit.register(_finish_at_exit)

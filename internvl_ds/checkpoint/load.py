@@ -78,7 +78,7 @@ def load_checkpoint(
     path = _resolve(resume, logger, timeout, io_timeout)
     eval_mode = get_option(config, 'EVAL_MODE', False)
     if path is None or path.is_file():
-        return _load_file(config, resume, model, logger)
+        return _load_file(config, str(path or resume), model, logger)
     if eval_mode:
         _verify(path, _share_of_weights, io_timeout, logger)
         state = agree('read state', lambda: _state_of(path), timeout, CheckpointError)
@@ -118,7 +118,7 @@ def load_ema_checkpoint(config: CfgNode, model_ema: Any, logger: logging.Logger)
     io_timeout = checkpoint_option(config, 'IO_TIMEOUT')
     path = _resolve(resume, logger, timeout, io_timeout)
     if path is None or path.is_file():
-        checkpoint = open_source(resume)
+        checkpoint = open_source(str(path or resume))
         weights = checkpoint.get('model_ema')
         state: dict[str, Any] = {
             key: checkpoint.get(key) for key in ('max_accuracy_ema', 'ema_decay')

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,9 @@ class _Save:
         staging_path: where they are written.
         header: the manifest's, but for what is known at the commit only.
         policies: retention; None for a tag that is neither counted nor named by ``latest``.
+        in_background: training goes on as soon as the files are copied.
         io_timeout: seconds that one rank may be slower than another.
-        staging, state: on rank 0 only: the lock, and the content of state.json.
+        staging, state: on rank 0 only: the lock, and what goes into state.json.
     """
 
     output: Path
@@ -55,10 +57,11 @@ class _Save:
     staging_path: Path
     header: dict[str, Any]
     policies: list[Policy] | None
+    in_background: bool
     io_timeout: float
     logger: logging.Logger
     staging: store.Staging | None = None
-    state: str = ''
+    state: dict[str, Any] = field(default_factory=dict)
 
 
 def save_checkpoint(
@@ -119,6 +122,7 @@ def save_checkpoint(
         staging_path=Path(),
         header=_header(engine, epoch, max_accuracy),
         policies=_policies(config) if counted else None,
+        in_background=bool(checkpoint_option(config, 'ASYNC')),
         io_timeout=checkpoint_option(config, 'IO_TIMEOUT'),
         logger=logger,
     )
@@ -130,25 +134,25 @@ def save_checkpoint(
             'saving between two micro-batches of one update: what they have accumulated is not '
             'kept; save after a call with update_grad=True'
         )
-    state: dict[str, Any] = {}
-    if rank() == 0:
-        state = {
+
+    def state() -> dict[str, Any]:
+        return {
             'epoch': epoch,
             'max_accuracy': float(max_accuracy),
             'max_accuracy_ema': None if max_accuracy_ema is None else float(max_accuracy_ema),
             'ema_decay': None if ema_decay is None else float(ema_decay),
             'lr_scheduler': None if lr_scheduler is None else lr_scheduler.state_dict(),
             'scaler': None if scaler is None else scaler.state_dict(),
-            'config': config.dump(),
+            'config': config.clone(),
         }
-    in_background = bool(checkpoint_option(config, 'ASYNC'))
+
     try:
-        _stage(save, engine, average, state, in_background)
+        _stage(save, engine, average, state)
     except BaseException:
         _abandon(save)
         raise
     finish = functools.partial(_finish, save)
-    if in_background:
+    if save.in_background:
         background.start(save.tag, finish, limit=3 * save.io_timeout)
     else:
         finish()
@@ -180,20 +184,21 @@ def _policies(config: CfgNode) -> list[Policy]:
 
 
 def _begin(save: _Save, engine: DeepSpeedEngine, average: EmaFile | None, timeout: float) -> None:
-    """Meets the other ranks, and has rank 0 make the staging directory. A meeting of all ranks."""
+    """Has rank 0 make the staging directory, if all ranks come with the same. A meeting of all."""
     size = save.writer.last_size
     if size is None:
         size = state_size(engine) + tensor_bytes(average)
-    calls = exchange('save_checkpoint', [save.tag, str(save.output), size], timeout)
-    if any(call[:2] != calls[0][:2] for call in calls):
+    own = [save.tag, save.header['epoch'], str(save.output), save.in_background]
+    calls = exchange('save_checkpoint', [own, size], timeout)
+    if any(call[0] != calls[0][0] for call in calls):
         raise RankError(
-            'save_checkpoint: the ranks came with different tags or outputs: '
-            f'{[call[:2] for call in calls]}'
+            'save_checkpoint: the ranks came with different (tag, epoch, OUTPUT, '
+            f'CHECKPOINT.ASYNC): {[call[0] for call in calls]}'
         )
 
     def make_staging() -> str:
         try:
-            _require_space(save, [call[2] for call in calls])
+            _require_space(save, [call[1] for call in calls])
             save.staging = store.begin(save.output, save.tag)
         except OSError as error:
             raise CheckpointError(
@@ -220,12 +225,11 @@ def _stage(
     save: _Save,
     engine: DeepSpeedEngine,
     average: EmaFile | None,
-    state: Mapping[str, Any],
-    in_background: bool,
+    state: Callable[[], dict[str, Any]],
 ) -> None:
     """Writes or copies this rank's files. What fails is kept, for all ranks to hear of later."""
     writer = save.writer
-    writer.begin(in_background=in_background)
+    writer.begin(in_background=save.in_background)
     if not save.staging_path.is_dir():
         writer.error = CheckpointError(
             f'{save.staging_path}: made by rank 0, and not there for this rank: OUTPUT must be one '
@@ -237,8 +241,8 @@ def _stage(
         writer.save(average, save.staging_path / average.name)
     if rank() == 0:
         try:
-            save.state = state_text(dict(state))
-        except CheckpointError as error:
+            save.state = copy.deepcopy(state())
+        except Exception as error:
             writer.error = writer.error or error
 
 
@@ -276,8 +280,10 @@ def _write_own_files(save: _Save) -> dict[str, Any]:
     if rank() == 0 and writer.error is None:
         try:
             path = save.staging_path / STATE_FILE
-            writer.written[path] = write_hashed(path, lambda file: file.write(save.state.encode()))
-        except OSError as error:
+            # Here, because the YAML of a configuration takes longer than much of a copy.
+            text = state_text({**save.state, 'config': save.state['config'].dump()})
+            writer.written[path] = write_hashed(path, lambda file: file.write(text.encode()))
+        except (OSError, CheckpointError) as error:
             writer.error = error
     if writer.error is not None:
         return {'error': str(writer.error)}

@@ -211,10 +211,10 @@ def save_on_rank_0_only(stage: int, root: str) -> str:
     return 'no error'
 
 
-def save_with_another_epoch(root: str) -> str:
+def save_with_another_epoch(root: str, best: str | None) -> str:
     run = Run(0, 'fp32', root)
     try:
-        run.save(rank())
+        run.save(rank(), best=best)
     except Exception as error:
         return f'{type(error).__name__}: {error}'
     return 'no error'
