@@ -18,11 +18,11 @@ def write_text(path: Path, text: str) -> None:
     except OSError:
         aside.unlink(missing_ok=True)
         raise
-    sync_directory(path.parent)
+    flush(path.parent)
 
 
-def sync_directory(path: Path) -> None:
-    """Makes renames and new names in a directory survive a power cut."""
+def flush(path: Path) -> None:
+    """Makes a file's content, or the names in a directory, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

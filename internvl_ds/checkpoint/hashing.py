@@ -22,6 +22,7 @@ import xxhash
 from safetensors.torch import save_file
 
 from internvl_ds.checkpoint.manifest import FileEntry
+from internvl_ds.files import flush
 
 # Hashed and written piece by piece: a piece is still in the CPU's cache when it is copied.
 _PIECE = 1 << 20
@@ -95,11 +96,7 @@ def save_safetensors(
 
 def flush_and_hash(path: Path) -> FileEntry:
     """Flushes to disk what something else wrote, and hashes it."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush(path)
     return hash_file(path)
 
 

@@ -32,7 +32,7 @@ from internvl_ds.checkpoint.lookup import (
 from internvl_ds.checkpoint.manifest import FILE_NAME, FileEntry, Manifest, wrong_files
 from internvl_ds.checkpoint.retention import Policy, tags_to_prune
 from internvl_ds.errors import CheckpointError
-from internvl_ds.files import sync_directory, write_text
+from internvl_ds.files import flush, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ def commit(staging: Staging, manifest: Manifest) -> Path:
         if aside.exists() and not final.exists():
             aside.rename(final)
         raise
-    sync_directory(staging.output)
+    flush(staging.output)
     staging.release()
     _discard(aside)
     return final

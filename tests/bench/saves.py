@@ -16,6 +16,7 @@ from torch.distributed import checkpoint as dcp
 from internvl_ds.checkpoint import background, hashing
 from internvl_ds.checkpoint.manifest import file_rank
 from internvl_ds.comm import rank
+from internvl_ds.files import flush
 from tests.bench.figures import Pair
 from tests.bench.harness import Contender, barrier
 from tests.bench.subject import Subject
@@ -126,7 +127,7 @@ def _save_plain(subject: Subject, output: Path) -> None:
         paths += [p for p in output.iterdir() if p.is_file()]
         paths.append(output)
     for path in paths:
-        _flush(path)
+        flush(path)
 
 
 def _write_raw(contents: list[bytes], output: Path, write_back: int | None = None) -> None:
@@ -147,15 +148,7 @@ def _write_raw(contents: list[bytes], output: Path, write_back: int | None = Non
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-    _flush(output)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush(output)
 
 
 def _empty(path: Path) -> None:

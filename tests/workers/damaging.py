@@ -15,9 +15,9 @@ from internvl_ds import auto_resume_helper, load_ema_checkpoint
 from internvl_ds.checkpoint.hashing import hash_file
 from internvl_ds.checkpoint.lookup import read_manifest
 from internvl_ds.checkpoint.manifest import Manifest
-from internvl_ds.comm import rank
+from tests.workers.calls import message_of, on_rank_0
 from tests.workers.killing import state_digest
-from tests.workers.saving import Run, caught_warnings, logger
+from tests.workers.saving import Payload, Run, caught_warnings, logger
 
 
 def flip(path: Path, other: Path) -> None:
@@ -41,13 +41,6 @@ def swap(path: Path, other: Path) -> None:
 DAMAGES: tuple[Callable[[Path, Path], None], ...] = (flip, truncate, remove, swap)
 
 
-def _on_rank_0(action: Callable[[], Any]) -> None:
-    torch.distributed.barrier()
-    if rank() == 0:
-        action()
-    torch.distributed.barrier()
-
-
 def _resume(output: str) -> tuple[str | None, list[str]]:
     """What auto resume finds, and the warnings of this package meanwhile."""
     caught: list[str] = []
@@ -62,14 +55,6 @@ def _resume(output: str) -> tuple[str | None, list[str]]:
     return found and Path(found).name, caught
 
 
-def _message(action: Callable[[], Any]) -> str:
-    try:
-        action()
-    except Exception as error:
-        return f'{type(error).__name__}: {error}'
-    return 'no error'
-
-
 def every_damage(stage: int, root: str) -> dict[str, Any]:
     """Each file of the newest tag, damaged in each way: what resume takes and what loads say."""
     run = Run(stage, 'fp32', root, SAVE_CKPT_NUM=5)
@@ -78,36 +63,26 @@ def every_damage(stage: int, root: str) -> dict[str, Any]:
     run.steps(1, 2)
     newest = Path(run.save(1))
     kept = Path(f'{root}-kept')
-    _on_rank_0(lambda: shutil.copytree(newest, kept))
+    on_rank_0(lambda: shutil.copytree(newest, kept))
     results: dict[str, Any] = {}
     before = state_digest(run)
     for name in sorted(p.name for p in kept.iterdir()):
         for harm in DAMAGES:
-            _on_rank_0(lambda n=name, h=harm: h(newest / n, older / n))
+            on_rank_0(lambda n=name, h=harm: h(newest / n, older / n))
             taken, warnings = _resume(root)
-            by_name = _message(lambda: run.load(str(newest)))
+            by_name = message_of(lambda: run.load(str(newest)))
             if by_name == 'no error':
-                by_name = _message(lambda: load_ema_checkpoint(run.config, run.ema, logger))
+                by_name = message_of(lambda: load_ema_checkpoint(run.config, run.ema, logger))
             results[f'{harm.__name__} {name}'] = {
                 'taken': taken,
                 'warnings': warnings,
                 'by name': by_name,
             }
-            _on_rank_0(lambda: shutil.copytree(kept, newest, dirs_exist_ok=True))
+            on_rank_0(lambda: shutil.copytree(kept, newest, dirs_exist_ok=True))
     results['untouched'] = before == state_digest(run)
     results['whole again'] = _resume(root)[0]
     run.close()
     return results
-
-
-class _Payload:
-    """Pickles as a call that makes a file."""
-
-    def __init__(self, target: str) -> None:
-        self.target = target
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (Path(self.target),)
 
 
 def payloads(stage: int, root: str, target: str) -> dict[str, str]:
@@ -116,7 +91,7 @@ def payloads(stage: int, root: str, target: str) -> dict[str, str]:
     run.steps(0, 1)
     tag = Path(run.save(0))
     kept = Path(f'{root}-kept')
-    _on_rank_0(lambda: shutil.copytree(tag, kept))
+    on_rank_0(lambda: shutil.copytree(tag, kept))
     messages = {}
     for name in sorted(p.name for p in kept.iterdir()):
         if name == 'manifest.json':
@@ -124,20 +99,20 @@ def payloads(stage: int, root: str, target: str) -> dict[str, str]:
 
         def poison(path: Path = tag / name) -> None:
             if path.suffix == '.pt':
-                torch.save({**torch.load(path, weights_only=False), 'x': _Payload(target)}, path)
+                torch.save({**torch.load(path, weights_only=False), 'x': Payload(target)}, path)
             else:
-                path.write_bytes(pickle.dumps(_Payload(target)))
+                path.write_bytes(pickle.dumps(Payload(target)))
             manifest = read_manifest(tag)
             assert manifest is not None
             files = {**manifest.files, path.name: hash_file(path)}
             text = Manifest(manifest.header, files).to_text()
             (tag / 'manifest.json').write_text(text)
 
-        _on_rank_0(poison)
-        messages[name] = _message(lambda: run.load(str(tag)))
+        on_rank_0(poison)
+        messages[name] = message_of(lambda: run.load(str(tag)))
         if messages[name] == 'no error':
-            messages[name] = _message(lambda: load_ema_checkpoint(run.config, run.ema, logger))
-        _on_rank_0(lambda: shutil.copytree(kept, tag, dirs_exist_ok=True))
+            messages[name] = message_of(lambda: load_ema_checkpoint(run.config, run.ema, logger))
+        on_rank_0(lambda: shutil.copytree(kept, tag, dirs_exist_ok=True))
     run.close()
     return messages
 

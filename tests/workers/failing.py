@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +16,9 @@ import torch
 
 from internvl_ds.checkpoint import background
 from internvl_ds.comm import free_port, init_distributed, rank, shutdown
+from tests.workers.calls import message_of, on_rank_0
 from tests.workers.killing import state_digest
 from tests.workers.saving import Run
-
-
-def _on_rank_0(action: Callable[[], Any]) -> None:
-    torch.distributed.barrier()
-    if rank() == 0:
-        action()
-    torch.distributed.barrier()
-
-
-def _message(action: Callable[[], Any]) -> str:
-    try:
-        action()
-    except Exception as error:
-        return f'{type(error).__name__}: {error}'
-    return 'no error'
 
 
 def _size(directory: str) -> int:
@@ -62,14 +47,14 @@ def full_disk(stage: int, root: str, in_background: bool) -> dict[str, Any]:
         filler.write_bytes(b'x' * (shutil.disk_usage(root).free - size))
 
     run.steps(1, 2)
-    _on_rank_0(lambda: leave_free(saved // 2))
-    results: dict[str, Any] = {'refused': _message(lambda: save(1)), 'left refused': _left(root)}
+    on_rank_0(lambda: leave_free(saved // 2))
+    results: dict[str, Any] = {'refused': message_of(lambda: save(1)), 'left refused': _left(root)}
     # Enough for the bytes, not for the blocks of so many small files: the check lets it begin.
-    _on_rank_0(lambda: leave_free(saved + 8192))
-    results.update(full=_message(lambda: save(1)), left_full=_left(root))
+    on_rank_0(lambda: leave_free(saved + 8192))
+    results.update(full=message_of(lambda: save(1)), left_full=_left(root))
     results['latest'] = Path(root, 'latest').read_text()
     run.steps(2, 3)  # training goes on
-    _on_rank_0(filler.unlink)
+    on_rank_0(filler.unlink)
     save(2)
     results['left'] = _left(root)
     run.close()
@@ -86,10 +71,10 @@ def read_only(root: str) -> dict[str, Any]:
     run = Run(1, 'fp32', root)
     run.steps(0, 1)
     run.save(0)
-    _on_rank_0(lambda: subprocess.run(['mount', '-o', 'remount,ro', root], check=True))
-    error = _message(lambda: run.save(1))
+    on_rank_0(lambda: subprocess.run(['mount', '-o', 'remount,ro', root], check=True))
+    error = message_of(lambda: run.save(1))
     run.steps(1, 2)
-    _on_rank_0(lambda: subprocess.run(['mount', '-o', 'remount,rw', root], check=True))
+    on_rank_0(lambda: subprocess.run(['mount', '-o', 'remount,rw', root], check=True))
     left = _left(root)
     run.save(1)
     return {'error': error, 'left': left, 'after': _left(root)}
@@ -102,11 +87,11 @@ def one_rank_is_limited(stage: int, root: str, in_background: bool) -> dict[str,
     run.save(0)
     background.wait()
     _limit_files(4096 if rank() == 1 else None)
-    own = _message(lambda: run.save(1))
+    own = message_of(lambda: run.save(1))
     run.steps(1, 2)
-    next_call = _message(lambda: run.save(2))
+    next_call = message_of(lambda: run.save(2))
     _limit_files(None)
-    background_error = _message(background.wait)
+    background_error = message_of(background.wait)
     left = _left(root)
     run.save(3)
     background.wait()

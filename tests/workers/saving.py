@@ -460,7 +460,7 @@ def interchange(stages: list[int], root: str) -> dict[str, Any]:
     return results
 
 
-class _Payload:
+class Payload:
     """Pickles as a call that makes a file."""
 
     def __init__(self, target: str) -> None:
@@ -480,7 +480,7 @@ def hostile(root: str, target: str) -> list[str]:
         if rank() == 0:
             for path in Path(root, str(index), 'tag').glob(pattern):
                 state = torch.load(path, weights_only=False)
-                state['ds_version'] = _Payload(target)
+                state['ds_version'] = Payload(target)
                 torch.save(state, path)
         torch.distributed.barrier()
         for eval_mode in (False, True):

@@ -25,16 +25,9 @@ from internvl_ds.comm import (
 )
 from internvl_ds.engine import engine_of
 from internvl_ds.errors import CheckpointError, CheckpointNotFound
+from tests.workers.calls import message_of
 from tests.workers.model import make_config, make_model, make_optimizer, micro_batch, zero_json
 from tests.workers.stepping import masters
-
-
-def _message(action: Any) -> str:
-    try:
-        action()
-    except Exception as error:
-        return f'{type(error).__name__}: {error}'
-    return 'no error'
 
 
 def reduce() -> dict[str, Any]:
@@ -64,13 +57,13 @@ def meet() -> dict[str, Any]:
             raise OSError(28, 'No space left on device')
         return rank()
 
-    results['agree'] = _message(lambda: agree('write', part, 20, CheckpointError))
+    results['agree'] = message_of(lambda: agree('write', part, 20, CheckpointError))
     results['after'] = agree('write', rank, 20)
 
     def find() -> str:
         raise CheckpointNotFound('nothing there')
 
-    results['rank 0'] = _message(lambda: from_rank_0('find', find, 20))
+    results['rank 0'] = message_of(lambda: from_rank_0('find', find, 20))
     results['told'] = from_rank_0('find', lambda: {'path': rank()}, 20)
     return results
 
@@ -80,7 +73,7 @@ def missing() -> dict[str, Any]:
     last = world_size() - 1
     message = ''
     if rank() != last:
-        message = _message(lambda: exchange('save', 'x', 2))
+        message = message_of(lambda: exchange('save', 'x', 2))
     torch.distributed.barrier()
     return {'message': message, 'later': exchange('save', rank(), 20)}
 
@@ -125,7 +118,7 @@ def plain_engine(stage: int) -> dict[str, Any]:
         ways = [a - b for n in after for a, b in zip(after[n], before[n], strict=True)]
         return [norm, math.hypot(*ways)]
 
-    unknown = _message(lambda: engine_of(model))
+    unknown = message_of(lambda: engine_of(model))
     as_itself = moved_by(lambda: step(engine))
     same = register(engine) is engine and engine_of(model) is engine
     return {
@@ -133,7 +126,7 @@ def plain_engine(stage: int) -> dict[str, Any]:
         'unclipped': as_itself,
         'registered': same,
         'clipped': moved_by(lambda: step(optimizer, 0.02)),
-        'wrong': _message(lambda: register(model)),
+        'wrong': message_of(lambda: register(model)),
     }
 
 
@@ -177,22 +170,22 @@ def refusals() -> dict[str, str]:
     bf16 = {'AMP_OPT_LEVEL': 'O2', 'AMP_TYPE': 'bfloat16'}
     adam = {'optimizer': {'type': 'AdamW', 'params': {'lr': 0.1}}}
     return {
-        'fp16': _message(lambda: start(AMP_OPT_LEVEL='O2')),
-        'default': _message(lambda: start(AMP_OPT_LEVEL='')),
-        'two optimizers': _message(lambda: start(adam)),
-        'scheduler not passed': _message(lambda: start(schedule='not passed')),
-        'epoch scheduler': _message(lambda: start(schedule='epochs')),
-        'unmanaged': _message(lambda: start({'managed_gradient_accumulation': False})),
-        'fp32 accumulation': _message(
+        'fp16': message_of(lambda: start(AMP_OPT_LEVEL='O2')),
+        'default': message_of(lambda: start(AMP_OPT_LEVEL='')),
+        'two optimizers': message_of(lambda: start(adam)),
+        'scheduler not passed': message_of(lambda: start(schedule='not passed')),
+        'epoch scheduler': message_of(lambda: start(schedule='epochs')),
+        'unmanaged': message_of(lambda: start({'managed_gradient_accumulation': False})),
+        'fp32 accumulation': message_of(
             lambda: start(
                 {'zero_optimization': {'stage': 1}, 'data_types': {'grad_accum_dtype': 'fp32'}},
                 **bf16,
             )
         ),
-        'fused': _message(lambda: start(adam, in_code=False, **bf16)),
-        'registered float16': _message(register_float16),
-        'second order': _message(second_order),
-        'contradiction': _message(lambda: start({'gradient_accumulation_steps': 3, **adam},
+        'fused': message_of(lambda: start(adam, in_code=False, **bf16)),
+        'registered float16': message_of(register_float16),
+        'second order': message_of(second_order),
+        'contradiction': message_of(lambda: start({'gradient_accumulation_steps': 3, **adam},
                                                 TRAIN__ACCUMULATION_STEPS=2)),
     }  # fmt: skip
 
