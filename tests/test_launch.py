@@ -358,7 +358,7 @@ class TestQuickstart:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            preexec_fn=default_interrupt,
+            preexec_fn=default_signals,
         )
         output = ''
         for line in process.stdout:
@@ -411,9 +411,10 @@ class TestTest:
         assert 'pytest' not in Path(env['FAKE_CALLS']).read_text()
 
 
-def default_interrupt():
-    """A shell cannot trap a signal that it was started to ignore, as background jobs are."""
+def default_signals():
+    """A shell cannot trap a signal that it was started to ignore, as by nohup or behind an &."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def buffers(port):
