@@ -506,11 +506,7 @@ class TestProcess:
             'sys.exit(str({"torch", "deepspeed"} & set(sys.modules)))'
         )
 
-        done = subprocess.run(
-            [sys.executable, '-c', code, str(output)], capture_output=True, text=True, timeout=120
-        )
-
-        assert done.stderr.strip() == 'set()'
+        assert _last_words(code, output) == 'set()'
 
     def test_deepspeed_is_not_imported_for_checksums_and_state(self, output):
         code = (
@@ -519,11 +515,7 @@ class TestProcess:
             'sys.exit(str("deepspeed" in sys.modules))'
         )
 
-        done = subprocess.run(
-            [sys.executable, '-c', code, str(output)], capture_output=True, text=True, timeout=120
-        )
-
-        assert done.stderr.strip() == 'False'
+        assert _last_words(code, output) == 'False'
 
     def test_a_reader_that_goes_away_is_no_error(self, output):
         damage_length(output / 'ckpt_epoch_1')
@@ -563,3 +555,10 @@ def test_columns_are_aligned_and_lines_end_in_no_space():
     )
 
     assert text.splitlines() == ['name       size  x', 'a             1', 'long name   100  y']
+
+
+def _last_words(code, output):
+    """Runs code in a fresh interpreter, with the directory as its argument; what it exits with."""
+    command = [sys.executable, '-c', code, str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return done.stderr.strip()

@@ -61,7 +61,7 @@ def newest(output: Path, damaged: Mapping[str, str] | None = None) -> Resume | N
         return None
     damaged = damaged or {}
     latest_file = output / LATEST
-    latest = _read_latest(latest_file)
+    latest = read_latest(output)
     broken: list[str] = []
     if latest:
         named = present(output / latest)
@@ -241,9 +241,16 @@ def present(tag: Path) -> Path:
     return aside if problem(aside) is None else tag
 
 
-def _read_latest(path: Path) -> str | None:
+def stand_ins(output: Path) -> list[Path]:
+    """The tags that stepped aside and stand in for one of their name, which is missing."""
+    asides = (output / path.name.removeprefix(ASIDE) for path in output.glob(f'{ASIDE}*'))
+    return [path for tag in asides if (path := present(tag)) != tag]
+
+
+def read_latest(output: Path) -> str | None:
+    """The tag that `latest` names; None without that file, '' where it names none."""
     try:
-        return path.read_text(encoding='utf-8').strip()
+        return (output / LATEST).read_text(encoding='utf-8').strip()
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError):
@@ -255,8 +262,7 @@ def _newest_first(output: Path) -> list[Path]:
     epochs = [output / t.name for t in sorted(epoch_tags(output), key=lambda t: t[:3])[::-1]]
     known = {path.name for path in epochs}
     others = [path for path in tags(output) if path.name not in known and is_tag(path)]
-    aside = {present(output / p.name.removeprefix(ASIDE)) for p in output.glob(f'{ASIDE}*')}
-    others += [path for path in aside if path.name.startswith(ASIDE)]
+    others += stand_ins(output)
 
     def order(path: Path) -> tuple[int, float]:
         header = header_or_none(path)

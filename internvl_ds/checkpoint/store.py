@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 STAGING = '.staging-'
 _LOCK = '.lock-'
-_TRASH = '.trash-'
+TRASH = '.trash-'
 
 # Seconds without a write after which a save is taken for dead where its lock cannot tell: another
 # host's, or on a file system without locks.
@@ -183,7 +183,7 @@ def sweep(output: Path) -> list[str]:
         path = output / lock.name.replace(_LOCK, STAGING, 1)
         if not path.exists() and _is_dead(path):
             lock.unlink(missing_ok=True)
-    for path in output.glob(f'{_TRASH}*'):
+    for path in output.glob(f'{TRASH}*'):
         shutil.rmtree(path, ignore_errors=True)
     for aside in output.glob(f'{ASIDE}*'):
         tag = output / aside.name.removeprefix(ASIDE)
@@ -203,7 +203,7 @@ def _discard(path: Path) -> bool:
     Returns:
         Whether this call took the name away.
     """
-    trash = path.with_name(f'{_TRASH}{path.name}-{secrets.token_hex(4)}')
+    trash = path.with_name(f'{TRASH}{path.name}-{secrets.token_hex(4)}')
     try:
         path.rename(trash)
     except FileNotFoundError:

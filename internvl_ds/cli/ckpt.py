@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from internvl_ds.checkpoint import store
-from internvl_ds.checkpoint.lookup import epoch_tags, file_sizes, newest, read_manifest
+from internvl_ds.checkpoint.lookup import epoch_tags, file_sizes, newest, read_latest, read_manifest
 from internvl_ds.checkpoint.manifest import STATE_FILE
 from internvl_ds.checkpoint.retention import (
     EpochTag,
@@ -54,7 +54,6 @@ from internvl_ds.cli.tags import (
     examine,
     examine_all,
     find_tags,
-    latest_of,
     tree_of,
 )
 from internvl_ds.errors import CheckpointError, CheckpointNotFound, InternvlDsError
@@ -141,14 +140,14 @@ def run(args: argparse.Namespace) -> int:
 def _list(args: argparse.Namespace) -> int:
     output: Path = args.path
     found = examine_all(output, args.verify)
-    latest = latest_of(output)
+    latest = read_latest(output) or None
     try:
         resume = newest(output, {e.path.name: e.problems[0] for e in found if e.problems})
         taken, warning = (resume.path.name, resume.warning) if resume else (None, None)
     except CheckpointNotFound as error:
         taken, warning = None, str(error)
     stagings = sorted(path.name for path in output.glob(f'{store.STAGING}*'))
-    trash = sorted(path.name for path in output.glob('.trash-*'))
+    trash = sorted(path.name for path in output.glob(f'{store.TRASH}*'))
     if args.json:
         tree = {'output': str(output), 'latest': latest, 'resume': taken, 'warning': warning}
         rest = {'stagings': stagings, 'trash': trash, 'tags': list(map(tree_of, found))}
@@ -167,7 +166,7 @@ def _list(args: argparse.Namespace) -> int:
 
 def _left(output: Path, name: str) -> bool:
     """Whether a tag, or some of its files on the way out, is still there."""
-    return (output / name).exists() or any(output.glob(f'.trash-{name}-*'))
+    return (output / name).exists() or any(output.glob(f'{store.TRASH}{name}-*'))
 
 
 def _row(examined: Examined, latest: str | None) -> tuple[str, ...]:
@@ -281,7 +280,7 @@ def _prune(args: argparse.Namespace) -> int:
         raise CheckpointNotFound(f'nothing was removed: {error}') from error
     if resume is None or resume.path.is_file():
         raise CheckpointNotFound(f'{output}: no checkpoint tag in it')
-    names = frozenset({resume.path.name, latest_of(output) or ''})
+    names = frozenset({resume.path.name, read_latest(output) or ''})
     policies: list[Policy] = [
         KeepNewest(args.keep),
         KeepBest(args.keep_best),

@@ -10,14 +10,15 @@ from typing import Any
 
 from internvl_ds.checkpoint.lookup import (
     ASIDE,
-    LATEST,
     file_sizes,
     header_or_none,
     is_tag,
     newest,
     present,
     problem,
+    read_latest,
     read_manifest,
+    stand_ins,
     tags,
 )
 from internvl_ds.checkpoint.manifest import Header, Manifest, epoch_of
@@ -114,7 +115,7 @@ def choose(path: Path, tag: str | None) -> tuple[list[Path], str | None]:
         have = ', '.join(sorted(p.name for p in find_tags(path))) or 'no tag'
         raise CheckpointNotFound(f'{target}: no such tag; {path} has {have}')
     there = find_tags(path)
-    latest = present(path / (latest_of(path) or ''))
+    latest = present(path / (read_latest(path) or ''))
     try:
         resume = newest(path)
     except CheckpointNotFound as error:
@@ -138,16 +139,7 @@ def find_tags(output: Path) -> list[Path]:
     if is_tag(output):
         raise CheckpointNotFound(f'{output}: is a tag; name its output directory, {output.parent}')
     found = [path for path in tags(output) if epoch_of(path.name) is not None or is_tag(path)]
-    asides = (output / path.name.removeprefix(ASIDE) for path in output.glob(f'{ASIDE}*'))
-    return found + [present(tag) for tag in asides if not tag.exists() and present(tag) != tag]
-
-
-def latest_of(output: Path) -> str | None:
-    """The tag that the file ``latest`` names; None where it names none."""
-    try:
-        return (output / LATEST).read_text(encoding='utf-8').strip() or None
-    except (OSError, UnicodeDecodeError):
-        return None
+    return found + stand_ins(output)
 
 
 def tree_of(examined: Examined) -> dict[str, Any]:
