@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from tests.ranks import run_command
+from tests.workers.killing import TRIAL_LIMIT
 
 # Another seed tries other moments, and more of them: set these two in the environment.
 SEED = int(os.environ.get('INTERNVL_DS_KILL_SEED', '20261124'))
@@ -38,6 +39,7 @@ def _check(trials):
     may_be, best_may_be = {0}, {None}
     for number, trial in enumerate(trials):
         said = f'seed {SEED}, trial {number}: {json.dumps(trial)[:3000]}'
+        assert trial['seconds'] < TRIAL_LIMIT, f'hung without a kill: {said}'
         steps = set()
         for rank, found in enumerate(trial['found']):
             assert found is not None, said
