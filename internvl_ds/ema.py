@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from internvl_ds.comm import rank, world_size
 from internvl_ds.engine import engine_of
 from internvl_ds.errors import CheckpointError, CheckpointMismatch
+from internvl_ds.persistent import gather_persistent
 
 FILE_PATTERN = 'ema_rank_*.safetensors'
 
@@ -196,8 +197,7 @@ def _push_masters(engine: DeepSpeedEngine) -> None:
     """Makes the module compute with the present fp32 masters, as after a step. A collective."""
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     if stage == 3:
-        # The prologue frees gathered copies of small parameters, the epilogue gathers them anew.
-        optimizer.checkpoint_event_prologue()
+        optimizer.checkpoint_event_prologue()  # frees the whole copies of persistent parameters
         for i, (low, master) in enumerate(
             zip(
                 optimizer.fp16_partitioned_groups_flat,
@@ -207,7 +207,7 @@ def _push_masters(engine: DeepSpeedEngine) -> None:
         ):
             low.data.copy_(master.data)
             optimizer._unflatten_partitioned_parameters(i)
-        optimizer.checkpoint_event_epilogue()
+        gather_persistent(optimizer)
     elif stage:
         optimizer.update_lp_params()
     elif hasattr(optimizer, 'fp32_groups'):

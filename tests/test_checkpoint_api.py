@@ -3,9 +3,9 @@
 import pytest
 
 from tests.ranks import free_port, run_command, run_ranks
-from tests.workers.model import OFFLOAD
+from tests.workers.model import OFFLOAD, PERSISTENT
 
-STAGES = [0, 1, 2, 3, OFFLOAD]
+STAGES = [0, 1, 2, 3, OFFLOAD, PERSISTENT]
 
 
 @pytest.mark.ranks

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -15,13 +14,13 @@ from internvl_ds.config import default_config
 from internvl_ds.errors import CheckpointMismatch
 
 
-def require_same_layout(engine: DeepSpeedEngine, path: Path) -> None:
+def require_same_layout(engine: DeepSpeedEngine, shards: TagShards) -> None:
     """Refuses a tag of another model, ZeRO stage, world size, precision or set of groups.
 
     Raises:
         CheckpointMismatch: names the tag, and both sides of what differs.
     """
-    shards = TagShards(path)
+    path = shards.tag
     require_same_model(shards.shapes(), model_shapes(engine.module), str(path))
     saved = {
         'ZeRO stage': shards.zero_stage,

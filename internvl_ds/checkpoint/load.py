@@ -30,6 +30,7 @@ from internvl_ds.errors import (
     CheckpointNotFound,
     PretrainedError,
 )
+from internvl_ds.persistent import gathered_together
 from internvl_ds.pretrained.sources import open_source
 
 _log = logging.getLogger(__name__)
@@ -89,9 +90,10 @@ def load_checkpoint(
     else:
         engine = engine_of(model)
         _verify(path, _own_shards, io_timeout, logger)
-        from_rank_0('check layout', lambda: require_same_layout(engine, path), timeout)
+        shards = agree('find shards', lambda: TagShards(path), timeout, CheckpointError)
+        from_rank_0('check layout', lambda: require_same_layout(engine, shards), timeout)
         state = agree('read state', lambda: _state_of(path), timeout, CheckpointError)
-        client_state = _load_training_state(engine, path, io_timeout, logger)
+        client_state = _load_training_state(engine, shards, io_timeout, logger)
         state = {**client_state, **state}
         _restore_schedule(config, state, lr_scheduler, scaler, path, logger)
     logger.info('=> loaded successfully %s (epoch %s)', path, state.get('epoch', 'unknown'))
@@ -308,16 +310,15 @@ def _load_file(config: CfgNode, resume: str, model: Any, logger: logging.Logger)
 
 
 def _load_training_state(
-    engine: DeepSpeedEngine, path: Path, io_timeout: float, logger: logging.Logger
+    engine: DeepSpeedEngine, shards: TagShards, io_timeout: float, logger: logging.Logger
 ) -> dict[str, Any]:
-    writer = install_writer(engine)
+    writer, path = install_writer(engine), shards.tag
 
     def open_own_files() -> None:
         # Before any rank changes state or enters a collective: can this rank read its shards?
-        shards = TagShards(path)
         for files in (shards.model_files, shards.optim_files):
             if files:
-                writer.open(files[min(rank(), len(files) - 1)])
+                writer.open(files[min(rank(), len(files) - 1)], shards)
 
     agree('read shards', open_own_files, io_timeout, CheckpointError)
     state = engine.basic_optimizer.state
@@ -330,7 +331,8 @@ def _load_training_state(
             writer.close()
 
     def read_into_engine() -> dict[str, Any]:
-        loaded, client_state = engine.load_checkpoint(str(path.parent), tag=path.name)
+        with gathered_together(engine):
+            loaded, client_state = engine.load_checkpoint(str(path.parent), tag=path.name)
         if loaded is None:
             raise CheckpointError(f'{path}: DeepSpeed found nothing to load in it')
         _into_buffers(engine.basic_optimizer.state, buffers)

@@ -10,6 +10,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
 from internvl_ds.errors import CheckpointMismatch
+from internvl_ds.persistent import gather_persistent
 
 
 def model_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -69,7 +70,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], where: s
                 _copy_slice(target, weights[name], engine)
             else:
                 target.copy_(weights[name])
-        _gather_persistent(optimizer)
+        gather_persistent(optimizer)
     else:
         module.load_state_dict(weights)
     if hasattr(optimizer, 'refresh_fp32_params'):
@@ -80,14 +81,6 @@ def _release_gathered(optimizer: Any) -> None:
     """Stage 3: frees the gathered copies of small parameters, so that only slices are left."""
     # An engine without an optimizer has DeepSpeedZeRoOffload in its place.
     getattr(optimizer, 'parameter_offload', optimizer).partition_all_parameters()
-
-
-def _gather_persistent(optimizer: Any) -> None:
-    """Stage 3: gathers the small parameters anew. A collective."""
-    if hasattr(optimizer, 'checkpoint_event_epilogue'):
-        optimizer.checkpoint_event_epilogue()
-    elif optimizer.persistent_parameters:
-        optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 
 
 def _copy_slice(parameter: Any, whole: torch.Tensor, engine: DeepSpeedEngine) -> None:

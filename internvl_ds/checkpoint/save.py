@@ -34,6 +34,7 @@ from internvl_ds.config import checkpoint_option, default_config, get_option
 from internvl_ds.ema import EmaFile
 from internvl_ds.engine import engine_of
 from internvl_ds.errors import CheckpointError, RankError
+from internvl_ds.persistent import put_back
 
 
 @dataclass
@@ -143,7 +144,7 @@ def save_checkpoint(
             'ema_decay': None if ema_decay is None else float(ema_decay),
             'lr_scheduler': None if lr_scheduler is None else lr_scheduler.state_dict(),
             'scaler': None if scaler is None else scaler.state_dict(),
-            'config': config.clone(),
+            'config': config,
         }
 
     try:
@@ -236,7 +237,8 @@ def _stage(
             'directory that all hosts share'
         )
     # Meets in barriers: every rank calls it, whatever has happened.
-    engine.save_checkpoint(str(save.output), tag=save.staging_path.name, save_latest=False)
+    with put_back(engine):
+        engine.save_checkpoint(str(save.output), tag=save.staging_path.name, save_latest=False)
     if average is not None:
         writer.save(average, save.staging_path / average.name)
     if rank() == 0:

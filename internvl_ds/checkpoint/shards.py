@@ -63,6 +63,14 @@ class TagShards:
             raise CheckpointError(f'{self.model_files[0]}: not the model states of DeepSpeed')
         return head
 
+    def read(self, path: Path) -> Any:
+        """What one of the files holds, mapped into memory; the first rank's is read once.
+
+        Raises:
+            CheckpointError: as `read_shard`.
+        """
+        return self.head if path == self.model_files[0] else read_shard(path, mmap=True)
+
     @property
     def zero_stage(self) -> int:
         """The ZeRO stage that the tag was saved at."""

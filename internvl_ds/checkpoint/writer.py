@@ -13,7 +13,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 from internvl_ds.checkpoint.hashing import save_safetensors, save_tensors
 from internvl_ds.checkpoint.manifest import FileEntry
-from internvl_ds.checkpoint.shards import read_shard
+from internvl_ds.checkpoint.shards import TagShards, read_shard
 from internvl_ds.checkpoint.snapshot import Snapshot, tensor_bytes
 from internvl_ds.ema import EmaFile
 from internvl_ds.errors import CheckpointError
@@ -92,21 +92,23 @@ class ShardWriter(CheckpointEngine):
         except Exception as error:
             raise CheckpointError(f'{error}; the file needs {tensor_bytes(value)} bytes') from error
 
-    def open(self, path: Path) -> None:
-        """Reads one shard now for the `load` that follows, to see whether it can be read.
+    def open(self, path: Path, shards: TagShards) -> None:
+        """Reads one shard now for the loads until `close`, to see whether it can be read.
+
+        DeepSpeed asks for the model states twice; the pickle in them is read once.
 
         Raises:
             CheckpointError: when it cannot, or is no data.
         """
-        self._opened[path] = read_shard(path, mmap=True)
+        self._opened[path] = shards.read(path)
 
     def load(self, path: str | Path, map_location: Any = None) -> Any:
         """Reads one shard as data, mapped into memory; what is no data is refused."""
-        opened = self._opened.pop(Path(path), None)
+        opened = self._opened.get(Path(path))
         return read_shard(path, mmap=True) if opened is None else opened
 
     def close(self) -> None:
-        """Lets go of what was opened and not loaded."""
+        """Lets go of what was opened."""
         self._opened = {}
 
     def commit(self, info: CheckpointCommitInfo) -> bool:

@@ -190,7 +190,7 @@ def _watch(children: list[int], folder: Path, plan: dict[str, Any]) -> list[int]
             saving_since = time.monotonic()
         now = time.monotonic()
         due = plan['after'] >= 0 and saving_since is not None and now > saving_since + plan['after']
-        # The deadline goes first: a rank whose peer is dead may wait for as long as a save may take.
+        # The deadline goes first: a rank whose peer is dead may wait for it for half an hour.
         for pid in children if now > deadline else victims if due else ():
             if pid not in statuses:
                 os.kill(pid, signal.SIGKILL)

@@ -14,7 +14,7 @@ from internvl_ds.ds_config import load_ds_config
 CLASSES = 5
 FEATURES = 12
 GLOBAL_BATCH = 16
-OFFLOAD = 4
+OFFLOAD, PERSISTENT = 4, 5
 
 
 class Net(nn.Module):
@@ -98,11 +98,12 @@ def precision_values(precision: str) -> dict[str, Any]:
 def zero_json(stage: int) -> dict[str, Any]:
     """A ds_config of a stage; at stage 3 every parameter is partitioned, however small.
 
-    OFFLOAD stands for the zero3_offload that ships.
+    OFFLOAD stands for the zero3_offload that ships, PERSISTENT for stage 3 with the small half of
+    the parameters whole on every rank.
     """
     if stage == OFFLOAD:
         return load_ds_config('zero3_offload')
-    zero: dict[str, Any] = {'stage': stage}
-    if stage == 3:
-        zero['stage3_param_persistence_threshold'] = 0
+    zero: dict[str, Any] = {'stage': min(stage, 3)}
+    if zero['stage'] == 3:
+        zero['stage3_param_persistence_threshold'] = 50 if stage == PERSISTENT else 0
     return {'zero_optimization': zero}
