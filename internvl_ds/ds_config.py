@@ -154,6 +154,15 @@ def precision(ds_config: Mapping[str, Any], config: CfgNode) -> str:
     return stated
 
 
+def precision_of(resolved: Any) -> str:
+    """The precision that a resolved ds_config trains in, where what it leaves out is off."""
+    tree = resolved if isinstance(resolved, Mapping) else {}
+    return precision(
+        {**{b: {'enabled': False} for b in ('fp16', 'bf16', 'torch_autocast')}, **tree},
+        default_config(),
+    )
+
+
 _BLOCK_OF = {
     FP16: 'fp16',
     BF16: 'bf16',

@@ -7,7 +7,7 @@ the module, as DeepSpeed does after a step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,10 +16,12 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from safetensors import SafetensorError, safe_open
 
+from internvl_ds.checkpoint.named import Flat, fill
+from internvl_ds.checkpoint.partition import owned, shapes_of
 from internvl_ds.comm import rank, world_size
 from internvl_ds.engine import engine_of
 from internvl_ds.errors import CheckpointError, CheckpointMismatch
-from internvl_ds.persistent import gather_persistent
+from internvl_ds.masters import master_weights, partitioning, push_masters
 
 FILE_PATTERN = 'ema_rank_*.safetensors'
 
@@ -152,6 +154,30 @@ class ShardedEma:
         self.decay = float(saved['decay'])
         self.num_updates = int(saved['num_updates'])
 
+    @torch.no_grad()
+    def load_whole(self, weights: Mapping[str, Flat], where: str) -> None:
+        """Takes this rank's part of averaged weights, whatever layout they come from.
+
+        Args:
+            weights: name -> tensor, of every trained parameter and buffer at least.
+            where: the checkpoint's path, for errors.
+
+        Raises:
+            CheckpointMismatch: for weights of another model; before anything is changed.
+        """
+        layout, own = partitioning(self.engine)
+        shapes = {**shapes_of(layout), **{n: tuple(b.shape) for n, b in self._buffers.items()}}
+        wrong = [n for n, s in shapes.items() if n not in weights or tuple(weights[n].shape) != s]
+        if wrong:
+            raise CheckpointMismatch(
+                f'{where}: its EMA is of another model: {len(wrong)} of {len(shapes)} tensors are '
+                f'not in it or have another shape, {wrong[:5]} among them'
+            )
+        for shard, runs in zip(self._shards.values(), owned(layout, own), strict=True):
+            fill(shard, runs, weights)
+        for name, buffer in self._buffers.items():
+            buffer.copy_(weights[name].whole())
+
     def _unpadded(self, shards: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Views without the alignment padding, in the layout in which DeepSpeed saves masters."""
         if self.engine.zero_optimization_stage() in (1, 2):
@@ -165,26 +191,7 @@ class ShardedEma:
             _swap(self._shards[name], master)
         for name, buffer in self.engine.module.named_buffers():
             _swap(self._buffers[name], buffer)
-        _push_masters(self.engine)
-
-
-def master_weights(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
-    """The fp32 weights that this rank owns, by parameter name or by group."""
-    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
-    if stage == 3:
-        groups = optimizer.fp32_partitioned_groups_flat
-    elif stage:
-        groups = optimizer.single_partition_of_fp32_groups
-    elif hasattr(optimizer, 'fp32_groups'):
-        names = {id(p): n for n, p in engine.module.named_parameters()}
-        return {
-            names[id(p)]: master
-            for lows, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
-            for p, master in zip(lows, masters, strict=True)
-        }
-    else:
-        return {n: p for n, p in engine.module.named_parameters() if p.requires_grad}
-    return {f'{i:04d}': group for i, group in enumerate(groups)}
+        push_masters(self.engine)
 
 
 def _swap(a: torch.Tensor, b: torch.Tensor) -> None:
@@ -193,50 +200,38 @@ def _swap(a: torch.Tensor, b: torch.Tensor) -> None:
     b.data.copy_(kept)
 
 
-def _push_masters(engine: DeepSpeedEngine) -> None:
-    """Makes the module compute with the present fp32 masters, as after a step. A collective."""
-    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
-    if stage == 3:
-        optimizer.checkpoint_event_prologue()  # frees the whole copies of persistent parameters
-        for i, (low, master) in enumerate(
-            zip(
-                optimizer.fp16_partitioned_groups_flat,
-                optimizer.fp32_partitioned_groups_flat,
-                strict=True,
-            )
-        ):
-            low.data.copy_(master.data)
-            optimizer._unflatten_partitioned_parameters(i)
-        gather_persistent(optimizer)
-    elif stage:
-        optimizer.update_lp_params()
-    elif hasattr(optimizer, 'fp32_groups'):
-        for lows, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
-            for low, master in zip(lows, masters, strict=True):
-                low.data.copy_(master.data)
-
-
 def has_ema(tag: Path) -> bool:
     """Whether a tag holds a sharded average."""
     return any(tag.glob(FILE_PATTERN))
 
 
-def read_ema_shards(tag: Path) -> list[dict[str, torch.Tensor]]:
-    """Each rank's tensors as written, keys ``shard/...`` and ``buffer/...``, in rank order.
+def read_ema_header(tag: Path) -> dict[str, str]:
+    """decay, num_updates, zero_stage and world_size of a tag's sharded average.
 
     Raises:
-        CheckpointError: when a rank's file is missing.
+        CheckpointError: when it cannot be read.
     """
     with _open(tag / 'ema_rank_0.safetensors') as file:
-        ranks = int(file.metadata()['world_size'])
-    shards = []
-    for r in range(ranks):
-        path = tag / f'ema_rank_{r}.safetensors'
-        if not path.is_file():
-            raise CheckpointError(f'{path}: missing; the EMA was saved by {ranks} ranks')
-        with _open(path) as file:
-            shards.append({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    return shards
+        return file.metadata()
+
+
+def read_ema_tensor(tag: Path, rank: int, name: str) -> torch.Tensor:
+    """One tensor of one rank's part, ``shard/...`` or ``buffer/...``.
+
+    Raises:
+        CheckpointError: when the rank's file or the tensor is missing.
+    """
+    path = tag / f'ema_rank_{rank}.safetensors'
+    with _open(path) as file:
+        if name not in file.keys():  # noqa: SIM118
+            raise CheckpointError(f'{path}: has no {name}')
+        return file.get_tensor(name)
+
+
+def ema_tensor_names(tag: Path) -> list[str]:
+    """The names of the tensors in the first rank's part, in order."""
+    with _open(tag / 'ema_rank_0.safetensors') as file:
+        return sorted(file.keys())
 
 
 @contextmanager

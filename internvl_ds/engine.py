@@ -21,7 +21,7 @@ from internvl_ds.comm import init_distributed, rank, world_size
 from internvl_ds.config import get_option
 from internvl_ds.errors import ConfigError, EngineNotFound
 from internvl_ds.files import write_text
-from internvl_ds.param_groups import merge_param_groups, remap_scheduler
+from internvl_ds.param_groups import MergedGroups, merge_param_groups, remap_scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +31,7 @@ class _Registration:
     """What this package knows of an engine beside what the engine knows itself."""
 
     lr_scheduler: Any = None
+    merged: MergedGroups | None = None
 
 
 # Engine, module and optimizer objects -> their engine. Weak on both sides: nothing is kept alive.
@@ -85,7 +86,8 @@ def initialize(
     if optimizer is not None:
         before = len(optimizer.param_groups)
         names = {p: name for name, p in model.named_parameters()}
-        origins = merge_param_groups(optimizer, names)
+        merged = merge_param_groups(optimizer, names)
+        origins = merged.origins
         if lr_scheduler is not None:
             remap_scheduler(lr_scheduler, origins, before)
         elif origins != list(range(before)) and _has_scheduler(optimizer):
@@ -101,6 +103,8 @@ def initialize(
         config=resolved,
     )
     register(engine, lr_scheduler=lr_scheduler)
+    if optimizer is not None:
+        _registrations[engine].merged = merged
     output = get_option(config, 'OUTPUT', '')
     training = optimizer is not None or 'optimizer' in resolved
     if output and training and rank() == 0:
@@ -169,14 +173,43 @@ def find_engine(part: Any) -> DeepSpeedEngine | None:
 
 def step_scheduler(engine: DeepSpeedEngine) -> None:
     """Moves the engine's registered scheduler to the number of updates applied so far."""
-    registration = _registrations.get(engine)
-    scheduler = registration.lr_scheduler if registration else None
+    scheduler = scheduler_of(engine)
     if scheduler is None:
         return
     if hasattr(scheduler, 'step_update'):
         scheduler.step_update(engine.global_steps - engine.skipped_steps)
     else:
         scheduler.step()
+
+
+def client_groups(engine: DeepSpeedEngine) -> MergedGroups:
+    """The parameter groups as the client built them, before `initialize` merged equal ones.
+
+    For an engine of plain ``deepspeed.initialize`` they are those that it has.
+    """
+    registration = _registrations.get(engine)
+    if registration and registration.merged:
+        return registration.merged
+    optimizer = engine.optimizer
+    if engine.zero_optimization_stage() == 3:
+        # a group may be several sub-groups
+        lists: list[Any] = [[] for _ in optimizer.param_groups]
+        for index, parameters in enumerate(optimizer.fp16_groups):
+            lists[optimizer.sub_group_to_group_id[index]] += parameters
+    elif hasattr(optimizer, 'bit16_groups'):
+        lists = optimizer.bit16_groups
+    elif hasattr(optimizer, 'fp16_groups'):
+        lists = optimizer.fp16_groups
+    else:
+        lists = [group['params'] for group in optimizer.param_groups]
+    names = [[engine.param_names[p] for p in parameters] for parameters in lists]
+    return MergedGroups(names, list(range(len(names))), list(range(len(names))))
+
+
+def scheduler_of(engine: DeepSpeedEngine) -> Any:
+    """The scheduler that the engine steps; None without one."""
+    registration = _registrations.get(engine)
+    return registration.lr_scheduler if registration else None
 
 
 def _refuse_unsupported(ds_config: Mapping[str, Any]) -> None:

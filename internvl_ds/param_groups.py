@@ -7,7 +7,7 @@ hundreds of groups are slow. Merging changes no tensor's lr or weight decay.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,10 +15,24 @@ import torch
 _MEMBERSHIP = frozenset({'params', 'param_names', 'names', 'name'})
 
 # Lists with one entry per parameter group: timm's schedulers keep the first two, torch's the rest.
-_PER_GROUP_LISTS = ('base_values', 'warmup_steps', 'base_lrs', 'lr_lambdas', '_last_lr')
+PER_GROUP_LISTS = frozenset({'base_values', 'warmup_steps', 'base_lrs', 'lr_lambdas', '_last_lr'})
 
 
-def merge_param_groups(optimizer: torch.optim.Optimizer, names: Mapping[Any, str]) -> list[int]:
+class MergedGroups(NamedTuple):
+    """What became of the client's parameter groups.
+
+    Attributes:
+        names: of the parameters of each group as the client built it.
+        origins: for each group that there is now, the index of the client's whose settings it has.
+        became: for each of the client's groups, which group it is in now; 0 for an empty one.
+    """
+
+    names: list[list[str]]
+    origins: list[int]
+    became: list[int]
+
+
+def merge_param_groups(optimizer: torch.optim.Optimizer, names: Mapping[Any, str]) -> MergedGroups:
     """Merges the optimizer's groups of equal settings, in place, and drops empty ones.
 
     Two groups are equal when every entry but their tensors and names is: lr, weight_decay, betas,
@@ -29,22 +43,26 @@ def merge_param_groups(optimizer: torch.optim.Optimizer, names: Mapping[Any, str
         names: the name of each parameter of the model; kept in the group as ``param_names``.
 
     Returns:
-        For each group that remains, the index of the old group whose settings it has.
+        The groups as they were, and which is now which.
     """
     merged: dict[tuple, dict[str, Any]] = {}
     origins: list[int] = []
+    became: list[int] = []
+    before = [[names.get(p, '') for p in group['params']] for group in optimizer.param_groups]
     for index, group in enumerate(optimizer.param_groups):
         if not group['params']:
+            became.append(0)
             continue
         key = tuple(sorted((k, _exact(v)) for k, v in group.items() if k not in _MEMBERSHIP))
         if key not in merged:
             merged[key] = {k: v for k, v in group.items() if k not in _MEMBERSHIP}
             merged[key].update(params=[], param_names=[])
             origins.append(index)
+        became.append(list(merged).index(key))
         merged[key]['params'] += group['params']
-        merged[key]['param_names'] += [names.get(p, '') for p in group['params']]
+        merged[key]['param_names'] += before[index]
     optimizer.param_groups[:] = merged.values()
-    return origins
+    return MergedGroups(before, origins, became)
 
 
 def remap_scheduler(lr_scheduler: Any, origins: list[int], groups_before: int) -> None:
@@ -52,10 +70,10 @@ def remap_scheduler(lr_scheduler: Any, origins: list[int], groups_before: int) -
 
     Args:
         lr_scheduler: one of timm's or torch's, which keep lists with one entry per group.
-        origins: what `merge_param_groups` returned.
+        origins: as in `MergedGroups`.
         groups_before: how many groups there were when the scheduler was built.
     """
-    for name in _PER_GROUP_LISTS:
+    for name in PER_GROUP_LISTS:
         values = getattr(lr_scheduler, name, None)
         if isinstance(values, list) and len(values) == groups_before:
             setattr(lr_scheduler, name, [values[i] for i in origins])

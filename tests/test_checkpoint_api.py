@@ -116,22 +116,18 @@ def test_what_cannot_be_loaded_says_why(tmp_path):
         assert 'has ckpt_epoch_0' in messages['missing']
         assert messages['empty'].startswith('CheckpointNotFound: MODEL.RESUME is empty')
         assert 'nowhere: no such checkpoint' in messages['no directory']
-        assert 'resumes training from tag directories only' in messages['pth']
-        assert 'ZeRO stage 2, and this run has 1' in messages['stage']
-        assert 'precision fp32, and this run has bf16' in messages['precision']
+        assert 'saving.py: cannot be read' in messages['pth']
         assert messages['model'].startswith('CheckpointMismatch')
         assert '0.weight' in messages['model']
         assert 'stem.weight' in messages['model']
         assert messages['no engine'].startswith('EngineNotFound')
         assert 'it can be a ShardedEma or timm' in messages['ema type']
-        assert 'this one holds a whole EMA' in messages['whole ema']
-        assert 'was saved at ZeRO stage 1 on 2 ranks' in messages['other ema']
         assert 'use internvl_ds.ema.ShardedEma(engine, decay)' in messages['partitioned ema']
-        for stage in (0, 2):
-            assert messages[f'groups {stage}'].startswith('CheckpointMismatch')
-            assert 'has 2 parameter groups with' in messages[f'groups {stage}']
-            assert 'this run has 1 with' in messages[f'groups {stage}']
-        assert messages['untouched'] == messages['unchanged'] == 'no error'
+        # another layout, and other parameter groups, are loaded
+        loaded = ['stage', 'touched', 'whole ema', 'other ema', 'ema loaded']
+        loaded += [f'{what} {stage}' for what in ('groups', 'group state') for stage in (0, 2)]
+        assert {name: messages[name] for name in loaded} == dict.fromkeys(loaded, 'no error')
+        assert messages['decay 0'] == messages['decay 2'] == '[0.01]'  # the running group's own
 
 
 @pytest.mark.ranks

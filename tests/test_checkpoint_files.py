@@ -80,12 +80,6 @@ def test_what_is_no_state_dict_is_named(tmp_path):
         _load(tmp_path / 'broken.pth')
 
 
-def test_training_does_not_resume_from_a_file_yet(original):
-    config = make_config(MODEL__RESUME=str(original[0]))
-    with pytest.raises(CheckpointError, match='resumes training from tag directories only'):
-        load_checkpoint(config, make_model(), None, None, None, logger)
-
-
 def test_of_an_output_directory_of_the_originals_the_newest_file_is_taken(original):
     path, saved, _ = original
     accuracy, model = _load(path.parent)

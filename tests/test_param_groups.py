@@ -24,8 +24,10 @@ def test_groups_of_equal_settings_are_merged_and_names_kept():
             {'params': [d], 'lr': 0.1, 'weight_decay': 0.05, 'name': 'd'},
         ]
     )
-    origins = merge_param_groups(optimizer, {a: 'a', b: 'b', c: 'c', d: 'd'})
-    assert origins == [0, 1, 4]
+    merged = merge_param_groups(optimizer, {a: 'a', b: 'b', c: 'c', d: 'd'})
+    assert merged.names == [['a'], ['b'], [], ['c'], ['d']]
+    assert merged.origins == [0, 1, 4]
+    assert merged.became == [0, 1, 0, 0, 2]
     got = [(g['param_names'], g['lr'], g['weight_decay']) for g in optimizer.param_groups]
     assert got == [(['a', 'c'], 0.1, 0.0), (['b'], 0.2, 0.0), (['d'], 0.1, 0.05)]
     assert optimizer.param_groups[0]['params'][1] is c
@@ -39,7 +41,7 @@ def test_groups_that_share_an_lr_during_warm_up_only_are_not_merged():
         optimizer, t_initial=10, warmup_t=2, warmup_lr_init=0.01, t_in_epochs=False
     )
     assert optimizer.param_groups[0]['lr'] == optimizer.param_groups[1]['lr']
-    origins = merge_param_groups(optimizer, {})
+    origins = merge_param_groups(optimizer, {}).origins
     remap_scheduler(scheduler, origins, 2)
     scheduler.step_update(2)
     assert [g['lr'] for g in optimizer.param_groups] == pytest.approx(
@@ -53,7 +55,7 @@ def test_the_scheduler_follows_an_empty_group_that_went():
         [{'params': [a], 'lr': 0.1}, {'params': [], 'lr': 0.7}, {'params': [b], 'lr': 0.2}]
     )
     scheduler = CosineLRScheduler(optimizer, t_initial=10, warmup_t=2, t_in_epochs=False)
-    origins = merge_param_groups(optimizer, {})
+    origins = merge_param_groups(optimizer, {}).origins
     remap_scheduler(scheduler, origins, 3)
     assert scheduler.base_values == [0.1, 0.2]
     assert scheduler.warmup_steps == [0.05, 0.1]
@@ -65,7 +67,7 @@ def test_torch_schedulers_follow_too():
         [{'params': [p], 'lr': lr} for p, lr in zip(tensors, (0.1, 0.1, 0.2, 0.2), strict=True)]
     )
     halve = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
-    origins = merge_param_groups(optimizer, {})
+    origins = merge_param_groups(optimizer, {}).origins
     remap_scheduler(halve, origins, 4)
     optimizer.step()
     halve.step()
@@ -78,7 +80,7 @@ def test_tensor_lrs_that_only_print_alike_are_not_merged():
     lrs = torch.tensor([0.12341, 0.12344])
     assert repr(lrs[0]) == repr(lrs[1])
     optimizer = torch.optim.SGD([{'params': [a], 'lr': lrs[0]}, {'params': [b], 'lr': lrs[1]}])
-    assert merge_param_groups(optimizer, {}) == [0, 1]
+    assert merge_param_groups(optimizer, {}).origins == [0, 1]
 
 
 @pytest.mark.ranks

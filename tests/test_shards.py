@@ -69,14 +69,33 @@ def test_runs_of_stages_1_and_2_are_put_together_with_their_gaps(tmp_path):
     gap = torch.full((3,), -1.0)
     halves = [torch.cat([A.flatten(), gap]).split(9), (B[:4], B[4:])]
     for rank in range(2):
-        state = {'param_alignment_paddings': [[3], [0]]}
+        state = {
+            'single_partition_of_fp32_groups': [group[rank] for group in halves],
+            'group_paddings': [0, rank],
+            'param_alignment_paddings': [[3], [0]],
+            'base_optimizer_state': {
+                'state': {
+                    0: {'step': torch.tensor(4.0), 'exp_avg': -halves[0][rank]},
+                    1: {'step': torch.tensor(4.0), 'exp_avg': -halves[1][rank]},
+                },
+                'param_groups': [{'params': [0], 'lr': 0.1}, {'params': [1], 'lr': 0.2}],
+            },
+        }
         torch.save(
             {'optimizer_state_dict': state},
             tmp_path / f'zero_pp_rank_{rank}_mp_rank_00_optim_states.pt',
         )
-    merged = TagShards(tmp_path).merge([[group[rank] for group in halves] for rank in range(2)])
-    assert torch.equal(merged['a'], A)
-    assert torch.equal(merged['b'], B)
+    shards = TagShards(tmp_path)
+    state = shards.named_state()
+    for name, whole in (('a', A), ('b', B)):
+        assert torch.equal(state.masters[name].whole(), whole)
+        assert torch.equal(state.moments[name]['exp_avg'].whole(), -whole)
+        assert state.steps[name] == {'step': 4.0}
+    assert [group['lr'] for group in shards.settings()] == [0.1, 0.2]
+    # an end that a rank's cut goes through, without the rest
+    target = torch.empty(3)
+    state.masters['a'].copy_to(target, 7)
+    assert target.tolist() == A.flatten()[7:10].tolist()
 
 
 def test_ten_ranks_are_taken_in_the_order_of_their_numbers(tmp_path):
@@ -99,7 +118,7 @@ def test_sizes_that_do_not_add_up_are_an_error(tmp_path):
     state = torch.load(path)
     state['optimizer_state_dict']['fp32_flat_groups'][1] = torch.zeros(2)
     torch.save(state, path)
-    with pytest.raises(CheckpointError, match='need 12 elements of each rank'):
+    with pytest.raises(CheckpointError, match='the shard has 2'):
         TagShards(tmp_path).weights()
 
 

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from internvl_ds.checkpoint.layout import same_groups
+from internvl_ds.checkpoint.named import Flat
 from internvl_ds.checkpoint.restore import load_weights
 from internvl_ds.checkpoint.shards import TagShards
-from internvl_ds.comm import rank
-from internvl_ds.ema import EmaFile, ShardedEma, has_ema, read_ema_shards
+from internvl_ds.comm import rank, world_size
+from internvl_ds.ema import (
+    EmaFile,
+    ShardedEma,
+    ema_tensor_names,
+    has_ema,
+    read_ema_header,
+    read_ema_tensor,
+)
 from internvl_ds.errors import CheckpointError
 from internvl_ds.pretrained.sources import open_source
 
@@ -54,42 +64,72 @@ def _ema_module(model_ema: Any) -> nn.Module:
     )
 
 
-def read_whole_ema(path: Path) -> dict[str, torch.Tensor]:
-    """Name -> averaged tensor, from either kind of EMA that a tag can hold."""
+def ema_flats(path: Path) -> dict[str, Flat]:
+    """Name -> averaged tensor, from either kind of EMA that a tag can hold; nothing is read yet.
+
+    Raises:
+        CheckpointError: when a file is missing or cannot be read.
+    """
     if (path / _WHOLE_EMA_FILE).is_file():
-        return dict(open_source(str(path / _WHOLE_EMA_FILE)))
-    tag, shards = TagShards(path), read_ema_shards(path)
-    flats = [
-        {n.removeprefix('shard/'): t for n, t in shard.items() if n.startswith('shard/')}
-        for shard in shards
-    ]
+        whole = open_source(str(path / _WHOLE_EMA_FILE))
+        return {name: Flat.of(f'{path}: {name}', t) for name, t in whole.items()}
+    tag, names = TagShards(path), ema_tensor_names(path)
+    shards = [n for n in names if n.startswith('shard/')]
     if tag.zero_stage:
-        averaged = tag.merge([[flat[n] for n in sorted(flat)] for flat in flats])
+        read = functools.cache(lambda r, g: read_ema_tensor(path, r, shards[g]).reshape(-1))
+        averaged = tag.flats(read)
     else:
-        averaged = flats[0]
-    buffers = {n.removeprefix('buffer/'): t for n, t in shards[0].items() if 'buffer/' in n}
-    weights = {**tag.weights(), **averaged, **buffers}
-    aliases = tag.head.get('shared_params') or {}
-    weights.update({alias: weights[name] for alias, name in dict(aliases).items()})
+        averaged = {
+            n.removeprefix('shard/'): Flat.of(f'{path}: {n}', read_ema_tensor(path, 0, n))
+            for n in shards
+        }
+    weights = tag.named_weights()
+    weights.update(averaged)
+    weights.update(
+        (n.removeprefix('buffer/'), Flat.of(f'{path}: {n}', read_ema_tensor(path, 0, n)))
+        for n in names
+        if n.startswith('buffer/')
+    )
+    weights.update({alias: weights[name] for alias, name in tag.aliases().items()})
     return {name: weights[name] for name in tag.shapes()}
 
 
+def read_whole_ema(path: Path) -> dict[str, torch.Tensor]:
+    """Name -> averaged tensor, from either kind of EMA that a tag can hold."""
+    return {name: flat.whole() for name, flat in ema_flats(path).items()}
+
+
 def load_whole_ema(model_ema: Any, weights: Any, where: str) -> None:
-    """Copies averaged weights by name into timm's ModelEma, V2 or V3.
+    """Copies whole averaged weights by name into any kind of average.
 
     Raises:
         CheckpointMismatch: for weights of another model.
-        CheckpointError: for a `ShardedEma`, which this version restores from its shards only.
     """
+    stripped = {name.removeprefix('module.'): t for name, t in weights.items()}
     if isinstance(model_ema, ShardedEma):
-        raise CheckpointError(
-            f'{where}: this version restores a sharded EMA from tags that hold one; this one holds '
-            'a whole EMA'
-        )
+        flats = {name: Flat.of(f'{where}: {name}', t) for name, t in stripped.items()}
+        model_ema.load_whole(flats, where)
+        return
     module = _ema_module(model_ema)
     wrapped = all(name.startswith('module.') for name in module.state_dict())
-    stripped = {name.removeprefix('module.'): t for name, t in weights.items()}
     load_weights(module, {f'module.{n}' if wrapped else n: t for n, t in stripped.items()}, where)
+
+
+def ema_fits_directly(model_ema: ShardedEma, path: Path) -> bool:
+    """Whether a tag's sharded average was cut as this one is."""
+    saved, engine = read_ema_header(path), model_ema.engine
+    running = (engine.zero_optimization_stage(), world_size())
+    return (int(saved['zero_stage']), int(saved['world_size'])) == running and same_groups(
+        engine, TagShards(path)
+    )
+
+
+def load_other_ema(model_ema: ShardedEma, path: Path) -> None:
+    """Takes this rank's part of an average that was cut in another way."""
+    model_ema.load_whole(ema_flats(path), str(path))
+    if has_ema(path):
+        header = read_ema_header(path)
+        model_ema.decay, model_ema.num_updates = float(header['decay']), int(header['num_updates'])
 
 
 def holds_ema(tag: Path) -> bool:

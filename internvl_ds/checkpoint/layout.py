@@ -2,61 +2,51 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import NamedTuple
 
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from internvl_ds import ds_config as ds
-from internvl_ds.checkpoint.restore import model_shapes, require_same_model
+from internvl_ds.checkpoint.lookup import read_header
+from internvl_ds.checkpoint.partition import describe
 from internvl_ds.checkpoint.shards import TagShards
 from internvl_ds.comm import world_size
-from internvl_ds.config import default_config
-from internvl_ds.errors import CheckpointMismatch
+from internvl_ds.ds_config import precision_of
 
 
-def require_same_layout(engine: DeepSpeedEngine, shards: TagShards) -> None:
-    """Refuses a tag of another model, ZeRO stage, world size, precision or set of groups.
+class TagLayout(NamedTuple):
+    """How a training state is cut up and in what precision it trains."""
+
+    zero_stage: int
+    ranks: int
+    precision: str
+
+    def __str__(self) -> str:
+        return describe(*self)
+
+
+def layout_of_tag(tag: Path) -> TagLayout:
+    """The layout that a tag was saved with, from its manifest, or its shards without one.
 
     Raises:
-        CheckpointMismatch: names the tag, and both sides of what differs.
+        CheckpointError: when that cannot be read.
     """
-    path = shards.tag
-    require_same_model(shards.shapes(), model_shapes(engine.module), str(path))
-    saved = {
-        'ZeRO stage': shards.zero_stage,
-        'world size': shards.world_size,
-        'precision': precision_of(shards.head.get('ds_config') or {}),
-    }
-    running = {
-        'ZeRO stage': engine.zero_optimization_stage(),
-        'world size': world_size(),
-        'precision': precision_of(engine.config),
-    }
-    differing = [
-        f'{k} {saved[k]}, and this run has {running[k]}' for k in saved if saved[k] != running[k]
-    ]
-    if differing:
-        raise CheckpointMismatch(
-            f'{path}: saved with {"; ".join(differing)}. This version resumes training into the '
-            'same layout only; EVAL_MODE loads the weights into any.'
-        )
-    groups, now = shards.groups(), _groups_of(engine)
-    if not _same_groups(groups, now):
-        raise CheckpointMismatch(
-            f'{path}: its optimizer has {len(groups)} parameter groups with '
-            f'{[len(g) for g in groups]} tensors, and this run has {len(now)} with '
-            f'{[len(g) for g in now]}: weight decay, layer decay or frozen layers changed'
-        )
+    header = read_header(tag)
+    if header is not None:
+        return TagLayout(header.zero_stage, header.world_size, header.precision)
+    shards = TagShards(tag)
+    return TagLayout(shards.zero_stage, shards.world_size, precision_of(shards.ds_config))
 
 
-def _groups_of(engine: DeepSpeedEngine) -> list[list[str]]:
-    if engine.zero_optimization_stage():
-        return [list(group) for group in engine._get_zero_param_shapes()]
-    groups = engine.optimizer.param_groups
-    return [group.get('param_names') or [''] * len(group['params']) for group in groups]
+def layout_of_engine(engine: DeepSpeedEngine) -> TagLayout:
+    """The layout that an engine would save with."""
+    stage = engine.zero_optimization_stage()
+    return TagLayout(int(stage), world_size(), precision_of(engine.config))
 
 
-def _same_groups(saved: list[list[str]], running: list[list[str]]) -> bool:
+def same_groups(engine: DeepSpeedEngine, shards: TagShards) -> bool:
+    """Whether the parameter groups of a tag are those of an engine, and in its order."""
+    saved, running = shards.groups(), _groups_of(engine)
     if [len(group) for group in saved] != [len(group) for group in running]:
         return False
     return all(
@@ -66,10 +56,8 @@ def _same_groups(saved: list[list[str]], running: list[list[str]]) -> bool:
     )
 
 
-def precision_of(ds_config: Any) -> str:
-    """The precision that a ds_config trains in, where what it leaves out is off."""
-    tree = ds_config if isinstance(ds_config, dict) else {}
-    return ds.precision(
-        {**{b: {'enabled': False} for b in ('fp16', 'bf16', 'torch_autocast')}, **tree},
-        default_config(),
-    )
+def _groups_of(engine: DeepSpeedEngine) -> list[list[str]]:
+    if engine.zero_optimization_stage():
+        return [list(group) for group in engine._get_zero_param_shapes()]
+    groups = engine.optimizer.param_groups
+    return [group.get('param_names') or [''] * len(group['params']) for group in groups]

@@ -3,34 +3,43 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from yacs.config import CfgNode
 
 from internvl_ds.checkpoint import background, lookup, store
-from internvl_ds.checkpoint.averages import holds_ema, load_whole_ema, read_whole_ema
-from internvl_ds.checkpoint.layout import require_same_layout
+from internvl_ds.checkpoint.averages import (
+    ema_fits_directly,
+    holds_ema,
+    load_other_ema,
+    load_whole_ema,
+    read_whole_ema,
+)
+from internvl_ds.checkpoint.layout import layout_of_engine, layout_of_tag, same_groups
 from internvl_ds.checkpoint.manifest import STATE_FILE, Manifest, file_rank
-from internvl_ds.checkpoint.restore import load_weights
+from internvl_ds.checkpoint.original import weights_of_file
+from internvl_ds.checkpoint.restore import load_weights, model_shapes, require_same_model
+from internvl_ds.checkpoint.resume import (
+    load_other_layout,
+    load_same_layout,
+    open_file,
+    train_from_file,
+)
+from internvl_ds.checkpoint.schedule import restore_schedule
 from internvl_ds.checkpoint.shards import TagShards
 from internvl_ds.checkpoint.state import read_state
 from internvl_ds.checkpoint.verify import damage, share_of
-from internvl_ds.checkpoint.writer import install_writer
 from internvl_ds.comm import agree, exchange, from_rank_0, rank, world_size
 from internvl_ds.config import checkpoint_option, default_config, get_option
 from internvl_ds.ema import ShardedEma, has_ema
 from internvl_ds.engine import engine_of, find_engine
 from internvl_ds.errors import (
     CheckpointError,
-    CheckpointMismatch,
     CheckpointNotFound,
-    PretrainedError,
 )
-from internvl_ds.persistent import gathered_together
 from internvl_ds.pretrained.sources import open_source
 
 _log = logging.getLogger(__name__)
@@ -79,7 +88,10 @@ def load_checkpoint(
     path = _resolve(resume, logger, timeout, io_timeout)
     eval_mode = get_option(config, 'EVAL_MODE', False)
     if path is None or path.is_file():
-        return _load_file(config, str(path or resume), model, logger)
+        where = str(path or resume)
+        if eval_mode:
+            return _evaluate_file(where, model, logger)
+        return train_from_file(config, where, model, lr_scheduler, scaler, logger)
     if eval_mode:
         _verify(path, _share_of_weights, io_timeout, logger)
         state = agree('read state', lambda: _state_of(path), timeout, CheckpointError)
@@ -89,13 +101,16 @@ def load_checkpoint(
         load_weights(find_engine(model) or model, weights, str(path))
     else:
         engine = engine_of(model)
-        _verify(path, _own_shards, io_timeout, logger)
+        direct = _fits_directly(engine, path, timeout, io_timeout, logger)
         shards = agree('find shards', lambda: TagShards(path), timeout, CheckpointError)
-        from_rank_0('check layout', lambda: require_same_layout(engine, shards), timeout)
         state = agree('read state', lambda: _state_of(path), timeout, CheckpointError)
-        client_state = _load_training_state(engine, shards, io_timeout, logger)
-        state = {**client_state, **state}
-        _restore_schedule(config, state, lr_scheduler, scaler, path, logger)
+        if direct:
+            state = {**load_same_layout(engine, shards, io_timeout, logger), **state}
+            restore_schedule(config, state, lr_scheduler, scaler, path, logger)
+        else:
+            load_other_layout(
+                config, engine, shards, state, lr_scheduler, scaler, io_timeout, logger
+            )
     logger.info('=> loaded successfully %s (epoch %s)', path, state.get('epoch', 'unknown'))
     return float(state.get('max_accuracy') or 0.0)
 
@@ -105,8 +120,8 @@ def load_ema_checkpoint(config: CfgNode, model_ema: Any, logger: logging.Logger)
 
     Args:
         config: MODEL.RESUME as in `load_checkpoint`.
-        model_ema: a `ShardedEma` (same world size and stage as saved), or timm's ModelEma,
-            ModelEmaV2 or ModelEmaV3 (any). Its ``decay`` is set where the checkpoint has one.
+        model_ema: a `ShardedEma`, or timm's ModelEma, ModelEmaV2 or ModelEmaV3; saved by any kind
+            and layout. Its ``decay`` is set where the checkpoint has one.
         logger: warned when the checkpoint has no EMA; the average is then left as it is.
 
     Returns:
@@ -129,14 +144,9 @@ def load_ema_checkpoint(config: CfgNode, model_ema: Any, logger: logging.Logger)
             load_whole_ema(model_ema, weights, resume)
     else:
         weights = None
-        if isinstance(model_ema, ShardedEma) and has_ema(path):
-            _verify(path, _own_ema, io_timeout, logger)
-            agree('read EMA', lambda: model_ema.load_shard(path), io_timeout, CheckpointError)
+        if holds_ema(path):
             weights = {}
-        elif holds_ema(path):
-            _verify(path, _share_of_ema, io_timeout, logger)
-            weights = agree('read EMA', lambda: read_whole_ema(path), io_timeout, CheckpointError)
-            load_whole_ema(model_ema, weights, str(path))
+            _load_ema_of_tag(model_ema, path, timeout, io_timeout, logger)
         state = agree('read state', lambda: _state_of(path), timeout, CheckpointError)
     if weights is None:
         logger.warning('%s has no EMA: starting from the loaded weights', resume)
@@ -145,6 +155,27 @@ def load_ema_checkpoint(config: CfgNode, model_ema: Any, logger: logging.Logger)
     if state.get('ema_decay') is not None:
         model_ema.decay = state['ema_decay']
     return float(state.get('max_accuracy_ema') or 0.0)
+
+
+def _load_ema_of_tag(
+    model_ema: Any, path: Path, timeout: float, io_timeout: float, logger: logging.Logger
+) -> None:
+    """Reads what this rank needs of it. A meeting of all ranks."""
+    sharded = isinstance(model_ema, ShardedEma)
+
+    def fits() -> bool:
+        return sharded and has_ema(path) and ema_fits_directly(model_ema, path)
+
+    if from_rank_0('compare EMA', fits, timeout):
+        _verify(path, _own_ema, io_timeout, logger)
+        agree('read EMA', lambda: model_ema.load_shard(path), io_timeout, CheckpointError)
+        return
+    _verify(path, _share_of_ema, io_timeout, logger)
+    if sharded:
+        agree('read EMA', lambda: load_other_ema(model_ema, path), io_timeout, CheckpointError)
+        return
+    weights = agree('read EMA', lambda: read_whole_ema(path), io_timeout, CheckpointError)
+    load_whole_ema(model_ema, weights, str(path))
 
 
 def auto_resume_helper(output_dir: str) -> str | None:
@@ -268,6 +299,12 @@ def _own_ema(manifest: Manifest) -> list[str]:
     return [STATE_FILE, *(n for n in files if file_rank(n) in (0, rank()))]
 
 
+def _share_of_shards(manifest: Manifest) -> list[str]:
+    """Of all that any rank may read, the part that this one verifies for all."""
+    names = [n for n in manifest.files if n.endswith('_states.pt') or n == STATE_FILE]
+    return share_of(names, rank(), world_size())
+
+
 def _share_of_weights(manifest: Manifest) -> list[str]:
     """Of what `TagShards.weights` reads on every rank, the part that this one verifies for all."""
     ending = '_states.pt' if manifest.header.zero_stage == 3 else '_model_states.pt'
@@ -286,139 +323,30 @@ def _state_of(path: Path) -> dict[str, Any]:
     return read_state(state) if state.is_file() else {}
 
 
-def _load_file(config: CfgNode, resume: str, model: Any, logger: logging.Logger) -> float:
-    if not get_option(config, 'EVAL_MODE', False):
-        raise CheckpointError(
-            f'{resume}: this version resumes training from tag directories only. Evaluate a .pth '
-            'with EVAL_MODE, or start from its weights with MODEL.PRETRAINED.'
-        )
-    try:
-        checkpoint = open_source(resume)
-    except PretrainedError as error:
-        raise CheckpointError(str(error)) from error
-    found = (checkpoint.get(key) for key in ('model', 'module', 'state_dict'))
-    weights = next((value for value in found if isinstance(value, Mapping)), checkpoint)
-    odd = next((key for key, value in weights.items() if not isinstance(value, torch.Tensor)), None)
-    if odd is not None:
-        raise CheckpointMismatch(
-            f'{resume}: {odd!r} is a {type(weights[odd]).__name__}, not a tensor: no state dict is '
-            "under 'model', 'module' or 'state_dict', nor is the file one"
-        )
+def _evaluate_file(resume: str, model: Any, logger: logging.Logger) -> float:
+    checkpoint = open_file(resume)
+    weights = weights_of_file(checkpoint, resume)
     load_weights(find_engine(model) or model, weights, resume)
     logger.info('=> loaded the weights of %s', resume)
     return float(checkpoint.get('max_accuracy') or 0.0)
 
 
-def _load_training_state(
-    engine: DeepSpeedEngine, shards: TagShards, io_timeout: float, logger: logging.Logger
-) -> dict[str, Any]:
-    writer, path = install_writer(engine), shards.tag
+def _fits_directly(
+    engine: DeepSpeedEngine, path: Path, timeout: float, io_timeout: float, logger: logging.Logger
+) -> bool:
+    """Whether DeepSpeed can load a tag by itself. Verifies what will be read, either way."""
 
-    def open_own_files() -> None:
-        # Before any rank changes state or enters a collective: can this rank read its shards?
-        for files in (shards.model_files, shards.optim_files):
-            if files:
-                writer.open(files[min(rank(), len(files) - 1)], shards)
+    def same_layout() -> bool:
+        return layout_of_tag(path) == layout_of_engine(engine)
 
-    agree('read shards', open_own_files, io_timeout, CheckpointError)
-    state = engine.basic_optimizer.state
-    buffers = {parameter: dict(tensors) for parameter, tensors in state.items()}
+    def groups_fit() -> bool:
+        shards = TagShards(path)
+        require_same_model(shards.shapes(), model_shapes(engine.module), str(path))
+        return same_groups(engine, shards)
 
-    def load() -> dict[str, Any]:
-        try:
-            return read_into_engine()
-        finally:
-            writer.close()
-
-    def read_into_engine() -> dict[str, Any]:
-        with gathered_together(engine):
-            loaded, client_state = engine.load_checkpoint(str(path.parent), tag=path.name)
-        if loaded is None:
-            raise CheckpointError(f'{path}: DeepSpeed found nothing to load in it')
-        _into_buffers(engine.basic_optimizer.state, buffers)
-        return client_state
-
-    running = _hyperparameters(engine)
-    client_state = agree('load shards', load, io_timeout, CheckpointError)
-    # Those of the running configuration hold; the lr is the scheduler's.
-    for group, own, saved in zip(
-        engine.optimizer.param_groups, running, _hyperparameters(engine), strict=True
-    ):
-        group.update(own)
-        changed = {key: (saved.get(key), own[key]) for key in own if saved.get(key) != own[key]}
-        if changed:
-            logger.warning('%s: (saved, now) of the optimizer differ, now holds: %s', path, changed)
-    return client_state
-
-
-@torch.no_grad()
-def _into_buffers(state: Mapping[Any, dict[str, Any]], buffers: Mapping[Any, Any]) -> None:
-    """Copies loaded optimizer state into the memory that held it before, or into memory of its own.
-
-    torch's optimizers take over the tensors that they are given, which here are the file, mapped
-    into memory.
-    """
-    for parameter, tensors in state.items():
-        before = buffers.get(parameter, {})
-        for key, loaded in tensors.items():
-            if not isinstance(loaded, torch.Tensor) or loaded.device.type != 'cpu':
-                continue
-            own = before.get(key)
-            fits = isinstance(own, torch.Tensor) and own.device == loaded.device
-            if fits and (own.shape, own.dtype) == (loaded.shape, loaded.dtype):
-                tensors[key] = own.copy_(loaded)
-            else:
-                tensors[key] = loaded.clone()
-
-
-def _hyperparameters(engine: DeepSpeedEngine) -> list[dict[str, Any]]:
-    """Each group's own settings, such as weight_decay and betas, without its lr."""
-    keys = engine.basic_optimizer.defaults.keys() - {'lr'}
-    return [{k: group[k] for k in keys if k in group} for group in engine.optimizer.param_groups]
-
-
-def _restore_schedule(
-    config: CfgNode,
-    state: dict[str, Any],
-    lr_scheduler: Any,
-    scaler: Any,
-    path: Path,
-    logger: logging.Logger,
-) -> None:
-    if state.get('lr_scheduler') is not None and lr_scheduler is not None:
-        _warn_of_another_schedule(lr_scheduler, state['lr_scheduler'], path, logger)
-        lr_scheduler.load_state_dict(state['lr_scheduler'])
-    elif lr_scheduler is not None:
-        logger.warning('%s has no state of the lr scheduler: it goes on by itself', path)
-    if state.get('scaler') is not None and scaler is not None:
-        scaler.load_state_dict(state['scaler'])
-    if isinstance(state.get('epoch'), int):
-        frozen = config.is_frozen()
-        config.defrost()
-        config.TRAIN.START_EPOCH = state['epoch'] + 1
-        if frozen:
-            config.freeze()
-    else:
-        logger.warning(
-            '%s does not say its epoch: TRAIN.START_EPOCH stays %s', path, config.TRAIN.START_EPOCH
-        )
-
-
-def _warn_of_another_schedule(
-    lr_scheduler: Any, saved: Mapping[str, Any], path: Path, logger: logging.Logger
-) -> None:
-    """A schedule is restored as it was saved, as the original does; say so where it differs."""
-    built = lr_scheduler.state_dict()
-    # torch's schedulers keep their position with their settings; timm's keep none.
-    position = {'last_epoch', '_step_count', '_last_lr', '_get_lr_called_within_step', 'metric'}
-    differing = {
-        key: (saved[key], built[key])
-        for key in saved.keys() & built.keys() - position
-        if saved[key] != built[key]
-    }
-    if differing:
-        logger.warning(
-            '%s: the lr schedule goes on as it was saved; (saved, configured now) differ in %s',
-            path,
-            differing,
-        )
+    if from_rank_0('compare layouts', same_layout, timeout):
+        _verify(path, _own_shards, io_timeout, logger)
+        if from_rank_0('compare groups', groups_fit, timeout):
+            return True
+    _verify(path, _share_of_shards, io_timeout, logger)
+    return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,12 +34,12 @@ def require_same_model(
         return
     parts = []
     if missing:
-        parts.append(f'{len(missing)} keys are not in it: {_few(missing)}')
+        parts.append(f'{len(missing)} keys are not in it: {few(missing)}')
     if unexpected:
-        parts.append(f'{len(unexpected)} keys are not in the model: {_few(unexpected)}')
+        parts.append(f'{len(unexpected)} keys are not in the model: {few(unexpected)}')
     if reshaped:
         shapes = [f'{n} {tuple(saved[n])} -> {tuple(running[n])}' for n in reshaped]
-        parts.append(f'{len(reshaped)} have another shape (checkpoint -> model): {_few(shapes)}')
+        parts.append(f'{len(reshaped)} have another shape (checkpoint -> model): {few(shapes)}')
     raise CheckpointMismatch(f'{where}: made for another model; {"; ".join(parts)}')
 
 
@@ -64,7 +64,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], where: s
     require_same_model(shapes, model_shapes(module), where)
     optimizer: Any = engine.optimizer if engine is not None else None
     if engine is not None and engine.zero_optimization_partition_weights():
-        _release_gathered(optimizer)
+        release_gathered(optimizer)
         for name, target in module.state_dict(keep_vars=True).items():
             if hasattr(target, 'ds_tensor'):
                 _copy_slice(target, weights[name], engine)
@@ -77,7 +77,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], where: s
         optimizer.refresh_fp32_params()
 
 
-def _release_gathered(optimizer: Any) -> None:
+def release_gathered(optimizer: Any) -> None:
     """Stage 3: frees the gathered copies of small parameters, so that only slices are left."""
     # An engine without an optimizer has DeepSpeedZeRoOffload in its place.
     getattr(optimizer, 'parameter_offload', optimizer).partition_all_parameters()
@@ -91,5 +91,6 @@ def _copy_slice(parameter: Any, whole: torch.Tensor, engine: DeepSpeedEngine) ->
     own.data[: piece.numel()].copy_(piece)
 
 
-def _few(names: list[str], most: int = 5) -> str:
-    return ', '.join(names[:most]) + (', ...' if len(names) > most else '')
+def few(values: Sequence[Any], most: int = 5) -> str:
+    """The first few of many, for an error."""
+    return ', '.join(map(str, values[:most])) + (', ...' if len(values) > most else '')

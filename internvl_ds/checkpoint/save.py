@@ -21,7 +21,6 @@ import internvl_ds
 from internvl_ds.checkpoint import background, store
 from internvl_ds.checkpoint.averages import ema_file
 from internvl_ds.checkpoint.hashing import flush_and_hash, write_hashed
-from internvl_ds.checkpoint.layout import precision_of
 from internvl_ds.checkpoint.lookup import file_sizes
 from internvl_ds.checkpoint.manifest import STATE_FILE, FileEntry, Header, Manifest, tag_name
 from internvl_ds.checkpoint.retention import KeepBest, KeepEvery, KeepNewest, Policy
@@ -31,6 +30,7 @@ from internvl_ds.checkpoint.state import state_text
 from internvl_ds.checkpoint.writer import ShardWriter, install_writer
 from internvl_ds.comm import exchange, from_rank_0, gather, rank, world_size
 from internvl_ds.config import checkpoint_option, default_config, get_option
+from internvl_ds.ds_config import precision_of
 from internvl_ds.ema import EmaFile
 from internvl_ds.engine import engine_of
 from internvl_ds.errors import CheckpointError, RankError

@@ -8,17 +8,24 @@ parameters follow each other in its flat fp32 groups.
 
 from __future__ import annotations
 
+import functools
 import itertools
-import math
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from internvl_ds.checkpoint.named import Flat, NamedState
+from internvl_ds.checkpoint.partition import Layout, Runs, Slices, describe, shapes_of
+from internvl_ds.checkpoint.torch_state import State, state_by_order
+from internvl_ds.ds_config import precision_of
 from internvl_ds.errors import CheckpointError
+
+_MASTERS = 'single_partition_of_fp32_groups'
+_COUNTERS = ('global_steps', 'skipped_steps', 'global_samples')
 
 
 def read_shard(path: Path | str, *, mmap: bool = False) -> Any:
@@ -52,6 +59,8 @@ class TagShards:
         model_files = [p for p in tag.glob('*_model_states.pt') if 'expert' not in p.name]
         self.model_files = sorted(model_files, key=_dp_rank)
         self.optim_files = sorted(tag.glob('*_optim_states.pt'), key=_dp_rank)
+        self._optims: dict[int, Mapping[str, Any]] = {}
+        self._models: dict[int, Mapping[str, Any]] = {}
         if not self.model_files:
             raise CheckpointError(f'{tag}: no *_model_states.pt, so it is no DeepSpeed checkpoint')
 
@@ -96,7 +105,7 @@ class TagShards:
             shapes.update({name: tuple(shape) for name, shape in group.items()})
         frozen = self.head.get('frozen_param_shapes') or {}
         shapes.update({name: tuple(shape) for name, shape in frozen.items()})
-        for alias, name in _pairs(self.head.get('shared_params')):
+        for alias, name in self.aliases().items():
             shapes[alias] = shapes[name]
         return shapes
 
@@ -104,9 +113,34 @@ class TagShards:
         """The names of each parameter group's tensors; '' where the tag does not say them."""
         if self.zero_stage:
             return [list(group) for group in self.head['param_shapes'] or []]
-        optimizer = self.head['optimizer'] or {}
-        groups = optimizer.get('optimizer_state_dict', optimizer).get('param_groups', [])
+        groups = self._plain_optimizer().get('param_groups', [])
         return [group.get('param_names') or [''] * len(group['params']) for group in groups]
+
+    @cached_property
+    def layout(self) -> Layout:
+        """How the masters are partitioned, stages 1 to 3.
+
+        Raises:
+            CheckpointError: when a rank's file is missing.
+        """
+        groups = self.head['param_shapes'] or []
+        if self.zero_stage == 3:
+            return Slices(groups, self.world_size)
+        first = self._optim(0)
+        masters, paddings = first[_MASTERS], first.get('group_paddings') or [0] * len(groups)
+        sizes = [part.numel() + pad for part, pad in zip(masters, paddings, strict=True)]
+        return Runs(groups, first.get('param_alignment_paddings'), sizes, self.world_size)
+
+    def flats(self, source: Callable[[int, int], torch.Tensor]) -> dict[str, Flat]:
+        """Parameter -> its elements in flat tensors that are partitioned as the masters are.
+
+        Args:
+            source: (rank, group) -> the flat tensor.
+        """
+        return {
+            name: Flat(f'{self.tag}: {name}', shape, list(self.layout.places(name)), source)
+            for name, shape in shapes_of(self.layout).items()
+        }
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Name -> whole tensor (on the CPU) of every parameter and buffer, for evaluation.
@@ -116,95 +150,172 @@ class TagShards:
         """
         if self.zero_stage < 3:
             return dict(self.head['module'])
-        weights = self.merge(
-            [optim['fp32_flat_groups'] for optim in self._optim_states()], self.head
-        )
-        weights.update(self._frozen())
-        weights.update(self._buffers())
-        for alias, name in _pairs(self.head.get('shared_params')):
-            weights[alias] = weights[name]
+        return {name: flat.whole() for name, flat in self.named_weights().items()}
+
+    def named_weights(self) -> dict[str, Flat]:
+        """As `weights`, with nothing read yet."""
+        if self.zero_stage < 3:
+            return {n: Flat.of(f'{self.tag}: {n}', t) for n, t in self.head['module'].items()}
+        weights = {**self.flats(self._stage_3_master), **self._frozen()}
+        weights.update({n: Flat.of(f'{self.tag}: {n}', t) for n, t in self._buffers().items()})
+        weights.update({alias: weights[name] for alias, name in self.aliases().items()})
         return weights
 
-    def merge(
-        self, flat_groups: Sequence[Sequence[torch.Tensor]], head: Mapping[str, Any] | None = None
-    ) -> dict[str, torch.Tensor]:
-        """Puts flat partitions together into tensors by parameter name.
+    def named_state(self, names: Sequence[Sequence[str]] | None = None) -> NamedState:
+        """What training goes on from, by parameter name; nothing but the pickles is read yet.
 
         Args:
-            flat_groups: for each rank, its flat tensors, one a group, in the layout that the tag's
-                ZeRO stage gives to fp32 masters (also that of their average).
-            head: where ``param_shapes`` is; the tag's own by default.
+            names: of each group's parameters, where a tag of stage 0 does not say them itself.
 
         Raises:
-            CheckpointError: when the sizes do not add up.
+            CheckpointError: when a file is missing, or the tag holds no optimizer.
         """
-        groups = (head or self.head)['param_shapes']
+        if self.zero_stage == 0:
+            masters, moments, steps = self._whole_state(names)
+        else:
+            masters, moments, steps = self._partitioned_state()
         if self.zero_stage == 3:
-            return self._merge_slices(flat_groups, groups)
-        return self._merge_runs(flat_groups, groups)
+            fixed = {name: Flat.of(name, t) for name, t in self._buffers().items()}
+            fixed.update(self._frozen())
+        else:
+            rest = self.head['module'].keys() - masters.keys() - self.aliases().keys()
+            fixed = {name: Flat.of(name, self.head['module'][name]) for name in rest}
+        return NamedState(
+            where=str(self.tag),
+            layout=describe(self.zero_stage, self.world_size, precision_of(self.ds_config)),
+            masters=masters,
+            moments=moments,
+            steps=steps,
+            fixed=fixed,
+            aliases=self.aliases(),
+            counters={k: int(self.head[k]) for k in _COUNTERS if self.head.get(k) is not None},
+        )
 
-    def _merge_slices(
-        self, flat_groups: Sequence[Sequence[torch.Tensor]], groups: Sequence[Mapping[str, Any]]
-    ) -> dict[str, torch.Tensor]:
-        flats = [torch.cat([t.detach().reshape(-1) for t in flat]) for flat in flat_groups]
-        shapes = dict(itertools.chain.from_iterable(group.items() for group in groups))
-        lengths = {n: math.ceil(math.prod(shape) / len(flats)) for n, shape in shapes.items()}
-        needed, found = sum(lengths.values()), [flat.numel() for flat in flats]
-        if any(numel != needed for numel in found):
-            raise CheckpointError(
-                f'{self.tag}: the parameters need {needed} elements of each rank, and the shards '
-                f'have {found}'
-            )
-        merged, offset = {}, 0
-        for name, shape in shapes.items():
-            numel, length = math.prod(shape), lengths[name]
-            slices = [flat[offset : offset + length] for flat in flats]
-            merged[name] = torch.cat(slices)[:numel].reshape(tuple(shape))
-            offset += length
-        return merged
+    def settings(self) -> list[dict[str, Any]]:
+        """The hyperparameters of each parameter group, as the optimizer kept them, and its names.
 
-    def _merge_runs(
-        self, flat_groups: Sequence[Sequence[torch.Tensor]], groups: Sequence[Mapping[str, Any]]
-    ) -> dict[str, torch.Tensor]:
-        paddings = self._optim_states()[0].get('param_alignment_paddings')
-        merged = {}
-        for index, shapes in enumerate(groups):
-            flat = torch.cat(
-                [rank_groups[index].detach().reshape(-1) for rank_groups in flat_groups]
-            )
-            gaps = paddings[index] if paddings else [0] * len(shapes)
-            offset = 0
-            for (name, shape), gap in zip(shapes.items(), gaps, strict=True):
-                numel = math.prod(shape)
-                if offset + numel > flat.numel():
-                    raise CheckpointError(
-                        f'{self.tag}: {name} ends at element {offset + numel} of group {index}, '
-                        f'and the shards have {flat.numel()}'
-                    )
-                merged[name] = flat[offset : offset + numel].reshape(tuple(shape))
-                offset += numel + gap
-        return merged
+        Raises:
+            CheckpointError: when the tag holds no optimizer.
+        """
+        saved = self._optimizer_of(0) if self.zero_stage else self._plain_optimizer()
+        groups = saved.get('param_groups', [])
+        names = self.groups()
+        if self.zero_stage == 3:  # a group may be several sub-groups
+            parts = iter(names)
+            names = [[n for _ in group['params'] for n in next(parts)] for group in groups]
+        return [
+            {**{k: v for k, v in group.items() if k != 'params'}, 'param_names': group_names}
+            for group, group_names in zip(groups, names, strict=True)
+        ]
 
-    def _optim_states(self) -> list[Mapping[str, Any]]:
+    def aliases(self) -> dict[str, str]:
+        """Further name of a tied parameter -> the name that it is saved under."""
+        return dict(_pairs(self.head.get('shared_params')))
+
+    @property
+    def ds_config(self) -> Mapping[str, Any]:
+        """The ds_config of the run that saved it."""
+        return self.head.get('ds_config') or {}
+
+    def _partitioned_state(self) -> State:
+        shapes = shapes_of(self.layout)
+        master = self._stage_3_master if self.zero_stage == 3 else self._run_master
+        moments: dict[str, dict[str, Flat]] = {name: {} for name in shapes}
+        steps: dict[str, dict[str, float]] = {name: {} for name in shapes}
+        for index, group in enumerate(self.layout.groups):
+            for key, value in self._group_state(0, index).items():
+                if isinstance(value, torch.Tensor) and value.dim():
+                    source = functools.partial(self._moment, key)
+                    for name in group:
+                        places = list(self.layout.places(name))
+                        where = f'{self.tag}: {key} of {name}'
+                        moments[name][key] = Flat(where, shapes[name], places, source)
+                elif value is not None:
+                    for name in group:
+                        steps[name][key] = float(value)
+        return self.flats(master), moments, steps
+
+    def _whole_state(self, names: Sequence[Sequence[str]] | None) -> State:
+        optimizer = self._plain_optimizer()
+        if not optimizer:
+            raise CheckpointError(f'{self.tag}: holds no state of an optimizer')
+        groups = self.groups()
+        if names is not None and not all(itertools.chain.from_iterable(groups)):
+            groups = [list(group) for group in names]
+        lows = self.head['optimizer'].get('fp32_groups')
+        return state_by_order(
+            str(self.tag), optimizer, groups, self.head['module'],
+            None if lows is None else list(itertools.chain.from_iterable(lows)),
+        )  # fmt: skip
+
+    def _plain_optimizer(self) -> Mapping[str, Any]:
+        """Stage 0: the torch optimizer's state dict; empty where there was none."""
+        optimizer = self.head.get('optimizer') or {}
+        return optimizer.get('optimizer_state_dict', optimizer)
+
+    def _optim(self, rank: int) -> Mapping[str, Any]:
+        """One rank's optimizer shard, opened once."""
         if len(self.optim_files) != self.world_size:
             raise CheckpointError(
                 f'{self.tag}: saved by {self.world_size} ranks, but it has '
                 f'{len(self.optim_files)} *_optim_states.pt files'
             )
-        return [read_shard(p, mmap=True)['optimizer_state_dict'] for p in self.optim_files]
+        if rank not in self._optims:
+            path = self.optim_files[rank]
+            self._optims[rank] = read_shard(path, mmap=True)['optimizer_state_dict']
+        return self._optims[rank]
+
+    def _optimizer_of(self, rank: int) -> Mapping[str, Any]:
+        """The state dict of the optimizer inside DeepSpeed's, in one rank's shard."""
+        optim = self._optim(rank)
+        found = optim.get(
+            'optimizer_state_dict' if self.zero_stage == 3 else 'base_optimizer_state'
+        )
+        if not isinstance(found, Mapping):
+            raise CheckpointError(
+                f'{self.optim_files[rank]}: its optimizer state is in the elastic_checkpoint form '
+                'of old DeepSpeed versions, which is not read'
+            )
+        return found
+
+    def _group_state(self, rank: int, group: int) -> Mapping[str, Any]:
+        optimizer = self._optimizer_of(rank)
+        keys = [key for g in optimizer['param_groups'] for key in g['params']]
+        state = dict(optimizer['state'].get(keys[group], {}))
+        if state and 'step' not in state:  # apex's way, of some fused optimizers
+            numbers = [g.get('step') for g in optimizer['param_groups'] for _ in g['params']]
+            state['step'] = numbers[group]
+        return state
+
+    def _moment(self, key: str, rank: int, group: int) -> torch.Tensor:
+        state = self._group_state(rank, group)
+        if key not in state:
+            raise CheckpointError(f'{self.optim_files[rank]}: group {group} has no {key}')
+        return state[key].reshape(-1)
+
+    def _stage_3_master(self, rank: int, group: int) -> torch.Tensor:
+        return self._optim(rank)['fp32_flat_groups'][group].detach().reshape(-1)
+
+    def _run_master(self, rank: int, group: int) -> torch.Tensor:
+        return self._optim(rank)[_MASTERS][group].detach().reshape(-1)
 
     def _buffers(self) -> dict[str, torch.Tensor]:
         names = set(self.head.get('buffer_names') or ())
         return {name: t for name, t in self.head['module'].items() if name in names}
 
-    def _frozen(self) -> dict[str, torch.Tensor]:
+    def _frozen(self) -> dict[str, Flat]:
+        """Stage 3: frozen parameters, cut into slices; each has a file's own tensor a rank."""
         shapes = self.head.get('frozen_param_shapes') or {}
-        if not shapes:
-            return {}
-        parts = [read_shard(p, mmap=True)['frozen_param_fragments'] for p in self.model_files]
-        whole = {name: torch.cat([part[name].reshape(-1) for part in parts]) for name in shapes}
+        layout = Slices([{name: shape} for name, shape in shapes.items()], self.world_size)
+        names = list(shapes)
+
+        def fragment(rank: int, group: int) -> torch.Tensor:
+            if rank not in self._models:
+                self._models[rank] = self.read(self.model_files[rank])
+            return self._models[rank]['frozen_param_fragments'][names[group]].reshape(-1)
+
         return {
-            name: whole[name][: math.prod(shape)].reshape(tuple(shape))
+            name: Flat(f'{self.tag}: {name}', shape, list(layout.places(name)), fragment)
             for name, shape in shapes.items()
         }
 

@@ -1,0 +1,91 @@
+"""The original's single file, ckpt_epoch_N.pth: its training state by parameter name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from internvl_ds.checkpoint.named import Flat, NamedState
+from internvl_ds.checkpoint.torch_state import state_by_order
+from internvl_ds.errors import CheckpointError, CheckpointMismatch
+
+
+def weights_of_file(checkpoint: Mapping[str, Any], where: str) -> Mapping[str, torch.Tensor]:
+    """The state dict in a weight file: under 'model', 'module' or 'state_dict', or the file itself.
+
+    Raises:
+        CheckpointMismatch: when none of these is one.
+    """
+    found = (checkpoint.get(key) for key in ('model', 'module', 'state_dict'))
+    weights = next((value for value in found if isinstance(value, Mapping)), checkpoint)
+    odd = next((key for key, value in weights.items() if not isinstance(value, torch.Tensor)), None)
+    if odd is not None:
+        raise CheckpointMismatch(
+            f'{where}: {odd!r} is a {type(weights[odd]).__name__}, not a tensor: no state dict is '
+            "under 'model', 'module' or 'state_dict', nor is the file one"
+        )
+    return weights
+
+
+def state_of_file(
+    checkpoint: Mapping[str, Any],
+    where: str,
+    candidates: Sequence[Sequence[Sequence[str]]],
+    trained: set[str],
+) -> NamedState:
+    """What training goes on from, by parameter name.
+
+    Args:
+        checkpoint: the file's content.
+        where: its path, for errors.
+        candidates: the names of each parameter group's tensors, in order, as the client built the
+            groups and as they are now: the file has the one or the other.
+        trained: the parameters that are trained now.
+
+    Raises:
+        CheckpointError: when it holds no optimizer.
+        CheckpointMismatch: when its optimizer has other groups or other shapes.
+    """
+    optimizer = checkpoint.get('optimizer')
+    if not isinstance(optimizer, Mapping) or 'param_groups' not in optimizer:
+        raise CheckpointError(
+            f'{where}: holds no optimizer, so no training can go on from it. Evaluate it with '
+            'EVAL_MODE, or start from its weights with MODEL.PRETRAINED.'
+        )
+    weights = {
+        name.removeprefix('module.'): tensor
+        for name, tensor in weights_of_file(checkpoint, where).items()
+    }
+    sizes = [len(group['params']) for group in optimizer['param_groups']]
+    groups = next((c for c in candidates if [len(group) for group in c] == sizes), candidates[0])
+    masters, moments, steps = state_by_order(where, optimizer, groups, weights)
+    # Frozen parameters may be in a torch optimizer's groups; it keeps nothing for them.
+    idle = [name for name in masters if name not in trained and not moments[name]]
+    masters = {name: flat for name, flat in masters.items() if name not in idle}
+    return NamedState(
+        where=where,
+        layout='a single file',
+        masters=masters,
+        moments=moments,
+        steps=steps,
+        fixed={n: Flat.of(f'{where}: {n}', t) for n, t in weights.items() if n not in masters},
+        counters={'global_steps': _updates(checkpoint, steps)},
+    )
+
+
+def _updates(checkpoint: Mapping[str, Any], steps: Mapping[str, Mapping[str, float]]) -> int:
+    """How many updates were applied: what Adam counts, or else what the schedule says.
+
+    The original builds its schedules over ``TRAIN.EPOCHS`` epochs of updates (``t_initial``).
+    """
+    counted = [number['step'] for number in steps.values() if 'step' in number]
+    if counted:
+        return int(max(counted))
+    schedule, config = checkpoint.get('lr_scheduler') or {}, checkpoint.get('config') or {}
+    epochs = (config.get('TRAIN') or {}).get('EPOCHS') if isinstance(config, Mapping) else None
+    epoch = checkpoint.get('epoch')
+    if isinstance(epoch, int) and epochs and schedule.get('t_initial'):
+        return round((epoch + 1) * schedule['t_initial'] / epochs)
+    return int(schedule.get('last_epoch', 0))  # torch's own count their steps

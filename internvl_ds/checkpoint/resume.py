@@ -1,0 +1,204 @@
+"""The ways to go on training from a checkpoint: DeepSpeed's own load, by name, from one file."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from yacs.config import CfgNode
+
+from internvl_ds.checkpoint.elastic import Restorer
+from internvl_ds.checkpoint.layout import layout_of_engine
+from internvl_ds.checkpoint.named import NamedState
+from internvl_ds.checkpoint.original import state_of_file
+from internvl_ds.checkpoint.schedule import fit_to_groups, restore_schedule, set_lr_of_schedule
+from internvl_ds.checkpoint.shards import TagShards
+from internvl_ds.checkpoint.writer import install_writer
+from internvl_ds.comm import agree, rank
+from internvl_ds.config import checkpoint_option
+from internvl_ds.engine import client_groups, engine_of
+from internvl_ds.errors import CheckpointError, PretrainedError
+from internvl_ds.param_groups import MergedGroups
+from internvl_ds.persistent import gathered_together
+from internvl_ds.pretrained.sources import open_source
+
+
+def open_file(resume: str) -> Mapping[str, Any]:
+    try:
+        return open_source(resume)
+    except PretrainedError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def train_from_file(
+    config: CfgNode,
+    resume: str,
+    model: Any,
+    lr_scheduler: Any,
+    scaler: Any,
+    logger: logging.Logger,
+) -> float:
+    """Goes on from an original's .pth. Every rank reads its own part of it."""
+    engine = engine_of(model)
+    io_timeout = checkpoint_option(config, 'IO_TIMEOUT')
+    merged = client_groups(engine)
+    now = _names_of(merged)
+
+    def read() -> tuple[Mapping[str, Any], NamedState]:
+        checkpoint = open_file(resume)
+        trained = {name for group in merged.names for name in group} & set(_trained(engine))
+        return checkpoint, state_of_file(checkpoint, resume, [merged.names, now], trained)
+
+    checkpoint, saved = agree('read file', read, io_timeout, CheckpointError)
+    _restore(engine, saved, io_timeout, logger)
+    schedule, own = checkpoint.get('lr_scheduler'), lr_scheduler
+    if schedule is not None and lr_scheduler is not None:
+        count = len(checkpoint['optimizer']['param_groups'])
+        groups = merged.names if len(merged.names) == count else now
+        schedule = fit_to_groups(schedule, groups, own.state_dict(), now)
+    state = {
+        'epoch': checkpoint.get('epoch'),
+        'lr_scheduler': schedule,
+        'scaler': checkpoint.get('amp') or None,
+    }
+    _finish_restoring(config, engine, state, lr_scheduler, scaler, resume, logger)
+    logger.info('=> loaded successfully %s (epoch %s)', resume, state['epoch'])
+    return float(checkpoint.get('max_accuracy') or 0.0)
+
+
+def load_other_layout(
+    config: CfgNode,
+    engine: DeepSpeedEngine,
+    shards: TagShards,
+    state: dict[str, Any],
+    lr_scheduler: Any,
+    scaler: Any,
+    io_timeout: float,
+    logger: logging.Logger,
+) -> None:
+    """Goes on from a tag that DeepSpeed itself could not load into this engine."""
+    now = _names_of(client_groups(engine))
+
+    def read() -> tuple[NamedState, list[list[str]]]:
+        groups = [group['param_names'] for group in shards.settings()]
+        return shards.named_state(now), groups
+
+    saved, groups = agree('read shards', read, io_timeout, CheckpointError)
+    _restore(engine, saved, io_timeout, logger)
+    schedule = state.get('lr_scheduler')
+    if schedule is not None and lr_scheduler is not None and all(map(all, groups)):
+        schedule = fit_to_groups(schedule, groups, lr_scheduler.state_dict(), now)
+    _finish_restoring(
+        config,
+        engine,
+        {**state, 'lr_scheduler': schedule},
+        lr_scheduler,
+        scaler,
+        shards.tag,
+        logger,
+    )
+
+
+def _restore(
+    engine: DeepSpeedEngine, saved: NamedState, io_timeout: float, logger: logging.Logger
+) -> None:
+    restorer = agree('check state', lambda: Restorer(engine, saved), io_timeout, CheckpointError)
+    logger.info('%s: from %s to %s', saved.where, saved.layout, layout_of_engine(engine))
+    agree('restore state', restorer.restore, io_timeout, CheckpointError)
+
+
+def _finish_restoring(
+    config: CfgNode,
+    engine: DeepSpeedEngine,
+    state: Mapping[str, Any],
+    lr_scheduler: Any,
+    scaler: Any,
+    path: object,
+    logger: logging.Logger,
+) -> None:
+    restore_schedule(config, state, lr_scheduler, scaler, path, logger)
+    updates = engine.global_steps - engine.skipped_steps
+    set_lr_of_schedule(lr_scheduler, engine.basic_optimizer.param_groups, updates)
+
+
+def _names_of(merged: MergedGroups) -> list[list[str]]:
+    """The names of each group's parameters as the groups are now."""
+    groups: list[list[str]] = [[] for _ in merged.origins]
+    for names, index in zip(merged.names, merged.became, strict=True):
+        groups[index] += names
+    return groups
+
+
+def _trained(engine: DeepSpeedEngine) -> list[str]:
+    return [name for name, p in engine.module.named_parameters() if p.requires_grad]
+
+
+def load_same_layout(
+    engine: DeepSpeedEngine, shards: TagShards, io_timeout: float, logger: logging.Logger
+) -> dict[str, Any]:
+    writer, path = install_writer(engine), shards.tag
+
+    def open_own_files() -> None:
+        # Before any rank changes state or enters a collective: can this rank read its shards?
+        for files in (shards.model_files, shards.optim_files):
+            if files:
+                writer.open(files[min(rank(), len(files) - 1)], shards)
+
+    agree('read shards', open_own_files, io_timeout, CheckpointError)
+    state = engine.basic_optimizer.state
+    buffers = {parameter: dict(tensors) for parameter, tensors in state.items()}
+
+    def load() -> dict[str, Any]:
+        try:
+            return read_into_engine()
+        finally:
+            writer.close()
+
+    def read_into_engine() -> dict[str, Any]:
+        with gathered_together(engine):
+            loaded, client_state = engine.load_checkpoint(str(path.parent), tag=path.name)
+        if loaded is None:
+            raise CheckpointError(f'{path}: DeepSpeed found nothing to load in it')
+        _into_buffers(engine.basic_optimizer.state, buffers)
+        return client_state
+
+    running = _hyperparameters(engine)
+    client_state = agree('load shards', load, io_timeout, CheckpointError)
+    # Those of the running configuration hold; the lr is the scheduler's.
+    for group, own, saved in zip(
+        engine.optimizer.param_groups, running, _hyperparameters(engine), strict=True
+    ):
+        group.update(own)
+        changed = {key: (saved.get(key), own[key]) for key in own if saved.get(key) != own[key]}
+        if changed:
+            logger.warning('%s: (saved, now) of the optimizer differ, now holds: %s', path, changed)
+    return client_state
+
+
+@torch.no_grad()
+def _into_buffers(state: Mapping[Any, dict[str, Any]], buffers: Mapping[Any, Any]) -> None:
+    """Copies loaded optimizer state into the memory that held it before, or into memory of its own.
+
+    torch's optimizers take over the tensors that they are given, which here are the file, mapped
+    into memory.
+    """
+    for parameter, tensors in state.items():
+        before = buffers.get(parameter, {})
+        for key, loaded in tensors.items():
+            if not isinstance(loaded, torch.Tensor) or loaded.device.type != 'cpu':
+                continue
+            own = before.get(key)
+            fits = isinstance(own, torch.Tensor) and own.device == loaded.device
+            if fits and (own.shape, own.dtype) == (loaded.shape, loaded.dtype):
+                tensors[key] = own.copy_(loaded)
+            else:
+                tensors[key] = loaded.clone()
+
+
+def _hyperparameters(engine: DeepSpeedEngine) -> list[dict[str, Any]]:
+    """Each group's own settings, such as weight_decay and betas, without its lr."""
+    keys = engine.basic_optimizer.defaults.keys() - {'lr'}
+    return [{k: group[k] for k in keys if k in group} for group in engine.optimizer.param_groups]

@@ -1,0 +1,111 @@
+"""What a resumed run takes over beside its tensors: lr schedule, loss scale and epoch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from yacs.config import CfgNode
+
+from internvl_ds.param_groups import PER_GROUP_LISTS
+
+
+def restore_schedule(
+    config: CfgNode,
+    state: Mapping[str, Any],
+    lr_scheduler: Any,
+    scaler: Any,
+    path: object,
+    logger: logging.Logger,
+) -> None:
+    """Restores scheduler and scaler, and sets TRAIN.START_EPOCH."""
+    if state.get('lr_scheduler') is not None and lr_scheduler is not None:
+        _warn_of_another_schedule(lr_scheduler, state['lr_scheduler'], path, logger)
+        lr_scheduler.load_state_dict(state['lr_scheduler'])
+    elif lr_scheduler is not None:
+        logger.warning('%s has no state of the lr scheduler: it goes on by itself', path)
+    if state.get('scaler') is not None and scaler is not None:
+        scaler.load_state_dict(state['scaler'])
+    if isinstance(state.get('epoch'), int):
+        frozen = config.is_frozen()
+        config.defrost()
+        config.TRAIN.START_EPOCH = state['epoch'] + 1
+        if frozen:
+            config.freeze()
+    else:
+        logger.warning(
+            '%s does not say its epoch: TRAIN.START_EPOCH stays %s', path, config.TRAIN.START_EPOCH
+        )
+
+
+def fit_to_groups(
+    saved: Mapping[str, Any],
+    saved_groups: Sequence[Sequence[str]],
+    own: Mapping[str, Any],
+    groups: Sequence[Sequence[str]],
+) -> dict[str, Any]:
+    """A scheduler's state whose lists have one entry per parameter group, for other groups.
+
+    A group takes a value over only where all its parameters had it; else it keeps its own.
+
+    Args:
+        saved: the scheduler's state dict in the checkpoint.
+        saved_groups: the names of the parameters of each group that it is about.
+        own: the state dict of the scheduler that runs.
+        groups: the names of the parameters of each group that runs.
+    """
+    fitted = dict(saved)
+    for key in PER_GROUP_LISTS & saved.keys():
+        values = saved[key]
+        if not isinstance(values, list):
+            continue
+        if len(values) != len(saved_groups):
+            fitted[key] = own.get(key, values)
+            continue
+        value_of = {
+            name: value for names, value in zip(saved_groups, values, strict=True) for name in names
+        }
+        kept = own.get(key)
+        fitted[key] = []
+        for index, names in enumerate(groups):
+            found = [value_of.get(name) for name in names]
+            same = bool(found) and found[0] is not None and all(v == found[0] for v in found)
+            own_value = kept[index] if isinstance(kept, list) and index < len(kept) else None
+            fitted[key].append(found[0] if same else own_value)
+    return fitted
+
+
+def set_lr_of_schedule(
+    lr_scheduler: Any, param_groups: Sequence[dict[str, Any]], updates: int
+) -> None:
+    """Gives each group the lr that a restored schedule has after so many updates."""
+    if lr_scheduler is None:
+        return
+    if hasattr(lr_scheduler, 'step_update'):
+        lr_scheduler.step_update(updates)  # timm's; one that counts epochs leaves the lr alone
+        return
+    lrs = getattr(lr_scheduler, '_last_lr', None) or []
+    if len(lrs) == len(param_groups):
+        for group, lr in zip(param_groups, lrs, strict=True):
+            group['lr'] = lr
+
+
+def _warn_of_another_schedule(
+    lr_scheduler: Any, saved: Mapping[str, Any], path: object, logger: logging.Logger
+) -> None:
+    """A schedule is restored as it was saved, as the original does; say so where it differs."""
+    built = lr_scheduler.state_dict()
+    # torch's schedulers keep their position with their settings; timm's keep none.
+    position = {'last_epoch', '_step_count', '_last_lr', '_get_lr_called_within_step', 'metric'}
+    differing = {
+        key: (saved[key], built[key])
+        for key in saved.keys() & built.keys() - position
+        if saved[key] != built[key]
+    }
+    if differing:
+        logger.warning(
+            '%s: the lr schedule goes on as it was saved; (saved, configured now) differ in %s',
+            path,
+            differing,
+        )

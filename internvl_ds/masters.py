@@ -1,0 +1,69 @@
+"""The fp32 master weights that a rank owns, how they are cut up, and pushing them to the module."""
+
+from __future__ import annotations
+
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+from internvl_ds.checkpoint.partition import Layout, Runs, Slices
+from internvl_ds.comm import rank, world_size
+from internvl_ds.persistent import gather_persistent
+
+
+def master_weights(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
+    """The fp32 weights that this rank owns, by parameter name or by group."""
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    if stage == 3:
+        groups = optimizer.fp32_partitioned_groups_flat
+    elif stage:
+        groups = optimizer.single_partition_of_fp32_groups
+    elif hasattr(optimizer, 'fp32_groups'):
+        names = {id(p): n for n, p in engine.module.named_parameters()}
+        return {
+            names[id(p)]: master
+            for lows, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+            for p, master in zip(lows, masters, strict=True)
+        }
+    else:
+        return {n: p for n, p in engine.module.named_parameters() if p.requires_grad}
+    return {f'{i:04d}': group for i, group in enumerate(groups)}
+
+
+def partitioning(engine: DeepSpeedEngine) -> tuple[Layout, int]:
+    """How `master_weights` lie on the ranks, and which rank of the layout this one is.
+
+    The flat tensors of `master_weights`, in order, are the layout's groups. At stage 0 every rank
+    holds all of them.
+    """
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    if not stage:
+        shapes = {n: tuple(p.shape) for n, p in engine.module.named_parameters()}
+        return Slices([{name: shapes[name]} for name in master_weights(engine)], 1), 0
+    groups = engine._get_zero_param_shapes()
+    if stage == 3:
+        return Slices(groups, world_size()), rank()
+    gaps, sizes = optimizer.round_robin_bit16_padding, optimizer.partition_size
+    return Runs(groups, gaps, sizes, world_size()), rank()
+
+
+def push_masters(engine: DeepSpeedEngine) -> None:
+    """Makes the module compute with the present fp32 masters, as after a step. A collective."""
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    if stage == 3:
+        optimizer.checkpoint_event_prologue()  # frees the whole copies of persistent parameters
+        for i, (low, master) in enumerate(
+            zip(
+                optimizer.fp16_partitioned_groups_flat,
+                optimizer.fp32_partitioned_groups_flat,
+                strict=True,
+            )
+        ):
+            low.data.copy_(master.data)
+            optimizer._unflatten_partitioned_parameters(i)
+        gather_persistent(optimizer)
+    elif stage:
+        optimizer.update_lp_params()
+    elif hasattr(optimizer, 'fp32_groups'):
+        for lows, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            for low, master in zip(lows, masters, strict=True):
+                low.data.copy_(master.data)

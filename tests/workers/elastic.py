@@ -1,0 +1,335 @@
+"""What ranks do in test_elastic.py: a model with all that moves between layouts."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+from timm.scheduler import CosineLRScheduler
+from torch import distributed, nn
+
+from internvl_ds import (
+    NativeScalerWithGradNormCount,
+    initialize,
+    load_checkpoint,
+    reduce_tensor,
+    save_checkpoint,
+)
+from internvl_ds.comm import rank, world_size
+from internvl_ds.errors import InternvlDsError
+from tests.workers.model import CLASSES, FEATURES, batch, make_config, precision_values
+
+logger = logging.getLogger('test')
+UPDATES, MORE = 3, 5
+
+
+class Net(nn.Module):
+    """A frozen layer, a tied weight, BatchNorm's buffers, sizes that divide by nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(FEATURES, 13)
+        self.norm = nn.BatchNorm1d(13)
+        self.frozen = nn.Linear(13, 13)
+        self.tied = nn.Linear(13, 13, bias=False)
+        self.again = nn.Linear(13, 13, bias=False)
+        self.again.weight = self.tied.weight
+        self.head = nn.Linear(13, CLASSES)
+        self.scale = nn.Parameter(torch.tensor([0.7]))
+        self.frozen.requires_grad_(False)
+        # Statistics of a share of the batch would depend on the number of ranks: they stay.
+        self.norm.running_mean.normal_()
+        self.norm.running_var.uniform_(0.5, 2)
+        self.norm.num_batches_tracked.fill_(int(torch.randint(1000, ())))
+        self.norm.eval()
+
+    def train(self, mode: bool = True) -> Net:
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.norm(self.stem(x)))
+        x = self.again(torch.tanh(self.tied(x + self.frozen(x))))
+        return self.head(x * self.scale)
+
+
+def groups_of(model: nn.Module, lr: float) -> list[dict[str, Any]]:
+    """Four settings of (lr, weight decay), one group per tensor as the original builds them."""
+    groups = []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            decay = 0.0 if p.dim() == 1 else 0.05
+            layer_lr = lr * (0.5 if name.startswith(('stem', 'norm')) else 1.0)
+            groups.append({'params': [p], 'lr': layer_lr, 'weight_decay': decay, 'name': name})
+    return groups
+
+
+def make_client(model: nn.Module, kind: str, lr: float = 1e-2) -> torch.optim.Optimizer:
+    groups = groups_of(model, lr)
+    if kind == 'sgd':
+        return torch.optim.SGD(groups, lr=lr, momentum=0.9)
+    return torch.optim.AdamW(groups, lr=lr)
+
+
+def make_scheduler(client: torch.optim.Optimizer) -> CosineLRScheduler:
+    return CosineLRScheduler(
+        client, t_initial=30, warmup_t=2, warmup_lr_init=1e-4, t_in_epochs=False
+    )
+
+
+class Run:
+    """An engine of a stage and precision, and how to train, save and load it."""
+
+    def __init__(
+        self, stage: int, output: str = '', seed: int = 0, precision: str = 'fp32',
+        kind: str = 'adamw', **zero: Any,
+    ) -> None:  # fmt: skip
+        self.config = make_config(
+            output, DATA__BATCH_SIZE=16 // world_size(), SAVE_CKPT_NUM=0,
+            **precision_values(precision),
+        )  # fmt: skip
+        self.dtype = torch.bfloat16 if precision == 'bf16' else torch.float32
+        torch.manual_seed(seed)
+        model = Net()
+        client = make_client(model, kind)
+        self.scheduler = make_scheduler(client)
+        zero = {'stage': stage, 'stage3_param_persistence_threshold': 10, **zero}
+        self.engine, self.optimizer = initialize(
+            self.config, model, client, {'zero_optimization': zero}, lr_scheduler=self.scheduler
+        )
+        self.scaler = NativeScalerWithGradNormCount()
+
+    def steps(self, first: int, last: int) -> list[float]:
+        """Updates first..last-1; returns the mean loss of each over the whole batch."""
+        seen = []
+        for step in range(first, last):
+            x, y = batch(step)
+            size = len(x) // world_size()
+            own = slice(rank() * size, (rank() + 1) * size)
+            logits = self.engine(x[own].to(self.dtype)).float()
+            loss = nn.functional.cross_entropy(logits, y[own])
+            self.scaler(loss, self.optimizer, 5.0)
+            seen.append(float(reduce_tensor(loss)))
+        return seen
+
+    def save(self, epoch: int) -> str:
+        return save_checkpoint(
+            self.config, epoch, self.engine, 50.0, self.optimizer, self.scheduler, self.scaler,
+            logger,
+        )  # fmt: skip
+
+    def load(self, resume: str) -> float:
+        config = self.config.clone()
+        config.defrost()
+        config.MODEL.RESUME = str(resume)
+        self.config = config
+        return load_checkpoint(
+            config, self.engine, self.optimizer, self.scheduler, self.scaler, logger
+        )
+
+    def settings(self) -> dict[str, list[float]]:
+        """Parameter -> the lr, weight decay and betas of its group."""
+        return {
+            name: [group['lr'], group['weight_decay'], *group.get('betas', ())]
+            for group in self.engine.basic_optimizer.param_groups
+            for name in group['param_names']
+        }
+
+
+def full_state(engine: Any, keys: tuple[str, ...]) -> dict[str, list[Any]]:
+    """Parameter -> digests of its whole master and moments, and its step, on every rank.
+
+    The pieces come through DeepSpeed's own mappings, not through this package's.
+    """
+    pieces = _own_pieces(engine, keys)
+    everyone: list[Any] = [None] * world_size()
+    distributed.all_gather_object(everyone, pieces)
+    shapes = {n: getattr(p, 'ds_shape', p.shape) for n, p in engine.module.named_parameters()}
+    found: dict[str, list[Any]] = {}
+    for name, shape in shapes.items():
+        parts = [part for ranks in everyone for part in ranks if part[0] == name]
+        if not parts:
+            continue
+        digests: list[Any] = []
+        for index in range(1 + len(keys)):
+            whole = torch.full((shape.numel(),), float('nan'))
+            for _, start, tensors, _ in parts:
+                end = min(start + tensors[index].numel(), shape.numel())
+                whole[start:end] = tensors[index][: end - start]
+            assert not whole.isnan().any(), name
+            digests.append(hashlib.sha256(whole.numpy().tobytes()).hexdigest())
+        steps = {part[3] for part in parts}
+        assert len(steps) == 1, (name, steps)
+        found[name] = [*digests, *steps]
+    return found
+
+
+def _own_pieces(engine: Any, keys: tuple[str, ...]) -> list[Any]:
+    stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
+    pieces = []
+    for name, p in engine.module.named_parameters():
+        if not p.requires_grad:
+            continue
+        if stage == 3:
+            tensors = [safe_get_local_fp32_param(p)]
+            tensors += [safe_get_local_optimizer_state(p, key) for key in keys]
+            group = optimizer.grad_position[optimizer.get_param_id(p)][0]
+            state = engine.basic_optimizer.state[optimizer.fp32_partitioned_groups_flat[group]]
+            step = float(state['step']) if _has_step(keys) else 0.0
+            pieces.append((name, rank() * p.ds_tensor.ds_numel, _flat(tensors), step))
+        elif stage:
+            mapping = getattr(p, '_hp_mapping', None)
+            if mapping is None:
+                continue
+            fragment, start = mapping.hp_fragment, mapping.lp_fragment_address.start
+            for flat in optimizer.single_partition_of_fp32_groups:
+                at = (fragment.data_ptr() - flat.data_ptr()) // 4
+                if 0 <= at < flat.numel():
+                    state = engine.basic_optimizer.state[flat]
+                    tensors = [fragment, *(state[k][at : at + fragment.numel()] for k in keys)]
+                    step = float(state['step']) if _has_step(keys) else 0.0
+                    pieces.append((name, start, _flat(tensors), step))
+        elif rank() == 0:
+            master = p
+            if hasattr(optimizer, 'fp32_groups'):
+                for lows, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+                    master = next(
+                        (m for low, m in zip(lows, masters, strict=True) if low is p), master
+                    )
+            state = engine.basic_optimizer.state[master]
+            step = float(state['step']) if _has_step(keys) else 0.0
+            pieces.append((name, 0, _flat([master, *(state[key] for key in keys)]), step))
+    return pieces
+
+
+def _has_step(keys: tuple[str, ...]) -> bool:
+    return 'exp_avg' in keys
+
+
+def _flat(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [t.detach().float().reshape(-1).clone() for t in tensors]
+
+
+ADAM = ('exp_avg', 'exp_avg_sq')
+
+
+def buffers_of(run: Run) -> dict[str, Any]:
+    module = run.engine.module
+    norm = module.norm
+    frozen = module.frozen.weight
+    with _gathered(frozen):
+        values = frozen.detach().float().flatten().tolist()
+    return {
+        'norm': [norm.running_mean.tolist(), norm.running_var.tolist()],
+        'batches': int(norm.num_batches_tracked),
+        'frozen': values,
+        'tied': module.again.weight is module.tied.weight,
+    }
+
+
+def _gathered(parameter: Any) -> Any:
+    return deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, 'ds_id'))
+
+
+def save_layouts(root: str, stages: list[int], precision: str = 'fp32') -> dict[str, Any]:
+    """For each stage: three updates, a save, and what the run that does not stop sees next."""
+    found = {}
+    for stage in stages:
+        run = Run(stage, f'{root}/{world_size()}x{stage}{precision}', precision=precision)
+        run.steps(0, UPDATES)
+        found[str(stage)] = {
+            'path': run.save(UPDATES),
+            'state': full_state(run.engine, ADAM),
+            'settings': run.settings(),
+            'fixed': buffers_of(run),
+            'losses': run.steps(UPDATES, UPDATES + MORE),
+        }
+        run.engine.destroy()
+    return found
+
+
+def load_layouts(loads: list[Any], precision: str = 'fp32') -> list[Any]:
+    """Each of (tag, stage, further ZeRO settings) into a fresh run of other weights."""
+    found = []
+    for path, stage, zero in loads:
+        run = Run(stage, seed=9, precision=precision, **zero)
+        accuracy = run.load(path)
+        found.append(
+            {
+                'accuracy': accuracy,
+                'epoch': run.config.TRAIN.START_EPOCH,
+                'counts': [run.engine.global_steps, run.engine.skipped_steps],
+                'state': full_state(run.engine, ADAM),
+                'settings': run.settings(),
+                'fixed': buffers_of(run),
+                'losses': run.steps(UPDATES, UPDATES + MORE),
+            }
+        )
+        run.engine.destroy()
+    return found
+
+
+def load_errors(root: str, path: str, stage: int) -> dict[str, str]:
+    """What cannot go on from a tag, and that nothing has changed then."""
+    found = {}
+
+    def attempt(name: str, change: Any, kind: str = 'adamw') -> None:
+        nonlocal found
+        torch.manual_seed(3)
+        model = Net()
+        change(model)
+        client = make_client(model, kind)
+        config = make_config(root, DATA__BATCH_SIZE=16 // world_size())
+        engine, optimizer = initialize(
+            config, model, client, {'zero_optimization': {'stage': stage}}
+        )
+        before = _digest(engine)
+        config.defrost()
+        config.MODEL.RESUME = path
+        try:
+            load_checkpoint(config, engine, optimizer, None, None, logger)
+            found[name] = 'loaded'
+        except InternvlDsError as error:
+            found[name] = f'{type(error).__name__}: {error}'
+        assert _digest(engine) == before, name
+        engine.destroy()
+
+    def another_head(model: Net) -> None:
+        model.head = nn.Linear(13, CLASSES + 1)
+
+    def without_scale(model: Net) -> None:
+        model.scale = 1.0  # type: ignore[assignment]
+
+    def with_more(model: Net) -> None:
+        model.more = nn.Linear(3, 3)
+
+    def thawed(model: Net) -> None:
+        model.frozen.requires_grad_(True)
+
+    def frozen(model: Net) -> None:
+        model.stem.requires_grad_(False)
+
+    attempt('shape', another_head)
+    attempt('extra', without_scale)
+    attempt('missing', with_more)
+    attempt('thawed', thawed)
+    attempt('frozen', frozen)
+    attempt('optimizer', lambda model: None, 'sgd')
+    return found
+
+
+def _digest(engine: Any) -> str:
+    from internvl_ds.masters import master_weights
+
+    digest = hashlib.sha256()
+    for tensor in master_weights(engine).values():
+        digest.update(tensor.detach().numpy().tobytes())
+    digest.update(str(len(engine.basic_optimizer.state)).encode())
+    for tensor in engine.module.norm.buffers():
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
