@@ -195,8 +195,24 @@ def exchange(what: str, value: Any, timeout: float) -> list[Any]:
             store.delete_key(f'internvl_ds/{what}/{_rounds[what] - 1}/{rank()}')
         _rounds[what] += 1
         if all('value' in item for item in brought):
+            _let_all_read(store, f'internvl_ds/{what}/{_rounds[what] - 1}')
             return [item['value'] for item in brought]
         # Others gave this round up before this rank came: they meet in the next one, if at all.
+
+
+def _let_all_read(store: Any, name: str) -> None:
+    """Has rank 0, which holds the store, go on (and perhaps end) after every rank has read."""
+    count, done = f'{name}/have read', f'{name}/all have read'
+    if rank() != 0:
+        if store.add(count, 1) == world_size() - 1:
+            store.set(done, '')
+        return
+    try:
+        store.wait([done], timedelta(seconds=_LAST_WAIT))
+    except RuntimeError:  # this rank has what it needs; the next meeting names who is missing
+        logger.warning('%s: not all ranks have read it after %d s', name, _LAST_WAIT)
+    store.delete_key(count)
+    store.delete_key(done)
 
 
 def _wait_for_keys(store: Any, keys: list[str], what: str, timeout: float, deadline: float) -> None:

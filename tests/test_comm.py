@@ -47,6 +47,12 @@ def test_a_rank_that_does_not_come_is_named(tmp_path, ranks):
 
 
 @pytest.mark.ranks
+def test_a_meeting_ends_on_rank_0_when_all_have_read_what_it_holds(tmp_path):
+    results = run_ranks('tests.workers.talking:rank_0_ends_at_once', 2, tmp_path, folder=tmp_path)
+    assert results == [None, [0, 1]]
+
+
+@pytest.mark.ranks
 def test_rank_0_leaves_last(tmp_path):
     assert run_ranks('tests.workers.harness:leave_late', 2, tmp_path) == ['', 'x']
 
