@@ -32,7 +32,7 @@ from internvl_ds.comm import exchange, from_rank_0, gather, rank, world_size
 from internvl_ds.config import checkpoint_option, default_config, get_option
 from internvl_ds.ds_config import precision_of
 from internvl_ds.ema import EmaFile
-from internvl_ds.engine import engine_of
+from internvl_ds.engine import client_groups, engine_of
 from internvl_ds.errors import CheckpointError, RankError
 from internvl_ds.persistent import put_back
 
@@ -145,6 +145,7 @@ def save_checkpoint(
             'lr_scheduler': None if lr_scheduler is None else lr_scheduler.state_dict(),
             'scaler': None if scaler is None else scaler.state_dict(),
             'config': config,
+            'optimizer_groups': client_groups(engine).names if engine.optimizer else None,
         }
 
     try:

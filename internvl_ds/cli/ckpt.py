@@ -1,14 +1,17 @@
-"""List, verify, show and prune the checkpoints of an output directory.
+"""List, verify, show, prune, export and compare checkpoints.
 
     internvl-ds ckpt list OUTPUT [--verify]
     internvl-ds ckpt verify OUTPUT [TAG] [--all]      (or the path of a tag)
     internvl-ds ckpt show OUTPUT [TAG] [--config]     (or the path of a tag)
     internvl-ds ckpt prune OUTPUT --keep N [--keep-best N] [--keep-every K] [--dry-run]
+    internvl-ds ckpt export TAG OUT.pth
+    internvl-ds ckpt export TAG OUT.safetensors [--dtype bf16] [--ema] [--max-shard-gib GIB]
+    internvl-ds ckpt diff A B      (tags, .pth, .safetensors or its index)
 
-Exit statuses: 0 all is well; 1 something is damaged; 2 wrong usage, or nothing there; 3 nothing is
-damaged, but something has no manifest (plain DeepSpeed wrote it) and could not be verified. What
-``prune`` cannot remove is 2. It never removes what ``latest`` names or auto resume takes, nor a tag
-that is not an epoch's.
+Exit statuses: 0 all is well; 1 something is damaged (``diff``: something differs); 2 wrong usage,
+or nothing there; 3 nothing is damaged, but something has no manifest (plain DeepSpeed wrote it) and
+could not be verified. What ``prune`` cannot remove is 2. It never removes what ``latest`` names or
+auto resume takes, nor a tag that is not an epoch's.
 
 With --json each prints one object. A key is always there; where nothing is known it is null.
 
@@ -25,6 +28,10 @@ show: the keys of a tag; ``format`` of the manifest; ``files``, each with ``name
     the names that ``lr_scheduler`` and ``scaler`` hold; with --config ``config``, YAML.
 prune: ``output``; ``dry_run``; ``pruned``, each with ``tag`` and ``size``; ``size``, their sum;
     ``kept`` and ``failed``, names of epoch tags.
+export: ``tag``; ``verified``, whether its checksums could be compared; ``files``, each with
+    ``path`` and ``size``.
+diff: ``a`` and ``b``, paths; ``tensors``, how many each has; ``found``, each with ``name``,
+    ``what`` and ``largest``, the largest absolute difference of an element.
 """
 
 from __future__ import annotations
@@ -47,6 +54,7 @@ from internvl_ds.checkpoint.retention import (
     Policy,
     tags_to_prune,
 )
+from internvl_ds.cli import diff, export
 from internvl_ds.cli.tables import human_age, human_size, json_text, say, table
 from internvl_ds.cli.tags import (
     Examined,
@@ -83,7 +91,7 @@ class KeepNamed:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the four actions."""
+    """Adds the actions."""
     parser.epilog, parser.formatter_class = _EPILOG, argparse.RawDescriptionHelpFormatter
     actions = parser.add_subparsers(dest='action', metavar='ACTION', required=True)
 
@@ -123,6 +131,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help=text,
         )  # fmt: skip
     action.add_argument('--dry-run', action='store_true', help='remove nothing, say what would go')
+    for name, module in (('export', export), ('diff', diff)):
+        text = (module.__doc__ or '').strip()
+        action = actions.add_parser(name, help=text, description=text)
+        module.add_arguments(action)
+        action.set_defaults(act=module.run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,0 +1,263 @@
+"""A tag written as one file: the original's .pth, or weights as .safetensors. No process group.
+
+Tensors are merged one at a time, straight into the file.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import struct
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from yacs.config import CfgNode
+
+from internvl_ds.checkpoint.averages import ema_flats, holds_ema
+from internvl_ds.checkpoint.manifest import STATE_FILE
+from internvl_ds.checkpoint.named import Flat, NamedState
+from internvl_ds.checkpoint.shards import TagShards
+from internvl_ds.checkpoint.state import read_state
+from internvl_ds.errors import CheckpointError
+from internvl_ds.files import flush
+from internvl_ds.param_groups import PER_GROUP_LISTS
+from internvl_ds.pretrained.sources import open_source
+
+# What torch.amp.GradScaler starts with: for runs in fp32 and bf16, which keep no scale.
+_GRAD_SCALER = {
+    'scale': 65536.0,
+    'growth_factor': 2.0,
+    'backoff_factor': 0.5,
+    'growth_interval': 2000,
+    '_growth_tracker': 0,
+}
+_SAFETENSORS_DTYPES = {
+    torch.float64: 'F64', torch.float32: 'F32', torch.float16: 'F16', torch.bfloat16: 'BF16',
+    torch.int64: 'I64', torch.int32: 'I32', torch.int16: 'I16', torch.int8: 'I8',
+    torch.uint8: 'U8', torch.bool: 'BOOL',
+}  # fmt: skip
+
+
+def write_original(tag: Path, target: Path) -> None:
+    """Writes what the original's ``save_checkpoint`` would have: its code can resume from it.
+
+    Args:
+        tag: a tag of ours (of plain DeepSpeed: without epoch, schedule and config).
+        target: the .pth file; replaced when all of it is on disk.
+
+    Raises:
+        CheckpointError: when the tag cannot be read, or the file not be written.
+    """
+    shards = TagShards(tag)
+    kept = read_state(tag / STATE_FILE) if (tag / STATE_FILE).is_file() else {}
+    settings = shards.settings()
+    merged = [list(group['param_names']) for group in settings]
+    groups = kept.get('optimizer_groups') or merged
+    index_of = {name: i for i, names in enumerate(merged) for name in names}
+    became = [index_of[names[0]] if names else 0 for names in groups]
+    saved = shards.named_state(groups)
+    fillers: dict[int, Flat] = {}
+    tree: dict[str, Any] = {
+        'model': _blank_weights(saved.weights(), saved.aliases, fillers),
+        'optimizer': _blank_optimizer(saved, groups, became, settings, fillers),
+        'lr_scheduler': _expanded(kept.get('lr_scheduler'), became, len(merged)),
+        'max_accuracy': kept.get('max_accuracy', 0.0),
+        'epoch': kept.get('epoch'),
+        'config': CfgNode.load_cfg(kept['config']) if kept.get('config') else None,
+        'amp': _GRAD_SCALER,
+        'max_accuracy_ema': kept.get('max_accuracy_ema'),
+        'ema_decay': kept.get('ema_decay'),
+    }
+    if holds_ema(tag):
+        tree['model_ema'] = _blank_weights(ema_flats(tag), saved.aliases, fillers)
+    aside = target.with_name(f'.{target.name}.tmp')
+    try:
+        with torch.serialization.skip_data():
+            torch.save(tree, aside)
+        with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
+            _fill_tree(open_source(str(aside)), tree, fillers)
+        _publish([(aside, target)])
+    except OSError as error:
+        raise CheckpointError(f'{target}: cannot be written: {error}') from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_safetensors(
+    tag: Path, target: Path, dtype: torch.dtype, *, ema: bool, largest: int
+) -> list[Path]:
+    """Writes weights only.
+
+    Args:
+        tag: a tag.
+        target: the .safetensors file, or what its parts are named after.
+        dtype: of floating-point tensors in the file.
+        ema: the averaged weights in place of the trained ones.
+        largest: bytes of a file; more are several files with an index beside them.
+
+    Returns:
+        The files, the index last.
+
+    Raises:
+        CheckpointError: when the tag holds no average, cannot be read, or a file not be written.
+    """
+    if ema and not holds_ema(tag):
+        raise CheckpointError(f'{tag}: holds no EMA')
+    flats = ema_flats(tag) if ema else weights_of_tag(TagShards(tag))
+    parts = _split(flats, dtype, largest)
+    names = [target.name]
+    if len(parts) > 1:
+        stem = target.name.removesuffix('.safetensors')
+        names = [f'{stem}-{i + 1:05d}-of-{len(parts):05d}.safetensors' for i in range(len(parts))]
+    written = [(target.with_name(f'.{name}.tmp'), target.with_name(name)) for name in names]
+    try:
+        for part, (aside, _) in zip(parts, written, strict=True):
+            _write_safetensors(aside, {name: flats[name] for name in part}, dtype)
+        if len(parts) > 1:
+            index = target.with_name(f'{target.name}.index.json')
+            aside = target.with_name(f'.{index.name}.tmp')
+            where = {name: names[i] for i, part in enumerate(parts) for name in part}
+            total = sum(_size(flat, dtype) for flat in flats.values())
+            tree = {'metadata': {'total_size': total}, 'weight_map': where}
+            aside.write_text(json.dumps(tree, indent=1) + '\n')
+            written.append((aside, index))
+        _publish(written)
+    except OSError as error:
+        raise CheckpointError(f'{target}: cannot be written: {error}') from error
+    finally:
+        for aside, _ in written:
+            aside.unlink(missing_ok=True)
+    return [path for _, path in written]
+
+
+def weights_of_tag(shards: TagShards) -> dict[str, Flat]:
+    """Name -> tensor of everything in a state dict; fp32 masters where the tag has them."""
+    weights = shards.named_weights()
+    if shards.optim_files and shards.zero_stage in (1, 2):
+        weights.update(shards.named_state().weights())
+    elif shards.zero_stage == 0 and 'fp32_groups' in (shards.head.get('optimizer') or {}):
+        groups = shards.groups()
+        if all(name for group in groups for name in group):
+            weights.update(shards.named_state().masters)
+    return weights
+
+
+def _blank_weights(
+    flats: Mapping[str, Flat], aliases: Mapping[str, str], fillers: dict[int, Flat]
+) -> dict[str, torch.Tensor]:
+    """Tensors whose memory is not touched, for the pickle; ``fillers`` says what is to be there."""
+    blank = {n: _blank(flat, fillers) for n, flat in flats.items() if n not in aliases}
+    return {name: blank[aliases.get(name, name)] for name in flats}
+
+
+def _blank(flat: Flat, fillers: dict[int, Flat]) -> torch.Tensor:
+    tensor = torch.empty(flat.shape, dtype=flat.dtype)
+    fillers[id(tensor)] = flat
+    return tensor
+
+
+def _blank_optimizer(
+    saved: NamedState,
+    groups: list[list[str]],
+    became: list[int],
+    settings: list[dict[str, Any]],
+    fillers: dict[int, Flat],
+) -> dict[str, Any]:
+    """A torch optimizer's state dict, its parameters numbered through the groups."""
+    state, param_groups, number = {}, [], 0
+    for names, index in zip(groups, became, strict=True):
+        own = {k: v for k, v in settings[index].items() if k != 'param_names'}
+        numbers = list(range(number, number + len(names)))
+        param_groups.append({**own, 'param_names': list(names), 'params': numbers})
+        for name in names:
+            entry: dict[str, Any] = {
+                key: _blank_shaped(flat, saved.masters[name].shape, fillers)
+                for key, flat in saved.moments[name].items()
+            }
+            for key, value in saved.steps[name].items():
+                entry[key] = _blank(Flat.of(key, torch.tensor(value)), fillers)
+            if entry:
+                state[number] = entry
+            number += 1
+    return {'state': state, 'param_groups': param_groups}
+
+
+def _blank_shaped(flat: Flat, shape: torch.Size, fillers: dict[int, Flat]) -> torch.Tensor:
+    tensor = torch.empty(shape, dtype=flat.dtype)
+    fillers[id(tensor)] = flat
+    return tensor
+
+
+def _expanded(schedule: Any, became: list[int], groups: int) -> Any:
+    """A scheduler's state for the client's groups: a value for each of them."""
+    if not isinstance(schedule, Mapping):
+        return schedule
+    return {
+        key: [value[i] for i in became]
+        if key in PER_GROUP_LISTS and isinstance(value, list) and len(value) == groups
+        else value
+        for key, value in schedule.items()
+    }
+
+
+def _fill_tree(written: Any, blank: Any, fillers: Mapping[int, Flat]) -> None:
+    if isinstance(blank, torch.Tensor):
+        if blank.numel():
+            fillers[id(blank)].copy_to(written.view(-1))
+    elif isinstance(blank, Mapping):
+        for key, value in blank.items():
+            _fill_tree(written[key], value, fillers)
+    elif isinstance(blank, list | tuple):
+        for item, value in zip(written, blank, strict=True):
+            _fill_tree(item, value, fillers)
+
+
+def _split(flats: Mapping[str, Flat], dtype: torch.dtype, largest: int) -> list[list[str]]:
+    """The names in each file: in order, none above ``largest`` but for a single tensor."""
+    parts: list[list[str]] = [[]]
+    size = 0
+    for name, flat in flats.items():
+        own = _size(flat, dtype)
+        if parts[-1] and size + own > largest:
+            parts.append([])
+            size = 0
+        parts[-1].append(name)
+        size += own
+    return parts
+
+
+def _dtype_in_file(flat: Flat, dtype: torch.dtype) -> torch.dtype:
+    return dtype if flat.dtype.is_floating_point else flat.dtype
+
+
+def _size(flat: Flat, dtype: torch.dtype) -> int:
+    return flat.numel * _dtype_in_file(flat, dtype).itemsize
+
+
+def _write_safetensors(path: Path, flats: Mapping[str, Flat], dtype: torch.dtype) -> None:
+    """The format is 8 bytes of length, a JSON header, and the tensors' bytes one after another."""
+    header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
+    offset = 0
+    for name, flat in flats.items():
+        end = offset + _size(flat, dtype)
+        kind = _SAFETENSORS_DTYPES[_dtype_in_file(flat, dtype)]
+        header[name] = {'dtype': kind, 'shape': list(flat.shape), 'data_offsets': [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b' ' * (-len(text) % 8)
+    with path.open('wb') as file:
+        file.write(struct.pack('<Q', len(text)) + text)
+        for flat in flats.values():
+            if flat.numel:
+                tensor = flat.whole(_dtype_in_file(flat, dtype)).contiguous()
+                file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _publish(written: Iterable[tuple[Path, Path]]) -> None:
+    for aside, path in written:
+        flush(aside)
+        os.replace(aside, path)
+        flush(path.parent)
