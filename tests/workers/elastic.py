@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 from timm.scheduler import CosineLRScheduler
 from torch import distributed, nn
@@ -16,15 +18,29 @@ from internvl_ds import (
     NativeScalerWithGradNormCount,
     initialize,
     load_checkpoint,
+    load_ema_checkpoint,
     reduce_tensor,
     save_checkpoint,
 )
+from internvl_ds.checkpoint.elastic import Restorer
+from internvl_ds.checkpoint.shards import TagShards
 from internvl_ds.comm import rank, world_size
+from internvl_ds.ema import ShardedEma
+from internvl_ds.engine import client_groups
 from internvl_ds.errors import InternvlDsError
+from internvl_ds.masters import master_weights
 from tests.workers.model import CLASSES, FEATURES, batch, make_config, precision_values
 
 logger = logging.getLogger('test')
 UPDATES, MORE = 3, 5
+
+
+class Norm(nn.BatchNorm1d):
+    """BatchNorm whose statistics stay: those of a share of the batch depend on the ranks."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parts = (self.running_mean, self.running_var, self.weight, self.bias)
+        return nn.functional.batch_norm(x.float(), *(p.float() for p in parts)).to(x.dtype)
 
 
 class Net(nn.Module):
@@ -33,7 +49,7 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Linear(FEATURES, 13)
-        self.norm = nn.BatchNorm1d(13)
+        self.norm = Norm(13)
         self.frozen = nn.Linear(13, 13)
         self.tied = nn.Linear(13, 13, bias=False)
         self.again = nn.Linear(13, 13, bias=False)
@@ -41,16 +57,9 @@ class Net(nn.Module):
         self.head = nn.Linear(13, CLASSES)
         self.scale = nn.Parameter(torch.tensor([0.7]))
         self.frozen.requires_grad_(False)
-        # Statistics of a share of the batch would depend on the number of ranks: they stay.
         self.norm.running_mean.normal_()
         self.norm.running_var.uniform_(0.5, 2)
         self.norm.num_batches_tracked.fill_(int(torch.randint(1000, ())))
-        self.norm.eval()
-
-    def train(self, mode: bool = True) -> Net:
-        super().train(mode)
-        self.norm.eval()
-        return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = torch.tanh(self.norm(self.stem(x)))
@@ -99,8 +108,9 @@ class Run:
         client = make_client(model, kind)
         self.scheduler = make_scheduler(client)
         zero = {'stage': stage, 'stage3_param_persistence_threshold': 10, **zero}
+        json = {'zero_optimization': zero, 'zero_force_ds_cpu_optimizer': False}
         self.engine, self.optimizer = initialize(
-            self.config, model, client, {'zero_optimization': zero}, lr_scheduler=self.scheduler
+            self.config, model, client, json, lr_scheduler=self.scheduler
         )
         self.scaler = NativeScalerWithGradNormCount()
 
@@ -303,7 +313,7 @@ def load_errors(root: str, path: str, stage: int) -> dict[str, str]:
         model.head = nn.Linear(13, CLASSES + 1)
 
     def without_scale(model: Net) -> None:
-        model.scale = 1.0  # type: ignore[assignment]
+        del model.scale
 
     def with_more(model: Net) -> None:
         model.more = nn.Linear(3, 3)
@@ -324,8 +334,6 @@ def load_errors(root: str, path: str, stage: int) -> dict[str, str]:
 
 
 def _digest(engine: Any) -> str:
-    from internvl_ds.masters import master_weights
-
     digest = hashlib.sha256()
     for tensor in master_weights(engine).values():
         digest.update(tensor.detach().numpy().tobytes())
@@ -333,3 +341,103 @@ def _digest(engine: Any) -> str:
     for tensor in engine.module.norm.buffers():
         digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()
+
+
+def _fp16_engine(stage: int, seed: int) -> Any:
+    """An engine of plain DeepSpeed in fp16, which it refuses on a CPU unless told not to."""
+    get_accelerator().is_fp16_supported = lambda: True
+    torch.manual_seed(seed)
+    model = Net()
+    config = {
+        'train_micro_batch_size_per_gpu': 16 // world_size(),
+        'fp16': {'enabled': True, 'initial_scale_power': 4},
+        'zero_optimization': {'stage': stage},
+        'zero_allow_untested_optimizer': True,
+    }
+    return deepspeed.initialize(model=model, optimizer=make_client(model, 'adamw'), config=config)[
+        0
+    ]
+
+
+def _low_weights_are_rounded_masters(engine: Any, dtype: torch.dtype) -> bool:
+    """Whether the module computes with its masters, rounded to nearest."""
+    gathered = deepspeed.zero.GatheredParameters
+    parameters = dict(engine.module.named_parameters())
+    for name, start, tensors, _ in _own_pieces(engine, ADAM):
+        parameter = parameters[name]
+        with gathered([parameter], enabled=hasattr(parameter, 'ds_id')):
+            low = parameter.detach().reshape(-1)
+            rounded = tensors[0][: len(low) - start].to(dtype)
+            if low.dtype != dtype or not torch.equal(low[start : start + len(rounded)], rounded):
+                return False
+    return True
+
+
+def move_precisions(root: str) -> dict[str, Any]:
+    """fp32, bf16 and fp16 tags, each into fp32, bf16 and fp16 engines of other stages."""
+    sources = {}
+    for precision, stage in (('fp32', 2), ('bf16', 1)):
+        run = Run(stage, f'{root}/{precision}', precision=precision)
+        run.steps(0, UPDATES)
+        sources[precision] = [run.save(0), full_state(run.engine, ADAM)]
+        run.engine.destroy()
+    engine = _fp16_engine(2, 0)
+    for step in range(UPDATES):
+        x, y = batch(step)
+        size = len(x) // world_size()
+        own = slice(rank() * size, (rank() + 1) * size)
+        engine.backward(nn.functional.cross_entropy(engine(x[own].half()).float(), y[own]))
+        engine.step()
+    engine.save_checkpoint(f'{root}/fp16', tag='tag')
+    sources['fp16'] = [f'{root}/fp16/tag', full_state(engine, ADAM)]
+    engine.destroy()
+    found: dict[str, Any] = {}
+    for source, (path, state) in sources.items():
+        for precision, stage, dtype in (
+            ('fp32', 1, torch.float32), ('fp32', 0, torch.float32),
+            ('bf16', 3, torch.bfloat16), ('bf16', 2, torch.bfloat16),
+            ('bf16', 0, torch.bfloat16), ('fp16', 1, torch.float16), ('fp16', 3, torch.float16),
+        ):  # fmt: skip
+            if precision == 'fp16':
+                engine = _fp16_engine(stage, 9)
+                names = [list(g) for g in client_groups(engine).names]
+                Restorer(engine, TagShards(Path(path)).named_state(names)).restore()
+            else:
+                run = Run(stage, seed=9, precision=precision)
+                run.load(path)
+                engine = run.engine
+            found[f'{source} -> {precision} {stage}'] = [
+                full_state(engine, ADAM) == state,
+                _low_weights_are_rounded_masters(engine, dtype),
+            ]
+            engine.destroy()
+    return found
+
+
+def move_averages(root: str) -> dict[str, Any]:
+    """A sharded EMA of every stage into every other, and into one of other groups."""
+    found = {}
+    for stage in range(4):
+        run = Run(stage, f'{root}/ema{stage}')
+        ema = ShardedEma(run.engine, 0.9)
+        for step in range(2):
+            run.steps(step, step + 1)
+            ema.update()
+        path = save_checkpoint(
+            run.config, 0, run.engine, 50.0, run.optimizer, run.scheduler, run.scaler, logger,
+            model_ema=ema, ema_decay=0.9,
+        )  # fmt: skip
+        with ema.swapped_in():
+            was = full_state(run.engine, ())
+        run.engine.destroy()
+        for target in range(4):
+            other = Run(target, seed=9, kind='sgd' if target == stage else 'adamw')
+            average = ShardedEma(other.engine, 0.5)
+            other.config.defrost()
+            other.config.MODEL.RESUME = path
+            load_ema_checkpoint(other.config, average, logger)
+            with average.swapped_in():
+                got = full_state(other.engine, ())
+            found[f'{stage} -> {target}'] = [got == was, average.decay, average.num_updates]
+            other.engine.destroy()
+    return found
