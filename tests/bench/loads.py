@@ -59,7 +59,7 @@ def memory_report(subject: Subject, tag: Path) -> dict[str, Any]:
         shares = []
         for _ in range(_MEMORY_ROUNDS):
             contender.prepare()
-            shares.append(_highest(peak_growth(contender.run) / size))
+            shares.append(highest(peak_growth(contender.run) / size))
         share, target = statistics.median(shares), MEMORY_TARGETS[name]
         report[name] = {
             'share': share,
@@ -89,7 +89,8 @@ def _all_equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     return all(found)
 
 
-def _highest(share: float) -> float:
+def highest(share: float) -> float:
+    """Of all ranks. Every rank must call it."""
     found: list[Any] = [None] * world_size()
     distributed.all_gather_object(found, share)
     return max(found)

@@ -112,10 +112,10 @@ class Subject:
             save_checkpoint(config, 0, self.engine.module, 0.0, self.optimizer, None, None, logger)
         )
 
-    def save_plain(self, output: Path, tag: str) -> None:
+    def save_plain(self, output: Path, tag: str, client_state: Any = None) -> None:
         """``engine.save_checkpoint`` as DeepSpeed comes, nothing flushed."""
         self.engine.checkpoint_engine = self.plain
-        self.engine.save_checkpoint(str(output), tag=tag)
+        self.engine.save_checkpoint(str(output), tag=tag, client_state=client_state or {})
 
     def load(self, path: Path) -> None:
         """`load_checkpoint` of this package."""
@@ -129,6 +129,14 @@ class Subject:
         loaded, _ = self.engine.load_checkpoint(str(path.parent), tag=path.name)
         if loaded is None:
             raise FileNotFoundError(f'{path}: DeepSpeed found nothing to load')
+
+    def load_universal(self, path: Path) -> None:
+        """``engine.load_checkpoint`` of what DeepSpeed's ds_to_universal wrote."""
+        self.engine._config.load_universal_checkpoint = True
+        try:
+            self.load_plain(path)
+        finally:
+            self.engine._config.load_universal_checkpoint = False
 
     def shard(self, scratch: Path) -> list[torch.Tensor]:
         """The tensors that this rank saves, in order. Every rank must call it."""
