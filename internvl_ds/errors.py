@@ -1,5 +1,10 @@
 """The exceptions of this package: one small family, each catchable by a built-in type too."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
 
 class InternvlDsError(Exception):
     """Base of every error that this package raises on purpose."""
@@ -31,3 +36,8 @@ class CheckpointMismatch(CheckpointError, ValueError):
 
 class PretrainedError(InternvlDsError, RuntimeError):
     """Pretrained weights could not be read or do not fit the model."""
+
+
+def few(values: Sequence[Any], most: int = 5) -> str:
+    """The first few of many, for a message."""
+    return ', '.join(map(str, values[:most])) + (', ...' if len(values) > most else '')

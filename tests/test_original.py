@@ -39,6 +39,7 @@ def test_a_plain_loops_file_goes_on_in_an_engine_and_back(loop, stage, tmp_path)
 
     exported = tmp_path / 'ckpt_epoch_1.pth'
     assert main(['ckpt', 'export', results[0]['path'], str(exported)]) == 0
+    assert main(['ckpt', 'diff', results[0]['path'], str(exported)]) == 0
     for got in run_ranks(
         'tests.workers.originals:resume_in_loop', 2, tmp_path, path=exported, kind=kind
     ):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from internvl_ds.checkpoint.shards import TagShards, read_shard
-from internvl_ds.errors import CheckpointError
+from internvl_ds.errors import CheckpointError, CheckpointMismatch
 
 A = torch.arange(15.0).reshape(3, 5)  # 15 elements: 8 a rank and one of padding at stage 3
 B = torch.arange(100.0, 107.0)
@@ -147,3 +147,34 @@ def test_a_payload_is_refused_and_not_run(tmp_path):
         with pytest.raises(CheckpointError, match='refused, because it holds more than tensors'):
             read_shard(tmp_path / 'shard.pt', mmap=mmap)
     assert not (tmp_path / 'owned').exists()
+
+
+def test_a_whole_state_of_stage_0_is_named_by_its_groups_or_by_the_running_ones(tmp_path):
+    low = A.bfloat16()
+    optimizer = {
+        'optimizer_state_dict': {
+            'state': {
+                0: {'step': torch.tensor(2.0), 'exp_avg': -B},
+                1: {'step': torch.tensor(2.0), 'exp_avg': -A},
+            },
+            'param_groups': [{'params': [0]}, {'params': [1]}],
+        },
+        'fp32_groups': [[B], [A]],
+    }
+    module = OrderedDict(a=low, tied=low, b=B.bfloat16(), frozen=FROZEN, none=torch.empty(0))
+    head = _head(0, module, shared_params=None, optimizer=optimizer)
+    torch.save(head, tmp_path / 'mp_rank_00_model_states.pt')
+    shards = TagShards(tmp_path)
+    state = shards.named_state([['b'], ['a']])  # the file does not name them
+    assert shards.aliases() == {'tied': 'a'}
+    weights = state.weights()
+    assert weights.keys() == module.keys()
+    assert torch.equal(weights['tied'].whole(), A)  # the master, not its rounding
+    assert torch.equal(weights['none'].whole(), torch.empty(0))
+    assert torch.equal(state.moments['b']['exp_avg'].whole(), -B)
+    assert state.steps == {'a': {'step': 2.0}, 'b': {'step': 2.0}}
+    assert state.fixed.keys() == {'frozen', 'none'}
+    with pytest.raises(CheckpointMismatch, match='has 2 parameter groups with 1, 1 tensors'):
+        shards.named_state([['a', 'b']])
+    with pytest.raises(CheckpointMismatch, match='the master of parameter 0 has shape'):
+        shards.named_state([['a'], ['b']])

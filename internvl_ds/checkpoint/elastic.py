@@ -12,8 +12,8 @@ from torch import nn
 
 from internvl_ds.checkpoint.named import Flat, NamedState, fill
 from internvl_ds.checkpoint.partition import Layout, owned, shapes_of
-from internvl_ds.checkpoint.restore import few, model_shapes, release_gathered, require_same_model
-from internvl_ds.errors import CheckpointError, CheckpointMismatch
+from internvl_ds.checkpoint.restore import model_shapes, release_gathered, require_same_model
+from internvl_ds.errors import CheckpointError, CheckpointMismatch, few
 from internvl_ds.masters import master_weights, partitioning, push_masters
 
 # State of DeepSpeed's own Adams, which cannot be tried on a copy: that would end the original's.

@@ -61,7 +61,7 @@ def write_original(tag: Path, target: Path) -> None:
     saved = shards.named_state(groups)
     fillers: dict[int, Flat] = {}
     tree: dict[str, Any] = {
-        'model': _blank_weights(saved.weights(), saved.aliases, fillers),
+        'model': _blank_weights(shards.in_order(saved.weights()), saved.aliases, fillers),
         'optimizer': _blank_optimizer(saved, groups, became, settings, fillers),
         'lr_scheduler': _expanded(kept.get('lr_scheduler'), became, len(merged)),
         'max_accuracy': kept.get('max_accuracy', 0.0),
@@ -72,7 +72,8 @@ def write_original(tag: Path, target: Path) -> None:
         'ema_decay': kept.get('ema_decay'),
     }
     if holds_ema(tag):
-        tree['model_ema'] = _blank_weights(ema_flats(tag), saved.aliases, fillers)
+        average = shards.in_order(ema_flats(tag))
+        tree['model_ema'] = _blank_weights(average, saved.aliases, fillers)
     aside = target.with_name(f'.{target.name}.tmp')
     try:
         with torch.serialization.skip_data():
@@ -142,7 +143,7 @@ def weights_of_tag(shards: TagShards) -> dict[str, Flat]:
         groups = shards.groups()
         if all(name for group in groups for name in group):
             weights.update(shards.named_state().masters)
-    return weights
+    return shards.in_order(weights)
 
 
 def _blank_weights(

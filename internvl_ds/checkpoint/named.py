@@ -95,7 +95,7 @@ class Flat:
         Args:
             dtype: of what is returned; as it was saved by default.
         """
-        if len(self._places) == 1 and dtype in (None, self.dtype):
+        if self.numel and len(self._places) == 1 and dtype in (None, self.dtype):
             return self.pieces(0, self.numel)[0].reshape(self.shape)
         target = torch.empty(self.numel, dtype=dtype or self.dtype)
         self.copy_to(target)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
-from internvl_ds.errors import CheckpointMismatch
+from internvl_ds.errors import CheckpointMismatch, few
 from internvl_ds.persistent import gather_persistent
 
 
@@ -89,8 +89,3 @@ def _copy_slice(parameter: Any, whole: torch.Tensor, engine: DeepSpeedEngine) ->
     rank = torch.distributed.get_rank(group=parameter.ds_process_group)
     piece = whole.reshape(-1)[rank * length : (rank + 1) * length]
     own.data[: piece.numel()].copy_(piece)
-
-
-def few(values: Sequence[Any], most: int = 5) -> str:
-    """The first few of many, for an error."""
-    return ', '.join(map(str, values[:most])) + (', ...' if len(values) > most else '')

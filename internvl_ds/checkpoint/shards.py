@@ -161,6 +161,10 @@ class TagShards:
         weights.update({alias: weights[name] for alias, name in self.aliases().items()})
         return weights
 
+    def in_order(self, weights: Mapping[str, Flat]) -> dict[str, Flat]:
+        """Weights by name in the order of the model's state dict."""
+        return {name: weights[name] for name in self.head['module'] if name in weights}
+
     def named_state(self, names: Sequence[Sequence[str]] | None = None) -> NamedState:
         """What training goes on from, by parameter name; nothing but the pickles is read yet.
 
@@ -210,7 +214,16 @@ class TagShards:
 
     def aliases(self) -> dict[str, str]:
         """Further name of a tied parameter -> the name that it is saved under."""
-        return dict(_pairs(self.head.get('shared_params')))
+        if self.zero_stage or self.head.get('shared_params'):
+            return dict(_pairs(self.head.get('shared_params')))
+        # Stage 0 does not say; tensors that shared their memory still do.
+        first: dict[tuple[int, Any], str] = {}
+        found = {}
+        for name, tensor in self.head['module'].items():
+            key = (tensor.data_ptr(), tensor.shape)
+            if tensor.numel() and first.setdefault(key, name) != name:
+                found[name] = first[key]
+        return found
 
     @property
     def ds_config(self) -> Mapping[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from internvl_ds.checkpoint.named import Flat
-from internvl_ds.errors import CheckpointMismatch
+from internvl_ds.errors import CheckpointMismatch, few
 
 State = tuple[
     dict[str, Flat], dict[str, dict[str, Flat]], dict[str, dict[str, float]]
@@ -42,34 +42,31 @@ def state_by_order(
     if [len(group) for group in saved] != [len(group) for group in groups]:
         raise CheckpointMismatch(
             f'{where}: its optimizer has {len(saved)} parameter groups with '
-            f'{_few([len(g) for g in saved])} tensors, and this run has {len(groups)} with '
-            f'{_few([len(g) for g in groups])}'
+            f'{few([len(g) for g in saved])} tensors, and this run has {len(groups)} with '
+            f'{few([len(g) for g in groups])}'
         )
     names = list(itertools.chain.from_iterable(groups))
     keys = list(itertools.chain.from_iterable(saved))
     absent = [name for name in names if name not in weights]
     if absent:
         raise CheckpointMismatch(
-            f'{where}: {len(absent)} parameters of the optimizer are not in it: {_few(absent)}'
+            f'{where}: {len(absent)} parameters of the optimizer are not in it: {few(absent)}'
         )
     found: State = ({}, {}, {})
     for index, (name, key) in enumerate(zip(names, keys, strict=True)):
         weight = weights[name]
-        master = weight if masters is None else masters[index].detach().reshape(weight.shape)
+        master = weight if masters is None else masters[index].detach()
+        state = optimizer['state'].get(key, {})
+        tensors = {k: t for k, t in state.items() if isinstance(t, torch.Tensor) and t.dim()}
+        for what, tensor in (('the master', master), *tensors.items()):
+            if tensor.shape != weight.shape:
+                raise CheckpointMismatch(
+                    f'{where}: {what} of parameter {index} has shape {tuple(tensor.shape)}, and '
+                    f'{name} has {tuple(weight.shape)}: the parameters are in another order'
+                )
         found[0][name] = Flat.of(f'{where}: {name}', master)
-        found[1][name], found[2][name] = {}, {}
-        for part, value in optimizer['state'].get(key, {}).items():
-            if isinstance(value, torch.Tensor) and value.dim():
-                if value.numel() != weight.numel():
-                    raise CheckpointMismatch(
-                        f'{where}: {part} of parameter {index} has shape {tuple(value.shape)}, and '
-                        f'{name} has {tuple(weight.shape)}: the parameters are in another order'
-                    )
-                found[1][name][part] = Flat.of(f'{where}: {part} of {name}', value)
-            elif value is not None:
-                found[2][name][part] = float(value)
+        found[1][name] = {k: Flat.of(f'{where}: {k} of {name}', t) for k, t in tensors.items()}
+        found[2][name] = {
+            k: float(v) for k, v in state.items() if k not in tensors and v is not None
+        }
     return found
-
-
-def _few(values: Sequence[Any], most: int = 5) -> str:
-    return ', '.join(map(str, values[:most])) + (', ...' if len(values) > most else '')
