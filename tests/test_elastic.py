@@ -2,6 +2,7 @@
 
 import pytest
 
+from internvl_ds.checkpoint.partition import describe
 from tests.ranks import run_ranks
 
 SIZES, STAGES = (1, 2, 4), (0, 1, 2, 3)
@@ -50,6 +51,9 @@ def test_any_layout_goes_on_from_any_other(tmp_path, saved, ranks):
     for rank, result in enumerate(results):
         for (source, stage), got in zip(sources, result, strict=True):
             _same(got, saved[source], f'{source} -> {ranks} x {stage}, rank {rank}')
+            way = [describe(source[1], source[0], 'fp32'), describe(stage, ranks, 'fp32')]
+            line = f'{saved[source]["path"]}: from {way[0]} to {way[1]}'
+            assert got['said'] == ([] if way[0] == way[1] else [line])
 
 
 def _same(got, was, said):

@@ -59,12 +59,14 @@ def load_checkpoint(
     has none, is loaded with a warning.
 
     Unless EVAL_MODE: weights, optimizer, scheduler and scaler are restored, and TRAIN.START_EPOCH
-    is set to the saved epoch + 1. In EVAL_MODE only weights are loaded, of any stage and world
-    size, or from an original .pth, into an engine or a plain nn.Module.
+    is set to the saved epoch + 1. A tag of the same layout (world size, ZeRO stage, precision and
+    parameter groups) is loaded by DeepSpeed; any other, and an original's .pth, by the parameters'
+    names, each rank reading its own part. In EVAL_MODE only weights are loaded, into an engine or a
+    plain nn.Module.
 
     Args:
         config: MODEL.RESUME is a tag directory, an output directory (its newest undamaged tag is
-            taken), or in EVAL_MODE also a .pth file or an https URL.
+            taken), an original's .pth file, or the https URL of one.
         model: the engine or its module; in EVAL_MODE also a plain module.
         optimizer: the engine's optimizer; not used in EVAL_MODE.
         lr_scheduler: restored through ``load_state_dict``; may be None.
@@ -76,8 +78,8 @@ def load_checkpoint(
 
     Raises:
         CheckpointNotFound: when nothing is at the path.
-        CheckpointMismatch: when it is of another model, layout or precision; before any state is
-            changed.
+        CheckpointMismatch: when it is of another model, of other trained parameters or another
+            optimizer; before any state is changed.
         CheckpointError: when it cannot be read, or a file of it is not what was written; before
             any state is changed.
     """

@@ -19,7 +19,7 @@ from internvl_ds.checkpoint.shards import TagShards
 from internvl_ds.checkpoint.writer import install_writer
 from internvl_ds.comm import agree, rank
 from internvl_ds.config import checkpoint_option
-from internvl_ds.engine import client_groups, engine_of
+from internvl_ds.engine import client_groups, engine_of, scheduler_of
 from internvl_ds.errors import CheckpointError, PretrainedError
 from internvl_ds.param_groups import MergedGroups
 from internvl_ds.persistent import gathered_together
@@ -27,6 +27,11 @@ from internvl_ds.pretrained.sources import open_source
 
 
 def open_file(resume: str) -> Mapping[str, Any]:
+    """Opens a .pth, or downloads one.
+
+    Raises:
+        CheckpointError: when it cannot be read, or is more than data.
+    """
     try:
         return open_source(resume)
     except PretrainedError as error:
@@ -54,11 +59,11 @@ def train_from_file(
 
     checkpoint, saved = agree('read file', read, io_timeout, CheckpointError)
     _restore(engine, saved, io_timeout, logger)
-    schedule, own = checkpoint.get('lr_scheduler'), lr_scheduler
+    schedule = checkpoint.get('lr_scheduler')
     if schedule is not None and lr_scheduler is not None:
         count = len(checkpoint['optimizer']['param_groups'])
         groups = merged.names if len(merged.names) == count else now
-        schedule = fit_to_groups(schedule, groups, own.state_dict(), now)
+        schedule = fit_to_groups(schedule, groups, lr_scheduler.state_dict(), now)
     state = {
         'epoch': checkpoint.get('epoch'),
         'lr_scheduler': schedule,
@@ -121,7 +126,8 @@ def _finish_restoring(
 ) -> None:
     restore_schedule(config, state, lr_scheduler, scaler, path, logger)
     updates = engine.global_steps - engine.skipped_steps
-    set_lr_of_schedule(lr_scheduler, engine.basic_optimizer.param_groups, updates)
+    scheduler = scheduler_of(engine) if lr_scheduler is None else lr_scheduler
+    set_lr_of_schedule(scheduler, engine.basic_optimizer.param_groups, updates)
 
 
 def _names_of(merged: MergedGroups) -> list[list[str]]:

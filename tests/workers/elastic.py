@@ -268,9 +268,16 @@ def load_layouts(loads: list[Any], precision: str = 'fp32') -> list[Any]:
     found = []
     for path, stage, zero in loads:
         run = Run(stage, seed=9, precision=precision, **zero)
+        said: list[str] = []
+        handler = logging.Handler()
+        handler.emit = lambda record, said=said: said.append(record.getMessage())  # type: ignore[method-assign]
+        logger.setLevel(logging.INFO)
+        logger.addHandler(handler)
         accuracy = run.load(path)
+        logger.removeHandler(handler)
         found.append(
             {
+                'said': [text for text in said if ': from ' in text],
                 'accuracy': accuracy,
                 'epoch': run.config.TRAIN.START_EPOCH,
                 'counts': [run.engine.global_steps, run.engine.skipped_steps],
