@@ -3,6 +3,7 @@
 import pytest
 
 from internvl_ds.checkpoint.partition import describe
+from internvl_ds.cli import main
 from tests.ranks import run_ranks
 
 SIZES, STAGES = (1, 2, 4), (0, 1, 2, 3)
@@ -130,3 +131,23 @@ def test_what_fits_not_is_an_error_before_anything_changes(tmp_path, saved, stag
         assert '2 were trained and are not now: stem' in found['frozen']
         assert 'SGD keeps' in found['optimizer']
         assert 'it was saved with another optimizer' in found['optimizer']
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_frozen_parameters_may_be_in_the_clients_groups(tmp_path):
+    kind = 'adamw, frozen in its groups'
+    saved = run_ranks(
+        'tests.workers.elastic:save_layouts', 2, tmp_path, root=tmp_path, stages=[0, 2], kind=kind
+    )[0]
+    loads = [(saved['0']['path'], 2, {}), (saved['0']['path'], 3, {}), (saved['2']['path'], 0, {})]
+    for number, source in (('0', 0), ('1', 2)):
+        out = tmp_path / f'out{number}.pth'
+        assert main(['ckpt', 'export', saved[str(source)]['path'], str(out)]) == 0
+        assert main(['ckpt', 'diff', saved[str(source)]['path'], str(out)]) == 0
+        loads.append((str(out), 1, {}))
+    for result in run_ranks(
+        'tests.workers.elastic:load_layouts', 2, tmp_path, loads=loads, kind=kind
+    ):
+        for source, (path, stage, _), got in zip('00202', loads, result, strict=True):
+            _same(got, saved[source], f'{path} -> {stage}')

@@ -57,7 +57,8 @@ def write_original(tag: Path, target: Path) -> None:
     merged = [list(group['param_names']) for group in settings]
     groups = kept.get('optimizer_groups') or merged
     index_of = {name: i for i, names in enumerate(merged) for name in names}
-    became = [index_of[names[0]] if names else 0 for names in groups]
+    # Frozen parameters may be in the client's groups; an empty group has no settings of its own.
+    became = [next((index_of[n] for n in names if n in index_of), 0) for names in groups]
     saved = shards.named_state(groups)
     fillers: dict[int, Flat] = {}
     tree: dict[str, Any] = {
@@ -176,9 +177,9 @@ def _blank_optimizer(
         for name in names:
             entry: dict[str, Any] = {
                 key: _blank_shaped(flat, saved.masters[name].shape, fillers)
-                for key, flat in saved.moments[name].items()
+                for key, flat in saved.moments.get(name, {}).items()
             }
-            for key, value in saved.steps[name].items():
+            for key, value in saved.steps.get(name, {}).items():
                 entry[key] = _blank(Flat.of(key, torch.tensor(value)), fillers)
             if entry:
                 state[number] = entry

@@ -33,7 +33,6 @@ def state_of_file(
     checkpoint: Mapping[str, Any],
     where: str,
     candidates: Sequence[Sequence[Sequence[str]]],
-    trained: set[str],
 ) -> NamedState:
     """What training goes on from, by parameter name.
 
@@ -42,7 +41,6 @@ def state_of_file(
         where: its path, for errors.
         candidates: the names of each parameter group's tensors, in order, as the client built the
             groups and as they are now: the file has the one or the other.
-        trained: the parameters that are trained now.
 
     Raises:
         CheckpointError: when it holds no optimizer.
@@ -61,9 +59,6 @@ def state_of_file(
     sizes = [len(group['params']) for group in optimizer['param_groups']]
     groups = next((c for c in candidates if [len(group) for group in c] == sizes), candidates[0])
     masters, moments, steps = state_by_order(where, optimizer, groups, weights)
-    # Frozen parameters may be in a torch optimizer's groups; it keeps nothing for them.
-    idle = [name for name in masters if name not in trained and not moments[name]]
-    masters = {name: flat for name, flat in masters.items() if name not in idle}
     return NamedState(
         where=where,
         layout='a single file',

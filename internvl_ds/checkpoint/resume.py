@@ -54,8 +54,7 @@ def train_from_file(
 
     def read() -> tuple[Mapping[str, Any], NamedState]:
         checkpoint = open_file(resume)
-        trained = {name for group in merged.names for name in group} & set(_trained(engine))
-        return checkpoint, state_of_file(checkpoint, resume, [merged.names, now], trained)
+        return checkpoint, state_of_file(checkpoint, resume, [merged.names, now])
 
     checkpoint, saved = agree('read file', read, io_timeout, CheckpointError)
     _restore(engine, saved, io_timeout, logger)
@@ -136,10 +135,6 @@ def _names_of(merged: MergedGroups) -> list[list[str]]:
     for names, index in zip(merged.names, merged.became, strict=True):
         groups[index] += names
     return groups
-
-
-def _trained(engine: DeepSpeedEngine) -> list[str]:
-    return [name for name, p in engine.module.named_parameters() if p.requires_grad]
 
 
 def load_same_layout(

@@ -145,7 +145,9 @@ def save_checkpoint(
             'lr_scheduler': None if lr_scheduler is None else lr_scheduler.state_dict(),
             'scaler': None if scaler is None else scaler.state_dict(),
             'config': config,
-            'optimizer_groups': client_groups(engine).names if engine.optimizer else None,
+            'optimizer_groups': None
+            if engine.basic_optimizer is None
+            else client_groups(engine).names,
         }
 
     try:

@@ -67,11 +67,11 @@ class Net(nn.Module):
         return self.head(x * self.scale)
 
 
-def groups_of(model: nn.Module, lr: float) -> list[dict[str, Any]]:
+def groups_of(model: nn.Module, lr: float, frozen: bool = False) -> list[dict[str, Any]]:
     """Four settings of (lr, weight decay), one group per tensor as the original builds them."""
     groups = []
     for name, p in model.named_parameters():
-        if p.requires_grad:
+        if p.requires_grad or frozen:
             decay = 0.0 if p.dim() == 1 else 0.05
             layer_lr = lr * (0.5 if name.startswith(('stem', 'norm')) else 1.0)
             groups.append({'params': [p], 'lr': layer_lr, 'weight_decay': decay, 'name': name})
@@ -79,7 +79,7 @@ def groups_of(model: nn.Module, lr: float) -> list[dict[str, Any]]:
 
 
 def make_client(model: nn.Module, kind: str, lr: float = 1e-2) -> torch.optim.Optimizer:
-    groups = groups_of(model, lr)
+    groups = groups_of(model, lr, frozen=kind == 'adamw, frozen in its groups')
     if kind == 'sgd':
         return torch.optim.SGD(groups, lr=lr, momentum=0.9)
     return torch.optim.AdamW(groups, lr=lr)
@@ -246,11 +246,14 @@ def _gathered(parameter: Any) -> Any:
     return deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, 'ds_id'))
 
 
-def save_layouts(root: str, stages: list[int], precision: str = 'fp32') -> dict[str, Any]:
+def save_layouts(
+    root: str, stages: list[int], precision: str = 'fp32', kind: str = 'adamw'
+) -> dict[str, Any]:
     """For each stage: three updates, a save, and what the run that does not stop sees next."""
     found = {}
     for stage in stages:
-        run = Run(stage, f'{root}/{world_size()}x{stage}{precision}', precision=precision)
+        output = f'{root}/{world_size()}x{stage}{precision}'
+        run = Run(stage, output, precision=precision, kind=kind)
         run.steps(0, UPDATES)
         found[str(stage)] = {
             'path': run.save(UPDATES),
@@ -263,11 +266,11 @@ def save_layouts(root: str, stages: list[int], precision: str = 'fp32') -> dict[
     return found
 
 
-def load_layouts(loads: list[Any], precision: str = 'fp32') -> list[Any]:
+def load_layouts(loads: list[Any], precision: str = 'fp32', kind: str = 'adamw') -> list[Any]:
     """Each of (tag, stage, further ZeRO settings) into a fresh run of other weights."""
     found = []
     for path, stage, zero in loads:
-        run = Run(stage, seed=9, precision=precision, **zero)
+        run = Run(stage, seed=9, precision=precision, kind=kind, **zero)
         said: list[str] = []
         handler = logging.Handler()
         handler.emit = lambda record, said=said: said.append(record.getMessage())  # type: ignore[method-assign]
