@@ -151,3 +151,12 @@ def test_frozen_parameters_may_be_in_the_clients_groups(tmp_path):
     ):
         for source, (path, stage, _), got in zip('00202', loads, result, strict=True):
             _same(got, saved[source], f'{path} -> {stage}')
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_another_global_batch_is_a_warning(tmp_path, saved):
+    loads = [(saved[1, 2]['path'], 2, {'batch_size': 4})]
+    for (got,) in run_ranks('tests.workers.elastic:load_layouts', 2, tmp_path, loads=loads):
+        assert got['state'] == saved[1, 2]['state']
+        assert 'saved with a global batch of 16, and this run has 8' in got['said'][1]

@@ -92,6 +92,16 @@ def load_other_layout(
 
     saved, groups = agree('read shards', read, io_timeout, CheckpointError)
     _restore(engine, saved, io_timeout, logger)
+    batch, own_batch = shards.ds_config.get('train_batch_size'), engine.train_batch_size()
+    if isinstance(batch, int) and batch != own_batch:
+        logger.warning(
+            '%s: saved with a global batch of %d, and this run has %d: an epoch has another number '
+            'of updates now, and the schedule counts updates. To keep the batch, change '
+            'DATA.BATCH_SIZE or TRAIN.ACCUMULATION_STEPS with the number of ranks.',
+            shards.tag,
+            batch,
+            own_batch,
+        )
     schedule = state.get('lr_scheduler')
     if schedule is not None and lr_scheduler is not None and all(map(all, groups)):
         schedule = fit_to_groups(schedule, groups, lr_scheduler.state_dict(), now)

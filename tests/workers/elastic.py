@@ -96,10 +96,10 @@ class Run:
 
     def __init__(
         self, stage: int, output: str = '', seed: int = 0, precision: str = 'fp32',
-        kind: str = 'adamw', **zero: Any,
+        kind: str = 'adamw', batch_size: int | None = None, **zero: Any,
     ) -> None:  # fmt: skip
         self.config = make_config(
-            output, DATA__BATCH_SIZE=16 // world_size(), SAVE_CKPT_NUM=0,
+            output, DATA__BATCH_SIZE=batch_size or 16 // world_size(), SAVE_CKPT_NUM=0,
             **precision_values(precision),
         )  # fmt: skip
         self.dtype = torch.bfloat16 if precision == 'bf16' else torch.float32
@@ -280,7 +280,7 @@ def load_layouts(loads: list[Any], precision: str = 'fp32', kind: str = 'adamw')
         logger.removeHandler(handler)
         found.append(
             {
-                'said': [text for text in said if ': from ' in text],
+                'said': [t for t in said if ': from ' in t or 'global batch' in t],
                 'accuracy': accuracy,
                 'epoch': run.config.TRAIN.START_EPOCH,
                 'counts': [run.engine.global_steps, run.engine.skipped_steps],
