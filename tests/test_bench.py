@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.bench import checkpoint, loads, memory, saves
+from tests.bench import checkpoint, elastic, loads, memory, saves
 from tests.bench.figures import (
     Pair,
     paired_ratios,
@@ -160,3 +160,13 @@ def test_the_whole_benchmark_in_small(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert all(f'| {name} ' in printed for name in entry['seconds'])
     assert not list(Path(folder).iterdir())  # nothing stays on the disk
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_a_move_to_another_world_size_is_measured_both_ways(tmp_path):
+    entry = elastic.move(1, 2, 1, 1, tmp_path)
+    assert entry['seconds'].keys() == {'ours', 'convert and load', 'same layout'}
+    assert [(r['a'], r['b']) for r in entry['ratios']] == [pair[:2] for pair in elastic.PAIRS]
+    assert entry['memory'] > 0
+    assert '2 -> 1 ranks' in elastic.tables(entry)
