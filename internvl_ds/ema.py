@@ -130,8 +130,8 @@ class ShardedEma:
         if (int(saved['zero_stage']), int(saved['world_size'])) != (stage, ranks):
             raise CheckpointMismatch(
                 f'{directory}: its EMA was saved at ZeRO stage {saved["zero_stage"]} on '
-                f'{saved["world_size"]} ranks, and this run has stage {stage} on {ranks}; this '
-                'version restores an EMA into the same layout only'
+                f'{saved["world_size"]} ranks, and this run has stage {stage} on {ranks}; '
+                'load_ema_checkpoint loads it into any layout'
             )
         own = directory / f'ema_rank_{rank()}.safetensors'
         targets = self._unpadded(self._shards)

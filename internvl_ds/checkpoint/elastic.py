@@ -44,8 +44,8 @@ class Restorer:
         _require_same_trained(saved, self.layout)
         _require_known_layout(self.layout, self.rank, self.masters)
         self.fragments = owned(self.layout, self.rank)
-        expected = _state_of_a_step(engine)
-        self.keys = [self._keys_of_group(index, expected) for index in range(len(self.masters))]
+        self.expected = _state_of_a_step(engine)
+        self.keys = [self._keys_of_group(index) for index in range(len(self.masters))]
         self.fixed = _fixed(engine, weights, self.layout)
         for index, fragments in enumerate(self.fragments):
             for name, place in fragments:
@@ -91,7 +91,7 @@ class Restorer:
         for key, number in steps.items():
             before[key] = self._number_like(key, number)
 
-    def _keys_of_group(self, index: int, expected: Mapping[str, Any] | None) -> list[str]:
+    def _keys_of_group(self, index: int) -> list[str]:
         """The tensors that the optimizer keeps for a group, which is one to it."""
         names = list(self.layout.groups[index])
         keys = {name: sorted(self.saved.moments[name]) for name in names}
@@ -102,13 +102,12 @@ class Restorer:
                     f'{name} has {keys[name]}, and they are one group now'
                 )
         found = set(keys[names[0]]) | self.saved.steps[names[0]].keys()
-        if expected is not None and found and found != expected.keys():
+        if self.expected is not None and found and found != self.expected.keys():
             optimizer = type(self.engine.basic_optimizer).__name__
             raise CheckpointMismatch(
                 f'{self.saved.where}: holds {sorted(found)} of an optimizer, and {optimizer} keeps '
-                f'{sorted(expected)}: it was saved with another optimizer'
+                f'{sorted(self.expected)}: it was saved with another optimizer'
             )
-        self._expected = expected or {}
         return keys[names[0]]
 
     def _steps_of_group(self, index: int) -> dict[str, float]:
@@ -124,7 +123,7 @@ class Restorer:
 
     def _number_like(self, key: str, number: float) -> Any:
         """A number as this optimizer keeps it: a tensor, an int or a float."""
-        like = self._expected.get(key)
+        like = (self.expected or {}).get(key)
         if isinstance(like, torch.Tensor) or like is None:
             dtype = torch.float32 if like is None else like.dtype
             device = None if like is None else like.device
