@@ -12,11 +12,10 @@ import torch
 
 from internvl_ds.checkpoint.averages import ema_flats, holds_ema
 from internvl_ds.checkpoint.export import weights_of_tag
-from internvl_ds.checkpoint.manifest import STATE_FILE
 from internvl_ds.checkpoint.named import Flat
 from internvl_ds.checkpoint.original import weights_of_file
 from internvl_ds.checkpoint.shards import TagShards
-from internvl_ds.checkpoint.state import read_state
+from internvl_ds.checkpoint.state import state_of
 from internvl_ds.checkpoint.torch_state import state_by_order
 from internvl_ds.errors import CheckpointError, CheckpointMismatch, PretrainedError
 from internvl_ds.pretrained.sources import open_source
@@ -110,7 +109,7 @@ def _compared(one: Flat, other: Flat) -> tuple[str, float] | None:
 
 def _contents_of_tag(tag: Path) -> Contents:
     shards = TagShards(tag)
-    state = read_state(tag / STATE_FILE) if (tag / STATE_FILE).is_file() else {}
+    state = state_of(tag)
     tensors = _prefixed('model', weights_of_tag(shards))
     numbers = {key: state[key] for key in _NUMBERS if state.get(key) is not None}
     if shards.optim_files or shards.head.get('optimizer'):

@@ -46,12 +46,12 @@ class Restorer:
         self.fragments = owned(self.layout, self.rank)
         self.expected = _state_of_a_step(engine)
         self.keys = [self._keys_of_group(index) for index in range(len(self.masters))]
+        self.steps = [self._steps_of_group(index) for index in range(len(self.masters))]
         self.fixed = _fixed(engine, weights, self.layout)
-        for index, fragments in enumerate(self.fragments):
+        for fragments in self.fragments:
             for name, place in fragments:
                 for flat in (saved.masters[name], *(saved.moments[name].values())):
                     flat.pieces(place.start, place.stop)  # opens what `restore` will read
-            self._steps_of_group(index)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -77,7 +77,7 @@ class Restorer:
         )
 
     def _restore_group_state(self, index: int, master: Any, state: Any) -> None:
-        keys, steps = self.keys[index], self._steps_of_group(index)
+        keys, steps = self.keys[index], self.steps[index]
         if not keys and not steps:  # saved before the first update
             state.pop(master, None)
             return
@@ -86,7 +86,7 @@ class Restorer:
             own = before.get(key)
             if not isinstance(own, torch.Tensor) or own.shape != master.shape:
                 before[key] = torch.zeros_like(master.data)
-            moments = {n: m[key] for n, m in self.saved.moments.items() if key in m}
+            moments = {n: self.saved.moments[n][key] for n in self.layout.groups[index]}
             fill(before[key], self.fragments[index], moments)
         for key, number in steps.items():
             before[key] = self._number_like(key, number)

@@ -17,10 +17,9 @@ import torch
 from yacs.config import CfgNode
 
 from internvl_ds.checkpoint.averages import ema_flats, holds_ema
-from internvl_ds.checkpoint.manifest import STATE_FILE
 from internvl_ds.checkpoint.named import Flat, NamedState
 from internvl_ds.checkpoint.shards import TagShards
-from internvl_ds.checkpoint.state import read_state
+from internvl_ds.checkpoint.state import state_of
 from internvl_ds.errors import CheckpointError
 from internvl_ds.files import flush
 from internvl_ds.param_groups import PER_GROUP_LISTS
@@ -52,7 +51,7 @@ def write_original(tag: Path, target: Path) -> None:
         CheckpointError: when the tag cannot be read, or the file not be written.
     """
     shards = TagShards(tag)
-    kept = read_state(tag / STATE_FILE) if (tag / STATE_FILE).is_file() else {}
+    kept = state_of(tag)
     settings = shards.settings()
     merged = [list(group['param_names']) for group in settings]
     groups = kept.get('optimizer_groups') or merged
@@ -155,8 +154,8 @@ def _blank_weights(
     return {name: blank[aliases.get(name, name)] for name in flats}
 
 
-def _blank(flat: Flat, fillers: dict[int, Flat]) -> torch.Tensor:
-    tensor = torch.empty(flat.shape, dtype=flat.dtype)
+def _blank(flat: Flat, fillers: dict[int, Flat], shape: torch.Size | None = None) -> torch.Tensor:
+    tensor = torch.empty(flat.shape if shape is None else shape, dtype=flat.dtype)
     fillers[id(tensor)] = flat
     return tensor
 
@@ -176,7 +175,7 @@ def _blank_optimizer(
         param_groups.append({**own, 'param_names': list(names), 'params': numbers})
         for name in names:
             entry: dict[str, Any] = {
-                key: _blank_shaped(flat, saved.masters[name].shape, fillers)
+                key: _blank(flat, fillers, saved.masters[name].shape)
                 for key, flat in saved.moments.get(name, {}).items()
             }
             for key, value in saved.steps.get(name, {}).items():
@@ -185,12 +184,6 @@ def _blank_optimizer(
                 state[number] = entry
             number += 1
     return {'state': state, 'param_groups': param_groups}
-
-
-def _blank_shaped(flat: Flat, shape: torch.Size, fillers: dict[int, Flat]) -> torch.Tensor:
-    tensor = torch.empty(shape, dtype=flat.dtype)
-    fillers[id(tensor)] = flat
-    return tensor
 
 
 def _expanded(schedule: Any, became: list[int], groups: int) -> Any:

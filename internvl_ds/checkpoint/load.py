@@ -30,7 +30,7 @@ from internvl_ds.checkpoint.resume import (
 )
 from internvl_ds.checkpoint.schedule import restore_schedule
 from internvl_ds.checkpoint.shards import TagShards
-from internvl_ds.checkpoint.state import read_state
+from internvl_ds.checkpoint.state import state_of
 from internvl_ds.checkpoint.verify import damage, share_of
 from internvl_ds.comm import agree, exchange, from_rank_0, rank, world_size
 from internvl_ds.config import checkpoint_option, default_config, get_option
@@ -96,7 +96,7 @@ def load_checkpoint(
         return train_from_file(config, where, model, lr_scheduler, scaler, logger)
     if eval_mode:
         _verify(path, _share_of_weights, io_timeout, logger)
-        state = agree('read state', lambda: _state_of(path), timeout, CheckpointError)
+        state = agree('read state', lambda: state_of(path), timeout, CheckpointError)
         weights = agree(
             'read weights', lambda: TagShards(path).weights(), io_timeout, CheckpointError
         )
@@ -105,7 +105,7 @@ def load_checkpoint(
         engine = engine_of(model)
         direct = _fits_directly(engine, path, timeout, io_timeout, logger)
         shards = agree('find shards', lambda: TagShards(path), timeout, CheckpointError)
-        state = agree('read state', lambda: _state_of(path), timeout, CheckpointError)
+        state = agree('read state', lambda: state_of(path), timeout, CheckpointError)
         if direct:
             state = {**load_same_layout(engine, shards, io_timeout, logger), **state}
             restore_schedule(config, state, lr_scheduler, scaler, path, logger)
@@ -149,7 +149,7 @@ def load_ema_checkpoint(config: CfgNode, model_ema: Any, logger: logging.Logger)
         if holds_ema(path):
             weights = {}
             _load_ema_of_tag(model_ema, path, timeout, io_timeout, logger)
-        state = agree('read state', lambda: _state_of(path), timeout, CheckpointError)
+        state = agree('read state', lambda: state_of(path), timeout, CheckpointError)
     if weights is None:
         logger.warning('%s has no EMA: starting from the loaded weights', resume)
     else:
@@ -317,12 +317,6 @@ def _share_of_weights(manifest: Manifest) -> list[str]:
 def _share_of_ema(manifest: Manifest) -> list[str]:
     """Of what `read_whole_ema` reads on every rank, the part that this one verifies for all."""
     return share_of(manifest.files, rank(), world_size())
-
-
-def _state_of(path: Path) -> dict[str, Any]:
-    """What state.json keeps; empty for a tag of plain DeepSpeed."""
-    state = path / STATE_FILE
-    return read_state(state) if state.is_file() else {}
 
 
 def _evaluate_file(resume: str, model: Any, logger: logging.Logger) -> float:

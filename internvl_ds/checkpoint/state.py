@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from internvl_ds.checkpoint.manifest import STATE_FILE
 from internvl_ds.errors import CheckpointError
 
 # A dict with this single key stands for what JSON has no type for.
@@ -35,6 +36,16 @@ def read_state(path: Path) -> dict[str, Any]:
         return _decode(json.loads(path.read_text(encoding='utf-8')))
     except (OSError, ValueError) as error:
         raise CheckpointError(f'{path}: cannot be read: {error}') from error
+
+
+def state_of(tag: Path) -> dict[str, Any]:
+    """What a tag's state.json keeps; empty for a tag of plain DeepSpeed.
+
+    Raises:
+        CheckpointError: as `read_state`.
+    """
+    path = tag / STATE_FILE
+    return read_state(path) if path.is_file() else {}
 
 
 def _encode(value: Any, where: str) -> Any:

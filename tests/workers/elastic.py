@@ -29,7 +29,7 @@ from internvl_ds.ema import ShardedEma
 from internvl_ds.engine import client_groups
 from internvl_ds.errors import InternvlDsError
 from internvl_ds.masters import master_weights
-from tests.workers.model import CLASSES, FEATURES, batch, make_config, precision_values
+from tests.workers.model import CLASSES, FEATURES, make_config, micro_batch, precision_values
 
 logger = logging.getLogger('test')
 UPDATES, MORE = 3, 5
@@ -118,11 +118,9 @@ class Run:
         """Updates first..last-1; returns the mean loss of each over the whole batch."""
         seen = []
         for step in range(first, last):
-            x, y = batch(step)
-            size = len(x) // world_size()
-            own = slice(rank() * size, (rank() + 1) * size)
-            logits = self.engine(x[own].to(self.dtype)).float()
-            loss = nn.functional.cross_entropy(logits, y[own])
+            x, y = micro_batch(step, 0, 1, rank(), world_size())
+            logits = self.engine(x.to(self.dtype)).float()
+            loss = nn.functional.cross_entropy(logits, y)
             self.scaler(loss, self.optimizer, 5.0)
             seen.append(float(reduce_tensor(loss)))
         return seen
@@ -299,7 +297,6 @@ def load_errors(root: str, path: str, stage: int) -> dict[str, str]:
     found = {}
 
     def attempt(name: str, change: Any, kind: str = 'adamw') -> None:
-        nonlocal found
         torch.manual_seed(3)
         model = Net()
         change(model)
@@ -393,10 +390,8 @@ def move_precisions(root: str) -> dict[str, Any]:
         run.engine.destroy()
     engine = _fp16_engine(2, 0)
     for step in range(UPDATES):
-        x, y = batch(step)
-        size = len(x) // world_size()
-        own = slice(rank() * size, (rank() + 1) * size)
-        engine.backward(nn.functional.cross_entropy(engine(x[own].half()).float(), y[own]))
+        x, y = micro_batch(step, 0, 1, rank(), world_size())
+        engine.backward(nn.functional.cross_entropy(engine(x.half()).float(), y))
         engine.step()
     engine.save_checkpoint(f'{root}/fp16', tag='tag')
     sources['fp16'] = [f'{root}/fp16/tag', full_state(engine, ADAM)]

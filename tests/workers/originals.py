@@ -14,7 +14,7 @@ from internvl_ds.comm import rank, reduce_tensor, world_size
 from internvl_ds.config import default_config
 from internvl_ds.ema import ShardedEma
 from tests.workers.elastic import Net, Run, full_state, logger, make_client, make_scheduler
-from tests.workers.model import batch
+from tests.workers.model import micro_batch
 
 EPOCHS, UPDATES_PER_EPOCH = 10, 3  # the schedule of `make_scheduler` is 30 updates long
 
@@ -33,10 +33,8 @@ class Loop:
     def steps(self, first: int, last: int) -> list[float]:
         seen = []
         for step in range(first, last):
-            x, y = batch(step)
-            size = len(x) // world_size()
-            own = slice(rank() * size, (rank() + 1) * size)
-            loss = nn.functional.cross_entropy(self.ddp(x[own]), y[own])
+            x, y = micro_batch(step, 0, 1, rank(), world_size())
+            loss = nn.functional.cross_entropy(self.ddp(x), y)
             self.client.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), 5.0)
