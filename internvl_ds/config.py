@@ -61,6 +61,9 @@ _C.TRAIN.MIN_LR = 5e-6
 _C.TRAIN.CLIP_GRAD = 5.0  # global L2 norm; 0 or None: no clipping
 _C.TRAIN.AUTO_RESUME = True
 _C.TRAIN.ACCUMULATION_STEPS = 0  # micro-batches per update; 0 and 1 mean none
+# (new) Updates in a row that may be skipped for non-finite gradients before the run stops with an
+# error; 0: no limit. More than 16, the halvings from the first loss scale to its minimum.
+_C.TRAIN.MAX_CONSECUTIVE_OVERFLOWS = 25
 _C.TRAIN.USE_CHECKPOINT = False  # activation checkpointing
 
 _C.TRAIN.LR_SCHEDULER = CN()

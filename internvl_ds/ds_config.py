@@ -20,6 +20,15 @@ from internvl_ds.errors import ConfigError
 FP32, FP16, BF16 = 'fp32', 'fp16', 'bf16'
 AUTOCAST_FP16, AUTOCAST_BF16 = 'torch_autocast float16', 'torch_autocast bfloat16'
 
+# The loss scale of torch's GradScaler, in DeepSpeed's words, where the JSON leaves it open.
+_GRAD_SCALER = {
+    'loss_scale': 0,
+    'initial_scale_power': 16,
+    'loss_scale_window': 2000,
+    'hysteresis': 1,
+    'min_loss_scale': 1,
+}
+
 _BLOCKS = ('fp16', 'bf16', 'torch_autocast')
 
 
@@ -205,6 +214,12 @@ def _set_precision(tree: dict[str, Any], mode: str) -> None:
     for block in _BLOCKS:
         if block in tree or _BLOCK_OF.get(mode) == block:
             tree.setdefault(block, {})['enabled'] = _BLOCK_OF.get(mode) == block
+    if mode in (FP16, AUTOCAST_FP16):
+        # DeepSpeed reads these for torch autocast too, where the section is not enabled.
+        section = tree.setdefault('fp16', {'enabled': False})
+        for key, value in _GRAD_SCALER.items():
+            if section.get(key, 'auto') == 'auto':
+                section[key] = value
     if mode in (AUTOCAST_FP16, AUTOCAST_BF16):
         tree['torch_autocast']['dtype'] = 'float16' if mode == AUTOCAST_FP16 else 'bfloat16'
 

@@ -12,18 +12,23 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 from yacs.config import CfgNode
 
 from internvl_ds import ds_config as ds
 from internvl_ds.comm import init_distributed, rank, world_size
-from internvl_ds.config import get_option
+from internvl_ds.config import default_config, get_option
 from internvl_ds.errors import ConfigError, EngineNotFound
 from internvl_ds.files import write_text
+from internvl_ds.loss_scale import LossScale
 from internvl_ds.param_groups import MergedGroups, merge_param_groups, remap_scheduler
+from internvl_ds.scaling import attach, pull, push
 
 logger = logging.getLogger(__name__)
+
+_LIMIT_KEY = 'TRAIN.MAX_CONSECUTIVE_OVERFLOWS'
 
 
 @dataclass(eq=False)
@@ -32,6 +37,8 @@ class _Registration:
 
     lr_scheduler: Any = None
     merged: MergedGroups | None = None
+    loss_scale: LossScale | None = None
+    overflow_limit: int = 0
 
 
 # Engine, module and optimizer objects -> their engine. Weak on both sides: nothing is kept alive.
@@ -103,8 +110,10 @@ def initialize(
         config=resolved,
     )
     register(engine, lr_scheduler=lr_scheduler)
+    registration = _registrations[engine]
+    registration.overflow_limit = get_option(config, _LIMIT_KEY, registration.overflow_limit)
     if optimizer is not None:
-        _registrations[engine].merged = merged
+        registration.merged = merged
     output = get_option(config, 'OUTPUT', '')
     training = optimizer is not None or 'optimizer' in resolved
     if output and training and rank() == 0:
@@ -132,14 +141,16 @@ def register(engine: DeepSpeedEngine, *, lr_scheduler: Any = None) -> DeepSpeedE
     _refuse_epoch_scheduler(lr_scheduler)
     if engine not in _registrations:
         _refuse_unsupported(engine.config)
+        _refuse_fused(engine)
         if engine.global_steps == 0:
             _undo_dummy_step(engine.optimizer)
+        limit = get_option(default_config(), _LIMIT_KEY, 0)
+        _registrations[engine] = _Registration(loss_scale=attach(engine), overflow_limit=limit)
     for part in (engine, engine.module, engine.optimizer, getattr(engine, 'basic_optimizer', None)):
         if part is not None:
             _engines[part] = weakref.ref(engine)
-    registration = _registrations.setdefault(engine, _Registration())
     if lr_scheduler is not None:
-        registration.lr_scheduler = lr_scheduler
+        _registrations[engine].lr_scheduler = lr_scheduler
     return engine
 
 
@@ -169,6 +180,39 @@ def find_engine(part: Any) -> DeepSpeedEngine | None:
     except TypeError:  # not hashable, or no weak reference to it is possible
         return None
     return known() if known is not None else None
+
+
+def engine_of_parameter(parameter: torch.Tensor) -> DeepSpeedEngine | None:
+    """The known engine that trains a parameter; None where there is none."""
+    return next((e for e in _registrations if parameter in e.param_names), None)
+
+
+def loss_scale_of(engine: DeepSpeedEngine) -> LossScale | None:
+    """The engine's loss scale; None where nothing is scaled."""
+    registration = _registrations.get(engine)
+    return registration.loss_scale if registration else None
+
+
+def restore_loss_scale(engine: DeepSpeedEngine, state: Mapping[str, Any] | None) -> None:
+    """Takes over a saved loss scale, where the engine has one.
+
+    Args:
+        state: of `LossScale` or torch's GradScaler; empty or None: what DeepSpeed's own load has
+            put into its fields.
+    """
+    scale = loss_scale_of(engine)
+    if scale is None:
+        return
+    if state:
+        scale.load_state_dict(state)
+        push(engine, scale)
+    else:
+        pull(engine, scale)
+
+
+def overflow_limit(engine: DeepSpeedEngine) -> int:
+    """TRAIN.MAX_CONSECUTIVE_OVERFLOWS of the engine's configuration; 0 for no limit."""
+    return _registrations[engine].overflow_limit
 
 
 def step_scheduler(engine: DeepSpeedEngine) -> None:
@@ -213,33 +257,54 @@ def scheduler_of(engine: DeepSpeedEngine) -> Any:
 
 
 def _refuse_unsupported(ds_config: Mapping[str, Any]) -> None:
-    """Refuses what DeepSpeed 0.19.8 steps, clips or reports in a way that is not bridged yet."""
+    """Refuses what DeepSpeed 0.19.8 steps, clips or reports wrongly, and the bridge cannot mend.
+
+    Each message names the nearest setting that works.
+    """
     zero = ds_config.get('zero_optimization', {})
     stage = zero.get('stage', 0)
-    bf16 = ds_config.get('bf16', {}).get('enabled')
-    autocast = ds_config.get('torch_autocast', {})
-    in_autocast = autocast.get('enabled') and 'bf' not in str(autocast.get('dtype', 'bfloat16'))
-    if ds_config.get('fp16', {}).get('enabled') or in_autocast:
+    bf16, fp16 = (ds_config.get(key, {}) for key in ('bf16', 'fp16'))
+    low = next((name for name in ('bf16', 'fp16') if ds_config.get(name, {}).get('enabled')), None)
+    if fp16.get('enabled') and not get_accelerator().is_fp16_supported():
         raise ConfigError(
-            f'float16 at ZeRO stage {stage} is not supported by this version: DeepSpeed 0.19.8 '
-            'reports and clips by wrong norms there. Set AMP_TYPE bfloat16, or AMP_OPT_LEVEL O0 '
-            'for fp32.'
+            f'/fp16 (AMP_OPT_LEVEL O2 with AMP_TYPE float16): the {get_accelerator().device_name()}'
+            ' device has no fp16 engine. AMP_OPT_LEVEL O1, torch autocast in float16, works there, '
+            'and so does AMP_TYPE bfloat16.'
         )
     if not ds_config.get('managed_gradient_accumulation', True):
         raise ConfigError(
             '/managed_gradient_accumulation is false: NativeScalerWithGradNormCount marks the '
             'boundary by its update_grad; remove the key'
         )
-    dtype = ds_config.get('data_types', {}).get('grad_accum_dtype')
-    if bf16 and stage == 1 and dtype not in (None, 'bf16', 'bfloat16'):
+    if bf16.get('enabled') and not bf16.get('check_grad_overflow', True):
         raise ConfigError(
-            f'/data_types/grad_accum_dtype {dtype} with bf16 at ZeRO stage 1 is not supported by '
+            '/bf16/check_grad_overflow is false: DeepSpeed then applies updates that are not '
+            'finite; remove the key'
+        )
+    if not zero.get('compute_grad_norm', True):
+        raise ConfigError(
+            '/zero_optimization/compute_grad_norm is false: there is no gradient norm then to '
+            'report, to clip by, or to skip a non-finite update by; remove the key'
+        )
+    dtype = ds_config.get('data_types', {}).get('grad_accum_dtype')
+    if low and stage == 1 and dtype not in (None, low, {'bf16': 'bfloat16'}.get(low, 'float16')):
+        raise ConfigError(
+            f'/data_types/grad_accum_dtype {dtype} with {low} at ZeRO stage 1 is not supported by '
             'this version; use stage 2, or remove the key'
         )
-    if bf16 and stage == 0 and 'optimizer' in ds_config:
+    if low and stage == 0 and 'optimizer' in ds_config:
         raise ConfigError(
-            'the /optimizer section with bf16 at ZeRO stage 0 is not supported by this version; '
+            f'the /optimizer section with {low} at ZeRO stage 0 is not supported by this version; '
             'pass a torch optimizer to initialize, or use stage 1'
+        )
+
+
+def _refuse_fused(engine: DeepSpeedEngine) -> None:
+    """A FusedAdam at stage 0 gets another wrapper, which keeps its masters in one flat tensor."""
+    if type(engine.optimizer).__name__ == 'FP16_Optimizer':
+        raise ConfigError(
+            f'{type(engine.basic_optimizer).__name__} with fp16 or bf16 at ZeRO stage 0 is not '
+            'supported by this version; pass a torch optimizer to initialize, or use stage 1'
         )
 
 

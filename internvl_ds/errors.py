@@ -22,6 +22,31 @@ class RankError(InternvlDsError, RuntimeError):
     """Ranks did not act alike: some did not come, or they came with different arguments."""
 
 
+class GradientOverflow(InternvlDsError, ArithmeticError):
+    """Update after update was skipped for non-finite gradients, and no more would help.
+
+    Attributes:
+        losses: this rank's last ones, one an update: the sum over its micro-batches.
+        norms: the last global gradient norms, unscaled.
+        scales: the loss scales that these updates ran with; all 1.0 without one.
+        parameters: names of those whose gradients are not finite on any rank.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        losses: Sequence[float],
+        norms: Sequence[float],
+        scales: Sequence[float],
+        parameters: Sequence[str],
+    ) -> None:
+        super().__init__(message)
+        self.losses = list(losses)
+        self.norms = list(norms)
+        self.scales = list(scales)
+        self.parameters = list(parameters)
+
+
 class CheckpointError(InternvlDsError, RuntimeError):
     """A checkpoint could not be written, or could not be read as what it claims to be."""
 

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import deepspeed.comm as dist
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from internvl_ds.comm import world_size
-from internvl_ds.engine import engine_of, step_scheduler
-from internvl_ds.errors import ConfigError, InternvlDsError
+from internvl_ds.comm import rank
+from internvl_ds.engine import engine_of, loss_scale_of, overflow_limit, step_scheduler
+from internvl_ds.errors import ConfigError
+from internvl_ds.grad_norm import get_grad_norm, non_finite_flags, non_finite_names
+from internvl_ds.loss_scale import require_scaler_state
+from internvl_ds.overflow import OverflowWatch
+from internvl_ds.scaling import (
+    push,
+    scale_held,
+    scale_loss,
+    skipping_non_finite,
+    steps_client_optimizer,
+)
+
+__all__ = ['NativeScalerWithGradNormCount', 'get_grad_norm']
 
 
 class NativeScalerWithGradNormCount:
@@ -22,15 +33,28 @@ class NativeScalerWithGradNormCount:
     Every rank must make every call. The caller divides the loss by the accumulation steps and
     marks the boundary with ``update_grad``; the engine neither divides again nor counts otherwise.
 
+    An update with a non-finite gradient on any rank is skipped on all, in every precision. With a
+    loss scale (float16) the scale falls then, and grows again as torch's GradScaler would have it.
+
+    Args:
+        before_stop: keyword-only; called on all ranks before `GradientOverflow` stops the run, for
+            instance to save: ``lambda: save_checkpoint(..., best='overflow')``, whose tag is
+            neither ``latest`` nor counted.
+
     Attributes:
         step_was_skipped: whether the last boundary's update was skipped for a non-finite gradient.
     """
 
     state_dict_key = 'amp_scaler'
 
-    def __init__(self) -> None:
+    def __init__(self, *, before_stop: Callable[[], Any] | None = None) -> None:
         self.step_was_skipped = False
+        self._before_stop = before_stop
         self._engine: weakref.ref[DeepSpeedEngine] | None = None
+        self._loaded: Mapping[str, Any] = {}  # until the engine is known
+        self._watch = OverflowWatch()
+        self._losses: list[torch.Tensor] = []  # of the micro-batches since the last boundary
+        self._last_group: int | None = None  # micro-batches of the last update
 
     def __call__(
         self,
@@ -50,154 +74,148 @@ class NativeScalerWithGradNormCount:
                 the ds_config's gradient_clipping is.
             parameters: accepted for the original's calls; the engine knows its parameters.
             create_graph: not supported over an engine.
-            update_grad: whether this micro-batch completes an update.
+            update_grad: whether this micro-batch completes an update. An update is of the engine's
+                gradient_accumulation_steps micro-batches; the last of an epoch may be of fewer.
 
         Returns:
             On a boundary the L2 norm over all ranks and shards of the gradients that the update
-            saw before clipping: 0-dim, float32, on the engine's device; not finite when the
-            update was skipped. None otherwise.
+            saw, unscaled and before clipping: 0-dim, float32, on the engine's device; not finite
+            when the update was skipped. None otherwise.
 
         Raises:
             EngineNotFound: when ``optimizer`` belongs to no known engine.
-            ConfigError: for ``create_graph=True``.
+            ConfigError: for ``create_graph=True``, and on a boundary that does not agree with
+                gradient_accumulation_steps; before anything is done.
+            GradientOverflow: on all ranks, after a skipped update with the loss scale at its
+                minimum, or the last of TRAIN.MAX_CONSECUTIVE_OVERFLOWS in a row.
         """
         engine = engine_of(optimizer)
-        self._engine = weakref.ref(engine)
+        self._attach(engine)
         if create_graph:
-            raise ConfigError('create_graph=True: DeepSpeed engines keep no graph of the backward')
+            raise ConfigError(
+                'create_graph=True: engine.backward of DeepSpeed keeps no graph of the backward, '
+                'and the gradients that ZeRO and its all-reduce leave have none. A second-order '
+                'optimizer needs plain PyTorch; take a first-order one here.'
+            )
+        if update_grad:
+            self._check_accumulation(engine)
+        self._losses.append(loss.detach())
         engine.set_gradient_accumulation_boundary(update_grad)
-        engine.backward(loss, scale_wrt_gas=False)
+        engine.backward(scale_loss(engine, loss), scale_wrt_gas=False)
         if not update_grad:
             engine.step()  # counts the micro-batch; no update off a boundary
             return None
-        norm = _step_and_norm(engine, float(clip_grad or 0.0))
-        self.step_was_skipped = not engine.was_step_applied()
-        if not self.step_was_skipped:
-            step_scheduler(engine)
-        return norm
+        return self._update(engine, float(clip_grad or 0.0))
 
     @property
     def loss_scale(self) -> float:
-        """What the engine multiplies the loss by; 1.0 without a scale or before the first call."""
+        """What the losses are multiplied by; 1.0 without a scale, or before it is known."""
         engine = self._engine() if self._engine is not None else None
-        scale = getattr(engine.optimizer, 'loss_scale', 1.0) if engine is not None else 1.0
-        return float(scale)
+        scale = loss_scale_of(engine) if engine is not None else None
+        return float(self._loaded.get('scale', 1.0)) if scale is None else scale.scale
 
-    def state_dict(self) -> dict[str, float]:
-        """``{'scale': the loss scale}``, as torch's GradScaler names it."""
-        return {'scale': self.loss_scale}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Accepts `state_dict`'s result or a GradScaler's; in fp32 and bf16 there is no scale to
-        restore, and what the engine itself keeps comes with the engine's checkpoint.
+    def state_dict(self) -> dict[str, Any]:
+        """The state of torch's GradScaler (``scale``, ``_growth_tracker``, ...) with the hysteresis
+        and the last update's micro-batches; ``scale`` is 1.0 without a loss scale.
         """
-        if state_dict and 'scale' not in state_dict:
-            raise InternvlDsError(
-                f'not the state of a loss scaler: no scale among {sorted(state_dict)[:5]}'
+        engine = self._engine() if self._engine is not None else None
+        if engine is None:
+            return {'scale': 1.0, **self._loaded}
+        scale = loss_scale_of(engine)
+        state = {'scale': 1.0} if scale is None else scale.state_dict()
+        return {**state, 'micro_batches': self._last_group}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Accepts `state_dict`'s result or a GradScaler's, at once or with the first call.
+
+        In fp32 and bf16 there is no scale to restore, and a static one stays as configured.
+
+        Raises:
+            InternvlDsError: for what is neither.
+        """
+        require_scaler_state(state_dict)
+        self._loaded = dict(state_dict)
+        self._last_group = state_dict.get('micro_batches')
+        engine = self._engine() if self._engine is not None else None
+        if engine is not None:
+            self._restore(engine)
+
+    def _attach(self, engine: DeepSpeedEngine) -> None:
+        if self._engine is None or self._engine() is not engine:
+            self._engine = weakref.ref(engine)
+            self._restore(engine)
+
+    def _restore(self, engine: DeepSpeedEngine) -> None:
+        scale = loss_scale_of(engine)
+        if scale is not None and self._loaded:
+            scale.load_state_dict(self._loaded)
+            push(engine, scale)
+        self._loaded = {}
+
+    def _check_accumulation(self, engine: DeepSpeedEngine) -> None:
+        came, agreed = len(self._losses) + 1, engine.gradient_accumulation_steps()
+        last = self._last_group
+        if last is None and engine.global_steps:
+            last = agreed  # a resumed run of which nothing more is known
+        # The last group of an epoch may be short, and then the one before it was full.
+        if came > agreed or (came < agreed and last != agreed):
+            raise ConfigError(
+                f'this update has {came} micro-batches (calls up to one with update_grad=True), '
+                f'and the one before it {last}, but gradient_accumulation_steps of the ds_config '
+                f'(TRAIN.ACCUMULATION_STEPS) is {agreed}, by which the loss is to be divided. Make '
+                "the loop and the setting agree; only an epoch's last update may have fewer."
             )
 
-
-def get_grad_norm(
-    parameters: torch.Tensor | Iterable[torch.Tensor], norm_type: float = 2
-) -> torch.Tensor:
-    """The norm of the gradients that the parameters have, taken together as one vector.
-
-    For parameters of a ZeRO engine (stages 1-3), where ``p.grad`` is None, each rank takes the
-    part of the gradients that it owns, and one small all-gather adds them up: every rank must then
-    call it, between backward and step, with the same parameters.
-
-    Args:
-        parameters: one tensor or several.
-        norm_type: any p > 0, or inf.
-
-    Returns:
-        0-dim float32 tensor; 0 for plain parameters of which none has a gradient.
-
-    Raises:
-        InternvlDsError: on all ranks, for parameters of a ZeRO engine whose gradients are not
-            there, as after a step: 0 would be no answer.
-    """
-    parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
-    norm_type = float(norm_type)
-    partitioned = [p for p in parameters if p.requires_grad and _is_partitioned(p)]
-    whole = [p.grad for p in parameters if p.grad is not None and not _is_partitioned(p)]
-    device = parameters[0].device if parameters else None
-    norm = _norm_of(whole, norm_type, device)
-    if not partitioned:
+    def _update(self, engine: DeepSpeedEngine, clip_grad: float) -> torch.Tensor:
+        scale, limit = loss_scale_of(engine), overflow_limit(engine)
+        factor = 1.0 if scale is None else scale.scale
+        # Which parameters overflow is gone after the step, so it is looked at before.
+        flags = non_finite_flags(engine) if self._watch.would_stop(scale, limit) else None
+        norm = _step_and_norm(engine, clip_grad, factor)
+        self.step_was_skipped = not engine.was_step_applied()
+        if scale is not None:
+            scale.update(self.step_was_skipped)
+            push(engine, scale)
+        self._last_group = len(self._losses)
+        self._watch.record(self._losses, norm, factor, self.step_was_skipped)
+        self._losses = []
+        if not self.step_was_skipped:
+            step_scheduler(engine)
+        elif flags is not None:
+            self._stop(engine, flags)
         return norm
-    fragments = [_own_gradient(p) for p in partitioned]
-    there = all(f is not None for f in fragments)
-    own = _norm_of([f for f in fragments if f is not None], norm_type, device)
-    # All ranks enter this, whether their gradients are there or not, and all learn the same.
-    report = torch.stack([own, torch.tensor(float(there), device=device)])
-    reports = report.new_empty(world_size() * 2)
-    dist.all_gather_into_tensor(reports, report)
-    norms, present = reports.view(-1, 2).unbind(1)
-    if not bool(present.all()):
-        raise InternvlDsError(
-            'get_grad_norm: no gradients are there. Under ZeRO they exist between backward and '
-            'step only; NativeScalerWithGradNormCount returns the norm of each step.'
-        )
-    return torch.linalg.vector_norm(torch.cat([norms, norm.view(1)]), norm_type)
+
+    def _stop(self, engine: DeepSpeedEngine, flags: torch.Tensor) -> None:
+        names = non_finite_names(engine, flags)
+        error = self._watch.error(loss_scale_of(engine), engine.global_steps, rank(), names)
+        if self._before_stop is not None:
+            try:
+                self._before_stop()
+            except Exception as failure:
+                raise error from failure
+        raise error
 
 
-def _is_partitioned(parameter: torch.Tensor) -> bool:
-    """Whether a ZeRO optimizer keeps the parameter's gradient in parts (stages 1-3)."""
-    return hasattr(parameter, '_hp_mapping') or hasattr(parameter, 'ds_id')
-
-
-def _own_gradient(parameter: Any) -> torch.Tensor | None:
-    """This rank's part of a partitioned gradient, maybe empty; None where there is no gradient."""
-    if hasattr(parameter, 'ds_id'):
-        optimizer = parameter._z3_optimizer
-        # The buffers keep an old gradient; these two say whether a backward came after the step.
-        fresh = optimizer.micro_step_id > 0 or optimizer._epilogue_ran_this_backward
-        return optimizer.get_local_fp32_grad_for_param(parameter) if fresh else None
-    if parameter._hp_mapping is None:  # all of it is another rank's
-        return parameter.new_empty(0)
-    try:
-        return parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group)
-    except ValueError:
-        return None
-
-
-def _norm_of(tensors: list[torch.Tensor], norm_type: float, device: Any) -> torch.Tensor:
-    norms = [
-        torch.linalg.vector_norm(t.detach().float(), norm_type).to(device)
-        for t in tensors
-        if t.numel()
-    ]
-    if not norms:
-        return torch.zeros((), device=device)
-    return torch.linalg.vector_norm(torch.stack(norms), norm_type)
-
-
-def _step_and_norm(engine: DeepSpeedEngine, clip_grad: float) -> torch.Tensor:
-    optimizer = engine.optimizer
-    if hasattr(optimizer, '_global_grad_norm'):
-        # DeepSpeed's own wrappers clip by this attribute, and report the norm after the step.
-        optimizer.clip_grad = clip_grad
+def _step_and_norm(engine: DeepSpeedEngine, clip_grad: float, scale: float) -> torch.Tensor:
+    if steps_client_optimizer(engine):
+        return _step_client_optimizer(engine, clip_grad)
+    # DeepSpeed's own wrappers clip by this attribute, and report the norm after the step.
+    engine.optimizer.clip_grad = clip_grad
+    with scale_held(engine):
         engine.step()
-        norm = engine.get_global_grad_norm() if engine.was_step_applied() else math.inf
-        return torch.as_tensor(norm, device=engine.device).to(torch.float32)
-    return _step_client_optimizer(engine, clip_grad)
+    norm = engine.get_global_grad_norm() if engine.was_step_applied() else math.inf
+    if hasattr(engine.optimizer, 'loss_scale_config'):
+        norm = norm / scale  # stage 0 reports it with the scale in it
+    return torch.as_tensor(norm, device=engine.device).to(torch.float32)
 
 
 def _step_client_optimizer(engine: DeepSpeedEngine, clip_grad: float) -> torch.Tensor:
     """Stage 0 with the client's own optimizer: DeepSpeed reports no norm and applies nan there."""
-    grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads).to(torch.float32)
-    finite = bool(torch.isfinite(norm))
-    if not finite:
-        engine.zero_grad()  # a torch optimizer passes over parameters without a gradient
-    elif clip_grad > 0:
+    with skipping_non_finite(engine) as grad_scaler:
+        grad_scaler.unscale_(engine.optimizer)
         params = [p for p in engine.module.parameters() if p.grad is not None]
-        torch.nn.utils.clip_grads_with_norm_(params, clip_grad, norm)
-    # The engine reads `overflow` where an optimizer has it, and then counts the step as skipped.
-    engine.optimizer.overflow = not finite
-    engine_clip, engine._config.gradient_clipping = engine._config.gradient_clipping, 0.0
-    try:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in params]).to(torch.float32)
+        if clip_grad > 0:
+            torch.nn.utils.clip_grads_with_norm_(params, clip_grad, norm)
         engine.step()
-    finally:
-        engine._config.gradient_clipping = engine_clip
     return norm

@@ -10,7 +10,7 @@ STAGES = [0, 1, 2, 3, OFFLOAD, PERSISTENT]
 
 @pytest.mark.ranks
 @pytest.mark.parametrize(
-    ('precision', 'ranks'), [('fp32', 2), ('bf16', 2), ('autocast', 2), ('fp32', 4)]
+    ('precision', 'ranks'), [('fp32', 2), ('bf16', 2), ('autocast_bf16', 2), ('fp32', 4)]
 )
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, precision, ranks):
     settings = {'stages': STAGES, 'precision': precision, 'root': tmp_path}

@@ -35,7 +35,7 @@ from internvl_ds.checkpoint.verify import damage, share_of
 from internvl_ds.comm import agree, exchange, from_rank_0, rank, world_size
 from internvl_ds.config import checkpoint_option, default_config, get_option
 from internvl_ds.ema import ShardedEma, has_ema
-from internvl_ds.engine import engine_of, find_engine
+from internvl_ds.engine import engine_of, find_engine, restore_loss_scale
 from internvl_ds.errors import (
     CheckpointError,
     CheckpointNotFound,
@@ -108,6 +108,7 @@ def load_checkpoint(
         state = agree('read state', lambda: state_of(path), timeout, CheckpointError)
         if direct:
             state = {**load_same_layout(engine, shards, io_timeout, logger), **state}
+            restore_loss_scale(engine, state.get('loss_scale'))
             restore_schedule(config, state, lr_scheduler, scaler, path, logger)
         else:
             load_other_layout(

@@ -19,7 +19,7 @@ from internvl_ds.checkpoint.shards import TagShards
 from internvl_ds.checkpoint.writer import install_writer
 from internvl_ds.comm import agree, rank
 from internvl_ds.config import checkpoint_option
-from internvl_ds.engine import client_groups, engine_of, scheduler_of
+from internvl_ds.engine import client_groups, engine_of, restore_loss_scale, scheduler_of
 from internvl_ds.errors import CheckpointError, PretrainedError
 from internvl_ds.param_groups import MergedGroups
 from internvl_ds.persistent import gathered_together
@@ -133,6 +133,7 @@ def _finish_restoring(
     path: object,
     logger: logging.Logger,
 ) -> None:
+    restore_loss_scale(engine, state.get('loss_scale') or state.get('scaler'))
     restore_schedule(config, state, lr_scheduler, scaler, path, logger)
     updates = engine.global_steps - engine.skipped_steps
     scheduler = scheduler_of(engine) if lr_scheduler is None else lr_scheduler

@@ -32,7 +32,7 @@ from internvl_ds.comm import exchange, from_rank_0, gather, rank, world_size
 from internvl_ds.config import checkpoint_option, default_config, get_option
 from internvl_ds.ds_config import precision_of
 from internvl_ds.ema import EmaFile
-from internvl_ds.engine import client_groups, engine_of
+from internvl_ds.engine import client_groups, engine_of, loss_scale_of
 from internvl_ds.errors import CheckpointError, RankError
 from internvl_ds.persistent import put_back
 
@@ -115,6 +115,7 @@ def save_checkpoint(
     """
     background.wait()
     engine = engine_of(model)
+    loss_scale = loss_scale_of(engine)
     counted = best is None and isinstance(epoch, int)
     save = _Save(
         output=Path(config.OUTPUT),
@@ -144,6 +145,7 @@ def save_checkpoint(
             'ema_decay': None if ema_decay is None else float(ema_decay),
             'lr_scheduler': None if lr_scheduler is None else lr_scheduler.state_dict(),
             'scaler': None if scaler is None else scaler.state_dict(),
+            'loss_scale': None if loss_scale is None else loss_scale.state_dict(),
             'config': config,
             'optimizer_groups': None
             if engine.basic_optimizer is None

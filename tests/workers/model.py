@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import nn
 from yacs.config import CfgNode
 
@@ -89,10 +90,21 @@ def make_config(output: str = '', **values: Any) -> CfgNode:
 
 
 def precision_values(precision: str) -> dict[str, Any]:
-    """The yacs values of 'fp32', 'bf16' (the engine's) or 'autocast' (torch's, in bf16)."""
+    """The yacs values of 'fp32', of an engine's 'bf16' or 'fp16', or of 'autocast_bf16/fp16'."""
     if precision == 'fp32':
         return {'AMP_OPT_LEVEL': 'O0'}
-    return {'AMP_OPT_LEVEL': 'O2' if precision == 'bf16' else 'O1', 'AMP_TYPE': 'bfloat16'}
+    if precision == 'fp16':
+        # A CPU trains in fp16 right, and DeepSpeed refuses it. For tests of the loss scale only.
+        get_accelerator().is_fp16_supported = lambda: True
+    return {
+        'AMP_OPT_LEVEL': 'O1' if 'autocast' in precision else 'O2',
+        'AMP_TYPE': 'bfloat16' if 'bf16' in precision else 'float16',
+    }
+
+
+def module_dtype(precision: str) -> torch.dtype:
+    """The dtype of the module's weights, which its inputs must have."""
+    return {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(precision, torch.float32)
 
 
 def zero_json(stage: int) -> dict[str, Any]:

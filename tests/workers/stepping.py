@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -10,55 +11,18 @@ from torch import nn
 
 from internvl_ds import NativeScalerWithGradNormCount, get_grad_norm, initialize
 from internvl_ds.comm import rank, world_size
+from internvl_ds.scaling import scale_loss
 from tests.workers.model import (
-    batch,
     make_config,
     make_model,
     make_optimizer,
     micro_batch,
+    module_dtype,
     precision_values,
     zero_json,
 )
 
-
-def reference(precision: str, steps: int, clip: float | None) -> dict[str, Any]:
-    """A plain single-process loop on the whole batch; in bf16 with fp32 masters, as by hand."""
-    master, low = make_model(), make_model()
-    if precision == 'bf16':
-        low = low.to(torch.bfloat16)
-        # DeepSpeed takes its masters from the rounded weights.
-        for m, p in zip(master.parameters(), low.parameters(), strict=True):
-            m.data.copy_(p.data)
-    else:
-        low = master
-    optimizer = make_optimizer(master)
-    norms, losses = [], []
-    for step in range(steps):
-        x, y = batch(step)
-        with torch.autocast('cpu', torch.bfloat16, enabled=precision == 'autocast'):
-            logits = low(x.to(low.stem.weight.dtype))
-        loss = nn.functional.cross_entropy(logits.float(), y)
-        loss.backward()
-        trained = [
-            (m, p)
-            for m, p in zip(master.parameters(), low.parameters(), strict=True)
-            if p.requires_grad
-        ]
-        for m, p in trained:
-            m.grad = p.grad.float()
-        norms.append(float(nn.utils.get_total_norm([m.grad for m, _ in trained])))
-        if clip:
-            nn.utils.clip_grad_norm_([m for m, _ in trained], clip)
-        optimizer.step()
-        losses.append(float(loss.detach()))
-        for m, p in trained:
-            p.data.copy_(m.data)
-            m.grad = p.grad = None
-    return {
-        'norms': norms,
-        'losses': losses,
-        'weights': {n: p.detach().flatten().tolist() for n, p in master.named_parameters()},
-    }
+NORMS = ('0.5', '1', '2', '3', 'inf')
 
 
 def masters(engine: Any) -> dict[str, list[float]]:
@@ -81,45 +45,83 @@ def masters(engine: Any) -> dict[str, list[float]]:
     return found
 
 
+def make_engine(
+    stage: int,
+    precision: str,
+    accumulation: int = 1,
+    fp16: dict[str, Any] | None = None,
+    **more: Any,
+) -> tuple[Any, Any]:
+    """An engine of the small model on the whole batch, and its optimizer."""
+    config = make_config(
+        DATA__BATCH_SIZE=16 // accumulation // world_size(),
+        TRAIN__ACCUMULATION_STEPS=accumulation,
+        **precision_values(precision),
+        **more,
+    )
+    json = zero_json(stage)
+    if fp16:
+        json['fp16'] = {'enabled': 'auto', **fp16}
+    model = make_model()
+    return initialize(config, model, make_optimizer(model), json)
+
+
+def train_step(
+    engine: Any, optimizer: Any, scaler: Any, step: int, clip: float | None = None,
+    accumulation: int = 1, poison: float | None = None,
+) -> tuple[Any, float, list[Any]]:  # fmt: skip
+    """One update on the whole batch of a step.
+
+    Args:
+        poison: what rank 1 multiplies its loss by.
+
+    Returns:
+        The norm, this rank's mean loss, and what the calls off the boundary returned.
+    """
+    total, off = 0.0, []
+    dtype = next(engine.module.parameters()).dtype
+    for micro in range(accumulation):
+        x, y = micro_batch(step, micro, accumulation, rank(), world_size())
+        loss = nn.functional.cross_entropy(engine(x.to(dtype)).float(), y) / accumulation
+        total += float(loss.detach())
+        if poison is not None and rank() == 1:
+            loss = loss * poison
+        last = micro == accumulation - 1
+        norm = scaler(loss, optimizer, clip, engine.module.parameters(), update_grad=last)
+        if not last:
+            off.append(norm)
+    return norm, total, off
+
+
 def follow_reference(
     stages: list[int],
     precision: str,
     steps: int,
-    accumulation: int,
-    clip: float | None,
+    accumulations: list[int],
+    clips: list[float | None],
+    scale_power: int = 16,
 ) -> dict[str, Any]:
-    """Trains at each stage; returns norms, losses and final masters by stage."""
+    """Trains in every cell; returns norms, losses, loss scales and final masters of each."""
     results = {}
-    for stage in stages:
-        config = make_config(
-            DATA__BATCH_SIZE=16 // accumulation // world_size(),
-            TRAIN__ACCUMULATION_STEPS=accumulation,
-            **precision_values(precision),
-        )
-        model = make_model()
-        engine, optimizer = initialize(config, model, make_optimizer(model), zero_json(stage))
+    for stage, accumulation, clip in itertools.product(stages, accumulations, clips):
+        scale = {'initial_scale_power': scale_power} if 'fp16' in precision else None
+        engine, optimizer = make_engine(stage, precision, accumulation, scale)
         scaler = NativeScalerWithGradNormCount()
-        norms, losses, off_boundary = [], [], []
+        norms, losses, scales, skipped = [], [], [], []
         for step in range(steps):
-            total = 0.0
-            for micro in range(accumulation):
-                x, y = micro_batch(step, micro, accumulation, rank(), world_size())
-                x = x.to(torch.bfloat16 if precision == 'bf16' else torch.float32)
-                loss = nn.functional.cross_entropy(engine(x).float(), y) / accumulation
-                total += float(loss.detach())
-                last = micro == accumulation - 1
-                norm = scaler(
-                    loss, optimizer, clip, parameters=model.parameters(), update_grad=last
-                )
-                if not last:
-                    off_boundary.append(norm)
-            norms.append(norm)
-            losses.append(total)
-        assert all(n is None for n in off_boundary)
-        assert all(n.dim() == 0 and n.dtype == torch.float32 for n in norms)
-        results[str(stage)] = {
-            'norms': [float(n) for n in norms],
+            norm, loss, off = train_step(engine, optimizer, scaler, step, clip, accumulation)
+            assert all(n is None for n in off)
+            assert norm.dim() == 0
+            assert norm.dtype == torch.float32
+            norms.append(float(norm))
+            losses.append(loss)
+            scales.append(scaler.loss_scale)
+            skipped.append(scaler.step_was_skipped)
+        results[f'{stage} {accumulation} {clip}'] = {
+            'norms': norms,
             'losses': losses,
+            'scales': scales,
+            'skipped': skipped,
             'weights': masters(engine),
             'applied': engine.global_steps - engine.skipped_steps,
         }
@@ -128,21 +130,21 @@ def follow_reference(
 
 
 def norms_before_step(stages: list[int], precision: str) -> dict[str, Any]:
-    """get_grad_norm between backward and step, against the norm that the step reports."""
+    """get_grad_norm between backward and step, of all parameters, of one, of some."""
     results = {}
     for stage in stages:
-        config = make_config(DATA__BATCH_SIZE=8, **precision_values(precision))
-        model = make_model()
-        engine, _ = initialize(config, model, make_optimizer(model), zero_json(stage))
+        engine, _ = make_engine(stage, precision)
+        model = engine.module
         x, y = micro_batch(0, 0, 1, rank(), world_size())
-        x = x.to(torch.bfloat16 if precision == 'bf16' else torch.float32)
-        loss = nn.functional.cross_entropy(engine(x).float(), y)
+        loss = nn.functional.cross_entropy(engine(x.to(module_dtype(precision))).float(), y)
         engine.set_gradient_accumulation_boundary(True)
-        engine.backward(loss, scale_wrt_gas=False)
+        engine.backward(scale_loss(engine, loss), scale_wrt_gas=False)
+        some = [p for n, p in model.named_parameters() if n.startswith(('norm', 'body', 'frozen'))]
         results[str(stage)] = {
-            str(p): float(get_grad_norm(model.parameters(), float(p))) for p in ('1', '2', 'inf')
+            **{p: float(get_grad_norm(model.parameters(), float(p))) for p in NORMS},
+            'head': float(get_grad_norm(model.head.weight)),
+            **{f'some {p}': float(get_grad_norm(some, float(p))) for p in NORMS},
         }
-        results[str(stage)]['head'] = float(get_grad_norm(model.head.weight))
         engine.step()
         try:
             get_grad_norm(model.parameters())
@@ -153,34 +155,25 @@ def norms_before_step(stages: list[int], precision: str) -> dict[str, Any]:
     return results
 
 
-def non_finite(stages: list[int], precision: str) -> dict[str, Any]:
-    """A nan in one rank's loss only: skipped on all ranks, weights unchanged, then goes on."""
+def non_finite(stages: list[int], precision: str, value: str) -> dict[str, Any]:
+    """An inf or nan in one rank's loss only, in one update; what all ranks make of it."""
     results = {}
     for stage in stages:
-        config = make_config(DATA__BATCH_SIZE=8, **precision_values(precision))
-        model = make_model()
-        client = make_optimizer(model)
-        engine, optimizer = initialize(config, model, client, zero_json(stage))
+        scale = {'initial_scale_power': 4} if 'fp16' in precision else None
+        engine, optimizer = make_engine(stage, precision, fp16=scale)
         scaler = NativeScalerWithGradNormCount()
-
-        def step(index: int, poison: bool) -> Any:
-            x, y = micro_batch(index, 0, 1, rank(), world_size())
-            x = x.to(torch.bfloat16 if precision == 'bf16' else torch.float32)
-            loss = nn.functional.cross_entropy(engine(x).float(), y)
-            if poison and rank() == 1:
-                loss = loss * float('nan')
-            return scaler(loss, optimizer, 1.0)
-
-        step(0, False)
-        before = masters(engine)
-        norm = step(1, True)
-        skipped, same = scaler.step_was_skipped, masters(engine) == before
-        after = step(2, False)
+        train_step(engine, optimizer, scaler, 0, 1.0)
+        before, first = masters(engine), scaler.loss_scale
+        norm, _, _ = train_step(engine, optimizer, scaler, 1, 1.0, poison=float(value))
+        skipped, after = scaler.step_was_skipped, masters(engine)
+        scale_after = scaler.loss_scale
+        next_norm, _, _ = train_step(engine, optimizer, scaler, 2, 1.0)
         results[str(stage)] = {
             'norm': float(norm),
             'skipped': skipped,
-            'unchanged': same,
-            'next_norm': float(after),
+            'unchanged': after == before,
+            'scales': [first, scale_after, scaler.loss_scale],
+            'next_norm': float(next_norm),
             'next_skipped': scaler.step_was_skipped,
             'moved': masters(engine) != before,
             'counts': [engine.global_steps, engine.skipped_steps],
