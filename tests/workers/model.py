@@ -58,6 +58,11 @@ def make_optimizer(model: nn.Module, lr: float = 1e-2) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=lr)
 
 
+def make_sgd(model: nn.Module) -> torch.optim.SGD:
+    """Unlike Adam it shows a gradient that is applied at a wrong size."""
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+
+
 def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The whole batch of an update: inputs (16, 12) float32 and targets (16,) int64."""
     generator = torch.Generator().manual_seed(1000 + step)

@@ -7,18 +7,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from tests.workers.model import batch, make_model, make_optimizer, module_dtype
+from tests.workers.model import batch, make_model, make_optimizer, make_sgd, module_dtype
 
 
 def reference(
-    precision: str, steps: int, clip: float | None, scale: float = 2.0**16, first: int = 0
+    precision: str,
+    steps: int,
+    clip: float | None,
+    scale: float = 2.0**16,
+    first: int = 0,
+    growth: int = 2000,
+    sgd: bool = False,
 ) -> dict[str, Any]:
     """Trains with autocast, GradScaler, clip_grad_norm_ and AdamW, as the original does.
 
     For an engine's bf16 and fp16 with fp32 masters beside low-precision weights, as by hand.
 
     Args:
-        scale: GradScaler's first one, in float16.
+        scale, growth: GradScaler's first one, and its growth_interval, in float16.
         first: the first batch.
     """
     dtype = module_dtype(precision)
@@ -30,8 +36,10 @@ def reference(
             m.data.copy_(p.data)
     else:
         low = master
-    optimizer = make_optimizer(master)
-    scaler = torch.amp.GradScaler('cpu', init_scale=scale, enabled='fp16' in precision)
+    optimizer = make_sgd(master) if sgd else make_optimizer(master)
+    scaler = torch.amp.GradScaler(
+        'cpu', init_scale=scale, growth_interval=growth, enabled='fp16' in precision
+    )
     amp = torch.bfloat16 if 'bf16' in precision else torch.float16
     trained = [
         (m, p)

@@ -16,6 +16,7 @@ from tests.workers.model import (
     make_config,
     make_model,
     make_optimizer,
+    make_sgd,
     micro_batch,
     module_dtype,
     precision_values,
@@ -50,6 +51,7 @@ def make_engine(
     precision: str,
     accumulation: int = 1,
     fp16: dict[str, Any] | None = None,
+    sgd: bool = False,
     **more: Any,
 ) -> tuple[Any, Any]:
     """An engine of the small model on the whole batch, and its optimizer."""
@@ -63,7 +65,8 @@ def make_engine(
     if fp16:
         json['fp16'] = {'enabled': 'auto', **fp16}
     model = make_model()
-    return initialize(config, model, make_optimizer(model), json)
+    client = make_sgd(model) if sgd else make_optimizer(model)
+    return initialize(config, model, client, json)
 
 
 def train_step(
@@ -99,13 +102,13 @@ def follow_reference(
     steps: int,
     accumulations: list[int],
     clips: list[float | None],
-    scale_power: int = 16,
+    fp16: dict[str, Any] | None = None,
+    sgd: bool = False,
 ) -> dict[str, Any]:
     """Trains in every cell; returns norms, losses, loss scales and final masters of each."""
     results = {}
     for stage, accumulation, clip in itertools.product(stages, accumulations, clips):
-        scale = {'initial_scale_power': scale_power} if 'fp16' in precision else None
-        engine, optimizer = make_engine(stage, precision, accumulation, scale)
+        engine, optimizer = make_engine(stage, precision, accumulation, fp16, sgd)
         scaler = NativeScalerWithGradNormCount()
         norms, losses, scales, skipped = [], [], [], []
         for step in range(steps):
