@@ -76,7 +76,7 @@ def train_step(
     """One update on the whole batch of a step.
 
     Args:
-        poison: what rank 1 multiplies its loss by.
+        poison: what rank 1 multiplies its gradient by; its loss is as it is.
 
     Returns:
         The norm, this rank's mean loss, and what the calls off the boundary returned.
@@ -88,7 +88,7 @@ def train_step(
         loss = nn.functional.cross_entropy(engine(x.to(dtype)).float(), y) / accumulation
         total += float(loss.detach())
         if poison is not None and rank() == 1:
-            loss = loss * poison
+            loss.register_hook(lambda grad: grad * poison)
         last = micro == accumulation - 1
         norm = scaler(loss, optimizer, clip, engine.module.parameters(), update_grad=last)
         if not last:

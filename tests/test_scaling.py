@@ -1,0 +1,105 @@
+"""The bridge beside a bare engine loop, its accumulation, and what a checkpoint keeps of it."""
+
+import pytest
+
+from tests.ranks import run_ranks
+
+PRECISIONS = ['fp32', 'fp16', 'bf16', 'autocast_fp16', 'autocast_bf16']
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize('precision', PRECISIONS)
+def test_the_bridge_adds_no_collective_and_reads_nothing(tmp_path, precision):
+    results = run_ranks(
+        'tests.workers.scaling:count_work', 2, tmp_path, stages=[0, 1, 2, 3], precision=precision
+    )
+    for stage in range(4):
+        for result in results:
+            got = result[str(stage)]
+            assert got['places'] == [], stage
+            if stage:
+                assert got['bridge']['collectives'] == got['bare']['collectives'] > 0, stage
+                assert got['bridge']['reads'] <= got['bare']['reads'], stage
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ('groups', 'agreed', 'updates', 'message'),
+    [
+        ([4, 4, 2, 4, 4, 1], 4, 6, ''),  # the last of an epoch is short
+        ([1, 1], 4, 0, 'has 1 micro-batches .* is 4'),
+        ([4, 2, 2], 4, 2, 'has 2 micro-batches .* the one before it 2, .* is 4'),
+        ([2], 1, 0, 'has 2 micro-batches .* is 1'),
+        ([2, 3], 2, 1, 'has 3 micro-batches .* the one before it 2, .* is 2'),
+    ],
+)  # fmt: skip
+def test_updates_that_disagree_with_the_accumulation_are_an_error(
+    tmp_path, groups, agreed, updates, message
+):
+    for stage in (0, 2):
+        results = run_ranks(
+            'tests.workers.scaling:accumulate', 2, tmp_path,
+            stage=stage, groups=groups, agreed=agreed,
+        )  # fmt: skip
+        for result in results:
+            assert len(result['norms']) == updates
+            if message:
+                assert_matches(result['error'], message)
+            else:
+                assert 'error' not in result
+
+
+def assert_matches(text, pattern):
+    with pytest.raises(ValueError, match=pattern):
+        raise ValueError(text)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize('precision', ['fp16', 'autocast_fp16'])
+def test_the_scale_is_kept_across_save_and_load_into_every_stage(tmp_path, precision):
+    results = run_ranks(
+        'tests.workers.scaling:keep_scale', 2, tmp_path, root=str(tmp_path), precision=precision
+    )
+    # hysteresis 3: overflows 1 and 2 use it up, 3 and 4 halve 1024 twice; then 3 applied updates
+    wanted = {'scale': 256.0, '_growth_tracker': 3, 'hysteresis_left': 1, 'micro_batches': 1}
+    for result in results:
+        for stage in range(4):
+            assert {k: result[str(stage)][k] for k in wanted} == wanted, stage
+            for target in range(4):
+                for state in result[f'{stage} -> {target}']:
+                    got = {k: state[k] for k in wanted}
+                    assert got == {**wanted, '_growth_tracker': 4}, (stage, target)
+
+
+@pytest.mark.ranks
+def test_a_grad_scalers_state_is_accepted(tmp_path):
+    for precision, scale, tracker in (('autocast_fp16', 128.0, 8), ('fp32', 1.0, None)):
+        for result in run_ranks(
+            'tests.workers.scaling:load_grad_scaler', 2, tmp_path, precision=precision
+        ):
+            assert [r[:2] for r in result] == [[scale, tracker]] * 2
+            assert all(0.01 < r[2] < 10 for r in result)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize('precision', ['fp32', 'bf16'])
+@pytest.mark.parametrize(
+    'zero',
+    [
+        {'stage': 1, 'round_robin_gradients': True},
+        {'stage': 2, 'round_robin_gradients': True},
+        {'stage': 1, 'offload_optimizer': {'device': 'cpu'}},
+        {'stage': 2, 'offload_optimizer': {'device': 'cpu'}},
+        {'stage': 2, 'contiguous_gradients': False, 'overlap_comm': True},
+        {'stage': 3, 'sub_group_size': 100, 'offload_optimizer': {'device': 'cpu'}},
+    ],
+    ids=str,
+)
+def test_grad_norm_of_single_parameters_under_zero_settings(tmp_path, precision, zero):
+    tolerance = 1e-5 if precision == 'fp32' else 4 * 2.0**-8  # as in test_precision.py
+    for result in run_ranks(
+        'tests.workers.scaling:norms_of_parts', 2, tmp_path, precision=precision, zero=zero
+    ):
+        assert result['zero'] == pytest.approx(result['plain'], rel=tolerance)
+        assert result['plain after'] == 'no error'
+        assert 'between backward and step' in result['zero after']
