@@ -10,8 +10,12 @@ STAGES = [0, 1, 2, 3, OFFLOAD, PERSISTENT]
 
 @pytest.mark.ranks
 @pytest.mark.parametrize(
-    ('precision', 'ranks'), [('fp32', 2), ('bf16', 2), ('autocast_bf16', 2), ('fp32', 4)]
-)
+    ('precision', 'ranks'),
+    [
+        ('fp32', 2), ('fp16', 2), ('bf16', 2), ('autocast_fp16', 2), ('autocast_bf16', 2),
+        ('fp32', 4),
+    ],
+)  # fmt: skip
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, precision, ranks):
     settings = {'stages': STAGES, 'precision': precision, 'root': tmp_path}
     whole = run_ranks('tests.workers.saving:train_and_save', ranks, tmp_path, **settings)

@@ -212,6 +212,7 @@ def test_keys_that_the_original_lacks_are_these():
         'CHECKPOINT.RENDEZVOUS_TIMEOUT',
         'MODEL.FACTORY',
         'MODEL.KWARGS',
+        'TRAIN.MAX_CONSECUTIVE_OVERFLOWS',
         'SAVE_CKPT_NUM',  # the original has it as a flag only
     }
 

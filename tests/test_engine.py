@@ -78,9 +78,10 @@ def test_an_engine_of_plain_deepspeed(tmp_path, stage):
 @pytest.mark.ranks
 def test_what_initialize_refuses(tmp_path):
     for result in run_ranks('tests.workers.talking:refusals', 1, tmp_path):
-        for name in ('fp16', 'default', 'registered float16'):
-            assert 'float16 at ZeRO stage 0 is not supported' in result[name]
-            assert 'AMP_TYPE bfloat16' in result[name]
+        assert '/fp16 (AMP_OPT_LEVEL O2 with AMP_TYPE float16): the cpu device' in result['fp16']
+        assert 'AMP_OPT_LEVEL O1, torch autocast in float16, works there' in result['fp16']
+        assert '/bf16/check_grad_overflow is false' in result['unchecked']
+        assert '/zero_optimization/compute_grad_norm is false' in result['no norm']
         assert '/optimizer section and an optimizer was passed' in result['two optimizers']
         assert 'TRAIN.ACCUMULATION_STEPS is 2' in result['contradiction']
         assert 'pass it as lr_scheduler=' in result['scheduler not passed']

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 from timm.scheduler import CosineLRScheduler
 from torch import distributed, nn
@@ -22,14 +20,18 @@ from internvl_ds import (
     reduce_tensor,
     save_checkpoint,
 )
-from internvl_ds.checkpoint.elastic import Restorer
-from internvl_ds.checkpoint.shards import TagShards
 from internvl_ds.comm import rank, world_size
 from internvl_ds.ema import ShardedEma
-from internvl_ds.engine import client_groups
 from internvl_ds.errors import InternvlDsError
 from internvl_ds.masters import master_weights
-from tests.workers.model import CLASSES, FEATURES, make_config, micro_batch, precision_values
+from tests.workers.model import (
+    CLASSES,
+    FEATURES,
+    make_config,
+    micro_batch,
+    module_dtype,
+    precision_values,
+)
 
 logger = logging.getLogger('test')
 UPDATES, MORE = 3, 5
@@ -102,7 +104,7 @@ class Run:
             output, DATA__BATCH_SIZE=batch_size or 16 // world_size(), SAVE_CKPT_NUM=0,
             **precision_values(precision),
         )  # fmt: skip
-        self.dtype = torch.bfloat16 if precision == 'bf16' else torch.float32
+        self.dtype = module_dtype(precision)
         torch.manual_seed(seed)
         model = Net()
         client = make_client(model, kind)
@@ -350,22 +352,6 @@ def _digest(engine: Any) -> str:
     return digest.hexdigest()
 
 
-def _fp16_engine(stage: int, seed: int) -> Any:
-    """An engine of plain DeepSpeed in fp16, which it refuses on a CPU unless told not to."""
-    get_accelerator().is_fp16_supported = lambda: True
-    torch.manual_seed(seed)
-    model = Net()
-    config = {
-        'train_micro_batch_size_per_gpu': 16 // world_size(),
-        'fp16': {'enabled': True, 'initial_scale_power': 4},
-        'zero_optimization': {'stage': stage},
-        'zero_allow_untested_optimizer': True,
-    }
-    return deepspeed.initialize(model=model, optimizer=make_client(model, 'adamw'), config=config)[
-        0
-    ]
-
-
 def _low_weights_are_rounded_masters(engine: Any, dtype: torch.dtype) -> bool:
     """Whether the module computes with its masters, rounded to nearest."""
     gathered = deepspeed.zero.GatheredParameters
@@ -381,36 +367,24 @@ def _low_weights_are_rounded_masters(engine: Any, dtype: torch.dtype) -> bool:
 
 
 def move_precisions(root: str) -> dict[str, Any]:
-    """fp32, bf16 and fp16 tags, each into fp32, bf16 and fp16 engines of other stages."""
+    """Tags of four precisions, each into engines of other stages and precisions."""
     sources = {}
-    for precision, stage in (('fp32', 2), ('bf16', 1)):
+    for precision, stage in (('fp32', 2), ('bf16', 1), ('fp16', 2), ('autocast_fp16', 3)):
         run = Run(stage, f'{root}/{precision}', precision=precision)
         run.steps(0, UPDATES)
         sources[precision] = [run.save(0), full_state(run.engine, ADAM)]
         run.engine.destroy()
-    engine = _fp16_engine(2, 0)
-    for step in range(UPDATES):
-        x, y = micro_batch(step, 0, 1, rank(), world_size())
-        engine.backward(nn.functional.cross_entropy(engine(x.half()).float(), y))
-        engine.step()
-    engine.save_checkpoint(f'{root}/fp16', tag='tag')
-    sources['fp16'] = [f'{root}/fp16/tag', full_state(engine, ADAM)]
-    engine.destroy()
     found: dict[str, Any] = {}
     for source, (path, state) in sources.items():
         for precision, stage, dtype in (
             ('fp32', 1, torch.float32), ('fp32', 0, torch.float32),
             ('bf16', 3, torch.bfloat16), ('bf16', 2, torch.bfloat16),
             ('bf16', 0, torch.bfloat16), ('fp16', 1, torch.float16), ('fp16', 3, torch.float16),
+            ('fp16', 0, torch.float16), ('autocast_fp16', 1, torch.float32),
         ):  # fmt: skip
-            if precision == 'fp16':
-                engine = _fp16_engine(stage, 9)
-                names = [list(g) for g in client_groups(engine).names]
-                Restorer(engine, TagShards(Path(path)).named_state(names)).restore()
-            else:
-                run = Run(stage, seed=9, precision=precision)
-                run.load(path)
-                engine = run.engine
+            run = Run(stage, seed=9, precision=precision)
+            run.load(path)
+            engine = run.engine
             found[f'{source} -> {precision} {stage}'] = [
                 full_state(engine, ADAM) == state,
                 _low_weights_are_rounded_masters(engine, dtype),

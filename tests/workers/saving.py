@@ -29,6 +29,7 @@ from tests.workers.model import (
     make_model,
     make_optimizer,
     micro_batch,
+    module_dtype,
     precision_values,
     zero_json,
 )
@@ -63,7 +64,7 @@ class Run:
             TRAIN__ACCUMULATION_STEPS=ACCUMULATION,
             **{**precision_values(precision), **values},
         )
-        self.dtype = torch.bfloat16 if precision == 'bf16' else torch.float32
+        self.dtype = module_dtype(precision)
         model = make_model(seed)
         client = make_optimizer(model)
         self.scheduler = CosineLRScheduler(
@@ -186,7 +187,7 @@ def evaluate_by_name(stages: list[int], precision: str, root: str) -> dict[str, 
         plain = make_model(5)
         config = make_config(output, EVAL_MODE=True, MODEL__RESUME=f'{output}/ckpt_epoch_0')
         load_checkpoint(config, plain, None, None, None, logger)
-        plain = plain.eval().to(torch.bfloat16 if precision == 'bf16' else torch.float32)
+        plain = plain.eval().to(module_dtype(precision))
         x, _ = micro_batch(999, 0, 1, 0, 1)
         with torch.no_grad():
             plain_logits = plain(x.to(next(plain.parameters()).dtype)).float().flatten().tolist()

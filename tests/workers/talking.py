@@ -150,18 +150,6 @@ def refusals() -> dict[str, str]:
             lr_scheduler=None if schedule == 'not passed' else scheduler,
         )
 
-    def register_float16() -> None:
-        model = make_model()
-        engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=make_optimizer(model),
-            config={
-                'train_micro_batch_size_per_gpu': 8,
-                'torch_autocast': {'enabled': True, 'dtype': 'float16'},
-            },
-        )
-        register(engine)
-
     def second_order() -> None:
         model = make_model()
         client = make_optimizer(model)
@@ -173,7 +161,6 @@ def refusals() -> dict[str, str]:
     adam = {'optimizer': {'type': 'AdamW', 'params': {'lr': 0.1}}}
     return {
         'fp16': message_of(lambda: start(AMP_OPT_LEVEL='O2')),
-        'default': message_of(lambda: start(AMP_OPT_LEVEL='')),
         'two optimizers': message_of(lambda: start(adam)),
         'scheduler not passed': message_of(lambda: start(schedule='not passed')),
         'epoch scheduler': message_of(lambda: start(schedule='epochs')),
@@ -185,7 +172,12 @@ def refusals() -> dict[str, str]:
             )
         ),
         'fused': message_of(lambda: start(adam, in_code=False, **bf16)),
-        'registered float16': message_of(register_float16),
+        'unchecked': message_of(
+            lambda: start({'bf16': {'enabled': True, 'check_grad_overflow': False}}, **bf16)
+        ),
+        'no norm': message_of(
+            lambda: start({'zero_optimization': {'stage': 2, 'compute_grad_norm': False}})
+        ),
         'second order': message_of(second_order),
         'contradiction': message_of(lambda: start({'gradient_accumulation_steps': 3, **adam},
                                                 TRAIN__ACCUMULATION_STEPS=2)),
