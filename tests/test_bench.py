@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.bench import checkpoint, elastic, loads, memory, saves
+from tests.bench import bridge, checkpoint, elastic, loads, memory, saves
 from tests.bench.figures import (
     Pair,
     paired_ratios,
@@ -170,3 +170,21 @@ def test_a_move_to_another_world_size_is_measured_both_ways(tmp_path):
     assert [(r['a'], r['b']) for r in entry['ratios']] == [pair[:2] for pair in elastic.PAIRS]
     assert entry['memory'] > 0
     assert '2 -> 1 ranks' in elastic.tables(entry)
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_the_bridge_is_measured_beside_a_bare_loop(tmp_path, capsys):
+    figures = tmp_path / 'figures.json'
+    bridge.main(
+        [
+            *('--model', 'test_vit', '--batch', '2', '--steps', '1', '--rounds', '2'),
+            *('--stages', '0', '2', '--precisions', 'bf16', '--json', str(figures)),
+        ]
+    )
+    report = json.loads(figures.read_text())
+    assert [entry['stage'] for entry in report] == [0, 2]
+    for entry in report:
+        assert entry['seconds'].keys() == {'bridge', 'bare engine'}
+        assert len(entry['seconds']['bridge']['samples']) == 2
+    assert capsys.readouterr().out.count('| bridge / bare engine |') == 2

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import distributed
 
 ROUNDS = 9
@@ -88,6 +89,7 @@ def _sample(name: str, contender: Contender) -> dict[str, float]:
 def _slowest(seconds: float) -> float:
     if not distributed.is_initialized():
         return seconds
-    slowest = torch.tensor(seconds, dtype=torch.float64)
+    device = get_accelerator().current_device_name()
+    slowest = torch.tensor(seconds, dtype=torch.float64, device=device)
     distributed.all_reduce(slowest, op=distributed.ReduceOp.MAX)
     return float(slowest)
