@@ -64,6 +64,8 @@ _C.TRAIN.ACCUMULATION_STEPS = 0  # micro-batches per update; 0 and 1 mean none
 # (new) Updates in a row that may be skipped for non-finite gradients before the run stops with an
 # error; 0: no limit. More than 16, the halvings from the first loss scale to its minimum.
 _C.TRAIN.MAX_CONSECUTIVE_OVERFLOWS = 25
+# (new) The training program saves ckpt_epoch_overflow before that error.
+_C.TRAIN.SAVE_ON_OVERFLOW = False
 _C.TRAIN.USE_CHECKPOINT = False  # activation checkpointing
 
 _C.TRAIN.LR_SCHEDULER = CN()

@@ -111,6 +111,12 @@ def initialize(
     )
     register(engine, lr_scheduler=lr_scheduler)
     registration = _registrations[engine]
+    logger.info(
+        'trains in %s at ZeRO stage %d%s',
+        ds.precision_of(resolved),
+        engine.zero_optimization_stage(),
+        f', loss scale {registration.loss_scale.scale:g}' if registration.loss_scale else '',
+    )
     registration.overflow_limit = get_option(config, _LIMIT_KEY, registration.overflow_limit)
     if optimizer is not None:
         registration.merged = merged
@@ -287,9 +293,10 @@ def _refuse_unsupported(ds_config: Mapping[str, Any]) -> None:
             'report, to clip by, or to skip a non-finite update by; remove the key'
         )
     dtype = ds_config.get('data_types', {}).get('grad_accum_dtype')
-    if low and stage == 1 and dtype not in (None, low, {'bf16': 'bfloat16'}.get(low, 'float16')):
+    other = dtype not in (None, low, {'bf16': 'bfloat16', 'fp16': 'float16'}.get(str(low)))
+    if other and (stage, low) in ((0, 'fp16'), (0, 'bf16'), (1, 'bf16')):
         raise ConfigError(
-            f'/data_types/grad_accum_dtype {dtype} with {low} at ZeRO stage 1 is not supported by '
+            f'/data_types/grad_accum_dtype {dtype} with {low} at ZeRO stage {stage} is not supported by '
             'this version; use stage 2, or remove the key'
         )
     if low and stage == 0 and 'optimizer' in ds_config:

@@ -42,6 +42,7 @@ class NativeScalerWithGradNormCount:
             neither ``latest`` nor counted.
 
     Attributes:
+        before_stop: the argument.
         step_was_skipped: whether the last boundary's update was skipped for a non-finite gradient.
     """
 
@@ -49,7 +50,7 @@ class NativeScalerWithGradNormCount:
 
     def __init__(self, *, before_stop: Callable[[], Any] | None = None) -> None:
         self.step_was_skipped = False
-        self._before_stop = before_stop
+        self.before_stop = before_stop
         self._engine: weakref.ref[DeepSpeedEngine] | None = None
         self._loaded: Mapping[str, Any] = {}  # until the engine is known
         self._watch = OverflowWatch()
@@ -188,9 +189,9 @@ class NativeScalerWithGradNormCount:
     def _stop(self, engine: DeepSpeedEngine, flags: torch.Tensor) -> None:
         names = non_finite_names(engine, flags)
         error = self._watch.error(loss_scale_of(engine), engine.global_steps, rank(), names)
-        if self._before_stop is not None:
+        if self.before_stop is not None:
             try:
-                self._before_stop()
+                self.before_stop()
             except Exception as failure:
                 raise error from failure
         raise error

@@ -213,6 +213,7 @@ def test_keys_that_the_original_lacks_are_these():
         'MODEL.FACTORY',
         'MODEL.KWARGS',
         'TRAIN.MAX_CONSECUTIVE_OVERFLOWS',
+        'TRAIN.SAVE_ON_OVERFLOW',
         'SAVE_CKPT_NUM',  # the original has it as a flag only
     }
 

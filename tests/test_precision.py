@@ -101,6 +101,16 @@ def test_four_ranks_follow_the_plain_loop(tmp_path):
 
 
 @pytest.mark.ranks
+@pytest.mark.parametrize(('precision', 'stages'), [('fp16', [1, 2, 3]), ('bf16', [2, 3])])
+def test_accumulation_in_fp32_follows_the_plain_loop(tmp_path, precision, stages):
+    results = run_ranks(
+        'tests.workers.scaling:accumulate_in_fp32', 2, tmp_path, precision=precision, stages=stages
+    )
+    norms = pytest.approx(reference(precision, 6, 0.5)['norms'], rel=tolerances(precision)[0])
+    assert results == [{str(stage): norms for stage in stages}] * 2
+
+
+@pytest.mark.ranks
 @pytest.mark.parametrize('precision', ['fp16', 'autocast_fp16'])
 def test_a_first_scale_that_overflows_falls_until_it_does_not(tmp_path, precision):
     power = 24

@@ -50,6 +50,52 @@ def train(tmp_path, cfg, output, stage, *opts, level='O0'):
     )  # fmt: skip
 
 
+@pytest.mark.ranks
+@pytest.mark.slow
+@pytest.mark.parametrize('stage', [0, 2])
+def test_the_originals_default_precision_trains(tmp_path, data, stage):
+    cfg = write_config(tmp_path, data, TRAIN__BASE_LR=0.05)
+    result, _ = train(tmp_path, cfg, 'out', stage, 'AMP_TYPE', 'float16', level='')
+    first, last = (record['train_loss'] for record in result['metrics'])
+    assert last < first
+    log = (tmp_path / 'out' / 'small' / 'log_rank0.txt').read_text()
+    assert f'trains in torch_autocast float16 at ZeRO stage {stage}, loss scale 65536' in log
+    assert 'loss_scale 65536 ' in log
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_a_run_that_diverges_saves_and_stops(tmp_path, data):
+    cfg = write_config(
+        tmp_path, data, TRAIN__BASE_LR=1e38,
+        TRAIN__MAX_CONSECUTIVE_OVERFLOWS=2, TRAIN__SAVE_ON_OVERFLOW=True,
+    )  # fmt: skip
+    ds_config = tmp_path / 'stage1.json'
+    ds_config.write_text(json.dumps({'zero_optimization': {'stage': 1}}))
+    texts = run_ranks(
+        'tests.workers.training:train_on_ranks', 2, tmp_path, expect_failure=True,
+        cfg=str(cfg), output=str(tmp_path / 'out'), opts=[], ds_config=str(ds_config),
+    )  # fmt: skip
+    for text in texts:
+        assert 'GradientOverflow: update' in text
+        assert '2 updates in a row were skipped' in text
+        assert 'lower TRAIN.BASE_LR' in text
+    output = tmp_path / 'out' / 'small'
+    assert (output / 'ckpt_epoch_overflow' / 'manifest.json').is_file()
+    assert (output / 'latest').read_text().strip() == 'ckpt_epoch_0'  # the epoch before
+
+
+@pytest.mark.ranks
+def test_an_epoch_shorter_than_an_update_is_refused(tmp_path, data):
+    cfg = write_config(tmp_path, data, TRAIN__ACCUMULATION_STEPS=8)
+    texts = run_ranks(
+        'tests.workers.training:train_on_ranks', 2, tmp_path, expect_failure=True,
+        cfg=str(cfg), output=str(tmp_path / 'out'), opts=[], ds_config=None,
+    )  # fmt: skip
+    for text in texts:
+        assert 'TRAIN.ACCUMULATION_STEPS is 8, but an epoch has 7 micro-batches' in text
+
+
 def timeless(result):
     return [{k: v for k, v in r.items() if k not in _TIMES} for r in result['metrics']]
 

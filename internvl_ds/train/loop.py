@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,8 @@ def _train(state: Run) -> float:
         logger.info('nothing to train: epoch %d of %d is next', first, config.TRAIN.EPOCHS)
     start = time.perf_counter()
     for epoch in range(first, last + 1):
+        if config.TRAIN.SAVE_ON_OVERFLOW:
+            state.scaler.before_stop = functools.partial(_save, state, epoch, best='overflow')
         record: dict[str, Any] = {'epoch': epoch, **train_one_epoch(state, epoch)}
         improved = improved_ema = False
         if epoch % config.EVAL_FREQ == 0 or epoch == last:

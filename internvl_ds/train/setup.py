@@ -22,11 +22,13 @@ from internvl_ds import ds_config as ds
 from internvl_ds.comm import exchange, rank, world_size
 from internvl_ds.ema import ShardedEma
 from internvl_ds.engine import initialize
+from internvl_ds.errors import ConfigError
 from internvl_ds.precision import NativeScalerWithGradNormCount
 from internvl_ds.train.data import Loaders, build_loaders, seed_everything
 from internvl_ds.train.log import write_config
 from internvl_ds.train.model import build_model
 from internvl_ds.train.optim import (
+    accumulation_steps,
     build_optimizer,
     build_scheduler,
     scaled_lrs,
@@ -111,6 +113,12 @@ def _setup_training(
     logger: logging.Logger,
 ) -> Run:
     assert loaders.train is not None
+    if len(loaders.train) < accumulation_steps(config):
+        raise ConfigError(
+            f'TRAIN.ACCUMULATION_STEPS is {config.TRAIN.ACCUMULATION_STEPS}, but an epoch has '
+            f'{len(loaders.train)} micro-batches of DATA.BATCH_SIZE {config.DATA.BATCH_SIZE} on '
+            'each rank; lower one of the two'
+        )
     if rank() == 0:
         logger.info('configuration, resolved: %s', write_config(config, config.OUTPUT))
     lrs = scaled_lrs(config, world_size())

@@ -247,3 +247,20 @@ def poison_one(stage: int) -> list[str]:
     except GradientOverflow as error:
         return [*error.parameters, str(error)]
     raise AssertionError('not stopped')
+
+
+def accumulate_in_fp32(precision: str, stages: list[int]) -> dict[str, list[float]]:
+    """Norms of updates whose micro-batches add up in float32."""
+    found = {}
+    for stage in stages:
+        json = {**zero_json(stage), 'data_types': {'grad_accum_dtype': 'fp32'}}
+        config = make_config(
+            DATA__BATCH_SIZE=4, TRAIN__ACCUMULATION_STEPS=2, **precision_values(precision)
+        )
+        model = make_model()
+        engine, optimizer = initialize(config, model, make_optimizer(model), json)
+        scaler = NativeScalerWithGradNormCount()
+        steps = [train_step(engine, optimizer, scaler, step, 0.5, 2) for step in range(6)]
+        found[str(stage)] = [float(norm) for norm, _, _ in steps]
+        engine.destroy()
+    return found

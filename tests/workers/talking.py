@@ -158,6 +158,11 @@ def refusals() -> dict[str, str]:
         NativeScalerWithGradNormCount()(loss, client, create_graph=True)
 
     bf16 = {'AMP_OPT_LEVEL': 'O2', 'AMP_TYPE': 'bfloat16'}
+
+    def accumulate_in_fp32(stage: int) -> str:
+        json = {'zero_optimization': {'stage': stage}, 'data_types': {'grad_accum_dtype': 'fp32'}}
+        return message_of(lambda: start(json, **bf16))
+
     adam = {'optimizer': {'type': 'AdamW', 'params': {'lr': 0.1}}}
     return {
         'fp16': message_of(lambda: start(AMP_OPT_LEVEL='O2')),
@@ -165,12 +170,8 @@ def refusals() -> dict[str, str]:
         'scheduler not passed': message_of(lambda: start(schedule='not passed')),
         'epoch scheduler': message_of(lambda: start(schedule='epochs')),
         'unmanaged': message_of(lambda: start({'managed_gradient_accumulation': False})),
-        'fp32 accumulation': message_of(
-            lambda: start(
-                {'zero_optimization': {'stage': 1}, 'data_types': {'grad_accum_dtype': 'fp32'}},
-                **bf16,
-            )
-        ),
+        'fp32 accumulation 0': accumulate_in_fp32(0),
+        'fp32 accumulation 1': accumulate_in_fp32(1),
         'fused': message_of(lambda: start(adam, in_code=False, **bf16)),
         'unchecked': message_of(
             lambda: start({'bf16': {'enabled': True, 'check_grad_overflow': False}}, **bf16)
