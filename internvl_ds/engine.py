@@ -146,7 +146,7 @@ def register(engine: DeepSpeedEngine, *, lr_scheduler: Any = None) -> DeepSpeedE
         raise EngineNotFound(f'register() takes a DeepSpeedEngine, not a {type(engine).__name__}')
     _refuse_epoch_scheduler(lr_scheduler)
     if engine not in _registrations:
-        _refuse_unsupported(engine.config)
+        _refuse_unsupported(ds_config_of(engine))
         _refuse_fused(engine)
         if engine.global_steps == 0:
             _undo_dummy_step(engine.optimizer)
@@ -186,6 +186,11 @@ def find_engine(part: Any) -> DeepSpeedEngine | None:
     except TypeError:  # not hashable, or no weak reference to it is possible
         return None
     return known() if known is not None else None
+
+
+def ds_config_of(engine: DeepSpeedEngine) -> dict[str, Any]:
+    """The ds_config that the engine runs with, also where it was made from a file's path."""
+    return engine._config._param_dict
 
 
 def engine_of_parameter(parameter: torch.Tensor) -> DeepSpeedEngine | None:
@@ -296,8 +301,8 @@ def _refuse_unsupported(ds_config: Mapping[str, Any]) -> None:
     other = dtype not in (None, low, {'bf16': 'bfloat16', 'fp16': 'float16'}.get(str(low)))
     if other and (stage, low) in ((0, 'fp16'), (0, 'bf16'), (1, 'bf16')):
         raise ConfigError(
-            f'/data_types/grad_accum_dtype {dtype} with {low} at ZeRO stage {stage} is not supported by '
-            'this version; use stage 2, or remove the key'
+            f'/data_types/grad_accum_dtype {dtype} with {low} at ZeRO stage {stage} is not '
+            'supported by this version; use stage 2, or remove the key'
         )
     if low and stage == 0 and 'optimizer' in ds_config:
         raise ConfigError(

@@ -44,9 +44,8 @@ def get_grad_norm(
     if not parameters:
         return torch.zeros(())
     device = parameters[0].device
-    trained = [p for p in parameters if p.requires_grad]
-    partitioned = [p for p in trained if _is_partitioned(p)]
-    whole = [p for p in trained if not _is_partitioned(p)]
+    partitioned = [p for p in parameters if p.requires_grad and _is_partitioned(p)]
+    whole = [p for p in parameters if not _is_partitioned(p)]
     grads = [p.grad for p in whole if p.grad is not None]
     norm = _norm_of(grads, norm_type, device) / _scale_of(whole)
     if not partitioned:
@@ -109,10 +108,8 @@ def owned_gradients(engine: DeepSpeedEngine) -> dict[torch.Tensor, torch.Tensor]
 def non_finite_flags(engine: DeepSpeedEngine) -> torch.Tensor:
     """Whether this rank sees a non-finite gradient, for each trained parameter of the module.
 
-    Reads the device, and waits for nothing; see `non_finite_names`.
-
     Returns:
-        1-dim float32 tensor of zeros and ones on the engine's device.
+        1-dim float32 tensor of zeros and ones on the engine's device, not read on the host.
     """
     owned = owned_gradients(engine) or {}
     trained = [p for p in engine.module.parameters() if p.requires_grad]
@@ -123,13 +120,6 @@ def non_finite_flags(engine: DeepSpeedEngine) -> torch.Tensor:
         for p in trained
     ]
     return torch.stack(flags)
-
-
-def non_finite_names(engine: DeepSpeedEngine, flags: torch.Tensor) -> list[str]:
-    """The parameters for which any rank's `non_finite_flags` are set. A collective."""
-    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    names = [n for n, p in engine.module.named_parameters() if p.requires_grad]
-    return [name for name, flag in zip(names, flags.tolist(), strict=True) if flag]
 
 
 def _is_partitioned(parameter: torch.Tensor) -> bool:

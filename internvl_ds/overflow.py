@@ -54,9 +54,22 @@ class OverflowWatch:
         self.in_a_row = self.in_a_row + 1 if skipped else 0
 
     def error(
-        self, scale: LossScale | None, update: int, rank: int, parameters: Sequence[str]
+        self,
+        scale: LossScale | None,
+        update: int,
+        rank: int,
+        parameters: Sequence[str],
+        bad_loss: bool,
     ) -> GradientOverflow:
-        """The error that stops the run; reads the numbers kept."""
+        """The error that stops the run; reads the numbers kept.
+
+        Args:
+            scale: the present one; None without.
+            update: how many updates there have been, skipped ones included.
+            rank: whose losses were recorded.
+            parameters: names of those whose gradients are not finite on any rank.
+            bad_loss: whether the loss is not finite on any rank.
+        """
         losses = [math.fsum(float(loss) for loss in group) for group in self._losses]
         norms = [float(norm) for norm in self._norms]
         scales = list(self._scales)
@@ -68,7 +81,7 @@ class OverflowWatch:
             f'before the skipped updates. Last losses of rank {rank}: {_numbers(losses)}; gradient '
             f'norms: {_numbers(norms)}; loss scales: {_numbers(scales)}. Parameters with '
             f'non-finite gradients: {few(parameters) or "none was seen"} ({len(parameters)} in '
-            f'all). {_advice(losses, scale)}',
+            f'all). {_advice(bad_loss, scale)}',
             losses,
             norms,
             scales,
@@ -80,17 +93,17 @@ def _numbers(values: Sequence[float]) -> str:
     return ', '.join(f'{value:.6g}' for value in values)
 
 
-def _advice(losses: Sequence[float], scale: LossScale | None) -> str:
-    if not math.isfinite(losses[-1]):
+def _advice(bad_loss: bool, scale: LossScale | None) -> str:
+    if bad_loss:
         return (
-            'The loss of this rank is not finite itself, so no loss scale helps: look for a bad '
+            'The loss itself is not finite on some rank, so no loss scale helps: look for a bad '
             'batch or target, lower TRAIN.BASE_LR, lengthen TRAIN.WARMUP_EPOCHS, or lower '
             'TRAIN.CLIP_GRAD, and resume from an earlier checkpoint.'
         )
     if scale is None:
         return (
-            'The loss of this rank is finite: look at the losses of the other ranks, and at the '
-            'layers named for a division, a root or a logarithm near zero.'
+            'The loss is finite on all ranks: look at the layers named for a division, a root or '
+            'a logarithm near zero.'
         )
     if not scale.dynamic:
         return (
@@ -98,6 +111,6 @@ def _advice(losses: Sequence[float], scale: LossScale | None) -> str:
             'it to 0 for a dynamic one.'
         )
     return (
-        'The loss of this rank is finite, and some layer leaves the range of float16 (65504): set '
+        'The loss is finite on all ranks, and some layer leaves the range of float16 (65504): set '
         'AMP_TYPE bfloat16, which has the range of float32, or train the layers named in float32.'
     )

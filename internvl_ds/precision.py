@@ -7,13 +7,14 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import deepspeed.comm as dist
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from internvl_ds.comm import rank
 from internvl_ds.engine import engine_of, loss_scale_of, overflow_limit, step_scheduler
 from internvl_ds.errors import ConfigError
-from internvl_ds.grad_norm import get_grad_norm, non_finite_flags, non_finite_names
+from internvl_ds.grad_norm import get_grad_norm, non_finite_flags
 from internvl_ds.loss_scale import require_scaler_state
 from internvl_ds.overflow import OverflowWatch
 from internvl_ds.scaling import (
@@ -171,7 +172,7 @@ class NativeScalerWithGradNormCount:
         scale, limit = loss_scale_of(engine), overflow_limit(engine)
         factor = 1.0 if scale is None else scale.scale
         # Which parameters overflow is gone after the step, so it is looked at before.
-        flags = non_finite_flags(engine) if self._watch.would_stop(scale, limit) else None
+        flags = self._flags(engine) if self._watch.would_stop(scale, limit) else None
         norm = _step_and_norm(engine, clip_grad, factor)
         self.step_was_skipped = not engine.was_step_applied()
         if scale is not None:
@@ -186,9 +187,20 @@ class NativeScalerWithGradNormCount:
             self._stop(engine, flags)
         return norm
 
+    def _flags(self, engine: DeepSpeedEngine) -> torch.Tensor:
+        """Whether each parameter's gradient, and at last the loss, is not finite on this rank."""
+        loss = torch.stack([loss.float() for loss in self._losses]).sum()
+        bad_loss = (~torch.isfinite(loss)).float().view(1)
+        return torch.cat([non_finite_flags(engine), bad_loss.to(engine.device)])
+
     def _stop(self, engine: DeepSpeedEngine, flags: torch.Tensor) -> None:
-        names = non_finite_names(engine, flags)
-        error = self._watch.error(loss_scale_of(engine), engine.global_steps, rank(), names)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)  # every rank has skipped, and comes here
+        *of_parameters, bad_loss = flags.tolist()
+        trained = [n for n, p in engine.module.named_parameters() if p.requires_grad]
+        names = [name for name, flag in zip(trained, of_parameters, strict=True) if flag]
+        error = self._watch.error(
+            loss_scale_of(engine), engine.global_steps, rank(), names, bool(bad_loss)
+        )
         if self.before_stop is not None:
             try:
                 self.before_stop()

@@ -59,9 +59,12 @@ def test_an_engine_is_found_from_its_module_and_either_optimizer(tmp_path):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize('stage', [0, 2])
-def test_an_engine_of_plain_deepspeed(tmp_path, stage):
-    for result in run_ranks('tests.workers.talking:plain_engine', 2, tmp_path, stage=stage):
+@pytest.mark.parametrize(('stage', 'from_file'), [(0, False), (2, True)])
+def test_an_engine_of_plain_deepspeed(tmp_path, stage, from_file):
+    folder = str(tmp_path) if from_file else None
+    for result in run_ranks(
+        'tests.workers.talking:plain_engine', 2, tmp_path, stage=stage, folder=folder
+    ):
         assert 'internvl_ds.register(engine)' in result['unknown']
         # With SGD and lr 1 the weights move by the gradient that was applied. The ds_config's
         # gradient_clipping is 0.1, and the calls said clip_grad=None and 0.02.

@@ -63,7 +63,19 @@ def _require_common(result, updates):
 @pytest.mark.ranks
 @pytest.mark.parametrize('stage', [0, 1, 2, 3])
 def test_the_parameters_are_named_on_all_ranks(tmp_path, stage):
-    for result in run_ranks('tests.workers.scaling:poison_one', 2, tmp_path, stage=stage):
+    for result in run_ranks(
+        'tests.workers.scaling:poison_one', 2, tmp_path, stage=stage, bad_loss=False
+    ):
         *names, message = result
         assert names == ['head.bias']
         assert 'Parameters with non-finite gradients: head.bias (1 in all)' in message
+        assert 'The loss is finite on all ranks: look at the layers named' in message
+
+
+@pytest.mark.ranks
+def test_a_bad_loss_on_one_rank_is_told_on_all(tmp_path):
+    for result in run_ranks(
+        'tests.workers.scaling:poison_one', 2, tmp_path, stage=2, bad_loss=True
+    ):
+        assert 'The loss itself is not finite on some rank' in result[-1]
+        assert 'stem.weight' in result

@@ -12,6 +12,7 @@ from internvl_ds.checkpoint.partition import describe
 from internvl_ds.checkpoint.shards import TagShards
 from internvl_ds.comm import world_size
 from internvl_ds.ds_config import precision_of
+from internvl_ds.engine import ds_config_of
 
 
 class TagLayout(NamedTuple):
@@ -41,7 +42,7 @@ def layout_of_tag(tag: Path) -> TagLayout:
 def layout_of_engine(engine: DeepSpeedEngine) -> TagLayout:
     """The layout that an engine would save with."""
     stage = engine.zero_optimization_stage()
-    return TagLayout(int(stage), world_size(), precision_of(engine.config))
+    return TagLayout(int(stage), world_size(), precision_of(ds_config_of(engine)))
 
 
 def same_groups(engine: DeepSpeedEngine, shards: TagShards) -> bool:

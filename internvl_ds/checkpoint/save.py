@@ -32,7 +32,7 @@ from internvl_ds.comm import exchange, from_rank_0, gather, rank, world_size
 from internvl_ds.config import checkpoint_option, default_config, get_option
 from internvl_ds.ds_config import precision_of
 from internvl_ds.ema import EmaFile
-from internvl_ds.engine import client_groups, engine_of, loss_scale_of
+from internvl_ds.engine import client_groups, ds_config_of, engine_of, loss_scale_of
 from internvl_ds.errors import CheckpointError, RankError
 from internvl_ds.persistent import put_back
 
@@ -171,7 +171,7 @@ def _header(engine: DeepSpeedEngine, epoch: Any, max_accuracy: float) -> dict[st
         'max_accuracy': float(max_accuracy),
         'zero_stage': engine.zero_optimization_stage(),
         'world_size': world_size(),
-        'precision': precision_of(engine.config),
+        'precision': precision_of(ds_config_of(engine)),
         'global_steps': engine.global_steps,
         'versions': {
             'internvl_ds': internvl_ds.__version__,

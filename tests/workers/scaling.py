@@ -232,16 +232,18 @@ def norms_of_parts(precision: str, zero: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def poison_one(stage: int) -> list[str]:
-    """A nan in the gradient of one tensor, on rank 1 only: what the error names."""
+def poison_one(stage: int, bad_loss: bool) -> list[str]:
+    """A nan in the gradient of one tensor, or in the loss, on rank 1 only: what the error names."""
     config = make_config(DATA__BATCH_SIZE=8, TRAIN__MAX_CONSECUTIVE_OVERFLOWS=1)
     model = make_model()
     engine, optimizer = initialize(config, model, make_optimizer(model), zero_json(stage))
     scaler = NativeScalerWithGradNormCount()
     x, y = micro_batch(0, 0, 1, rank(), world_size())
-    if rank() == 1:
+    if rank() == 1 and not bad_loss:
         model.head.bias.register_hook(lambda grad: grad * float('nan'))
     loss = nn.functional.cross_entropy(engine(x), y)
+    if rank() == 1 and bad_loss:
+        loss = loss * float('nan')
     try:
         scaler(loss, optimizer)
     except GradientOverflow as error:

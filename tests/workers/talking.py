@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import threading
@@ -95,18 +96,26 @@ def engine_from_any() -> dict[str, Any]:
     return results
 
 
-def plain_engine(stage: int) -> dict[str, Any]:
-    """An engine of plain deepspeed.initialize: unregistered, as itself, and registered."""
+def plain_engine(stage: int, folder: str | None = None) -> dict[str, Any]:
+    """An engine of plain deepspeed.initialize: unregistered, as itself, and registered.
+
+    With a folder its ds_config is a file there.
+    """
     model = make_model()
+    ds_config: Any = {
+        'train_micro_batch_size_per_gpu': 8,
+        'gradient_clipping': 0.1,
+        'zero_allow_untested_optimizer': True,
+        **zero_json(stage),
+    }
+    if folder:
+        path = Path(folder, f'rank{rank()}.json')
+        path.write_text(json.dumps(ds_config))
+        ds_config = str(path)
     engine, optimizer, _, _ = deepspeed.initialize(
         model=model,
         optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0),
-        config={
-            'train_micro_batch_size_per_gpu': 8,
-            'gradient_clipping': 0.1,
-            'zero_allow_untested_optimizer': True,
-            **zero_json(stage),
-        },
+        config=ds_config,
     )
     scaler = NativeScalerWithGradNormCount()
 
@@ -160,8 +169,8 @@ def refusals() -> dict[str, str]:
     bf16 = {'AMP_OPT_LEVEL': 'O2', 'AMP_TYPE': 'bfloat16'}
 
     def accumulate_in_fp32(stage: int) -> str:
-        json = {'zero_optimization': {'stage': stage}, 'data_types': {'grad_accum_dtype': 'fp32'}}
-        return message_of(lambda: start(json, **bf16))
+        tree = {'zero_optimization': {'stage': stage}, 'data_types': {'grad_accum_dtype': 'fp32'}}
+        return message_of(lambda: start(tree, **bf16))
 
     adam = {'optimizer': {'type': 'AdamW', 'params': {'lr': 0.1}}}
     return {
