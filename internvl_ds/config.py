@@ -40,6 +40,11 @@ _C.MODEL.NAME = 'intern_vit_6b'
 _C.MODEL.FACTORY = ''  # (new) 'package.module:function', called with the config; wins over TYPE
 _C.MODEL.KWARGS = CN(new_allowed=True)  # (new) further keyword arguments for timm.create_model
 _C.MODEL.PRETRAINED = ''
+_C.MODEL.PRETRAINED_EMA = False  # (new) take the averaged weights of a tag or a checkpoint
+_C.MODEL.PRETRAINED_RENAME = []  # (new) pairs of a regular expression and its replacement
+# (new) Share of the model's parameters that must be in the checkpoint.
+_C.MODEL.PRETRAINED_MIN_MATCH = 0.5
+_C.MODEL.PRETRAINED_READERS = 'all'  # (new) or 'one': rank 0 reads, the others receive
 _C.MODEL.RESUME = ''
 _C.MODEL.NUM_CLASSES = 1000
 _C.MODEL.DROP_RATE = 0.0

@@ -212,6 +212,10 @@ def test_keys_that_the_original_lacks_are_these():
         'CHECKPOINT.RENDEZVOUS_TIMEOUT',
         'MODEL.FACTORY',
         'MODEL.KWARGS',
+        'MODEL.PRETRAINED_EMA',
+        'MODEL.PRETRAINED_MIN_MATCH',
+        'MODEL.PRETRAINED_READERS',
+        'MODEL.PRETRAINED_RENAME',
         'TRAIN.MAX_CONSECUTIVE_OVERFLOWS',
         'TRAIN.SAVE_ON_OVERFLOW',
         'SAVE_CKPT_NUM',  # the original has it as a flag only

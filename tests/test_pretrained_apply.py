@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from internvl_ds.checkpoint.named import Flat
 from internvl_ds.errors import PretrainedError
 from internvl_ds.pretrained import apply, convert_22k_head_to_1k
 
@@ -25,11 +26,6 @@ class LooksLikeAnEngine(Wrapper):
     optimizer = None
 
 
-def partitioned(model):
-    model.head.weight.ds_id = 0
-    return model
-
-
 def of_an_engine(model):
     def hook(module, args):
         return None
@@ -44,17 +40,16 @@ REFUSED = pytest.mark.parametrize(
     [
         (LooksLikeAnEngine, 'before initialize: this LooksLikeAnEngine belongs to a DeepSpeed'),
         (of_an_engine, 'before initialize: this Net belongs to a DeepSpeed engine already'),
-        (partitioned, r'zero\.Init are not supported by this version; build the model outside'),
         (lambda model: model.to('meta'), r'without memory \(meta device\): norm.weight'),
     ],
-    ids=['engine', 'module of an engine', 'zero.Init', 'meta'],
+    ids=['engine', 'module of an engine', 'meta'],
 )
 
 
 @REFUSED
 def test_what_is_not_plain_is_refused(make, words):
     with pytest.raises(PretrainedError, match=words) as caught:
-        apply.require_plain(make(Net()), 'some_call')
+        apply.require_writable(make(Net()), 'some_call')
     assert 'some_call' in str(caught.value)
 
 
@@ -66,17 +61,16 @@ def test_convert_refuses_it_too(make, words, wrap):
 
 
 def test_plain_is_accepted():
-    apply.require_plain(Net(), 'some_call')
-    apply.require_plain(Wrapper(Net()), 'some_call')
+    apply.require_writable(Net(), 'some_call')
+    apply.require_writable(Wrapper(Net()), 'some_call')
 
 
-def test_report_names_every_entry():
-    state = {'norm.weight': torch.full((4,), 2.0), 'other': torch.zeros(1)}
-    model = Net()
-    report = apply.load_state(model, state)
-    missing = ('norm.bias', 'head.weight', 'head.bias')
-    assert report == apply.LoadReport(('norm.weight',), missing, ('other',))
-    assert torch.equal(model.norm.weight, state['norm.weight'])
+def test_values_are_written_in_the_dtype_of_the_model():
+    model = Net().bfloat16()
+    value = torch.full((4,), 1 + 2.0**-9)
+    apply.write(model, [('norm.weight', value), ('norm.bias', Flat.of('w', value))])
+    assert torch.equal(model.norm.weight, value.bfloat16())
+    assert torch.equal(model.norm.bias, value.bfloat16())
 
 
 def test_what_torch_refuses_is_a_pretrained_error():

@@ -140,7 +140,6 @@ def test_class_that_is_not_allowed_is_named(tmp_path):
         ('zip.pth', b'PK\x03\x04 and then nothing'),
         ('empty.safetensors', b''),
         ('text.safetensors', b'hello, this is no checkpoint'),
-        ('model.safetensors.index.json', b'{"weight_map": {}}'),
     ],
 )
 def test_unreadable_file(tmp_path, name, content):

@@ -118,7 +118,7 @@ def test_resize_bias_tables(old, new, dtype):
     assert result.state[key].dtype == torch.float32
     assert torch.equal(result.state[key], bicubic_table(table, new))
     assert state[key] is table
-    text = f'resized 1 relative_position_bias_table {old * old} -> {new * new}'
+    text = f'resized 1 relative_position_bias_table {old}x{old} -> {new}x{new}'
     assert result.notes == (Note(text),)
 
 
@@ -137,8 +137,8 @@ def test_notes_count_tables_of_each_size():
     target = {key: TensorSpec(torch.Size((16, 2)), torch.float32) for key in state}
     target['3.relative_position_bias_table'] = TensorSpec(torch.Size((25, 2)), torch.float32)
     assert transforms.resize_bias_tables(state, target).notes == (
-        Note('resized 3 relative_position_bias_table 9 -> 16'),
-        Note('resized 1 relative_position_bias_table 9 -> 25'),
+        Note('resized 3 relative_position_bias_table 3x3 -> 4x4'),
+        Note('resized 1 relative_position_bias_table 3x3 -> 5x5'),
     )
 
 
@@ -171,20 +171,20 @@ def test_tables_that_fit_or_that_the_model_lacks_stay():
     }
     table, embed = torch.zeros(10, 2), torch.zeros(4)
     target = specs(relative_position_bias_table=table, absolute_pos_embed=embed)
-    for step in (transforms.resize_bias_tables, transforms.resize_pos_embeds):
+    for step in (transforms.resize_bias_tables, transforms.resize_absolute_pos_embeds):
         assert step(state, target) == (state, ())
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-def test_resize_pos_embeds(dtype):
+def test_resize_absolute_pos_embeds(dtype):
     embed = torch.randn(1, 14 * 14, 8).to(dtype)
     target = specs(absolute_pos_embed=torch.zeros(1, 16 * 16, 8))
-    result = transforms.resize_pos_embeds({'absolute_pos_embed': embed}, target)
+    result = transforms.resize_absolute_pos_embeds({'absolute_pos_embed': embed}, target)
     image = embed.float().transpose(1, 2).reshape(1, 8, 14, 14)
     image = F.interpolate(image, size=(16, 16), mode='bicubic', align_corners=False)
     expected = image.flatten(2).transpose(1, 2)
     assert torch.equal(result.state['absolute_pos_embed'], expected)
-    assert result.notes == (Note('resized 1 absolute_pos_embed 196 -> 256'),)
+    assert result.notes == (Note('resized 1 absolute_pos_embed 14x14 -> 16x16'),)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_resize_pos_embeds(dtype):
 )
 def test_pos_embed_that_cannot_be_resized_is_left_out(old, new, words):
     target = specs(absolute_pos_embed=torch.zeros(new))
-    result = transforms.resize_pos_embeds({'absolute_pos_embed': torch.zeros(old)}, target)
+    result = transforms.resize_absolute_pos_embeds({'absolute_pos_embed': torch.zeros(old)}, target)
     assert result.state == {}
     (note,) = result.notes
     assert note.is_warning

@@ -7,12 +7,19 @@ from pathlib import Path
 
 from internvl_ds.checkpoint.hashing import hash_file
 from internvl_ds.checkpoint.lookup import read_manifest
-from internvl_ds.checkpoint.manifest import Manifest, file_rank
+from internvl_ds.checkpoint.manifest import STATE_FILE, Manifest, file_rank
 
 
 def share_of(names: Iterable[str], rank: int, world_size: int) -> list[str]:
     """The files that ``rank`` verifies when all ranks share the work: its own shards, if it can."""
     return [name for name in names if file_rank(name) % world_size == rank]
+
+
+def weight_files(manifest: Manifest) -> list[str]:
+    """The files of a tag that hold its weights, averaged ones included, and state.json."""
+    ending = '_states.pt' if manifest.header.zero_stage == 3 else '_model_states.pt'
+    of_average = [n for n in manifest.files if n.startswith('ema')]
+    return [STATE_FILE, *(n for n in manifest.files if n.endswith(ending)), *of_average]
 
 
 def damage(tag: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:

@@ -2,67 +2,111 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Iterable
-from typing import TypeVar
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
 
+import deepspeed
+import deepspeed.comm as dist
+import torch
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from internvl_ds.config import get_option
-from internvl_ds.errors import PretrainedError
+from internvl_ds.checkpoint.lookup import is_tag, read_manifest
+from internvl_ds.checkpoint.verify import damage, share_of, weight_files
+from internvl_ds.comm import agree, exchange, from_rank_0, init_distributed, rank, world_size
+from internvl_ds.config import checkpoint_option, default_config, get_option
+from internvl_ds.errors import ConfigError, PretrainedError, RankError
 from internvl_ds.pretrained import apply, head, transforms
+from internvl_ds.pretrained.known_formats import through_timm
+from internvl_ds.pretrained.report import PretrainedReport
 from internvl_ds.pretrained.sources import open_source
-from internvl_ds.pretrained.transforms import Result, Specs, State, Step
+from internvl_ds.pretrained.transforms import Note, Specs, State, Step
 
 _M = TypeVar('_M', bound=nn.Module)
 
 # First the keys get the model's names, then the tensors its sizes; the head comes after both.
-NAMING: tuple[Step, ...] = (
-    transforms.unwrap,
-    transforms.take_student,
-    transforms.take_sim,
-    transforms.drop_rebuilt,
-)
-SIZING: tuple[Step, ...] = (
+_SIZING: tuple[Step, ...] = (
     transforms.resize_bias_tables,
+    transforms.resize_absolute_pos_embeds,
     transforms.resize_pos_embeds,
+    transforms.resize_patch_embeds,
 )
 
 
-def load_pretrained(config: CfgNode, model: nn.Module, logger: logging.Logger) -> None:
-    """Loads the weights at MODEL.PRETRAINED into a plain module, adapted to it.
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be written, decided before anything is.
+
+    Attributes:
+        state: key of the model -> value, not read yet; only what the model has.
+        rescale: whether the model's own head is scaled by 0.001.
+    """
+
+    state: dict[str, Any]
+    rescale: bool
+    report: PretrainedReport
+
+
+def load_pretrained(config: CfgNode, model: nn.Module, logger: logging.Logger) -> PretrainedReport:
+    """Loads the weights at MODEL.PRETRAINED into a module, adapted to it.
 
     Call it before ``initialize``, on every rank. Everything is checked before the first tensor of
-    the model changes, and no random number is drawn.
+    the model changes, and no random number is drawn. A module built under ``deepspeed.zero.Init``
+    gets its slices tensor by tensor, and no rank holds the whole.
 
     Args:
-        config: Reads MODEL.PRETRAINED (a file or an https URL) and TRAIN.RAND_INIT_FT_HEAD.
+        config: Reads MODEL.PRETRAINED (a file, a directory, a tag or an https URL),
+            MODEL.PRETRAINED_EMA, MODEL.PRETRAINED_RENAME, MODEL.PRETRAINED_MIN_MATCH,
+            MODEL.PRETRAINED_READERS and TRAIN.RAND_INIT_FT_HEAD.
         model: A module that belongs to no engine, on any device and of any dtype.
         logger: Gets a line per step that did something, and the missing and unexpected keys.
 
+    Returns:
+        What was done, the same on every rank.
+
     Raises:
-        PretrainedError: where the file cannot be read, has nothing in common with the model, or
-            does not fit it; and where the model belongs to an engine or is partitioned.
+        PretrainedError: where the file cannot be read, has nothing or too little in common with the
+            model, or does not fit it; and where the model belongs to an engine. Under zero.Init and
+            with one reader on all ranks alike.
     """
-    apply.require_plain(model, 'load_pretrained')
+    apply.require_writable(model, 'load_pretrained')
+    readers = str(get_option(config, 'MODEL.PRETRAINED_READERS', 'all'))
+    if readers not in ('all', 'one'):
+        raise ConfigError(f"MODEL.PRETRAINED_READERS is {readers!r}; it can be 'all' or 'one'")
     path = str(get_option(config, 'MODEL.PRETRAINED', ''))
     if not path:
         raise PretrainedError('MODEL.PRETRAINED is empty: there are no weights to load')
-    rand_init = bool(get_option(config, 'TRAIN.RAND_INIT_FT_HEAD', False))
-    source = open_source(path)
-    logger.info(f'pretrained weights: {path}')
-    try:
-        _adapt_and_load(source, model, rand_init, logger)
-    except PretrainedError as error:
-        raise PretrainedError(f'{path}: {error}') from error
+    decide = functools.partial(_decide, config, path, model)
+    partitioned = any(map(apply.is_partitioned, model.parameters()))
+    values: Iterable[tuple[str, Any]]
+    if readers == 'one':
+        init_distributed()
+        plan = _decide_on_rank_0(decide, checkpoint_option(config, 'IO_TIMEOUT'))
+        values = _broadcast(plan.state)
+    else:
+        plan = _decide_alike(decide, config) if partitioned else decide()
+        values = plan.state.items()
+    plan.report.log(logger)
+    if plan.rescale:
+        apply.rescale_head(model)
+    if partitioned or readers == 'one' or not _all_tensors(plan.state):
+        apply.write(model, values)
+    else:
+        apply.load_state(model, plan.state)
+    return plan.report
 
 
 def convert_22k_head_to_1k(model: _M, logger: logging.Logger) -> _M:
     """Cuts an ImageNet-22K head (``model.head``, 21841 rows) to the 1000 rows of ImageNet-1K.
 
     The weight and bias become new parameters of the same dtype, device and requires_grad, so call
-    it before an optimizer or an engine takes the parameters.
+    it before an optimizer or an engine takes the parameters. Every rank must call it where the head
+    was built under zero.Init: it is gathered, and its rows are partitioned again.
 
     Args:
         model: A module, or a wrapper that has it as ``.module``; changed in place.
@@ -72,20 +116,22 @@ def convert_22k_head_to_1k(model: _M, logger: logging.Logger) -> _M:
         The same object.
 
     Raises:
-        PretrainedError: for a DeepSpeed engine, its module, or partitioned parameters.
+        PretrainedError: for a DeepSpeed engine or its module.
     """
     wrapped = getattr(model, 'module', None)
     inner = wrapped if isinstance(wrapped, nn.Module) else model
     for part in (inner, model):
-        apply.require_plain(part, 'convert_22k_head_to_1k')
+        apply.require_writable(part, 'convert_22k_head_to_1k')
     layer = getattr(inner, 'head', None)
     weight = getattr(layer, 'weight', None)
     if not isinstance(layer, nn.Module) or not isinstance(weight, nn.Parameter):
         logger.warning(f'{type(inner).__name__} has no head with a weight: unchanged')
         return model
-    if weight.shape[0] != head.CLASSES_22K:
-        rows = f'{weight.shape[0]} rows, not {head.CLASSES_22K}'
-        logger.warning(f'the head of {type(inner).__name__} has {rows}: unchanged')
+    rows = getattr(weight, 'ds_shape', weight.shape)[0]
+    if rows != head.CLASSES_22K:
+        logger.warning(
+            f'the head of {type(inner).__name__} has {rows} rows, not {head.CLASSES_22K}: unchanged'
+        )
         return model
     layer.weight = _take_rows(weight)
     bias = getattr(layer, 'bias', None)
@@ -97,33 +143,146 @@ def convert_22k_head_to_1k(model: _M, logger: logging.Logger) -> _M:
     return model
 
 
-def _adapt_and_load(
-    source: State, model: nn.Module, rand_init: bool, logger: logging.Logger
-) -> None:
+def _decide(config: CfgNode, path: str, model: nn.Module) -> _Plan:
+    """Opens the weights and adapts them. Reads files; no rank speaks to another."""
+    _verify_share(path)
+    source = open_source(path, ema=bool(get_option(config, 'MODEL.PRETRAINED_EMA', False)))
+    try:
+        return _adapt(config, path, source, model)
+    except PretrainedError as error:
+        raise PretrainedError(f'{path}: {error}') from error
+
+
+def _adapt(config: CfgNode, path: str, source: State, model: nn.Module) -> _Plan:
     specs = apply.describe(model)
-    state = _run(NAMING, source, specs, logger)
+    rename = get_option(config, 'MODEL.PRETRAINED_RENAME', [])
+    naming: tuple[Step, ...] = (
+        transforms.unwrap,
+        transforms.rename_by(rename),
+        transforms.take_student,
+        transforms.take_sim,
+        transforms.strip_prefixes,
+        transforms.rename_internvit,
+        functools.partial(through_timm, model),
+        transforms.drop_rebuilt,
+    )
+    state, notes = _run(naming, source, specs)
     apply.require_overlap(state, specs)
-    state = _run(SIZING, state, specs, logger)
-    plan = head.plan_head(state, specs, rand_init)
-    state = _log_notes(head.fit_head(state, plan), logger)
+    state, resized = _run(_SIZING, state, specs)
+    plan = head.plan_head(state, specs, bool(get_option(config, 'TRAIN.RAND_INIT_FT_HEAD', False)))
+    state, fitted = _run((lambda s, _: head.fit_head(s, plan),), state, specs)
     apply.require_shapes(state, specs)
-    if plan is head.HeadPlan.RESCALE:
-        apply.rescale_head(model)
-    apply.load_state(model, state).log(logger)
+    rescale = plan is head.HeadPlan.RESCALE
+    report = PretrainedReport(
+        path=path,
+        notes=notes + resized + fitted,
+        loaded=tuple(key for key in state if key in specs),
+        missing=tuple(key for key in specs if key not in state),
+        unexpected=tuple(key for key in state if key not in specs),
+        matched=_matched(model, state, rescale),
+    )
+    default = default_config().MODEL.PRETRAINED_MIN_MATCH
+    report.require(float(get_option(config, 'MODEL.PRETRAINED_MIN_MATCH', default)))
+    return _Plan({key: state[key] for key in report.loaded}, rescale, report)
 
 
-def _run(steps: Iterable[Step], state: State, specs: Specs, logger: logging.Logger) -> State:
+def _all_tensors(state: State) -> bool:
+    return all(isinstance(value, Tensor) for value in state.values())
+
+
+def _matched(model: nn.Module, state: State, rescale: bool) -> float:
+    names = [n for n, _ in model.named_parameters() if not (rescale and n.startswith('head.'))]
+    return sum(name in state for name in names) / len(names) if names else 1.0
+
+
+def _run(steps: Iterable[Step], state: State, specs: Specs) -> tuple[State, tuple[Note, ...]]:
+    notes: tuple[Note, ...] = ()
     for step in steps:
-        state = _log_notes(step(state, specs), logger)
-    return state
+        result = step(state, specs)
+        state, notes = result.state, notes + result.notes
+    return state, notes
 
 
-def _log_notes(result: Result, logger: logging.Logger) -> State:
-    for note in result.notes:
-        (logger.warning if note.is_warning else logger.info)(note.text)
-    return result.state
+def _verify_share(path: str) -> None:
+    """Compares this rank's share of a tag's files with their checksums; others have none."""
+    if path.startswith('https://') or not (Path(path).is_dir() and is_tag(Path(path))):
+        return
+    manifest = read_manifest(Path(path))
+    if manifest is None:
+        return
+    found = damage(Path(path), manifest, share_of(weight_files(manifest), rank(), world_size()))
+    if found:
+        raise PretrainedError('; '.join(found))
 
 
-def _take_rows(parameter: Tensor) -> nn.Parameter:
-    rows = head.imagenet_22k_rows().to(parameter.device)
-    return nn.Parameter(parameter.detach()[rows], requires_grad=parameter.requires_grad)
+def _decide_alike(decide: Any, config: CfgNode) -> _Plan:
+    """Every rank decides for itself, and all go on only if all decided the same."""
+    timeout = checkpoint_option(config, 'IO_TIMEOUT')
+    plan: _Plan = agree('read pretrained weights', decide, timeout, PretrainedError)
+    own = [plan.report.path, list(plan.state), [list(v.shape) for v in plan.state.values()]]
+    seen = exchange('compare pretrained weights', own, timeout)
+    other = next((r for r, theirs in enumerate(seen) if theirs != seen[0]), None)
+    if other is not None:
+        raise RankError(
+            f'load_pretrained: rank {other} would load {len(seen[other][1])} entries of '
+            f'{seen[other][0]}, and rank 0 {len(seen[0][1])} of {seen[0][0]}: MODEL.PRETRAINED '
+            'must be the same weights on all ranks'
+        )
+    return plan
+
+
+def _decide_on_rank_0(decide: Any, timeout: float) -> _Plan:
+    """Rank 0 decides and tells; the others get a plan whose values are still to come."""
+    plans: list[_Plan] = []
+
+    def tell() -> dict[str, Any]:
+        plans.append(decide())
+        report = plans[0].report
+        return {
+            'report': [report.path, report.loaded, report.missing, report.unexpected],
+            'matched': report.matched,
+            'notes': [list(vars(note).values()) for note in report.notes],
+            'rescale': plans[0].rescale,
+            'values': [
+                [key, list(value.shape), str(value.dtype).removeprefix('torch.')]
+                for key, value in plans[0].state.items()
+            ],
+        }
+
+    told = from_rank_0('read pretrained weights', tell, timeout)
+    if plans:
+        return plans[0]
+    path, loaded, missing, unexpected = told['report']
+    notes = tuple(Note(*note) for note in told['notes'])
+    report = PretrainedReport(
+        path, notes, tuple(loaded), tuple(missing), tuple(unexpected), told['matched']
+    )
+    state = {
+        key: torch.empty(shape, dtype=getattr(torch, dtype), device='meta')
+        for key, shape, dtype in told['values']
+    }
+    return _Plan(state, told['rescale'], report)
+
+
+def _broadcast(state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """The values of rank 0, one at a time. A collective each: all ranks take all of them."""
+    device = get_accelerator().current_device_name()
+    for key, value in state.items():
+        if rank() == 0:
+            tensor = transforms.read(value).detach().to(device).contiguous()
+        else:
+            tensor = torch.empty(value.shape, dtype=value.dtype, device=device)
+        if tensor.numel():
+            dist.broadcast(tensor.view(-1).view(torch.uint8), 0)
+        yield key, tensor
+
+
+def _take_rows(parameter: Any) -> nn.Parameter:
+    if not apply.is_partitioned(parameter):
+        rows = head.imagenet_22k_rows().to(parameter.device)
+        return nn.Parameter(parameter.detach()[rows], requires_grad=parameter.requires_grad)
+    with deepspeed.zero.GatheredParameters([parameter]):
+        rows = head.imagenet_22k_rows().to(parameter.device)
+        taken = nn.Parameter(parameter.detach()[rows], requires_grad=parameter.requires_grad)
+    parameter.convert_to_zero_parameters([taken])
+    return taken

@@ -1,48 +1,23 @@
-"""Writing a state dict into a plain module: what may be written to, what fits, what was loaded."""
+"""Writing a state dict into a module, plain or built under zero.Init: whether, and how."""
 
 from __future__ import annotations
 
-import logging
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
-from internvl_ds.errors import PretrainedError
-from internvl_ds.pretrained.transforms import Specs, State, TensorSpec
+from internvl_ds.checkpoint.named import Flat
+from internvl_ds.errors import PretrainedError, few
+from internvl_ds.pretrained.transforms import Specs, State, TensorSpec, read
 
-_FEW = 5  # names shown where the full list would drown the log
 _HEAD_SCALE = 0.001
 
 
-@dataclass(frozen=True)
-class LoadReport:
-    """Names of the entries that were loaded, and of those that one side lacks."""
-
-    loaded: tuple[str, ...]
-    missing: tuple[str, ...]
-    unexpected: tuple[str, ...]
-
-    def log(self, logger: logging.Logger) -> None:
-        """Logs counts and the first few names; the full lists at DEBUG."""
-        logger.info(f'loaded {len(self.loaded)} entries')
-        for title, names in (
-            ('missing from the checkpoint, left as they are in the model', self.missing),
-            ('unexpected, not in the model', self.unexpected),
-        ):
-            if names:
-                logger.warning(f'{len(names)} entries {title}: {few(names)}')
-                logger.debug(f'{title}: {", ".join(names)}')
-
-
-def few(names: tuple[str, ...] | list[str]) -> str:
-    """The first few of the names, and how many more there are."""
-    more = f' and {len(names) - _FEW} more' if len(names) > _FEW else ''
-    return ', '.join(names[:_FEW]) + more
-
-
-def require_plain(model: nn.Module, caller: str) -> None:
-    """Refuses what holds weights elsewhere too: an engine, its module, partitioned parameters.
+def require_writable(model: nn.Module, caller: str) -> None:
+    """Refuses what holds weights elsewhere too, such as an engine, or has no memory for them.
 
     Raises:
         PretrainedError: saying what to do instead.
@@ -52,14 +27,26 @@ def require_plain(model: nn.Module, caller: str) -> None:
             f'call {caller} before initialize: this {type(model).__name__} belongs to a DeepSpeed '
             f'engine already, whose optimizer may keep copies of the weights that would not follow'
         )
-    if any(hasattr(parameter, 'ds_id') for parameter in model.parameters()):
-        raise PretrainedError(
-            f'{caller}: models built under deepspeed.zero.Init are not supported by this version; '
-            f'build the model outside of it'
-        )
     meta = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if meta:
         raise PretrainedError(f'{caller}: parameters without memory (meta device): {few(meta)}')
+    partitioned: dict[str, Any] = {n: p for n, p in model.named_parameters() if is_partitioned(p)}
+    for name, parameter in partitioned.items():
+        if parameter.ds_status != ZeroParamStatus.NOT_AVAILABLE:
+            raise PretrainedError(
+                f'{caller}: {name} is gathered at the moment; call it outside of GatheredParameters'
+            )
+        second = getattr(parameter, 'ds_secondary_tensor', None)
+        if second is not None or not parameter.ds_tensor.numel():
+            raise PretrainedError(
+                f'{caller}: {name} is kept on NVMe or in a second partition '
+                '(zero_hpz_partition_size), which is not supported; build the model without'
+            )
+
+
+def is_partitioned(tensor: Any) -> bool:
+    """Whether a parameter was cut into one slice a rank by zero.Init."""
+    return hasattr(tensor, 'ds_id')
 
 
 def _has_engine(model: nn.Module) -> bool:
@@ -71,9 +58,40 @@ def _has_engine(model: nn.Module) -> bool:
 
 
 def describe(model: nn.Module) -> dict[str, TensorSpec]:
-    """The shape and dtype of each tensor of the model's state dict, by its key."""
-    state = model.state_dict()
-    return {k: TensorSpec(v.shape, v.dtype) for k, v in state.items() if isinstance(v, Tensor)}
+    """Shape, dtype and, where the model says it, grid of each tensor of its state dict, by key."""
+    state = model.state_dict(keep_vars=True)
+    specs = {}
+    for key, value in state.items():
+        if isinstance(value, Tensor):
+            shape = torch.Size(getattr(value, 'ds_shape', value.shape))
+            specs[key] = TensorSpec(shape, value.dtype, *_grid_of(model, key, shape))
+    return specs
+
+
+def _grid_of(model: nn.Module, key: str, shape: torch.Size) -> tuple[tuple[int, int] | None, int]:
+    """The grid of an embedding or table of the model, and the vectors before it."""
+    path, _, name = key.rpartition('.')
+    if name not in ('pos_embed', 'absolute_pos_embed', 'relative_position_bias_table'):
+        return None, 0
+    owner = model.get_submodule(path)
+    if name == 'relative_position_bias_table':
+        window = getattr(owner, 'window_size', None)
+        said = None if window is None else tuple(2 * side - 1 for side in _pair(window))
+        length, prefix = shape[0], 0
+    else:
+        embed = getattr(owner, 'patch_embed', None)
+        said = getattr(embed, 'grid_size', None) or getattr(embed, 'patches_resolution', None)
+        length = shape[1] if len(shape) == 3 else 0
+        tokens = 0 if getattr(owner, 'no_embed_class', False) else 1
+        prefix = tokens and int(getattr(owner, 'num_prefix_tokens', 0))
+    if said is None:
+        return None, 0
+    rows, columns = _pair(said)
+    return ((rows, columns), prefix) if rows * columns + prefix == length else (None, 0)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (int(value[0]), int(value[1])) if isinstance(value, tuple | list) else (value, value)
 
 
 def require_overlap(state: State, specs: Specs) -> None:
@@ -90,36 +108,72 @@ def require_shapes(state: State, specs: Specs) -> None:
     wrong = [
         f'{key} ({_shape(value)} in the checkpoint, {tuple(specs[key].shape)} in the model)'
         for key, value in state.items()
-        if key in specs and (not isinstance(value, Tensor) or value.shape != specs[key].shape)
+        if key in specs and (not is_weight(value) or value.shape != specs[key].shape)
     ]
     if wrong:
         raise PretrainedError(f'{len(wrong)} entries do not fit the model: {few(wrong)}')
 
 
-def _shape(value: object) -> str:
-    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+def is_weight(value: object) -> bool:
+    """Whether a value of a state dict is one that can be loaded."""
+    return isinstance(value, Tensor | Flat)
+
+
+def _shape(value: Any) -> str:
+    return str(tuple(value.shape)) if is_weight(value) else type(value).__name__
 
 
 @torch.no_grad()
 def rescale_head(model: nn.Module) -> None:
-    """Scales weight and bias of ``model.head`` by 0.001, in place."""
+    """Scales weight and bias of ``model.head`` by 0.001, in place; of a slice each rank its own."""
     head = model.get_submodule('head')
     for name in ('weight', 'bias'):
         tensor = getattr(head, name, None)
         if isinstance(tensor, Tensor):
-            tensor.mul_(_HEAD_SCALE)
+            getattr(tensor, 'ds_tensor', tensor).mul_(_HEAD_SCALE)
 
 
-def load_state(model: nn.Module, state: State) -> LoadReport:
-    """Copies a state dict of fitting shapes into the model, each tensor cast to the model's dtype.
+def load_state(model: nn.Module, state: State) -> None:
+    """Copies a state dict of fitting shapes into a plain model, each tensor cast to its dtype.
 
     Raises:
         PretrainedError: when torch refuses an entry; the others are loaded by then.
     """
     try:
-        answer = model.load_state_dict(state, strict=False)
+        model.load_state_dict(state, strict=False)
     except RuntimeError as error:
         raise PretrainedError(f'cannot be loaded: {error}') from error
-    unexpected = set(answer.unexpected_keys)
-    loaded = tuple(key for key in state if key not in unexpected)
-    return LoadReport(loaded, tuple(answer.missing_keys), tuple(answer.unexpected_keys))
+
+
+@torch.no_grad()
+def write(model: nn.Module, values: Iterable[tuple[str, Tensor | Flat]]) -> None:
+    """Copies tensors of fitting shapes into the model one after the other, cast to its dtype.
+
+    Of a parameter that zero.Init has partitioned each rank writes its own slice: no rank holds
+    more than the tensor that it is at.
+
+    Args:
+        model: as `require_writable` lets it pass.
+        values: key of the model's state dict, and value; each is used before the next is taken.
+    """
+    targets: Mapping[str, Any] = model.state_dict(keep_vars=True)
+    for key, value in values:
+        target = targets[key]
+        if is_partitioned(target):
+            _write_slice(target, value)
+        else:
+            target.copy_(read(value))
+
+
+def _write_slice(parameter: Any, value: Tensor | Flat) -> None:
+    own = parameter.ds_tensor
+    length, whole = own.ds_numel, parameter.ds_numel
+    rank = torch.distributed.get_rank(group=parameter.ds_process_group)
+    start, stop = min(rank * length, whole), min((rank + 1) * length, whole)
+    pieces = (
+        value.pieces(start, stop) if isinstance(value, Flat) else [value.reshape(-1)[start:stop]]
+    )
+    at = 0
+    for piece in pieces:
+        own.data[at : at + piece.numel()].copy_(piece)
+        at += piece.numel()

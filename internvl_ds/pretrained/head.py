@@ -8,8 +8,9 @@ import functools
 import torch
 from torch import Tensor
 
+from internvl_ds.checkpoint.named import Flat
 from internvl_ds.errors import PretrainedError
-from internvl_ds.pretrained.transforms import Note, Result, Specs, State
+from internvl_ds.pretrained.transforms import Note, Result, Specs, State, read
 
 CLASSES_22K = 21841
 CLASSES_1K = 1000
@@ -38,7 +39,9 @@ def plan_head(state: State, specs: Specs, rand_init: bool) -> HeadPlan:
         PretrainedError: when the lengths differ and no setting says what to do about it.
     """
     bias, spec = state.get('head.bias'), specs.get('head.bias')
-    if not isinstance(bias, Tensor) or spec is None or not bias.ndim == len(spec.shape) == 1:
+    if not isinstance(bias, Tensor | Flat) or spec is None:
+        return HeadPlan.KEEP
+    if not len(bias.shape) == len(spec.shape) == 1:
         return HeadPlan.KEEP
     have, want = bias.shape[0], spec.shape[0]
     if have == want:
@@ -63,11 +66,11 @@ def fit_head(state: State, plan: HeadPlan) -> Result:
     if plan is HeadPlan.TAKE_ROWS:
         rows = imagenet_22k_rows()
         heads = {
-            key: state[key][rows]
+            key: read(state[key])[rows]
             for key in ('head.weight', 'head.bias')
-            if isinstance(state.get(key), Tensor) and len(state[key]) == CLASSES_22K
+            if isinstance(state.get(key), Tensor | Flat) and state[key].shape[0] == CLASSES_22K
         }
-        note = Note(f'took the {CLASSES_1K} ImageNet-1K rows of the ImageNet-22K head')
+        note = Note(f'head {CLASSES_22K} -> {CLASSES_1K}: took its ImageNet-1K rows')
         return Result({**state, **heads}, (note,))
     return Result(state)
 

@@ -1,15 +1,19 @@
-"""Weight files opened as mappings: ``.pth`` and its kin, ``.safetensors``, and https URLs.
+"""Weights opened as mappings: files of PyTorch and safetensors, directories, tags, https URLs.
 
-Nothing in a file is ever run: PyTorch files go through ``weights_only``, which rebuilds tensors,
-plain containers and the two configuration classes that public classification checkpoints carry.
+A value is a tensor mapped from its file, or a `Flat` that lies in the shards of a tag: it is read
+when it is used. Nothing in a file is ever run: PyTorch files go through ``weights_only``, which
+rebuilds tensors, plain containers and the two configuration classes that public classification
+checkpoints carry.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import pickle
 import re
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,9 +25,12 @@ import safetensors.torch
 import torch
 from yacs.config import CfgNode
 
-from internvl_ds.errors import PretrainedError
+from internvl_ds.checkpoint.lookup import is_tag
+from internvl_ds.errors import CheckpointError, PretrainedError, few
 
-_READABLE = '.pth, .pt, .bin and .safetensors files are read'
+_READABLE = (
+    '.pth, .pt, .bin and .safetensors files are read, directories of them with an index, and tags'
+)
 _ZIP_MAGIC = b'PK\x03\x04'
 
 # torch's restricted unpickler fills only the built-in dictionaries, so a CfgNode is read as an
@@ -44,45 +51,113 @@ _REFUSALS = (
 _log = logging.getLogger(__name__)
 
 
-def open_source(path: str) -> Mapping[str, Any]:
-    """Opens a weight file on the CPU and returns its whole top-level object, not unwrapped.
+def open_source(path: str, *, ema: bool = False) -> Mapping[str, Any]:
+    """Opens weights on the CPU and returns the whole top-level object, not unwrapped.
 
-    Zip-format PyTorch files are mapped, not read: a tensor costs memory once it is used. Every
-    rank that calls this opens the file for itself.
+    Zip-format PyTorch files and safetensors are mapped, not read: a tensor costs memory once it is
+    used. Every rank that calls this opens the files for itself.
 
     Args:
-        path: A file, or an ``https://`` URL. The hash that a URL's file name ends in
+        path: A file; a directory that holds an index (``*.index.json``) of .safetensors or .bin
+            files, or a single one as Hugging Face names it; a tag directory of this package or of
+            DeepSpeed; or an ``https://`` URL. The hash that a URL's file name ends in
             (``name-0123abcd.pth``) is checked when it is downloaded.
+        ema: take the averaged weights: of a tag, or under ``model_ema`` of a file.
 
     Returns:
-        A mapping of tensors or of nested objects. A yacs CfgNode at its top level (``config`` in
-        the original's checkpoints) is a CfgNode again, frozen if it was saved frozen.
+        A mapping of tensors, of `Flat`, or of nested objects. A yacs CfgNode at its top level
+        (``config`` in the original's checkpoints) is a CfgNode again, frozen if it was saved so.
 
     Raises:
         PretrainedError: where there is no such file, or it cannot be read, or holds objects of a
             class that is not allowed, or is not a mapping; the path and the reason are named.
     """
+    if not path:
+        raise PretrainedError('the path of the weights is empty')
     if path.startswith('https://'):
         source = _read(path, _download)
     elif path.startswith('http://'):
         raise PretrainedError(f'{path}: plain http can be altered on its way; use https')
+    elif Path(path).is_dir():
+        return _open_directory(Path(path), ema)
     else:
-        _require_file(path)
-        is_safetensors = Path(path).suffix == '.safetensors'
-        source = _read(path, _read_safetensors if is_safetensors else _read_torch)
+        source = _open_file(path)
     if not isinstance(source, Mapping):
         kind = type(source).__name__
         raise PretrainedError(f'{path}: holds a {kind}, not a mapping of names to tensors')
+    if ema:
+        if not isinstance(source.get('model_ema'), Mapping):
+            raise PretrainedError(f'{path}: holds no averaged weights (no model_ema in it)')
+        return source['model_ema']
     return source
 
 
-def _require_file(path: str) -> None:
-    if not path:
-        raise PretrainedError('the path of the weights is empty')
-    if Path(path).is_dir():
-        raise PretrainedError(f'{path}: is a directory; {_READABLE}')
+def _open_file(path: str) -> Any:
     if not Path(path).is_file():
         raise PretrainedError(f'{path}: no such file')
+    if path.endswith('.index.json'):
+        return _open_index(Path(path))
+    is_safetensors = Path(path).suffix == '.safetensors'
+    return _read(path, _read_safetensors if is_safetensors else _read_torch)
+
+
+def _open_directory(path: Path, ema: bool) -> Mapping[str, Any]:
+    if is_tag(path):
+        return _open_tag(path, ema)
+    if ema:
+        raise PretrainedError(f'{path}: holds no averaged weights: it is no tag directory')
+    indexes = sorted(path.glob('*.index.json'))
+    if len(indexes) > 1:  # the same weights in two formats
+        indexes = [p for p in indexes if 'safetensors' in p.name] or indexes
+    if indexes:
+        return _open_index(indexes[0])
+    for name in ('model.safetensors', 'pytorch_model.bin'):
+        if (path / name).is_file():
+            return open_source(str(path / name))
+    tags = [p.name for p in sorted(path.iterdir()) if p.is_dir() and is_tag(p)]
+    raise PretrainedError(
+        f'{path}: is a directory without an index; '
+        + (f'name one of its tags: {few(tags)}' if tags else _READABLE)
+    )
+
+
+def _open_tag(path: Path, ema: bool) -> Mapping[str, Any]:
+    # The shards' own module reads files through this one.
+    from internvl_ds.checkpoint.averages import ema_flats, holds_ema
+    from internvl_ds.checkpoint.shards import TagShards
+
+    try:
+        if not ema:
+            return TagShards(path).named_weights()
+        if not holds_ema(path):
+            raise PretrainedError(f'{path}: holds no averaged weights')
+        return ema_flats(path)
+    except CheckpointError as error:
+        raise PretrainedError(str(error)) from error
+
+
+def _open_index(path: Path) -> dict[str, Any]:
+    """The tensors of all the files that an index names, which must lie beside it."""
+    try:
+        places = json.loads(path.read_text(encoding='utf-8'))['weight_map']
+        files = sorted({str(file) for file in places.values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PretrainedError(f'{path}: is no index of weights: {error!r}') from error
+    if not files:
+        raise PretrainedError(f'{path}: is no index of weights: its weight_map is empty')
+    refused = [f for f in files if f != Path(f).name or f == '..' or f.endswith('.index.json')]
+    if refused:
+        raise PretrainedError(
+            f'{path}: names {refused[0]!r}, which is no file of weights beside it'
+        )
+    opened = {file: open_source(str(path.parent / file)) for file in files}
+    missing = [key for key, file in places.items() if key not in opened[file]]
+    if missing:
+        raise PretrainedError(
+            f'{path}: {len(missing)} of its keys are not where it says: {missing[0]} in '
+            f'{places[missing[0]]}'
+        )
+    return {key: opened[file][key] for key, file in places.items()}
 
 
 def _read(path: str, reader: Callable[[str], Any]) -> Any:
@@ -108,8 +183,24 @@ def _read(path: str, reader: Callable[[str], Any]) -> Any:
 def _read_torch(path: str) -> Any:
     with open(path, 'rb') as file:  # noqa: PTH123
         is_zip = file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
+    if is_zip:
+        _require_plain_zip(path)
     # Files from before torch 1.6 are one pickle stream, which cannot be mapped.
     return torch.load(path, map_location='cpu', weights_only=True, mmap=is_zip)
+
+
+def _require_plain_zip(path: str) -> None:
+    """Refuses an archive that unpacks to more than it is; torch.save compresses nothing."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    packed = next((e for e in entries if e.compress_type != zipfile.ZIP_STORED), None)
+    if packed is not None:
+        raise ValueError(
+            f'{packed.filename} in it is compressed, and says that it has {packed.file_size} bytes'
+        )
+    size, total = Path(path).stat().st_size, sum(e.file_size for e in entries)
+    if total > size:
+        raise ValueError(f'its entries say that they have {total} bytes, and the file has {size}')
 
 
 def _read_safetensors(path: str) -> Any:

@@ -1,0 +1,61 @@
+"""Checkpoints of other projects that timm knows how to rename, for timm's models."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from internvl_ds.errors import PretrainedError
+from internvl_ds.pretrained.transforms import Note, Result, Specs, State, read
+
+
+def through_timm(model: nn.Module, state: State, specs: Specs) -> Result:
+    """Renames by the ``checkpoint_filter_fn`` that the model's own module has, where that helps.
+
+    timm's models have one; it knows OpenAI's CLIP, DINOv2, OpenCLIP and others. Keys that fit
+    already stay as they are.
+
+    Args:
+        model: whole, or built under zero.Init.
+        state: the checkpoint so far.
+        specs: the model's shapes and dtypes by key.
+    """
+    filter_fn = getattr(sys.modules.get(type(model).__module__), 'checkpoint_filter_fn', None)
+    missing = [key for key in specs if key not in state and not key.startswith('head.')]
+    unexpected = [key for key in state if key not in specs]
+    if filter_fn is None or not missing or not unexpected:
+        return Result(state)
+    tensors = {key: read(value) for key, value in state.items()}
+    try:
+        with _whole_shapes(model), torch.random.fork_rng(devices=[]):
+            renamed = filter_fn(tensors, model)
+    except Exception as error:
+        raise PretrainedError(
+            f'checkpoint_filter_fn of {type(model).__module__} cannot take this checkpoint '
+            f'({type(error).__name__}: {error}); set MODEL.PRETRAINED_RENAME'
+        ) from error
+    before = sum(key in specs for key in state)
+    after = sum(key in specs for key in renamed)
+    if after <= before:
+        return Result(state)
+    note = Note(f"timm's checkpoint_filter_fn: {before} -> {after} keys that the model has")
+    return Result(renamed, (note,))
+
+
+@contextmanager
+def _whole_shapes(model: nn.Module) -> Iterator[None]:
+    """Shows partitioned parameters in their whole shapes, with nothing in them."""
+    partitioned: list[Any] = [p for p in model.parameters() if hasattr(p, 'ds_id')]
+    kept = [p.data for p in partitioned]
+    try:
+        for p in partitioned:
+            p.data = torch.zeros(1, dtype=p.dtype, device=p.device).expand(p.ds_shape)
+        yield
+    finally:
+        for p, data in zip(partitioned, kept, strict=True):
+            p.data = data
