@@ -8,14 +8,10 @@ from tests.ranks import run_ranks
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize('stage', [0, 1, 2, 3])
 @pytest.mark.parametrize('precision', ['fp16', 'autocast_fp16'])
-def test_a_scale_at_its_minimum_stops_all_ranks(tmp_path, stage, precision):
+def test_a_scale_at_its_minimum_stops_all_ranks(tmp_path, precision):
     fp16 = {'initial_scale_power': 2, 'min_loss_scale': 1}
-    for result in run_ranks(
-        'tests.workers.scaling:stop', 2, tmp_path,
-        root=str(tmp_path / 'out'), stage=stage, precision=precision, fp16=fp16, limit=25,
-    ):  # fmt: skip
+    for result in _stop(tmp_path, [0, 1, 2, 3], precision, fp16, limit=25):
         assert result['scales'] == [4.0, 4.0, 2.0, 1.0]  # one applied, then 4 -> 2 -> 1 -> stop
         assert 'the loss scale is at its minimum, 1 ' in result['message']
         assert 'AMP_TYPE bfloat16' in result['message']
@@ -23,14 +19,9 @@ def test_a_scale_at_its_minimum_stops_all_ranks(tmp_path, stage, precision):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(
-    ('stage', 'precision'), [(0, 'fp32'), (3, 'fp32'), (0, 'bf16'), (2, 'bf16')]
-)
-def test_too_many_in_a_row_stop_all_ranks(tmp_path, stage, precision):
-    for result in run_ranks(
-        'tests.workers.scaling:stop', 2, tmp_path,
-        root=str(tmp_path / 'out'), stage=stage, precision=precision, fp16={}, limit=3,
-    ):  # fmt: skip
+@pytest.mark.parametrize('precision', ['fp32', 'bf16'])
+def test_too_many_in_a_row_stop_all_ranks(tmp_path, precision):
+    for result in _stop(tmp_path, [0, 2, 3], precision, {}, limit=3):
         assert result['scales'] == [1.0] * 4
         assert '3 updates in a row were skipped (TRAIN.MAX_CONSECUTIVE' in result['message']
         _require_common(result, updates=4)
@@ -38,12 +29,17 @@ def test_too_many_in_a_row_stop_all_ranks(tmp_path, stage, precision):
 
 @pytest.mark.ranks
 def test_a_static_scale_that_is_too_large_is_named(tmp_path):
-    for result in run_ranks(
-        'tests.workers.scaling:stop', 2, tmp_path,
-        root=str(tmp_path / 'out'), stage=1, precision='fp16', fp16={'loss_scale': 32}, limit=2,
-    ):  # fmt: skip
+    for result in _stop(tmp_path, [1], 'fp16', {'loss_scale': 32}, limit=2):
         assert result['scales'] == [32.0] * 3
         assert 'The static loss scale 32 is too large: lower /fp16/loss_scale' in result['message']
+
+
+def _stop(tmp_path, stages, precision, fp16, limit):
+    results = run_ranks(
+        'tests.workers.scaling:stop', 2, tmp_path, root=str(tmp_path / 'out'), stages=stages,
+        precision=precision, fp16=fp16, limit=limit,
+    )  # fmt: skip
+    return [of_stage for result in results for of_stage in result]
 
 
 def _require_common(result, updates):

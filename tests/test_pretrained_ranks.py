@@ -7,53 +7,49 @@ from tests.ranks import run_ranks
 from tests.workers.pretraining import CASES, write_case, write_sources
 
 
-def _require_same(results):
+def _require_same(tmp_path, ranks, jobs):
+    results = run_ranks('tests.workers.pretraining:compare_with_plain', ranks, tmp_path, jobs=jobs)
     for result in results:
-        assert result['same']
-        assert result['rest']
-        assert result['changed']
-        assert result['reports']
-        assert result['random']
+        for job, got in zip(jobs, result, strict=True):
+            for what in ('same', 'rest', 'changed', 'reports', 'random'):
+                assert got[what], (what, job)
+            assert got['matched'] > 0.9, job
 
 
 @pytest.mark.ranks
 @pytest.mark.parametrize('ranks', [2, 4])
-@pytest.mark.parametrize('case', CASES)
-def test_every_step_under_zero_init(tmp_path, case, ranks):
-    path = str(write_case(case, tmp_path))
+def test_every_step_under_zero_init(tmp_path, ranks):
     readers = 'one' if ranks == 4 else 'all'
-    _require_same(
-        run_ranks(
-            'tests.workers.pretraining:compare_with_plain', ranks, tmp_path,
-            path=path, case=case, readers=readers,
-        )
-    )  # fmt: skip
+    jobs = [
+        {'path': str(write_case(case, tmp_path)), 'case': case, 'readers': readers}
+        for case in CASES
+    ]
+    _require_same(tmp_path, ranks, jobs)
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize('readers', ['all', 'one'])
-def test_every_source_under_zero_init(tmp_path, readers):
-    for path in write_sources(tmp_path).values():
-        results = run_ranks(
-            'tests.workers.pretraining:compare_with_plain', 2, tmp_path,
-            path=path, case='sizes', readers=readers, dtype='bfloat16',
-        )  # fmt: skip
-        _require_same(results)
-        assert results[0]['matched'] == 1.0
+@pytest.mark.parametrize('ranks', [2, 4])
+def test_every_source_under_zero_init(tmp_path, ranks):
+    jobs = [
+        {'path': path, 'case': 'sizes', 'readers': readers, 'dtype': 'bfloat16'}
+        for path in write_sources(tmp_path).values()
+        for readers in ('all', 'one')
+    ]
+    _require_same(tmp_path, ranks, jobs)
 
 
 @pytest.mark.ranks
 def test_tags_of_every_stage_and_their_averages(tmp_path):
     run_ranks('tests.workers.pretraining:save_tags', 2, tmp_path, root=tmp_path)
-    for stage in range(4):
-        for ema in (False, True):
-            _require_same(
-                run_ranks(
-                    'tests.workers.pretraining:compare_with_plain', 2, tmp_path,
-                    path=str(tmp_path / str(stage) / 'ckpt_epoch_0'), case='sizes',
-                    readers='all' if stage % 2 else 'one', ema=ema,
-                )
-            )  # fmt: skip
+    jobs = [
+        {
+            'path': str(tmp_path / str(stage) / 'ckpt_epoch_0'), 'case': 'sizes', 'ema': ema,
+            'readers': 'all' if stage % 2 else 'one',
+        }
+        for stage in range(4)
+        for ema in (False, True)
+    ]  # fmt: skip
+    _require_same(tmp_path, 2, jobs)
 
 
 @pytest.mark.ranks

@@ -1,5 +1,7 @@
 """The bridge beside a bare engine loop, its accumulation, and what a checkpoint keeps of it."""
 
+import re
+
 import pytest
 
 from tests.ranks import run_ranks
@@ -22,36 +24,27 @@ def test_the_bridge_adds_no_collective_and_reads_nothing(tmp_path, precision):
                 assert got['bridge']['reads'] <= got['bare']['reads'], stage
 
 
+# calls of each update, what is agreed, updates until the error, and what it says
+ACCUMULATIONS = [
+    ([4, 4, 2, 4, 4, 1], 4, 6, None),  # the last of an epoch is short
+    ([1, 1], 4, 0, 'has 1 micro-batches .* is 4'),
+    ([4, 2, 2], 4, 2, 'has 2 micro-batches .* the one before it 2, .* is 4'),
+    ([2], 1, 0, 'has 2 micro-batches .* is 1'),
+    ([2, 3], 2, 1, 'has 3 micro-batches .* the one before it 2, .* is 2'),
+]
+
+
 @pytest.mark.ranks
-@pytest.mark.parametrize(
-    ('groups', 'agreed', 'updates', 'message'),
-    [
-        ([4, 4, 2, 4, 4, 1], 4, 6, ''),  # the last of an epoch is short
-        ([1, 1], 4, 0, 'has 1 micro-batches .* is 4'),
-        ([4, 2, 2], 4, 2, 'has 2 micro-batches .* the one before it 2, .* is 4'),
-        ([2], 1, 0, 'has 2 micro-batches .* is 1'),
-        ([2, 3], 2, 1, 'has 3 micro-batches .* the one before it 2, .* is 2'),
-    ],
-)  # fmt: skip
-def test_updates_that_disagree_with_the_accumulation_are_an_error(
-    tmp_path, groups, agreed, updates, message
-):
-    for stage in (0, 2):
-        results = run_ranks(
-            'tests.workers.scaling:accumulate', 2, tmp_path,
-            stage=stage, groups=groups, agreed=agreed,
-        )  # fmt: skip
-        for result in results:
-            assert len(result['norms']) == updates
-            if message:
-                assert_matches(result['error'], message)
-            else:
-                assert 'error' not in result
-
-
-def assert_matches(text, pattern):
-    with pytest.raises(ValueError, match=pattern):
-        raise ValueError(text)
+def test_updates_that_disagree_with_the_accumulation_are_an_error(tmp_path):
+    cases = [[groups, agreed] for groups, agreed, _, _ in ACCUMULATIONS]
+    for result in run_ranks(
+        'tests.workers.scaling:accumulate', 2, tmp_path, stages=[0, 2], cases=cases
+    ):
+        for of_stage in result:
+            for (_, _, updates, message), got in zip(ACCUMULATIONS, of_stage, strict=True):
+                assert len(got['norms']) == updates
+                assert ('error' in got) == (message is not None)
+                assert re.search(message or '', got.get('error', ''))
 
 
 @pytest.mark.ranks
@@ -83,23 +76,21 @@ def test_a_grad_scalers_state_is_accepted(tmp_path):
 
 @pytest.mark.ranks
 @pytest.mark.parametrize('precision', ['fp32', 'bf16'])
-@pytest.mark.parametrize(
-    'zero',
-    [
+def test_grad_norm_of_single_parameters_under_zero_settings(tmp_path, precision):
+    settings = [
+        {'stage': 0},
         {'stage': 1, 'round_robin_gradients': True},
         {'stage': 2, 'round_robin_gradients': True},
         {'stage': 1, 'offload_optimizer': {'device': 'cpu'}},
         {'stage': 2, 'offload_optimizer': {'device': 'cpu'}},
         {'stage': 2, 'contiguous_gradients': False, 'overlap_comm': True},
         {'stage': 3, 'sub_group_size': 100, 'offload_optimizer': {'device': 'cpu'}},
-    ],
-    ids=str,
-)
-def test_grad_norm_of_single_parameters_under_zero_settings(tmp_path, precision, zero):
+    ]
     tolerance = 1e-5 if precision == 'fp32' else 4 * 2.0**-8  # as in test_precision.py
-    for result in run_ranks(
-        'tests.workers.scaling:norms_of_parts', 2, tmp_path, precision=precision, zero=zero
+    for plain, *others in run_ranks(
+        'tests.workers.scaling:norms_of_parts', 2, tmp_path, precision=precision, settings=settings
     ):
-        assert result['zero'] == pytest.approx(result['plain'], rel=tolerance)
-        assert result['plain after'] == 'no error'
-        assert 'between backward and step' in result['zero after']
+        assert plain['after'] == 'no error'
+        for zero, got in zip(settings[1:], others, strict=True):
+            assert got['norms'] == pytest.approx(plain['norms'], rel=tolerance), zero
+            assert 'between backward and step' in got['after'], zero

@@ -167,10 +167,14 @@ def _same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     )
 
 
-def compare_with_plain(
+def compare_with_plain(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Loads into a plain module and into one built under zero.Init; whether they are the same."""
+    return [_compare(**job) for job in jobs]
+
+
+def _compare(
     path: str, case: str, readers: str, dtype: str = 'float32', ema: bool = False
 ) -> dict[str, Any]:
-    """Loads into a plain module and into one built under zero.Init; whether they are the same."""
     _, _, make, values = CASES[case]
     config = make_config(
         MODEL__PRETRAINED=path, MODEL__PRETRAINED_READERS=readers, MODEL__PRETRAINED_EMA=ema,

@@ -103,8 +103,16 @@ def count_work(stages: list[int], precision: str) -> dict[str, Any]:
     return results
 
 
-def stop(root: str, stage: int, precision: str, fp16: dict[str, Any], limit: int) -> dict[str, Any]:
+def stop(
+    root: str, stages: list[int], precision: str, fp16: dict[str, Any], limit: int
+) -> list[dict[str, Any]]:
     """Overflows without end: what the error holds, what is saved, and what latest names."""
+    return [_stop(f'{root}/{stage}', stage, precision, fp16, limit) for stage in stages]
+
+
+def _stop(
+    root: str, stage: int, precision: str, fp16: dict[str, Any], limit: int
+) -> dict[str, Any]:
     engine, optimizer = make_engine(
         stage, precision, fp16=fp16, TRAIN__MAX_CONSECUTIVE_OVERFLOWS=limit
     )
@@ -140,8 +148,12 @@ def stop(root: str, stage: int, precision: str, fp16: dict[str, Any], limit: int
     }
 
 
-def accumulate(stage: int, groups: list[int], agreed: int) -> dict[str, Any]:
-    """Updates of these numbers of micro-batches; the error, or the norms."""
+def accumulate(stages: list[int], cases: list[list[Any]]) -> list[list[dict[str, Any]]]:
+    """At each stage updates of these numbers of micro-batches, where so many are agreed."""
+    return [[_accumulate(stage, *case) for case in cases] for stage in stages]
+
+
+def _accumulate(stage: int, groups: list[int], agreed: int) -> dict[str, Any]:
     engine, optimizer = make_engine(stage, 'fp32', agreed)
     scaler = NativeScalerWithGradNormCount()
     norms: list[float] = []
@@ -207,29 +219,29 @@ def load_grad_scaler(precision: str) -> list[Any]:
     return found
 
 
-def norms_of_parts(precision: str, zero: dict[str, Any]) -> dict[str, Any]:
+def norms_of_parts(precision: str, settings: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """get_grad_norm of every parameter by itself, with ZeRO settings that order or move them."""
-    values = precision_values(precision)
-    found = {}
-    for name, settings in (('plain', {'stage': 0}), ('zero', zero)):
-        model = make_model()
-        json = {'zero_optimization': settings, 'zero_force_ds_cpu_optimizer': False}
-        config = make_config(DATA__BATCH_SIZE=8, **values)
-        engine, optimizer = initialize(config, model, make_optimizer(model), json)
-        scaler = NativeScalerWithGradNormCount()
-        train_step(engine, optimizer, scaler, 0)  # an old gradient is in the buffers from now on
-        try:
-            get_grad_norm(model.parameters())
-            after = 'no error'
-        except Exception as error:
-            after = str(error)
-        x, y = micro_batch(1, 0, 1, rank(), world_size())
-        dtype = next(model.parameters()).dtype
-        engine.backward(nn.functional.cross_entropy(engine(x.to(dtype)).float(), y))
-        found[name] = {n: float(get_grad_norm(p)) for n, p in model.named_parameters()}
-        found[f'{name} after'] = after
-        engine.destroy()
-    return found
+    return [_norms_of_parts(precision, zero) for zero in settings]
+
+
+def _norms_of_parts(precision: str, zero: dict[str, Any]) -> dict[str, Any]:
+    model = make_model()
+    json = {'zero_optimization': zero, 'zero_force_ds_cpu_optimizer': False}
+    config = make_config(DATA__BATCH_SIZE=8, **precision_values(precision))
+    engine, optimizer = initialize(config, model, make_optimizer(model), json)
+    scaler = NativeScalerWithGradNormCount()
+    train_step(engine, optimizer, scaler, 0)  # an old gradient is in the buffers from now on
+    try:
+        get_grad_norm(model.parameters())
+        after = 'no error'
+    except Exception as error:
+        after = str(error)
+    x, y = micro_batch(1, 0, 1, rank(), world_size())
+    dtype = next(model.parameters()).dtype
+    engine.backward(nn.functional.cross_entropy(engine(x.to(dtype)).float(), y))
+    norms = {n: float(get_grad_norm(p)) for n, p in model.named_parameters()}
+    engine.destroy()
+    return {'norms': norms, 'after': after}
 
 
 def poison_one(stage: int, bad_loss: bool) -> list[str]:
