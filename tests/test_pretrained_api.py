@@ -6,12 +6,13 @@ import random
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from internvl_ds import config as config_module
-from internvl_ds.errors import PretrainedError
+from internvl_ds.errors import ConfigError, PretrainedError
 from internvl_ds.pretrained import imagenet_22k_rows, load_pretrained
 
 logger = logging.getLogger('test_pretrained')
@@ -44,11 +45,13 @@ def _seed_and_log(caplog):
 def load(tmp_path):
     """Saves an object, then loads it into a model through the public function."""
 
-    def run(obj, model, rand_init=False):
+    def run(obj, model, rand_init=False, **values):
         torch.save(obj, tmp_path / 'w.pth')
         config = config_module.default_config()
         config.MODEL.PRETRAINED = str(tmp_path / 'w.pth')
         config.TRAIN.RAND_INIT_FT_HEAD = rand_init
+        for key, value in values.items():
+            config.MODEL[key] = value
         config.freeze()
         return load_pretrained(config, model, logger)
 
@@ -242,3 +245,112 @@ def test_no_random_number_is_drawn(load, rand_init):
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
     assert np.random.get_state()[1].tolist() == states[2]
+
+
+def test_the_report_says_what_was_done(load):
+    source = Net(depth=2).state_dict() | {'extra': torch.zeros(1)}
+    report = load(source, Net(depth=3, window=5))
+    assert [note.text for note in report.notes] == [
+        'dropped 2 buffers that the model builds itself',
+        'resized 2 relative_position_bias_table 3x3 -> 5x5',
+    ]
+    assert report.unexpected == ('extra',)
+    assert set(report.missing) == {
+        'blocks.0.relative_position_index',
+        'blocks.1.relative_position_index',
+        *(key for key in Net(depth=3).state_dict() if key.startswith('blocks.2.')),
+    }
+    assert 'blocks.1.proj.weight' in report.loaded
+    # 5 and 3 a block: 11 of 14 parameters
+    assert report.matched == pytest.approx(11 / 14)
+
+
+def test_weights_of_which_too_little_fits_are_refused(load):
+    model = Net()
+    before = snapshot(model)
+    state = {
+        'norm.weight': torch.zeros(8),
+        'head.bias': torch.zeros(5),
+        'layers.0.w': torch.ones(1),
+    }
+    with pytest.raises(PretrainedError) as caught:
+        load(state, model)
+    text = str(caught.value)
+    assert "only 18 % of the model's parameters are in the checkpoint" in text
+    assert 'MODEL.PRETRAINED_MIN_MATCH is 50 %' in text
+    assert 'lacks absolute_pos_embed' in text
+    assert 'the model lacks layers.0.w' in text
+    assert 'MODEL.PRETRAINED_RENAME' in text
+    assert_state(model, before)
+    assert load(state, model, PRETRAINED_MIN_MATCH=0.1).matched == pytest.approx(2 / 11)
+
+
+def test_names_of_ones_own(load):
+    source, model = Net(), Net()
+    state = {key.replace('blocks', 'stages'): value for key, value in source.state_dict().items()}
+    load(state, model, PRETRAINED_RENAME=[(r'^stages\.', 'blocks.')])
+    assert_state(model, snapshot(source))
+
+
+def test_the_average_on_request(load):
+    source, average, model = Net(), Net(), Net()
+    checkpoint = {'model': source.state_dict(), 'model_ema': average.state_dict()}
+    load(checkpoint, model, PRETRAINED_EMA=True)
+    assert_state(model, snapshot(average))
+
+
+def test_readers_is_one_of_two(load):
+    with pytest.raises(ConfigError, match="PRETRAINED_READERS is 'two'"):
+        load({}, Net(), PRETRAINED_READERS='two')
+
+
+def vit(name='vit_base_patch16_224', **more):
+    return timm.create_model(
+        name, img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=4, **more
+    )
+
+
+def test_a_clip_of_openai_into_timms_model(load, caplog):
+    model = vit('vit_base_patch16_clip_224')
+    wanted = {k: torch.randn(v.shape) for k, v in model.state_dict().items()}
+    swaps = {
+        'cls_token': 'class_embedding', 'pos_embed': 'positional_embedding', 'norm_pre.': 'ln_pre.',
+        'patch_embed.proj': 'conv1', 'blocks.': 'transformer.resblocks.', 'norm1': 'ln_1',
+        'norm2': 'ln_2', 'attn.qkv.': 'attn.in_proj_', 'attn.proj': 'attn.out_proj',
+        'mlp.fc1': 'mlp.c_fc', 'mlp.fc2': 'mlp.c_proj', 'norm.': 'ln_post.',
+    }  # fmt: skip
+    state = {}
+    for key, value in wanted.items():
+        name = key
+        for ours, openais in swaps.items():
+            name = name.replace(ours, openais)
+        if key == 'head.weight':
+            name, value = 'proj', value.t()
+        elif key == 'head.bias':
+            continue
+        elif key == 'cls_token':
+            value = value[0, 0]
+        elif key == 'pos_embed':
+            value = value[0]
+        state[f'visual.{name}'] = value
+    wanted['head.bias'] = torch.zeros(4)
+    load(state, model)
+    assert_state(model, wanted)
+    assert any("timm's checkpoint_filter_fn: 0 -> " in line for line in lines(caplog, logging.INFO))
+
+
+def test_an_internvit_of_the_original_into_timms_model(load):
+    source = timm.create_model(
+        'vit_intern300m_patch14_448', img_size=56, embed_dim=24, depth=2, num_heads=2, num_classes=4
+    )
+    model = timm.create_model(
+        'vit_intern300m_patch14_448', img_size=84, embed_dim=24, depth=2, num_heads=2, num_classes=4
+    )
+    load({'module': source.state_dict()}, model)
+    expected = snapshot(source)
+    grid = source.pos_embed[:, 1:].detach().transpose(1, 2).reshape(1, 24, 4, 4)
+    grid = F.interpolate(grid, size=(6, 6), mode='bicubic', antialias=True)
+    expected['pos_embed'] = torch.cat(
+        [source.pos_embed[:, :1].detach(), grid.flatten(2).transpose(1, 2)], 1
+    )
+    assert_state(model, expected)

@@ -2,10 +2,12 @@
 
 import argparse
 import io
+import json
 import os
 import pickle
 import re
 import subprocess
+import zipfile
 from collections import OrderedDict
 from email.message import Message
 from pathlib import Path
@@ -207,3 +209,147 @@ def test_https_with_a_wrong_hash(monkeypatch, tmp_path):
 def test_http_is_refused():
     with pytest.raises(PretrainedError, match='use https'):
         open_source('http://example.org/w.pth')
+
+
+def write_index(folder, places, name='model.safetensors.index.json'):
+    path = folder / name
+    path.write_text(json.dumps({'metadata': {}, 'weight_map': places}))
+    return path
+
+
+@pytest.mark.parametrize('by', ['directory', 'index'])
+def test_indexed_files(tmp_path, by):
+    safetensors.torch.save_file({'a': weights()['a']}, tmp_path / '1.safetensors')
+    torch.save({'b': weights()['b'], 'c': torch.ones(1)}, tmp_path / '2.bin')
+    index = write_index(tmp_path, {'a': '1.safetensors', 'b': '2.bin'})
+    assert_same(open_source(str(tmp_path if by == 'directory' else index)), weights())
+
+
+def test_a_directory_with_one_file_as_hugging_face_names_it(tmp_path):
+    safetensors.torch.save_file(weights(), tmp_path / 'model.safetensors')
+    assert_same(dict(sorted(open_source(str(tmp_path)).items())), weights())
+
+
+@pytest.mark.parametrize('file', ['../secret.pth', '/etc/passwd', 'sub/1.pth', '..', ''])
+def test_an_index_that_points_outside_is_refused_and_nothing_read(tmp_path, file):
+    folder = tmp_path / 'weights'
+    (folder / 'sub').mkdir(parents=True)
+    for place in (tmp_path / 'secret.pth', folder / 'sub' / '1.pth'):
+        torch.save(weights(), place)
+    write_index(folder, {'a': file})
+    with pytest.raises(PretrainedError, match='which is no file of weights beside it'):
+        open_source(str(folder))
+
+
+@pytest.mark.parametrize('text', ['{', '[]', '{}', '{"weight_map": {}}', '{"weight_map": [1]}'])
+def test_what_is_no_index(tmp_path, text):
+    path = tmp_path / 'model.safetensors.index.json'
+    path.write_text(text)
+    with pytest.raises(PretrainedError, match='is no index of weights'):
+        open_source(str(tmp_path))
+
+
+def test_an_index_whose_files_lack_keys_or_are_missing(tmp_path):
+    torch.save(weights(), tmp_path / '1.bin')
+    write_index(tmp_path, {'a': '1.bin', 'z': '1.bin'})
+    with pytest.raises(PretrainedError, match='1 of its keys are not where it says: z in 1.bin'):
+        open_source(str(tmp_path))
+    write_index(tmp_path, {'a': '2.bin'})
+    with pytest.raises(PretrainedError, match=r'2\.bin: no such file'):
+        open_source(str(tmp_path))
+    write_index(tmp_path, {'a': 'model.safetensors.index.json'})  # itself
+    with pytest.raises(PretrainedError, match='no file of weights beside it'):
+        open_source(str(tmp_path))
+
+
+def test_a_payload_in_one_file_of_many_is_never_run(tmp_path):
+    marker = tmp_path / 'was_run'
+    torch.save({'a': Payload(os.system, f'touch {marker}')}, tmp_path / '1.bin')
+    write_index(tmp_path, {'a': '1.bin'})
+    with pytest.raises(PretrainedError, match='refused'):
+        open_source(str(tmp_path))
+    assert not marker.exists()
+
+
+def test_a_payload_in_a_shard_of_a_tag_is_never_run(tmp_path):
+    marker, tag = tmp_path / 'was_run', tmp_path / 'tag'
+    tag.mkdir()
+    torch.save(
+        {'module': weights(), 'x': Payload(os.system, f'touch {marker}')},
+        tag / 'mp_rank_00_model_states.pt',
+    )
+    with pytest.raises(PretrainedError, match='refused'):
+        open_source(str(tag))
+    assert not marker.exists()
+
+
+def test_the_average_of_a_file_on_request(tmp_path):
+    path = save({'model': {}, 'model_ema': weights()}, tmp_path / 'w.pth')
+    assert_same(open_source(path, ema=True), weights())
+    without = save({'model': weights()}, tmp_path / 'v.pth')
+    for place in (without, str(tmp_path)):
+        with pytest.raises(PretrainedError, match='holds no averaged weights'):
+            open_source(place, ema=True)
+
+
+def test_a_compressed_archive_is_refused_before_it_is_unpacked(tmp_path):
+    whole, bomb = tmp_path / 'w.pth', tmp_path / 'bomb.pth'
+    torch.save({'a': torch.zeros(1 << 22)}, whole)
+    with zipfile.ZipFile(whole) as source, zipfile.ZipFile(bomb, 'w', zipfile.ZIP_DEFLATED) as out:
+        for entry in source.infolist():
+            out.writestr(entry.filename, source.read(entry))
+    assert bomb.stat().st_size < whole.stat().st_size / 100
+    with pytest.raises(PretrainedError, match='is compressed, and says that it has'):
+        open_source(str(bomb))
+
+
+def test_an_archive_whose_entries_claim_more_than_there_is_is_refused(tmp_path):
+    path = tmp_path / 'w.pth'
+    torch.save({'a': torch.arange(1000.0)}, path)
+    raw = path.read_bytes()
+    real, claimed = (4000).to_bytes(4, 'little'), (1 << 31).to_bytes(4, 'little')
+    at = raw.rindex(real * 2)  # the two sizes in the central directory
+    path.write_bytes(raw[:at] + claimed * 2 + raw[at + 8 :])
+    with pytest.raises(PretrainedError, match='cannot be read'):
+        open_source(str(path))
+
+
+@pytest.mark.parametrize('is_zip', [True, False])
+def test_a_storage_that_claims_more_than_there_is_is_refused(tmp_path, is_zip):
+    path = tmp_path / 'w.pth'
+    torch.save({'a': torch.arange(1000.0)}, path, _use_new_zipfile_serialization=is_zip)
+    raw = path.read_bytes()
+    # pickle's BININT2 of the number of elements becomes a BININT of 2 ** 30
+    claimed = raw.replace(
+        b'M' + (1000).to_bytes(2, 'little'), b'J' + (1 << 30).to_bytes(4, 'little')
+    )
+    assert claimed != raw
+    path.write_bytes(claimed)
+    with pytest.raises(PretrainedError, match='cannot be read'):
+        open_source(str(path))
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda h: h['a'].update(data_offsets=[0, 1 << 40]),
+        lambda h: h['a'].update(shape=[1 << 20, 1 << 20]),
+        lambda h: h['a'].update(data_offsets=h['b']['data_offsets']),
+        lambda h: h['a'].update(dtype='CODE'),
+    ],
+    ids=['offsets', 'shape', 'overlap', 'dtype'],
+)
+def test_a_safetensors_header_that_lies_is_refused(tmp_path, change):
+    path = tmp_path / 'w.safetensors'
+    safetensors.torch.save_file(weights(), path)
+    raw = path.read_bytes()
+    size = int.from_bytes(raw[:8], 'little')
+    header = json.loads(raw[8 : 8 + size])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, 'little') + text + raw[8 + size :])
+    with pytest.raises(PretrainedError, match='cannot be read'):
+        open_source(str(path))
+    path.write_bytes((1 << 60).to_bytes(8, 'little') + raw[8:])
+    with pytest.raises(PretrainedError, match='cannot be read'):
+        open_source(str(path))

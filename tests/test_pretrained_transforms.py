@@ -203,6 +203,125 @@ def test_pos_embed_that_cannot_be_resized_is_left_out(old, new, words):
     assert words in note.text
 
 
+@pytest.mark.parametrize(('old', 'grid'), [(3, (5, 7)), (7, (5, 3))])
+def test_a_grid_that_is_not_square_where_the_model_says_it(old, grid):
+    table, embed = torch.randn(old * old, 5), torch.randn(1, old * old, 4)
+    length = grid[0] * grid[1]
+    target = {
+        'relative_position_bias_table': TensorSpec(torch.Size((length, 5)), torch.float32, grid),
+        'absolute_pos_embed': TensorSpec(torch.Size((1, length, 4)), torch.float32, grid),
+    }
+    state = {'relative_position_bias_table': table, 'absolute_pos_embed': embed}
+    got = transforms.resize_bias_tables(state, target).state['relative_position_bias_table']
+    image = table.t().reshape(1, 5, old, old)
+    image = F.interpolate(image, size=grid, mode='bicubic', align_corners=False)
+    assert torch.equal(got, image.flatten(2)[0].t())
+    result = transforms.resize_absolute_pos_embeds(state, target)
+    image = embed.transpose(1, 2).reshape(1, 4, old, old)
+    image = F.interpolate(image, size=grid, mode='bicubic', align_corners=False)
+    assert torch.equal(result.state['absolute_pos_embed'], image.flatten(2).transpose(1, 2))
+    sizes = f'{old}x{old} -> {grid[0]}x{grid[1]}'
+    assert result.notes == (Note(f'resized 1 absolute_pos_embed {sizes}'),)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
+@pytest.mark.parametrize('prefix', [0, 1, 5])
+def test_resize_timm_pos_embed_keeps_the_tokens_before_the_grid(dtype, prefix):
+    embed = torch.randn(1, prefix + 16, 8).to(dtype)
+    spec = TensorSpec(torch.Size((1, prefix + 6 * 5, 8)), torch.bfloat16, (6, 5), prefix)
+    result = transforms.resize_pos_embeds({'trunk.pos_embed': embed}, {'trunk.pos_embed': spec})
+    image = embed[:, prefix:].float().transpose(1, 2).reshape(1, 8, 4, 4)
+    image = F.interpolate(image, size=(6, 5), mode='bicubic', antialias=True)
+    expected = torch.cat([embed[:, :prefix].float(), image.flatten(2).transpose(1, 2)], 1)
+    assert torch.equal(result.state['trunk.pos_embed'], expected.bfloat16())
+    assert result.notes == (Note('resized trunk.pos_embed 4x4 -> 6x5'),)
+
+
+def test_timm_pos_embed_that_cannot_be_resized_is_left_out():
+    spec = TensorSpec(torch.Size((1, 17, 8)), torch.float32, (4, 4), 1)
+    for shape in ((1, 8, 8), (1, 10, 4)):
+        result = transforms.resize_pos_embeds(
+            {'pos_embed': torch.zeros(shape)}, {'pos_embed': spec}
+        )
+        assert result.state == {}
+        assert 'pos_embed: left out: cannot be resized' in result.notes[0].text
+    same = {'pos_embed': torch.zeros(1, 17, 8)}
+    assert transforms.resize_pos_embeds(same, {'pos_embed': spec}) == (same, ())
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_resize_patch_embed(dtype):
+    key = 'patch_embed.proj.weight'
+    kernel = torch.randn(6, 3, 14, 14).to(dtype)
+    result = transforms.resize_patch_embeds(
+        {key: kernel}, specs(**{key: torch.zeros(6, 3, 16, 16)})
+    )
+    # The least-squares inverse of enlarging an image patch, by hand: so that the embedding of an
+    # enlarged patch stays what it was (FlexiViT, arXiv 2212.08013, section 3.4).
+    basis = torch.eye(14 * 14).reshape(-1, 1, 14, 14)
+    enlarge = (
+        F.interpolate(basis, size=(16, 16), mode='bicubic', antialias=True).flatten(1).double()
+    )
+    expected = kernel.double().flatten(2) @ torch.linalg.pinv(enlarge.T)
+    # timm computes the inverse in float32
+    assert torch.allclose(result.state[key].double().flatten(2), expected, rtol=0, atol=1e-4)
+    assert result.state[key].dtype == torch.float32
+    assert result.notes == (Note('resized patch_embed.proj.weight 14x14 -> 16x16'),)
+
+
+def test_strip_prefixes_that_the_model_does_not_have():
+    state = numbered('module._orig_mod.backbone.a.w', 'module.head.w')
+    target = specs(a__w=torch.zeros(1), head__w=torch.zeros(1))
+    result = transforms.strip_prefixes(state, target)
+    assert list(result.state) == ['a.w', 'head.w']
+    assert [note.text for note in result.notes] == [
+        'took the prefix module. off 2 keys',
+        'took the prefix _orig_mod. off 1 keys',
+        'took the prefix backbone. off 1 keys',
+    ]
+    own = specs(backbone__a=torch.zeros(1))
+    kept = numbered('backbone.a')
+    assert transforms.strip_prefixes(kept, own) == (kept, ())
+    with pytest.raises(PretrainedError, match='several keys of the checkpoint become a'):
+        transforms.strip_prefixes(numbered('module.a', 'a'), specs(a=torch.zeros(1)))
+
+
+def test_internvit_of_the_hugging_face_naming():
+    names = {
+        'embeddings.class_embedding': 'cls_token',
+        'embeddings.position_embedding': 'pos_embed',
+        'embeddings.patch_embedding.weight': 'patch_embed.proj.weight',
+        'embeddings.patch_embedding.bias': 'patch_embed.proj.bias',
+        'encoder.layers.0.norm1.weight': 'blocks.0.norm1.weight',
+        'encoder.layers.0.norm2.bias': 'blocks.0.norm2.bias',
+        'encoder.layers.11.attn.qkv.weight': 'blocks.11.attn.qkv.weight',
+        'encoder.layers.11.attn.proj.bias': 'blocks.11.attn.proj.bias',
+        'encoder.layers.11.attn.q_norm.weight': 'blocks.11.attn.q_norm.weight',
+        'encoder.layers.11.mlp.fc1.weight': 'blocks.11.mlp.fc1.weight',
+        'encoder.layers.11.mlp.fc2.bias': 'blocks.11.mlp.fc2.bias',
+        'encoder.layers.11.ls1': 'blocks.11.ls1.gamma',
+        'encoder.layers.11.ls2': 'blocks.11.ls2.gamma',
+    }
+    state = numbered(*names)
+    result = transforms.rename_internvit(state, {})
+    assert result.state == {new: state[old] for old, new in names.items()}
+    assert result.notes == (Note('InternViT: renamed 13 keys'),)
+    other = numbered('encoder.layers.0.ls1')
+    assert transforms.rename_internvit(other, {}) == (other, ())
+
+
+def test_rename_by_pairs_of_regular_expressions():
+    step = transforms.rename_by([(r'^layers\.(\d+)', r'blocks.\1'), ('gamma_1', 'ls1.gamma')])
+    state = numbered('layers.3.gamma_1', 'norm.w')
+    result = step(state, {})
+    assert list(result.state) == ['blocks.3.ls1.gamma', 'norm.w']
+    assert result.notes == (Note('renamed 1 keys'),)
+    assert transforms.rename_by([])(state, {}) == (state, ())
+    for bad in ([('(', 'x')], ['abc'], [('a',)], [3]):
+        with pytest.raises(PretrainedError, match='MODEL.PRETRAINED_RENAME holds .* no pair'):
+            transforms.rename_by(bad)
+
+
 def test_grid_orientation_survives():
     # A ramp along the rows stays a ramp along the rows: sides are not swapped.
     rows = torch.arange(8.0).repeat_interleave(8)[:, None]

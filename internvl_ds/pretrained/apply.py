@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from internvl_ds.checkpoint.named import Flat
 from internvl_ds.errors import PretrainedError, few
-from internvl_ds.pretrained.transforms import Specs, State, TensorSpec, read
+from internvl_ds.pretrained.transforms import Specs, State, TensorSpec, is_weight, read
 
 _HEAD_SCALE = 0.001
 
@@ -112,11 +112,6 @@ def require_shapes(state: State, specs: Specs) -> None:
     ]
     if wrong:
         raise PretrainedError(f'{len(wrong)} entries do not fit the model: {few(wrong)}')
-
-
-def is_weight(value: object) -> bool:
-    """Whether a value of a state dict is one that can be loaded."""
-    return isinstance(value, Tensor | Flat)
 
 
 def _shape(value: Any) -> str:

@@ -8,9 +8,8 @@ import functools
 import torch
 from torch import Tensor
 
-from internvl_ds.checkpoint.named import Flat
 from internvl_ds.errors import PretrainedError
-from internvl_ds.pretrained.transforms import Note, Result, Specs, State, read
+from internvl_ds.pretrained.transforms import Note, Result, Specs, State, is_weight, read
 
 CLASSES_22K = 21841
 CLASSES_1K = 1000
@@ -39,7 +38,7 @@ def plan_head(state: State, specs: Specs, rand_init: bool) -> HeadPlan:
         PretrainedError: when the lengths differ and no setting says what to do about it.
     """
     bias, spec = state.get('head.bias'), specs.get('head.bias')
-    if not isinstance(bias, Tensor | Flat) or spec is None:
+    if not is_weight(bias) or spec is None:
         return HeadPlan.KEEP
     if not len(bias.shape) == len(spec.shape) == 1:
         return HeadPlan.KEEP
@@ -68,7 +67,7 @@ def fit_head(state: State, plan: HeadPlan) -> Result:
         heads = {
             key: read(state[key])[rows]
             for key in ('head.weight', 'head.bias')
-            if isinstance(state.get(key), Tensor | Flat) and state[key].shape[0] == CLASSES_22K
+            if is_weight(state.get(key)) and state[key].shape[0] == CLASSES_22K
         }
         note = Note(f'head {CLASSES_22K} -> {CLASSES_1K}: took its ImageNet-1K rows')
         return Result({**state, **heads}, (note,))

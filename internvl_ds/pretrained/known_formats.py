@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from internvl_ds.errors import PretrainedError
-from internvl_ds.pretrained.transforms import Note, Result, Specs, State, read
+from internvl_ds.pretrained.transforms import Note, Result, Specs, State, is_weight, read
 
 
 def through_timm(model: nn.Module, state: State, specs: Specs) -> Result:
@@ -30,7 +30,7 @@ def through_timm(model: nn.Module, state: State, specs: Specs) -> Result:
     unexpected = [key for key in state if key not in specs]
     if filter_fn is None or not missing or not unexpected:
         return Result(state)
-    tensors = {key: read(value) for key, value in state.items()}
+    tensors = {key: _wide(key, read(value)) for key, value in state.items() if is_weight(value)}
     try:
         with _whole_shapes(model), torch.random.fork_rng(devices=[]):
             renamed = filter_fn(tensors, model)
@@ -45,6 +45,12 @@ def through_timm(model: nn.Module, state: State, specs: Specs) -> Result:
         return Result(state)
     note = Note(f"timm's checkpoint_filter_fn: {before} -> {after} keys that the model has")
     return Result(renamed, (note,))
+
+
+def _wide(key: str, value: torch.Tensor) -> torch.Tensor:
+    """In float32 what the function may resize, because it rounds to the stored dtype again."""
+    resized = any(word in key for word in ('pos', 'patch', 'conv1'))
+    return value.float() if resized and value.is_floating_point() else value
 
 
 @contextmanager

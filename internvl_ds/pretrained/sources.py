@@ -145,7 +145,7 @@ def _open_index(path: Path) -> dict[str, Any]:
         raise PretrainedError(f'{path}: is no index of weights: {error!r}') from error
     if not files:
         raise PretrainedError(f'{path}: is no index of weights: its weight_map is empty')
-    refused = [f for f in files if f != Path(f).name or f == '..' or f.endswith('.index.json')]
+    refused = [f for f in files if Path(f).name != f or f in ('', '..') or f.endswith('.json')]
     if refused:
         raise PretrainedError(
             f'{path}: names {refused[0]!r}, which is no file of weights beside it'

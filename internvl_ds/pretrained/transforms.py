@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -251,6 +251,11 @@ def resize_grid(grid: Tensor, size: int | tuple[int, int]) -> Tensor:
     return resized.permute(0, 2, 3, 1).reshape(*lead, rows * columns, width)
 
 
+def is_weight(value: object) -> TypeGuard[Tensor | Flat]:
+    """Whether a value of a state dict is one that can be loaded."""
+    return isinstance(value, Tensor | Flat)
+
+
 def read(value: Tensor | Flat) -> Tensor:
     """A value of a state dict as a tensor: that of a shard is put together now."""
     return value.whole() if isinstance(value, Flat) else value
@@ -284,7 +289,7 @@ def _resize_all(state: State, specs: Specs, name: str, ndim: int, width: str) ->
 
 def _is_other_grid(value: Any, shape: torch.Size, ndim: int) -> bool:
     """True for a grid of the expected rank on both sides, but not of the model's shape."""
-    is_grid = isinstance(value, Tensor | Flat) and len(value.shape) == len(shape) == ndim
+    is_grid = is_weight(value) and len(value.shape) == len(shape) == ndim
     return is_grid and value.shape != shape
 
 
