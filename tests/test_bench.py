@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.bench import bridge, checkpoint, elastic, loads, memory, saves
+from tests.bench import bridge, checkpoint, elastic, loads, memory, pretrained, saves
 from tests.bench.figures import (
     Pair,
     paired_ratios,
@@ -188,3 +188,21 @@ def test_the_bridge_is_measured_beside_a_bare_loop(tmp_path, capsys):
         assert entry['seconds'].keys() == {'bridge', 'bare engine'}
         assert len(entry['seconds']['bridge']['samples']) == 2
     assert capsys.readouterr().out.count('| bridge / bare engine |') == 2
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_pretrained_weights_are_measured_plain_and_partitioned(tmp_path, capsys):
+    figures = tmp_path / 'figures.json'
+    pretrained.main(
+        [
+            *('--params', '1', '--rounds', '2', '--json', str(figures)),
+            *('--folder', str(tmp_path)),
+        ]
+    )
+    report = json.loads(figures.read_text())
+    assert len(report['plain']['seconds']['load_pretrained']['samples']) == 2
+    assert report['plain']['memory'] >= 0
+    assert report['partitioned']['memory'] > 0
+    assert 'zero.Init on 2 ranks' in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ['figures.json']
