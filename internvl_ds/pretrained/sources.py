@@ -75,7 +75,7 @@ def open_source(path: str, *, ema: bool = False) -> Mapping[str, Any]:
     if not path:
         raise PretrainedError('the path of the weights is empty')
     if path.startswith('https://'):
-        source = _read(path, _download)
+        source = _read(path, _read_url)
     elif path.startswith('http://'):
         raise PretrainedError(f'{path}: plain http can be altered on its way; use https')
     elif Path(path).is_dir():
@@ -97,8 +97,7 @@ def _open_file(path: str) -> Any:
         raise PretrainedError(f'{path}: no such file')
     if path.endswith('.index.json'):
         return _open_index(Path(path))
-    is_safetensors = Path(path).suffix == '.safetensors'
-    return _read(path, _read_safetensors if is_safetensors else _read_torch)
+    return _read(path, _read_by_suffix)
 
 
 def _open_directory(path: Path, ema: bool) -> Mapping[str, Any]:
@@ -180,6 +179,10 @@ def _read(path: str, reader: Callable[[str], Any]) -> Any:
         raise PretrainedError(_unreadable(path, reason)) from error
 
 
+def _read_by_suffix(path: str) -> Any:
+    return _read_safetensors(path) if path.endswith('.safetensors') else _read_torch(path)
+
+
 def _read_torch(path: str) -> Any:
     with open(path, 'rb') as file:  # noqa: PTH123
         is_zip = file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
@@ -207,13 +210,18 @@ def _read_safetensors(path: str) -> Any:
     return safetensors.torch.load_file(path, device='cpu')
 
 
-def _download(url: str) -> Any:
+def _read_url(url: str) -> Any:
+    """Downloads what is not in torch.hub's directory yet, and maps it as any file."""
     name = Path(urlparse(url).path).name
-    if torch.hub.HASH_REGEX.search(name) is None:
+    found = torch.hub.HASH_REGEX.search(name)
+    if found is None:
         _log.warning(f'{url}: its name ends in no hash, so what comes cannot be checked')
-    return torch.hub.load_state_dict_from_url(
-        url, map_location='cpu', check_hash=True, weights_only=True
-    )
+    path = Path(torch.hub.get_dir(), 'checkpoints', name)
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        prefix = found.group(1) if found else None
+        torch.hub.download_url_to_file(url, str(path), prefix, progress=False)
+    return _read_by_suffix(str(path))
 
 
 def _restore_configs(source: Any) -> Any:
