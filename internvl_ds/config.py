@@ -90,6 +90,7 @@ _C.TRAIN.OPTIMIZER.DCN_LR_MUL = None
 _C.TRAIN.EMA = CN()
 _C.TRAIN.EMA.ENABLE = False
 _C.TRAIN.EMA.DECAY = 0.9998
+_C.TRAIN.EMA.WARMUP = False  # (new) let the decay rise from 0, as timm's ModelEmaV3 does
 
 _C.TRAIN.LR_LAYER_DECAY = False
 _C.TRAIN.LR_LAYER_DECAY_RATIO = 0.875

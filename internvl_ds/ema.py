@@ -7,11 +7,16 @@ the module, as DeepSpeed does after a step.
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import deepspeed
+import deepspeed.comm as dist
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from safetensors import SafetensorError, safe_open
@@ -40,29 +45,59 @@ class EmaFile(NamedTuple):
     metadata: dict[str, str] | None
 
 
+@dataclass(frozen=True)
+class EmaWarmup:
+    """Lets the decay rise from 0, so that the first weights are soon forgotten; as timm does.
+
+    The decay of update n (the first is 1) is ``1 - (1 + (n - 1) / gamma) ** -power``, and 0 for the
+    first, within ``min_decay`` and the average's own decay (timm.utils.ModelEmaV3.get_decay).
+    """
+
+    gamma: float = 1.0
+    power: float = 2 / 3
+    min_decay: float = 0.0
+
+    def decay(self, update: int, most: float) -> float:
+        """The decay of an update.
+
+        Args:
+            update: its number, from 1.
+            most: what the decay rises to.
+        """
+        if update <= 1:
+            return 0.0
+        rising = 1 - (1 + (update - 1) / self.gamma) ** -self.power
+        return max(min(rising, most), self.min_decay)
+
+
 class ShardedEma:
     """The average of a training engine's weights: ``ema = decay * ema + (1 - decay) * weights``.
 
-    Buffers are averaged where they are floating point and copied where not, as timm's ModelEmaV3
-    does; frozen parameters are not kept.
+    It is kept in float32. Buffers are averaged where they are floating point and copied where not,
+    as timm's ModelEmaV3 does; frozen parameters are not kept.
 
     Attributes:
         decay: the share of the old average that stays in an update.
+        warmup: how the decay rises to that; None where it is the same from the start.
         num_updates: how many updates have been made.
     """
 
-    def __init__(self, model: Any, decay: float = 0.9998) -> None:
+    def __init__(
+        self, model: Any, decay: float = 0.9998, warmup: EmaWarmup | bool | None = None
+    ) -> None:
         """Starts the average at the engine's present weights.
 
         Args:
             model: an engine, or a module or optimizer that belongs to one.
             decay: in [0, 1].
+            warmup: True for timm's defaults.
         """
         self.engine: DeepSpeedEngine = engine_of(model)
         self.decay = decay
+        self.warmup = EmaWarmup() if warmup is True else warmup or None
         self.num_updates = 0
         self._shards = {name: t.detach().clone() for name, t in master_weights(self.engine).items()}
-        self._buffers = {n: b.detach().clone() for n, b in self.engine.module.named_buffers()}
+        self._buffers = {n: _kept(b) for n, b in self.engine.module.named_buffers()}
 
     @torch.no_grad()
     def update(self) -> None:
@@ -72,17 +107,17 @@ class ShardedEma:
         """
         if not self.engine.was_step_applied():
             return
-        masters = master_weights(self.engine)
-        torch._foreach_lerp_(
-            list(self._shards.values()), [masters[n] for n in self._shards], 1.0 - self.decay
-        )
+        self.num_updates += 1
+        decay = self.warmup.decay(self.num_updates, self.decay) if self.warmup else self.decay
+        averages, weights = list(self._shards.values()), list(master_weights(self.engine).values())
         for name, buffer in self.engine.module.named_buffers():
             average = self._buffers[name]
             if average.is_floating_point():
-                average.lerp_(buffer.to(average.dtype), 1.0 - self.decay)
+                averages.append(average)
+                weights.append(buffer.to(average.dtype))
             else:
                 average.copy_(buffer)
-        self.num_updates += 1
+        torch._foreach_lerp_(averages, weights, 1.0 - decay)
 
     @contextmanager
     def swapped_in(self, engine: DeepSpeedEngine | None = None) -> Iterator[None]:
@@ -94,11 +129,50 @@ class ShardedEma:
         Args:
             engine: accepted for symmetry; the engine of this average is used.
         """
-        self._exchange()
+        buffers = dict(self.engine.module.named_buffers())
+        kept = {name: buffer.detach().clone() for name, buffer in buffers.items()}
+        self._exchange_masters()
+        self._set_buffers(self._buffers)
         try:
             yield
         finally:
-            self._exchange()
+            self._exchange_masters()
+            self._set_buffers(kept)
+
+    def whole_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Key of the module's state dict, and averaged tensor, gathered one at a time.
+
+        Every rank must take all of them. Frozen parameters are the module's own. No rank holds
+        more than the tensor that it is at, which is on the engine's device.
+        """
+        layout, own = partitioning(self.engine)
+        shapes, shards = shapes_of(layout), list(self._shards.values())
+        names = self.engine.param_names
+        for key, target in self.engine.module.state_dict(keep_vars=True).items():
+            name = names.get(target, key) if isinstance(target, torch.nn.Parameter) else key
+            if key in self._buffers:
+                yield key, self._buffers[key]
+            elif name in shapes:
+                flat = torch.empty(math.prod(shapes[name]), device=self.engine.device)
+                for place in layout.places(name):
+                    piece = flat[place.start : place.stop]
+                    if place.rank == own:
+                        end = place.offset + piece.numel()
+                        piece.copy_(shards[place.group].view(-1)[place.offset : end])
+                    if layout.ranks > 1:
+                        dist.broadcast(piece, place.rank)
+                yield key, flat.view(shapes[name])
+            elif isinstance(target, torch.Tensor):
+                with deepspeed.zero.GatheredParameters([target], enabled=hasattr(target, 'ds_id')):
+                    yield key, target.detach().clone()
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The whole average on the CPU, by the keys of the module's state dict.
+
+        A collective: every rank must call it, and gets all of it. `whole_tensors` is for where that
+        is too much.
+        """
+        return {name: tensor.detach().cpu().clone() for name, tensor in self.whole_tensors()}
 
     def shard_file(self) -> EmaFile:
         """This rank's part, as it goes into a tag: views of the average, not copies."""
@@ -108,6 +182,7 @@ class ShardedEma:
         metadata = {
             'decay': repr(float(self.decay)),
             'num_updates': str(self.num_updates),
+            'warmup': json.dumps(asdict(self.warmup) if self.warmup else None),
             'zero_stage': str(self.engine.zero_optimization_stage()),
             'world_size': str(world_size()),
         }
@@ -151,8 +226,18 @@ class ShardedEma:
                 target.copy_(value)
         for name, value in buffers.items():
             self._buffers[name].copy_(value)
-        self.decay = float(saved['decay'])
-        self.num_updates = int(saved['num_updates'])
+        self.take_header(saved)
+
+    def take_header(self, saved: Mapping[str, str]) -> None:
+        """Goes on with the decay, warm-up and number of updates of a tag's average.
+
+        Args:
+            saved: as `read_ema_header` returns it.
+        """
+        self.decay, self.num_updates = float(saved['decay']), int(saved['num_updates'])
+        if 'warmup' in saved:
+            warmup = json.loads(saved['warmup'])
+            self.warmup = EmaWarmup(**warmup) if warmup else None
 
     @torch.no_grad()
     def load_whole(self, weights: Mapping[str, Flat], where: str) -> None:
@@ -186,12 +271,21 @@ class ShardedEma:
         return shards
 
     @torch.no_grad()
-    def _exchange(self) -> None:
+    def _exchange_masters(self) -> None:
         for name, master in master_weights(self.engine).items():
             _swap(self._shards[name], master)
-        for name, buffer in self.engine.module.named_buffers():
-            _swap(self._buffers[name], buffer)
         push_masters(self.engine)
+
+    @torch.no_grad()
+    def _set_buffers(self, values: Mapping[str, torch.Tensor]) -> None:
+        for name, buffer in self.engine.module.named_buffers():
+            buffer.copy_(values[name])
+
+
+def _kept(buffer: torch.Tensor) -> torch.Tensor:
+    """A copy to average: in float32 where it is floating point."""
+    dtype = torch.float32 if buffer.is_floating_point() else buffer.dtype
+    return buffer.detach().to(dtype, copy=True)
 
 
 def _swap(a: torch.Tensor, b: torch.Tensor) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.bench import bridge, checkpoint, elastic, loads, memory, pretrained, saves
+from tests.bench import bridge, checkpoint, elastic, ema, loads, memory, pretrained, saves
 from tests.bench.figures import (
     Pair,
     paired_ratios,
@@ -206,3 +206,14 @@ def test_pretrained_weights_are_measured_plain_and_partitioned(tmp_path, capsys)
     assert report['partitioned']['memory'] > 0
     assert 'zero.Init on 2 ranks' in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ['figures.json']
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_the_average_is_measured_beside_gathering(tmp_path, capsys):
+    figures = tmp_path / 'figures.json'
+    ema.main(['--params', '1', '--rounds', '2', '--json', str(figures)])
+    report = json.loads(figures.read_text())
+    assert report['seconds'].keys() == {'sharded', 'gather and average on rank 0'}
+    assert report['memory'] > 0
+    assert 'memory of the average a rank' in capsys.readouterr().out

@@ -216,6 +216,7 @@ def test_keys_that_the_original_lacks_are_these():
         'MODEL.PRETRAINED_MIN_MATCH',
         'MODEL.PRETRAINED_READERS',
         'MODEL.PRETRAINED_RENAME',
+        'TRAIN.EMA.WARMUP',
         'TRAIN.MAX_CONSECUTIVE_OVERFLOWS',
         'TRAIN.SAVE_ON_OVERFLOW',
         'SAVE_CKPT_NUM',  # the original has it as a flag only

@@ -128,8 +128,7 @@ def load_other_ema(model_ema: ShardedEma, path: Path) -> None:
     """Takes this rank's part of an average that was cut in another way."""
     model_ema.load_whole(ema_flats(path), str(path))
     if has_ema(path):
-        header = read_ema_header(path)
-        model_ema.decay, model_ema.num_updates = float(header['decay']), int(header['num_updates'])
+        model_ema.take_header(read_ema_header(path))
 
 
 def holds_ema(tag: Path) -> bool:

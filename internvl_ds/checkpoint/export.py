@@ -25,7 +25,7 @@ from internvl_ds.files import flush
 from internvl_ds.param_groups import PER_GROUP_LISTS
 from internvl_ds.pretrained.sources import open_source
 
-# What torch.amp.GradScaler starts with: for runs in fp32 and bf16, which keep no scale.
+# What torch.amp.GradScaler starts with: for runs in fp32 and bf16, which have no loss scale.
 _GRAD_SCALER = {
     'scale': 65536.0,
     'growth_factor': 2.0,
@@ -52,6 +52,7 @@ def write_original(tag: Path, target: Path) -> None:
     """
     shards = TagShards(tag)
     kept = state_of(tag)
+    scale = kept.get('loss_scale') or {}
     settings = shards.settings()
     merged = [list(group['param_names']) for group in settings]
     groups = kept.get('optimizer_groups') or merged
@@ -67,7 +68,7 @@ def write_original(tag: Path, target: Path) -> None:
         'max_accuracy': kept.get('max_accuracy', 0.0),
         'epoch': kept.get('epoch'),
         'config': CfgNode.load_cfg(kept['config']) if kept.get('config') else None,
-        'amp': _GRAD_SCALER,
+        'amp': {key: scale.get(key, value) for key, value in _GRAD_SCALER.items()},
         'max_accuracy_ema': kept.get('max_accuracy_ema'),
         'ema_decay': kept.get('ema_decay'),
     }

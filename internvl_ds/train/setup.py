@@ -134,7 +134,7 @@ def _setup_training(
         state.best = load_checkpoint(config, engine, optimizer, scheduler, scaler, logger)
     if config.TRAIN.EMA.ENABLE:
         # After the load: without an average in the checkpoint it starts at the loaded weights.
-        state.ema = ShardedEma(engine, config.TRAIN.EMA.DECAY)
+        state.ema = ShardedEma(engine, config.TRAIN.EMA.DECAY, config.TRAIN.EMA.WARMUP)
         if config.MODEL.RESUME:
             state.best_ema = load_ema_checkpoint(config, state.ema, logger)
     return state
