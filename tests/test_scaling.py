@@ -59,9 +59,12 @@ def test_the_scale_is_kept_across_save_and_load_into_every_stage(tmp_path, preci
         for stage in range(4):
             assert {k: result[str(stage)][k] for k in wanted} == wanted, stage
             for target in range(4):
-                for state in result[f'{stage} -> {target}']:
+                *tags, of_file = result[f'{stage} -> {target}']
+                for state in tags:
                     got = {k: state[k] for k in wanted}
                     assert got == {**wanted, '_growth_tracker': 4}, (stage, target)
+                # a .pth as the original writes it knows no hysteresis
+                assert (of_file['scale'], of_file['_growth_tracker']) == (256.0, 4), (stage, target)
 
 
 @pytest.mark.ranks

@@ -22,6 +22,7 @@ from internvl_ds import (
     load_checkpoint,
     save_checkpoint,
 )
+from internvl_ds.checkpoint.export import write_original
 from internvl_ds.checkpoint.lookup import newest
 from internvl_ds.comm import rank, world_size
 from internvl_ds.engine import loss_scale_of
@@ -185,9 +186,14 @@ def keep_scale(root: str, precision: str) -> dict[str, Any]:
         path = save_checkpoint(config, 0, engine, 0.0, optimizer, None, scaler, _log)
         without = save_checkpoint(config, 1, engine, 0.0, optimizer, None, None, _log, best='x')
         engine.destroy()
+        single = Path(root, f'{stage}-{rank()}.pth')
+        write_original(Path(path), single)
         for target in range(4):
             loaded = []
-            for tag, used in ((path, NativeScalerWithGradNormCount()), (without, None)):
+            for tag, used in (
+                (path, NativeScalerWithGradNormCount()), (without, None),
+                (str(single), NativeScalerWithGradNormCount()),
+            ):  # fmt: skip
                 engine, optimizer = make_engine(target, precision, fp16=fp16)
                 resumed = make_config(MODEL__RESUME=tag)
                 load_checkpoint(resumed, engine, optimizer, None, used, _log)
