@@ -226,7 +226,8 @@ def _step_client_optimizer(engine: DeepSpeedEngine, clip_grad: float) -> torch.T
     """Stage 0 with the client's own optimizer: DeepSpeed reports no norm and applies nan there."""
     with skipping_non_finite(engine) as grad_scaler:
         grad_scaler.unscale_(engine.optimizer)
-        params = [p for p in engine.module.parameters() if p.grad is not None]
+        groups = engine.optimizer.param_groups
+        params = [p for group in groups for p in group['params'] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in params]).to(torch.float32)
         if clip_grad > 0:
             torch.nn.utils.clip_grads_with_norm_(params, clip_grad, norm)

@@ -129,6 +129,15 @@ def test_plain_pickle_is_refused_and_never_run(tmp_path):
     assert not marker.exists()
 
 
+@ZIP_OR_LEGACY
+def test_payload_in_the_metadata_is_never_run(tmp_path, is_zip):
+    marker, state = tmp_path / 'was_run', weights()
+    state._metadata = OrderedDict({'': Payload(os.system, f'touch {marker}')})
+    with pytest.raises(PretrainedError, match='refused'):
+        open_source(save(state, tmp_path / 'w.pth', is_zip))
+    assert not marker.exists()
+
+
 def test_class_that_is_not_allowed_is_named(tmp_path):
     path = save({'model': weights(), 'acc': np.float64(81.5)}, tmp_path / 'w.pth')
     with pytest.raises(PretrainedError, match=r'object of numpy\.\S+, which is refused'):

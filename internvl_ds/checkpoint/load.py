@@ -40,7 +40,6 @@ from internvl_ds.errors import (
     CheckpointError,
     CheckpointNotFound,
 )
-from internvl_ds.pretrained.sources import open_source
 
 _log = logging.getLogger(__name__)
 
@@ -138,7 +137,7 @@ def load_ema_checkpoint(config: CfgNode, model_ema: Any, logger: logging.Logger)
     io_timeout = checkpoint_option(config, 'IO_TIMEOUT')
     path = _resolve(resume, logger, timeout, io_timeout)
     if path is None or path.is_file():
-        checkpoint = open_source(str(path or resume))
+        checkpoint = open_file(str(path or resume))
         weights = checkpoint.get('model_ema')
         state: dict[str, Any] = {
             key: checkpoint.get(key) for key in ('max_accuracy_ema', 'ema_decay')
