@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NamedTuple, NoReturn, TypeVar
@@ -24,8 +24,12 @@ import deepspeed.comm as dist
 import torch
 import torch.distributed as torch_dist
 from torch.distributed import distributed_c10d
+from yacs.config import CfgNode
 
+from internvl_ds import launchers, mpi
+from internvl_ds.config import default_config, get_option
 from internvl_ds.errors import InternvlDsError, RankError
+from internvl_ds.network import interface_towards
 
 T = TypeVar('T')
 
@@ -34,7 +38,8 @@ logger = logging.getLogger(__name__)
 # Seconds that rank 0 waits at the end for ranks that are still busy.
 _LAST_WAIT = 60
 
-_MPI_SIZE_VARIABLES = ('OMPI_COMM_WORLD_SIZE', 'PMI_SIZE', 'MV2_COMM_WORLD_SIZE')
+# Seconds within which a collective must end, as `limit_collectives` was last told.
+_limit: float | None = None
 
 # How many meetings of each name this rank has been through: part of the key that they meet under.
 _rounds: Counter[str] = Counter()
@@ -46,21 +51,87 @@ _before_shutdown: list[Callable[[], None]] = []
 _thread = threading.local()
 
 
-def init_distributed() -> None:
+def init_distributed(config: CfgNode | None = None) -> None:
     """Joins the process group that the launcher announced; a process of its own without one.
 
-    Every rank must call it, once or more often. The deepspeed launcher and torchrun announce RANK,
-    WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; under mpirun DeepSpeed asks mpi4py for
-    them. Without any of these the process becomes rank 0 of 1 on a free port.
+    Every rank must call it, once or more often. It knows the deepspeed launcher and torchrun (RANK
+    and its like), Open MPI, MPICH and Intel MPI (through mpi4py), and Slurm's srun. MASTER_ADDR and
+    MASTER_PORT are used where they are given; under MPI rank 0 otherwise finds a free port and an
+    address that all hosts reach. Without a launcher the process becomes rank 0 of 1.
+
+    Args:
+        config: COMM.TIMEOUT, COMM.INIT_TIMEOUT (seconds) and COMM.INTERFACE are read.
+
+    Raises:
+        RankError: when mpi4py is of another MPI than the launcher, or rank 0 cannot be reached.
+        ConfigError: for incomplete variables of a launcher.
     """
     if dist.is_initialized():
         return
-    under_mpi = any(name in os.environ for name in _MPI_SIZE_VARIABLES)
-    if 'RANK' not in os.environ and not under_mpi:
-        os.environ.update(RANK='0', WORLD_SIZE='1', LOCAL_RANK='0')
-        os.environ.setdefault('MASTER_ADDR', '127.0.0.1')
-        os.environ.setdefault('MASTER_PORT', str(free_port()))
-    dist.init_distributed(verbose=False)
+    settings = {**default_config().COMM, **(get_option(config, 'COMM', {}) if config else {})}
+    launch = launchers.detect(os.environ)
+    local_rank, on_host, master = launch.local_rank or 0, None, launch.master
+    communicator = None
+    if launch.by in (launchers.OPEN_MPI, launchers.MPICH):
+        communicator = mpi.world(launch)
+        mpi.abort_on_exceptions(communicator)
+        local_rank, on_host = mpi.local_rank(communicator)
+        one_host = on_host == launch.world_size
+        master = master or mpi.agree_on_master(communicator, one_host, settings['INTERFACE'])
+    elif launch.by == launchers.SINGLE:
+        master = master or ('127.0.0.1', free_port())
+    if master is not None:
+        os.environ.update(MASTER_ADDR=master[0], MASTER_PORT=str(master[1]))
+        # gloo takes what the host's name resolves to, on many systems a loopback address
+        interface = settings['INTERFACE'] or interface_towards(master[0])
+        for variable in ('GLOO_SOCKET_IFNAME', 'NCCL_SOCKET_IFNAME'):
+            if interface:
+                os.environ.setdefault(variable, interface)
+    os.environ.update(
+        RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), LOCAL_RANK=str(local_rank)
+    )
+    _join(launch, settings['INIT_TIMEOUT'])
+    if communicator is not None:
+        mpi.abort_on_exceptions(communicator)
+    limit_collectives(settings['TIMEOUT'])
+    if launch.rank == 0:
+        logger.info(
+            'started by %s: %d ranks%s, rank 0 at %s:%s',
+            launch.by,
+            launch.world_size,
+            '' if on_host is None else f', {on_host} on its host',
+            os.environ.get('MASTER_ADDR'),
+            os.environ.get('MASTER_PORT'),
+        )
+
+
+def _join(launch: launchers.Launch, limit: float) -> None:
+    try:
+        dist.init_distributed(
+            auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=limit)
+        )
+    except (RuntimeError, ValueError) as error:
+        where = f'{os.environ.get("MASTER_ADDR")}:{os.environ.get("MASTER_PORT")}'
+        raise RankError(
+            f'rank {launch.rank} of {launch.world_size} on {socket.gethostname()} could not join '
+            f'the others at {where} within {limit:g} s (COMM.INIT_TIMEOUT): {error}'
+        ) from error
+
+
+def limit_collectives(seconds: float | None = None) -> None:
+    """Bounds every collective of every process group that there is, those of DeepSpeed too.
+
+    Groups that are made later need it again. DEEPSPEED_TIMEOUT reaches the first one only.
+
+    Args:
+        seconds: as COMM.TIMEOUT; None for what was said last.
+    """
+    global _limit
+    _limit = seconds if seconds is not None else _limit
+    if _limit is None or not torch_dist.is_initialized():
+        return
+    for group in list(distributed_c10d._world.pg_map):
+        torch_dist.set_timeout(timedelta(seconds=_limit), group)
 
 
 def shutdown() -> None:
@@ -127,6 +198,7 @@ def leave() -> NoReturn:
     """
     shutdown()
     atexit._run_exitfuncs()
+    mpi.finalize()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
@@ -168,6 +240,23 @@ def reduce_tensor(tensor: torch.Tensor) -> torch.Tensor:
     if torch_dist.is_initialized():
         dist.all_reduce(total, op=dist.ReduceOp.SUM)
     return total / world_size()
+
+
+def reduce_dict(values: Mapping[str, torch.Tensor | float]) -> dict[str, torch.Tensor]:
+    """Averages several numbers over all ranks in one collective.
+
+    Args:
+        values: name -> number or 0-dim tensor; the same names on every rank.
+
+    Returns:
+        Name -> mean, 0-dim float32, on the device of the first tensor (or the CPU).
+    """
+    tensors = [v for v in values.values() if isinstance(v, torch.Tensor)]
+    device = tensors[0].device if tensors else torch.device('cpu')
+    stacked = torch.stack(
+        [torch.as_tensor(v, dtype=torch.float32, device=device).detach() for v in values.values()]
+    )
+    return dict(zip(values, reduce_tensor(stacked).unbind(), strict=True))
 
 
 def exchange(what: str, value: Any, timeout: float) -> list[Any]:

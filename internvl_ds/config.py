@@ -130,6 +130,11 @@ _C.CHECKPOINT.KEEP_BEST = 0
 # Every epoch that this divides stays for good (0: none).
 _C.CHECKPOINT.KEEP_EVERY = 0
 
+_C.COMM = CN()  # (new)
+_C.COMM.TIMEOUT = 1800  # seconds within which a collective must end, in every process group
+_C.COMM.INIT_TIMEOUT = 300  # seconds within which all ranks must have joined
+_C.COMM.INTERFACE = ''  # the network interface of rank 0's address; '' finds one that works
+
 # '' is the original flag's default, O1, and lets a ds_config that sets a precision decide.
 _C.AMP_OPT_LEVEL = ''
 _C.AMP_TYPE = 'float16'  # or 'bfloat16'

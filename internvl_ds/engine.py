@@ -18,7 +18,7 @@ from torch import nn
 from yacs.config import CfgNode
 
 from internvl_ds import ds_config as ds
-from internvl_ds.comm import init_distributed, rank, world_size
+from internvl_ds.comm import init_distributed, limit_collectives, rank, world_size
 from internvl_ds.config import default_config, get_option
 from internvl_ds.errors import ConfigError, EngineNotFound
 from internvl_ds.files import write_text
@@ -79,7 +79,7 @@ def initialize(
     Raises:
         ConfigError: for settings that disagree or that this version cannot train right.
     """
-    init_distributed()
+    init_distributed(config)
     resolved = ds.resolve(ds.load_ds_config(ds_config), config, world_size())
     _refuse_unsupported(resolved)
     _refuse_epoch_scheduler(lr_scheduler)
@@ -110,6 +110,7 @@ def initialize(
         config=resolved,
     )
     register(engine, lr_scheduler=lr_scheduler)
+    limit_collectives(get_option(config, 'COMM.TIMEOUT', default_config().COMM.TIMEOUT))
     registration = _registrations[engine]
     logger.info(
         'trains in %s at ZeRO stage %d%s',
@@ -151,6 +152,7 @@ def register(engine: DeepSpeedEngine, *, lr_scheduler: Any = None) -> DeepSpeedE
         if engine.global_steps == 0:
             _undo_dummy_step(engine.optimizer)
         limit = get_option(default_config(), _LIMIT_KEY, 0)
+        limit_collectives()  # those of the groups that DeepSpeed has just made
         _registrations[engine] = _Registration(loss_scale=attach(engine), overflow_limit=limit)
     for part in (engine, engine.module, engine.optimizer, getattr(engine, 'basic_optimizer', None)):
         if part is not None:

@@ -1,6 +1,7 @@
 """reduce_tensor and the named meetings, on 2 and 4 real ranks."""
 
 import os
+import re
 
 import pytest
 import torch
@@ -106,3 +107,15 @@ def test_threads_meet_after_the_process_group_is_gone(tmp_path):
         'tests.workers.talking:meet_after_the_group_is_gone', 2, tmp_path, timeout=30
     )
     assert results == [[0, 1], [0, 1]]
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+@pytest.mark.parametrize('stage', [1, 3])
+def test_comm_timeout_bounds_the_collectives_of_deepspeed(tmp_path, stage):
+    texts = run_ranks(
+        'tests.workers.talking:wait_for_a_lost_rank', 2, tmp_path,
+        timeout=120, expect_failure=True, stage=stage,
+    )  # fmt: skip
+    # gloo's words; torch's own default would have kept rank 0 waiting for 30 minutes
+    assert re.search('Timed out waiting 5000ms', texts[0]), texts[0][-2000:]

@@ -85,7 +85,7 @@ def load_pretrained(config: CfgNode, model: nn.Module, logger: logging.Logger) -
     partitioned = any(map(apply.is_partitioned, model.parameters()))
     values: Iterable[tuple[str, Any]]
     if readers == 'one':
-        init_distributed()
+        init_distributed(config)
         plan = _decide_on_rank_0(decide, checkpoint_option(config, 'IO_TIMEOUT'))
         values = _broadcast(plan.state)
     else:

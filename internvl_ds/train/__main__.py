@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = get_config(args)
     except ConfigError as error:  # no other rank is there yet: the text is all that helps
         raise SystemExit(f'error: {error}') from None
-    init_distributed()
+    init_distributed(config)
     run(config, args.deepspeed_config)
     # Not after an exception: leaving the process group may wait for ranks that are still in a
     # collective, where an exit at once lets the launcher end them.

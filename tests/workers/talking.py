@@ -251,3 +251,15 @@ def rank_0_ends_at_once(folder: str) -> None:
     brought = exchange('last', 1, 20)
     (next(Path(folder).glob('ranks-*')) / 'result_1.json').write_text(str(brought))
     os._exit(0)
+
+
+def wait_for_a_lost_rank(stage: int) -> None:
+    """Rank 1 never comes to the update; COMM.TIMEOUT ends the wait of rank 0."""
+    config = make_config(DATA__BATCH_SIZE=8, COMM__TIMEOUT=5)
+    model = make_model()
+    engine, optimizer = initialize(config, model, make_optimizer(model), zero_json(stage))
+    x, y = micro_batch(0, 0, 1, rank(), world_size())
+    loss = nn.functional.cross_entropy(engine(x), y)
+    if rank() == 1:
+        time.sleep(200)
+    NativeScalerWithGradNormCount()(loss, optimizer)

@@ -1,0 +1,137 @@
+"""Who started this process, as its environment says. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from internvl_ds.errors import ConfigError
+
+SINGLE, ENVIRONMENT, OPEN_MPI, MPICH, SLURM = (
+    'nobody', 'deepspeed or torchrun', 'Open MPI', 'MPICH or Intel MPI', 'Slurm',
+)  # fmt: skip
+
+# Slurm's jobs get a port from their id, so that two of them on one host do not meet.
+_PORTS = range(20000, 32000)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launcher announced to this process.
+
+    Attributes:
+        by: one of this module's constants.
+        rank, world_size: of all processes.
+        local_rank: of those on this host; None where it is to be found out.
+        master: host name or address, and port, of rank 0; None where they are to be agreed on.
+    """
+
+    by: str
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int | None = 0
+    master: tuple[str, int] | None = None
+
+
+def detect(environ: Mapping[str, str]) -> Launch:
+    """Reads RANK and its like, or else what mpirun, mpiexec.hydra or srun set.
+
+    Raises:
+        ConfigError: for variables that are incomplete or no numbers; they are named.
+    """
+    if 'RANK' in environ and 'WORLD_SIZE' in environ:
+        return Launch(
+            ENVIRONMENT,
+            _number(environ, 'RANK'),
+            _number(environ, 'WORLD_SIZE'),
+            _number(environ, 'LOCAL_RANK') if 'LOCAL_RANK' in environ else None,
+            _given_master(environ),
+        )
+    if 'OMPI_COMM_WORLD_SIZE' in environ:
+        return Launch(
+            OPEN_MPI,
+            _number(environ, 'OMPI_COMM_WORLD_RANK'),
+            _number(environ, 'OMPI_COMM_WORLD_SIZE'),
+            None,
+            _given_master(environ),
+        )
+    if 'PMI_SIZE' in environ:
+        rank, size = _number(environ, 'PMI_RANK'), _number(environ, 'PMI_SIZE')
+        return Launch(MPICH, rank, size, None, _given_master(environ))
+    # A batch script itself has SLURM_PROCID too, and is no rank; a step of srun is one.
+    if 'SLURM_STEP_NUM_TASKS' in environ and 'SLURM_PROCID' in environ:
+        return Launch(
+            SLURM,
+            _number(environ, 'SLURM_PROCID'),
+            _number(environ, 'SLURM_STEP_NUM_TASKS'),
+            _number(environ, 'SLURM_LOCALID'),
+            _given_master(environ) or _slurm_master(environ),
+        )
+    return Launch(SINGLE, master=_given_master(environ))
+
+
+def expand_nodes(text: str) -> list[str]:
+    """The hosts of a Slurm node list such as ``gpu[01-03,7],login``, in order.
+
+    Raises:
+        ConfigError: for what is none.
+    """
+    hosts: list[str] = []
+    for part in re.findall(r'(?:[^,\[]|\[[^\]]*\])+', text):
+        hosts += _expand(part)
+    if not hosts or text.count('[') != text.count(']'):
+        raise ConfigError(f'{text!r} is no Slurm node list')
+    return hosts
+
+
+def expand_tasks(text: str) -> list[int]:
+    """Tasks of each host, from Slurm's ``8(x2),4``.
+
+    Raises:
+        ConfigError: for what is none.
+    """
+    tasks: list[int] = []
+    for part in text.split(','):
+        match = re.fullmatch(r'(\d+)(?:\(x(\d+)\))?', part.strip())
+        if match is None:
+            raise ConfigError(f'{text!r} is no list of tasks per node')
+        tasks += [int(match[1])] * int(match[2] or 1)
+    return tasks
+
+
+def _expand(part: str) -> list[str]:
+    match = re.search(r'\[([^\]]*)\]', part)
+    if match is None:
+        return [part.strip()]
+    found = []
+    for item in match[1].split(','):
+        first, dash, last = item.partition('-')
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise ConfigError(f'{part!r} is no Slurm node list: {item!r} in it is no range')
+        before, after = part[: match.start()], part[match.end() :]
+        for number in range(int(first), int(last or first) + 1):
+            found += _expand(f'{before}{number:0{len(first)}d}{after}')
+    return found
+
+
+def _slurm_master(environ: Mapping[str, str]) -> tuple[str, int]:
+    nodes = environ.get('SLURM_STEP_NODELIST') or environ.get('SLURM_JOB_NODELIST')
+    if not nodes:
+        raise ConfigError('srun started this process, but SLURM_STEP_NODELIST is not set')
+    job, step = (environ.get(key, '0') for key in ('SLURM_JOB_ID', 'SLURM_STEP_ID'))
+    number = int(job) * 7 + int(step) if job.isdigit() and step.isdigit() else 0
+    return expand_nodes(nodes)[0], _PORTS[number % len(_PORTS)]
+
+
+def _given_master(environ: Mapping[str, str]) -> tuple[str, int] | None:
+    if 'MASTER_ADDR' in environ and 'MASTER_PORT' in environ:
+        return environ['MASTER_ADDR'], _number(environ, 'MASTER_PORT')
+    return None
+
+
+def _number(environ: Mapping[str, str], name: str) -> int:
+    text = environ.get(name)
+    if text is None or not text.strip().isdigit():
+        raise ConfigError(f'{name} is {text!r} in the environment, where a launcher sets a number')
+    return int(text)
