@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from internvl_ds.comm import init_distributed, leave, shutdown
+from internvl_ds.comm import init_distributed, leave, rank, shutdown
 from internvl_ds.config import get_config
 from internvl_ds.errors import ConfigError
+from internvl_ds.files import write_text
 from internvl_ds.train.loop import run
 
 
@@ -53,9 +56,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(f'error: {error}') from None
     init_distributed(config)
     run(config, args.deepspeed_config)
+    first = rank() == 0
     # Not after an exception: leaving the process group may wait for ranks that are still in a
     # collective, where an exit at once lets the launcher end them.
     shutdown()
+    if first and os.environ.get('INTERNVL_DS_RESULT'):
+        # The launch scripts tell a finished job by this, whatever their launcher returns.
+        write_text(Path(os.environ['INTERNVL_DS_RESULT']), 'finished\n')
 
 
 def _switch(text: str) -> dict[str, Any]:

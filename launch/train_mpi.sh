@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# Trains under the MPI that is there: Open MPI, MPICH or Intel MPI.
+#
+#   bash launch/train_mpi.sh -n 16 --hostfile hosts --ppn 8 -- --cfg NAME --data-path DIR ...
+#
+#   -n N             ranks in all
+#   --hostfile FILE  hosts, one a line (Open MPI: "host slots=8"; MPICH: "host:8")
+#   --ppn N          ranks on each host
+#   --allow-root     let Open MPI run as root
+#   --dry-run        print the command, and run nothing
+#
+# What comes after -- goes to internvl_ds.train. The exit status is 0 only when rank 0 has come to the
+# end of the program.
+set -euo pipefail
+# shellcheck source=launch/job.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/job.sh"
+
+ranks='' hostfile='' ppn='' root=()
+while (($#)); do
+  case $1 in
+    -n | -np) ranks=${2-} && shift ;;
+    --hostfile) hostfile=${2-} && shift ;;
+    --ppn) ppn=${2-} && shift ;;
+    --allow-root) root=(--allow-run-as-root) ;;
+    --dry-run) DRY_RUN=1 ;;
+    -h | --help) usage ;;
+    --) shift && break ;;
+    *) die "unknown option $1; --help lists them, and -- comes before those of the program" ;;
+  esac
+  shift
+done
+[[ $ranks =~ ^[1-9][0-9]*$ ]] || die '-n N is needed: how many ranks'
+[[ -z $ppn || $ppn =~ ^[1-9][0-9]*$ ]] || die "--ppn $ppn is no number"
+[[ -z $hostfile || -r $hostfile ]] || die "--hostfile $hostfile cannot be read"
+command -v mpirun >/dev/null || die 'no mpirun on PATH; pip install internvl_ds[mpi] brings Open MPI'
+
+mapfile -t variables < <(set_variables)
+version=$(mpirun --version 2>&1 | head -n 3)
+case $version in
+  *'Open MPI'* | *prterun*)
+    # Without --bind-to none ranks share a core, and their local ranks may differ from the count.
+    command=(mpirun -np "$ranks" --bind-to none "${root[@]}")
+    [[ -z $hostfile ]] || command+=(--hostfile "$hostfile")
+    [[ -z $ppn ]] || command+=(--map-by "ppr:$ppn:node")
+    [[ -n $hostfile ]] || command+=(--oversubscribe)
+    for name in "${variables[@]}"; do command+=(-x "$name"); done
+    ;;
+  *HYDRA* | *[Mm][Pp][Ii][Cc][Hh]* | *Intel*)
+    command=(mpirun -n "$ranks")
+    [[ -z $hostfile ]] || command+=(-f "$hostfile")
+    [[ -z $ppn ]] || command+=(-ppn "$ppn")
+    command+=(-genvlist "$(IFS=, && printf '%s' "${variables[*]}")")
+    ;;
+  *) die "$(command -v mpirun) is of an MPI that is not known here: $version" ;;
+esac
+run_job "${command[@]}" "${PYTHON:-python}" -m internvl_ds.train "$@"

@@ -1,0 +1,191 @@
+"""The train_*.sh scripts: the commands that they make, and real jobs that end well and badly."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+
+from tests.ranks import ROOT, base_env, run_command
+from tests.workers.training import small_config, write_folder
+
+MPI = pytest.mark.skipif(not shutil.which('mpirun'), reason='the mpi extra is not installed')
+
+
+def script(name, *arguments, timeout=60, **env):
+    return run_command(['bash', str(ROOT / 'launch' / name), *arguments], timeout, env=env)
+
+
+def dry(name, *arguments, **env):
+    job = script(name, *arguments, '--dry-run', '--', '--cfg', 'digits', **env)
+    assert job.returncode == 0, job.output
+    return job.output.split()
+
+
+@pytest.mark.parametrize('name', ['train_mpi.sh', 'train_deepspeed.sh'])
+def test_help_is_the_comment_at_the_top(name):
+    job = script(name, '--help')
+    assert job.returncode == 0
+    assert '--dry-run        print the command, and run nothing' in job.output
+    assert '#' not in job.output
+
+
+@pytest.mark.parametrize(
+    ('name', 'arguments', 'words'),
+    [
+        ('train_mpi.sh', ['--'], '-n N is needed'),
+        ('train_mpi.sh', ['-n', 'two', '--'], '-n N is needed'),
+        ('train_mpi.sh', ['-n', '2', '--ppn', 'x', '--'], '--ppn x is no number'),
+        (
+            'train_mpi.sh',
+            ['-n', '2', '--hostfile', '/none', '--'],
+            '--hostfile /none cannot be read',
+        ),
+        ('train_mpi.sh', ['-n', '2', '--cfg', 'x'], 'unknown option --cfg'),
+        ('train_deepspeed.sh', ['-n', 'x', '--'], '-n x is no number'),
+        ('train_deepspeed.sh', ['--port', 'x', '--'], '--port x is no number'),
+        ('train_deepspeed.sh', ['--hostfile', '/none', '--'], '/none cannot be read'),
+    ],
+)
+def test_wrong_usage_is_named(name, arguments, words):
+    job = script(name, *arguments)
+    assert job.returncode == 2
+    assert f'{name}: error: ' in job.output
+    assert words in job.output
+
+
+@MPI
+def test_the_dialect_of_open_mpi(tmp_path):
+    words = dry('train_mpi.sh', '-n', '4')
+    assert words[:5] == ['mpirun', '-np', '4', '--bind-to', 'none']
+    assert '--allow-run-as-root' not in words
+    assert words[-5:] == ['python', '-m', 'internvl_ds.train', '--cfg', 'digits']
+    hosts = tmp_path / 'hosts'
+    hosts.write_text('a slots=2\n')
+    words = dry('train_mpi.sh', '-n', '4', '--hostfile', str(hosts), '--ppn', '2', '--allow-root')
+    assert words[5:10] == [
+        '--allow-run-as-root',
+        '--hostfile',
+        str(hosts),
+        '--map-by',
+        'ppr:2:node',
+    ]
+    assert words[(at := words.index('OMP_NUM_THREADS')) - 1 : at + 1] == ['-x', 'OMP_NUM_THREADS']
+
+
+@pytest.mark.parametrize(
+    'version', ['HYDRA build details:', 'Intel(R) MPI Library for Linux* OS, Version 2021.13']
+)
+def test_the_dialect_of_mpich_and_intel(tmp_path, version):
+    fake = tmp_path / 'mpirun'
+    fake.write_text(f'#!/bin/sh\necho "{version}"\n')
+    fake.chmod(0o755)
+    hosts = tmp_path / 'hosts'
+    hosts.write_text('a:2\n')
+    env = base_env()
+    env['PATH'] = f'{tmp_path}:{env["PATH"]}'
+    command = ['bash', str(ROOT / 'launch' / 'train_mpi.sh'), '-n', '4', '--ppn', '2']
+    command += ['--hostfile', str(hosts), '--dry-run', '--', '--cfg', 'x']
+    words = subprocess.run(command, env=env, capture_output=True, text=True).stdout.split()
+    assert words[:7] == ['mpirun', '-n', '4', '-f', str(hosts), '-ppn', '2']
+    assert words[7] == '-genvlist'
+    assert 'PATH' in words[8].replace('\\', '').split(',')
+
+
+def test_the_deepspeed_launcher_gets_a_free_port(tmp_path):
+    words = dry('train_deepspeed.sh', '-n', '2')
+    assert words[:3] == ['deepspeed', '--num_gpus', '2']
+    assert 1024 < int(words[words.index('--master_port') + 1]) < 65536
+    hosts = tmp_path / 'hosts'
+    hosts.write_text('a slots=2\n')
+    words = dry('train_deepspeed.sh', '--hostfile', str(hosts), '--port', '4242')
+    assert words[:6] == [
+        'deepspeed',
+        '--hostfile',
+        str(hosts),
+        '--force_multi',
+        '--master_port',
+        '4242',
+    ]
+
+
+@pytest.fixture(scope='module')
+def cfg(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('job')
+    data = write_folder(folder / 'images', classes=3, train=12, val=6)
+    path = folder / 'small.yaml'
+    values = {'TRAIN__EPOCHS': 1, 'TRAIN__WARMUP_EPOCHS': 0, 'DATA__BATCH_SIZE': 2}
+    path.write_text(small_config(data, **values).dump())
+    return path
+
+
+STARTS = [
+    pytest.param('train_mpi.sh', ['-n', '2', '--allow-root'], marks=MPI),
+    ('train_deepspeed.sh', ['-n', '2']),
+]
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+@pytest.mark.parametrize(('name', 'options'), STARTS)
+def test_a_job_that_ends_well_and_one_that_does_not(tmp_path, cfg, name, options):
+    program = ['--', '--cfg', str(cfg), '--output', str(tmp_path / 'out')]
+    job = script(name, *options, *program, timeout=240)
+    assert job.returncode == 0, job.output[-4000:]
+    metrics = (tmp_path / 'out' / 'small' / 'metrics.jsonl').read_text()
+    assert json.loads(metrics)['epoch'] == 0
+    job = script(name, *options, *program, '--opts', 'DATA.DATA_PATH', '/none', timeout=240)
+    assert job.returncode != 0
+    assert '/none' in job.output
+    assert not [p for p in ROOT.iterdir() if p.name.startswith('.internvl_ds-result')]
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_a_launcher_that_returns_0_for_a_failed_job_is_not_believed(tmp_path):
+    fake = tmp_path / 'deepspeed'
+    fake.write_text('#!/bin/sh\nexit 0\n')
+    fake.chmod(0o755)
+    env = base_env()
+    env['PATH'] = f'{tmp_path}:{env["PATH"]}'
+    command = ['bash', str(ROOT / 'launch' / 'train_deepspeed.sh'), '--', '--cfg', 'x']
+    job = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert job.returncode == 1
+    assert 'returned 0, but rank 0 did not reach the end of the program' in job.stderr
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_sigterm_to_the_script_leaves_no_rank_behind(tmp_path, cfg):
+    mark = f'marks-{os.getpid()}-{time.monotonic_ns()}'
+    command = [
+        'bash',
+        str(ROOT / 'launch' / 'train_deepspeed.sh'),
+        '-n',
+        '2',
+        '--',
+        '--cfg',
+        str(cfg),
+    ]
+    command += ['--output', str(tmp_path / mark), '--opts', 'TRAIN.EPOCHS', '10000']
+    log = tmp_path / 'log'
+    with log.open('wb') as output:
+        job = subprocess.Popen(
+            command, env=base_env(INTERNVL_DS_GRACE='10'), cwd=tmp_path, stdout=output,
+            stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while 'epoch 1:' not in log.read_text() and time.monotonic() < deadline:
+            assert job.poll() is None, log.read_text()[-3000:]
+            time.sleep(0.5)
+        job.send_signal(signal.SIGTERM)
+        assert job.wait(timeout=90) != 0
+    finally:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+    left = subprocess.run(['pgrep', '-f', mark], capture_output=True, text=True).stdout.split()
+    assert left == []
