@@ -66,9 +66,13 @@ def init_distributed(config: CfgNode | None = None) -> None:
         RankError: when mpi4py is of another MPI than the launcher, or rank 0 cannot be reached.
         ConfigError: for incomplete variables of a launcher.
     """
+    global _limit
     if dist.is_initialized():
         return
-    settings = {**default_config().COMM, **(get_option(config, 'COMM', {}) if config else {})}
+    settings = {
+        **default_config().COMM,
+        **(get_option(config, 'COMM', {}) if config is not None else {}),
+    }
     launch = launchers.detect(os.environ)
     local_rank, on_host, master = launch.local_rank or 0, None, launch.master
     communicator = None
@@ -93,7 +97,8 @@ def init_distributed(config: CfgNode | None = None) -> None:
     _join(launch, settings['INIT_TIMEOUT'])
     if communicator is not None:
         mpi.abort_on_exceptions(communicator)
-    limit_collectives(settings['TIMEOUT'])
+    _limit = settings['TIMEOUT']
+    limit_collectives()
     if launch.rank == 0:
         logger.info(
             'started by %s: %d ranks%s, rank 0 at %s:%s',
@@ -118,16 +123,20 @@ def _join(launch: launchers.Launch, limit: float) -> None:
         ) from error
 
 
-def limit_collectives(seconds: float | None = None) -> None:
+def limit_collectives(config: CfgNode | None = None) -> None:
     """Bounds every collective of every process group that there is, those of DeepSpeed too.
 
-    Groups that are made later need it again. DEEPSPEED_TIMEOUT reaches the first one only.
+    Groups that are made later need it again. DEEPSPEED_TIMEOUT reaches the first one only. Groups
+    that the program made itself, with a limit of its own, keep it unless COMM.TIMEOUT is set.
 
     Args:
-        seconds: as COMM.TIMEOUT; None for what was said last.
+        config: COMM.TIMEOUT (seconds) is read; None for what was said last.
     """
     global _limit
-    _limit = seconds if seconds is not None else _limit
+    default = default_config().COMM.TIMEOUT
+    seconds = get_option(config, 'COMM.TIMEOUT', default) if config is not None else _limit
+    if _limit is not None or seconds != default:
+        _limit = seconds
     if _limit is None or not torch_dist.is_initialized():
         return
     for group in list(distributed_c10d._world.pg_map):

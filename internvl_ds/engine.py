@@ -110,7 +110,7 @@ def initialize(
         config=resolved,
     )
     register(engine, lr_scheduler=lr_scheduler)
-    limit_collectives(get_option(config, 'COMM.TIMEOUT', default_config().COMM.TIMEOUT))
+    limit_collectives(config)
     registration = _registrations[engine]
     logger.info(
         'trains in %s at ZeRO stage %d%s',
@@ -152,7 +152,7 @@ def register(engine: DeepSpeedEngine, *, lr_scheduler: Any = None) -> DeepSpeedE
         if engine.global_steps == 0:
             _undo_dummy_step(engine.optimizer)
         limit = get_option(default_config(), _LIMIT_KEY, 0)
-        limit_collectives()  # those of the groups that DeepSpeed has just made
+        limit_collectives()  # of the groups that DeepSpeed has just made
         _registrations[engine] = _Registration(loss_scale=attach(engine), overflow_limit=limit)
     for part in (engine, engine.module, engine.optimizer, getattr(engine, 'basic_optimizer', None)):
         if part is not None:

@@ -41,13 +41,10 @@ def detect(environ: Mapping[str, str]) -> Launch:
         ConfigError: for variables that are incomplete or no numbers; they are named.
     """
     if 'RANK' in environ and 'WORLD_SIZE' in environ:
-        return Launch(
-            ENVIRONMENT,
-            _number(environ, 'RANK'),
-            _number(environ, 'WORLD_SIZE'),
-            _number(environ, 'LOCAL_RANK') if 'LOCAL_RANK' in environ else None,
-            _given_master(environ),
-        )
+        rank, size = _number(environ, 'RANK'), _number(environ, 'WORLD_SIZE')
+        # a guess would put all ranks of a host on one GPU
+        local = 0 if size == 1 and 'LOCAL_RANK' not in environ else _number(environ, 'LOCAL_RANK')
+        return Launch(ENVIRONMENT, rank, size, local, _given_master(environ))
     if 'OMPI_COMM_WORLD_SIZE' in environ:
         return Launch(
             OPEN_MPI,

@@ -33,6 +33,7 @@ SRUN = {
     [
         ({}, Launch(SINGLE)),
         (MASTER, Launch(SINGLE, master=('10.1.2.3', 4242))),
+        ({'RANK': '0', 'WORLD_SIZE': '1'}, Launch(ENVIRONMENT)),
         (TORCHRUN, Launch(ENVIRONMENT, 3, 8, 1, ('10.1.2.3', 4242))),
         (OMPI, Launch(OPEN_MPI, 2, 4, None, None)),
         (OMPI | MASTER, Launch(OPEN_MPI, 2, 4, None, ('10.1.2.3', 4242))),
@@ -61,6 +62,7 @@ def test_two_steps_of_slurm_have_other_ports():
     ('environ', 'named'),
     [
         ({'RANK': 'x', 'WORLD_SIZE': '2'}, "RANK is 'x'"),
+        ({'RANK': '1', 'WORLD_SIZE': '2'}, 'LOCAL_RANK is None'),
         ({'OMPI_COMM_WORLD_SIZE': '2'}, 'OMPI_COMM_WORLD_RANK is None'),
         ({'PMI_SIZE': '2', 'PMI_RANK': '-1'}, "PMI_RANK is '-1'"),
         ({**TORCHRUN, 'MASTER_PORT': 'http'}, "MASTER_PORT is 'http'"),
