@@ -38,9 +38,7 @@ def attach(engine: DeepSpeedEngine) -> LossScale | None:
         # clipping do not know, and a loss_scaler of 1, which they do.
         optimizer.torch_autocast_gradscaler = None
         optimizer.dynamic_loss_scale = scale.dynamic
-        optimizer.loss_scaler = CreateLossScaler(
-            torch.float16, scale.scale, scale.dynamic, engine.dynamic_loss_scale_args()
-        )
+        optimizer.loss_scaler = _new_loss_scaler(engine, scale)
     if scale is not None:
         push(engine, scale)
     return scale
@@ -62,7 +60,7 @@ def push(engine: DeepSpeedEngine, scale: LossScale) -> None:
     if steps_client_optimizer(engine):
         _set_grad_scaler(engine.torch_autocast_z0_gradscaler, scale.scale)
         return
-    holder = getattr(optimizer, 'loss_scaler', None) or optimizer.loss_scale_config
+    holder = _holder(optimizer)
     holder.cur_scale = scale.scale
     if scale.dynamic:
         # DeepSpeed grows when cur_iter - last_overflow_iter - 1 is a multiple of its window.
@@ -76,7 +74,7 @@ def pull(engine: DeepSpeedEngine, scale: LossScale) -> None:
     """Takes over what DeepSpeed's own load has put into those fields, and puts settings back."""
     optimizer = engine.optimizer
     if not steps_client_optimizer(engine) and scale.dynamic:
-        holder = getattr(optimizer, 'loss_scaler', None) or optimizer.loss_scale_config
+        holder = _holder(optimizer)
         successes = holder.cur_iter - (holder.last_overflow_iter or -1) - 2
         scale.load_state_dict(
             {
@@ -86,9 +84,7 @@ def pull(engine: DeepSpeedEngine, scale: LossScale) -> None:
             }
         )
     if not steps_client_optimizer(engine) and engine.zero_optimization_stage():
-        optimizer.loss_scaler = CreateLossScaler(
-            torch.float16, scale.scale, scale.dynamic, engine.dynamic_loss_scale_args()
-        )
+        optimizer.loss_scaler = _new_loss_scaler(engine, scale)
     push(engine, scale)
 
 
@@ -148,6 +144,17 @@ def skipping_non_finite(engine: DeepSpeedEngine) -> Iterator[torch.amp.GradScale
 
 def _leave_scale(has_overflow: bool = False) -> None:
     """Stands for the optimizer's ``_update_scale`` during a step."""
+
+
+def _holder(optimizer: Any) -> Any:
+    """What one of DeepSpeed's optimizers keeps its scale in: at stages 1 to 3, or at stage 0."""
+    return getattr(optimizer, 'loss_scaler', None) or optimizer.loss_scale_config
+
+
+def _new_loss_scaler(engine: DeepSpeedEngine, scale: LossScale) -> Any:
+    return CreateLossScaler(
+        torch.float16, scale.scale, scale.dynamic, engine.dynamic_loss_scale_args()
+    )
 
 
 def _scales(engine: DeepSpeedEngine) -> bool:

@@ -12,7 +12,12 @@ from torch import nn
 
 from internvl_ds.checkpoint.named import Flat, NamedState, fill
 from internvl_ds.checkpoint.partition import Layout, owned, shapes_of
-from internvl_ds.checkpoint.restore import model_shapes, release_gathered, require_same_model
+from internvl_ds.checkpoint.restore import (
+    model_shapes,
+    own_slice,
+    release_gathered,
+    require_same_model,
+)
 from internvl_ds.errors import CheckpointError, CheckpointMismatch, few
 from internvl_ds.masters import master_weights, partitioning, push_masters
 
@@ -184,9 +189,7 @@ def _fixed(
             continue
         flat = weights[name]
         if hasattr(target, 'ds_tensor'):
-            length = target.ds_tensor.ds_numel
-            start = torch.distributed.get_rank(group=target.ds_process_group) * length
-            bounds = (min(start, flat.numel), min(start + length, flat.numel))
+            bounds = own_slice(target)
             flat.pieces(*bounds)
             found.append((target.ds_tensor.data, flat, bounds))
         else:

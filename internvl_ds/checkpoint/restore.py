@@ -9,6 +9,7 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
+from internvl_ds.checkpoint.named import Flat
 from internvl_ds.errors import CheckpointMismatch, few
 from internvl_ds.persistent import gather_persistent
 
@@ -67,7 +68,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], where: s
         release_gathered(optimizer)
         for name, target in module.state_dict(keep_vars=True).items():
             if hasattr(target, 'ds_tensor'):
-                _copy_slice(target, weights[name], engine)
+                copy_slice(target, Flat.of(f'{where}: {name}', weights[name]))
             else:
                 target.copy_(weights[name])
         gather_persistent(optimizer)
@@ -83,9 +84,14 @@ def release_gathered(optimizer: Any) -> None:
     getattr(optimizer, 'parameter_offload', optimizer).partition_all_parameters()
 
 
-def _copy_slice(parameter: Any, whole: torch.Tensor, engine: DeepSpeedEngine) -> None:
-    own = parameter.ds_tensor
-    length = own.ds_numel
-    rank = torch.distributed.get_rank(group=parameter.ds_process_group)
-    piece = whole.reshape(-1)[rank * length : (rank + 1) * length]
-    own.data[: piece.numel()].copy_(piece)
+def own_slice(parameter: Any) -> tuple[int, int]:
+    """The elements of a parameter, cut up by ZeRO-3 or zero.Init, that this rank keeps."""
+    length, whole = parameter.ds_tensor.ds_numel, parameter.ds_numel
+    start = torch.distributed.get_rank(group=parameter.ds_process_group) * length
+    return min(start, whole), min(start + length, whole)
+
+
+def copy_slice(parameter: Any, whole: Flat) -> None:
+    """Copies this rank's elements of a whole tensor into its slice of the parameter."""
+    start, stop = own_slice(parameter)
+    whole.copy_to(parameter.ds_tensor.data[: stop - start], start)

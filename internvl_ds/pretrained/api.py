@@ -278,11 +278,10 @@ def _broadcast(state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _take_rows(parameter: Any) -> nn.Parameter:
-    if not apply.is_partitioned(parameter):
-        rows = head.imagenet_22k_rows().to(parameter.device)
-        return nn.Parameter(parameter.detach()[rows], requires_grad=parameter.requires_grad)
-    with deepspeed.zero.GatheredParameters([parameter]):
+    partitioned = apply.is_partitioned(parameter)
+    with deepspeed.zero.GatheredParameters([parameter], enabled=partitioned):
         rows = head.imagenet_22k_rows().to(parameter.device)
         taken = nn.Parameter(parameter.detach()[rows], requires_grad=parameter.requires_grad)
-    parameter.convert_to_zero_parameters([taken])
+    if partitioned:
+        parameter.convert_to_zero_parameters([taken])
     return taken

@@ -10,6 +10,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
 from internvl_ds.checkpoint.named import Flat
+from internvl_ds.checkpoint.restore import copy_slice
 from internvl_ds.errors import PretrainedError, few
 from internvl_ds.pretrained.transforms import Specs, State, TensorSpec, is_weight, read
 
@@ -155,20 +156,6 @@ def write(model: nn.Module, values: Iterable[tuple[str, Tensor | Flat]]) -> None
     for key, value in values:
         target = targets[key]
         if is_partitioned(target):
-            _write_slice(target, value)
+            copy_slice(target, value if isinstance(value, Flat) else Flat.of(key, value))
         else:
             target.copy_(read(value))
-
-
-def _write_slice(parameter: Any, value: Tensor | Flat) -> None:
-    own = parameter.ds_tensor
-    length, whole = own.ds_numel, parameter.ds_numel
-    rank = torch.distributed.get_rank(group=parameter.ds_process_group)
-    start, stop = min(rank * length, whole), min((rank + 1) * length, whole)
-    pieces = (
-        value.pieces(start, stop) if isinstance(value, Flat) else [value.reshape(-1)[start:stop]]
-    )
-    at = 0
-    for piece in pieces:
-        own.data[at : at + piece.numel()].copy_(piece)
-        at += piece.numel()

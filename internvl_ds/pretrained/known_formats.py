@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from internvl_ds.errors import PretrainedError
+from internvl_ds.pretrained.apply import is_partitioned
 from internvl_ds.pretrained.transforms import Note, Result, Specs, State, is_weight, read
 
 
@@ -56,7 +57,7 @@ def _wide(key: str, value: torch.Tensor) -> torch.Tensor:
 @contextmanager
 def _whole_shapes(model: nn.Module) -> Iterator[None]:
     """Shows partitioned parameters in their whole shapes, with nothing in them."""
-    partitioned: list[Any] = [p for p in model.parameters() if hasattr(p, 'ds_id')]
+    partitioned: list[Any] = [p for p in model.parameters() if is_partitioned(p)]
     kept = [p.data for p in partitioned]
     try:
         for p in partitioned:
