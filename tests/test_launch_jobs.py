@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tests.ranks import ROOT, base_env, run_command
+from tests.ranks import ROOT, base_env, free_port, remove_shm_buffers, run_command
 from tests.workers.training import small_config, write_folder
 
 MPI = pytest.mark.skipif(not shutil.which('mpirun'), reason='the mpi extra is not installed')
@@ -132,7 +132,17 @@ STARTS = [
 @pytest.mark.slow
 @pytest.mark.parametrize(('name', 'options'), STARTS)
 def test_a_job_that_ends_well_and_one_that_does_not(tmp_path, cfg, name, options):
+    port = str(free_port())
+    if name == 'train_deepspeed.sh':
+        options = [*options, '--port', port]
     program = ['--', '--cfg', str(cfg), '--output', str(tmp_path / 'out')]
+    try:
+        _run_both(tmp_path, name, options, program)
+    finally:
+        remove_shm_buffers(port)
+
+
+def _run_both(tmp_path, name, options, program):
     job = script(name, *options, *program, timeout=240)
     assert job.returncode == 0, job.output[-4000:]
     metrics = (tmp_path / 'out' / 'small' / 'metrics.jsonl').read_text()
@@ -160,16 +170,10 @@ def test_a_launcher_that_returns_0_for_a_failed_job_is_not_believed(tmp_path):
 @pytest.mark.ranks
 @pytest.mark.slow
 def test_sigterm_to_the_script_leaves_no_rank_behind(tmp_path, cfg):
+    port = str(free_port())
     mark = f'marks-{os.getpid()}-{time.monotonic_ns()}'
-    command = [
-        'bash',
-        str(ROOT / 'launch' / 'train_deepspeed.sh'),
-        '-n',
-        '2',
-        '--',
-        '--cfg',
-        str(cfg),
-    ]
+    command = ['bash', str(ROOT / 'launch' / 'train_deepspeed.sh'), '-n', '2', '--port', port]
+    command += ['--', '--cfg', str(cfg)]
     command += ['--output', str(tmp_path / mark), '--opts', 'TRAIN.EPOCHS', '10000']
     log = tmp_path / 'log'
     with log.open('wb') as output:
@@ -187,5 +191,6 @@ def test_sigterm_to_the_script_leaves_no_rank_behind(tmp_path, cfg):
     finally:
         if job.poll() is None:
             os.killpg(job.pid, signal.SIGKILL)
+        remove_shm_buffers(port)
     left = subprocess.run(['pgrep', '-f', mark], capture_output=True, text=True).stdout.split()
     assert left == []
