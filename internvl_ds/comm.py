@@ -199,8 +199,8 @@ def _wait_for_the_others() -> None:
             logger.warning('rank 0 leaves; rank %s is not done yet', _listed(late))
 
 
-def leave() -> NoReturn:
-    """Ends a process whose work is done, with status 0, after `shutdown`.
+def leave(status: int = 0) -> NoReturn:
+    """Ends a process whose work is done, after `shutdown`.
 
     Exit functions run and output is flushed, but the interpreter is not torn down: C++ threads of
     torch and DeepSpeed can abort that, and a finished job would look failed.
@@ -210,7 +210,7 @@ def leave() -> NoReturn:
     mpi.finalize()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(status)
 
 
 def free_port() -> int:
@@ -331,6 +331,16 @@ def _wait_for_keys(store: Any, keys: list[str], what: str, timeout: float, deadl
             'Every rank must make this call: remove an `if rank == 0` around it, and look in the '
             'output of the missing rank for an error of its own.'
         ) from error
+
+
+def raise_request(name: str) -> None:
+    """Tells every rank that asks `request_is_raised`; any rank may call it. Not a meeting."""
+    _store().set(f'internvl_ds/request/{name}', '')
+
+
+def request_is_raised(name: str) -> bool:
+    """Whether any rank has called `raise_request` with this name."""
+    return bool(_store().check([f'internvl_ds/request/{name}']))
 
 
 def gather(what: str, value: Any, timeout: float) -> list[Any] | None:

@@ -72,6 +72,12 @@ _C.TRAIN.MAX_CONSECUTIVE_OVERFLOWS = 25
 # (new) The training program saves ckpt_epoch_overflow before that error.
 _C.TRAIN.SAVE_ON_OVERFLOW = False
 _C.TRAIN.USE_CHECKPOINT = False  # activation checkpointing
+# (new) Save inside an epoch, as ckpt_epoch_E_step_S: every so many updates, and at the first update
+# that ends so many minutes after the last save; 0: not.
+_C.TRAIN.SAVE_STEPS = 0
+_C.TRAIN.SAVE_MINUTES = 0.0
+# (new) Exit status of a run that SIGTERM or SIGUSR1 had save and stop.
+_C.TRAIN.PREEMPT_EXIT_CODE = 0
 
 _C.TRAIN.LR_SCHEDULER = CN()
 _C.TRAIN.LR_SCHEDULER.NAME = 'cosine'  # cosine, linear, step
@@ -129,6 +135,8 @@ _C.CHECKPOINT.ASYNC = False
 _C.CHECKPOINT.KEEP_BEST = 0
 # Every epoch that this divides stays for good (0: none).
 _C.CHECKPOINT.KEEP_EVERY = 0
+# How many tags saved inside an epoch stay; the one saved last always does.
+_C.CHECKPOINT.KEEP_STEPS = 1
 
 _C.COMM = CN()  # (new)
 _C.COMM.TIMEOUT = 1800  # seconds within which a collective must end, in every process group

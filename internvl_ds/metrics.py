@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -32,6 +34,15 @@ class MyAverageMeter:
         self.val = float(val)
         if math.isfinite(self.val):
             self._window.append(self.val)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The last value and the window, as plain numbers."""
+        return {'val': self.val, 'window': list(self._window)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on with what `state_dict` told."""
+        self.val = state['val']
+        self._window = deque(state['window'], maxlen=self._window.maxlen)
 
     @property
     def avg(self) -> float:

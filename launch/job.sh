@@ -26,45 +26,70 @@ set_variables() {
   done
 }
 
-# Runs the command, or prints it with DRY_RUN=1. Some launchers return 0 for a job that failed, so
-# what counts is that rank 0 has recorded the end of the program; the directory must be one that its
-# host sees too (INTERNVL_DS_RESULT, by default below the current directory).
+# Runs the command, or prints it with DRY_RUN=1.
 #
-# SIGTERM and SIGINT go to all processes of the job on this host: the deepspeed launcher would die of
-# one alone, and leave its ranks training.
+# What counts is what rank 0 writes into the file INTERNVL_DS_RESULT (by default below the current
+# directory, which its host must see too), because some launchers return 0 for a job that failed:
+# "training", then "finished", or "preempted N" where N is to be the exit status.
+#
+# SIGTERM or SIGUSR1 has a job that is training save and stop, by a file beside that one. Signals to
+# launchers would not: deepspeed's dies alone and leaves its ranks training, Open MPI's kills them.
+# A second signal, or INTERNVL_DS_GRACE seconds without an end, ends all processes of the job on this
+# host; so do SIGINT, and the first signal where nothing is training.
 run_job() {
   if [[ ${DRY_RUN:-0} == 1 ]]; then
     printf '%q ' "$@"
     printf '\n'
     return
   fi
-  local code=0 job
-  rm -f -- "$INTERNVL_DS_RESULT"
+  local code=0 job guard='' asked=0 result
+  rm -f -- "$INTERNVL_DS_RESULT" "$INTERNVL_DS_RESULT.stop"
+  trap 'asked=$((asked + 1))' TERM USR1
+  trap 'asked=2' INT
   set -m # the job becomes a process group of its own
   "$@" &
   job=$!
-  set +m
-  # shellcheck disable=SC2064 # the group is known now
-  trap "kill -TERM -- -$job 2>/dev/null" TERM
-  # shellcheck disable=SC2064
-  trap "kill -INT -- -$job 2>/dev/null" INT
   while :; do
     wait "$job" && code=0 || code=$?
-    kill -0 "$job" 2>/dev/null || break # a signal ends the wait, not the job
+    kill -0 "$job" 2>/dev/null || break
+    # A signal has ended the wait, not the job.
+    if ((asked > 1)) || [[ ! -s $INTERNVL_DS_RESULT ]]; then
+      end_group "$job"
+    elif [[ -z $guard ]]; then
+      : >"$INTERNVL_DS_RESULT.stop"
+      say "asked the job to save and to stop; a second signal ends it at once"
+      (sleep "${INTERNVL_DS_GRACE:-300}" && kill -TERM $$) &
+      guard=$!
+    fi
   done
+  trap '' TERM USR1 INT
   end_group "$job"
-  if ((code == 0)) && [[ ! -s $INTERNVL_DS_RESULT ]]; then
-    printf '%s: error: %s returned 0, but rank 0 did not reach the end of the program\n' \
-      "$(basename -- "$0")" "$1" >&2
-    code=1
-  fi
-  rm -f -- "$INTERNVL_DS_RESULT"
+  [[ -z $guard ]] || kill -KILL -- "-$guard" 2>/dev/null || true
+  result=$(cat -- "$INTERNVL_DS_RESULT" 2>/dev/null || true)
+  rm -f -- "$INTERNVL_DS_RESULT" "$INTERNVL_DS_RESULT.stop"
+  case $result in
+    finished) ;;
+    'preempted '*)
+      code=${result#preempted }
+      say "saved and stopped, as asked; the same command goes on from there (exit status $code)"
+      ;;
+    *)
+      ((code != 0)) || {
+        say "error: $1 returned 0, but rank 0 did not reach the end of the program"
+        code=1
+      }
+      ;;
+  esac
   return "$code"
 }
 
-# Ends what a launcher has left behind, after ${INTERNVL_DS_GRACE:-30} seconds by force.
+say() {
+  printf '%s: %s\n' "$(basename -- "$0")" "$1" >&2
+}
+
+# Ends what is left of a job, after 30 seconds by force.
 end_group() {
-  local left=${INTERNVL_DS_GRACE:-30}
+  local left=30
   kill -TERM -- "-$1" 2>/dev/null || return 0
   while ((left-- > 0)) && kill -0 -- "-$1" 2>/dev/null; do sleep 1; done
   kill -KILL -- "-$1" 2>/dev/null || true

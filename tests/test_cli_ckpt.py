@@ -22,7 +22,8 @@ SHARD = 'mp_rank_00_model_states.pt'
 CONFIG = 'MODEL:\n  NAME: vit\n'
 TAG_KEYS = [
     'tag', 'path', 'size', 'epoch', 'max_accuracy', 'sequence', 'saved_at', 'zero_stage',
-    'world_size', 'precision', 'global_steps', 'versions', 'verified', 'problems',
+    'world_size', 'precision', 'global_steps', 'versions', 'step', 'verified',
+    'problems',
 ]  # fmt: skip
 
 
@@ -367,7 +368,7 @@ class TestPrune:
         assert out.splitlines() == [
             'would remove ckpt_epoch_0  2.2 kB',
             'would remove ckpt_epoch_1  2.2 kB',
-            '2 epoch tag(s) would go, 4.4 kB; 1 stay',
+            '2 tag(s) would go, 4.4 kB; 1 stay',
         ]
         assert self.tags(output) == ['0', '1', '2', 'best']
 
@@ -379,7 +380,7 @@ class TestPrune:
         assert status == 0
         assert out == dry.replace('would remove', 'removed').replace('would go', 'went')
         assert self.tags(output) == ['2', 'best']
-        assert ckpt('prune', output, '--keep', 1)[1] == '0 epoch tag(s) went, 0 B; 1 stay\n'
+        assert ckpt('prune', output, '--keep', 1)[1] == '0 tag(s) went, 0 B; 1 stay\n'
 
     @pytest.mark.parametrize(
         ('words', 'left'),

@@ -6,9 +6,11 @@ import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
+from internvl_ds.checkpoint.lookup import read_header
 from tests.ranks import ROOT, base_env, free_port, remove_shm_buffers, run_command
 from tests.workers.training import small_config, write_folder
 
@@ -167,30 +169,115 @@ def test_a_launcher_that_returns_0_for_a_failed_job_is_not_believed(tmp_path):
     assert 'returned 0, but rank 0 did not reach the end of the program' in job.stderr
 
 
+class Running:
+    """A script's job that trains for ever, under a name by which its processes are found."""
+
+    def __init__(self, folder, name, options, cfg, **env):
+        self.port = str(free_port())
+        self.mark = f'marks-{os.getpid()}-{time.monotonic_ns()}'
+        self.output = folder / self.mark
+        if name == 'train_deepspeed.sh':
+            options = [*options, '--port', self.port]
+        command = ['bash', str(ROOT / 'launch' / name), *options, '--', '--cfg', str(cfg)]
+        command += ['--output', str(self.output), '--opts', 'TRAIN.EPOCHS', '10000']
+        command += ['TRAIN.PREEMPT_EXIT_CODE', '75', 'DATA.NUM_WORKERS', '1']
+        self.log = folder / f'log-{self.mark}'
+        with self.log.open('wb') as log:
+            self.process = subprocess.Popen(
+                command, env=base_env(**env), cwd=folder, stdout=log, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
+
+    def wait_for(self, words, seconds=120):
+        deadline = time.monotonic() + seconds
+        while words not in self.log.read_text():
+            assert self.process.poll() is None, self.log.read_text()[-3000:]
+            assert time.monotonic() < deadline, self.log.read_text()[-3000:]
+            time.sleep(0.2)
+
+    def processes(self):
+        found = subprocess.run(['pgrep', '-f', self.mark], capture_output=True, text=True)
+        return [int(pid) for pid in found.stdout.split()]
+
+    def ranks(self):
+        """The ranks' processes, without launchers, scripts and the workers of their loaders."""
+
+        def is_of_a_rank(pid):
+            return b'\0RANK=' in Path(f'/proc/{pid}/environ').read_bytes()
+
+        def parent(pid):
+            return int(Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[1])
+
+        return [p for p in self.processes() if is_of_a_rank(p) and not is_of_a_rank(parent(p))]
+
+    def end(self):
+        for pid in self.processes():
+            os.kill(pid, signal.SIGKILL)
+        self.process.wait(timeout=30)
+        remove_shm_buffers(self.port)
+
+
+@pytest.fixture
+def start(tmp_path, cfg):
+    jobs = []
+
+    def begin(name, options, **env):
+        jobs.append(Running(tmp_path, name, options, cfg, **env))
+        return jobs[-1]
+
+    yield begin
+    for job in jobs:
+        job.end()
+
+
 @pytest.mark.ranks
 @pytest.mark.slow
-def test_sigterm_to_the_script_leaves_no_rank_behind(tmp_path, cfg):
-    port = str(free_port())
-    mark = f'marks-{os.getpid()}-{time.monotonic_ns()}'
-    command = ['bash', str(ROOT / 'launch' / 'train_deepspeed.sh'), '-n', '2', '--port', port]
-    command += ['--', '--cfg', str(cfg)]
-    command += ['--output', str(tmp_path / mark), '--opts', 'TRAIN.EPOCHS', '10000']
-    log = tmp_path / 'log'
-    with log.open('wb') as output:
-        job = subprocess.Popen(
-            command, env=base_env(INTERNVL_DS_GRACE='10'), cwd=tmp_path, stdout=output,
-            stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
-    try:
-        deadline = time.monotonic() + 120
-        while 'epoch 1:' not in log.read_text() and time.monotonic() < deadline:
-            assert job.poll() is None, log.read_text()[-3000:]
-            time.sleep(0.5)
-        job.send_signal(signal.SIGTERM)
-        assert job.wait(timeout=90) != 0
-    finally:
-        if job.poll() is None:
-            os.killpg(job.pid, signal.SIGKILL)
-        remove_shm_buffers(port)
-    left = subprocess.run(['pgrep', '-f', mark], capture_output=True, text=True).stdout.split()
-    assert left == []
+@pytest.mark.parametrize(('name', 'options'), STARTS)
+def test_a_script_that_is_stopped_saves_and_goes_on(start, cfg, name, options):
+    job = start(name, options)
+    job.wait_for('epoch 1:')
+    job.process.send_signal(signal.SIGTERM)
+    assert job.process.wait(timeout=90) == 75
+    assert job.processes() == []
+    text = job.log.read_text()
+    assert 'the launch script was asked to stop' in text
+    assert 'saved and stopped, as asked' in text
+    output = job.output / 'small'
+    tag = (output / 'latest').read_text()
+    assert '_step_' in tag
+    saved = read_header(output / tag)
+    again = script(
+        name, *options, '--', '--cfg', str(cfg), '--output', str(job.output),
+        '--opts', 'TRAIN.EPOCHS', str(saved.epoch + 1), timeout=240,
+    )  # fmt: skip
+    assert again.returncode == 0, again.output
+    assert f'resuming from {output / tag}' in again.output
+    # 12 images, 2 ranks, batches of 2
+    assert f'epoch {saved.epoch} goes on after micro-batch {saved.step} of 3' in again.output
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_a_second_signal_ends_the_job_at_once(start):
+    job = start('train_deepspeed.sh', ['-n', '2'])
+    job.wait_for('epoch 1:')
+    for pid in job.ranks():  # so that they cannot save
+        os.kill(pid, signal.SIGSTOP)
+    job.process.send_signal(signal.SIGTERM)
+    job.wait_for('a second signal ends it at once')
+    job.process.send_signal(signal.SIGTERM)
+    assert job.process.wait(timeout=90) not in (0, 75)
+    assert job.processes() == []
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_rank_stops_all_with_a_tag(start, number):
+    job = start('train_deepspeed.sh', ['-n', '2'])
+    job.wait_for('epoch 1:')
+    os.kill(max(job.ranks()), number)
+    assert job.process.wait(timeout=90) == 75
+    assert job.processes() == []
+    assert f'({number.name})' in job.log.read_text()
+    assert '_step_' in (job.output / 'small' / 'latest').read_text()

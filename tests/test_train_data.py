@@ -1,11 +1,17 @@
 """What the training program reads: exactly the images it says, in an order that repeats."""
 
+import multiprocessing
+import os
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data.distributed import DistributedSampler
 
+from internvl_ds.checkpoint.rng import rng_state
 from internvl_ds.errors import ConfigError
+from internvl_ds.preemption import SIGNALS
 from internvl_ds.train.data import (
     EvalSampler,
     build_loaders,
@@ -14,6 +20,7 @@ from internvl_ds.train.data import (
     shard_indices,
     start_epoch,
 )
+from internvl_ds.train.sampler import TrainSampler
 from internvl_ds.train.transforms import build_transform
 from tests.workers.training import small_config, write_folder
 
@@ -58,8 +65,64 @@ def test_training_images_are_dealt_out_without_overlap(data):
     assert len({len(loader) for loader in loaders}) == 1
     for loader in loaders:
         start_epoch(loader, 0, 0, 0)
-    seen = [index for loader in loaders for index in loader.sampler]
+    seen = [draw.image for loader in loaders for draw in loader.sampler]
     assert len(seen) == len(set(seen)) == 24  # 25 images, 8 for each rank
+
+
+@pytest.mark.parametrize('epoch', [0, 3])
+@pytest.mark.parametrize(('total', 'world'), [(25, 3), (24, 4), (7, 1)])
+def test_the_order_is_that_of_torchs_distributed_sampler(total, world, epoch):
+    for rank in range(world):
+        ours = TrainSampler(total, world, rank, seed=5)
+        ours.start(epoch)
+        theirs = DistributedSampler(range(total), world, rank, seed=5, drop_last=True)
+        theirs.set_epoch(epoch)
+        assert [draw.image for draw in ours] == list(theirs)
+        assert len(ours) == len(theirs)
+
+
+def test_an_image_is_augmented_alike_on_any_number_of_ranks():
+    shares = [TrainSampler(24, world, rank, 0) for world in (1, 2, 3) for rank in range(world)]
+    draws = [set(share) for share in shares]
+    assert draws[0] == draws[1] | draws[2] == draws[3] | draws[4] | draws[5]
+    assert len({draw.seed for draw in draws[0]}) == 24
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_an_epoch_goes_on_at_any_batch(data, workers):
+    config = small_config(data, DATA__IMG_SIZE=40, DATA__NUM_WORKERS=workers, AUG__REPROB=0.5)
+    whole = epoch_images(build_loaders(config, 1, 2).train, 2)
+    for done in (1, 2):
+        # The number of workers may be another one, too.
+        other = small_config(data, DATA__IMG_SIZE=40, DATA__NUM_WORKERS=1, AUG__REPROB=0.5)
+        rest = build_loaders(other, 1, 2).train
+        start_epoch(rest, 0, 2, 1, micro_batches=done)
+        images = torch.cat([images for images, _ in rest])
+        assert torch.equal(images, whole[4 * done :])
+
+
+def test_reading_images_leaves_the_generators_of_mixup_and_dropout_alone(data):
+    config = small_config(data, DATA__IMG_SIZE=40, AUG__REPROB=0.5)
+    loader = build_loaders(config, 0, 1).train
+    start_epoch(loader, 0, 0, 0)
+    before = rng_state()
+    assert len(list(loader)) == 6
+    assert rng_state() == before
+
+
+def test_workers_outlive_the_signals_that_stop_a_run(data):
+    config = small_config(data, DATA__NUM_WORKERS=2)
+    loader = build_loaders(config, 0, 1).train
+    start_epoch(loader, 0, 0, 0)
+    batches = iter(loader)
+    seen = [next(batches)]
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        for number in SIGNALS:
+            os.kill(worker.pid, number)
+    seen += list(batches)
+    assert len(seen) == 6
 
 
 @pytest.mark.parametrize('workers', [0, 2])
@@ -73,13 +136,14 @@ def test_an_epoch_repeats_exactly_in_a_resumed_run(data, workers):
     assert not torch.equal(first, second)
 
 
-def test_augmentation_differs_between_ranks_and_seeds(data):
+def test_augmentation_differs_between_epochs_and_seeds(data):
     config = small_config(data, DATA__IMG_SIZE=40)
     loader = build_loaders(config, 0, 1).train
     same = [epoch_images(loader, 0) for _ in range(2)]
     assert torch.equal(*same)
-    assert not torch.equal(same[0], epoch_images(loader, 0, rank=1))
-    assert not torch.equal(same[0], epoch_images(loader, 0, seed=1))
+    assert not torch.equal(same[0], epoch_images(loader, 1))
+    other = small_config(data, DATA__IMG_SIZE=40, SEED=1)
+    assert not torch.equal(same[0], epoch_images(build_loaders(other, 0, 1).train, 0))
 
 
 def test_mixup_repeats_with_the_epoch(data):

@@ -19,7 +19,8 @@ from internvl_ds.checkpoint.averages import (
     read_whole_ema,
 )
 from internvl_ds.checkpoint.layout import layout_of_engine, layout_of_tag, same_groups
-from internvl_ds.checkpoint.manifest import STATE_FILE, Manifest, file_rank
+from internvl_ds.checkpoint.loop_state import restore_loop
+from internvl_ds.checkpoint.manifest import LOOP_FILE, STATE_FILE, Manifest, file_rank
 from internvl_ds.checkpoint.original import weights_of_file
 from internvl_ds.checkpoint.restore import load_weights, model_shapes, require_same_model
 from internvl_ds.checkpoint.resume import (
@@ -51,6 +52,8 @@ def load_checkpoint(
     lr_scheduler: Any,
     scaler: Any,
     logger: logging.Logger,
+    *,
+    loop: Any = None,
 ) -> float:
     """Loads MODEL.RESUME. Every rank must call it.
 
@@ -58,10 +61,11 @@ def load_checkpoint(
     has none, is loaded with a warning.
 
     Unless EVAL_MODE: weights, optimizer, scheduler and scaler are restored, and TRAIN.START_EPOCH
-    is set to the saved epoch + 1. A tag of the same layout (world size, ZeRO stage, precision and
-    parameter groups) is loaded by DeepSpeed; any other, and an original's .pth, by the parameters'
-    names, each rank reading its own part. In EVAL_MODE only weights are loaded, into an engine or a
-    plain nn.Module.
+    is set to the saved epoch + 1, or for a tag saved inside an epoch to that epoch. On as many
+    ranks as before, every rank's random number generators are restored too. A tag of the same
+    layout (world size, ZeRO stage, precision and parameter groups) is loaded by DeepSpeed; any
+    other, and an original's .pth, by the parameters' names, each rank reading its own part. In
+    EVAL_MODE only weights are loaded, into an engine or a plain nn.Module.
 
     Args:
         config: MODEL.RESUME is a tag directory, an output directory (its newest undamaged tag is
@@ -71,6 +75,9 @@ def load_checkpoint(
         lr_scheduler: restored through ``load_state_dict``; may be None.
         scaler: restored through ``load_state_dict``; may be None.
         logger: told what was loaded.
+        loop: what `save_checkpoint` was given: its ``load_state_dict`` gets what this rank's
+            ``state_dict`` said (rank 0's, on other ranks than before). Not called for a checkpoint
+            without one.
 
     Returns:
         The saved max_accuracy; 0.0 when the checkpoint has none.
@@ -113,6 +120,7 @@ def load_checkpoint(
             load_other_layout(
                 config, engine, shards, state, lr_scheduler, scaler, io_timeout, logger
             )
+        restore_loop(path, state, shards.world_size, loop, timeout, logger)
     logger.info('=> loaded successfully %s (epoch %s)', path, state.get('epoch', 'unknown'))
     return float(state.get('max_accuracy') or 0.0)
 
@@ -290,9 +298,11 @@ def _verify(
 
 
 def _own_shards(manifest: Manifest) -> list[str]:
-    """What DeepSpeed reads on this rank, and state.json."""
+    """What DeepSpeed and `restore_loop` read on this rank, and state.json."""
+    loop = LOOP_FILE.format(rank())
+    own = [loop] if loop in manifest.files else []
     shards = [n for n in manifest.files if n.endswith('_states.pt')]
-    return [STATE_FILE, *(n for n in shards if 'pp_rank' not in n or file_rank(n) == rank())]
+    return [STATE_FILE, *own, *(n for n in shards if 'pp_rank' not in n or file_rank(n) == rank())]
 
 
 def _own_ema(manifest: Manifest) -> list[str]:
@@ -303,7 +313,8 @@ def _own_ema(manifest: Manifest) -> list[str]:
 
 def _share_of_shards(manifest: Manifest) -> list[str]:
     """Of all that any rank may read, the part that this one verifies for all."""
-    names = [n for n in manifest.files if n.endswith('_states.pt') or n == STATE_FILE]
+    read = ('_states.pt', STATE_FILE)
+    names = [n for n in manifest.files if n.endswith(read) or n.startswith('loop_rank_')]
     return share_of(names, rank(), world_size())
 
 

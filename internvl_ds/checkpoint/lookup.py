@@ -20,6 +20,7 @@ from internvl_ds.checkpoint.manifest import (
     epoch_of,
     parse_header,
     parse_manifest,
+    step_of,
     wrong_files,
 )
 from internvl_ds.checkpoint.retention import EpochTag
@@ -120,7 +121,7 @@ def tags(output: Path) -> list[Path]:
 
 
 def epoch_tags(output: Path) -> list[EpochTag]:
-    """The tags of epochs, with what retention decides by, in no order."""
+    """The tags of epochs and of steps, with what retention decides by, in no order."""
     found = []
     for path in tags(output):
         epoch = epoch_of(path.name)
@@ -128,7 +129,7 @@ def epoch_tags(output: Path) -> list[EpochTag]:
             header = header_or_none(path)
             sequence = header.sequence if header else 0
             accuracy = header.max_accuracy if header else None
-            found.append(EpochTag(sequence, epoch, path.name, accuracy))
+            found.append(EpochTag(sequence, epoch, path.name, accuracy, step_of(path.name)))
     return found
 
 

@@ -14,14 +14,15 @@ from internvl_ds.errors import CheckpointError
 
 FILE_NAME = 'manifest.json'
 STATE_FILE = 'state.json'
+LOOP_FILE = 'loop_rank_{}.json'
 FORMAT = 2
 
 # A header is read from this many bytes at the front of the file.
 HEADER_BYTES = 4096
 
-_EPOCH_TAG = re.compile(r'ckpt_epoch_(0|[1-9]\d*)')
+_EPOCH_TAG = re.compile(r'ckpt_epoch_(0|[1-9]\d*)(?:_step_([1-9]\d*))?')
 _BEST_NAME = re.compile(r'[A-Za-z_][A-Za-z0-9_.-]*')
-_FILE_RANK = re.compile(r'(?:pp_rank|ema_rank)_(\d+)')
+_FILE_RANK = re.compile(r'(?:pp_rank|ema_rank|loop_rank)_(\d+)')
 _FILES = ',\n "files": {'
 _DIGEST = ',\n "xxh3_128": "'
 
@@ -39,7 +40,7 @@ class Header:
 
     Attributes:
         tag: the directory's name when it was saved.
-        epoch: the epoch that the tag was saved after; None where the caller's is no int.
+        epoch: the epoch that the tag was saved after, or in; None where the caller's is no int.
         max_accuracy: the best accuracy at that time.
         sequence: counts the saves of an output directory, so that "newest" needs no clock.
         saved_at: when it was committed, UTC, ISO 8601.
@@ -48,6 +49,7 @@ class Header:
         size: of all files together, bytes.
         versions: of this package, torch and deepspeed.
         format: of this file.
+        step: updates of the epoch, of a tag that was saved inside it; else None.
     """
 
     tag: str
@@ -62,6 +64,7 @@ class Header:
     size: int
     versions: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT
+    step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,10 @@ def _header(tree: Any, where: str) -> Header:
             'checksums, and this version does not read it'
         )
     try:
-        return Header(**{f.name: tree[f.name] for f in fields(Header)})
+        return Header(
+            **{f.name: tree[f.name] for f in fields(Header) if f.name != 'step'},
+            step=tree.get('step'),  # not in the manifests of earlier versions
+        )
     except KeyError as error:
         raise CheckpointError(f'{where}: the manifest lacks {error}') from error
 
@@ -163,8 +169,9 @@ def file_rank(name: str) -> int:
     return int(match.group(1)) if match else 0
 
 
-def tag_name(epoch: Any, best: str | None) -> str:
-    """The tag of a save: ``ckpt_epoch_{epoch}``, or ``ckpt_epoch_{best}`` where best is given.
+def tag_name(epoch: Any, best: str | None, step: int | None = None) -> str:
+    """The tag of a save: ``ckpt_epoch_{epoch}``, ``ckpt_epoch_{epoch}_step_{step}`` inside an
+    epoch, or ``ckpt_epoch_{best}`` where best is given.
 
     Raises:
         CheckpointError: for a name that is no plain file name, or that reads as an epoch.
@@ -172,6 +179,10 @@ def tag_name(epoch: Any, best: str | None) -> str:
     if best is None:
         if isinstance(epoch, int) and epoch < 0:
             raise CheckpointError(f'epoch is {epoch}: it cannot be negative')
+        if step is not None:
+            if not isinstance(epoch, int) or step < 1:
+                raise CheckpointError(f'epoch {epoch!r}, step {step!r}: a step is one of an epoch')
+            return f'ckpt_epoch_{epoch}_step_{step}'
         best = str(epoch) if isinstance(epoch, int) else epoch
         if isinstance(epoch, int):
             return f'ckpt_epoch_{epoch}'
@@ -184,6 +195,12 @@ def tag_name(epoch: Any, best: str | None) -> str:
 
 
 def epoch_of(tag: str) -> int | None:
-    """The epoch in an epoch tag's name; None for 'ckpt_epoch_best' and other directories."""
+    """The epoch in an epoch or step tag's name; None for 'ckpt_epoch_best' and others."""
     match = _EPOCH_TAG.fullmatch(tag)
-    return int(match.group(1)) if match else None
+    return int(match[1]) if match else None
+
+
+def step_of(tag: str) -> int | None:
+    """The step in a step tag's name; None for all others, epoch tags among them."""
+    match = _EPOCH_TAG.fullmatch(tag)
+    return int(match[2]) if match and match[2] else None

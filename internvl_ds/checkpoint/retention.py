@@ -1,7 +1,7 @@
 """Which tags go after a save. Pure: tags in, names out.
 
-A policy says which epoch tags it wants to stay; what no policy wants goes. Tags saved with ``best``
-are not epoch tags and are never among them.
+A policy says which tags it wants to stay; what no policy wants goes. It is about epoch tags (saved
+after one) or step tags (saved inside one). Tags saved with ``best`` are never among them.
 """
 
 from __future__ import annotations
@@ -13,36 +13,38 @@ from typing import NamedTuple, Protocol
 
 
 class EpochTag(NamedTuple):
-    """An epoch tag that exists, and what orders it; compares from the oldest save to the newest.
+    """A tag that exists, and what orders it; compares from the oldest save to the newest.
 
     Attributes:
         sequence: number of the save; 0 where the tag does not say.
         epoch: from its name.
         name: of the directory.
         max_accuracy: the best accuracy up to that save; None where the tag does not say.
+        step: from the name of a step tag; None for an epoch tag.
     """
 
     sequence: int
     epoch: int
     name: str
     max_accuracy: float | None = None
+    step: int | None = None
 
 
 class Policy(Protocol):
-    """Decides which epoch tags stay."""
+    """Decides which tags stay."""
 
     def keeps(self, tags: Sequence[EpochTag]) -> set[str]:
         """The names of the tags that shall stay.
 
         Args:
-            tags: all epoch tags of an output directory, oldest save first.
+            tags: all epoch and step tags of an output directory, oldest save first.
         """
         ...
 
 
 @dataclass(frozen=True)
 class KeepNewest:
-    """Keeps the ``count`` tags saved last; below 1 keeps all.
+    """Keeps the ``count`` epoch tags saved last; below 1 keeps all.
 
     Counted over what exists, so that another SAVE_FREQ or a skipped epoch leaks nothing, and by
     when it was saved, so that a run that was rewound to an earlier epoch keeps what it saves now.
@@ -52,12 +54,24 @@ class KeepNewest:
 
     def keeps(self, tags: Sequence[EpochTag]) -> set[str]:
         """See `Policy`."""
-        return {tag.name for tag in (tags[-self.count :] if self.count > 0 else tags)}
+        return {tag.name for tag in _of_epochs(tags)[-self.count if self.count > 0 else 0 :]}
+
+
+@dataclass(frozen=True)
+class KeepSteps:
+    """Keeps the ``count`` step tags saved last; 0 asks for none."""
+
+    count: int
+
+    def keeps(self, tags: Sequence[EpochTag]) -> set[str]:
+        """See `Policy`."""
+        steps = [tag.name for tag in tags if tag.step is not None]
+        return set(steps[-self.count :]) if self.count > 0 else set()
 
 
 @dataclass(frozen=True)
 class KeepBest:
-    """Keeps the ``count`` tags with the highest accuracy; 0 asks for none.
+    """Keeps the ``count`` epoch tags with the highest accuracy; 0 asks for none.
 
     A tag says the best accuracy up to its save: of several that say the same, the first reached it.
     """
@@ -67,7 +81,7 @@ class KeepBest:
     def keeps(self, tags: Sequence[EpochTag]) -> set[str]:
         """See `Policy`."""
         first_to_reach: dict[float, str] = {}
-        for tag in tags:
+        for tag in _of_epochs(tags):
             if tag.max_accuracy is not None and not math.isnan(tag.max_accuracy):
                 first_to_reach.setdefault(tag.max_accuracy, tag.name)
         best = sorted(first_to_reach, reverse=True)[: max(0, self.count)]
@@ -76,13 +90,15 @@ class KeepBest:
 
 @dataclass(frozen=True)
 class KeepEvery:
-    """Keeps every tag whose epoch is a multiple of ``interval``, for good; 0 asks for none."""
+    """Keeps every epoch tag whose epoch ``interval`` divides, for good; 0 asks for none."""
 
     interval: int
 
     def keeps(self, tags: Sequence[EpochTag]) -> set[str]:
         """See `Policy`."""
-        return {tag.name for tag in tags if self.interval > 0 and tag.epoch % self.interval == 0}
+        if self.interval < 1:
+            return set()
+        return {tag.name for tag in _of_epochs(tags) if tag.epoch % self.interval == 0}
 
 
 def tags_to_prune(tags: Iterable[EpochTag], policies: Sequence[Policy]) -> list[str]:
@@ -91,7 +107,7 @@ def tags_to_prune(tags: Iterable[EpochTag], policies: Sequence[Policy]) -> list[
     The tag saved last always stays: it is the one that a run resumes from.
 
     Args:
-        tags: all epoch tags of an output directory, in any order.
+        tags: all epoch and step tags of an output directory, in any order.
         policies: at least one.
     """
     ordered = sorted(tags, key=lambda tag: tag[:3])
@@ -99,3 +115,7 @@ def tags_to_prune(tags: Iterable[EpochTag], policies: Sequence[Policy]) -> list[
     for policy in policies:
         kept |= policy.keeps(ordered)
     return [tag.name for tag in ordered if tag.name not in kept]
+
+
+def _of_epochs(tags: Sequence[EpochTag]) -> list[EpochTag]:
+    return [tag for tag in tags if tag.step is None]

@@ -22,8 +22,22 @@ from internvl_ds.checkpoint import background, store
 from internvl_ds.checkpoint.averages import ema_file
 from internvl_ds.checkpoint.hashing import flush_and_hash, write_hashed
 from internvl_ds.checkpoint.lookup import file_sizes
-from internvl_ds.checkpoint.manifest import STATE_FILE, FileEntry, Header, Manifest, tag_name
-from internvl_ds.checkpoint.retention import KeepBest, KeepEvery, KeepNewest, Policy
+from internvl_ds.checkpoint.manifest import (
+    LOOP_FILE,
+    STATE_FILE,
+    FileEntry,
+    Header,
+    Manifest,
+    tag_name,
+)
+from internvl_ds.checkpoint.retention import (
+    KeepBest,
+    KeepEvery,
+    KeepNewest,
+    KeepSteps,
+    Policy,
+)
+from internvl_ds.checkpoint.rng import rng_state
 from internvl_ds.checkpoint.snapshot import tensor_bytes
 from internvl_ds.checkpoint.space import state_size
 from internvl_ds.checkpoint.state import state_text
@@ -49,6 +63,7 @@ class _Save:
         policies: retention; None for a tag that is neither counted nor named by ``latest``.
         in_background: training goes on as soon as the files are copied.
         io_timeout: seconds that one rank may be slower than another.
+        own: what goes into this rank's loop_rank_*.json.
         staging, state: on rank 0 only: the lock, and what goes into state.json.
     """
 
@@ -61,6 +76,7 @@ class _Save:
     in_background: bool
     io_timeout: float
     logger: logging.Logger
+    own: dict[str, Any] = field(default_factory=dict)
     staging: store.Staging | None = None
     state: dict[str, Any] = field(default_factory=dict)
 
@@ -78,12 +94,15 @@ def save_checkpoint(
     max_accuracy_ema: float | None = None,
     ema_decay: float | None = None,
     best: str | None = None,
+    *,
+    step: int | None = None,
+    loop: Any = None,
 ) -> str:
     """Saves a tag under OUTPUT. Every rank must call it: each writes its own shards.
 
     The tag appears under its name, and ``latest`` names it, only once all of it is on disk with a
-    checksum for every file; then the epoch tags that no retention policy keeps go. A save that
-    fails leaves all that was there.
+    checksum for every file; then the epoch and step tags that no retention policy keeps go. A save
+    that fails leaves all that was there. Every rank's random number generators are kept too.
 
     With CHECKPOINT.ASYNC it returns when the state is copied in memory, and the rest follows in the
     background. The next save, a load, `internvl_ds.comm.shutdown` and the end of the program wait
@@ -91,7 +110,8 @@ def save_checkpoint(
 
     Args:
         config: OUTPUT, SAVE_CKPT_NUM and CHECKPOINT are read; all of it is kept as text.
-        epoch: the epoch that has ended; the tag is ``ckpt_epoch_{epoch}``.
+        epoch: the epoch that has ended; the tag is ``ckpt_epoch_{epoch}``. With ``step``, the
+            epoch that is under way.
         model: the engine, or its module.
         max_accuracy: the best accuracy so far.
         optimizer: the engine's optimizer (its state is in the shards).
@@ -103,6 +123,10 @@ def save_checkpoint(
         ema_decay: kept where given.
         best: a name such as 'best' or 'ema_best': the tag is ``ckpt_epoch_{best}``, not counted
             by retention and not named by ``latest``.
+        step: updates of the epoch that are done, at least 1, for a save inside it: the tag is
+            ``ckpt_epoch_{epoch}_step_{step}``, of which CHECKPOINT.KEEP_STEPS stay.
+        loop: an object with ``state_dict()`` and ``load_state_dict()``, such as the position in the
+            epoch; each rank's own is kept. May be None.
 
     Returns:
         The path of the tag's directory.
@@ -119,10 +143,10 @@ def save_checkpoint(
     counted = best is None and isinstance(epoch, int)
     save = _Save(
         output=Path(config.OUTPUT),
-        tag=tag_name(epoch, best),
+        tag=tag_name(epoch, best, step),
         writer=install_writer(engine),
         staging_path=Path(),
-        header=_header(engine, epoch, max_accuracy),
+        header={**_header(engine, epoch, max_accuracy), 'step': step if counted else None},
         policies=_policies(config) if counted else None,
         in_background=bool(checkpoint_option(config, 'ASYNC')),
         io_timeout=checkpoint_option(config, 'IO_TIMEOUT'),
@@ -140,6 +164,7 @@ def save_checkpoint(
     def state() -> dict[str, Any]:
         return {
             'epoch': epoch,
+            'step': step,
             'max_accuracy': float(max_accuracy),
             'max_accuracy_ema': None if max_accuracy_ema is None else float(max_accuracy_ema),
             'ema_decay': None if ema_decay is None else float(ema_decay),
@@ -153,7 +178,7 @@ def save_checkpoint(
         }
 
     try:
-        _stage(save, engine, average, state)
+        _stage(save, engine, average, state, loop)
     except BaseException:
         _abandon(save)
         raise
@@ -186,6 +211,7 @@ def _policies(config: CfgNode) -> list[Policy]:
         KeepNewest(get_option(config, 'SAVE_CKPT_NUM', default_config().SAVE_CKPT_NUM)),
         KeepBest(checkpoint_option(config, 'KEEP_BEST')),
         KeepEvery(checkpoint_option(config, 'KEEP_EVERY')),
+        KeepSteps(checkpoint_option(config, 'KEEP_STEPS')),
     ]
 
 
@@ -232,6 +258,7 @@ def _stage(
     engine: DeepSpeedEngine,
     average: EmaFile | None,
     state: Callable[[], dict[str, Any]],
+    loop: Any,
 ) -> None:
     """Writes or copies this rank's files. What fails is kept, for all ranks to hear of later."""
     writer = save.writer
@@ -246,11 +273,13 @@ def _stage(
         engine.save_checkpoint(str(save.output), tag=save.staging_path.name, save_latest=False)
     if average is not None:
         writer.save(average, save.staging_path / average.name)
-    if rank() == 0:
-        try:
+    try:
+        own = None if loop is None else loop.state_dict()
+        save.own = copy.deepcopy({'rng': rng_state(), 'loop': own})
+        if rank() == 0:
             save.state = copy.deepcopy(state())
-        except Exception as error:
-            writer.error = writer.error or error
+    except Exception as error:
+        writer.error = writer.error or error
 
 
 def _finish(save: _Save) -> None:
@@ -284,18 +313,24 @@ def _abandon(save: _Save) -> None:
 def _write_own_files(save: _Save) -> dict[str, Any]:
     writer = save.writer
     writer.finish()
-    if rank() == 0 and writer.error is None:
-        try:
-            path = save.staging_path / STATE_FILE
+    try:
+        if writer.error is None:
+            _write_text(save, LOOP_FILE.format(rank()), state_text(save.own))
+        if rank() == 0 and writer.error is None:
             # Here, because the YAML of a configuration takes longer than much of a copy.
             text = state_text({**save.state, 'config': save.state['config'].dump()})
-            writer.written[path] = write_hashed(path, lambda file: file.write(text.encode()))
-        except (OSError, CheckpointError) as error:
-            writer.error = error
+            _write_text(save, STATE_FILE, text)
+    except (OSError, CheckpointError) as error:
+        writer.error = error
     if writer.error is not None:
         return {'error': str(writer.error)}
     staging = save.staging_path
     return {'files': {str(p.relative_to(staging)): list(e) for p, e in writer.written.items()}}
+
+
+def _write_text(save: _Save, name: str, text: str) -> None:
+    path = save.staging_path / name
+    save.writer.written[path] = write_hashed(path, lambda file: file.write(text.encode()))
 
 
 def _commit(save: _Save, reports: list[dict[str, Any]] | None) -> None:

@@ -30,7 +30,8 @@ def restore_schedule(
     if isinstance(state.get('epoch'), int):
         frozen = config.is_frozen()
         config.defrost()
-        config.TRAIN.START_EPOCH = state['epoch'] + 1
+        # a tag saved inside an epoch goes on with that epoch
+        config.TRAIN.START_EPOCH = state['epoch'] + (state.get('step') is None)
         if frozen:
             config.freeze()
     else:

@@ -155,7 +155,7 @@ def next_sequence(output: Path) -> int:
 
 
 def prune(output: Path, policies: Sequence[Policy]) -> list[str]:
-    """Removes the epoch tags that no policy keeps; one that cannot be removed is a warning.
+    """Removes the epoch and step tags that no policy keeps; a warning where one cannot be removed.
 
     Returns:
         The names of the tags that were removed.

@@ -3,7 +3,8 @@
     internvl-ds ckpt list OUTPUT [--verify]
     internvl-ds ckpt verify OUTPUT [TAG] [--all]      (or the path of a tag)
     internvl-ds ckpt show OUTPUT [TAG] [--config]     (or the path of a tag)
-    internvl-ds ckpt prune OUTPUT --keep N [--keep-best N] [--keep-every K] [--dry-run]
+    internvl-ds ckpt prune OUTPUT --keep N [--keep-steps N] [--keep-best N] [--keep-every K]
+        [--dry-run]
     internvl-ds ckpt export TAG OUT.pth
     internvl-ds ckpt export TAG OUT.safetensors [--dtype bf16] [--ema] [--max-shard-gib GIB]
     internvl-ds ckpt diff A B      (tags, .pth, .safetensors or its index)
@@ -11,7 +12,7 @@
 Exit statuses: 0 all is well; 1 something is damaged (``diff``: something differs); 2 wrong usage,
 or nothing there; 3 nothing is damaged, but something has no manifest (plain DeepSpeed wrote it) and
 could not be verified. What ``prune`` cannot remove is 2. It never removes what ``latest`` names or
-auto resume takes, nor a tag that is not an epoch's.
+auto resume takes, nor a tag that is neither an epoch's nor a step's.
 
 With --json each prints one object. A key is always there; where nothing is known it is null.
 
@@ -21,13 +22,14 @@ list: ``output``; ``latest``, the tag that the file of that name names; ``resume
     each with the keys of a tag.
 verify: ``output``; ``warning``; ``tags``, each with the keys of a tag.
 a tag: ``tag``, ``path``, ``size`` (bytes), ``epoch``, ``max_accuracy``, ``sequence``, ``saved_at``,
-    ``zero_stage``, ``world_size``, ``precision``, ``global_steps``, ``versions``; ``verified``, one
-    of 'sizes', 'checksums', 'no manifest', 'damaged'; ``problems``, a list of sentences.
+    ``zero_stage``, ``world_size``, ``precision``, ``global_steps``, ``versions``, ``step``;
+    ``verified``, one of 'sizes', 'checksums', 'no manifest', 'damaged'; ``problems``, a list of
+    sentences.
 show: the keys of a tag; ``format`` of the manifest; ``files``, each with ``name``, ``size`` and
     ``xxh3_128``; ``state``: ``epoch``, ``max_accuracy``, ``max_accuracy_ema``, ``ema_decay``, and
     the names that ``lr_scheduler`` and ``scaler`` hold; with --config ``config``, YAML.
 prune: ``output``; ``dry_run``; ``pruned``, each with ``tag`` and ``size``; ``size``, their sum;
-    ``kept`` and ``failed``, names of epoch tags.
+    ``kept`` and ``failed``, names of epoch and step tags.
 export: ``tag``; ``verified``, whether its checksums could be compared; ``files``, each with
     ``path`` and ``size``.
 diff: ``a`` and ``b``, paths; ``tensors``, how many each has; ``found``, each with ``name``,
@@ -51,6 +53,7 @@ from internvl_ds.checkpoint.retention import (
     KeepBest,
     KeepEvery,
     KeepNewest,
+    KeepSteps,
     Policy,
     tags_to_prune,
 )
@@ -118,11 +121,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     action = add('show', _show, 'what a tag is, its files and its state', either)
     action.add_argument('tag', nargs='?', metavar='TAG', help='default: what auto resume takes')
     action.add_argument('--config', action='store_true', help='print the saved config (YAML) only')
-    action = add(
-        'prune', _prune, 'remove epoch tags that no option keeps nor auto resume takes', output
-    )
+    action = add('prune', _prune, 'remove tags that no option keeps nor auto resume takes', output)
     for option, metavar, least, text in (
-        ('--keep', 'N', 1, 'keep the N tags saved last'),
+        ('--keep', 'N', 1, 'keep the N epoch tags saved last'),
+        ('--keep-steps', 'N', 0, 'keep the N tags saved last inside an epoch too'),
         ('--keep-best', 'N', 0, 'keep the N tags with the highest accuracy too'),
         ('--keep-every', 'K', 0, 'keep the tags whose epoch is a multiple of K too'),
     ):
@@ -296,6 +298,7 @@ def _prune(args: argparse.Namespace) -> int:
     names = frozenset({resume.path.name, read_latest(output) or ''})
     policies: list[Policy] = [
         KeepNewest(args.keep),
+        KeepSteps(args.keep_steps),
         KeepBest(args.keep_best),
         KeepEvery(args.keep_every),
         KeepNamed(names),  # a newest save that is damaged must not be all that stays
@@ -317,7 +320,7 @@ def _prune(args: argparse.Namespace) -> int:
     did, went = ('would remove', 'would go') if args.dry_run else ('removed', 'went')
     for name in gone:
         say(f'{did} {name}  {human_size(sizes.get(name, 0))}')
-    say(f'{len(gone)} epoch tag(s) {went}, {human_size(total)}; {len(kept)} stay')
+    say(f'{len(gone)} tag(s) {went}, {human_size(total)}; {len(kept)} stay')
     for name in failed:
         say(f'could not remove {name}')
     return status

@@ -12,6 +12,7 @@ from internvl_ds.comm import init_distributed, leave, rank, shutdown
 from internvl_ds.config import get_config
 from internvl_ds.errors import ConfigError
 from internvl_ds.files import write_text
+from internvl_ds.preemption import Preempted
 from internvl_ds.train.loop import run
 
 
@@ -47,22 +48,32 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the program; an exception on this rank ends it with a non-zero exit code."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program; an exception on this rank ends it with a non-zero exit code.
+
+    Returns:
+        The exit status: 0, or TRAIN.PREEMPT_EXIT_CODE where a signal had it save and stop.
+    """
     args = parse_args(argv)
     try:
         config = get_config(args)
     except ConfigError as error:  # no other rank is there yet: the text is all that helps
         raise SystemExit(f'error: {error}') from None
     init_distributed(config)
-    run(config, args.deepspeed_config)
+    status, result = 0, 'finished'
+    try:
+        run(config, args.deepspeed_config)
+    except Preempted:
+        status = config.TRAIN.PREEMPT_EXIT_CODE
+        result = f'preempted {status}'
     first = rank() == 0
     # Not after an exception: leaving the process group may wait for ranks that are still in a
     # collective, where an exit at once lets the launcher end them.
     shutdown()
     if first and os.environ.get('INTERNVL_DS_RESULT'):
         # The launch scripts tell a finished job by this, whatever their launcher returns.
-        write_text(Path(os.environ['INTERNVL_DS_RESULT']), 'finished\n')
+        write_text(Path(os.environ['INTERNVL_DS_RESULT']), f'{result}\n')
+    return status
 
 
 def _switch(text: str) -> dict[str, Any]:
@@ -70,5 +81,4 @@ def _switch(text: str) -> dict[str, Any]:
 
 
 if __name__ == '__main__':
-    main()
-    leave()
+    leave(main())

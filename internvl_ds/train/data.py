@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import random
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +14,11 @@ import numpy as np
 import torch
 from timm.data import Mixup
 from torch.utils.data import DataLoader, Sampler
-from torch.utils.data.distributed import DistributedSampler
 from torchvision.datasets import ImageFolder
 from yacs.config import CfgNode
 
 from internvl_ds.errors import ConfigError
+from internvl_ds.train.sampler import SeededImages, TrainSampler
 from internvl_ds.train.transforms import build_transform
 
 _CLASSES_22K = 21841
@@ -57,6 +60,8 @@ def build_loaders(config: CfgNode, rank: int, world_size: int) -> Loaders:
         batch_size=config.DATA.BATCH_SIZE,
         sampler=EvalSampler(len(val_set), world_size, rank),
         num_workers=config.DATA.NUM_WORKERS,
+        worker_init_fn=_ignore_signals,
+        generator=torch.Generator(),
         pin_memory=_pin_memory(config),
     )
     return Loaders(train_loader, val_loader, build_mixup(config))
@@ -127,39 +132,60 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def start_epoch(loader: DataLoader, seed: int, epoch: int, rank: int) -> None:
+def start_epoch(
+    loader: DataLoader,
+    seed: int,
+    epoch: int,
+    rank: int,
+    micro_batches: int = 0,
+    generators_go_on: bool = False,
+) -> None:
     """Sets everything random in an epoch as a function of (seed, epoch, rank) alone.
 
-    Order, augmentation in the main process and in workers, mixup and dropout are then the same
-    in a resumed run as in one that was never interrupted. Each rank calls it for itself.
+    Order, augmentation, mixup and dropout are then the same in a resumed run as in one that was
+    never interrupted. Each rank calls it for itself.
 
     Args:
         loader: a training loader from `build_loaders`.
         seed: the config's SEED.
         epoch: counted from 0.
         rank: this process's global rank.
+        micro_batches: how many to leave out, which were done before.
+        generators_go_on: whether the global generators, for mixup and dropout, are as they were
+            after these, and stay so.
     """
-    epoch_seed = int(np.random.SeedSequence([abs(seed), epoch, rank]).generate_state(1)[0])
-    seed_everything(epoch_seed)
-    if isinstance(loader.sampler, DistributedSampler):
-        loader.sampler.set_epoch(epoch)
-    if loader.generator is not None:
-        loader.generator.manual_seed(epoch_seed)
+    if not generators_go_on:
+        place = [abs(seed), epoch, rank, *([micro_batches] if micro_batches else [])]
+        seed_everything(int(np.random.SeedSequence(place).generate_state(1)[0]))
+    assert isinstance(loader.sampler, TrainSampler)
+    assert loader.batch_size is not None
+    loader.sampler.start(epoch, micro_batches * loader.batch_size)
+
+
+def _ignore_signals(worker: int) -> None:
+    """Leaves the signals that ask a run to save and stop to the rank, which still reads."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _kill_workers() -> None:
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
+
+
+# The interpreter's own way is SIGTERM, and then to wait for ever.
+atexit.register(_kill_workers)
 
 
 def _train_loader(config: CfgNode, dataset: ImageFolder, rank: int, world_size: int) -> DataLoader:
-    sampler: DistributedSampler = DistributedSampler(
-        dataset, world_size, rank, shuffle=True, seed=config.SEED, drop_last=True
-    )
     loader: DataLoader = DataLoader(
-        dataset,
+        SeededImages(dataset),
         batch_size=config.DATA.BATCH_SIZE,
-        sampler=sampler,
+        sampler=TrainSampler(len(dataset), world_size, rank, config.SEED),
         num_workers=config.DATA.NUM_WORKERS,
-        # Workers seed themselves from this generator when they start, so they start anew each
-        # epoch: persistent ones would carry their state over, and a resumed run could not.
-        generator=torch.Generator(),
-        persistent_workers=False,
+        worker_init_fn=_ignore_signals,
+        generator=torch.Generator(),  # else each epoch draws from the global one
         pin_memory=_pin_memory(config),
         drop_last=True,
     )

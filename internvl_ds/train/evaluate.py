@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -41,7 +42,11 @@ class EvalResult:
 
 @torch.no_grad()
 def evaluate(
-    config: CfgNode, model: nn.Module, loader: DataLoader, device: torch.device
+    config: CfgNode,
+    model: nn.Module,
+    loader: DataLoader,
+    device: torch.device,
+    after_batch: Callable[[], object] | None = None,
 ) -> EvalResult:
     """Evaluates a model on the whole data set. Every rank must call it.
 
@@ -54,6 +59,8 @@ def evaluate(
             training mode that it was in.
         loader: this rank's share, sampled by `EvalSampler`; or any loader in a world of one.
         device: where the model is.
+        after_batch: called after each batch, of which every rank has as many; it may raise, on all
+            ranks alike, to end the evaluation.
 
     Raises:
         RankError: when the ranks together did not count every image once.
@@ -76,6 +83,8 @@ def evaluate(
             valid = min(len(labels), valid_left)
             valid_left -= valid
             sums += count_batch(logits[:valid], labels[:valid])
+            if after_batch is not None:
+                after_batch()
     finally:
         model.train(was_training)
     if dist.is_initialized():

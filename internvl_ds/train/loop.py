@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from yacs.config import CfgNode
 
 from internvl_ds.checkpoint.restore import load_weights
 from internvl_ds.comm import rank, reduce_tensor, world_size
+from internvl_ds.preemption import SAVE, STOP, Preempted, Preemption
 from internvl_ds.train.data import start_epoch
 from internvl_ds.train.evaluate import EvalResult, evaluate, measure_throughput
 from internvl_ds.train.log import FILE_ONLY, MetricsLog, close_log, open_log, shows_bar
 from internvl_ds.train.model import input_dtype, set_train_mode
-from internvl_ds.train.optim import accumulation_steps
+from internvl_ds.train.optim import accumulation_steps, updates_per_epoch
 from internvl_ds.train.plot import plot_curves
 from internvl_ds.train.progress import Progress
 from internvl_ds.train.setup import DsConfig, Run, setup
@@ -36,6 +38,9 @@ def run(config: CfgNode, ds_config: DsConfig = None) -> float:
 
     Returns:
         The best top-1 accuracy, percent; in THROUGHPUT_MODE images per second over all ranks.
+
+    Raises:
+        Preempted: on all ranks, when training was asked to stop, and has saved.
     """
     logger = open_log(config.OUTPUT, rank())
     try:
@@ -45,6 +50,8 @@ def run(config: CfgNode, ds_config: DsConfig = None) -> float:
         if config.EVAL_MODE:
             return _report_accuracy(state)
         return _train(state)
+    except Preempted:
+        raise
     except BaseException:
         # The interpreter prints it; the file keeps it, on each rank.
         logger.exception('rank %d ends', rank(), extra=FILE_ONLY)
@@ -56,21 +63,32 @@ def run(config: CfgNode, ds_config: DsConfig = None) -> float:
 def train_one_epoch(state: Run, epoch: int) -> dict[str, float]:
     """Trains one epoch: one pass over this rank's batches, an update every ACCUMULATION_STEPS.
 
-    The last group of an epoch may be shorter; it is divided by its own size and applied.
+    The last group of an epoch may be shorter; it is divided by its own size and applied. It goes on
+    where the run's position is.
 
     Returns:
         train_loss (mean over ranks), lr, grad_norm (mean of the last 300 updates), images_per_s
         (all ranks) and seconds.
+
+    Raises:
+        Preempted: on all ranks after the same update, when the run is to save and stop.
     """
     config, engine, loader = state.config, state.engine, state.loaders.train
     assert loader is not None
-    start_epoch(loader, config.SEED, epoch, rank())
+    position = state.position
+    done = position.micro_batches
+    start_epoch(loader, config.SEED, epoch, rank(), done, state.generators_go_on)
+    state.generators_go_on = False  # only in the epoch that was resumed
     set_train_mode(engine, engine.module, config.TRAIN.OPTIMIZER.FREEZE_BACKBONE)
     criterion = build_criterion(config, soft_targets=state.loaders.mixup is not None)
     dtype, steps, total = input_dtype(engine), accumulation_steps(config), len(loader)
-    progress = Progress(config, epoch, total, world_size(), state.logger, shows_bar(rank()))
+    if done:
+        state.logger.info('epoch %d goes on after micro-batch %d of %d', epoch, done, total)
+    progress = Progress(
+        config, epoch, total, world_size(), state.logger, shows_bar(rank()), done, position.meters
+    )
     try:
-        for index, (images, labels) in enumerate(loader):
+        for index, (images, labels) in enumerate(loader, done):
             images = images.to(engine.device, non_blocking=True)
             labels = labels.to(engine.device, non_blocking=True)
             if state.loaders.mixup is not None:
@@ -89,6 +107,10 @@ def train_one_epoch(state: Run, epoch: int) -> dict[str, float]:
                 state.ema.update()
             skipped = boundary and state.scaler.step_was_skipped
             progress.step(loss, norm, current_lr(engine), state.scaler.loss_scale, skipped)
+            if boundary:
+                position.micro_batches, position.complete = index + 1, index + 1 == total
+                _pass_boundary(state, epoch, progress)
+        position.meters = progress.state_dict()
     finally:
         progress.close()
     mean_loss = torch.tensor(progress.losses.avg, dtype=torch.float32, device=engine.device)
@@ -124,35 +146,84 @@ def _train(state: Run) -> float:
     if first > last:
         logger.info('nothing to train: epoch %d of %d is next', first, config.TRAIN.EPOCHS)
     start = time.perf_counter()
-    for epoch in range(first, last + 1):
-        if config.TRAIN.SAVE_ON_OVERFLOW:
-            state.scaler.before_stop = functools.partial(_save, state, epoch, best='overflow')
-        record: dict[str, Any] = {'epoch': epoch, **train_one_epoch(state, epoch)}
-        improved = improved_ema = False
-        if epoch % config.EVAL_FREQ == 0 or epoch == last:
-            result = _validate(state, f'epoch {epoch}')
-            improved, state.best = result.acc1 > state.best, max(state.best, result.acc1)
-            record.update(acc1=result.acc1, acc5=result.acc5, val_loss=result.loss)
-            if state.ema is not None:
-                with state.ema.swapped_in():
-                    averaged = _validate(state, f'epoch {epoch}, EMA')
-                improved_ema = averaged.acc1 > state.best_ema
-                state.best_ema = max(state.best_ema, averaged.acc1)
-                record.update(ema_acc1=averaged.acc1)
-            logger.info('best top-1 %.2f %%', state.best)
-        _write_monitor(state, record)
-        if rank() == 0:
-            metrics.append(record)
-            plot_curves(metrics.read(), Path(config.OUTPUT) / 'curves.png')
-        # The best first: a run that is killed in between repeats the epoch, and saves both again.
-        if improved:
-            _save(state, epoch, best='best')
-        if improved_ema:
-            _save(state, epoch, best='ema_best')
-        if epoch % config.SAVE_FREQ == 0 or epoch == last:
-            _save(state, epoch)
+    with Preemption(config) as state.preemption:
+        for epoch in range(first, last + 1):
+            try:
+                _run_epoch(state, epoch, metrics)
+            except Preempted:
+                _save_step(state, epoch)
+                raise
     logger.info('trained in %.1f s; best top-1 %.2f %%', time.perf_counter() - start, state.best)
     return state.best
+
+
+def _run_epoch(state: Run, epoch: int, metrics: MetricsLog) -> None:
+    """Trains, evaluates, records and saves one epoch."""
+    config = state.config
+    if config.TRAIN.SAVE_ON_OVERFLOW:
+        state.scaler.before_stop = functools.partial(_save, state, epoch, best='overflow')
+    record: dict[str, Any] = {'epoch': epoch, **train_one_epoch(state, epoch)}
+    improved = improved_ema = False
+    if epoch % config.EVAL_FREQ == 0 or _is_last(config, epoch):
+        result, averaged = _validate_epoch(state, epoch)
+        improved, state.best = result.acc1 > state.best, max(state.best, result.acc1)
+        record.update(acc1=result.acc1, acc5=result.acc5, val_loss=result.loss)
+        if averaged is not None:
+            improved_ema = averaged.acc1 > state.best_ema
+            state.best_ema = max(state.best_ema, averaged.acc1)
+            record.update(ema_acc1=averaged.acc1)
+        state.logger.info('best top-1 %.2f %%', state.best)
+    _write_monitor(state, record)
+    if rank() == 0:
+        metrics.append(record)
+        plot_curves(metrics.read(), Path(config.OUTPUT) / 'curves.png')
+    state.position.reset()
+    # The best first: a run that is killed in between repeats the epoch, and saves both again.
+    if improved:
+        _save(state, epoch, best='best')
+    if improved_ema:
+        _save(state, epoch, best='ema_best')
+    if _saves_epoch(config, epoch):
+        _save(state, epoch)
+
+
+def _is_last(config: CfgNode, epoch: int) -> bool:
+    return bool(epoch == config.TRAIN.EPOCHS - 1)
+
+
+def _saves_epoch(config: CfgNode, epoch: int) -> bool:
+    return epoch % config.SAVE_FREQ == 0 or _is_last(config, epoch)
+
+
+def _pass_boundary(state: Run, epoch: int, progress: Progress) -> None:
+    """After an update: saves where that is due, and stops where it is asked for."""
+    if state.preemption is None:
+        return
+    action = state.preemption.reached()
+    every = state.config.TRAIN.SAVE_STEPS
+    at_step = every > 0 and _updates(state, epoch) % every == 0
+    if action is None and not at_step and not state.save_due:
+        return
+    state.position.meters = progress.state_dict()
+    if action == STOP:
+        raise Preempted
+    if not (state.position.complete and _saves_epoch(state.config, epoch)):
+        _save_step(state, epoch)
+
+
+def _updates(state: Run, epoch: int = 0) -> int:
+    """Updates since the beginning of epoch 0, ``epoch`` whole ones before the present one."""
+    assert state.loaders.train is not None
+    group = accumulation_steps(state.config)
+    whole = updates_per_epoch(state.config, len(state.loaders.train))
+    return epoch * whole + math.ceil(state.position.micro_batches / group)
+
+
+def _save_step(state: Run, epoch: int) -> None:
+    place = epoch, _updates(state)
+    if state.saved != place:
+        _save(state, epoch, step=place[1])
+    state.saved = place
 
 
 def _write_monitor(state: Run, record: dict[str, Any]) -> None:
@@ -163,7 +234,7 @@ def _write_monitor(state: Run, record: dict[str, Any]) -> None:
         monitor.write_events([(f'Epoch/{k}', v, samples) for k, v in record.items()])
 
 
-def _save(state: Run, epoch: int, best: str | None = None) -> None:
+def _save(state: Run, epoch: int, best: str | None = None, step: int | None = None) -> None:
     save_checkpoint(
         state.config,
         epoch,
@@ -177,11 +248,34 @@ def _save(state: Run, epoch: int, best: str | None = None) -> None:
         max_accuracy_ema=state.best_ema if state.ema is not None else None,
         ema_decay=state.ema.decay if state.ema is not None else None,
         best=best,
+        step=step,
+        loop=state.position,
     )
+    if best is None and state.preemption is not None:
+        state.preemption.saved()
+        state.save_due = False
+
+
+def _validate_epoch(state: Run, epoch: int) -> tuple[EvalResult, EvalResult | None]:
+    """With the weights, and with their average where one is kept."""
+    result = _validate(state, f'epoch {epoch}')
+    if state.ema is None:
+        return result, None
+    with state.ema.swapped_in():
+        return result, _validate(state, f'epoch {epoch}, EMA')
 
 
 def _validate(state: Run, what: str) -> EvalResult:
-    result = evaluate(state.config, state.engine, state.loaders.val, state.engine.device)
+    def stop_if_asked() -> None:
+        action = state.preemption.reached() if state.preemption is not None else None
+        if action == STOP:
+            raise Preempted
+        # Not here: the averaged weights may be where the weights belong.
+        state.save_due |= action == SAVE
+
+    result = evaluate(
+        state.config, state.engine, state.loaders.val, state.engine.device, stop_if_asked
+    )
     state.logger.info(
         '%s: top-1 %.2f %% top-5 %.2f %% loss %.4f on %d validation images',
         what,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import resource
 import time
+from collections.abc import Mapping
 from datetime import timedelta
+from typing import Any
 
 import torch
 from timm.utils import AverageMeter
@@ -33,6 +35,8 @@ class Progress:
         world_size: int,
         logger: logging.Logger,
         show_bar: bool = False,
+        done: int = 0,
+        meters: Mapping[str, Any] | None = None,
     ) -> None:
         """Starts the epoch's clock.
 
@@ -43,6 +47,8 @@ class Progress:
             world_size: how many ranks train.
             logger: takes the lines.
             show_bar: whether to show a progress bar beside them.
+            done: how many of the micro-batches were done before this process.
+            meters: what `state_dict` told then.
         """
         self.losses = AverageMeter()
         self.norms = MyAverageMeter(_NORM_WINDOW)
@@ -52,11 +58,15 @@ class Progress:
         self._pending_losses: list[torch.Tensor] = []
         self._pending_norms: list[torch.Tensor] = []
         self._skipped = 0
-        self._done = 0
+        self._done = self._first = self._last_done = done
         self._start = self._last_time = time.perf_counter()
-        self._last_done = 0
+        if meters:
+            vars(self.losses).update(meters['losses'])
+            self.norms.load_state_dict(meters['norms'])
+            self._skipped = meters['skipped']
         self._bar = tqdm(
             total=micro_batches,
+            initial=done,
             desc=f'epoch {epoch}/{config.TRAIN.EPOCHS}',
             unit='batch',
             dynamic_ncols=True,
@@ -91,14 +101,20 @@ class Progress:
             self._read_pending()
             self._write_line(index, lr, loss_scale)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The meters as they are now, as plain numbers; makes the host wait for the device."""
+        self._read_pending()
+        losses = {key: float(value) for key, value in vars(self.losses).items()}
+        return {'losses': losses, 'norms': self.norms.state_dict(), 'skipped': self._skipped}
+
     @property
     def images_per_second(self) -> float:
-        """Images of all ranks per second since the epoch began."""
-        return self._images_per_step * self._done / max(self.seconds, 1e-9)
+        """Images of all ranks per second since the epoch began, or was gone on with."""
+        return self._images_per_step * (self._done - self._first) / max(self.seconds, 1e-9)
 
     @property
     def seconds(self) -> float:
-        """Seconds since the epoch began."""
+        """Seconds since the epoch began, or was gone on with."""
         return time.perf_counter() - self._start
 
     def close(self) -> None:
@@ -119,7 +135,7 @@ class Progress:
         self._last_time, self._last_done = now, self._done
         epochs_left = self._config.TRAIN.EPOCHS - self._epoch - 1
         steps_left = epochs_left * self._micro_batches + self._micro_batches - self._done
-        eta = timedelta(seconds=int(self.seconds / self._done * steps_left))
+        eta = timedelta(seconds=int(self.seconds / (self._done - self._first) * steps_left))
         skipped = f' skipped {self._skipped}' if self._skipped else ''
         self._logger.info(
             f'Train: [{self._epoch}/{self._config.TRAIN.EPOCHS}][{index}/{self._micro_batches}] '

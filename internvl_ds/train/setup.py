@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from internvl_ds.ema import ShardedEma
 from internvl_ds.engine import initialize
 from internvl_ds.errors import ConfigError
 from internvl_ds.precision import NativeScalerWithGradNormCount
+from internvl_ds.preemption import Preemption
 from internvl_ds.train.data import Loaders, build_loaders, seed_everything
 from internvl_ds.train.log import write_config
 from internvl_ds.train.model import build_model
@@ -34,6 +35,7 @@ from internvl_ds.train.optim import (
     scaled_lrs,
     updates_per_epoch,
 )
+from internvl_ds.train.position import Position
 from internvl_ds.utils import (
     auto_resume_helper,
     load_checkpoint,
@@ -54,6 +56,11 @@ class Run:
         averaged_weights: those of the checkpoint, where the run evaluates only.
         best: highest top-1 validation accuracy so far, percent.
         best_ema: the same of the averaged weights.
+        position: how far the present epoch is.
+        generators_go_on: whether the random number generators are those of that position.
+        saved: the last (epoch, updates of it) that a step tag was saved at.
+        save_due: whether to save after the next update.
+        preemption: where to ask whether to save or stop; None outside training.
     """
 
     config: CfgNode
@@ -67,6 +74,11 @@ class Run:
     averaged_weights: dict[str, torch.Tensor] | None = None
     best: float = 0.0
     best_ema: float = 0.0
+    position: Position = field(default_factory=Position)
+    generators_go_on: bool = False
+    saved: tuple[int, int] | None = None
+    save_due: bool = False
+    preemption: Preemption | None = None
 
 
 def setup(config: CfgNode, ds_config: DsConfig, logger: logging.Logger) -> Run:
@@ -131,12 +143,22 @@ def _setup_training(
     state = Run(config, logger, loaders, engine, scaler, optimizer, scheduler)
     if config.MODEL.RESUME:
         logger.info('resuming from %s', config.MODEL.RESUME)
-        state.best = load_checkpoint(config, engine, optimizer, scheduler, scaler, logger)
+        state.best = load_checkpoint(
+            config, engine, optimizer, scheduler, scaler, logger, loop=state.position
+        )
     if config.TRAIN.EMA.ENABLE:
         # After the load: without an average in the checkpoint it starts at the loaded weights.
         state.ema = ShardedEma(engine, config.TRAIN.EMA.DECAY, config.TRAIN.EMA.WARMUP)
         if config.MODEL.RESUME:
             state.best_ema = load_ema_checkpoint(config, state.ema, logger)
+    same = state.position.fit(
+        images=config.DATA.BATCH_SIZE * world_size(),
+        ranks=world_size(),
+        group=accumulation_steps(config),
+        total=len(loaders.train),
+        logger=logger,
+    )
+    state.generators_go_on = same and state.position.micro_batches > 0
     return state
 
 

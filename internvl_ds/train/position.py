@@ -1,0 +1,76 @@
+"""How far a run has come inside an epoch, for it to go on there."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class Position:
+    """A place in an epoch, always after a whole update; kept in every tag, for each rank.
+
+    Attributes:
+        micro_batches: how many of the epoch each rank has done; 0 at an epoch's beginning.
+        complete: whether these are all of the epoch, and only its evaluation is left.
+        images: in a micro-batch, over all ranks.
+        ranks: how many there were.
+        meters: what `Progress.state_dict` told there.
+    """
+
+    micro_batches: int = 0
+    complete: bool = False
+    images: int = 0
+    ranks: int = 0
+    meters: dict[str, Any] = field(default_factory=dict)
+
+    def reset(self) -> None:
+        """Goes to the beginning of the next epoch."""
+        self.micro_batches, self.complete, self.meters = 0, False, {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """For `save_checkpoint`."""
+        return asdict(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """For `load_checkpoint`; `fit` has to follow."""
+        for name in asdict(self):
+            setattr(self, name, state[name])
+
+    def fit(self, images: int, ranks: int, group: int, total: int, logger: logging.Logger) -> bool:
+        """Turns a loaded position into one of the run as it is now.
+
+        All ranks together have seen the first ``micro_batches * images`` images of the epoch's
+        order, which depends on neither. With another batch or number of ranks the position is the
+        last whole update before that.
+
+        Args:
+            images: in a micro-batch, over all ranks, now.
+            ranks: now.
+            group: micro-batches of an update, now.
+            total: micro-batches of an epoch, now.
+            logger: warned where images will be seen twice.
+
+        Returns:
+            Whether it is a position of the same ranks, whose generators and meters go on.
+        """
+        same = ranks == self.ranks
+        seen = self.micro_batches * self.images
+        if self.complete:
+            self.micro_batches = total
+        elif images:
+            self.micro_batches = min(seen // images, total)
+            self.micro_batches -= self.micro_batches % group
+            if self.micro_batches * images != seen:
+                logger.warning(
+                    'the epoch goes on after %d of its images; %d have been seen: another batch '
+                    'size or number of ranks has no whole update there, and repeats the rest',
+                    self.micro_batches * images,
+                    seen,
+                )
+        self.images, self.ranks = images, ranks
+        if not same:
+            self.meters = {}
+        return same
