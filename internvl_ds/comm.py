@@ -41,6 +41,9 @@ _LAST_WAIT = 60
 # Seconds within which a collective must end, as `limit_collectives` was last told.
 _limit: float | None = None
 
+# What was found at the start: see `how_started`.
+_start = ''
+
 # How many meetings of each name this rank has been through: part of the key that they meet under.
 _rounds: Counter[str] = Counter()
 
@@ -66,7 +69,7 @@ def init_distributed(config: CfgNode | None = None) -> None:
         RankError: when mpi4py is of another MPI than the launcher, or rank 0 cannot be reached.
         ConfigError: for incomplete variables of a launcher.
     """
-    global _limit
+    global _limit, _start
     if dist.is_initialized():
         return
     settings = {
@@ -99,15 +102,16 @@ def init_distributed(config: CfgNode | None = None) -> None:
         mpi.abort_on_exceptions(communicator)
     _limit = settings['TIMEOUT']
     limit_collectives()
+    sharing = '' if on_host is None else f', {on_host} on its host'
+    where = f'{os.environ.get("MASTER_ADDR")}:{os.environ.get("MASTER_PORT")}'
+    _start = f'started by {launch.by}: {launch.world_size} ranks{sharing}, rank 0 at {where}'
     if launch.rank == 0:
-        logger.info(
-            'started by %s: %d ranks%s, rank 0 at %s:%s',
-            launch.by,
-            launch.world_size,
-            '' if on_host is None else f', {on_host} on its host',
-            os.environ.get('MASTER_ADDR'),
-            os.environ.get('MASTER_PORT'),
-        )
+        logger.info(_start)
+
+
+def how_started() -> str:
+    """What `init_distributed` found and decided, in one line; '' before it."""
+    return _start
 
 
 def _join(launch: launchers.Launch, limit: float) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from yacs.config import CfgNode
 
 from internvl_ds.checkpoint.restore import load_weights
-from internvl_ds.comm import rank, reduce_tensor, world_size
+from internvl_ds.comm import how_started, rank, reduce_tensor, world_size
 from internvl_ds.preemption import SAVE, STOP, Preempted, Preemption
 from internvl_ds.train.data import start_epoch
 from internvl_ds.train.evaluate import EvalResult, evaluate, measure_throughput
@@ -43,6 +43,7 @@ def run(config: CfgNode, ds_config: DsConfig = None) -> float:
         Preempted: on all ranks, when training was asked to stop, and has saved.
     """
     logger = open_log(config.OUTPUT, rank())
+    logger.info(how_started())
     try:
         state = setup(config, ds_config, logger)
         if config.THROUGHPUT_MODE:
