@@ -58,10 +58,17 @@ def detect(environ: Mapping[str, str]) -> Launch:
         return Launch(MPICH, rank, size, None, _given_master(environ))
     # A batch script itself has SLURM_PROCID too, and is no rank; a step of srun is one.
     if 'SLURM_STEP_NUM_TASKS' in environ and 'SLURM_PROCID' in environ:
+        size = _number(environ, 'SLURM_STEP_NUM_TASKS')
+        per_node = environ.get('SLURM_STEP_TASKS_PER_NODE', str(size))
+        if sum(expand_tasks(per_node)) != size:
+            raise ConfigError(
+                f'SLURM_STEP_NUM_TASKS is {size}, and SLURM_STEP_TASKS_PER_NODE is {per_node!r}: '
+                'one of them is not of this step; do not set them yourself'
+            )
         return Launch(
             SLURM,
             _number(environ, 'SLURM_PROCID'),
-            _number(environ, 'SLURM_STEP_NUM_TASKS'),
+            size,
             _number(environ, 'SLURM_LOCALID'),
             _given_master(environ) or _slurm_master(environ),
         )

@@ -15,8 +15,8 @@ die() {
 
 # The comment at the top of the script, without the #.
 usage() {
-  sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "$0"
-  exit "${1:-0}"
+  sed -n '2,/^[^#]/{/^#SBATCH/d;/^#/s/^# \{0,1\}//p}' "$0"
+  exit
 }
 
 set_variables() {
@@ -34,17 +34,19 @@ set_variables() {
 #
 # SIGTERM or SIGUSR1 has a job that is training save and stop, by a file beside that one. Signals to
 # launchers would not: deepspeed's dies alone and leaves its ranks training, Open MPI's kills them.
-# A second signal, or INTERNVL_DS_GRACE seconds without an end, ends all processes of the job on this
-# host; so do SIGINT, and the first signal where nothing is training.
+# JOB_STOPPED_BY then names the signal; it stays empty where the ranks got one themselves. A second
+# signal, or INTERNVL_DS_GRACE seconds without an end, ends all processes of the job on this host; so
+# do SIGINT, and the first signal where nothing is training.
 run_job() {
   if [[ ${DRY_RUN:-0} == 1 ]]; then
     printf '%q ' "$@"
     printf '\n'
     return
   fi
-  local code=0 job guard='' asked=0 result
+  local code=0 job guard='' asked=0 stopped_by='' result
   rm -f -- "$INTERNVL_DS_RESULT" "$INTERNVL_DS_RESULT.stop"
-  trap 'asked=$((asked + 1))' TERM USR1
+  trap 'asked=$((asked + 1)) stopped_by=TERM' TERM
+  trap 'asked=$((asked + 1)) stopped_by=USR1' USR1
   trap 'asked=2' INT
   set -m # the job becomes a process group of its own
   "$@" &
@@ -71,6 +73,7 @@ run_job() {
     finished) ;;
     'preempted '*)
       code=${result#preempted }
+      JOB_STOPPED_BY=$stopped_by
       say "saved and stopped, as asked; the same command goes on from there (exit status $code)"
       ;;
     *)
@@ -95,4 +98,5 @@ end_group() {
   kill -KILL -- "-$1" 2>/dev/null || true
 }
 
+export JOB_STOPPED_BY=''
 export INTERNVL_DS_RESULT=${INTERNVL_DS_RESULT:-$PWD/.internvl_ds-result-$HOSTNAME-$$}
