@@ -7,6 +7,7 @@ the training group, so that a rank that does not come is named instead of waited
 from __future__ import annotations
 
 import atexit
+import functools
 import json
 import logging
 import os
@@ -15,7 +16,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NamedTuple, NoReturn, TypeVar
@@ -29,6 +30,8 @@ from yacs.config import CfgNode
 from internvl_ds import launchers, mpi
 from internvl_ds.config import default_config, get_option
 from internvl_ds.errors import InternvlDsError, RankError
+from internvl_ds.last_words import speak_on_exceptions
+from internvl_ds.liveness import Liveness
 from internvl_ds.network import interface_towards
 
 T = TypeVar('T')
@@ -40,6 +43,9 @@ _LAST_WAIT = 60
 
 # Seconds within which a collective must end, as `limit_collectives` was last told.
 _limit: float | None = None
+
+# This rank's signs of life; None where it is the only one.
+_liveness: Liveness | None = None
 
 # What was found at the start: see `how_started`.
 _start = ''
@@ -69,7 +75,7 @@ def init_distributed(config: CfgNode | None = None) -> None:
         RankError: when mpi4py is of another MPI than the launcher, or rank 0 cannot be reached.
         ConfigError: for incomplete variables of a launcher.
     """
-    global _limit, _start
+    global _limit, _liveness, _start
     if dist.is_initialized():
         return
     settings = {
@@ -78,10 +84,11 @@ def init_distributed(config: CfgNode | None = None) -> None:
     }
     launch = launchers.detect(os.environ)
     local_rank, on_host, master = launch.local_rank or 0, None, launch.master
-    communicator = None
+    end_job = None
     if launch.by in (launchers.OPEN_MPI, launchers.MPICH):
         communicator = mpi.world(launch)
-        mpi.abort_on_exceptions(communicator)
+        end_job = functools.partial(mpi.abort, communicator)
+        speak_on_exceptions(launch.rank, afterwards=end_job)
         local_rank, on_host = mpi.local_rank(communicator)
         one_host = on_host == launch.world_size
         master = master or mpi.agree_on_master(communicator, one_host, settings['INTERFACE'])
@@ -98,8 +105,12 @@ def init_distributed(config: CfgNode | None = None) -> None:
         RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), LOCAL_RANK=str(local_rank)
     )
     _join(launch, settings['INIT_TIMEOUT'])
-    if communicator is not None:
-        mpi.abort_on_exceptions(communicator)
+    silent = None
+    if launch.world_size > 1:
+        store = distributed_c10d._get_default_store().clone()
+        _liveness = Liveness(store, launch.rank, launch.world_size)
+        silent = _liveness.describe_silent
+    speak_on_exceptions(launch.rank, silent, end_job)
     _limit = settings['TIMEOUT']
     limit_collectives()
     sharing = '' if on_host is None else f', {on_host} on its host'
@@ -168,6 +179,8 @@ def before_shutdown(action: Callable[[], None]) -> None:
 
 
 def _leave_group() -> None:
+    if _liveness is not None:
+        _liveness.stop()
     if world_size() > 1:
         _wait_for_the_others()
     _rounds.clear()
@@ -255,6 +268,26 @@ def reduce_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return total / world_size()
 
 
+def reduce_tensors(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Averages several tensors over all ranks in one collective.
+
+    Args:
+        tensors: real, of any shapes, on one device; as many and the same shapes on every rank.
+
+    Returns:
+        New tensors of the same shapes: the means, computed in float32 and returned so for integers,
+        in their own dtype for floating point.
+    """
+    if not tensors:
+        return []
+    flat = torch.cat([t.detach().reshape(-1).to(torch.float32) for t in tensors])
+    means = reduce_tensor(flat).split([t.numel() for t in tensors])
+    return [
+        mean.view(t.shape).to(t.dtype if t.is_floating_point() else torch.float32)
+        for mean, t in zip(means, tensors, strict=True)
+    ]
+
+
 def reduce_dict(values: Mapping[str, torch.Tensor | float]) -> dict[str, torch.Tensor]:
     """Averages several numbers over all ranks in one collective.
 
@@ -266,10 +299,8 @@ def reduce_dict(values: Mapping[str, torch.Tensor | float]) -> dict[str, torch.T
     """
     tensors = [v for v in values.values() if isinstance(v, torch.Tensor)]
     device = tensors[0].device if tensors else torch.device('cpu')
-    stacked = torch.stack(
-        [torch.as_tensor(v, dtype=torch.float32, device=device).detach() for v in values.values()]
-    )
-    return dict(zip(values, reduce_tensor(stacked).unbind(), strict=True))
+    numbers = [torch.as_tensor(v, dtype=torch.float32, device=device) for v in values.values()]
+    return dict(zip(values, reduce_tensors(numbers), strict=True))
 
 
 def exchange(what: str, value: Any, timeout: float) -> list[Any]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
+import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 from internvl_ds.errors import RankError
@@ -17,8 +17,8 @@ logger = logging.getLogger(__name__)
 
 # Seconds that mpirun gets to pass on what was printed: it drops that when a job is aborted.
 _LAST_WORDS = 1.0
-# The hook of `abort_on_exceptions` that ends the job; those under it only print.
-_outermost: Callable[..., None] | None = None
+# Seconds that an abort may take.
+_ABORT_LIMIT = 5
 
 
 def world(launch: Launch) -> Any:
@@ -89,25 +89,13 @@ def agree_on_master(communicator: Any, one_host: bool, interface: str) -> tuple[
     )
 
 
-def abort_on_exceptions(communicator: Any) -> None:
-    """Has an exception that ends this rank end the whole job, which MPI would let hang at exit.
-
-    To be called again once the process group is there: torch then puts a hook of its own around
-    those before, which keeps what they print until they return.
-    """
-    global _outermost
-    before = sys.excepthook
-
-    def abort(kind: Any, value: Any, traceback: Any) -> None:
-        before(kind, value, traceback)
-        if _outermost is not abort:
-            return
-        text = f'rank {communicator.Get_rank()} on {socket.gethostname()} ends the job: '
-        print(f'{text}{kind.__name__}: {value}', file=sys.stderr, flush=True)
-        time.sleep(_LAST_WORDS)
-        communicator.Abort(1)
-
-    sys.excepthook = _outermost = abort
+def abort(communicator: Any) -> None:
+    """Ends all ranks of the job, which an exception on one would let hang when MPI is finalized."""
+    time.sleep(_LAST_WORDS)
+    # MPICH's waits for its daemon, which may be cut off: then the kernel ends this process.
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(_ABORT_LIMIT)
+    communicator.Abort(1)
 
 
 def finalize() -> None:

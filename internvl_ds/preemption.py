@@ -112,7 +112,7 @@ class Preemption:
             # While one rank may still come to a boundary, the others' threads must answer it.
             exchange('end of training', None, self._timeout)
         self._closing.set()
-        if not isinstance(error, Preempted):  # a second signal would spoil the save
+        if kind is None:  # else a signal would spoil the save, or this rank's last words
             for number, handler in self._before.items():
                 signal.signal(number, handler)
 

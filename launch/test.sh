@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The checks of this repository: set up, then lint, format, types and tests.
 # Arguments go to pytest: bash launch/test.sh -m 'not slow' tests/test_config.py
+# Without any, two files at a time are tested: much of a test of several processes is waiting.
 set -euo pipefail
 
 # shellcheck source=launch/common.sh
@@ -12,4 +13,5 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 say 'ruff check' && ruff check
 say 'ruff format --check' && ruff format --check
 say 'mypy' && mypy
+(($#)) || set -- --numprocesses 2 --dist loadfile
 say "pytest $*" && exec python -m pytest "$@"

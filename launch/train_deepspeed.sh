@@ -43,6 +43,8 @@ fi
 command+=(--no_local_rank --module internvl_ds.train)
 
 if [[ -n $hostfile && ${DRY_RUN:-0} != 1 ]]; then
+  # A connection that is cut counts as broken after 15 s, not never.
+  export PDSH_SSH_ARGS_APPEND="-oServerAliveInterval=5 -oServerAliveCountMax=3 ${PDSH_SSH_ARGS_APPEND-}"
   # The launcher forwards few variables by itself; others go through this file.
   [[ ! -e .deepspeed_env ]] || die "$PWD/.deepspeed_env exists; add to it, or start elsewhere"
   trap 'rm -f .deepspeed_env' EXIT

@@ -38,6 +38,10 @@ mapfile -t variables < <(set_variables)
 version=$(mpirun --version 2>&1 | head -n 3)
 case $version in
   *'Open MPI'* | *prterun*)
+    # A connection to another host that is cut counts as broken after 11 s, not never (5.x, and 4.x).
+    for name in time=5 intvl=2 probes=3; do
+      export "PRTE_MCA_oob_tcp_keepalive_$name" "OMPI_MCA_oob_tcp_keepalive_$name"
+    done
     # Without --bind-to none ranks share a core, and their local ranks may differ from the count.
     command=(mpirun -np "$ranks" --bind-to none "${root[@]}")
     [[ -z $hostfile ]] || command+=(--hostfile "$hostfile")

@@ -11,6 +11,7 @@ OpenSSH's server (and pdsh, for the launcher that uses it).
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shlex
 import shutil
@@ -24,6 +25,7 @@ from tests.ranks import Job, run_command
 
 _NETWORK = '10.99.0'
 _SSHD = '/usr/sbin/sshd'
+_made = itertools.count()  # of this process; each has a network of its own
 
 
 def why_not() -> str | None:
@@ -61,7 +63,7 @@ class Hosts:
 
     def __init__(self, count: int, folder: Path) -> None:
         self.count, self.folder = count, folder / 'hosts'
-        self._tag = f'ids{os.getpid()}'
+        self._tag = f'ids{os.getpid()}.{next(_made)}'
         self.hostfile, self.mpich_hostfile = self.folder / 'hostfile', self.folder / 'machinefile'
 
     def __enter__(self) -> Hosts:
@@ -98,10 +100,13 @@ class Hosts:
         return run_command(self.command(host, command, cwd), timeout, env)
 
     def processes(self, host: int) -> list[int]:
-        """The processes on a host, its sshd left out."""
-        found = _call('ip', 'netns', 'pids', self._name(host)).split()
-        own = (self.folder / f'pid{host}').read_text().split()
-        return [int(pid) for pid in found if pid not in own]
+        """The processes on a host, its sshd and that one's sessions left out."""
+        found = []
+        for pid in _call('ip', 'netns', 'pids', self._name(host)).split():
+            with contextlib.suppress(FileNotFoundError):
+                if Path(f'/proc/{pid}/comm').read_text().strip() != 'sshd':
+                    found.append(int(pid))
+        return found
 
     def plug(self, host: int, plugged: bool) -> None:
         """Takes a host off the switch, or puts it back."""

@@ -209,6 +209,7 @@ def test_keys_that_the_original_lacks_are_these():
         'CHECKPOINT.IO_TIMEOUT',
         'CHECKPOINT.KEEP_BEST',
         'CHECKPOINT.KEEP_EVERY',
+        'CHECKPOINT.KEEP_STEPS',
         'CHECKPOINT.RENDEZVOUS_TIMEOUT',
         'COMM.INIT_TIMEOUT',
         'COMM.INTERFACE',
@@ -221,7 +222,10 @@ def test_keys_that_the_original_lacks_are_these():
         'MODEL.PRETRAINED_RENAME',
         'TRAIN.EMA.WARMUP',
         'TRAIN.MAX_CONSECUTIVE_OVERFLOWS',
+        'TRAIN.PREEMPT_EXIT_CODE',
+        'TRAIN.SAVE_MINUTES',
         'TRAIN.SAVE_ON_OVERFLOW',
+        'TRAIN.SAVE_STEPS',
         'SAVE_CKPT_NUM',  # the original has it as a flag only
     }
 

@@ -281,3 +281,36 @@ def test_a_signal_to_one_rank_stops_all_with_a_tag(start, number):
     assert job.processes() == []
     assert f'({number.name})' in job.log.read_text()
     assert '_step_' in (job.output / 'small' / 'latest').read_text()
+
+
+def listens(port):
+    """Whether a socket of this host listens on a TCP port."""
+    rows = [row.split() for row in Path('/proc/net/tcp').read_text().splitlines()[1:]]
+    rows += [row.split() for row in Path('/proc/net/tcp6').read_text().splitlines()[1:]]
+    return any(int(row[1].rpartition(':')[2], 16) == port and row[3] == '0A' for row in rows)
+
+
+@MPI
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_two_jobs_on_one_host_do_not_meet_and_a_given_port_is_used(start):
+    port = free_port()
+    options = ['-n', '2', '--allow-root']
+    given = start('train_mpi.sh', options, MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    agreed = start('train_mpi.sh', options)
+    given.wait_for('epoch 1:')
+    agreed.wait_for('epoch 1:')
+    assert listens(port)
+    assert f'started by Open MPI: 2 ranks, 2 on its host, rank 0 at 127.0.0.1:{port}' in (
+        given.log.read_text()
+    )
+    assert f':{port}' not in agreed.log.read_text()
+    # mpirun hands SIGUSR1 on to the ranks.
+    children = subprocess.run(['pgrep', '-P', str(given.process.pid)], capture_output=True)
+    (mpirun,) = children.stdout.split()
+    os.kill(int(mpirun), signal.SIGUSR1)
+    assert given.process.wait(timeout=90) == 75
+    assert '(SIGUSR1)' in given.log.read_text()
+    agreed.process.send_signal(signal.SIGUSR1)
+    assert agreed.process.wait(timeout=90) == 75
+    assert given.processes() == agreed.processes() == []

@@ -14,6 +14,7 @@ from internvl_ds.checkpoint.manifest import (
     file_rank,
     parse_header,
     parse_manifest,
+    step_of,
     tag_name,
     wrong_files,
 )
@@ -36,7 +37,17 @@ def test_names():
     assert tag_name(7, 'best') == 'ckpt_epoch_best'
     assert tag_name('warm', None) == 'ckpt_epoch_warm'
     assert epoch_of('ckpt_epoch_12') == 12
-    for name in ('ckpt_epoch_best', 'ckpt_epoch_', 'ckpt_epoch_1x', 'ckpt_epoch_01', 'other_1'):
+    assert tag_name(7, None, 40) == 'ckpt_epoch_7_step_40'
+    assert (epoch_of('ckpt_epoch_7_step_40'), step_of('ckpt_epoch_7_step_40')) == (7, 40)
+    assert step_of('ckpt_epoch_7') is step_of('ckpt_epoch_best') is None
+    for name in (
+        'ckpt_epoch_best',
+        'ckpt_epoch_7_step_0',
+        'ckpt_epoch_',
+        'ckpt_epoch_1x',
+        'ckpt_epoch_01',
+        'other_1',
+    ):
         assert epoch_of(name) is None
 
 
@@ -44,6 +55,12 @@ def test_names():
 def test_a_name_that_is_no_plain_file_name_is_refused(best):
     with pytest.raises(CheckpointError, match='a tag is named by letters'):
         tag_name(1, best)
+
+
+@pytest.mark.parametrize(('epoch', 'step'), [(3, 0), ('warm', 4)])
+def test_a_step_is_one_of_an_epoch(epoch, step):
+    with pytest.raises(CheckpointError, match='a step is one of an epoch'):
+        tag_name(epoch, None, step)
 
 
 def test_a_negative_epoch_is_refused():

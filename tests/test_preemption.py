@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from internvl_ds.checkpoint.shards import TagShards
 from internvl_ds.cli.digits import write_digits
-from tests.ranks import run_command
+from tests.ranks import run_command, run_ranks
 from tests.workers.preempting import RANKS, STOPPED
 
 # Another seed tries other moments, and more of them: set these in the environment.
@@ -41,6 +41,29 @@ CONFIG = {
 @pytest.fixture(scope='module')
 def digits(tmp_path_factory):
     return write_digits(tmp_path_factory.mktemp('digits') / 'digits').root
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+@pytest.mark.parametrize('ranks', [2, 4])
+def test_all_ranks_stop_at_the_same_boundary(tmp_path, ranks):
+    told = run_ranks(
+        'tests.workers.signalled:boundaries', ranks, tmp_path, seed=SEED, trials=20, count=60
+    )
+    assert all(rank == told[0] for rank in told)
+    stops = [actions[-1] for actions in told[0] if actions]
+    assert len(stops) >= 5
+    assert {action for _, action in stops} == {'stop'}
+    assert len({index for index, _ in stops}) > 2
+
+
+@pytest.mark.ranks
+def test_minutes_are_those_of_rank_0s_clock(tmp_path):
+    told = run_ranks('tests.workers.signalled:minutes', 2, tmp_path, count=100)
+    assert told[0] == told[1]
+    assert len(told[0]['saves']) >= 3
+    assert {action for _, action in told[0]['saves']} == {'save'}
+    assert told[0]['restored']
 
 
 @pytest.mark.ranks

@@ -7,6 +7,7 @@ from internvl_ds.checkpoint.retention import (
     KeepBest,
     KeepEvery,
     KeepNewest,
+    KeepSteps,
     tags_to_prune,
 )
 
@@ -86,3 +87,17 @@ def test_the_tag_saved_last_always_stays():
     assert _stay(tags, KeepBest(1)) == [0, 2]
     assert _stay(tags, KeepEvery(7)) == [0, 2]
     assert _stay(_tags(8, 9, 4), KeepEvery(100)) == [4]
+
+
+def test_tags_from_inside_epochs_are_counted_by_themselves():
+    steps = [EpochTag(n, 4, f'ckpt_epoch_4_step_{n}', 50.0, n) for n in (5, 6, 7)]
+    tags = [*_tags(0, 1, 2, 3), *steps, EpochTag(8, 4, 'ckpt_epoch_4')]
+    gone = tags_to_prune(tags, [KeepNewest(2), KeepSteps(1)])
+    assert gone == [
+        'ckpt_epoch_0', 'ckpt_epoch_1', 'ckpt_epoch_2', 'ckpt_epoch_4_step_5', 'ckpt_epoch_4_step_6'
+    ]  # fmt: skip
+    assert 'ckpt_epoch_4_step_7' in tags_to_prune(tags, [KeepNewest(0), KeepSteps(0)])
+    # Their accuracy is that of an epoch before, and their epoch is not done.
+    assert tags_to_prune(steps, [KeepBest(1), KeepEvery(2), KeepNewest(1)]) == [
+        'ckpt_epoch_4_step_5', 'ckpt_epoch_4_step_6'
+    ]  # fmt: skip

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from internvl_ds.checkpoint.state import read_state
 from internvl_ds.train.__main__ import parse_args
 from internvl_ds.train.loop import build_criterion
 from tests.ranks import free_port, run_command, run_ranks
@@ -83,6 +84,11 @@ def test_a_run_that_diverges_saves_and_stops(tmp_path, data):
     output = tmp_path / 'out' / 'small'
     assert (output / 'ckpt_epoch_overflow' / 'manifest.json').is_file()
     assert (output / 'latest').read_text().strip() == 'ckpt_epoch_0'  # the epoch before
+    # It goes on inside the epoch, at the update that was skipped.
+    state = read_state(output / 'ckpt_epoch_overflow' / 'state.json')
+    position = read_state(output / 'ckpt_epoch_overflow' / 'loop_rank_1.json')['loop']
+    assert state['epoch'] == 1
+    assert state['step'] * 4 == position['micro_batches']
 
 
 @pytest.mark.ranks

@@ -162,7 +162,7 @@ def _run_epoch(state: Run, epoch: int, metrics: MetricsLog) -> None:
     """Trains, evaluates, records and saves one epoch."""
     config = state.config
     if config.TRAIN.SAVE_ON_OVERFLOW:
-        state.scaler.before_stop = functools.partial(_save, state, epoch, best='overflow')
+        state.scaler.before_stop = functools.partial(_save_overflow, state, epoch)
     record: dict[str, Any] = {'epoch': epoch, **train_one_epoch(state, epoch)}
     improved = improved_ema = False
     if epoch % config.EVAL_FREQ == 0 or _is_last(config, epoch):
@@ -233,6 +233,10 @@ def _write_monitor(state: Run, record: dict[str, Any]) -> None:
     if monitor.enabled:
         samples = state.engine.global_samples
         monitor.write_events([(f'Epoch/{k}', v, samples) for k, v in record.items()])
+
+
+def _save_overflow(state: Run, epoch: int) -> None:
+    _save(state, epoch, best='overflow', step=_updates(state))
 
 
 def _save(state: Run, epoch: int, best: str | None = None, step: int | None = None) -> None:

@@ -61,6 +61,7 @@ def every_damage(stage: int, root: str) -> dict[str, Any]:
     run.steps(0, 1)
     older = Path(run.save(0))
     run.steps(1, 2)
+    torch.rand(1)  # so that the files with the generators' states differ too
     newest = Path(run.save(1))
     kept = Path(f'{root}-kept')
     on_rank_0(lambda: shutil.copytree(newest, kept))

@@ -1,0 +1,93 @@
+"""Which ranks still answer: asked when a collective fails, to name the one that is gone.
+
+A thread of each rank counts up in rank 0's store. A rank that was killed or stopped, or whose host
+is cut off, does not; one that only computes for long does.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from typing import Any
+
+from internvl_ds.errors import few
+
+logger = logging.getLogger(__name__)
+
+_PERIOD = 1.0  # seconds between two signs of life
+_PATIENCE = 4.0  # seconds without one, after which a rank is silent
+_LIMIT = 15.0  # seconds that finding out may take
+
+
+class Liveness:
+    """This rank's signs of life, and a look at those of the others."""
+
+    def __init__(self, store: Any, rank: int, world_size: int) -> None:
+        """Starts to give them.
+
+        Args:
+            store: a connection to the process group's store, used by nothing else.
+            rank: this process's.
+            world_size: how many ranks there are.
+        """
+        self._store, self._rank, self._world_size = store, rank, world_size
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+        self._give(0)
+        threading.Thread(target=self._run, name='liveness', daemon=True).start()
+
+    def stop(self) -> None:
+        """Gives no more signs; before the process group is left."""
+        self._stopped.set()
+
+    def describe_silent(self) -> str:
+        """A sentence on the ranks that give no sign of life; '' where all do. Takes seconds."""
+        found: list[str] = []
+        looking = threading.Thread(target=lambda: found.append(self._look()), daemon=True)
+        looking.start()
+        looking.join(_LIMIT)
+        return found[0] if found else 'the store of rank 0 does not answer: its host is cut off'
+
+    def _run(self) -> None:
+        count = 0
+        while not self._stopped.wait(_PERIOD):
+            count += 1
+            try:
+                self._give(count)
+            except RuntimeError as error:
+                logger.info('rank %d lost the store of rank 0: %s', self._rank, error)
+                return
+
+    def _give(self, count: int) -> None:
+        sign = [count, socket.gethostname(), os.getpid()]
+        with self._lock:
+            self._store.set(_key(self._rank), json.dumps(sign))
+
+    def _look(self) -> str:
+        try:
+            first = self._signs()
+            time.sleep(_PATIENCE)
+            later = self._signs()
+        except RuntimeError as error:
+            return f'rank 0, which holds the store, is gone ({error})'
+        silent = [rank for rank in later if later[rank] == first.get(rank) and rank != self._rank]
+        names = [f'rank {rank} on {later[rank][1]} (pid {later[rank][2]})' for rank in silent]
+        if not names:
+            return ''
+        verb = 'has' if len(names) == 1 else 'have'
+        return f'{few(names)} {verb} given no sign of life for {_PATIENCE:g} s'
+
+    def _signs(self) -> dict[int, list[Any]]:
+        with self._lock:
+            keys = [_key(rank) for rank in range(self._world_size)]
+            there = [rank for rank, key in enumerate(keys) if self._store.check([key])]
+            texts = self._store.multi_get([keys[rank] for rank in there])
+        return {rank: json.loads(text) for rank, text in zip(there, texts, strict=True)}
+
+
+def _key(rank: int) -> str:
+    return f'internvl_ds/alive/{rank}'

@@ -1,0 +1,245 @@
+"""Every launcher meets every fault: seconds to the end of the job, exit status, and what it says.
+
+    python -m tests.bench.faults [--out FOLDER] [--only FAULT ...]     prints a Markdown table
+
+Real jobs of the launch scripts train until something happens to them, with limits of 10 s. Needs
+root for the cells with two hosts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests import hosts, mpich
+from tests.ranks import ROOT, base_env, free_port, remove_shm_buffers
+from tests.workers.training import small_config, write_folder
+
+LIMIT = 10  # COMM.TIMEOUT, COMM.INIT_TIMEOUT and CHECKPOINT.RENDEZVOUS_TIMEOUT, seconds
+# A launcher needs up to 30 s more to end ranks by force, and starting takes some.
+WORST = 90.0
+
+LAUNCHERS = ('deepspeed', 'Open MPI', 'MPICH')
+FAULTS = {
+    'killed': 'a rank is killed (SIGKILL)',
+    'crashed': 'a rank raises an exception',
+    'stopped': 'a rank stands still (SIGSTOP)',
+    'cut': 'the link to a host is cut',
+    'unreachable': 'rank 0 cannot be reached',
+    'hostfile': 'the hostfile names a host that does not exist',
+}
+ON_TWO_HOSTS = ('cut', 'unreachable', 'hostfile')
+
+
+@dataclass(frozen=True)
+class Cell:
+    """How a job ended.
+
+    Attributes:
+        seconds: from the fault (or the start, where it never trained) to the end of the script.
+        status: the script's exit status; None where it had to be ended.
+        says: the line that names what happened.
+        left: processes that were left.
+        output: all that the job printed.
+    """
+
+    launcher: str
+    fault: str
+    seconds: float
+    status: int | None
+    says: str
+    left: int
+    output: str
+
+
+class Job:
+    """A job that runs into a fault, on hosts of its own where that takes two."""
+
+    def __init__(self, folder: Path, mpich_env: dict[str, str], two: hosts.Hosts | None) -> None:
+        self.folder, self.mpich_env, self.hosts = folder, mpich_env, two
+
+    def measure(self, launcher: str, fault: str) -> Cell:
+        """Runs it."""
+        folder = self.folder
+        data = write_folder(folder / 'images', classes=3, train=16, val=8)
+        cfg = folder / 'small.yaml'
+        limits = {'COMM__TIMEOUT': LIMIT, 'COMM__INIT_TIMEOUT': LIMIT}
+        cfg.write_text(
+            small_config(
+                data, TRAIN__EPOCHS=100000, TRAIN__WARMUP_EPOCHS=0, DATA__BATCH_SIZE=2,
+                SAVE_FREQ=100000, CHECKPOINT__RENDEZVOUS_TIMEOUT=LIMIT,
+                MODEL__FACTORY='tests.workers.faulty:model', **limits,
+            ).dump()
+        )  # fmt: skip
+        port = str(free_port())
+        two = fault in ON_TWO_HOSTS
+        command = self._script(launcher, fault, folder, port)
+        command += ['--', '--cfg', str(cfg), '--output', str(folder)]
+        if two:
+            assert self.hosts is not None
+            command = self.hosts.command(0, command, folder)
+        env = base_env(INTERNVL_DS_GRACE=str(LIMIT))
+        env.update(self.mpich_env if launcher == 'MPICH' else {})
+        if fault == 'unreachable':
+            env.update(MASTER_ADDR='10.99.0.77', MASTER_PORT=port)
+        log = folder / 'log'
+        with log.open('wb') as output:
+            job = subprocess.Popen(
+                command, env=env, cwd=folder, stdin=subprocess.DEVNULL, stdout=output,
+                stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+        try:
+            start = time.monotonic()
+            if fault not in ('unreachable', 'hostfile'):
+                _wait_for('epoch 1:', log, job)
+                start = time.monotonic()
+                self._inflict(fault, data)
+            try:
+                status: int | None = job.wait(WORST)
+            except subprocess.TimeoutExpired:
+                status = None
+            seconds = time.monotonic() - start
+            left = self._left(folder, two)
+        finally:
+            self._clean(folder, two)
+            job.wait(30)
+            remove_shm_buffers(port)
+        text = log.read_text(errors='replace')
+        return Cell(launcher, fault, seconds, status, _says(text), left, text)
+
+    def _script(self, launcher: str, fault: str, folder: Path, port: str) -> list[str]:
+        hostfile = None
+        if fault in ON_TWO_HOSTS:
+            assert self.hosts is not None
+            hostfile = self.hosts.mpich_hostfile if launcher == 'MPICH' else self.hosts.hostfile
+            if fault == 'hostfile':
+                wrong = folder / 'hostfile'
+                wrong.write_text(hostfile.read_text().replace('host1', 'nowhere'))
+                hostfile = wrong
+        options = ['--hostfile', str(hostfile)] if hostfile else []
+        if launcher == 'deepspeed':
+            options += [] if hostfile else ['-n', '2', '--port', port]
+            return ['bash', str(ROOT / 'launch' / 'train_deepspeed.sh'), *options]
+        ranks = '4' if hostfile else '2'
+        options += ['-n', ranks, *(['--ppn', '2'] if hostfile else [])]
+        options += ['--allow-root'] if launcher == 'Open MPI' else []
+        return ['bash', str(ROOT / 'launch' / 'train_mpi.sh'), *options]
+
+    def _inflict(self, fault: str, data: Path) -> None:
+        if fault == 'crashed':
+            (data / 'crash').touch()
+        elif fault == 'cut':
+            assert self.hosts is not None
+            self.hosts.plug(1, False)
+        else:
+            pid = int((data / 'pid_1').read_text().split()[1])
+            os.kill(pid, signal.SIGKILL if fault == 'killed' else signal.SIGSTOP)
+
+    def _left(self, folder: Path, two: bool) -> int:
+        # What was told to end may need a moment; ranks that are cut off end by their own limits.
+        deadline = time.monotonic() + (4 * LIMIT if two else 5)
+        while (count := len(self._processes(folder, two))) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return count
+
+    def _processes(self, folder: Path, two: bool) -> list[int]:
+        if two:
+            assert self.hosts is not None
+            return [pid for host in range(2) for pid in self.hosts.processes(host)]
+        found = subprocess.run(['pgrep', '-f', str(folder)], capture_output=True, text=True)
+        return [int(pid) for pid in found.stdout.split()]
+
+    def _clean(self, folder: Path, two: bool) -> None:
+        for pid in self._processes(folder, two):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if two and self.hosts is not None:
+            self.hosts.plug(1, True)
+
+
+def _wait_for(words: str, log: Path, job: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while words not in log.read_text(errors='replace'):
+        assert job.poll() is None, log.read_text()[-3000:]
+        assert time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(0.1)
+
+
+# What to quote of a job's output: the first of these that is found.
+_TELLING = (
+    r'rank \d+ on \S+ ends the job: .*',
+    r'noticed that (process rank .* exited on\s+signal .*)',
+    r'=\s+(PID \d+ RUNNING AT .*\s+=\s+EXIT CODE: .*)',
+    r'ssh: Could not resolve hostname .*',
+    r'lost communication with a remote daemon[^.]*',
+)
+
+
+def _says(text: str) -> str:
+    for pattern in _TELLING:
+        found = re.findall(pattern, text)
+        if found:
+            return ' '.join(str(found[0]).split())
+    return text.strip().splitlines()[-1] if text.strip() else ''
+
+
+def measure_all(folder: Path, faults: Sequence[str] = tuple(FAULTS)) -> list[Cell]:
+    """All cells of these faults, three at a time; on one host only where two cannot be made."""
+    mpich_env = mpich.make_environment(folder)
+    if hosts.why_not() is not None:
+        faults = [fault for fault in faults if fault not in ON_TWO_HOSTS]
+
+    def measure(pair: tuple[str, str]) -> Cell:
+        fault, launcher = pair
+        own = folder / f'{launcher}-{fault}'.replace(' ', '_')
+        if fault not in ON_TWO_HOSTS:
+            return Job(own, mpich_env, None).measure(launcher, fault)
+        with hosts.Hosts(2, own) as two:
+            return Job(own, mpich_env, two).measure(launcher, fault)
+
+    pairs = [(fault, launcher) for fault in faults for launcher in LAUNCHERS]
+    # The deepspeed launcher decides by itself where rank 0 is.
+    pairs = [pair for pair in pairs if pair != ('unreachable', 'deepspeed')]
+    with ThreadPoolExecutor(3) as pool:
+        return list(pool.map(measure, pairs))
+
+
+def table(cells: list[Cell]) -> str:
+    """The cells in Markdown."""
+    lines = ['| fault | launcher | seconds | exit status | says |', f'|{" --- |" * 5}']
+    for cell in cells:
+        says = cell.says.replace('|', '\\|')[:160]
+        lines.append(
+            f'| {FAULTS[cell.fault]} | {cell.launcher} | {cell.seconds:.0f} | {cell.status} | '
+            f'`{says}` |'
+        )
+    return '\n'.join(lines)
+
+
+def main() -> None:
+    """Prints the table, and keeps what the jobs printed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else '')
+    parser.add_argument('--out', type=Path, help='folder for what the jobs print')
+    parser.add_argument('--only', nargs='+', choices=FAULTS, default=tuple(FAULTS))
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix='faults-') as folder:
+        cells = measure_all(Path(folder), args.only)
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        for cell in cells:
+            (args.out / f'{cell.launcher}-{cell.fault}.txt').write_text(cell.output)
+    print(table(cells))
+
+
+if __name__ == '__main__':
+    main()
