@@ -23,10 +23,10 @@ from safetensors import SafetensorError, safe_open
 
 from internvl_ds.checkpoint.named import Flat, fill
 from internvl_ds.checkpoint.partition import owned, shapes_of
-from internvl_ds.comm import rank, world_size
 from internvl_ds.engine import engine_of
 from internvl_ds.errors import CheckpointError, CheckpointMismatch
 from internvl_ds.masters import master_weights, partitioning, push_masters
+from internvl_ds.meetings import rank, world_size
 
 FILE_PATTERN = 'ema_rank_*.safetensors'
 

@@ -18,11 +18,12 @@ from torch import nn
 from yacs.config import CfgNode
 
 from internvl_ds import ds_config as ds
-from internvl_ds.comm import init_distributed, limit_collectives, rank, world_size
+from internvl_ds.comm import init_distributed, limit_collectives
 from internvl_ds.config import default_config, get_option
 from internvl_ds.errors import ConfigError, EngineNotFound
 from internvl_ds.files import write_text
 from internvl_ds.loss_scale import LossScale
+from internvl_ds.meetings import rank, world_size
 from internvl_ds.param_groups import MergedGroups, merge_param_groups, remap_scheduler
 from internvl_ds.scaling import attach, pull, push
 

@@ -9,9 +9,9 @@ import deepspeed.comm as dist
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from internvl_ds.comm import world_size
 from internvl_ds.engine import engine_of_parameter, loss_scale_of
 from internvl_ds.errors import EngineNotFound, InternvlDsError
+from internvl_ds.meetings import world_size
 
 
 def get_grad_norm(

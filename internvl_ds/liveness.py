@@ -6,6 +6,7 @@ is cut off, does not; one that only computes for long does.
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import os
@@ -38,11 +39,15 @@ class Liveness:
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._give(0)
-        threading.Thread(target=self._run, name='liveness', daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name='liveness', daemon=True)
+        self._thread.start()
+        # A thread inside the store when the interpreter is torn down can abort the process.
+        atexit.register(self.stop)
 
     def stop(self) -> None:
         """Gives no more signs; before the process group is left."""
         self._stopped.set()
+        self._thread.join(_PERIOD)
 
     def describe_silent(self) -> str:
         """A sentence on the ranks that give no sign of life; '' where all do. Takes seconds."""

@@ -6,7 +6,7 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from internvl_ds.checkpoint.partition import Layout, Runs, Slices
-from internvl_ds.comm import rank, world_size
+from internvl_ds.meetings import rank, world_size
 from internvl_ds.persistent import gather_persistent
 
 

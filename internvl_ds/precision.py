@@ -11,11 +11,11 @@ import deepspeed.comm as dist
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from internvl_ds.comm import rank
 from internvl_ds.engine import engine_of, loss_scale_of, overflow_limit, step_scheduler
 from internvl_ds.errors import ConfigError
 from internvl_ds.grad_norm import get_grad_norm, non_finite_flags
 from internvl_ds.loss_scale import require_scaler_state
+from internvl_ds.meetings import rank
 from internvl_ds.overflow import OverflowWatch
 from internvl_ds.scaling import (
     push,

@@ -6,6 +6,7 @@ that differ between them. Ranks that stopped at different updates would wait for
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import logging
 import os
@@ -18,7 +19,10 @@ from types import FrameType, TracebackType
 
 from yacs.config import CfgNode
 
-from internvl_ds.comm import (
+from internvl_ds.config import checkpoint_option, default_config, get_option
+from internvl_ds.errors import RankError
+from internvl_ds.files import write_text
+from internvl_ds.meetings import (
     background_meetings,
     connect_peers,
     exchange,
@@ -26,9 +30,6 @@ from internvl_ds.comm import (
     rank,
     request_is_raised,
 )
-from internvl_ds.config import checkpoint_option, default_config, get_option
-from internvl_ds.errors import RankError
-from internvl_ds.files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +99,8 @@ class Preemption:
         self._thread = threading.Thread(target=self._watch, name='preemption', daemon=True)
         if self._peers is not None:
             self._thread.start()
+            # A thread inside the store when the interpreter is torn down can abort the process.
+            atexit.register(self._stop_watching)
 
     def __enter__(self) -> Preemption:
         return self
@@ -111,7 +114,7 @@ class Preemption:
         if kind is None and self._peers is not None:
             # While one rank may still come to a boundary, the others' threads must answer it.
             exchange('end of training', None, self._timeout)
-        self._closing.set()
+        self._stop_watching()
         if kind is None:  # else a signal would spoil the save, or this rank's last words
             for number, handler in self._before.items():
                 signal.signal(number, handler)
@@ -149,6 +152,11 @@ class Preemption:
     def saved(self) -> None:
         """Counts TRAIN.SAVE_MINUTES from now."""
         self._last_save = time.monotonic()
+
+    def _stop_watching(self) -> None:
+        self._closing.set()
+        if self._thread.is_alive():
+            self._thread.join(_INTERVAL)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._signal = number

@@ -190,7 +190,8 @@ def _end(processes: list[subprocess.Popen]) -> None:
 
 
 def _main(target: str, work: Path) -> None:
-    from internvl_ds.comm import init_distributed, leave, rank
+    from internvl_ds.comm import init_distributed, leave
+    from internvl_ds.meetings import rank
 
     module, _, name = target.partition(':')
     kwargs = json.loads((work / 'kwargs.json').read_text())

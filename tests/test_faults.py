@@ -4,14 +4,14 @@ import re
 
 import pytest
 
-from tests import hosts
-from tests.bench.faults import FAULTS, LAUNCHERS, ON_TWO_HOSTS, WORST, measure_all
+from tests.bench.faults import CELLS, WORST, measure_all, why_not
 
 pytestmark = [pytest.mark.ranks, pytest.mark.slow]
 
 # What names the place and the reason; where a launcher ends the ranks at once, its own words.
 NAMED = {
-    'killed': r'rank 1 on \S+ \(pid \d+\) has given|process rank 1 .* on node|PID \d+ RUNNING AT',
+    'killed': r'rank 1 on \S+ \(pid \d+\) has given|process rank 1 .* on node|PID \d+ RUNNING AT|'
+    r'localhost: task 1: Killed',
     'crashed': r'rank 1 on \S+ ends the job: ValueError: a bad batch',
     'stopped': r'rank 0 on \S+ ends the job: rank 1 on \S+ \(pid \d+\) has given no sign of life',
     'cut': r'rank [23] on host1 \(pid \d+\)|lost communication with a remote daemon',
@@ -26,13 +26,10 @@ def cells(tmp_path_factory):
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize('fault', FAULTS)
-@pytest.mark.parametrize('launcher', LAUNCHERS)
-def test_a_fault_ends_the_job(cells, launcher, fault):
-    if (launcher, fault) == ('deepspeed', 'unreachable'):
-        return  # there is no such case: it decides by itself where rank 0 is
-    if fault in ON_TWO_HOSTS and hosts.why_not() is not None:
-        pytest.skip(f'cannot make hosts: {hosts.why_not()}')
+@pytest.mark.parametrize(('fault', 'launcher'), CELLS)
+def test_a_fault_ends_the_job(cells, fault, launcher):
+    if reason := why_not(fault, launcher):
+        pytest.skip(f'cannot be tried here: {reason}')
     cell = cells[launcher, fault]
     assert cell.seconds < WORST, cell
     assert cell.status not in (0, None), cell

@@ -41,12 +41,12 @@ def write_config(folder, data, **values):
     return path
 
 
-def train(tmp_path, cfg, output, stage, *opts, level='O0'):
+def train(tmp_path, cfg, output, stage, *opts, level='O0', ranks=2):
     ds_config = tmp_path / f'stage{stage}.json'
     ds_config.write_text(json.dumps({'zero_optimization': {'stage': stage}}))
     opts = ['AMP_OPT_LEVEL', level, 'AMP_TYPE', 'bfloat16', *opts]
     return run_ranks(
-        'tests.workers.training:train_on_ranks', 2, tmp_path,
+        'tests.workers.training:train_on_ranks', ranks, tmp_path,
         cfg=str(cfg), output=str(tmp_path / output), opts=opts, ds_config=str(ds_config),
     )  # fmt: skip
 
@@ -130,6 +130,25 @@ def test_a_resumed_run_goes_on_as_if_never_stopped(tmp_path, data, stage, level)
     again = train(tmp_path, cfg, 'whole', stage, level=level)[0]
     assert again['metrics'] == whole['metrics']
     assert 'nothing to train' in (tmp_path / 'whole' / 'small' / 'log_rank0.txt').read_text()
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_an_epoch_goes_on_inside_on_another_number_of_ranks(tmp_path, data):
+    cfg = write_config(tmp_path, data, TRAIN__EPOCHS=1)
+    opts = ['TRAIN.SAVE_STEPS', '1', 'CHECKPOINT.KEEP_STEPS', '5']
+    result = train(tmp_path, cfg, 'two', 1, *opts)[0]
+    # 7 micro-batches in groups of 4 and 3; after the second the epoch's own tag follows.
+    assert [name for name in result['files'] if '_step_' in name] == ['ckpt_epoch_0_step_1']
+    tag = str(tmp_path / 'two' / 'small' / 'ckpt_epoch_0_step_1')
+    opts = ['MODEL.RESUME', tag, 'TRAIN.ACCUMULATION_STEPS', '2']
+    result = train(tmp_path, cfg, 'four', 2, *opts, ranks=4)[0]
+    # 16 of 29 images have been seen: two micro-batches of 8, of which 4 ranks have 3.
+    log = (tmp_path / 'four' / 'small' / 'log_rank0.txt').read_text()
+    assert 'saved by 2 ranks; random numbers are drawn anew' in log
+    assert 'epoch 0 goes on after micro-batch 2 of 3' in log
+    assert 'WARNING the epoch goes on' not in log
+    assert [record['epoch'] for record in result['metrics']] == [0]
 
 
 @pytest.mark.ranks

@@ -13,7 +13,6 @@ from internvl_ds.checkpoint.layout import same_groups
 from internvl_ds.checkpoint.named import Flat
 from internvl_ds.checkpoint.restore import load_weights
 from internvl_ds.checkpoint.shards import TagShards
-from internvl_ds.comm import rank, world_size
 from internvl_ds.ema import (
     EmaFile,
     ShardedEma,
@@ -23,6 +22,7 @@ from internvl_ds.ema import (
     read_ema_tensor,
 )
 from internvl_ds.errors import CheckpointError
+from internvl_ds.meetings import rank, world_size
 from internvl_ds.pretrained.sources import open_source
 
 _WHOLE_EMA_FILE = 'ema.safetensors'

@@ -14,14 +14,9 @@ import threading
 import traceback
 from collections.abc import Callable
 
-from internvl_ds.comm import (
-    Peers,
-    background_meetings,
-    before_shutdown,
-    connect_peers,
-    part_from,
-)
+from internvl_ds.comm import before_shutdown
 from internvl_ds.errors import CheckpointError
+from internvl_ds.meetings import Peers, background_meetings, connect_peers, part_from
 
 logger = logging.getLogger(__name__)
 

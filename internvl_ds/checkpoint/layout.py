@@ -10,9 +10,9 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from internvl_ds.checkpoint.lookup import read_header
 from internvl_ds.checkpoint.partition import describe
 from internvl_ds.checkpoint.shards import TagShards
-from internvl_ds.comm import world_size
 from internvl_ds.ds_config import precision_of
 from internvl_ds.engine import ds_config_of
+from internvl_ds.meetings import world_size
 
 
 class TagLayout(NamedTuple):

@@ -33,7 +33,6 @@ from internvl_ds.checkpoint.schedule import restore_schedule
 from internvl_ds.checkpoint.shards import TagShards
 from internvl_ds.checkpoint.state import state_of
 from internvl_ds.checkpoint.verify import damage, share_of
-from internvl_ds.comm import agree, exchange, from_rank_0, rank, world_size
 from internvl_ds.config import checkpoint_option, default_config, get_option
 from internvl_ds.ema import ShardedEma, has_ema
 from internvl_ds.engine import engine_of, find_engine, restore_loss_scale
@@ -41,6 +40,7 @@ from internvl_ds.errors import (
     CheckpointError,
     CheckpointNotFound,
 )
+from internvl_ds.meetings import agree, exchange, from_rank_0, rank, world_size
 
 _log = logging.getLogger(__name__)
 

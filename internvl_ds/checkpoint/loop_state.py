@@ -10,8 +10,8 @@ from typing import Any
 from internvl_ds.checkpoint.manifest import LOOP_FILE
 from internvl_ds.checkpoint.rng import set_rng_state
 from internvl_ds.checkpoint.state import read_state
-from internvl_ds.comm import agree, rank, world_size
 from internvl_ds.errors import CheckpointError
+from internvl_ds.meetings import agree, rank, world_size
 
 
 def restore_loop(

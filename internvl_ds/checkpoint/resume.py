@@ -17,10 +17,10 @@ from internvl_ds.checkpoint.original import state_of_file
 from internvl_ds.checkpoint.schedule import fit_to_groups, restore_schedule, set_lr_of_schedule
 from internvl_ds.checkpoint.shards import TagShards
 from internvl_ds.checkpoint.writer import install_writer
-from internvl_ds.comm import agree, rank
 from internvl_ds.config import checkpoint_option
 from internvl_ds.engine import client_groups, engine_of, restore_loss_scale, scheduler_of
 from internvl_ds.errors import CheckpointError, PretrainedError
+from internvl_ds.meetings import agree, rank
 from internvl_ds.param_groups import MergedGroups
 from internvl_ds.persistent import gathered_together
 from internvl_ds.pretrained.sources import open_source

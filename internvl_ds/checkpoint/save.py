@@ -42,12 +42,12 @@ from internvl_ds.checkpoint.snapshot import tensor_bytes
 from internvl_ds.checkpoint.space import state_size
 from internvl_ds.checkpoint.state import state_text
 from internvl_ds.checkpoint.writer import ShardWriter, install_writer
-from internvl_ds.comm import exchange, from_rank_0, gather, rank, world_size
 from internvl_ds.config import checkpoint_option, default_config, get_option
 from internvl_ds.ds_config import precision_of
 from internvl_ds.ema import EmaFile
 from internvl_ds.engine import client_groups, ds_config_of, engine_of, loss_scale_of
 from internvl_ds.errors import CheckpointError, RankError
+from internvl_ds.meetings import exchange, from_rank_0, gather, rank, world_size
 from internvl_ds.persistent import put_back
 
 

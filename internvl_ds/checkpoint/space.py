@@ -7,8 +7,8 @@ from typing import Any
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from internvl_ds.checkpoint.snapshot import tensor_bytes
-from internvl_ds.comm import rank
 from internvl_ds.masters import master_weights
+from internvl_ds.meetings import rank
 
 
 def state_size(engine: DeepSpeedEngine) -> int:

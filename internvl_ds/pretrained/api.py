@@ -18,9 +18,10 @@ from yacs.config import CfgNode
 
 from internvl_ds.checkpoint.lookup import is_tag, read_manifest
 from internvl_ds.checkpoint.verify import damage, share_of, weight_files
-from internvl_ds.comm import agree, exchange, from_rank_0, init_distributed, rank, world_size
+from internvl_ds.comm import init_distributed
 from internvl_ds.config import checkpoint_option, default_config, get_option
 from internvl_ds.errors import ConfigError, PretrainedError, RankError
+from internvl_ds.meetings import agree, exchange, from_rank_0, rank, world_size
 from internvl_ds.pretrained import apply, head, transforms
 from internvl_ds.pretrained.known_formats import through_timm
 from internvl_ds.pretrained.report import PretrainedReport

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from internvl_ds.comm import init_distributed, leave, rank, shutdown
+from internvl_ds.comm import init_distributed, leave, shutdown
 from internvl_ds.config import get_config
 from internvl_ds.errors import ConfigError
 from internvl_ds.files import write_text
+from internvl_ds.meetings import rank
 from internvl_ds.preemption import Preempted
 from internvl_ds.train.loop import run
 

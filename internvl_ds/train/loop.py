@@ -15,7 +15,8 @@ from torch import nn
 from yacs.config import CfgNode
 
 from internvl_ds.checkpoint.restore import load_weights
-from internvl_ds.comm import how_started, rank, reduce_tensor, world_size
+from internvl_ds.comm import how_started, reduce_tensor
+from internvl_ds.meetings import rank, world_size
 from internvl_ds.preemption import SAVE, STOP, Preempted, Preemption
 from internvl_ds.train.data import start_epoch
 from internvl_ds.train.evaluate import EvalResult, evaluate, measure_throughput

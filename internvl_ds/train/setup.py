@@ -19,10 +19,10 @@ from torch import nn
 from yacs.config import CfgNode
 
 from internvl_ds import ds_config as ds
-from internvl_ds.comm import exchange, rank, world_size
 from internvl_ds.ema import ShardedEma
 from internvl_ds.engine import initialize
 from internvl_ds.errors import ConfigError
+from internvl_ds.meetings import exchange, rank, world_size
 from internvl_ds.precision import NativeScalerWithGradNormCount
 from internvl_ds.preemption import Preemption
 from internvl_ds.train.data import Loaders, build_loaders, seed_everything

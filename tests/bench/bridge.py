@@ -25,7 +25,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from internvl_ds import NativeScalerWithGradNormCount, initialize
-from internvl_ds.comm import rank
+from internvl_ds.meetings import rank
 from tests.bench.figures import Pair, ratios_report, ratios_table, seconds_report, seconds_table
 from tests.bench.harness import Contender, measure
 from tests.ranks import run_ranks

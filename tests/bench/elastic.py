@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from internvl_ds.comm import rank
+from internvl_ds.meetings import rank
 from tests.bench.figures import Pair, ratios_report, ratios_table, seconds_report, seconds_table
 from tests.bench.harness import Contender, barrier, measure
 from tests.bench.loads import highest

@@ -17,8 +17,8 @@ from typing import Any
 import deepspeed
 import torch
 
-from internvl_ds.comm import rank, world_size
 from internvl_ds.ema import ShardedEma
+from internvl_ds.meetings import rank, world_size
 from tests.bench.figures import Pair, ratios_report, ratios_table, seconds_report, seconds_table
 from tests.bench.harness import Contender, measure
 from tests.bench.loads import highest

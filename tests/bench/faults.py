@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests import hosts, mpich
+from tests import hosts, mpich, slurm
 from tests.ranks import ROOT, base_env, free_port, remove_shm_buffers
 from tests.workers.training import small_config, write_folder
 
@@ -29,7 +29,7 @@ LIMIT = 10  # COMM.TIMEOUT, COMM.INIT_TIMEOUT and CHECKPOINT.RENDEZVOUS_TIMEOUT,
 # A launcher needs up to 30 s more to end ranks by force, and starting takes some.
 WORST = 90.0
 
-LAUNCHERS = ('deepspeed', 'Open MPI', 'MPICH')
+LAUNCHERS = ('deepspeed', 'Open MPI', 'MPICH', 'Slurm', 'torchrun')
 FAULTS = {
     'killed': 'a rank is killed (SIGKILL)',
     'crashed': 'a rank raises an exception',
@@ -39,6 +39,14 @@ FAULTS = {
     'hostfile': 'the hostfile names a host that does not exist',
 }
 ON_TWO_HOSTS = ('cut', 'unreachable', 'hostfile')
+# Slurm is tried on one host, torchrun has no hostfile, and deepspeed itself decides who is rank 0.
+CELLS = [
+    (fault, launcher)
+    for fault in FAULTS
+    for launcher in LAUNCHERS
+    if not (fault in ON_TWO_HOSTS and launcher in ('Slurm', 'torchrun'))
+    and (fault, launcher) != ('unreachable', 'deepspeed')
+]
 
 
 @dataclass(frozen=True)
@@ -65,8 +73,10 @@ class Cell:
 class Job:
     """A job that runs into a fault, on hosts of its own where that takes two."""
 
-    def __init__(self, folder: Path, mpich_env: dict[str, str], two: hosts.Hosts | None) -> None:
-        self.folder, self.mpich_env, self.hosts = folder, mpich_env, two
+    def __init__(
+        self, folder: Path, env: dict[str, str] | None = None, two: hosts.Hosts | None = None
+    ) -> None:
+        self.folder, self.env, self.hosts = folder, env or {}, two
 
     def measure(self, launcher: str, fault: str) -> Cell:
         """Runs it."""
@@ -84,18 +94,18 @@ class Job:
         port = str(free_port())
         two = fault in ON_TWO_HOSTS
         command = self._script(launcher, fault, folder, port)
-        command += ['--', '--cfg', str(cfg), '--output', str(folder)]
+        command += ['--cfg', str(cfg), '--output', str(folder)]
         if two:
             assert self.hosts is not None
             command = self.hosts.command(0, command, folder)
-        env = base_env(INTERNVL_DS_GRACE=str(LIMIT))
-        env.update(self.mpich_env if launcher == 'MPICH' else {})
+        env = base_env(INTERNVL_DS_GRACE=str(LIMIT), INTERNVL_DS_RESULT=str(folder / 'result'))
+        env.update(self.env)
         if fault == 'unreachable':
             env.update(MASTER_ADDR='10.99.0.77', MASTER_PORT=port)
         log = folder / 'log'
         with log.open('wb') as output:
             job = subprocess.Popen(
-                command, env=env, cwd=folder, stdin=subprocess.DEVNULL, stdout=output,
+                command, env=env, cwd=ROOT if launcher == 'Slurm' else folder, stdin=subprocess.DEVNULL, stdout=output,
                 stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         try:
@@ -129,11 +139,18 @@ class Job:
         options = ['--hostfile', str(hostfile)] if hostfile else []
         if launcher == 'deepspeed':
             options += [] if hostfile else ['-n', '2', '--port', port]
-            return ['bash', str(ROOT / 'launch' / 'train_deepspeed.sh'), *options]
+            return ['bash', str(ROOT / 'launch' / 'train_deepspeed.sh'), *options, '--']
+        if launcher == 'torchrun':
+            ranks = ['--nproc-per-node', '2', '--master-port', port]
+            return ['torchrun', *ranks, '-m', 'internvl_ds.train']
+        if launcher == 'Slurm':
+            options = ['--wait', '--nodes=1', '--ntasks-per-node=2', '--gpus-per-node=0']
+            options += ['--time=30', f'--output={folder}/log']
+            return ['sbatch', *options, str(ROOT / 'launch' / 'train_slurm.sbatch'), '--']
         ranks = '4' if hostfile else '2'
         options += ['-n', ranks, *(['--ppn', '2'] if hostfile else [])]
         options += ['--allow-root'] if launcher == 'Open MPI' else []
-        return ['bash', str(ROOT / 'launch' / 'train_mpi.sh'), *options]
+        return ['bash', str(ROOT / 'launch' / 'train_mpi.sh'), *options, '--']
 
     def _inflict(self, fault: str, data: Path) -> None:
         if fault == 'crashed':
@@ -182,6 +199,8 @@ _TELLING = (
     r'=\s+(PID \d+ RUNNING AT .*\s+=\s+EXIT CODE: .*)',
     r'ssh: Could not resolve hostname .*',
     r'lost communication with a remote daemon[^.]*',
+    r'srun: error: (.*: task \d+: .*)',
+    r'rank\s+: \d+ .*\s+exitcode\s+: .*',
 )
 
 
@@ -194,24 +213,32 @@ def _says(text: str) -> str:
 
 
 def measure_all(folder: Path, faults: Sequence[str] = tuple(FAULTS)) -> list[Cell]:
-    """All cells of these faults, three at a time; on one host only where two cannot be made."""
+    """The cells of these faults that can be tried here, three at a time."""
     mpich_env = mpich.make_environment(folder)
-    if hosts.why_not() is not None:
-        faults = [fault for fault in faults if fault not in ON_TWO_HOSTS]
+    cells = [cell for cell in CELLS if cell[0] in faults and why_not(*cell) is None]
 
-    def measure(pair: tuple[str, str]) -> Cell:
-        fault, launcher = pair
+    def measure(cell: tuple[str, str]) -> Cell:
+        fault, launcher = cell
         own = folder / f'{launcher}-{fault}'.replace(' ', '_')
-        if fault not in ON_TWO_HOSTS:
-            return Job(own, mpich_env, None).measure(launcher, fault)
-        with hosts.Hosts(2, own) as two:
-            return Job(own, mpich_env, two).measure(launcher, fault)
+        env = mpich_env if launcher == 'MPICH' else {}
+        if fault in ON_TWO_HOSTS:
+            with hosts.Hosts(2, own) as two:
+                return Job(own, env, two).measure(launcher, fault)
+        if launcher == 'Slurm':
+            with slurm.Slurm(folder / f'cluster_of_{own.name}') as cluster:
+                env = {name: cluster.env[name] for name in ('SLURM_CONF', 'PATH')}
+                return Job(own, env).measure(launcher, fault)
+        return Job(own, env).measure(launcher, fault)
 
-    pairs = [(fault, launcher) for fault in faults for launcher in LAUNCHERS]
-    # The deepspeed launcher decides by itself where rank 0 is.
-    pairs = [pair for pair in pairs if pair != ('unreachable', 'deepspeed')]
     with ThreadPoolExecutor(3) as pool:
-        return list(pool.map(measure, pairs))
+        return list(pool.map(measure, cells))
+
+
+def why_not(fault: str, launcher: str) -> str | None:
+    """What is missing to try a cell here; None where it can be tried."""
+    if fault in ON_TWO_HOSTS:
+        return hosts.why_not()
+    return slurm.why_not() if launcher == 'Slurm' else None
 
 
 def table(cells: list[Cell]) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import distributed
 
 from internvl_ds.checkpoint.manifest import file_rank
-from internvl_ds.comm import rank, world_size
+from internvl_ds.meetings import rank, world_size
 from tests.bench.figures import Pair, verdict
 from tests.bench.harness import Contender
 from tests.bench.memory import peak_growth

@@ -23,7 +23,7 @@ import deepspeed
 import torch
 
 from internvl_ds import load_pretrained
-from internvl_ds.comm import world_size
+from internvl_ds.meetings import world_size
 from tests.bench.figures import Pair, ratios_report, ratios_table, seconds_report, seconds_table
 from tests.bench.harness import Contender, measure
 from tests.bench.loads import highest

@@ -15,8 +15,8 @@ from torch.distributed import checkpoint as dcp
 
 from internvl_ds.checkpoint import background, hashing
 from internvl_ds.checkpoint.manifest import file_rank
-from internvl_ds.comm import rank
 from internvl_ds.files import flush
+from internvl_ds.meetings import rank
 from tests.bench.figures import Pair
 from tests.bench.harness import Contender, barrier
 from tests.bench.subject import Subject

@@ -22,7 +22,7 @@ from internvl_ds import (
     save_checkpoint,
 )
 from internvl_ds.checkpoint.writer import ShardWriter
-from internvl_ds.comm import rank
+from internvl_ds.meetings import rank
 from tests.workers.model import make_config, make_optimizer, precision_values
 
 logger = logging.getLogger('bench')

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from internvl_ds.checkpoint import background
-from internvl_ds.comm import rank, world_size
+from internvl_ds.meetings import rank, world_size
 from tests.bench import loads, saves
 from tests.bench.figures import ratios_report, seconds_report
 from tests.bench.harness import barrier, measure

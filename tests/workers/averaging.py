@@ -17,8 +17,8 @@ from internvl_ds import (
     save_checkpoint,
 )
 from internvl_ds.checkpoint.export import write_safetensors
-from internvl_ds.comm import rank, world_size
 from internvl_ds.ema import ShardedEma
+from internvl_ds.meetings import rank, world_size
 from tests.workers.model import batch, make_config, make_model, module_dtype
 from tests.workers.scaling import counted
 from tests.workers.stepping import make_engine, masters, train_step

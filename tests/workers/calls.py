@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from internvl_ds.comm import rank
+from internvl_ds.meetings import rank
 
 
 def message_of(action: Callable[[], Any]) -> str:

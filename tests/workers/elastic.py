@@ -20,10 +20,10 @@ from internvl_ds import (
     reduce_tensor,
     save_checkpoint,
 )
-from internvl_ds.comm import rank, world_size
 from internvl_ds.ema import ShardedEma
 from internvl_ds.errors import InternvlDsError
 from internvl_ds.masters import master_weights
+from internvl_ds.meetings import rank, world_size
 from tests.workers.model import (
     CLASSES,
     FEATURES,

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from internvl_ds.checkpoint import background
-from internvl_ds.comm import free_port, init_distributed, rank, shutdown
+from internvl_ds.comm import free_port, init_distributed, shutdown
+from internvl_ds.meetings import rank
 from tests.workers.calls import message_of, on_rank_0
 from tests.workers.killing import state_digest
 from tests.workers.saving import Run

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch.distributed import distributed_c10d
 
-from internvl_ds.comm import rank
+from internvl_ds.meetings import rank
 
 
 def fail_on_rank_1() -> None:

@@ -23,8 +23,9 @@ from internvl_ds import auto_resume_helper, load_ema_checkpoint
 from internvl_ds.checkpoint import background
 from internvl_ds.checkpoint.lookup import read_header
 from internvl_ds.checkpoint.verify import damage_of_tag
-from internvl_ds.comm import free_port, init_distributed, rank
+from internvl_ds.comm import free_port, init_distributed
 from internvl_ds.masters import master_weights
+from internvl_ds.meetings import rank
 from tests.workers.saving import Run, logger
 
 RANKS = 2

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 
 from internvl_ds import preemption
-from internvl_ds.comm import free_port, init_distributed, leave, rank
+from internvl_ds.comm import free_port, init_distributed, leave
 from internvl_ds.config import get_config
+from internvl_ds.meetings import rank
 from internvl_ds.train import loop, progress
 
 RANKS = 2

@@ -22,8 +22,8 @@ from internvl_ds import (
     load_ema_checkpoint,
     save_checkpoint,
 )
-from internvl_ds.comm import rank, world_size
 from internvl_ds.ema import ShardedEma
+from internvl_ds.meetings import rank, world_size
 from tests.workers.model import (
     make_config,
     make_model,

@@ -9,7 +9,7 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 
 from internvl_ds import NativeScalerWithGradNormCount, initialize
-from internvl_ds.comm import rank
+from internvl_ds.meetings import rank
 from tests.workers.model import make_config, make_model, micro_batch, zero_json
 
 STEPS, SKIPPED = 50, 17

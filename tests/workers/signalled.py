@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from internvl_ds import preemption
-from internvl_ds.comm import rank, world_size
 from internvl_ds.config import default_config
+from internvl_ds.meetings import rank, world_size
 from internvl_ds.preemption import SAVE, STOP, Preemption
 
 

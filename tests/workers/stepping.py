@@ -10,7 +10,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import nn
 
 from internvl_ds import NativeScalerWithGradNormCount, get_grad_norm, initialize
-from internvl_ds.comm import rank, world_size
+from internvl_ds.meetings import rank, world_size
 from internvl_ds.scaling import scale_loss
 from tests.workers.model import (
     make_config,

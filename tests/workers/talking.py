@@ -15,8 +15,11 @@ import torch
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
-from internvl_ds import NativeScalerWithGradNormCount, comm, initialize, reduce_tensor, register
-from internvl_ds.comm import (
+from internvl_ds import NativeScalerWithGradNormCount, initialize, meetings, reduce_tensor, register
+from internvl_ds.comm import reduce_tensors
+from internvl_ds.engine import engine_of
+from internvl_ds.errors import CheckpointError, CheckpointNotFound
+from internvl_ds.meetings import (
     agree,
     background_meetings,
     connect_peers,
@@ -26,8 +29,6 @@ from internvl_ds.comm import (
     rank,
     world_size,
 )
-from internvl_ds.engine import engine_of
-from internvl_ds.errors import CheckpointError, CheckpointNotFound
 from tests.workers.calls import message_of
 from tests.workers.model import make_config, make_model, make_optimizer, micro_batch, zero_json
 from tests.workers.stepping import masters
@@ -37,7 +38,11 @@ def reduce() -> dict[str, Any]:
     """reduce_tensor of several dtypes and shapes."""
     value = torch.tensor([float(rank()), 1.0])
     mean = reduce_tensor(value)
+    counts = torch.tensor([[rank(), 3]])
+    halves = torch.full((2,), float(rank()), dtype=torch.bfloat16)
+    several = reduce_tensors([value, counts, halves])
     return {
+        'several': [[str(t.dtype), t.tolist()] for t in several],
         'mean': mean.tolist(),
         'input': value.tolist(),
         'scalar': float(reduce_tensor(torch.tensor(float(rank())))),
@@ -247,7 +252,7 @@ def rank_0_ends_at_once(folder: str) -> None:
         def __getattr__(self, name: str) -> Any:
             return getattr(connection, name)
 
-    comm._store = Slow  # type: ignore[assignment]
+    meetings._store = Slow  # type: ignore[assignment]
     brought = exchange('last', 1, 20)
     (next(Path(folder).glob('ranks-*')) / 'result_1.json').write_text(str(brought))
     os._exit(0)

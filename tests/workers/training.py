@@ -19,9 +19,9 @@ from torch.utils.data.distributed import DistributedSampler
 from yacs.config import CfgNode
 
 from internvl_ds import initialize
-from internvl_ds.comm import rank, world_size
 from internvl_ds.config import default_config, get_config, merge_opts
 from internvl_ds.errors import RankError
+from internvl_ds.meetings import rank, world_size
 from internvl_ds.train.data import build_loaders, seed_everything, start_epoch
 from internvl_ds.train.evaluate import evaluate
 from internvl_ds.train.loop import build_criterion, run, train_one_epoch

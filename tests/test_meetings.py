@@ -1,0 +1,64 @@
+"""The named meetings, on real ranks."""
+
+import pytest
+
+from internvl_ds import meetings
+from tests.ranks import run_ranks
+
+
+@pytest.mark.ranks
+def test_meetings_exchange_agree_and_pass_errors_on(tmp_path):
+    for rank, got in enumerate(run_ranks('tests.workers.talking:meet', 2, tmp_path)):
+        assert got['rounds'] == [[[0, n], [1, n]] for n in range(3)]
+        assert got['slow'] == [0, 1]
+        failure = 'OSError: [Errno 28] No space left on device'
+        assert got['agree'] == (
+            failure if rank == 1 else f'CheckpointError: write: rank 1: {failure}'
+        )
+        assert got['after'] == rank
+        assert got['rank 0'] == 'CheckpointNotFound: nothing there'
+        assert got['told'] == {'path': 0}
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize('ranks', [2, 4])
+def test_a_rank_that_does_not_come_is_named(tmp_path, ranks):
+    results = run_ranks('tests.workers.talking:missing', ranks, tmp_path)
+    for got in results[:-1]:
+        assert f'waited 2 s and rank {ranks - 1} did not come' in got['message']
+    for got in results:
+        assert got['later'] == list(range(ranks))
+
+
+@pytest.mark.ranks
+def test_a_meeting_ends_on_rank_0_when_all_have_read_what_it_holds(tmp_path):
+    results = run_ranks('tests.workers.talking:rank_0_ends_at_once', 2, tmp_path, folder=tmp_path)
+    assert results == [None, [0, 1]]
+
+
+def test_alone_there_is_nothing_to_wait_for():
+    assert meetings.exchange('x', {'a': 1}, 1) == [{'a': 1}]
+    assert meetings.agree('x', lambda: 5, 1) == 5
+    assert meetings.from_rank_0('x', lambda: 'y', 1) == 'y'
+    assert (meetings.rank(), meetings.world_size()) == (0, 1)
+
+
+@pytest.mark.ranks
+def test_gather_hands_rank_0_what_each_rank_brought(tmp_path):
+    results = run_ranks('tests.workers.talking:gather_twice', 3, tmp_path)
+    assert results[0] == [[{'rank': r, 'round': n} for r in range(3)] for n in range(2)]
+    assert results[1] == results[2] == [None, None]
+
+
+@pytest.mark.ranks
+def test_threads_meet_while_the_main_thread_waits_in_another_meeting(tmp_path):
+    for result in run_ranks('tests.workers.talking:meet_in_the_background', 2, tmp_path):
+        assert result == ['threads of [0, 1]', 'main']
+
+
+@pytest.mark.ranks
+def test_threads_meet_after_the_process_group_is_gone(tmp_path):
+    results = run_ranks(
+        'tests.workers.talking:meet_after_the_group_is_gone', 2, tmp_path, timeout=30
+    )
+    assert results == [[0, 1], [0, 1]]
