@@ -105,8 +105,9 @@ class Job:
         log = folder / 'log'
         with log.open('wb') as output:
             job = subprocess.Popen(
-                command, env=env, cwd=ROOT if launcher == 'Slurm' else folder, stdin=subprocess.DEVNULL, stdout=output,
-                stderr=subprocess.STDOUT, start_new_session=True,
+                command, env=env, cwd=ROOT if launcher == 'Slurm' else folder,
+                stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                start_new_session=True,
             )  # fmt: skip
         try:
             start = time.monotonic()
