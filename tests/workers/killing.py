@@ -23,9 +23,10 @@ from internvl_ds import auto_resume_helper, load_ema_checkpoint
 from internvl_ds.checkpoint import background
 from internvl_ds.checkpoint.lookup import read_header
 from internvl_ds.checkpoint.verify import damage_of_tag
-from internvl_ds.comm import free_port, init_distributed
+from internvl_ds.comm import init_distributed
 from internvl_ds.masters import master_weights
 from internvl_ds.meetings import rank
+from tests.workers.forking import fork_ranks
 from tests.workers.saving import Run, logger
 
 RANKS = 2
@@ -143,26 +144,7 @@ def _heard(folder: Path, what: str) -> list[dict[str, Any] | None]:
 
 def _run_trial(output: str, stage: int, folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
     folder.mkdir(parents=True)
-    port = str(free_port())
-    children = []
-    for r in range(RANKS):
-        pid = os.fork()
-        if pid == 0:
-            os.environ.update(
-                RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(RANKS),
-                MASTER_ADDR='127.0.0.1', MASTER_PORT=port,
-            )  # fmt: skip
-            log = os.open(folder / f'log_{r}', os.O_WRONLY | os.O_CREAT)
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            try:
-                trial(output, stage, folder, plan)
-            except BaseException:
-                import traceback
-
-                traceback.print_exc()
-            os._exit(1)
-        children.append(pid)
+    children = fork_ranks(RANKS, folder, lambda: trial(output, stage, folder, plan))
     start = time.monotonic()
     statuses = _watch(children, folder, plan)
     return {

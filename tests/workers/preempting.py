@@ -19,10 +19,11 @@ from typing import Any
 import torch
 
 from internvl_ds import preemption
-from internvl_ds.comm import free_port, init_distributed, leave
+from internvl_ds.comm import init_distributed, leave
 from internvl_ds.config import get_config
 from internvl_ds.meetings import rank
 from internvl_ds.train import loop, progress
+from tests.workers.forking import fork_ranks
 
 RANKS = 2
 TRIAL_LIMIT = 90.0  # seconds
@@ -64,26 +65,7 @@ def trial(plan: dict[str, Any] | None, folder: Path, **run: Any) -> dict[str, An
     ``ranks``, which get it; ``delay``, seconds.
     """
     folder.mkdir(parents=True)
-    port = str(free_port())
-    children = []
-    for r in range(RANKS):
-        pid = os.fork()
-        if pid == 0:
-            os.environ.update(
-                RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(RANKS),
-                MASTER_ADDR='127.0.0.1', MASTER_PORT=port,
-            )  # fmt: skip
-            log = os.open(folder / f'log_{r}', os.O_WRONLY | os.O_CREAT)
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            try:
-                train(folder=folder, **run)
-            except BaseException:
-                import traceback
-
-                traceback.print_exc()
-            os._exit(1)
-        children.append(pid)
+    children = fork_ranks(RANKS, folder, lambda: train(folder=folder, **run))
     statuses = _watch(children, plan, folder)
     return {
         'plan': plan,
