@@ -13,5 +13,6 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 say 'ruff check' && ruff check
 say 'ruff format --check' && ruff format --check
 say 'mypy' && mypy
-(($#)) || set -- --numprocesses 2 --dist loadfile
+# The files that take longest come first.
+(($#)) || set -- -n 2 --dist loadfile tests/test_preemption.py tests/test_faults.py tests
 say "pytest $*" && exec python -m pytest "$@"

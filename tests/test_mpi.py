@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.ranks import free_port, run_command, run_ranks
+from tests.ranks import free_port, run_command
 
 MPIRUN = ['mpirun', '--allow-run-as-root', '--oversubscribe', '--bind-to', 'none']
 pytestmark = [
@@ -19,24 +19,6 @@ pytestmark = [
 def launch(ranks, what, folder, timeout=120, **env):
     command = [*MPIRUN, '-np', str(ranks), sys.executable, '-m', 'tests.workers.launched', what]
     return run_command([*command, str(folder)], timeout, env=env)
-
-
-def test_ranks_of_mpirun_train_as_any_others(tmp_path):
-    job = launch(2, 'train', tmp_path)
-    assert job.returncode == 0, job.output
-    reports = [json.loads((tmp_path / f'{rank}.json').read_text()) for rank in range(2)]
-    assert [report['LOCAL_RANK'] for report in reports] == ['0', '1']
-    assert reports[0]['MASTER_ADDR'] == '127.0.0.1'
-    assert reports[0]['MASTER_PORT'] == reports[1]['MASTER_PORT'] != '29500'
-    assert 'started by Open MPI: 2 ranks, 2 on its host, rank 0 at 127.0.0.1:' in job.output
-    (plain, *_) = run_ranks(
-        'tests.workers.stepping:follow_reference', 2, tmp_path,
-        stages=[2], precision='fp32', steps=3, accumulations=[1], clips=[None],
-    )  # fmt: skip
-    for report in reports:
-        assert report['size'] == 2
-        assert report['norms'] == plain['2 1 None']['norms']
-        assert report['means'] == [0.5, 0.5]
 
 
 def test_four_ranks_and_a_given_port(tmp_path):

@@ -1,9 +1,10 @@
-"""A model that tells where its ranks are, and fails on the last one when it is told to."""
+"""A model that tells where its ranks are, and fails or hangs when it is told to."""
 
 from __future__ import annotations
 
 import os
 import socket
+import time
 from pathlib import Path
 
 import torch
@@ -15,7 +16,10 @@ from tests.workers.training import Brightness
 
 
 class Faulty(Brightness):
-    """Writes ``pid_RANK`` ("host pid") into a folder, and raises where it finds ``crash`` there."""
+    """Writes ``pid_RANK`` ("host pid") into a folder.
+
+    Where it finds ``hang`` there it computes for ever, and for ``crash`` the last rank raises.
+    """
 
     def __init__(self, classes: int, folder: Path) -> None:
         super().__init__(classes)
@@ -23,6 +27,8 @@ class Faulty(Brightness):
         (folder / f'pid_{rank()}').write_text(f'{socket.gethostname()} {os.getpid()}')
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if (self._folder / 'hang').exists():
+            time.sleep(3600)
         if rank() == world_size() - 1 and (self._folder / 'crash').exists():
             raise ValueError('a bad batch')
         return super().forward(images)
