@@ -35,7 +35,7 @@ done
 command -v mpirun >/dev/null || die 'no mpirun on PATH; pip install internvl_ds[mpi] brings Open MPI'
 
 mapfile -t variables < <(set_variables)
-version=$(mpirun --version 2>&1 | head -n 3)
+version=$(mpirun --version 2>&1) # all of it: a reader that stops early kills it
 case $version in
   *'Open MPI'* | *prterun*)
     # A connection to another host that is cut counts as broken after 11 s, not never (5.x, and 4.x).
