@@ -55,6 +55,6 @@ case $version in
     [[ -z $ppn ]] || command+=(-ppn "$ppn")
     command+=(-genvlist "$(IFS=, && printf '%s' "${variables[*]}")")
     ;;
-  *) die "$(command -v mpirun) is of an MPI that is not known here: $version" ;;
+  *) die "$(command -v mpirun) is of an MPI that is not known here: ${version%%$'\n'*}" ;;
 esac
 run_job "${command[@]}" "${PYTHON:-python}" -m internvl_ds.train "$@"

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.bench.faults import CELLS, WORST, measure_all, why_not
+from tests.bench.faults import CELLS, WORST, measure_all, table, why_not
 
 pytestmark = [pytest.mark.ranks, pytest.mark.slow]
 
@@ -22,7 +22,10 @@ NAMED = {
 
 @pytest.fixture(scope='module')
 def cells(tmp_path_factory):
-    return {(c.launcher, c.fault): c for c in measure_all(tmp_path_factory.mktemp('faults'))}
+    folder = tmp_path_factory.mktemp('faults')
+    measured = measure_all(folder)
+    (folder / 'table.md').write_text(table(measured))
+    return {(cell.launcher, cell.fault): cell for cell in measured}
 
 
 @pytest.mark.timeout(1200)
