@@ -14,5 +14,6 @@ say 'ruff check' && ruff check
 say 'ruff format --check' && ruff format --check
 say 'mypy' && mypy
 # The files that take longest come first.
-(($#)) || set -- -n 2 --dist loadfile tests/test_preemption.py tests/test_faults.py tests
+(($#)) ||
+  set -- -n 2 --dist loadfile --no-loadscope-reorder tests/test_{preemption,faults}.py tests
 say "pytest $*" && exec python -m pytest "$@"
