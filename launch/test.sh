@@ -13,7 +13,5 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 say 'ruff check' && ruff check
 say 'ruff format --check' && ruff format --check
 say 'mypy' && mypy
-# The files that take longest come first.
-(($#)) ||
-  set -- -n 2 --dist loadfile --no-loadscope-reorder tests/test_{preemption,faults}.py tests
+(($#)) || set -- -n 2 --dist loadfile --no-loadscope-reorder
 say "pytest $*" && exec python -m pytest "$@"
