@@ -157,8 +157,8 @@ class NativeScalerWithGradNormCount:
     def _check_accumulation(self, engine: DeepSpeedEngine) -> None:
         came, agreed = len(self._losses) + 1, engine.gradient_accumulation_steps()
         last = self._last_group
-        if last is None and engine.global_steps:
-            last = agreed  # a resumed run of which nothing more is known
+        if engine.global_steps and (last is None or last > agreed):
+            last = agreed  # a resumed run of which no more is known, or had another setting
         # The last group of an epoch may be short, and then the one before it was full.
         if came > agreed or (came < agreed and last != agreed):
             raise ConfigError(

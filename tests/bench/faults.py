@@ -217,10 +217,18 @@ def _says(text: str) -> str:
     return text.strip().splitlines()[-1] if text.strip() else ''
 
 
-def measure_all(folder: Path, faults: Sequence[str] = tuple(FAULTS)) -> list[Cell]:
+def measure_all(
+    folder: Path,
+    faults: Sequence[str] = tuple(FAULTS),
+    launchers: Sequence[str] = LAUNCHERS,
+) -> list[Cell]:
     """The cells of these faults that can be tried here, three at a time."""
     mpich_env = mpich.make_environment(folder)
-    cells = [cell for cell in CELLS if cell[0] in faults and why_not(*cell) is None]
+    cells = [
+        (fault, launcher)
+        for fault, launcher in CELLS
+        if fault in faults and launcher in launchers and why_not(fault, launcher) is None
+    ]
 
     def measure(cell: tuple[str, str]) -> Cell:
         fault, launcher = cell
