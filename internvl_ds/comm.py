@@ -23,7 +23,12 @@ from internvl_ds.config import default_config, get_option
 from internvl_ds.errors import RankError
 from internvl_ds.last_words import speak_on_exceptions
 from internvl_ds.liveness import Liveness
-from internvl_ds.meetings import forget_meetings, wait_for_the_others, world_size
+from internvl_ds.meetings import (
+    connect_peers,
+    forget_meetings,
+    wait_for_the_others,
+    world_size,
+)
 from internvl_ds.network import interface_towards
 
 logger = logging.getLogger(__name__)
@@ -87,9 +92,8 @@ def init_distributed(config: CfgNode | None = None) -> None:
     )
     _join(launch, settings['INIT_TIMEOUT'])
     silent = None
-    if launch.world_size > 1:
-        store = distributed_c10d._get_default_store().clone()
-        _liveness = Liveness(store, launch.rank, launch.world_size)
+    if peers := connect_peers():
+        _liveness = Liveness(peers.store, peers.rank, peers.world_size)
         silent = _liveness.describe_silent
     speak_on_exceptions(launch.rank, silent, end_job)
     _limit = settings['TIMEOUT']

@@ -130,12 +130,10 @@ def gather(what: str, value: Any, timeout: float) -> list[Any] | None:
     For values too large for every rank to read from every other, as `exchange` has it.
 
     Args:
-        what: the name of the meeting, the same on all ranks; it stands in the error.
-        value: anything JSON can hold.
-        timeout: seconds to wait for the others.
+        what, value, timeout: as in `exchange`.
 
     Raises:
-        RankError: when a rank does not come in time; it names the ranks that are missing.
+        RankError: as `exchange` does.
     """
     if world_size() == 1:
         return [value]

@@ -1,7 +1,7 @@
 """Hosts on one machine: network namespaces with an address, a name and an sshd each.
 
     with Hosts(2, tmp_path) as hosts:
-        hosts.run(0, ['mpirun', '--hostfile', str(hosts.hostfile), ...], timeout=120)
+        hosts.run(0, ['mpirun', '--hostfile', str(hosts.hostfile_for('Open MPI')), ...], 120, cwd)
 
 The hosts share the file system, except /dev/shm, /etc/hosts and root's .ssh, and reach each other
 through a switch in a namespace of its own: nothing outside is changed. It takes root, iproute2 and
@@ -14,13 +14,12 @@ import contextlib
 import itertools
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import time
 from pathlib import Path
-from types import TracebackType
 
+from tests.beds import Bed, missing
 from tests.ranks import Job, run_command
 
 _NETWORK = '10.99.0'
@@ -32,56 +31,23 @@ def why_not() -> str | None:
     """What is missing to make hosts; None where they can be made."""
     if os.geteuid() != 0:
         return 'not root'
-    tools = [
-        t for t in ('ip', 'nsenter', 'unshare', 'ssh', 'ssh-keygen', _SSHD) if not shutil.which(t)
-    ]
-    if tools:
-        return f'no {", ".join(tools)}'
-    trial = [
-        'unshare',
-        '--net',
-        '--mount',
-        '--uts',
-        'ip',
-        'link',
-        'add',
-        'bridge',
-        'type',
-        'bridge',
-    ]
+    if reason := missing(('ip', 'nsenter', 'unshare', 'ssh', 'ssh-keygen', _SSHD)):
+        return reason
+    trial = ['unshare', '--net', '--mount', '--uts', 'ip', 'link', 'add', 'br0', 'type', 'bridge']
     made = subprocess.run(trial, capture_output=True, text=True)
     return None if made.returncode == 0 else f'no network namespaces: {made.stderr.strip()}'
 
 
-class Hosts:
-    """So many hosts, named host0, host1, ...; each is counted with two ranks in the hostfiles.
-
-    Attributes:
-        hostfile: as Open MPI and deepspeed read it.
-        mpich_hostfile: as MPICH reads it.
-    """
+class Hosts(Bed):
+    """So many hosts, named host0, host1, ...; each is counted with two ranks in the hostfiles."""
 
     def __init__(self, count: int, folder: Path) -> None:
         self.count, self.folder = count, folder / 'hosts'
         self._tag = f'ids{os.getpid()}.{next(_made)}'
-        self.hostfile, self.mpich_hostfile = self.folder / 'hostfile', self.folder / 'machinefile'
 
-    def __enter__(self) -> Hosts:
-        try:
-            self._write_files()
-            self._up()
-        except BaseException:
-            self._down()
-            raise
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._down()
+    def hostfile_for(self, launcher: str) -> Path:
+        """The hosts as MPICH reads them, or as Open MPI and deepspeed do."""
+        return self.folder / ('machinefile' if launcher == 'MPICH' else 'hostfile')
 
     def command(self, host: int, command: list[str], cwd: Path) -> list[str]:
         """What runs a command on a host."""
@@ -133,10 +99,12 @@ class Hosts:
         names = [f'host{host}' for host in range(self.count)]
         lines = ['127.0.0.1 localhost', *(f'{_NETWORK}.{h + 1} {n}' for h, n in enumerate(names))]
         (self.folder / 'hosts').write_text('\n'.join(lines) + '\n')
-        self.hostfile.write_text(''.join(f'{name} slots=2\n' for name in names))
-        self.mpich_hostfile.write_text(''.join(f'{name}:2\n' for name in names))
+        self.hostfile_for('Open MPI').write_text(''.join(f'{name} slots=2\n' for name in names))
+        self.hostfile_for('MPICH').write_text(''.join(f'{name}:2\n' for name in names))
 
-    def _up(self) -> None:
+    def up(self) -> None:
+        """Makes the hosts, and waits for their sshd."""
+        self._write_files()
         Path('/run/sshd').mkdir(exist_ok=True)
         home = Path('~root/.ssh').expanduser()
         home.mkdir(exist_ok=True, mode=0o700)
@@ -177,7 +145,8 @@ class Hosts:
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.05)
 
-    def _down(self) -> None:
+    def down(self) -> None:
+        """Ends every process on the hosts, and removes them."""
         for what in (*range(self.count), 'switch'):
             name = self._name(what)
             deadline = time.monotonic() + 15

@@ -160,6 +160,24 @@ def run_command(
     return Job(process.returncode, output)
 
 
+def wait_for_words(
+    words: str, log: Path, seconds: float, job: subprocess.Popen | None = None
+) -> bool:
+    """Whether a log comes to hold these words, before the time is over or the job has ended."""
+    deadline = time.monotonic() + seconds
+    while not log.exists() or words not in log.read_text(errors='replace'):
+        if time.monotonic() > deadline or (job is not None and job.poll() is not None):
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def processes_with(words: str) -> list[int]:
+    """The processes in whose command lines these words are."""
+    found = subprocess.run(['pgrep', '-f', words], capture_output=True, text=True)
+    return [int(pid) for pid in found.stdout.split()]
+
+
 def remove_shm_buffers(port: str) -> None:
     """Removes what DeepSpeed's CPU all-reduce leaves in /dev/shm for a job's port."""
     for path in Path('/dev/shm').glob(f'deepspeed_allreduce_buffer_*_{port}_*'):

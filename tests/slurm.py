@@ -17,8 +17,8 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
-from types import TracebackType
 
+from tests.beds import Bed, missing
 from tests.ranks import base_env, free_port
 
 _DAEMONS = ('munged', 'slurmctld', 'slurmd')
@@ -30,11 +30,10 @@ def why_not() -> str | None:
     if os.geteuid() != 0:
         return 'not root'
     path = os.pathsep.join([os.environ.get('PATH', ''), _SBIN])
-    missing = [tool for tool in (*_DAEMONS, 'sbatch') if not shutil.which(tool, path=path)]
-    return f'no {", ".join(missing)}' if missing else None
+    return missing((*_DAEMONS, 'sbatch'), path)
 
 
-class Slurm:
+class Slurm(Bed):
     """The cluster: one node of 8 CPUs, whatever the machine has; its name is localhost.
 
     Attributes:
@@ -50,30 +49,18 @@ class Slurm:
         self.env = base_env(SLURM_CONF=str(self.config))
         self.env['PATH'] += os.pathsep + _SBIN
 
-    def __enter__(self) -> Slurm:
-        try:
-            self._write_files()
-            key, run = self.folder / 'key', self._run
-            self._start(
-                'munged', f'--key-file={key}', f'--socket={run}/socket', '--num-threads=2',
-                f'--pid-file={run}/munged.pid', f'--log-file={self.folder}/munged.log',
-                f'--seed-file={run}/seed', '--origin=127.0.0.1',
-            )  # fmt: skip
-            self._start('slurmctld', '-f', str(self.config), '-c')
-            self._start('slurmd', '-f', str(self.config))
-            self._wait_until_idle()
-        except BaseException:
-            self._down()
-            raise
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._down()
+    def up(self) -> None:
+        """Starts the daemons, and waits until the node takes jobs."""
+        self._write_files()
+        key, run = self.folder / 'key', self._run
+        self._start(
+            'munged', f'--key-file={key}', f'--socket={run}/socket', '--num-threads=2',
+            f'--pid-file={run}/munged.pid', f'--log-file={self.folder}/munged.log',
+            f'--seed-file={run}/seed', '--origin=127.0.0.1',
+        )  # fmt: skip
+        self._start('slurmctld', '-f', str(self.config), '-c')
+        self._start('slurmd', '-f', str(self.config))
+        self._wait_until_idle()
 
     def call(self, *command: str, cwd: Path | None = None, **env: str) -> str:
         """Runs one of Slurm's commands, and returns what it prints."""
@@ -162,7 +149,8 @@ class Slurm:
             assert time.monotonic() < deadline, (self.folder / 'slurmctld.log').read_text()[-3000:]
             time.sleep(0.2)
 
-    def _down(self) -> None:
+    def down(self) -> None:
+        """Ends the daemons, and all that they have started."""
         # The daemons first, so that nothing is started any more.
         for name in ('slurmctld', 'slurmd', 'munged'):
             file = self._run / f'{name}.pid'

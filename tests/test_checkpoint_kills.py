@@ -2,11 +2,10 @@
 
 import json
 import os
-import sys
 
 import pytest
 
-from tests.ranks import run_command
+from tests.workers.forking import run_chain
 from tests.workers.killing import TRIAL_LIMIT
 
 # Another seed tries other moments, and more of them: set these two in the environment.
@@ -19,17 +18,11 @@ KILLS = int(os.environ.get('INTERNVL_DS_KILLS', '27'))
 @pytest.mark.timeout(60 + 20 * KILLS)
 @pytest.mark.parametrize('stage', [1, 3])
 def test_a_killed_save_loses_nothing_that_was_committed(tmp_path, stage):
-    arguments = {
-        'output': str(tmp_path / 'out'), 'stage': stage, 'seed': SEED + stage, 'kills': KILLS,
-        'folder': str(tmp_path / 'trials'),
-    }  # fmt: skip
-    (tmp_path / 'chain.json').write_text(json.dumps(arguments))
-    job = run_command(
-        [sys.executable, '-m', 'tests.workers.killing', str(tmp_path / 'chain.json')],
-        timeout=30 + 20 * KILLS,
-    )
-    assert job.returncode == 0, job.output[-4000:]
-    trials = json.loads((tmp_path / 'chain.result').read_text())
+    trials = run_chain(
+        'tests.workers.killing', tmp_path, timeout=30 + 20 * KILLS,
+        output=str(tmp_path / 'out'), stage=stage, seed=SEED + stage, kills=KILLS,
+        folder=str(tmp_path / 'trials'),
+    )  # fmt: skip
     assert sum(any(t['statuses']) for t in trials) >= KILLS, trials[-1]['logs']
     _check(trials)
 

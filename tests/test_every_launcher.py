@@ -10,7 +10,8 @@ from internvl_ds.checkpoint.shards import TagShards
 from internvl_ds.cli.digits import write_digits
 from internvl_ds.config import find_config_file
 from tests import hosts, mpich
-from tests.ranks import ROOT, free_port, remove_shm_buffers, run_command, run_ranks
+from tests.ranks import free_port, remove_shm_buffers, run_command, run_ranks
+from tests.starts import start_command
 
 pytestmark = [pytest.mark.ranks, pytest.mark.slow]
 
@@ -66,21 +67,6 @@ def mpich_env(tmp_path_factory):
     return mpich.make_environment(tmp_path_factory.mktemp('mpich'))
 
 
-def start_command(launcher, ranks):
-    port = str(free_port())
-    if launcher == 'deepspeed':
-        script, options = 'train_deepspeed.sh', ['-n', str(ranks), '--port', port]
-    elif launcher == 'torchrun':
-        return [
-            'torchrun', '--nproc-per-node', str(ranks), '--master-port', port,
-            '-m', 'internvl_ds.train',
-        ], port  # fmt: skip
-    else:
-        script, options = 'train_mpi.sh', ['-n', str(ranks)]
-        options += ['--allow-root'] if launcher == 'Open MPI' else []
-    return ['bash', str(ROOT / 'launch' / script), *options, '--'], port
-
-
 @pytest.mark.parametrize(
     ('launcher', 'ranks'),
     [
@@ -95,7 +81,8 @@ def start_command(launcher, ranks):
 )
 def test_on_one_host(tmp_path, cfgs, expected, request, launcher, ranks):
     env = request.getfixturevalue('mpich_env') if launcher == 'MPICH' else {}
-    command, port = start_command(launcher, ranks)
+    port = str(free_port())
+    command = start_command(launcher, ranks, port)
     command += ['--cfg', str(cfgs[ranks]), '--output', str(tmp_path)]
     try:
         job = run_command(command, 180, env=env, cwd=tmp_path)
@@ -119,16 +106,8 @@ def two_hosts(tmp_path_factory):
 
 @pytest.mark.parametrize('launcher', [pytest.param('Open MPI', marks=MPI), 'MPICH', 'deepspeed'])
 def test_on_two_hosts(tmp_path, cfgs, expected, request, two_hosts, launcher):
-    env, hostfile = {}, two_hosts.hostfile
-    if launcher == 'deepspeed':
-        script, options = 'train_deepspeed.sh', []
-    else:
-        script, options = 'train_mpi.sh', ['-n', '4', '--ppn', '2']
-    if launcher == 'Open MPI':
-        options += ['--allow-root']
-    elif launcher == 'MPICH':
-        env, hostfile = request.getfixturevalue('mpich_env'), two_hosts.mpich_hostfile
-    command = ['bash', str(ROOT / 'launch' / script), *options, '--hostfile', str(hostfile), '--']
+    env = request.getfixturevalue('mpich_env') if launcher == 'MPICH' else {}
+    command = start_command(launcher, 4, '', two_hosts.hostfile_for(launcher))
     command += ['--cfg', str(cfgs[4]), '--output', str(tmp_path)]
     job = two_hosts.run(0, command, 240, cwd=tmp_path, env=env)
     assert job.returncode == 0, job.output[-5000:]

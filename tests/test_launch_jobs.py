@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 
 from internvl_ds.checkpoint.lookup import read_header
-from tests.ranks import ROOT, base_env, free_port, remove_shm_buffers, run_command
+from tests.ranks import (
+    ROOT,
+    base_env,
+    free_port,
+    processes_with,
+    remove_shm_buffers,
+    run_command,
+    wait_for_words,
+)
 from tests.workers.training import small_config, write_folder
 
 MPI = pytest.mark.skipif(not shutil.which('mpirun'), reason='the mpi extra is not installed')
@@ -182,15 +190,11 @@ class Running:
             )  # fmt: skip
 
     def wait_for(self, words, seconds=120):
-        deadline = time.monotonic() + seconds
-        while words not in self.log.read_text():
-            assert self.process.poll() is None, self.log.read_text()[-3000:]
-            assert time.monotonic() < deadline, self.log.read_text()[-3000:]
-            time.sleep(0.2)
+        seen = wait_for_words(words, self.log, seconds, self.process)
+        assert seen, self.log.read_text()[-3000:]
 
     def processes(self):
-        found = subprocess.run(['pgrep', '-f', self.mark], capture_output=True, text=True)
-        return [int(pid) for pid in found.stdout.split()]
+        return processes_with(self.mark)
 
     def ranks(self):
         """The ranks' processes, without launchers, scripts and the workers of their loaders."""

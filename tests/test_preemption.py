@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,8 @@ from safetensors.torch import load_file
 
 from internvl_ds.checkpoint.shards import TagShards
 from internvl_ds.cli.digits import write_digits
-from tests.ranks import run_command, run_ranks
+from tests.ranks import run_ranks
+from tests.workers.forking import run_chain
 from tests.workers.preempting import RANKS, STOPPED
 
 # Another seed tries other moments, and more of them: set these in the environment.
@@ -76,18 +76,12 @@ def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path, digits, stage, le
     ds_config = tmp_path / 'ds.json'
     ds_config.write_text(json.dumps({'zero_optimization': {'stage': stage}}))
     opts = ['DATA.DATA_PATH', str(digits), 'AMP_OPT_LEVEL', level, 'AMP_TYPE', 'bfloat16']
-    arguments = {
-        'seed': SEED + stage, 'kills': KILLS, 'stops': STOPS, 'folder': str(tmp_path / 'trials'),
-        'outputs': str(tmp_path / 'out'), 'micro_batches': 22, 'cfg': str(cfg),
-        'ds_config': str(ds_config), 'opts': opts,
-    }  # fmt: skip
-    (tmp_path / 'chain.json').write_text(json.dumps(arguments))
-    job = run_command(
-        [sys.executable, '-m', 'tests.workers.preempting', str(tmp_path / 'chain.json')],
-        timeout=100 + 20 * (KILLS + STOPS),
-    )
-    assert job.returncode == 0, job.output[-4000:]
-    trials = json.loads((tmp_path / 'chain.result').read_text())
+    trials = run_chain(
+        'tests.workers.preempting', tmp_path, timeout=100 + 20 * (KILLS + STOPS),
+        seed=SEED + stage, kills=KILLS, stops=STOPS, folder=str(tmp_path / 'trials'),
+        outputs=str(tmp_path / 'out'), micro_batches=22, cfg=str(cfg), ds_config=str(ds_config),
+        opts=opts,
+    )  # fmt: skip
     said = json.dumps(trials[-1], indent=1)
     assert trials[-1]['statuses'] == [0] * RANKS, said
     killed = [trial for trial in trials if trial['statuses'] == [-9] * RANKS]

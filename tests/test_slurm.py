@@ -2,13 +2,12 @@
 
 import json
 import re
-import time
 
 import pytest
 
 from internvl_ds.checkpoint.lookup import read_header
 from tests import slurm
-from tests.ranks import ROOT, run_command
+from tests.ranks import ROOT, run_command, wait_for_words
 from tests.workers.training import small_config, write_folder
 
 SCRIPT = str(ROOT / 'launch' / 'train_slurm.sbatch')
@@ -50,10 +49,7 @@ class Submitted:
         return self.log.read_text() if self.log.exists() else ''
 
     def wait_for(self, words, seconds=120):
-        deadline = time.monotonic() + seconds
-        while words not in self.text():
-            assert time.monotonic() < deadline, self.text()[-3000:]
-            time.sleep(0.2)
+        assert wait_for_words(words, self.log, seconds), self.text()[-3000:]
 
     def wait_until(self, *states, seconds=120):
         return self.cluster.wait_for(self.number, set(states), seconds)

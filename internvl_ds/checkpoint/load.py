@@ -313,8 +313,9 @@ def _own_ema(manifest: Manifest) -> list[str]:
 
 def _share_of_shards(manifest: Manifest) -> list[str]:
     """Of all that any rank may read, the part that this one verifies for all."""
-    read = ('_states.pt', STATE_FILE)
-    names = [n for n in manifest.files if n.endswith(read) or n.startswith('loop_rank_')]
+    loops = [LOOP_FILE.format(r) for r in range(manifest.header.world_size)]
+    read = {STATE_FILE, *loops}
+    names = [n for n in manifest.files if n.endswith('_states.pt') or n in read]
     return share_of(names, rank(), world_size())
 
 

@@ -146,7 +146,7 @@ def save_checkpoint(
         tag=tag_name(epoch, best, step),
         writer=install_writer(engine),
         staging_path=Path(),
-        header={**_header(engine, epoch, max_accuracy), 'step': step if counted else None},
+        header=_header(engine, epoch, step if counted else None, max_accuracy),
         policies=_policies(config) if counted else None,
         in_background=bool(checkpoint_option(config, 'ASYNC')),
         io_timeout=checkpoint_option(config, 'IO_TIMEOUT'),
@@ -190,9 +190,12 @@ def save_checkpoint(
     return str(save.output / save.tag)
 
 
-def _header(engine: DeepSpeedEngine, epoch: Any, max_accuracy: float) -> dict[str, Any]:
+def _header(
+    engine: DeepSpeedEngine, epoch: Any, step: int | None, max_accuracy: float
+) -> dict[str, Any]:
     return {
         'epoch': epoch if isinstance(epoch, int) else None,
+        'step': step,
         'max_accuracy': float(max_accuracy),
         'zero_stage': engine.zero_optimization_stage(),
         'world_size': world_size(),

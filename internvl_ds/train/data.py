@@ -18,6 +18,7 @@ from torchvision.datasets import ImageFolder
 from yacs.config import CfgNode
 
 from internvl_ds.errors import ConfigError
+from internvl_ds.preemption import SIGNALS
 from internvl_ds.train.sampler import SeededImages, TrainSampler
 from internvl_ds.train.transforms import build_transform
 
@@ -164,7 +165,7 @@ def start_epoch(
 
 def _ignore_signals(worker: int) -> None:
     """Leaves the signals that ask a run to save and stop to the rank, which still reads."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -23,7 +23,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests import hosts, mpich, slurm
-from tests.ranks import ROOT, base_env, free_port, remove_shm_buffers
+from tests.ranks import (
+    ROOT,
+    base_env,
+    free_port,
+    processes_with,
+    remove_shm_buffers,
+    wait_for_words,
+)
+from tests.starts import start_command
 from tests.workers.training import small_config, write_folder
 
 LIMIT = 15  # COMM.TIMEOUT, seconds; COMM.INIT_TIMEOUT too where ranks are to miss each other
@@ -113,7 +121,7 @@ class Job:
                 start_new_session=True,
             )  # fmt: skip
         try:
-            trains = never_meet or _wait_for('epoch 1:', log, job)
+            trains = never_meet or wait_for_words('epoch 1:', log, 180, job)
             start = time.monotonic()
             if trains and not never_meet:
                 self._inflict(fault, data)
@@ -131,29 +139,19 @@ class Job:
         return Cell(launcher, fault, seconds, status, _says(text), left, text)
 
     def _script(self, launcher: str, fault: str, folder: Path, port: str) -> list[str]:
-        hostfile = None
-        if fault in ON_TWO_HOSTS:
-            assert self.hosts is not None
-            hostfile = self.hosts.mpich_hostfile if launcher == 'MPICH' else self.hosts.hostfile
-            if fault == 'hostfile':
-                wrong = folder / 'hostfile'
-                wrong.write_text(hostfile.read_text().replace('host1', 'nowhere'))
-                hostfile = wrong
-        options = ['--hostfile', str(hostfile)] if hostfile else []
-        if launcher == 'deepspeed':
-            options += [] if hostfile else ['-n', '2', '--port', port]
-            return ['bash', str(ROOT / 'launch' / 'train_deepspeed.sh'), *options, '--']
-        if launcher == 'torchrun':
-            ranks = ['--nproc-per-node', '2', '--master-port', port]
-            return ['torchrun', *ranks, '-m', 'internvl_ds.train']
         if launcher == 'Slurm':
             options = ['--wait', '--nodes=1', '--ntasks-per-node=2', '--gpus-per-node=0']
             options += ['--time=30', f'--output={folder}/log']
             return ['sbatch', *options, str(ROOT / 'launch' / 'train_slurm.sbatch'), '--']
-        ranks = '4' if hostfile else '2'
-        options += ['-n', ranks, *(['--ppn', '2'] if hostfile else [])]
-        options += ['--allow-root'] if launcher == 'Open MPI' else []
-        return ['bash', str(ROOT / 'launch' / 'train_mpi.sh'), *options, '--']
+        if fault not in ON_TWO_HOSTS:
+            return start_command(launcher, 2, port)
+        assert self.hosts is not None
+        hostfile = self.hosts.hostfile_for(launcher)
+        if fault == 'hostfile':
+            wrong = folder / 'hostfile'
+            wrong.write_text(hostfile.read_text().replace('host1', 'nowhere'))
+            hostfile = wrong
+        return start_command(launcher, 4, port, hostfile)
 
     def _inflict(self, fault: str, data: Path) -> None:
         if fault == 'crashed':
@@ -176,8 +174,7 @@ class Job:
         if two:
             assert self.hosts is not None
             return [pid for host in range(2) for pid in self.hosts.processes(host)]
-        found = subprocess.run(['pgrep', '-f', str(folder)], capture_output=True, text=True)
-        return [int(pid) for pid in found.stdout.split()]
+        return processes_with(str(folder))
 
     def _clean(self, folder: Path, two: bool) -> None:
         for pid in self._processes(folder, two):
@@ -185,16 +182,6 @@ class Job:
                 os.kill(pid, signal.SIGKILL)
         if two and self.hosts is not None:
             self.hosts.plug(1, True)
-
-
-def _wait_for(words: str, log: Path, job: subprocess.Popen) -> bool:
-    """Whether a job comes to print this."""
-    deadline = time.monotonic() + 180
-    while words not in log.read_text(errors='replace'):
-        if job.poll() is not None or time.monotonic() > deadline:
-            return False
-        time.sleep(0.1)
-    return True
 
 
 # What to quote of a job's output: the first of these that is found.

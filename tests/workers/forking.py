@@ -1,13 +1,48 @@
-"""Ranks forked from a process that has imported everything: dozens of trials without waiting."""
+"""Ranks forked from a process that has imported everything: dozens of trials without waiting.
+
+    trials = run_chain('tests.workers.killing', tmp_path, timeout, seed=1, ...)
+
+has that module's ``chain`` make its trials in a process of its own, whose main is `main`.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from internvl_ds.comm import free_port
+from tests.ranks import run_command
+
+
+def run_chain(module: str, folder: Path, timeout: float, **arguments: Any) -> list[dict[str, Any]]:
+    """What the trials of ``module``'s chain told.
+
+    Args:
+        module: its main calls `main` with its chain.
+        folder: where arguments and results go.
+        timeout: seconds until all of it is ended.
+        **arguments: of the chain; JSON values.
+    """
+    file = folder / 'chain.json'
+    file.write_text(json.dumps(arguments))
+    job = run_command([sys.executable, '-m', module, str(file)], timeout=timeout)
+    assert job.returncode == 0, job.output[-4000:]
+    return json.loads(file.with_suffix('.result').read_text())
+
+
+def main(chain: Callable[..., list[dict[str, Any]]]) -> None:
+    """Runs a chain with the arguments in the file that the command line names."""
+    file = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    results = chain(**json.loads(file.read_text()))
+    file.with_suffix('.result').write_text(json.dumps(results))
 
 
 def fork_ranks(ranks: int, folder: Path, action: Callable[[], object]) -> list[int]:

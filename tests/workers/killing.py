@@ -26,7 +26,7 @@ from internvl_ds.checkpoint.verify import damage_of_tag
 from internvl_ds.comm import init_distributed
 from internvl_ds.masters import master_weights
 from internvl_ds.meetings import rank
-from tests.workers.forking import fork_ranks
+from tests.workers.forking import fork_ranks, main
 from tests.workers.saving import Run, logger
 
 RANKS = 2
@@ -214,7 +214,4 @@ def chain(output: str, stage: int, seed: int, kills: int, folder: str) -> list[d
 
 
 if __name__ == '__main__':
-    arguments = json.loads(Path(sys.argv[1]).read_text())
-    torch.set_num_threads(1)
-    results = chain(**arguments)
-    Path(sys.argv[1]).with_suffix('.result').write_text(json.dumps(results))
+    main(chain)

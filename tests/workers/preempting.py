@@ -10,7 +10,6 @@ import json
 import os
 import random
 import signal
-import sys
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -23,7 +22,7 @@ from internvl_ds.comm import init_distributed, leave
 from internvl_ds.config import get_config
 from internvl_ds.meetings import rank
 from internvl_ds.train import loop, progress
-from tests.workers.forking import fork_ranks
+from tests.workers.forking import fork_ranks, main
 
 RANKS = 2
 TRIAL_LIMIT = 90.0  # seconds
@@ -151,7 +150,4 @@ def chain(
 
 
 if __name__ == '__main__':
-    arguments = json.loads(Path(sys.argv[1]).read_text())
-    torch.set_num_threads(1)
-    results = chain(**arguments)
-    Path(sys.argv[1]).with_suffix('.result').write_text(json.dumps(results))
+    main(chain)
