@@ -19,7 +19,7 @@ KILLS = int(os.environ.get('INTERNVL_DS_KILLS', '27'))
 @pytest.mark.parametrize('stage', [1, 3])
 def test_a_killed_save_loses_nothing_that_was_committed(tmp_path, stage):
     trials = run_chain(
-        'tests.workers.killing', tmp_path, timeout=30 + 20 * KILLS,
+        'tests.workers.killing', tmp_path, 30 + 20 * KILLS,
         output=str(tmp_path / 'out'), stage=stage, seed=SEED + stage, kills=KILLS,
         folder=str(tmp_path / 'trials'),
     )  # fmt: skip

@@ -21,16 +21,18 @@ from internvl_ds.comm import free_port
 from tests.ranks import run_command
 
 
-def run_chain(module: str, folder: Path, timeout: float, **arguments: Any) -> list[dict[str, Any]]:
+def run_chain(
+    module: str, place: Path, timeout: float, /, **arguments: Any
+) -> list[dict[str, Any]]:
     """What the trials of ``module``'s chain told.
 
     Args:
         module: its main calls `main` with its chain.
-        folder: where arguments and results go.
+        place: the folder where arguments and results go.
         timeout: seconds until all of it is ended.
         **arguments: of the chain; JSON values.
     """
-    file = folder / 'chain.json'
+    file = place / 'chain.json'
     file.write_text(json.dumps(arguments))
     job = run_command([sys.executable, '-m', module, str(file)], timeout=timeout)
     assert job.returncode == 0, job.output[-4000:]
