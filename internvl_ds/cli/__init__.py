@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from internvl_ds.cli import ckpt, digits, version
+from internvl_ds.cli.tables import stdout_for_answers
 from internvl_ds.errors import InternvlDsError
 
 # Name of the subcommand -> its module, in the order in which --help lists them.
@@ -36,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = build_parser().parse_args(argv)
     try:
-        status: int = args.run(args)
+        with stdout_for_answers():
+            status: int = args.run(args)
     except InternvlDsError as error:
         print(f'internvl-ds {args.command}: error: {error}', file=sys.stderr)
         return USER_ERROR

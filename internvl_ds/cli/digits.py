@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from internvl_ds.cli.tables import say
 from internvl_ds.errors import InternvlDsError
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     verb = 'wrote' if summary.written else 'holds the digits already, left as they are:'
     subject = f'{verb} {summary.train} training and {summary.val} validation images'
     place = summary.root
-    print(f'{subject} in {place}' if summary.written else f'{place} {subject}')
+    say(f'{subject} in {place}' if summary.written else f'{place} {subject}')
     return 0
 
 

@@ -1,15 +1,31 @@
-"""Text for a terminal or a pipe: tables, sizes, ages, JSON. Pure, but for `say`."""
+"""Text for a terminal or a pipe: tables, sizes, ages, JSON. Pure, but for what prints."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, TextIO
 
 _SIZE_UNITS = ('kB', 'MB', 'GB', 'TB', 'PB')
 _AGE_UNITS = ((86400, 'd'), (3600, 'h'), (60, 'min'))
+
+
+_answers: TextIO | None = None
+
+
+@contextlib.contextmanager
+def stdout_for_answers() -> Iterator[None]:
+    """Has what `say` prints go to stdout, and all else to stderr: DeepSpeed logs to stdout."""
+    global _answers
+    _answers = sys.stdout
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _answers = None
 
 
 def say(text: str) -> None:
@@ -17,12 +33,13 @@ def say(text: str) -> None:
 
     The program goes on, so that its exit status stays true.
     """
+    stream = _answers or sys.stdout
     try:
-        print(text, flush=True)
+        print(text, flush=True, file=stream)
     except BrokenPipeError:
         # What is still in the buffer is flushed at exit: let that go nowhere too.
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
+        os.dup2(nowhere, stream.fileno())
         os.close(nowhere)
 
 

@@ -6,6 +6,8 @@ import argparse
 from importlib import metadata
 from typing import Any
 
+from internvl_ds.cli.tables import say
+
 _DISTRIBUTIONS = ('internvl_ds', 'torch', 'torchvision', 'deepspeed', 'timm')
 
 
@@ -28,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the versions."""
-    print(describe_versions())
+    say(describe_versions())
     return 0
 
 

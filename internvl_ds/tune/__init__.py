@@ -1,0 +1,1 @@
+"""Finds a fast ds_config by real short runs."""
