@@ -251,6 +251,11 @@ def get_option(config: CN, key: str, default: Any) -> Any:
     return node
 
 
+def scale_lr(lr: float, images: int) -> float:
+    """A learning rate of TRAIN, given for a batch of 512, for a whole batch of ``images``."""
+    return lr * images / 512
+
+
 def _parse_opt(config: CN, key: str, text: Any) -> Any:
     if not isinstance(text, str):
         return text

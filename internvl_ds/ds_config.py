@@ -15,6 +15,14 @@ from typing import Any
 from yacs.config import CfgNode
 
 from internvl_ds.config import default_config, get_option
+from internvl_ds.ds_fill import (
+    BUCKETS,
+    DEFAULT,
+    Filling,
+    fill_buckets,
+    fill_optimizer,
+    fill_scheduler,
+)
 from internvl_ds.errors import ConfigError
 
 FP32, FP16, BF16 = 'fp32', 'fp16', 'bf16'
@@ -70,47 +78,67 @@ def load_ds_config(source: str | Path | Mapping[str, Any] | None) -> dict[str, A
     return tree
 
 
-def resolve(ds_config: Mapping[str, Any], config: CfgNode, world_size: int) -> dict[str, Any]:
+def resolve(
+    ds_config: Mapping[str, Any], config: CfgNode, world_size: int, trained: int | None = None
+) -> dict[str, Any]:
     """Fills what the JSON leaves open from the yacs config, and checks what both state.
 
     Args:
         ds_config: as `load_ds_config` returned it; not changed.
         config: the yacs tree, or one with fewer keys.
         world_size: the number of data-parallel ranks.
+        trained: how many elements the trained parameters have. None, where there is no model yet,
+            leaves bucket sizes open.
 
     Returns:
-        A ds_config without any 'auto', with batch sizes, clipping and precision stated.
+        A ds_config without any 'auto' (but for bucket sizes without ``trained``), with batch sizes,
+        clipping and precision stated.
 
     Raises:
         ConfigError: names the JSON key and the yacs key that disagree, and both values.
     """
-    tree = copy.deepcopy(dict(ds_config))
-    micro = _number(tree, 'train_micro_batch_size_per_gpu', config, 'DATA.BATCH_SIZE')
-    steps = _number(tree, 'gradient_accumulation_steps', config, 'TRAIN.ACCUMULATION_STEPS')
-    tree['train_micro_batch_size_per_gpu'] = micro = int(micro)
-    tree['gradient_accumulation_steps'] = steps = max(1, int(steps))
-    total = tree.get('train_batch_size', 'auto')
-    if total != 'auto' and total != micro * steps * world_size:
+    return resolve_with_origins(ds_config, config, world_size, trained)[0]
+
+
+def resolve_with_origins(
+    ds_config: Mapping[str, Any], config: CfgNode, world_size: int, trained: int | None = None
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """As `resolve`, and where each value comes from: its JSON pointer -> a few words."""
+    filling = Filling(ds_config)
+    micro = int(_number(filling, 'train_micro_batch_size_per_gpu', config, 'DATA.BATCH_SIZE'))
+    steps = int(_number(filling, 'gradient_accumulation_steps', config, 'TRAIN.ACCUMULATION_STEPS'))
+    steps = max(1, steps)
+    filling.put('/train_micro_batch_size_per_gpu', micro, 'DATA.BATCH_SIZE')
+    filling.put('/gradient_accumulation_steps', steps, 'TRAIN.ACCUMULATION_STEPS')
+    total = filling.stated('/train_batch_size')
+    if total is not None and total != micro * steps * world_size:
         raise ConfigError(
             f'/train_batch_size is {total}, but {micro} images a micro-batch x {steps} '
             f'accumulation steps x {world_size} ranks = {micro * steps * world_size}; '
             "set it to 'auto' to have it computed"
         )
-    tree['train_batch_size'] = micro * steps * world_size
-    clip = _number(tree, 'gradient_clipping', config, 'TRAIN.CLIP_GRAD')
-    tree['gradient_clipping'] = float(clip)
-    zero = tree.setdefault('zero_optimization', {})
-    zero.setdefault('stage', 0)
-    _set_precision(tree, precision(tree, config))
-    # DeepSpeed refuses SGD and timm's optimizers under ZeRO unless told that this is meant.
-    tree.setdefault('zero_allow_untested_optimizer', True)
-    left = list(_autos(tree))
+    product = f'{micro} images x {steps} accumulation steps x {world_size} ranks'
+    filling.put('/train_batch_size', micro * steps * world_size, product)
+    clip = _number(filling, 'gradient_clipping', config, 'TRAIN.CLIP_GRAD')
+    filling.put('/gradient_clipping', float(clip), 'TRAIN.CLIP_GRAD')
+    filling.fill('/zero_optimization/stage', 0, DEFAULT)
+    _set_precision(filling, precision(filling.tree, config))
+    fill_optimizer(filling, config, micro * steps * world_size)
+    fill_scheduler(filling, config, micro * steps * world_size)
+    if trained is not None:
+        fill_buckets(filling, trained)
+    filling.fill(
+        '/zero_allow_untested_optimizer',
+        True,
+        "internvl_ds: timm's optimizers and SGD are meant under ZeRO",
+    )
+    left = [p for p in filling.autos() if trained is not None or p not in BUCKETS]
     if left:
         raise ConfigError(
             f"{', '.join(left)}: 'auto' has no counterpart in the yacs config; give a value, or "
             "leave the key out for DeepSpeed's default"
         )
-    return tree
+    return filling.tree, filling.origins
 
 
 def adopt(config: CfgNode, resolved: Mapping[str, Any]) -> None:
@@ -210,26 +238,27 @@ def _enabled(ds_config: Mapping[str, Any], block: str) -> bool | None:
     return None if flag == 'auto' else bool(flag)
 
 
-def _set_precision(tree: dict[str, Any], mode: str) -> None:
+def _set_precision(filling: Filling, mode: str) -> None:
+    asked = 'AMP_OPT_LEVEL and AMP_TYPE'
     for block in _BLOCKS:
-        if block in tree or _BLOCK_OF.get(mode) == block:
-            tree.setdefault(block, {})['enabled'] = _BLOCK_OF.get(mode) == block
+        if block in filling.tree or _BLOCK_OF.get(mode) == block:
+            filling.put(f'/{block}/enabled', _BLOCK_OF.get(mode) == block, asked)
     if mode in (FP16, AUTOCAST_FP16):
         # DeepSpeed reads these for torch autocast too, where the section is not enabled.
-        section = tree.setdefault('fp16', {'enabled': False})
+        filling.fill('/fp16/enabled', False, asked)
         for key, value in _GRAD_SCALER.items():
-            if section.get(key, 'auto') == 'auto':
-                section[key] = value
+            filling.fill(f'/fp16/{key}', value, "torch's GradScaler")
     if mode in (AUTOCAST_FP16, AUTOCAST_BF16):
-        tree['torch_autocast']['dtype'] = 'float16' if mode == AUTOCAST_FP16 else 'bfloat16'
+        dtype = 'float16' if mode == AUTOCAST_FP16 else 'bfloat16'
+        filling.put('/torch_autocast/dtype', dtype, asked)
 
 
-def _number(tree: Mapping[str, Any], json_key: str, config: CfgNode, key: str) -> float:
+def _number(filling: Filling, json_key: str, config: CfgNode, key: str) -> float:
     """One number that both files may state."""
     default = get_option(default_config(), key, 0)
     wanted = get_option(config, key, default) or 0
-    stated = tree.get(json_key, 'auto')
-    if stated == 'auto':
+    stated = filling.stated(f'/{json_key}')
+    if stated is None:
         return wanted
     if isinstance(stated, bool) or not isinstance(stated, int | float):
         raise ConfigError(f'/{json_key} is {stated!r}; it must be a number or "auto"')
@@ -241,12 +270,6 @@ def _number(tree: Mapping[str, Any], json_key: str, config: CfgNode, key: str) -
             "or set the JSON's to 'auto'"
         )
     return stated
-
-
-def _autos(node: Any, pointer: str = '') -> list[str]:
-    if isinstance(node, dict):
-        return [p for key, value in node.items() for p in _autos(value, f'{pointer}/{key}')]
-    return [pointer] if node == 'auto' else []
 
 
 def _find(source: str | Path) -> Path:

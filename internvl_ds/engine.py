@@ -81,7 +81,10 @@ def initialize(
         ConfigError: for settings that disagree or that this version cannot train right.
     """
     init_distributed(config)
-    resolved = ds.resolve(ds.load_ds_config(ds_config), config, world_size())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    # Under zero.Init a parameter is a shard; ds_numel is what the model declared.
+    elements = sum(getattr(p, 'ds_numel', p.numel()) for p in trained)
+    resolved = ds.resolve(ds.load_ds_config(ds_config), config, world_size(), elements)
     _refuse_unsupported(resolved)
     _refuse_epoch_scheduler(lr_scheduler)
     if optimizer is not None and 'optimizer' in resolved:
@@ -107,7 +110,7 @@ def initialize(
     engine, ds_optimizer, _, _ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
-        model_parameters=[p for p in model.parameters() if p.requires_grad],
+        model_parameters=trained,
         config=resolved,
     )
     register(engine, lr_scheduler=lr_scheduler)

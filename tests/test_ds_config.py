@@ -72,7 +72,7 @@ def test_an_explicit_number_wins_where_yacs_is_at_its_default():
             '/train_batch_size is 7, but 4 images a micro-batch x 1 accumulation steps x 2 ranks',
         ),
         ({'train_micro_batch_size_per_gpu': 'many'}, {}, "is 'many'; it must be a number"),
-        ({'zero_optimization': {'reduce_bucket_size': 'auto'}}, {}, '/reduce_bucket_size: .auto.'),
+        ({'zero_optimization': {'sub_group_size': 'auto'}}, {}, '/sub_group_size: .auto.'),
         ({'bf16': {'enabled': True}}, {}, "ds_config states bf16, but AMP_OPT_LEVEL 'O0'"),
         (
             {'bf16': {'enabled': False}},

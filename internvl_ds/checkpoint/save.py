@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import logging
 import shutil
 from collections.abc import Callable
@@ -172,6 +173,8 @@ def save_checkpoint(
             'scaler': None if scaler is None else scaler.state_dict(),
             'loss_scale': None if loss_scale is None else loss_scale.state_dict(),
             'config': config,
+            # As text does: whatever DeepSpeed took of plain initialize, this keeps.
+            'ds_config': json.loads(json.dumps(ds_config_of(engine), default=str)),
             'optimizer_groups': None
             if engine.basic_optimizer is None
             else client_groups(engine).names,

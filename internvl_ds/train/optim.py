@@ -19,6 +19,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from yacs.config import CfgNode
 
+from internvl_ds.config import scale_lr
 from internvl_ds.errors import ConfigError
 
 # Parameters of deformable convolutions, whose learning rate DCN_LR_MUL scales.
@@ -37,9 +38,9 @@ def scaled_lrs(config: CfgNode, world_size: int) -> ScaledLrs:
     """Scales TRAIN.{BASE_LR,WARMUP_LR,MIN_LR}, given for a batch of 512, to the global batch."""
     images = config.DATA.BATCH_SIZE * world_size * accumulation_steps(config)
     return ScaledLrs(
-        base=config.TRAIN.BASE_LR * images / 512,
-        warmup=config.TRAIN.WARMUP_LR * images / 512,
-        min=config.TRAIN.MIN_LR * images / 512,
+        base=scale_lr(config.TRAIN.BASE_LR, images),
+        warmup=scale_lr(config.TRAIN.WARMUP_LR, images),
+        min=scale_lr(config.TRAIN.MIN_LR, images),
     )
 
 
