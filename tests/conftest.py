@@ -1,8 +1,46 @@
-"""The order of the test files: those that take longest come first, and none is left to the end."""
+"""The order of the test files, and an end that leaves no shared memory of killed ranks behind."""
 
+from pathlib import Path
+
+# Those that take longest come first, and none is left to the end.
 _FIRST = ('test_preemption.py', 'test_faults.py', 'test_every_launcher.py', 'test_launch_jobs.py')
+
+# What MPICH, Open MPI and DeepSpeed leave in /dev/shm when a rank is killed.
+_SHARED = ('mpich_shm_*', 'sm_segment.*', 'deepspeed_allreduce_buffer_*')
 
 
 def pytest_collection_modifyitems(items):
     """Moves these files to the front; the others stay in their order."""
     items.sort(key=lambda item: _FIRST.index(item.path.name) if item.path.name in _FIRST else 99)
+
+
+def pytest_sessionstart(session):
+    """Notes what is in /dev/shm, in the process that ends last."""
+    if not hasattr(session.config, 'workerinput'):
+        session.config.shared_before = _shared_files()
+
+
+def pytest_sessionfinish(session):
+    """Removes what the session's ranks left there and no process uses any more."""
+    before = getattr(session.config, 'shared_before', None)
+    if before is None:
+        return
+    used = _mapped()
+    for path in _shared_files() - before:
+        if str(path) not in used:
+            path.unlink(missing_ok=True)
+
+
+def _shared_files():
+    return {path for pattern in _SHARED for path in Path('/dev/shm').glob(pattern)}
+
+
+def _mapped():
+    """All that processes here have mapped, as one text."""
+    texts = []
+    for maps in Path('/proc').glob('[0-9]*/maps'):
+        try:
+            texts.append(maps.read_text(errors='replace'))
+        except OSError:  # it has ended, or is another user's
+            continue
+    return '\n'.join(texts)
