@@ -18,8 +18,11 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from tests.zygote import Forked, fork
 
 ROOT = Path(__file__).parent.parent
 
@@ -71,7 +74,6 @@ def run_ranks(
     folder: Path,
     /,
     timeout: float = 240,
-    env: dict[str, str] | None = None,
     expect_failure: bool = False,
     **kwargs: Any,
 ) -> list[Any]:
@@ -82,7 +84,6 @@ def run_ranks(
         ranks: world size.
         folder: where outputs go; usually tmp_path.
         timeout: seconds until the whole job is ended.
-        env: further environment variables.
         expect_failure: return each rank's output (text) instead of raising when ranks fail.
         **kwargs: passed to the function; JSON values and paths.
     """
@@ -93,27 +94,15 @@ def run_ranks(
     processes, logs = [], []
     for rank in range(ranks):
         logs.append(work / f'rank_{rank}.log')
-        command = [sys.executable, '-m', 'tests.ranks', target, str(work)]
         # Without LOCAL_SIZE DeepSpeed makes no shared-memory buffers that outlive the job.
-        variables = {
-            'RANK': str(rank),
-            'LOCAL_RANK': str(rank),
-            'WORLD_SIZE': str(ranks),
-            'MASTER_ADDR': '127.0.0.1',
-            'MASTER_PORT': port,
-        }
-        with logs[-1].open('wb') as log:
-            processes.append(
-                subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    env=base_env(**variables, **(env or {})),
-                    cwd=ROOT,
-                    start_new_session=True,
-                )
-            )
+        env = base_env(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(ranks),
+            MASTER_ADDR='127.0.0.1',
+            MASTER_PORT=port,
+        )
+        processes.append(fork(rank, [target, str(work)], env, logs[-1], ROOT))
     reason = _wait(processes, timeout)
     _end(processes)
     remove_shm_buffers(port)
@@ -184,7 +173,7 @@ def remove_shm_buffers(port: str) -> None:
         path.unlink(missing_ok=True)
 
 
-def _wait(processes: list[subprocess.Popen], timeout: float) -> str:
+def _wait(processes: list[Forked], timeout: float) -> str:
     deadline = time.monotonic() + timeout
     failed_at = None
     while any(p.poll() is None for p in processes):
@@ -199,7 +188,7 @@ def _wait(processes: list[subprocess.Popen], timeout: float) -> str:
     return 'a rank failed'
 
 
-def _end(processes: list[subprocess.Popen]) -> None:
+def _end(processes: Sequence[subprocess.Popen | Forked]) -> None:
     """Ends each process's group, the children that it left behind included."""
     for process in processes:
         with contextlib.suppress(ProcessLookupError):
@@ -207,18 +196,16 @@ def _end(processes: list[subprocess.Popen]) -> None:
         process.wait(timeout=30)
 
 
-def _main(target: str, work: Path) -> None:
+def main(target: str, folder: str) -> None:
+    """What a rank does: joins the others, runs the function, leaves its result, and leaves."""
     from internvl_ds.comm import init_distributed, leave
     from internvl_ds.meetings import rank
 
     module, _, name = target.partition(':')
+    work = Path(folder)
     kwargs = json.loads((work / 'kwargs.json').read_text())
     init_distributed()
     own = rank()
     result = getattr(importlib.import_module(module), name)(**kwargs)
     (work / f'result_{own}.json').write_text(json.dumps(result))
     leave()
-
-
-if __name__ == '__main__':
-    _main(sys.argv[1], Path(sys.argv[2]))

@@ -19,6 +19,7 @@ import torch
 
 from internvl_ds.comm import free_port
 from tests.ranks import run_command
+from tests.zygote import preload
 
 
 def run_chain(
@@ -43,6 +44,7 @@ def main(chain: Callable[..., list[dict[str, Any]]]) -> None:
     """Runs a chain with the arguments in the file that the command line names."""
     file = Path(sys.argv[1])
     torch.set_num_threads(1)
+    preload()
     results = chain(**json.loads(file.read_text()))
     file.with_suffix('.result').write_text(json.dumps(results))
 
