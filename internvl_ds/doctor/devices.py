@@ -1,0 +1,88 @@
+"""The device that DeepSpeed chose, its memory, the engines that it has, and nvcc."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from internvl_ds.doctor.compilers import has_gpu
+from internvl_ds.doctor.finding import Finding, bites, note, ok
+
+_GB = 1e9
+
+
+def describe(accelerator: Any) -> list[Finding]:
+    """Findings about a DeepSpeed accelerator; imports parts of DeepSpeed and torch."""
+    name = accelerator.device_name()
+    engines = {'bf16': accelerator.is_bf16_supported(), 'fp16': accelerator.is_fp16_supported()}
+    there = [engine for engine, supported in engines.items() if supported]
+    findings = [_cpu() if name == 'cpu' else _devices(accelerator), _engines(name, there)]
+    return [*findings, _nvcc()] if name == 'cuda' else findings
+
+
+def _cpu() -> Finding:
+    found = f'cpu, {len(os.sched_getaffinity(0))} cores for this process'
+    if not has_gpu():
+        return ok('accelerator', found)
+    hiding = [v for v in ('DS_ACCELERATOR', 'CUDA_VISIBLE_DEVICES') if v in os.environ]
+    if hiding:
+        settings = ', '.join(f'{v}={os.environ[v]!r}' for v in hiding)
+        return note('accelerator', f'{found}; there is a GPU, and the environment has {settings}')
+    return bites(
+        'accelerator',
+        f'{found}, though there is an NVIDIA driver',
+        'a run would train on the CPU without a word. torch sees no GPU: is it a CPU build, or is '
+        "the driver older than its CUDA? python -c 'import torch; torch.cuda.init()' says",
+    )
+
+
+def _devices(accelerator: Any) -> Finding:
+    name, sizes, taken = accelerator.device_name(), [], []
+    for index in range(accelerator.device_count()):
+        total, free = accelerator.total_memory(index), accelerator.available_memory(index)
+        sizes.append(f'{total / _GB:.0f} GB')
+        if free is not None and free < 0.9 * total:
+            taken.append(f'{name}:{index} has {free / _GB:.0f} of {total / _GB:.0f} GB free')
+    found = f'{name}, {len(sizes)} devices of {" and ".join(sorted(set(sizes)))}'
+    if taken:
+        return note(
+            'accelerator',
+            f'{found}; {", ".join(taken)}',
+            'other processes hold the rest: nvidia-smi names them',
+        )
+    return ok('accelerator', found)
+
+
+def _engines(device: str, engines: list[str]) -> Finding:
+    found = f'fp32, torch autocast, {", ".join(engines) or "no half-precision engine"}'
+    if 'fp16' in engines:
+        return ok('precisions', found)
+    return note(
+        'precisions',
+        f'{found}; no fp16 engine on this {device}',
+        'AMP_OPT_LEVEL O2 with AMP_TYPE float16 is refused; bfloat16 and O1 work',
+    )
+
+
+def _nvcc() -> Finding:
+    """Asks DeepSpeed whether it would build GPU ops: it knows which CUDA versions go together."""
+    import torch
+    from deepspeed.ops.op_builder import builder
+
+    has = f'torch has CUDA {torch.version.cuda}'
+    without = 'torch.optim.AdamW needs none of them; FusedAdam and optimizer offload do'
+    try:
+        version = '.'.join(map(str, builder.installed_cuda_version('')))
+        builder.assert_no_cuda_mismatch('')
+    except builder.MissingCUDAException:
+        return note('nvcc', f'none; {has}', f'GPU ops cannot be built: {without}')
+    except builder.CUDAMismatchException:
+        return bites(
+            'nvcc',
+            f'CUDA {version}; {has}',
+            f'DeepSpeed refuses to build GPU ops: {without}. Set CUDA_HOME to the CUDA that torch '
+            'has',
+        )
+    except OSError as error:
+        return note('nvcc', f'cannot be run: {error}; {has}', f'GPU ops cannot be built: {without}')
+    return ok('nvcc', f'CUDA {version}; {has}')

