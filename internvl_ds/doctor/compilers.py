@@ -81,6 +81,14 @@ def _op(built: Path) -> Finding:
             'two environments share this directory: each rebuilds it (40 s), and breaks a run of '
             f'the other. export TORCH_EXTENSIONS_DIR={sys.prefix}/torch_extensions',
         )
+    torch = _torch_dir()
+    if torch and built.stat().st_mtime < (torch / 'version.py').stat().st_mtime:
+        return note(
+            topic,
+            f'in {place}, built before this torch was installed',
+            "one built for an earlier torch may not load ('undefined symbol'), and is not rebuilt: "
+            f'rm -r {built.parent}',
+        )
     if 'TORCH_EXTENSIONS_DIR' not in os.environ:
         return note(
             topic,

