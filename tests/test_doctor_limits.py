@@ -32,7 +32,7 @@ def test_open_files(soft, verdict):
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     assert finding.verdict == verdict
     assert f'soft limit {soft}, hard limit' in finding.found
-    assert ('ulimit -n' in finding.advice) == (verdict != OK)
+    assert ('ulimit' in finding.advice) == (verdict != OK)
 
 
 def test_the_processes_of_a_container(group):

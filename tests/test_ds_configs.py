@@ -150,6 +150,7 @@ def test_the_6b_recipe_takes_published_weights_without_the_norms_of_the_width(tm
     assert torch.equal(model.blocks[1].mlp.fc1.weight, source.blocks[1].mlp.fc1.weight)
     assert torch.equal(model.blocks[1].attn.q_norm.weight, torch.ones(16))
     assert len(report.missing) == 4
+    assert torch.isfinite(model(torch.ones(1, 3, 224, 224))).all()
 
 
 @pytest.mark.ranks

@@ -24,9 +24,9 @@ def probe() -> list[Finding]:
 def _open_files() -> Finding:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     found = f'soft limit {_shown(soft)}, hard limit {_shown(hard)}'
-    raise_it = f'ulimit -n {_shown(min(65536, hard) if hard >= 0 else 65536)}'
-    if hard >= 0 and hard < _FILES_NEEDED:
-        raise_it += ', the hard limit: higher in /etc/security/limits.conf or --ulimit nofile='
+    raise_it = f'ulimit -n {min(65536, hard) if hard >= 0 else 65536}'
+    if 0 <= hard < _FILES_GOOD:
+        raise_it = 'Raise it in /etc/security/limits.conf, or by docker run --ulimit nofile=65536'
     if 0 <= soft < _FILES_NEEDED:
         return bites(
             'open files',

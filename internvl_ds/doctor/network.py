@@ -13,7 +13,7 @@ from internvl_ds.errors import ConfigError
 from internvl_ds.network import addresses, interface_towards, own_addresses
 
 _STARTERS = ('deepspeed', 'torchrun', 'mpirun', 'srun', 'ssh', 'pdsh')
-_CHOSEN = ('GLOO_SOCKET_IFNAME', 'NCCL_SOCKET_IFNAME')
+_CHOSEN = {'GLOO_SOCKET_IFNAME': 'gloo', 'NCCL_SOCKET_IFNAME': 'NCCL'}
 _SHOWN = 4  # interfaces
 _COPES = 'init_distributed copes with that'
 
@@ -43,7 +43,7 @@ def _interfaces() -> Finding:
         shown.append(f'{name} {address} {state}')
     more = f' and {len(shown) - _SHOWN} more' if len(shown) > _SHOWN else ''
     found = ', '.join(shown[:_SHOWN]) + more or 'none with an IPv4 address'
-    for variable in _CHOSEN:
+    for variable, backend in _CHOSEN.items():
         # NCCL's takes prefixes, lists and ^exclusions; each part is looked at by its plain name.
         chosen = os.environ.get(variable, '')
         wanted = [part.lstrip('=') for part in chosen.split(',') if part and chosen[0] != '^']
@@ -52,8 +52,8 @@ def _interfaces() -> Finding:
             return bites(
                 'network',
                 f'{found}; {variable} is {chosen!r}',
-                f'there is no interface {", ".join(missing)}: no process group can be made. Unset '
-                'it, or name one that is there',
+                f'there is no interface {", ".join(missing)}: {backend} can make no process group. '
+                'Unset it, or name one that is there',
             )
     if not shown:
         return bites('network', found, 'not even ranks of one host can meet: ip link set lo up')
