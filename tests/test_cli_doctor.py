@@ -68,7 +68,7 @@ def test_the_exit_status_says_whether_something_bites(tmp_path, only, capsys):
     assert main(['doctor', '--output', str(tmp_path / 'file')]) == 1
     out = capsys.readouterr().out
     assert out.startswith('bites  OUTPUT            ')
-    assert out.endswith('1 would bite: OUTPUT (0 notes, 1 lines)\n')
+    assert out.endswith('1 would bite: OUTPUT (0 notes)\n')
     only('network')
     assert main(['doctor', '--json']) == 0
     assert json.loads(capsys.readouterr().out)['bites'] == 0
@@ -123,6 +123,6 @@ def test_the_screen_wraps_and_sums_up():
     long = 'word ' * 60
     lines = screen([ok('a', long), note('b', 'x', 'y'), bites('c', 'z', long)]).splitlines()
     assert max(map(len, lines)) <= 100
-    assert lines[-1] == '1 would bite: c (1 note, 3 lines)'
+    assert lines[-1] == '1 would bite: c (1 note)'
     assert '-> y' in screen([note('b', 'x', 'y')])
-    assert summary([ok('a', '')]) == 'nothing bites (0 notes, 1 lines)'
+    assert summary([ok('a', '')]) == 'nothing bites (0 notes)'

@@ -61,12 +61,17 @@ def test_the_compiler_of_cxx_is_the_one_that_counts(extensions, monkeypatch):
     assert compilers.probe()[0].verdict == OK
 
 
-def test_an_op_of_another_environment_bites(extensions):
-    build(extensions, '/other/lib/python3.11/site-packages/torch')
+def test_an_op_of_another_environment_bites_while_that_is_there(extensions):
+    other = extensions / 'other' / 'site-packages' / 'torch'
+    other.mkdir(parents=True)
+    build(extensions, other)
     op = compilers.probe()[1]
     assert op.verdict == BITES
-    assert 'built for the torch of /other/lib/python3.11/site-packages' in op.found
+    assert f'built for the torch of {other.parent}' in op.found
     assert 'export TORCH_EXTENSIONS_DIR=' in op.advice
+    other.rmdir()
+    op = compilers.probe()[1]
+    assert (op.verdict, 'a torch that is gone' in op.found) == (NOTE, True)
 
 
 def test_an_op_that_is_older_than_torch_is_a_note(extensions):

@@ -25,6 +25,8 @@ def group(tmp_path, monkeypatch):
 @pytest.mark.parametrize(('soft', 'verdict'), [(256, BITES), (1024, NOTE), (4096, OK)])
 def test_open_files(soft, verdict):
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= before[1] < soft:
+        pytest.skip(f'the hard limit here is {before[1]}')
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, before[1]))
     try:
         finding = limits.probe()[0]

@@ -74,15 +74,18 @@ def _op(built: Path) -> Finding:
     if not built.is_file():
         return note(topic, f'not built yet in {place}', 'the first start on CPU ranks takes 40 s')
     other = _built_for(built.parent / 'build.ninja')
-    if other is not None and other != _torch_dir():
+    torch = _torch_dir()
+    if other is not None and torch is not None and other.resolve() != torch.resolve():
+        if not other.exists():
+            found = f'in {place}, built for a torch that is gone ({other})'
+            return note(topic, found, 'the next start on CPU ranks builds it anew: 40 s')
         return bites(
             topic,
             f'in {place}, built for the torch of {other.parent}',
             'two environments share this directory: each rebuilds it (40 s), and breaks a run of '
             f'the other. export TORCH_EXTENSIONS_DIR={sys.prefix}/torch_extensions',
         )
-    torch = _torch_dir()
-    if torch and built.stat().st_mtime < (torch / 'version.py').stat().st_mtime:
+    if torch is not None and built.stat().st_mtime < (torch / 'version.py').stat().st_mtime:
         return note(
             topic,
             f'in {place}, built before this torch was installed',

@@ -16,8 +16,11 @@ def describe(accelerator: Any) -> list[Finding]:
     name = accelerator.device_name()
     engines = {'bf16': accelerator.is_bf16_supported(), 'fp16': accelerator.is_fp16_supported()}
     there = [engine for engine, supported in engines.items() if supported]
-    findings = [_cpu() if name == 'cpu' else _devices(accelerator), _engines(name, there)]
-    return [*findings, _nvcc()] if name == 'cuda' else findings
+    if name == 'cpu':
+        return [_cpu(), _engines(name, there)]
+    if name != 'cuda':
+        return [_others(accelerator), _engines(name, there)]
+    return [_cuda(accelerator.device_count()), _engines(name, there), _nvcc()]
 
 
 def _cpu() -> Finding:
@@ -36,20 +39,34 @@ def _cpu() -> Finding:
     )
 
 
-def _devices(accelerator: Any) -> Finding:
-    name, sizes, taken = accelerator.device_name(), [], []
-    for index in range(accelerator.device_count()):
-        total, free = accelerator.total_memory(index), accelerator.available_memory(index)
-        sizes.append(f'{total / _GB:.0f} GB')
-        if free is not None and free < 0.9 * total:
-            taken.append(f'{name}:{index} has {free / _GB:.0f} of {total / _GB:.0f} GB free')
-    found = f'{name}, {len(sizes)} devices of {" and ".join(sorted(set(sizes)))}'
+def _others(accelerator: Any) -> Finding:
+    """An accelerator that this package was never run on."""
+    found = f'{accelerator.device_name()}, {accelerator.device_count()} devices'
+    return note('accelerator', found, 'this package was never run on such a device')
+
+
+def _cuda(count: int) -> Finding:
+    """Asks every GPU for its memory, which a broken one, or one that is taken, does not tell."""
+    import torch
+
+    kinds, taken = set(), []
+    for index in range(count):
+        try:
+            free, total = torch.cuda.mem_get_info(index)
+        except RuntimeError as error:
+            return bites(
+                'accelerator',
+                f'cuda:{index} of {count}: {str(error).splitlines()[0]}',
+                'a rank that is given this GPU dies at its start: nvidia-smi says more; leave it '
+                'out by CUDA_VISIBLE_DEVICES',
+            )
+        kinds.add(f'{torch.cuda.get_device_name(index)} of {total / _GB:.0f} GB')
+        if free < 0.9 * total:
+            taken.append(f'{index} ({free / _GB:.0f} GB free)')
+    found = f'cuda, {count} x {" and ".join(sorted(kinds))}'
     if taken:
-        return note(
-            'accelerator',
-            f'{found}; {", ".join(taken)}',
-            'other processes hold the rest: nvidia-smi names them',
-        )
+        advice = 'other processes hold the rest: nvidia-smi names them'
+        return note('accelerator', f'{found}; partly taken: {", ".join(taken)}', advice)
     return ok('accelerator', found)
 
 
@@ -83,6 +100,4 @@ def _nvcc() -> Finding:
             f'DeepSpeed refuses to build GPU ops: {without}. Set CUDA_HOME to the CUDA that torch '
             'has',
         )
-    except OSError as error:
-        return note('nvcc', f'cannot be run: {error}; {has}', f'GPU ops cannot be built: {without}')
     return ok('nvcc', f'CUDA {version}; {has}')

@@ -102,11 +102,11 @@ def _rate(place: Path) -> Finding:
     Should this be killed, the kernel frees the space.
     """
     stats = os.statvfs(place)
-    limit = min(_WRITTEN, stats.f_frsize * stats.f_bavail // 2)
-    piece, written = os.urandom(min(_PIECE, max(limit, 4096))), 0
+    total = min(_WRITTEN, stats.f_frsize * stats.f_bavail // 2)
+    piece, written = os.urandom(min(_PIECE, max(total, 4096))), 0
     with tempfile.TemporaryFile(dir=place) as file:
         start = time.monotonic()
-        while written + len(piece) <= max(limit, len(piece)):
+        for _ in range(max(1, total // len(piece))):
             file.write(piece)
             file.flush()
             os.fsync(file.fileno())

@@ -68,7 +68,8 @@ class _Run:
 
     def _failed(self, status: int, errors: str) -> Finding:
         last = (errors.strip().splitlines() or ['without a word'])[-1][:200]
-        how = f'died of {signal.Signals(-status).name}' if status < 0 else 'failed'
+        names = {number.value: number.name for number in signal.Signals}
+        how = 'failed' if status > 0 else f'died of {names.get(-status, f"signal {-status}")}'
         more = f'All it said: {sys.executable} -m internvl_ds.doctor {self._name!r} .'
         return bites(self._name, f'the probe {how}: {last}', f'{_AS_WELL}fail. {more}')
 

@@ -28,7 +28,7 @@ def summary(findings: Sequence[Finding]) -> str:
     """What bites, in one sentence."""
     topics = [finding.topic for finding in findings if finding.verdict == BITES]
     notes = sum(finding.verdict == NOTE for finding in findings)
-    rest = f'{notes} note{"" if notes == 1 else "s"}, {len(findings)} lines'
+    rest = f'{notes} note{"" if notes == 1 else "s"}'
     if not topics:
         return f'nothing bites ({rest})'
     listed = textwrap.shorten(', '.join(topics), _WIDTH - 40, placeholder=', ...')
