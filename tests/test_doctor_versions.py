@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
@@ -23,10 +25,22 @@ def by_topic(findings):
     return {finding.topic: finding for finding in findings}
 
 
-def test_this_environment_is_within_the_ranges():
+def test_this_environment_is_within_the_ranges(monkeypatch):
+    monkeypatch.setenv('PATH', str(Path(sys.executable).parent))
     found = by_topic(probe())
     assert {finding.verdict for finding in found.values()} == {OK}
     assert f'torch {metadata.version("torch")}' in found['packages'].found
+
+
+def test_another_python_on_path_is_a_note(tmp_path, monkeypatch):
+    stub = tmp_path / 'python'
+    stub.write_text('#!/bin/sh\necho /usr\n')
+    stub.chmod(0o755)
+    monkeypatch.setenv('PATH', f'{tmp_path}:/bin')
+    finding = by_topic(probe())['python']
+    assert (finding.verdict, f'`python` on PATH is {stub}' in finding.found) == (NOTE, True)
+    monkeypatch.setenv('PATH', str(tmp_path / 'none'))
+    assert 'is not there' in by_topic(probe())['python'].found
 
 
 def test_a_torch_outside_the_ranges_bites(old_torch):

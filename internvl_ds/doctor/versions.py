@@ -6,6 +6,8 @@ Read from metadata; nothing is imported, since what does not fit may not be impo
 from __future__ import annotations
 
 import platform
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterable
 from importlib import metadata
@@ -17,6 +19,7 @@ from packaging.version import Version
 from internvl_ds.doctor.finding import Finding, bites, note, ok
 
 _SHOWN = ('internvl_ds', 'torch', 'torchvision', 'deepspeed', 'timm', 'mpi4py', 'numpy')
+_SECONDS = 10  # for another Python to start
 
 
 def probe() -> list[Finding]:
@@ -102,7 +105,29 @@ def _python() -> Finding:
         asked = ''
     if asked and platform.python_version() not in SpecifierSet(asked, prereleases=True):
         return bites('python', found, f'this package needs Python {asked}')
+    first = shutil.which('python')
+    if first is None or _prefix_of(first) != sys.prefix:
+        return note(
+            'python',
+            f'{found}; `python` on PATH is {first or "not there"}',
+            'what starts `python` or `deepspeed` by name takes another environment: activate this',
+        )
     return ok('python', found)
+
+
+def _prefix_of(python: str) -> str:
+    """The environment of a Python, as it says itself: a path may be a link or a wrapper."""
+    try:
+        done = subprocess.run(
+            [python, '-c', 'import sys; print(sys.prefix)'],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_SECONDS,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    return done.stdout.strip()
 
 
 def _ranges(requirements: list[str]) -> Finding:
