@@ -63,18 +63,17 @@ def test_an_mpirun_that_cannot_be_run_is_said(tmp_path, monkeypatch):
     assert 'cannot be run' in finding.found
 
 
-def test_further_mpiruns_on_path_are_named(tmp_path, monkeypatch):
-    folders = [tmp_path / 'a', tmp_path / 'b']
-    for folder in folders:
-        folder.mkdir()
-        stub = folder / 'mpirun'
-        stub.write_text(f'#!/bin/sh\necho "{MPIRUNS[MPICH]}"\n')
+def test_launchers_of_a_second_mpi_are_named(tmp_path, monkeypatch):
+    for name, kind in (('a/mpirun', MPICH), ('a/mpiexec.hydra', MPICH), ('b/mpirun', OPEN_MPI)):
+        stub = tmp_path / name
+        stub.parent.mkdir(exist_ok=True)
+        stub.write_text(f"#!/bin/sh\necho '{MPIRUNS[kind]}'\n")
         stub.chmod(0o755)
-    monkeypatch.setenv('PATH', f'{folders[0]}:{folders[1]}:/bin')
+    monkeypatch.setenv('PATH', f'{tmp_path}/a:{tmp_path}/b:/bin')
     monkeypatch.setattr('internvl_ds.doctor.mpi._library', lambda: (LIBRARIES[MPICH], '/l'))
     first, second = probe()
     assert first.verdict == OK
-    assert str(folders[1] / 'mpirun') in second.found
+    assert second.found == f'further back on PATH: {tmp_path}/b/mpirun (Open MPI)'
 
 
 def test_two_mpis_in_one_environment_are_named(tmp_path, monkeypatch):

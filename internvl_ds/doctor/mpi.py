@@ -33,8 +33,8 @@ def probe() -> list[Finding]:
                 'Uninstall both, and install one',
             )
         )
-    elif others := _further_mpiruns(mpirun):
-        findings.append(note('several MPIs', f'further mpiruns on PATH: {", ".join(others)}'))
+    elif mpirun and (others := _of_another_mpi(mpirun, flavour(version))):
+        findings.append(note('several MPIs', f'further back on PATH: {", ".join(others)}'))
     return findings
 
 
@@ -103,7 +103,7 @@ def _library() -> tuple[str, str]:
 
         text = MPI.Get_library_version()
     except (ImportError, RuntimeError) as error:
-        return '', (str(error).strip().splitlines() or ['?'])[0]
+        return '', ' '.join(str(error).split())[:160]
     maps = Path('/proc/self/maps').read_text().split()
     paths = [word for word in maps if '/libmpi.so' in word or '/libmpich' in word]
     return text.strip().strip('\0'), paths[0] if paths else 'linked into mpi4py'
@@ -124,16 +124,18 @@ def _version(mpirun: str) -> str:
     return done.stdout or done.stderr
 
 
-def _further_mpiruns(first: str | None) -> list[str]:
-    """Launchers on PATH that are other programs than the first, and than each other."""
-    seen = {os.path.realpath(first)} if first else set()
-    found = []
+def _of_another_mpi(mpirun: str, kind: str | None) -> list[str]:
+    """Launchers on PATH, with their MPI, that are of another one than the first mpirun."""
+    seen, found = {os.path.realpath(mpirun)}, []
     for folder in os.environ.get('PATH', '').split(os.pathsep):
         for name in _STARTERS if folder else ():
             path = shutil.which(name, path=folder)
-            if path and os.path.realpath(path) not in seen:
-                seen.add(os.path.realpath(path))
-                found.append(path)
+            if path is None or os.path.realpath(path) in seen:
+                continue
+            seen.add(os.path.realpath(path))
+            other = flavour(_version(path))
+            if other not in (None, kind):
+                found.append(f'{path} ({other})')
     return found
 
 
