@@ -154,6 +154,7 @@ def test_the_6b_recipe_takes_published_weights_without_the_norms_of_the_width(tm
 
 
 @pytest.mark.ranks
+@pytest.mark.slow
 def test_every_file_trains_right_on_two_ranks(tmp_path):
     precisions = {name: stated(name) or 'bf16' for name in NAMES}
     # One process trains with all: what it was told of an fp16 engine, and DeepSpeed of autocast,
