@@ -16,7 +16,7 @@ def own_addresses(interface: str = '') -> list[str]:
     """This host's IPv4 addresses, without those of loopback and bridges unless asked for."""
     return [
         address
-        for name, address in _addresses()
+        for name, address in addresses()
         if name == interface or (not interface and not name.startswith(_VIRTUAL))
     ]
 
@@ -33,7 +33,7 @@ def interface_towards(host: str) -> str | None:
             own = probe.getsockname()[0]
     except OSError:
         return None
-    name = next((name for name, address in _addresses() if address == own), None)
+    name = next((name for name, address in addresses() if address == own), None)
     return None if name == 'lo' else name
 
 
@@ -46,7 +46,7 @@ def reaches(address: str, port: int) -> bool:
         return False
 
 
-def _addresses() -> list[tuple[str, str]]:
+def addresses() -> list[tuple[str, str]]:
     """(interface, IPv4 address) of this host, in the kernel's order."""
     found = []
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:

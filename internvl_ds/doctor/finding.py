@@ -1,0 +1,39 @@
+"""What a probe found: one line of the screen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+OK, NOTE, BITES = 'ok', 'note', 'bites'
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at.
+
+    Attributes:
+        topic: what was looked at, in a word or two; the same in every run.
+        verdict: `OK`; `NOTE` for what may matter to some runs; `BITES` for what will break one.
+        found: what is there.
+        advice: what it would do to a run, and what to do about it; '' where all is well.
+    """
+
+    topic: str
+    verdict: str
+    found: str
+    advice: str = ''
+
+
+def ok(topic: str, found: str) -> Finding:
+    """A finding that is as it should be."""
+    return Finding(topic, OK, found)
+
+
+def note(topic: str, found: str, advice: str = '') -> Finding:
+    """A finding that one should know, and that breaks no run by itself."""
+    return Finding(topic, NOTE, found, advice)
+
+
+def bites(topic: str, found: str, advice: str) -> Finding:
+    """A finding that will break a run, with how, and what to do."""
+    return Finding(topic, BITES, found, advice)
