@@ -7,6 +7,7 @@ value in the JSON wins; 'auto' or an absent field takes the yacs value.
 from __future__ import annotations
 
 import copy
+import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -277,5 +278,8 @@ def _find(source: str | Path) -> Path:
     for candidate in (Path(source), shipped / source, shipped / f'{source}.json'):
         if candidate.is_file():
             return candidate
-    have = ', '.join(sorted(p.stem for p in shipped.glob('*.json')))
-    raise ConfigError(f'ds_config {source}: no such file; those that ship by name: {have}')
+    names = sorted(p.stem for p in shipped.glob('*.json'))
+    near = difflib.get_close_matches(Path(source).stem, names, n=4, cutoff=0.5) or names
+    raise ConfigError(
+        f'ds_config {source}: no such file, and none ships by that name; near it: {", ".join(near)}'
+    )
