@@ -33,10 +33,13 @@ def attach(engine: DeepSpeedEngine) -> LossScale | None:
         return None
     scale = _configured(engine) if _scales(engine) else None
     optimizer = engine.optimizer
-    if scale is not None and engine.torch_autocast_enabled() and engine.zero_optimization_stage():
-        # Under torch autocast DeepSpeed makes a GradScaler here, whose factor its norm and its
-        # clipping do not know, and a loss_scaler of 1, which they do.
+    if getattr(optimizer, 'torch_autocast_gradscaler', None) is not None:
+        # Under torch autocast in float16 DeepSpeed makes a GradScaler here, whose factor its norm
+        # and its clipping do not know; and it makes one for every later engine of the process too,
+        # whatever that trains in.
         optimizer.torch_autocast_gradscaler = None
+    if scale is not None and engine.torch_autocast_enabled() and engine.zero_optimization_stage():
+        # A loss_scaler is what they know.
         optimizer.dynamic_loss_scale = scale.dynamic
         optimizer.loss_scaler = _new_loss_scaler(engine, scale)
     if scale is not None:

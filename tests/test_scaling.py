@@ -24,6 +24,14 @@ def test_the_bridge_adds_no_collective_and_reads_nothing(tmp_path, precision):
                 assert got['bridge']['reads'] <= got['bare']['reads'], stage
 
 
+@pytest.mark.ranks
+def test_an_engine_is_not_scaled_by_what_another_one_left_on(tmp_path):
+    """DeepSpeed's torch autocast is switched on for the process, and never off again."""
+    for result in run_ranks('tests.workers.scaling:after_autocast', 2, tmp_path):
+        assert result['after'] == result['before']
+        assert result['scales'] == [None, None, None]
+
+
 # calls of each update, what is agreed, updates until the error, and what it says
 ACCUMULATIONS = [
     ([4, 4, 2, 4, 4, 1], 4, 6, None),  # the last of an epoch is short

@@ -285,3 +285,25 @@ def accumulate_in_fp32(precision: str, stages: list[int]) -> dict[str, list[floa
         found[str(stage)] = [float(norm) for norm, _, _ in steps]
         engine.destroy()
     return found
+
+
+def after_autocast() -> dict[str, Any]:
+    """Norms of bf16 engines of stages 1 to 3, before and after one of torch autocast float16."""
+
+    def norms() -> tuple[list[list[float]], list[Any]]:
+        found, scales = [], []
+        for stage in (1, 2, 3):
+            engine, optimizer = make_engine(stage, 'bf16')
+            scaler = NativeScalerWithGradNormCount()
+            found.append(
+                [float(train_step(engine, optimizer, scaler, s, 0.5)[0]) for s in range(2)]
+            )
+            scales.append(loss_scale_of(engine))
+            engine.destroy()
+        return found, scales
+
+    before, _ = norms()
+    engine, optimizer = make_engine(1, 'autocast_fp16')
+    train_step(engine, optimizer, NativeScalerWithGradNormCount(), 0, 0.5)
+    after, scales = norms()
+    return {'before': before, 'after': after, 'scales': scales}
