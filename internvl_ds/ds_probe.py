@@ -13,7 +13,7 @@ import contextlib
 import inspect
 import logging
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -135,10 +135,16 @@ def keys_read() -> dict[Path, Read]:
     with quiet(), _models_telling(reads):
         _run(reads, {})
         done: set[Path] = set()
+        together: set[frozenset[Path]] = set()
         while todo := [path for path in reads if path not in done]:
             for path in todo:
                 done.add(path)
                 _state(reads, path)
+            for block in [path for path in reads if reads[path].is_block]:
+                below = frozenset(path for path in reads if path[:-1] == block)
+                if below not in together:
+                    together.add(below)
+                    _state_together(reads, block, below)
     for key in keys_in_source(deepspeed.initialize, 'config'):
         reads.setdefault((key,), Read())
     return reads
@@ -183,9 +189,13 @@ def keys_in_source(function: Callable[..., Any], variable: str) -> list[str]:
         elif isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.In):
             if is_mapping(node.comparators[0]):
                 note(node.left)
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            if node.func.attr in ('get', 'pop') and is_mapping(node.func.value) and node.args:
-                note(node.args[0])
+        elif (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr in ('get', 'pop')
+            and is_mapping(node.func.value)
+        ):
+            note(node.args[0])
     return found
 
 
@@ -204,6 +214,13 @@ def _state(reads: dict[Path, Read], path: Path) -> None:
     errors += [_run(reads, _nest(path, form)) for form in ('text', True)]
     if all(isinstance(e, _Refused) for e in errors) and len(set(map(str, errors))) == 1:
         read.refused = str(errors[0])
+
+
+def _state_together(reads: dict[Path, Read], block: Path, below: Collection[Path]) -> None:
+    """Some keys are read only where several of the others are stated: switches on, and blocks."""
+    switches = {path[-1]: True for path in below if False in reads[path].defaults}
+    blocks: dict[str, Any] = {path[-1]: {} for path in below if not reads[path].defaults}
+    _run(reads, _nest(block, {**blocks, **switches}))
 
 
 def _nest(path: Path, value: Any) -> dict[str, Any]:
