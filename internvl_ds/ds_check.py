@@ -153,7 +153,8 @@ def _refused_whole(
     try:
         resolved = ds.resolve(ds_config, config, world_size)
     except ConfigError as error:
-        yield finding('', str(error))
+        pointer = re.match(r'(/[\w/]+)', str(error))
+        yield finding(pointer[0] if pointer else '', str(error))
         return
     # It would compare the batch with the ranks that there are now.
     resolved.pop('train_batch_size')

@@ -122,11 +122,10 @@ class _Walk:
                 by_name.setdefault(path[-1], []).append(path)
         like = nearest(name, by_name, _ALIKE_ELSEWHERE)
         places = by_name[like] if like else []
-        return (
-            pointer_of(min(places, key=lambda path: len(path)))
-            if 0 < len(places) <= _MANY
-            else None
-        )
+        if not 0 < len(places) <= _MANY:
+            return None
+        _, shortest = min((len(place), place) for place in places)
+        return pointer_of(shortest)
 
     def _deprecated(self, known: Key, block: Key, tree: Mapping[str, Any], path: Path) -> None:
         pointer, successor = pointer_of(path), known.successor
