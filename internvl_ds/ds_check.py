@@ -139,22 +139,10 @@ def _refused_whole(
     ds_config: Mapping[str, Any], config: CfgNode, world_size: int, schema: Key
 ) -> Iterator[Finding]:
     """What is left to be said once all is resolved: by `resolve`, then by DeepSpeed's own check."""
-    autos = [path for path, value in _leaves(ds_config) if value == 'auto']
-    unknown = []
-    for path in autos:
-        others = [other for other in autos if other != path]
-        try:
-            ds.resolve(_without(ds_config, others), config, world_size)
-        except ConfigError as error:
-            unknown.append(finding(pointer_of(path), str(error)))
-    if unknown:
-        yield from unknown
-        return
     try:
         resolved = ds.resolve(ds_config, config, world_size)
     except ConfigError as error:
-        pointer = re.match(r'(/[\w/]+)', str(error))
-        yield finding(pointer[0] if pointer else '', str(error))
+        yield from _unresolved(str(error), ds_config)
         return
     # It would compare the batch with the ranks that there are now.
     resolved.pop('train_batch_size')
@@ -164,6 +152,19 @@ def _refused_whole(
     except Exception as error:  # whatever it is, the run would die of it
         text = str(error) or type(error).__name__
         yield finding(_pointer_in(text, ds_config, schema), f'DeepSpeed refuses it: {text}')
+
+
+def _unresolved(text: str, ds_config: Mapping[str, Any]) -> Iterator[Finding]:
+    """One finding for each pointer at the head of a message, as for several 'auto' at once."""
+    head, colon, rest = text.partition(": 'auto'")
+    pointers = head.split(', ')
+    stated = {pointer_of(path) for path, _ in _nodes(ds_config)}
+    if colon and stated.issuperset(pointers):
+        for pointer in pointers:
+            yield finding(pointer, f"'auto'{rest}")
+        return
+    first = re.match(r'(/[\w/]+)', text)
+    yield finding(first[0] if first else '', text)
 
 
 def _pointer_in(text: str, ds_config: Mapping[str, Any], schema: Key) -> str:
@@ -179,15 +180,3 @@ def _nodes(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
         for key, value in tree.items():
             yield (*path, str(key)), value
             yield from _nodes(value, (*path, str(key)))
-
-
-def _leaves(tree: Mapping[str, Any]) -> Iterator[tuple[Path, Any]]:
-    return ((path, value) for path, value in _nodes(tree) if not isinstance(value, Mapping))
-
-
-def _without(tree: Mapping[str, Any], paths: list[Path]) -> dict[str, Any]:
-    """A copy without the values at some paths."""
-    left = copy.deepcopy(dict(tree))
-    for path in paths:
-        value_at(left, *path[:-1], default=left).pop(path[-1])
-    return left
