@@ -18,8 +18,9 @@ from internvl_ds.ds_probe import Path
 from internvl_ds.ds_schema import BOOL, INT, LIST, NULL, NUMBER, OBJECT, TEXT, Key, Value, walk
 
 _ALIKE = 0.6  # how like a known key one must be to be taken for a misspelling of it
-_ALIKE_WHERE_OTHERS_MAY_BE = 0.85  # and where DeepSpeed may read more keys than are known
-_ALIKE_ELSEWHERE = 0.85
+# And where it may well be something else: a key that DeepSpeed reads and nobody here knows of, or
+# one that is known elsewhere.
+_ALIKE_IN_DOUBT = 0.85
 _MANY = 3  # a name that is known in more places than this tells nothing of where it belongs
 
 
@@ -70,7 +71,7 @@ class _Walk:
             known, here = (key.keys or {}).get(name), (*path, str(name))
             right, misspelt = str(name), known is None
             if known is None:
-                like = _like(right, key)
+                like = self._like(right, key)
                 if like is None and not key.complete:
                     left[right] = value
                     continue
@@ -104,6 +105,12 @@ class _Walk:
             told = finding(pointer_of(meant), '')  # for the yacs key
             self.found.findings.append(finding(pointer_of(path), wrong, yacs=told.yacs))
 
+    def _like(self, name: str, key: Key) -> str | None:
+        """The key beside it that an unknown one is a misspelling of."""
+        doubtful = not key.complete or self._elsewhere(name, exactly=True) is not None
+        known = [k for k, below in (key.keys or {}).items() if not below.refused]
+        return nearest(name, known, _ALIKE_IN_DOUBT if doubtful else _ALIKE)
+
     def _unknown(self, name: str, like: str | None, key: Key, path: Path, meant: Path) -> None:
         where = self._elsewhere(name)
         if like is not None:
@@ -112,7 +119,7 @@ class _Walk:
         hint = f'the nearest known key is {where}' if where else hint
         self.found.findings.append(finding(pointer_of((*path, name)), f'unknown key; {hint}'))
 
-    def _elsewhere(self, name: str) -> str | None:
+    def _elsewhere(self, name: str, exactly: bool = False) -> str | None:
         """Where a key of that name, or one much like it, is known."""
         if self.root is None:
             return None
@@ -120,7 +127,7 @@ class _Walk:
         for path, known in walk(self.root):
             if not known.refused:
                 by_name.setdefault(path[-1], []).append(path)
-        like = nearest(name, by_name, _ALIKE_ELSEWHERE)
+        like = nearest(name, by_name, 1.0 if exactly else _ALIKE_IN_DOUBT)
         places = by_name[like] if like else []
         if not 0 < len(places) <= _MANY:
             return None
@@ -141,12 +148,6 @@ class _Walk:
         else:
             text = f'is deprecated; use {written}' if successor else 'is deprecated'
             self.found.findings.append(finding(pointer, text, WARNING))
-
-
-def _like(name: str, key: Key) -> str | None:
-    """The key beside it that an unknown one is a misspelling of."""
-    least = _ALIKE if key.complete else _ALIKE_WHERE_OTHERS_MAY_BE
-    return nearest(name, [k for k, known in (key.keys or {}).items() if not known.refused], least)
 
 
 def misfit(value: Any, spec: Value) -> str:
