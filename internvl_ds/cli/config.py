@@ -97,7 +97,6 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _check_file(name: str, config: CfgNode, args: argparse.Namespace) -> dict[str, Any]:
-    from internvl_ds.ds_check import check, errors_of
     from internvl_ds.ds_config import load_ds_config
     from internvl_ds.ds_findings import Finding
 
@@ -109,21 +108,25 @@ def _check_file(name: str, config: CfgNode, args: argparse.Namespace) -> dict[st
             raise
         findings = [Finding('', str(error))]
     else:
-        in_code = not args.optimizer_in_json
-        findings = check(
-            stated,
-            config,
-            args.world_size,
-            optimizer_in_code=in_code,
-            scheduler_in_code=in_code,
-        )
+        findings = _findings(stated, config, args)
     tree: dict[str, Any] = {'file': name, 'findings': list(map(asdict, findings))}
     if args.show:
         tree |= {'resolved': None, 'origins': None}
-        if not errors_of(findings):
+        if not any(finding.severity == 'error' for finding in findings):
             resolved, origins = _resolve(stated, config, args.world_size)
             tree |= {'resolved': resolved, 'origins': origins}
     return tree
+
+
+def _findings(
+    stated: Mapping[str, Any], config: CfgNode, args: argparse.Namespace
+) -> list[Finding]:
+    from internvl_ds.ds_check import check  # DeepSpeed with it, which takes seconds
+
+    in_code = not args.optimizer_in_json
+    return check(
+        stated, config, args.world_size, optimizer_in_code=in_code, scheduler_in_code=in_code
+    )
 
 
 def _resolve(
