@@ -80,8 +80,7 @@ class _Walk:
                     continue
                 right, known = like, (key.keys or {})[like]
             if known.refused:
-                if not misspelt:
-                    self.found.findings.append(finding(pointer_of(here), known.refused))
+                self.found.findings.append(finding(pointer_of(here), known.refused))
                 continue
             if known.deprecated and not misspelt:
                 self._deprecated(known, key, tree, here)
