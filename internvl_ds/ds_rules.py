@@ -269,7 +269,11 @@ def optimizer_rule(facts: Facts) -> Iterator[Finding]:
     if name is None:
         return
     on_cpu = value_at(facts.zero, 'offload_optimizer', 'device', default='none') != 'none'
-    yield from _params('optimizer', params, optimizer_params(name, params, on_cpu))
+    key = optimizer_params(name, params, on_cpu)
+    if key is not None and isinstance(params, Mapping):
+        # torch_adam chooses the class, misspelt as well
+        key = optimizer_params(name, check_shape(params, key).tree, on_cpu)
+        yield from _params('optimizer', params, key)
 
 
 def scheduler_rule(facts: Facts) -> Iterator[Finding]:
@@ -289,8 +293,10 @@ def scheduler_rule(facts: Facts) -> Iterator[Finding]:
         yield finding('/scheduler', 'needs an optimizer: there is no /optimizer section')
         return
     name = yield from _type_of(facts, 'scheduler', scheduler_types())
-    if name is not None and not facts.shape.doubts('/scheduler/params'):
-        yield from _params('scheduler', section.get('params', {}), scheduler_params(name))
+    params = section.get('params', {})
+    doubtful = facts.shape.doubts('/scheduler/params')
+    if name is not None and not doubtful and isinstance(params, Mapping):
+        yield from _params('scheduler', params, scheduler_params(name))
 
 
 def bridge_findings(
@@ -389,10 +395,12 @@ def _type_of(
     return None
 
 
-def _params(section: str, params: Any, key: Key | None) -> Iterator[Finding]:
-    if key is None or not isinstance(params, Mapping):
+def _params(section: str, params: Mapping[str, Any], key: Key | None) -> Iterator[Finding]:
+    if key is None:
         return
-    yield from check_shape(params, key, path=(section, 'params')).findings
+    shape = check_shape(params, key, path=(section, 'params'))
+    yield from shape.findings
     for name in key.required:
-        if name not in params:
-            yield finding(f'/{section}/params/{name}', 'is missing, and has no default')
+        pointer = f'/{section}/params/{name}'
+        if name not in shape.tree and not shape.doubts(pointer):
+            yield finding(pointer, 'is missing, and has no default')

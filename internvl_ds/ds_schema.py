@@ -85,6 +85,7 @@ _COUNT = Value((INT,), above=0)
 _DTYPES = Value((TEXT,), tuple(n for d in DtypeEnum for n in d._all_values if isinstance(n, str)))
 # Types and limits that the installed code does not tell, because it looks at none of them.
 _NOTES: dict[Path, Value] = {
+    ('bf16',): Value((OBJECT,)),  # null only means that the old name is to be looked for
     ('train_batch_size',): _COUNT,
     ('train_micro_batch_size_per_gpu',): _COUNT,
     ('gradient_accumulation_steps',): _COUNT,

@@ -82,9 +82,9 @@ class _Walk:
             if known.refused:
                 self.found.findings.append(finding(pointer_of(here), known.refused))
                 continue
-            if known.deprecated and not misspelt:
-                self._deprecated(known, key, tree, here)
             self.value(value, known, here, (*meant, right), left, silent=misspelt)
+            if known.deprecated and not misspelt and right in left:
+                self._deprecated(known, key, tree, here)
         return left
 
     def value(

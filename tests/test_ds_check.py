@@ -15,8 +15,9 @@ from yacs.config import CfgNode
 from internvl_ds import ds_config as ds
 from internvl_ds.config import default_config, merge_opts
 from internvl_ds.ds_check import check, require_right
-from internvl_ds.ds_findings import ERROR, WARNING, Finding
-from internvl_ds.ds_schema import installed
+from internvl_ds.ds_findings import ERROR, WARNING, Finding, pointer_of
+from internvl_ds.ds_schema import find, installed, walk
+from internvl_ds.ds_shape import misfit
 from internvl_ds.errors import ConfigError
 from tests.ds_tables import CONTRADICTIONS, DEPRECATED, RIGHT, TYPES, TYPOS, zero
 
@@ -111,6 +112,60 @@ def test_no_json_of_deepspeeds_package_gives_a_false_alarm():
         assert check(tree, config_of({}), RANKS) == [], path
     assert len(looked_at) >= 4  # the autotuner's templates, a stage each
     assert len(left_out) <= 1  # the ranges of a disk benchmark
+
+
+def paths_of(tree: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    if not isinstance(tree, dict):
+        return []
+    here = [(*path, key) for key in tree]
+    return here + [p for key, value in tree.items() for p in paths_of(value, (*path, key))]
+
+
+def renamed(tree: dict[str, Any], path: tuple[str, ...], name: str) -> dict[str, Any]:
+    """A copy in which the last key of a path is called otherwise, at the same place."""
+    key, *rest = path
+    return {
+        (name if k == key and not rest else k): renamed(v, tuple(rest), name)
+        if k == key and rest else v
+        for k, v in tree.items()
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize('name', RIGHT)
+def test_any_key_misspelt_in_a_right_one_is_the_one_finding(name):
+    tree, values, in_code = RIGHT[name]
+    config, schema = config_of(values), installed()
+    for path in paths_of(tree):
+        half = len(path[-1]) // 2
+        typo = path[-1][:half] + path[-1][half - 1 :]  # a letter twice
+        wanted = [pointer_of((*path[:-1], typo))]
+        known, block = find(schema, path), find(schema, path[:-1])
+        if not (known or (block and block.keys == {} and path[1:2] == ('params',))):
+            wanted = []  # DeepSpeed takes what stands there as it is
+        found = check(renamed(tree, path, typo), config, RANKS, **in_code)
+        assert [f.pointer for f in found] == wanted, list(map(str, found))
+
+
+# What is a fault without more beside it, and so would give two findings.
+INCOMPLETE_ALONE = ('optimizer', 'scheduler', 'bfloat16')
+
+
+def test_any_known_key_with_a_value_of_a_wrong_type_gives_the_one_error():
+    config, tried = config_of({'AMP_OPT_LEVEL': 'O0'}), 0
+    for path, key in walk(installed()):
+        wrong = [v for v in ({'x': 1}, [[]], 'word', -1e6, None, True) if misfit(v, key.value)]
+        if path[0] in INCOMPLETE_ALONE or key.refused or not wrong:
+            continue
+        for value in wrong:
+            if key.keys is not None and isinstance(value, dict):
+                continue
+            tree: Any = value
+            for name in reversed(path):
+                tree = {name: tree}
+            found = check(tree, config, RANKS)
+            assert [(f.pointer, f.severity) for f in found] == [(pointer_of(path), ERROR)], tree
+            tried += 1
+    assert tried > 500
 
 
 def test_require_right_raises_with_every_error_and_logs_the_warnings(caplog):
