@@ -129,7 +129,9 @@ class _Alone:
 def keys_read() -> dict[Path, Read]:
     """Every key that the installed DeepSpeed reads of a ds_config, by its path from the top.
 
-    The keys of blocks that are pydantic models are the models' fields, and not among them.
+    The keys of blocks that are pydantic models are the models' fields, and not among them. For its
+    fraction of a second no other thread may make a DeepSpeedConfig: it would take itself for rank 0
+    of 1.
     """
     reads: dict[Path, Read] = {}
     with quiet(), _models_telling(reads):

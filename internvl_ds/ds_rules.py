@@ -13,6 +13,7 @@ from typing import Any
 from yacs.config import CfgNode
 
 from internvl_ds import ds_config as ds
+from internvl_ds.ds_bridge import NAMES_OF_DTYPE, bridge_findings
 from internvl_ds.ds_findings import Finding, finding, nearest, pointer_of, shown, value_at
 from internvl_ds.ds_schema import (
     Key,
@@ -136,11 +137,10 @@ def precision_rule(facts: Facts) -> Iterator[Finding]:
         if len(on) > 1:
             yield finding(f'/{on[-1]}', str(error))
         else:
-            # With the type changed alone, would they agree?
             yield finding(f'/{(on or stated)[0]}/enabled', str(error))
         return
     wanted = value_at(facts.tree, 'data_types', 'param_dtype')
-    names = _NAMES_OF_DTYPE.get(facts.low or '', ('fp32', 'float32', 'float', 'torch.float32'))
+    names = NAMES_OF_DTYPE.get(facts.low or '', ('fp32', 'float32', 'float', 'torch.float32'))
     if wanted not in (None, 'auto', *names):
         yield finding(
             '/data_types/param_dtype',
@@ -148,12 +148,6 @@ def precision_rule(facts: Facts) -> Iterator[Finding]:
             'precision blocks): DeepSpeed refuses that; remove the key',
             yacs='AMP_OPT_LEVEL',
         )
-
-
-_NAMES_OF_DTYPE = {
-    'fp16': ('fp16', 'float16', 'half', 'torch.float16'),
-    'bf16': ('bf16', 'bfloat16', 'torch.bfloat16'),
-}
 
 
 def old_names_rule(facts: Facts) -> Iterator[Finding]:
@@ -297,52 +291,6 @@ def scheduler_rule(facts: Facts) -> Iterator[Finding]:
     doubtful = facts.shape.doubts('/scheduler/params')
     if name is not None and not doubtful and isinstance(params, Mapping):
         yield from _params('scheduler', params, scheduler_params(name))
-
-
-def bridge_findings(
-    tree: Mapping[str, Any], low: str | None, optimizer: bool = True
-) -> Iterator[Finding]:
-    """What DeepSpeed 0.19.8 steps, clips or reports wrongly, and this package cannot mend.
-
-    Args:
-        tree: a ds_config in which what is left out has DeepSpeed's default.
-        low: 'fp16' or 'bf16' where that engine trains, else None.
-        optimizer: whether an /optimizer section would be used.
-    """
-    zero = tree.get(_ZERO, {})
-    stage = zero.get('stage', 0)
-    if not tree.get('managed_gradient_accumulation', True):
-        yield finding(
-            '/managed_gradient_accumulation',
-            '/managed_gradient_accumulation is false: NativeScalerWithGradNormCount marks the '
-            'boundary by its update_grad; remove the key',
-        )
-    if low == 'bf16' and not value_at(tree, 'bf16', 'check_grad_overflow', default=True):
-        yield finding(
-            '/bf16/check_grad_overflow',
-            '/bf16/check_grad_overflow is false: DeepSpeed then applies updates that are not '
-            'finite; remove the key',
-        )
-    if not zero.get('compute_grad_norm', True):
-        yield finding(
-            f'/{_ZERO}/compute_grad_norm',
-            f'/{_ZERO}/compute_grad_norm is false: there is no gradient norm then to '
-            'report, to clip by, or to skip a non-finite update by; remove the key',
-        )
-    dtype = value_at(tree, 'data_types', 'grad_accum_dtype')
-    other = dtype not in (None, 'auto', *_NAMES_OF_DTYPE.get(str(low), ()))
-    if other and (stage, low) in ((0, 'fp16'), (0, 'bf16'), (1, 'bf16')):
-        yield finding(
-            '/data_types/grad_accum_dtype',
-            f'/data_types/grad_accum_dtype {dtype} with {low} at ZeRO stage {stage} is not '
-            'supported by this version; use stage 2, or remove the key',
-        )
-    if low and stage == 0 and optimizer and 'optimizer' in tree:
-        yield finding(
-            '/optimizer',
-            f'the /optimizer section with {low} at ZeRO stage 0 is not supported by this version; '
-            'pass a torch optimizer to initialize, or use stage 1',
-        )
 
 
 def bridge_rule(facts: Facts) -> Iterator[Finding]:

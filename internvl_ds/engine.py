@@ -22,9 +22,9 @@ from yacs.config import CfgNode
 from internvl_ds import ds_config as ds
 from internvl_ds.comm import init_distributed, limit_collectives
 from internvl_ds.config import default_config, get_option
+from internvl_ds.ds_bridge import bridge_findings
 from internvl_ds.ds_check import refuse, require_right
 from internvl_ds.ds_findings import value_at
-from internvl_ds.ds_rules import bridge_findings
 from internvl_ds.errors import ConfigError, EngineNotFound
 from internvl_ds.files import write_text
 from internvl_ds.loss_scale import LossScale
