@@ -55,7 +55,7 @@ class Finding:
 
     def __str__(self) -> str:
         """All of it in one line."""
-        said = re.search(rf'{re.escape(self.pointer)}(?![\w/])', self.message)
+        said = re.search(rf'(?<!\w){re.escape(self.pointer)}(?![\w/])', self.message)
         where = '' if not self.pointer or said else f'{self.pointer}: '
         key = f' [{self.yacs}]' if self.yacs and self.yacs not in self.message else ''
         return f'{where}{self.message}{key}'

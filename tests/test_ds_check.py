@@ -15,7 +15,7 @@ from yacs.config import CfgNode
 from internvl_ds import ds_config as ds
 from internvl_ds.config import default_config, merge_opts
 from internvl_ds.ds_check import check, require_right
-from internvl_ds.ds_findings import ERROR, WARNING, Finding, pointer_of
+from internvl_ds.ds_findings import ERROR, WARNING, pointer_of
 from internvl_ds.ds_schema import find, installed, walk
 from internvl_ds.ds_shape import misfit
 from internvl_ds.errors import ConfigError
@@ -197,8 +197,3 @@ def test_two_faults_give_two_findings():
 
 def test_a_tree_with_the_originals_keys_alone_will_do():
     assert check(zero(1), CfgNode({'DATA': {'BATCH_SIZE': 4}}), RANKS) == []
-
-
-def test_a_pointer_is_told_once():
-    assert str(Finding('/a/b', '/a/b is wrong')) == '/a/b is wrong'
-    assert str(Finding('/a/b', 'not as /a/bc', yacs='A')) == '/a/b: not as /a/bc [A]'

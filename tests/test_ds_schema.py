@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import deepspeed
 import pytest
 import torch
-from deepspeed.runtime import config as ds_runtime_config
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import Field
@@ -15,7 +11,6 @@ from pydantic import Field
 from internvl_ds import ds_schema
 from internvl_ds.config import default_config
 from internvl_ds.ds_check import check
-from internvl_ds.ds_probe import keys_in_source, keys_read
 from internvl_ds.ds_schema import BOOL, INT, LIST, NULL, NUMBER, OBJECT, TEXT, build, find, walk
 
 
@@ -113,39 +108,6 @@ def test_a_field_that_a_version_adds_is_known_and_one_that_it_drops_is_not(monke
     assert set(at(build(), '/zero_optimization').keys or {}) == {
         'stage', 'mics_shard_size', 'mics_hierarchical_params_gather', 'zeropp_loco_param',
     }  # fmt: skip
-
-
-def test_a_top_level_key_that_a_version_reads_is_known_with_its_type(monkeypatch):
-    read_before = ds_runtime_config.get_dump_state
-
-    def reads_more(tree: dict[str, Any]) -> Any:
-        if 'halt' in tree and tree['halt'].get('enabled', False) is True:
-            tree['halt'].get('after', 1.5)
-        return read_before(tree)
-
-    assert find(build(), ('halt',)) is None
-    monkeypatch.setattr(ds_runtime_config, 'get_dump_state', reads_more)
-    schema = build()
-    assert at(schema, '/halt/enabled').value.kinds == (BOOL,)
-    assert at(schema, '/halt/after').value.kinds == (NUMBER,)
-    assert at(schema, '/halt').complete
-
-
-def test_reading_leaves_deepspeed_as_it_was():
-    before = DeepSpeedConfigModel.__init__, ds_runtime_config.dist, deepspeed.utils.logger.disabled
-    keys_read()
-    after = DeepSpeedConfigModel.__init__, ds_runtime_config.dist, deepspeed.utils.logger.disabled
-    assert after == before
-
-
-def test_keys_of_a_functions_source():
-    def reads(config: dict[str, Any], other: dict[str, Any]) -> Any:
-        if 'a' in config and 'b' in config.keys():  # noqa: SIM118
-            return config['c'], config.get('d', other['x']), config.pop(TEXT), other.get('y')
-        return None
-
-    reads.__module__ = ds_schema.__name__
-    assert sorted(keys_in_source(reads, 'config')) == ['a', 'a text', 'b', 'c', 'd']
 
 
 @pytest.mark.parametrize(
