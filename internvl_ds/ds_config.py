@@ -126,8 +126,7 @@ def resolve_with_origins(
     _set_precision(filling, precision(filling.tree, config))
     fill_optimizer(filling, config, micro * steps * world_size)
     fill_scheduler(filling, config, micro * steps * world_size)
-    if trained is not None:
-        fill_buckets(filling, trained)
+    fill_buckets(filling, trained)
     filling.fill(
         '/zero_allow_untested_optimizer',
         True,

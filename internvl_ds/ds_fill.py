@@ -69,12 +69,16 @@ class Filling:
         return [pointer for pointer, value in _leaves(self.tree) if value == 'auto']
 
 
-def fill_buckets(filling: Filling, trained: int) -> None:
-    """Fills the bucket sizes from the number of elements that are trained.
+def fill_buckets(filling: Filling, trained: int | None) -> None:
+    """Fills the bucket sizes from the number of elements that are trained; None: not known yet.
 
     DeepSpeed allocates reduce_bucket_size elements whatever the model: 5e8 by default, which is a
     gigabyte in bf16. A bucket of all elements is the same single bucket, to the bit.
     """
+    if trained is None:
+        open_ones = set(filling.autos()) & set(BUCKETS)
+        filling.origins.update(dict.fromkeys(open_ones, 'the model, once there is one'))
+        return
     stage = filling.stated(f'{_ZERO}/stage')
     if stage in (1, 2, 3):
         most = min(REDUCE_BUCKET_MOST, max(1, trained))

@@ -13,6 +13,8 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.ops.lion import DeepSpeedCPULion
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 from yacs.config import CfgNode
@@ -20,6 +22,9 @@ from yacs.config import CfgNode
 from internvl_ds import ds_config as ds
 from internvl_ds.comm import init_distributed, limit_collectives
 from internvl_ds.config import default_config, get_option
+from internvl_ds.ds_bridge import bridge_findings
+from internvl_ds.ds_check import refuse, require_right
+from internvl_ds.ds_findings import value_at
 from internvl_ds.errors import ConfigError, EngineNotFound
 from internvl_ds.files import write_text
 from internvl_ds.loss_scale import LossScale
@@ -81,17 +86,21 @@ def initialize(
         ConfigError: for settings that disagree or that this version cannot train right.
     """
     init_distributed(config)
+    tree = ds.load_ds_config(ds_config)
+    require_right(
+        tree,
+        config,
+        world_size(),
+        optimizer_in_code=optimizer is not None,
+        scheduler_in_code=lr_scheduler is not None,
+        cpu_optimizer=isinstance(optimizer, DeepSpeedCPUAdam | DeepSpeedCPULion),
+    )
     trained = [p for p in model.parameters() if p.requires_grad]
     # Under zero.Init a parameter is a shard; ds_numel is what the model declared.
     elements = sum(getattr(p, 'ds_numel', p.numel()) for p in trained)
-    resolved = ds.resolve(ds.load_ds_config(ds_config), config, world_size(), elements)
-    _refuse_unsupported(resolved)
+    resolved = ds.resolve(tree, config, world_size(), elements)
+    _refuse_fp16(resolved)
     _refuse_epoch_scheduler(lr_scheduler)
-    if optimizer is not None and 'optimizer' in resolved:
-        raise ConfigError(
-            'the ds_config has an /optimizer section and an optimizer was passed as well: '
-            'DeepSpeed would ignore the section; remove it, or pass optimizer=None'
-        )
     if optimizer is None and lr_scheduler is not None:
         raise ConfigError('lr_scheduler= needs the optimizer it was built over: pass both')
     if optimizer is not None:
@@ -273,48 +282,21 @@ def scheduler_of(engine: DeepSpeedEngine) -> Any:
     return registration.lr_scheduler if registration else None
 
 
-def _refuse_unsupported(ds_config: Mapping[str, Any]) -> None:
-    """Refuses what DeepSpeed 0.19.8 steps, clips or reports wrongly, and the bridge cannot mend.
-
-    Each message names the nearest setting that works.
-    """
-    zero = ds_config.get('zero_optimization', {})
-    stage = zero.get('stage', 0)
-    bf16, fp16 = (ds_config.get(key, {}) for key in ('bf16', 'fp16'))
-    low = next((name for name in ('bf16', 'fp16') if ds_config.get(name, {}).get('enabled')), None)
-    if fp16.get('enabled') and not get_accelerator().is_fp16_supported():
+def _refuse_fp16(ds_config: Mapping[str, Any]) -> None:
+    """Refuses what this machine's device cannot do, whatever another one can."""
+    if value_at(ds_config, 'fp16', 'enabled') and not get_accelerator().is_fp16_supported():
         raise ConfigError(
             f'/fp16 (AMP_OPT_LEVEL O2 with AMP_TYPE float16): the {get_accelerator().device_name()}'
             ' device has no fp16 engine. AMP_OPT_LEVEL O1, torch autocast in float16, works there, '
             'and so does AMP_TYPE bfloat16.'
         )
-    if not ds_config.get('managed_gradient_accumulation', True):
-        raise ConfigError(
-            '/managed_gradient_accumulation is false: NativeScalerWithGradNormCount marks the '
-            'boundary by its update_grad; remove the key'
-        )
-    if bf16.get('enabled') and not bf16.get('check_grad_overflow', True):
-        raise ConfigError(
-            '/bf16/check_grad_overflow is false: DeepSpeed then applies updates that are not '
-            'finite; remove the key'
-        )
-    if not zero.get('compute_grad_norm', True):
-        raise ConfigError(
-            '/zero_optimization/compute_grad_norm is false: there is no gradient norm then to '
-            'report, to clip by, or to skip a non-finite update by; remove the key'
-        )
-    dtype = ds_config.get('data_types', {}).get('grad_accum_dtype')
-    other = dtype not in (None, low, {'bf16': 'bfloat16', 'fp16': 'float16'}.get(str(low)))
-    if other and (stage, low) in ((0, 'fp16'), (0, 'bf16'), (1, 'bf16')):
-        raise ConfigError(
-            f'/data_types/grad_accum_dtype {dtype} with {low} at ZeRO stage {stage} is not '
-            'supported by this version; use stage 2, or remove the key'
-        )
-    if low and stage == 0 and 'optimizer' in ds_config:
-        raise ConfigError(
-            f'the /optimizer section with {low} at ZeRO stage 0 is not supported by this version; '
-            'pass a torch optimizer to initialize, or use stage 1'
-        )
+
+
+def _refuse_unsupported(ds_config: Mapping[str, Any]) -> None:
+    """The same for a configuration that `require_right` has not seen: of plain DeepSpeed."""
+    _refuse_fp16(ds_config)
+    enabled = (name for name in ('bf16', 'fp16') if value_at(ds_config, name, 'enabled'))
+    refuse(list(bridge_findings(ds_config, next(enabled, None))))
 
 
 def _refuse_fused(engine: DeepSpeedEngine) -> None:

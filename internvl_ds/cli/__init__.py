@@ -12,13 +12,14 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from internvl_ds.cli import ckpt, digits, doctor, version
+from internvl_ds.cli import ckpt, config, digits, doctor, version
 from internvl_ds.cli.tables import stdout_for_answers
 from internvl_ds.errors import InternvlDsError
 
 # Name of the subcommand -> its module, in the order in which --help lists them.
 _COMMANDS: dict[str, ModuleType] = {
     'ckpt': ckpt,
+    'config': config,
     'digits': digits,
     'doctor': doctor,
     'version': version,

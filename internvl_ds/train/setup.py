@@ -19,6 +19,7 @@ from torch import nn
 from yacs.config import CfgNode
 
 from internvl_ds import ds_config as ds
+from internvl_ds.ds_check import require_right
 from internvl_ds.ema import ShardedEma
 from internvl_ds.engine import initialize
 from internvl_ds.errors import ConfigError
@@ -93,7 +94,10 @@ def setup(config: CfgNode, ds_config: DsConfig, logger: logging.Logger) -> Run:
     Raises:
         ConfigError: for settings that disagree with each other, the data or the model.
     """
-    resolved = ds.resolve(ds.load_ds_config(ds_config), config, world_size())
+    tree = ds.load_ds_config(ds_config)
+    trains = not (config.EVAL_MODE or config.THROUGHPUT_MODE)
+    require_right(tree, config, world_size(), optimizer_in_code=trains, scheduler_in_code=trains)
+    resolved = ds.resolve(tree, config, world_size())
     ds.adopt(config, resolved)
     _share_cores(config)
     loaders = build_loaders(config, rank(), world_size())

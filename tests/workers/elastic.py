@@ -109,7 +109,9 @@ class Run:
         model = Net()
         client = make_client(model, kind)
         self.scheduler = make_scheduler(client)
-        zero = {'stage': stage, 'stage3_param_persistence_threshold': 10, **zero}
+        if stage == 3:
+            zero = {'stage3_param_persistence_threshold': 10, **zero}
+        zero['stage'] = stage
         json = {'zero_optimization': zero, 'zero_force_ds_cpu_optimizer': False}
         self.engine, self.optimizer = initialize(
             self.config, model, client, json, lr_scheduler=self.scheduler

@@ -24,7 +24,7 @@ from internvl_ds import (
 from internvl_ds.comm import init_distributed
 from internvl_ds.ema import ShardedEma
 from internvl_ds.meetings import rank, world_size
-from tests.workers.model import make_config, make_optimizer
+from tests.workers.model import make_config, make_optimizer, zero_json
 
 _log = logging.getLogger('pretraining')
 
@@ -212,10 +212,7 @@ def save_tags(root: str) -> None:
         config = make_config(f'{root}/{stage}', DATA__BATCH_SIZE=8)
         torch.manual_seed(1)
         model = Swin()
-        zero = {'stage': stage, 'stage3_param_persistence_threshold': 0}
-        engine, optimizer = initialize(
-            config, model, make_optimizer(model), {'zero_optimization': zero}
-        )
+        engine, optimizer = initialize(config, model, make_optimizer(model), zero_json(stage))
         ema, scaler = ShardedEma(engine, 0.5), NativeScalerWithGradNormCount()
         generator = torch.Generator().manual_seed(rank())
         for _ in range(3):

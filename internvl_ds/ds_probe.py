@@ -1,0 +1,265 @@
+"""Which keys of a ds_config the installed DeepSpeed reads: found by letting it read.
+
+`deepspeed.runtime.config.DeepSpeedConfig` is built again and again over a mapping that notes every
+key it is asked for. Each key found is then stated in turn - as an empty block, as text, as true, as
+null - so that what DeepSpeed reads only then is found too, until nothing new turns up. No process
+group is needed, and nothing is started.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import inspect
+import logging
+import textwrap
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import deepspeed
+from deepspeed.runtime import config as ds_runtime_config
+from deepspeed.runtime.config_utils import DeepSpeedConfigModel
+
+Path = tuple[str, ...]
+
+_MARK = '\0path'  # an entry by which a pydantic model that is made of a block tells which block
+
+
+@dataclass
+class Read:
+    """What is known of one key.
+
+    Attributes:
+        defaults: what DeepSpeed takes where the key is left out, one for each place that reads it.
+        model: the pydantic model that is made of the block.
+        is_block: whether keys are read below it.
+        copied: whether all of the block is taken, so that keys which are read later are not known.
+        takes_null: whether DeepSpeed's configuration takes null for it.
+        refused: why DeepSpeed refuses the key, whatever its value; '' where it does not.
+    """
+
+    defaults: list[Any] = field(default_factory=list)
+    model: type[DeepSpeedConfigModel] | None = None
+    is_block: bool = False
+    copied: bool = False
+    takes_null: bool = False
+    refused: str = ''
+
+
+class _Probe(dict):
+    """A block of a ds_config that notes what it is asked for, and holds what is stated."""
+
+    def __init__(self, reads: dict[Path, Read], path: Path, stated: dict[str, Any]) -> None:
+        super().__init__(
+            {k: _Probe(reads, (*path, k), v) if type(v) is dict else v for k, v in stated.items()}
+        )
+        self.reads, self.path = reads, path
+        if path:  # an entry of the top level would be taken for a key
+            dict.__setitem__(self, _MARK, path)
+
+    def _note(self, key: str) -> Read:
+        for depth in range(1, len(self.path) + 1):
+            self.reads.setdefault(self.path[:depth], Read()).is_block = True
+        return self.reads.setdefault((*self.path, key), Read())
+
+    def __contains__(self, key: object) -> bool:
+        self._note(str(key))
+        return super().__contains__(key)
+
+    def __getitem__(self, key: str) -> Any:
+        self._note(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Notes the default; a block that is left out is answered with one that is empty."""
+        read = self._note(key)
+        if not any(default is d or default == d for d in read.defaults):
+            read.defaults.append(default)
+        if super().__contains__(key):
+            return super().__getitem__(key)
+        return _Probe(self.reads, (*self.path, key), {}) if default == {} else default
+
+    def keys(self) -> Any:
+        """Keys that note what is looked for among them."""
+        return _Keys(self)
+
+    def items(self) -> Any:
+        self._take_all()
+        return {k: v for k, v in super().items() if k != _MARK}.items()
+
+    def __copy__(self) -> dict:
+        self._take_all()
+        copied = _Probe(self.reads, self.path, {})
+        copied.update(self)
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict:
+        return self.__copy__()
+
+    def _take_all(self) -> None:
+        if self.path:  # the top level is copied for safety's sake, and read key by key
+            read = self.reads.setdefault(self.path, Read())
+            read.is_block = read.copied = True
+
+
+class _Keys:
+    def __init__(self, probe: _Probe) -> None:
+        self._probe = probe
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._probe
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([key for key in dict.keys(self._probe) if key != _MARK])
+
+
+class _Alone:
+    """Stands for DeepSpeed's communication where there is one process: rank 0 of 1."""
+
+    @staticmethod
+    def get_rank() -> int:
+        return 0
+
+    @staticmethod
+    def get_world_size(group: Any = None) -> int:
+        return 1
+
+
+def keys_read() -> dict[Path, Read]:
+    """Every key that the installed DeepSpeed reads of a ds_config, by its path from the top.
+
+    The keys of blocks that are pydantic models are the models' fields, and not among them. For its
+    fraction of a second no other thread may make a DeepSpeedConfig: it would take itself for rank 0
+    of 1.
+    """
+    reads: dict[Path, Read] = {}
+    with quiet(), _models_telling(reads):
+        _run(reads, {})
+        done: set[Path] = set()
+        together: set[frozenset[Path]] = set()
+        while todo := [path for path in reads if path not in done]:
+            for path in todo:
+                done.add(path)
+                _state(reads, path)
+            for block in [path for path in reads if reads[path].is_block]:
+                below = frozenset(path for path in reads if path[:-1] == block)
+                if below not in together:
+                    together.add(below)
+                    _state_together(reads, block, below)
+    for key in keys_in_source(deepspeed.initialize, 'config'):
+        reads.setdefault((key,), Read())
+    return reads
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps DeepSpeed's logger from speaking of configurations that nobody wrote."""
+    logger = logging.getLogger('DeepSpeed')
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def keys_in_source(function: Callable[..., Any], variable: str) -> list[str]:
+    """The keys that a function's source looks up in a mapping: by [], in, get or pop.
+
+    Args:
+        function: of a module whose constants may name the keys.
+        variable: the mapping's name in it.
+    """
+    names = inspect.getmodule(function).__dict__
+    found: list[str] = []
+
+    def is_mapping(node: ast.AST) -> bool:
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            node = node.func.value if node.func.attr == 'keys' else node
+        return isinstance(node, ast.Name) and node.id == variable
+
+    def note(node: ast.AST) -> None:
+        key = node.value if isinstance(node, ast.Constant) else None
+        key = names.get(node.id) if isinstance(node, ast.Name) else key
+        if isinstance(key, str) and key not in found:
+            found.append(key)
+
+    for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))):
+        if isinstance(node, ast.Subscript) and is_mapping(node.value):
+            note(node.slice)
+        elif isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.In):
+            if is_mapping(node.comparators[0]):
+                note(node.left)
+        elif (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr in ('get', 'pop')
+            and is_mapping(node.func.value)
+        ):
+            note(node.args[0])
+    return found
+
+
+def _state(reads: dict[Path, Read], path: Path) -> None:
+    """Lets DeepSpeed read configurations that state one key, in each form that may tell more."""
+    read = reads[path]
+    default = next((d for d in read.defaults if d is not None and d != {}), None)
+    if default is not None:  # it is a value, then, and only true may have more read
+        if default is False:
+            _run(reads, _nest(path, True))
+        return
+    errors = [_run(reads, _nest(path, {}))]
+    if read.is_block:
+        read.takes_null = _run(reads, _nest(path, None)) is None
+        return
+    errors += [_run(reads, _nest(path, form)) for form in ('text', True)]
+    if all(isinstance(e, _Refused) for e in errors) and len(set(map(str, errors))) == 1:
+        read.refused = str(errors[0])
+
+
+def _state_together(reads: dict[Path, Read], block: Path, below: Collection[Path]) -> None:
+    """Some keys are read only where several of the others are stated: switches on, and blocks."""
+    switches = {path[-1]: True for path in below if False in reads[path].defaults}
+    blocks: dict[str, Any] = {path[-1]: {} for path in below if not reads[path].defaults}
+    _run(reads, _nest(block, {**blocks, **switches}))
+
+
+def _nest(path: Path, value: Any) -> dict[str, Any]:
+    for key in reversed(path):
+        value = {key: value}
+    return value
+
+
+_Refused = ds_runtime_config.DeepSpeedConfigError
+
+
+def _run(reads: dict[Path, Read], stated: dict[str, Any]) -> Exception | None:
+    # Without a batch size it stops before its last checks, which read a few keys more.
+    probe = _Probe(reads, (), {'train_batch_size': 1, **stated})
+    try:
+        ds_runtime_config.DeepSpeedConfig(probe)
+    except Exception as error:  # whatever a form provokes: what was read before it counts
+        return error
+    return None
+
+
+@contextlib.contextmanager
+def _models_telling(reads: dict[Path, Read]) -> Iterator[None]:
+    """Has each pydantic model that is made of a `_Probe` note that it is."""
+    before, before_comm = DeepSpeedConfigModel.__init__, ds_runtime_config.dist
+
+    def telling(self: DeepSpeedConfigModel, strict: bool = False, **data: Any) -> None:
+        path = data.pop(_MARK, None)
+        if path is not None:
+            read = reads.setdefault(path, Read())
+            read.model, read.is_block = type(self), True
+        before(self, strict, **data)
+
+    DeepSpeedConfigModel.__init__ = telling
+    ds_runtime_config.dist = _Alone
+    try:
+        yield
+    finally:
+        DeepSpeedConfigModel.__init__ = before
+        ds_runtime_config.dist = before_comm
