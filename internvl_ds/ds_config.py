@@ -38,6 +38,13 @@ _GRAD_SCALER = {
     'min_loss_scale': 1,
 }
 
+# Switches of a block that need ZeRO stage 1, 2 or 3.
+OF_PARTITIONED_UPDATES = (
+    ('fp16', 'fp16_master_weights_and_grads'),
+    ('bf16', 'bf16_master_weights_and_grads'),
+    ('bf16', 'bf16_optimizer_states'),
+)
+
 _BLOCKS = ('fp16', 'bf16', 'torch_autocast')
 
 
@@ -92,8 +99,8 @@ def resolve(
             leaves bucket sizes open.
 
     Returns:
-        A ds_config without any 'auto' (but for bucket sizes without ``trained``), with batch sizes,
-        clipping and precision stated.
+        A ds_config with batch sizes, clipping and precision stated, and without any 'auto' but
+        those that DeepSpeed itself reads, and bucket sizes where ``trained`` is None.
 
     Raises:
         ConfigError: names the JSON key and the yacs key that disagree, and both values.
@@ -132,7 +139,8 @@ def resolve_with_origins(
         True,
         "internvl_ds: timm's optimizers and SGD are meant under ZeRO",
     )
-    left = [p for p in filling.autos() if trained is not None or p not in BUCKETS]
+    open_still = BUCKETS if trained is None else ()
+    left = [p for p in filling.autos() if p not in open_still and not _is_default_auto(p)]
     if left:
         raise ConfigError(
             f"{', '.join(left)}: 'auto' has no counterpart in the yacs config; give a value, or "
@@ -150,6 +158,23 @@ def adopt(config: CfgNode, resolved: Mapping[str, Any]) -> None:
     config.TRAIN.CLIP_GRAD = resolved['gradient_clipping']
     if frozen:
         config.freeze()
+
+
+def for_inference(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """The ds_config of an engine without an optimizer, of one that `resolve` returned.
+
+    At stages 1 and 2 there is nothing to partition then, and DeepSpeed refuses to try; what belongs
+    to updates goes too.
+    """
+    tree = copy.deepcopy(dict(resolved))
+    for key in ('optimizer', 'scheduler', 'prescale_gradients', 'gradient_predivide_factor'):
+        tree.pop(key, None)
+    if tree['zero_optimization']['stage'] in (1, 2):
+        tree['zero_optimization'] = {'stage': 0}
+        tree.get('data_types', {}).pop('grad_accum_dtype', None)
+        for block, key in OF_PARTITIONED_UPDATES:
+            tree.get(block, {}).pop(key, None)
+    return tree
 
 
 def precision(ds_config: Mapping[str, Any], config: CfgNode) -> str:
@@ -270,6 +295,14 @@ def _number(filling: Filling, json_key: str, config: CfgNode, key: str) -> float
             "or set the JSON's to 'auto'"
         )
     return stated
+
+
+def _is_default_auto(pointer: str) -> bool:
+    """Whether DeepSpeed itself reads 'auto' there, by default."""
+    from internvl_ds.ds_schema import find, installed
+
+    key = find(installed(), pointer.split('/')[1:])
+    return key is not None and key.default == 'auto'
 
 
 def _find(source: str | Path) -> Path:

@@ -43,11 +43,6 @@ _STAGE_3_ONLY = (
     'save_muon_momentum_buffer_in_memory',
     'leaf_module',
 )
-_NEEDS_STAGE = (
-    ('fp16', 'fp16_master_weights_and_grads'),
-    ('bf16', 'bf16_master_weights_and_grads'),
-    ('bf16', 'bf16_optimizer_states'),
-)
 
 
 @dataclass(frozen=True)
@@ -173,7 +168,7 @@ def stage_rule(facts: Facts) -> Iterator[Finding]:
                 f'is an option of ZeRO stage 3, and /{_ZERO}/stage is {stage}: it would have no '
                 'effect; remove it, or set the stage to 3',
             )
-    for block, name in _NEEDS_STAGE:
+    for block, name in ds.OF_PARTITIONED_UPDATES:
         if stage == 0 and value_at(facts.tree, block, name) is True:
             yield finding(
                 f'/{block}/{name}', f'needs ZeRO stage 1, 2 or 3, and /{_ZERO}/stage is 0'

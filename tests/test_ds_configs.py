@@ -14,6 +14,7 @@ from deepspeed.runtime import config as deepspeed_config
 
 from internvl_ds import ds_config as ds
 from internvl_ds.config import find_config_file, get_config
+from internvl_ds.ds_check import check
 from internvl_ds.engine import _refuse_unsupported
 from internvl_ds.errors import ConfigError
 from internvl_ds.pretrained.api import load_pretrained
@@ -101,6 +102,9 @@ def test_a_file_resolves_at_every_level_that_it_supports(name, monkeypatch, fp16
             assert resolved['zero_optimization']['stage'] == stage(name)
             assert ds.precision_of(resolved) == CONSTANTS[stated(name) or asked]
             accept(monkeypatch, resolved, world_size)
+            evaluating = ds.for_inference(resolved)
+            assert evaluating['zero_optimization']['stage'] in (0, 3)
+            assert check(evaluating, config, world_size, optimizer_in_code=False) == []
 
 
 @pytest.mark.parametrize('name', [name for name in NAMES if stated(name)])

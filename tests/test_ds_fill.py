@@ -39,6 +39,11 @@ def test_before_there_is_a_model_bucket_sizes_stay_open_and_nothing_else():
     early = ds.resolve(_zero(2, reduce_bucket_size='auto'), make_config(), 2)
     assert early['zero_optimization'] == {'stage': 2, 'reduce_bucket_size': 'auto'}
     assert ds.resolve(early, make_config(), 2, 10)['zero_optimization']['reduce_bucket_size'] == 10
+    own = _zero(3, zenflow={'topk_ratio': 0.1, 'select_interval': 'auto'})
+    assert (
+        ds.resolve(own, make_config(), 2, 1)['zero_optimization']['zenflow']
+        == own['zero_optimization']['zenflow']
+    )  # DeepSpeed's own word
     with pytest.raises(ConfigError, match=r"/zero_optimization/sub_group_size: 'auto' has no"):
         ds.resolve(_zero(3, sub_group_size='auto'), make_config(), 2)
 

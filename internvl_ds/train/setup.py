@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import socket
@@ -19,7 +18,7 @@ from torch import nn
 from yacs.config import CfgNode
 
 from internvl_ds import ds_config as ds
-from internvl_ds.ds_check import require_right
+from internvl_ds.ds_check import check, errors_of, refuse
 from internvl_ds.ema import ShardedEma
 from internvl_ds.engine import initialize
 from internvl_ds.errors import ConfigError
@@ -96,7 +95,8 @@ def setup(config: CfgNode, ds_config: DsConfig, logger: logging.Logger) -> Run:
     """
     tree = ds.load_ds_config(ds_config)
     trains = not (config.EVAL_MODE or config.THROUGHPUT_MODE)
-    require_right(tree, config, world_size(), optimizer_in_code=trains, scheduler_in_code=trains)
+    found = check(tree, config, world_size(), optimizer_in_code=trains, scheduler_in_code=trains)
+    refuse(errors_of(found))  # initialize logs the warnings
     resolved = ds.resolve(tree, config, world_size())
     ds.adopt(config, resolved)
     _share_cores(config)
@@ -191,11 +191,7 @@ def _setup_evaluation(
 def _inference_engine(
     config: CfgNode, model: nn.Module, resolved: dict[str, Any]
 ) -> DeepSpeedEngine:
-    """An engine without an optimizer: at stages 1 and 2 there is nothing to partition then."""
-    inference = copy.deepcopy(resolved)
-    if inference['zero_optimization']['stage'] in (1, 2):
-        inference['zero_optimization'] = {'stage': 0}
-    return initialize(config, model, None, inference)[0]
+    return initialize(config, model, None, ds.for_inference(resolved))[0]
 
 
 def _share_cores(config: CfgNode) -> None:
