@@ -1,0 +1,144 @@
+"""What ranks do in test_plan_measured.py: train a little, and see what the process allocates."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from yacs.config import CfgNode
+
+from internvl_ds import NativeScalerWithGradNormCount, initialize
+from internvl_ds.config import default_config, merge_opts
+from internvl_ds.ema import ShardedEma
+from internvl_ds.train.loop import build_criterion
+from internvl_ds.train.model import build_model, input_dtype
+from internvl_ds.train.optim import build_optimizer
+
+_CHANNELS = 3
+
+
+class _Mallinfo2(ctypes.Structure):
+    """glibc's ``struct mallinfo2``; its fields are size_t."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            'arena', 'ordblks', 'smblks', 'hblks', 'hblkhd',
+            'usmblks', 'fsmblks', 'uordblks', 'fordblks', 'keepcost',
+        )
+    ]  # fmt: skip
+
+
+_libc = ctypes.CDLL('libc.so.6')
+_libc.mallinfo2.restype = _Mallinfo2
+
+
+def allocated() -> int:
+    """Bytes that this process has allocated and not freed, over all threads and arenas."""
+    info = _libc.mallinfo2()
+    return int(info.uordblks + info.hblkhd)
+
+
+class Peak(TorchDispatchMode):
+    """The most that was allocated after any operation inside it, autograd's included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.bytes = max(self.bytes, allocated())
+        return result
+
+
+def make_config(opts: list[str]) -> CfgNode:
+    """The default tree with KEY VALUE pairs."""
+    config = default_config()
+    merge_opts(config, opts)
+    config.freeze()
+    return config
+
+
+def measure(opts: list[str], ds_configs: dict[str, dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """Trains three updates of each ds_config; the bytes that this rank allocates.
+
+    Returns:
+        ``states`` between two updates, ``backward`` the most beyond them in forward and backward,
+        ``held`` what is left of that before the step, and ``step`` the most beyond them in the step.
+    """
+    config = make_config(opts)
+    torch.manual_seed(0)
+    return {name: _measure(config, ds_config) for name, ds_config in ds_configs.items()}
+
+
+def _measure(config: CfgNode, ds_config: dict[str, Any]) -> dict[str, int]:
+    gc.collect()
+    before = allocated()
+    model = build_model(config)
+    engine, optimizer = initialize(config, model, build_optimizer(config, model, 1e-3), ds_config)
+    ema = ShardedEma(engine) if config.TRAIN.EMA.ENABLE else None
+    scaler = NativeScalerWithGradNormCount()
+    criterion = build_criterion(config, soft_targets=False)
+    steps = engine.gradient_accumulation_steps()
+    found = {'init': allocated() - before}
+    for _ in range(2):
+        for micro in range(steps):
+            _micro_batch(config, engine, optimizer, scaler, criterion, micro + 1 == steps, Peak())
+        if ema is not None:
+            ema.update()
+    gc.collect()
+    states = allocated()
+    found['states'] = states - before
+    forward = Peak()
+    stepping = Peak()
+    held = 0
+
+    def mark(step: Any) -> Any:
+        def marked(*args: Any, **kwargs: Any) -> Any:
+            nonlocal held
+            held = max(held, allocated())
+            forward.__exit__(None, None, None)
+            try:
+                with stepping:
+                    return step(*args, **kwargs)
+            finally:
+                forward.__enter__()
+
+        return marked
+
+    engine.step = mark(engine.step)
+    for micro in range(steps):
+        _micro_batch(config, engine, optimizer, scaler, criterion, micro + 1 == steps, forward)
+    found['backward'] = forward.bytes - states
+    found['held'] = held - states
+    found['step'] = stepping.bytes - states
+    del engine.step
+    engine.destroy()
+    del engine, optimizer, ema, scaler, model, mark
+    gc.collect()
+    found['left'] = allocated() - before
+    return found
+
+
+def _micro_batch(
+    config: CfgNode,
+    engine: Any,
+    optimizer: Any,
+    scaler: Any,
+    criterion: Any,
+    last: bool,
+    peak: Peak,
+) -> None:
+    side, batch = config.DATA.IMG_SIZE, config.DATA.BATCH_SIZE
+    with peak:
+        images = torch.randn(batch, _CHANNELS, side, side)
+        labels = torch.randint(config.MODEL.NUM_CLASSES, (batch,))
+        loss = criterion(engine(images.to(input_dtype(engine))).float(), labels)
+        scaler(
+            loss / engine.gradient_accumulation_steps(), optimizer,
+            clip_grad=1.0, update_grad=last,
+        )  # fmt: skip
