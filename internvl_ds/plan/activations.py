@@ -49,10 +49,12 @@ class Timeline:
     Attributes:
         activations: all but finished gradients; float64, one entry an operation.
         gradients: of the parameters whose gradient is finished; the same length.
+        forward: how many of the operations are the forward pass, the loss included.
     """
 
     activations: np.ndarray
     gradients: np.ndarray
+    forward: int
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Step:
         small, large = _BATCHES
         per_image = (self.large.activations - self.small.activations) / (large - small)
         activations = self.small.activations + per_image * (batch - small)
-        return Timeline(np.maximum(activations, 0.0), self.small.gradients)
+        return Timeline(np.maximum(activations, 0.0), self.small.gradients, self.small.forward)
 
     def activations(self, batch: int) -> int:
         """The most that activations take in the step of ``batch`` images, bytes."""
@@ -99,7 +101,7 @@ def watch_step(model: nn.Module, image_size: int, precision: str, loss_of: Loss)
     if len({step.activations.shape for step in steps}) > 1:
         # The operations depend on the batch, so they cannot be paired: the peaks are all there is.
         steps = [
-            Timeline(s.activations.max(keepdims=True), s.gradients.max(keepdims=True))
+            Timeline(s.activations.max(keepdims=True), s.gradients.max(keepdims=True), 1)
             for s in steps
         ]
     return Step(*steps)
@@ -113,6 +115,7 @@ def _watch(model: nn.Module, batch: int, side: int, precision: str, loss_of: Los
             logits = model(images.to(dtype))
         loss = loss_of(logits.float())
         del logits
+        watch.turn()
         loss.backward()
     return watch.timeline()
 
@@ -126,6 +129,7 @@ class _Watch(TorchDispatchMode):
         self._sizes: dict[int, int] = {}  # storages that are alive, by address
         self._activations = self._gradients = 0
         self._history: list[tuple[int, int]] = []
+        self._forward = 0
         self._hooks: list[Any] = []
 
     def __enter__(self) -> _Watch:
@@ -148,13 +152,20 @@ class _Watch(TorchDispatchMode):
         for tensor in tree_iter(result):
             if isinstance(tensor, torch.Tensor):
                 self._see(tensor.untyped_storage())
-        self._history.append((self._activations, self._gradients))
+        self._record()
         return result
 
+    def turn(self) -> None:
+        """The forward pass is over."""
+        self._forward = len(self._history)
+
     def timeline(self) -> Timeline:
-        """What was alive after each operation."""
+        """What was alive after each operation, and each time that a gradient was finished."""
         activations, gradients = np.array(self._history, dtype=np.float64).T
-        return Timeline(activations, gradients)
+        return Timeline(activations, gradients, self._forward)
+
+    def _record(self) -> None:
+        self._history.append((self._activations, self._gradients))
 
     def _see(self, storage: torch.UntypedStorage) -> None:
         address = storage._cdata
@@ -175,6 +186,7 @@ class _Watch(TorchDispatchMode):
         self._sizes[address] = 0  # gradients stay until the step
         self._activations -= size
         self._gradients += size
+        self._record()
 
 
 @contextmanager
@@ -186,7 +198,8 @@ def _without_data(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     made: dict[int, torch.Tensor] = {}  # a tied tensor stays tied
     places: list[tuple[dict[str, Any], str, torch.Tensor]] = []
     for module in model.modules():
-        for store in (module._parameters, module._buffers, vars(module)):
+        stores: tuple[dict[str, Any], ...] = module._parameters, module._buffers, vars(module)
+        for store in stores:
             for name, tensor in store.items():
                 if isinstance(tensor, torch.Tensor):
                     places.append((store, name, tensor))

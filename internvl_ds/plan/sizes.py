@@ -1,4 +1,4 @@
-"""How many elements a configured model has, by what becomes of them in training. No memory taken."""
+"""How many elements a configured model has, by what becomes of them. No memory is taken."""
 
 from __future__ import annotations
 

@@ -118,31 +118,27 @@ def in_backward(sizes: Sizes, layout: Layout, step: Timeline) -> Parts:
     if layout.stage == 3:
         return _in_backward_of_shards(sizes, layout, step)
     active, done = step.activations, step.gradients
-    whole = layout.weight_bytes * sizes.trained
-    bucket = 0 if layout.stage == 0 else _buckets(layout)
-    copied = _copied(sizes, layout)
-    reducing = np.zeros_like(active)  # a bucket's copy, while it is reduced
-    if layout.stage == 0:
-        held = np.full_like(done, whole) if layout.accumulation > 1 else done
-    elif layout.stage == 1 and not layout.overlap:
-        held = np.full_like(done, whole) if layout.accumulation > 1 else done
+    size, whole = layout.weight_bytes, layout.weight_bytes * sizes.trained
+    buckets = _buckets(layout) if layout.stage else 0
+    copied, owned = _copied(sizes, layout), _owned_gradients(sizes, layout)
+    reducing = np.zeros_like(active)  # the copy of a bucket, while it is reduced
+    if layout.stage < 2 and layout.accumulation > 1:
+        held = np.full_like(done, whole)
+    elif layout.stage == 0 or (layout.stage == 1 and not layout.overlap):
+        held = done
     else:
-        owned = layout.gradient_bytes * shard(sizes, layout)
-        before = owned if layout.accumulation > 1 and not layout.optimizer_on_host else 0
-        growing = 0.0 if layout.optimizer_on_host else done / layout.ranks
-        held = before + growing + np.zeros_like(done)
-        reducing = np.where(done >= layout.bucket * layout.weight_bytes, copied, 0)
-    peaks = active + held + reducing
-    at = int(peaks.argmax())
-    passing = Parts(
-        gradients=int(held[at]),
-        buffers=int(bucket + reducing[at]),
-        activations=int(active[at]),
-    )
-    # At the end of the backward pass, when the activations are gone, what is left is reduced.
-    left = held[-1] + (whole / layout.ranks if layout.stage == 1 else 0)
-    ending = Parts(gradients=int(left), buffers=bucket + copied)
-    return max(passing, ending, key=lambda parts: parts.total)
+        # The whole room for a rank's gradients is made when the first bucket is reduced.
+        earlier = owned if layout.accumulation > 1 else 0
+        held = np.where(done >= size * layout.bucket, owned, 0) + earlier
+        reducing = np.where(_reduces(step, layout), copied, 0)
+    passing = _at_peak(active, held, buckets + reducing)
+    # After the backward pass the rest is reduced, from the buckets that hold a part of it.
+    left = float(whole) if layout.stage == 0 else held[-1]
+    if layout.stage == 1 and held[-1] > owned:
+        left = whole - size * min(layout.bucket, sizes.trained) + owned
+    elif layout.stage and not reducing.any():
+        left += owned
+    return max(passing, Parts(gradients=int(left), buffers=buckets + copied), key=_total)
 
 
 def _in_backward_of_shards(sizes: Sizes, layout: Layout, step: Timeline) -> Parts:
@@ -151,22 +147,33 @@ def _in_backward_of_shards(sizes: Sizes, layout: Layout, step: Timeline) -> Part
     elements, size = sum(scattered), layout.weight_bytes
     ahead = min(elements, layout.prefetch + sizes.largest_module)
     # Between forward and backward those are whole whose two uses lie within the distance.
-    whole = min(elements, max(ahead, layout.reuse_distance // 2 + ahead))
-    # A gathered bucket is there twice, until it is cut into parameters.
-    gathering = min(ahead, elements - whole)
-    copied = _copied(sizes, layout)
-    reducing = np.where(step.gradients >= layout.bucket * size, copied, 0)
-    peaks = step.activations + reducing
-    at = int(peaks.argmax())
-    candidates = (
-        Parts(
-            buffers=int(size * (whole + gathering) + reducing[at]),
-            activations=int(step.activations[at]),
-        ),
-        Parts(buffers=size * 2 * ahead, activations=int(step.activations[0])),
-        Parts(buffers=size * min(elements, whole) + copied),
+    whole = min(elements, layout.reuse_distance // 2 + ahead)
+    # What is gathered at a time is there twice, until the last of it is used.
+    gathered = np.full_like(step.activations, size * whole)
+    gathered[: step.forward] += size * ahead
+    gathered[step.forward :] += size * min(ahead, elements - whole)
+    reducing = np.where(_reduces(step, layout), _copied(sizes, layout), 0)
+    passing = _at_peak(step.activations, np.zeros_like(gathered), gathered + reducing)
+    ending = Parts(buffers=size * whole + _copied(sizes, layout))
+    return max(passing, ending, key=_total)
+
+
+def _reduces(step: Timeline, layout: Layout) -> np.ndarray:
+    """Where a gradient is finished after which a bucket may be full."""
+    finished = np.diff(step.gradients, prepend=0) > 0
+    return finished & (step.gradients >= layout.weight_bytes * layout.bucket)
+
+
+def _at_peak(active: np.ndarray, gradients: np.ndarray, buffers: np.ndarray) -> Parts:
+    """The parts at the operation at which they are most together."""
+    at = int((active + gradients + buffers).argmax())
+    return Parts(
+        gradients=int(gradients[at]), buffers=int(buffers[at]), activations=int(active[at])
     )
-    return max(candidates, key=lambda parts: parts.total)
+
+
+def _total(parts: Parts) -> int:
+    return parts.total
 
 
 def in_update(sizes: Sizes, layout: Layout, temporaries: int) -> int:
@@ -184,14 +191,16 @@ def in_update(sizes: Sizes, layout: Layout, temporaries: int) -> int:
         biggest = sizes.trained if temporaries == 1 else sizes.largest
         return whole + grown + temporaries * _FP32 * biggest
     groups = list(_group_shards(sizes, layout))
-    largest = max(groups)
-    if layout.stage == 3:
-        largest = min(largest, layout.sub_group)
-    held = 0 if layout.stage == 3 else layout.gradient_bytes * sum(groups)
-    copied = layout.gradient_bytes if layout.gradient_bytes < _FP32 else 0
-    making = held + (copied + _FP32) * largest
-    updating = held - (layout.gradient_bytes * largest if layout.stage < 3 else 0)
-    return max(making, updating + _FP32 * (1 + temporaries) * largest)
+    held = _owned_gradients(sizes, layout) if layout.stage < 3 else 0
+    copy = layout.gradient_bytes if layout.gradient_bytes < _FP32 else 0
+    most = 0
+    for index, elements in enumerate(groups):
+        updated = min(elements, layout.sub_group) if layout.stage == 3 else elements
+        # One tensor holds the gradients of all groups: it goes before the last one's update.
+        beside = held if index + 1 < len(groups) else 0
+        making = held + (copy + _FP32) * updated
+        most = max(most, making, beside + _FP32 * (1 + temporaries) * updated)
+    return most
 
 
 def checkpoint_bytes(sizes: Sizes, layout: Layout, ema: bool) -> int:
@@ -234,10 +243,8 @@ def _group_shards(sizes: Sizes, layout: Layout) -> Iterable[int]:
 
 
 def _masters(sizes: Sizes, layout: Layout) -> int:
-    """fp32 masters; at stages 1 and 2 beside fp32 weights too."""
-    in_place = layout.weight_bytes == _FP32 and (
-        layout.stage == 0 or (layout.stage == 3 and not layout.optimizer_on_host)
-    )
+    """fp32 masters; under ZeRO beside fp32 weights too."""
+    in_place = layout.stage == 0 and layout.weight_bytes == _FP32
     return 0 if in_place else _FP32 * shard(sizes, layout)
 
 
@@ -268,11 +275,33 @@ def _buckets(layout: Layout) -> int:
 
 
 def _copied(sizes: Sizes, layout: Layout) -> int:
-    """The flat copy in which gradients are reduced."""
-    if layout.ranks == 1:
+    """The flat copy in which gradients are reduced; one that fits no bucket is there beside it."""
+    if layout.stage == 0:
+        return layout.weight_bytes * min(DEFAULT_BUCKET, sizes.trained)
+    alone = sizes.largest if sizes.largest > layout.bucket else 0
+    return layout.weight_bytes * (max(alone, min(layout.bucket, sizes.trained)) + alone)
+
+
+def _owned_gradients(sizes: Sizes, layout: Layout) -> int:
+    """What the rank with the most of them keeps of the gradients at stages 1 and 2, on the device.
+
+    Gradients in the weights' dtype are kept whole where the rank owns any part of a parameter.
+    """
+    if layout.optimizer_on_host:
         return 0
-    most = layout.bucket if layout.stage else DEFAULT_BUCKET
-    return layout.weight_bytes * min(most, sizes.trained)
+    if layout.gradient_bytes != layout.weight_bytes:
+        return layout.gradient_bytes * shard(sizes, layout)
+    touched = np.zeros(layout.ranks, dtype=np.int64)
+    for group, owned in zip(sizes.groups, _group_shards(sizes, layout), strict=True):
+        ends = np.cumsum(group)
+        first = np.arange(layout.ranks) * owned
+        begin = np.searchsorted(ends, first, side='right')  # parameter at the partition's begin
+        last = np.minimum(first + owned, ends[-1])
+        end = np.searchsorted(ends, last, side='left')  # and that at its end
+        starts = np.concatenate(([0], ends))
+        inside = first < ends[-1]
+        touched += np.where(inside, ends[np.minimum(end, len(ends) - 1)] - starts[begin], 0)
+    return layout.weight_bytes * int(touched.max())
 
 
 def _locked(size: int, pinned: bool) -> int:
