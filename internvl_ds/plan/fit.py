@@ -10,6 +10,7 @@ import torch
 from yacs.config import CfgNode
 
 from internvl_ds import ds_config as ds
+from internvl_ds.errors import ConfigError
 from internvl_ds.plan.activations import Step, watch_step
 from internvl_ds.plan.layout import Layout, layout_of
 from internvl_ds.plan.sizes import Sizes, meta_model, sizes_of
@@ -23,6 +24,7 @@ class Need:
     """Bytes that one rank needs.
 
     Attributes:
+        micro_batch: images that it is for.
         device: at most, on the GPU.
         host: under offload, in the host's memory.
         build: in the host's memory while the model is built, before there is an engine.
@@ -32,6 +34,7 @@ class Need:
             where it is more than the gradients, buffers and activations of ``parts``.
     """
 
+    micro_batch: int
     device: int
     host: int
     build: int
@@ -60,6 +63,30 @@ class Planner:
         self._sizes: Sizes | None = None
 
     @property
+    def keeps_ema(self) -> bool:
+        """Whether the run averages its weights."""
+        return bool(self._config.TRAIN.EMA.ENABLE)
+
+    @property
+    def step_of_micro_batch(self) -> int:
+        """What a micro-batch is a multiple of: 2 with mixup, else 1."""
+        return 1 if build_mixup(self._config) is None else 2
+
+    @property
+    def can_recompute(self) -> bool:
+        """Whether the model has activation checkpointing.
+
+        Raises:
+            ConfigError: for a model that cannot be built without it either.
+        """
+        meta_model(self._with_recompute(False))
+        try:
+            meta_model(self._with_recompute(True))
+        except ConfigError:
+            return False
+        return True
+
+    @property
     def sizes(self) -> Sizes:
         """The model's elements.
 
@@ -67,7 +94,8 @@ class Planner:
             ConfigError: for a model or optimizer that cannot be built.
         """
         if self._sizes is None:
-            self._sizes = sizes_of(meta_model(self._config), self._config)
+            config = self._with_recompute(False)
+            self._sizes = sizes_of(meta_model(config), config)
         return self._sizes
 
     def need(self, resolved: Mapping[str, Any], ranks: int, *, recompute: bool) -> Need:
@@ -86,7 +114,7 @@ class Planner:
 
     def need_of(self, layout: Layout, *, recompute: bool) -> Need:
         """As `need`, of a layout."""
-        sizes, ema = self.sizes, bool(self._config.TRAIN.EMA.ENABLE)
+        sizes, ema = self.sizes, self.keeps_ema
         step = self._step(recompute, layout.precision).at(layout.micro_batch)
         stays, passes = kept(sizes, layout, ema), in_backward(sizes, layout, step)
         update = in_update(sizes, layout, self._temporaries)
@@ -95,6 +123,7 @@ class Planner:
             *(getattr(stays, name) + getattr(passes, name) for name in Parts.__dataclass_fields__)
         )
         return Need(
+            micro_batch=layout.micro_batch,
             device=stays.total + max(passes.total, update),
             host=host.total,
             build=4 * (sizes.parameters + sizes.float_buffers) + sizes.other_buffers,
@@ -112,30 +141,34 @@ class Planner:
             recompute: as for `need`.
         """
 
-        def fits(images: int) -> bool:
-            tried = replace(layout, micro_batch=images)
+        def fits(steps: int) -> bool:
+            tried = replace(layout, micro_batch=steps * step)
             return self.need_of(tried, recompute=recompute).device <= device_bytes
 
-        most = 1
+        step, most = self.step_of_micro_batch, 1
         while most <= _MOST_IMAGES and fits(most):
             most *= 2
         least = most // 2
         while most - least > 1:
             middle = (least + most) // 2
             least, most = (middle, most) if fits(middle) else (least, middle)
-        return least
+        return least * step
 
     def _step(self, recompute: bool, precision: str) -> Step:
         # What fp16 and bf16 allocate is the same.
         same = {ds.FP16: ds.BF16, ds.AUTOCAST_FP16: ds.AUTOCAST_BF16}.get(precision, precision)
         if (recompute, same) not in self._steps:
-            config = self._config.clone()
-            config.defrost()
-            config.TRAIN.USE_CHECKPOINT = recompute
+            model = meta_model(self._with_recompute(recompute))
             self._steps[recompute, same] = watch_step(
-                meta_model(config), config.DATA.IMG_SIZE, same, self._loss
+                model, self._config.DATA.IMG_SIZE, same, self._loss
             )
         return self._steps[recompute, same]
+
+    def _with_recompute(self, recompute: bool) -> CfgNode:
+        config = self._config.clone()
+        config.defrost()
+        config.TRAIN.USE_CHECKPOINT = recompute
+        return config
 
     def _loss(self, logits: torch.Tensor) -> torch.Tensor:
         """The training loss of the loop, with targets of its shape."""

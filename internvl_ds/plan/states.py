@@ -148,10 +148,12 @@ def _in_backward_of_shards(sizes: Sizes, layout: Layout, step: Timeline) -> Part
     ahead = min(elements, layout.prefetch + sizes.largest_module)
     # Between forward and backward those are whole whose two uses lie within the distance.
     whole = min(elements, layout.reuse_distance // 2 + ahead)
-    # What is gathered at a time is there twice, until the last of it is used.
+    # What is gathered at a time is there twice, until the last of it is used: once as it was
+    # sent, under autocast in half precision.
+    sent = 2 if layout.in_autocast else size
     gathered = np.full_like(step.activations, size * whole)
-    gathered[: step.forward] += size * ahead
-    gathered[step.forward :] += size * min(ahead, elements - whole)
+    gathered[: step.forward] += sent * ahead
+    gathered[step.forward :] += sent * min(ahead, elements - whole)
     reducing = np.where(_reduces(step, layout), _copied(sizes, layout), 0)
     passing = _at_peak(step.activations, np.zeros_like(gathered), gathered + reducing)
     ending = Parts(buffers=size * whole + _copied(sizes, layout))
