@@ -13,8 +13,9 @@ from internvl_ds import ds_config as ds
 from internvl_ds.errors import ConfigError
 from internvl_ds.plan.activations import Step, watch_step
 from internvl_ds.plan.layout import Layout, layout_of
+from internvl_ds.plan.peaks import in_backward, in_update, in_update_on_host
 from internvl_ds.plan.sizes import Sizes, meta_model, sizes_of
-from internvl_ds.plan.states import Parts, in_backward, in_update, kept, kept_on_host
+from internvl_ds.plan.states import Parts, kept, kept_on_host
 from internvl_ds.train.data import build_mixup
 from internvl_ds.train.loop import build_criterion
 
@@ -26,10 +27,11 @@ class Need:
     Attributes:
         micro_batch: images that it is for.
         device: at most, on the GPU.
-        host: under offload, in the host's memory.
+        host: under offload, in the host's memory, with what the optimizer takes there.
         build: in the host's memory while the model is built, before there is an engine.
         parts: of ``device``, at the moment in forward and backward when they are most.
-        host_parts: of ``host``.
+        kept: of them, those that stay from one update to the next.
+        host_parts: of ``host``, between two updates.
         update: what the optimizer's update has on the device beside weights and states; it counts
             where it is more than the gradients, buffers and activations of ``parts``.
     """
@@ -39,6 +41,7 @@ class Need:
     host: int
     build: int
     parts: Parts
+    kept: Parts
     host_parts: Parts
     update: int
 
@@ -55,10 +58,10 @@ class Planner:
 
         Args:
             config: the yacs tree: MODEL, DATA.IMG_SIZE, TRAIN and AUG are read.
-            gpu: whether the run is on GPUs, where torch's optimizers work on lists of tensors.
+            gpu: whether the run is to be on GPUs; False for ranks on CPUs.
         """
         self._config = config
-        self._temporaries = 1 if gpu else 2
+        self._on_gpu = gpu
         self._steps: dict[tuple[bool, str], Step] = {}
         self._sizes: Sizes | None = None
 
@@ -110,14 +113,23 @@ class Planner:
         Raises:
             ConfigError: for a model that cannot be built, recomputed or run without data.
         """
-        return self.need_of(layout_of(resolved, ranks, self.sizes.trained), recompute=recompute)
+        return self.need_of(self.layout(resolved, ranks), recompute=recompute)
+
+    def layout(self, resolved: Mapping[str, Any], ranks: int) -> Layout:
+        """How a ds_config has the states kept.
+
+        Args:
+            resolved: as `ds_config.resolve` returns it.
+            ranks: the world size.
+        """
+        return layout_of(resolved, ranks, self.sizes.trained, self._on_gpu)
 
     def need_of(self, layout: Layout, *, recompute: bool) -> Need:
         """As `need`, of a layout."""
         sizes, ema = self.sizes, self.keeps_ema
         step = self._step(recompute, layout.precision).at(layout.micro_batch)
         stays, passes = kept(sizes, layout, ema), in_backward(sizes, layout, step)
-        update = in_update(sizes, layout, self._temporaries)
+        update = in_update(sizes, layout)
         host = kept_on_host(sizes, layout, ema)
         parts = Parts(
             *(getattr(stays, name) + getattr(passes, name) for name in Parts.__dataclass_fields__)
@@ -125,9 +137,10 @@ class Planner:
         return Need(
             micro_batch=layout.micro_batch,
             device=stays.total + max(passes.total, update),
-            host=host.total,
+            host=host.total + in_update_on_host(sizes, layout),
             build=4 * (sizes.parameters + sizes.float_buffers) + sizes.other_buffers,
             parts=parts,
+            kept=stays,
             host_parts=host,
             update=update,
         )

@@ -40,6 +40,8 @@ class Layout:
         prefetch: elements that stage 3 gathers ahead.
         persistence: elements below which a parameter is whole on every rank at stage 3.
         sub_group: elements that stage 3 updates at a time.
+        on_gpu: whether the device is a GPU: torch's optimizers then work on lists of tensors, and
+            page-locked memory is rounded up.
     """
 
     stage: int
@@ -58,6 +60,7 @@ class Layout:
     prefetch: int
     persistence: int
     sub_group: int
+    on_gpu: bool
 
     @property
     def weight_bytes(self) -> int:
@@ -70,13 +73,14 @@ class Layout:
         return self.precision in (ds.AUTOCAST_BF16, ds.AUTOCAST_FP16)
 
 
-def layout_of(resolved: Mapping[str, Any], ranks: int, trained: int) -> Layout:
+def layout_of(resolved: Mapping[str, Any], ranks: int, trained: int, on_gpu: bool = True) -> Layout:
     """Reads a ds_config.
 
     Args:
         resolved: as `ds_config.resolve` returns it.
         ranks: the world size.
         trained: elements of all trained parameters.
+        on_gpu: whether the device is a GPU.
     """
     zero = resolved.get('zero_optimization', {})
     stage, precision = int(zero.get('stage', 0)), ds.precision_of(resolved)
@@ -103,6 +107,7 @@ def layout_of(resolved: Mapping[str, Any], ranks: int, trained: int) -> Layout:
         prefetch=min(live, _given(zero, 'prefetch_bucket_size', _PREFETCH_BUCKET)),
         persistence=_given(zero, 'param_persistence_threshold', _PERSISTENCE_THRESHOLD),
         sub_group=int(zero.get('sub_group_size', _SUB_GROUP)),
+        on_gpu=on_gpu,
     )
 
 

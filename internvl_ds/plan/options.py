@@ -11,7 +11,6 @@ from yacs.config import CfgNode
 
 from internvl_ds import ds_config as ds
 from internvl_ds.plan.fit import Need, Planner
-from internvl_ds.plan.layout import layout_of
 from internvl_ds.plan.states import checkpoint_bytes
 
 # The share of a memory that is planned with. The rest is for what is not counted: the CUDA context,
@@ -151,7 +150,7 @@ def choose(found: Sequence[Option]) -> Option | None:
 def _option(
     planner: Planner, resolved: Mapping[str, Any], offload: str, recompute: bool, machine: Machine
 ) -> Option:
-    layout = layout_of(resolved, machine.gpus, planner.sizes.trained)
+    layout = planner.layout(resolved, machine.gpus)
     need = planner.need_of(layout, recompute=recompute)
     room = USABLE * machine.gpu_bytes
     largest = planner.largest_micro_batch(layout, room, recompute=recompute)

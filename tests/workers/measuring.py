@@ -63,23 +63,15 @@ def make_config(opts: list[str]) -> CfgNode:
     return config
 
 
-def measure(opts: list[str], ds_configs: dict[str, dict[str, Any]]) -> dict[str, dict[str, int]]:
-    """Trains two updates of each ds_config; the bytes that this rank allocates.
+def measure(cases: list[list[Any]]) -> list[dict[str, int]]:
+    """Trains two updates of each case, a list of KEY VALUE pairs and a ds_config.
 
     Returns:
-        ``states`` between two updates, ``backward`` the most beyond them in forward and backward,
-        ``held`` what is left of that before the step, and ``step`` the same in the step.
+        Bytes that this rank allocates: ``states`` between two updates; beyond them ``backward``,
+        the most in forward and backward, and ``step``, the most in the update.
     """
-    config = make_config(opts)
     torch.manual_seed(0)
-    import time
-
-    out = {}
-    for name, ds_config in ds_configs.items():
-        t = time.time()
-        out[name] = _measure(config, ds_config)
-        out[name]['time'] = time.time() - t
-    return out
+    return [_measure(make_config(opts), ds_config) for opts, ds_config in cases]
 
 
 def _measure(config: CfgNode, ds_config: dict[str, Any]) -> dict[str, int]:
@@ -91,43 +83,37 @@ def _measure(config: CfgNode, ds_config: dict[str, Any]) -> dict[str, int]:
     scaler = NativeScalerWithGradNormCount()
     criterion = build_criterion(config, soft_targets=False)
     steps = engine.gradient_accumulation_steps()
-    found = {'init': allocated() - before}
     for micro in range(steps):  # makes the optimizer's state, and stage 3's order of modules
         _micro_batch(config, engine, optimizer, scaler, criterion, micro + 1 == steps, Peak())
     if ema is not None:
         ema.update()
     gc.collect()
     states = allocated()
-    found['states'] = states - before
-    forward = Peak()
-    stepping = Peak()
-    held = 0
-
-    def mark(step: Any) -> Any:
-        def marked(*args: Any, **kwargs: Any) -> Any:
-            nonlocal held
-            held = max(held, allocated())
-            forward.__exit__(None, None, None)
-            try:
-                with stepping:
-                    return step(*args, **kwargs)
-            finally:
-                forward.__enter__()
-
-        return marked
-
-    engine.step = mark(engine.step)
+    backward, update = Peak(), Peak()
+    engine.step = _apart(engine.step, backward, update)
     for micro in range(steps):
-        _micro_batch(config, engine, optimizer, scaler, criterion, micro + 1 == steps, forward)
-    found['backward'] = forward.bytes - states
-    found['held'] = held - states
-    found['step'] = stepping.bytes - states
-    del engine.step
+        _micro_batch(config, engine, optimizer, scaler, criterion, micro + 1 == steps, backward)
+    found = {
+        'states': states - before,
+        'backward': backward.bytes - states,
+        'step': update.bytes - states,
+    }
     engine.destroy()
-    del engine, optimizer, ema, scaler, model, mark
-    gc.collect()
-    found['left'] = allocated() - before
     return found
+
+
+def _apart(step: Any, outside: Peak, inside: Peak) -> Any:
+    """A step that is watched by another mode than what is around it."""
+
+    def stepped(*args: Any, **kwargs: Any) -> Any:
+        outside.__exit__(None, None, None)
+        try:
+            with inside:
+                return step(*args, **kwargs)
+        finally:
+            outside.__enter__()
+
+    return stepped
 
 
 def _micro_batch(
