@@ -9,10 +9,10 @@ from tests.workers.measuring import make_config
 
 _SHARED = 'MODEL.TYPE timm MODEL.NUM_CLASSES 10 MODEL.DROP_PATH_RATE 0.0'
 MODELS = {
-    'vit': f'{_SHARED} MODEL.NAME vit_tiny_patch16_224 DATA.IMG_SIZE 64 DATA.BATCH_SIZE 8 '
+    'vit': f'{_SHARED} MODEL.NAME vit_tiny_patch16_224 DATA.IMG_SIZE 64 DATA.BATCH_SIZE 4 '
     'AMP_OPT_LEVEL O2 AMP_TYPE bfloat16',
-    'resnet': f'{_SHARED} MODEL.NAME resnet18 DATA.IMG_SIZE 64 DATA.BATCH_SIZE 16 AMP_OPT_LEVEL O0',
-    'convnext': f'{_SHARED} MODEL.NAME convnext_atto DATA.IMG_SIZE 64 DATA.BATCH_SIZE 16 '
+    'resnet': f'{_SHARED} MODEL.NAME resnet18 DATA.IMG_SIZE 64 DATA.BATCH_SIZE 8 AMP_OPT_LEVEL O0',
+    'convnext': f'{_SHARED} MODEL.NAME convnext_atto DATA.IMG_SIZE 64 DATA.BATCH_SIZE 8 '
     'AMP_OPT_LEVEL O0 TRAIN.ACCUMULATION_STEPS 2 TRAIN.EMA.ENABLE True',
 }
 _TINY = f'{_SHARED} MODEL.NAME vit_tiny_patch16_224 MODEL.KWARGS.depth 1 DATA.IMG_SIZE 32'
@@ -36,7 +36,7 @@ def test_states_are_within_5_percent_and_the_rest_within_20(tmp_path):
     # What a process allocates once and keeps, such as the buffers of its threads, comes first.
     once = [f'{_TINY} DATA.BATCH_SIZE 2 AMP_OPT_LEVEL O0'.split(), ds_config(3)]
     measured = run_ranks(
-        'tests.workers.measuring:measure', _RANKS, tmp_path,
+        'tests.workers.measuring:measure', _RANKS, tmp_path, timeout=540,
         cases=[once, *([opts, json] for _, _, opts, json in cases)],
     )  # fmt: skip
     planners = {m: Planner(make_config(o.split()), gpu=False) for m, o in MODELS.items()}
@@ -53,5 +53,6 @@ def test_states_are_within_5_percent_and_the_rest_within_20(tmp_path):
         lines.append(f'{model} {stage}: ' + ' '.join(f'{ratio:.3f}' for ratio in ratios))
         if abs(ratios[0] - 1) > 0.05 or any(abs(ratio - 1) > 0.2 for ratio in ratios[1:]):
             wrong.append(lines[-1])
+    print([[int(f['cpu']) for f in r] for r in measured])
     print('planned / measured: states, forward and backward, update', *lines, sep='\n')
     assert not wrong, lines

@@ -18,8 +18,9 @@ on a GPU, and of one rank in its host's memory, for the configured micro-batch),
 (the most), ``update_bytes`` (what the optimizer's update takes when the activations are gone),
 ``host_bytes`` (of all ranks of a host, while the model is built or later), ``largest_micro_batch``
 (0: none fits), ``fits_host``, ``micro_batch`` and ``accumulation`` (to train with, at the
-configured batch), ``checkpoint_bytes``, ``save_seconds``; ``choice``, the index of the option to
-take, or null; ``advice``.
+configured batch), ``checkpoint_bytes``, ``save_seconds``, ``deepspeed_estimate`` (bytes of model
+states on a GPU by DeepSpeed's own estimator, which counts less; null where it has none);
+``choice``, the index of the option to take, or null; ``advice``.
 """
 
 from __future__ import annotations
@@ -159,6 +160,7 @@ def _tree(option: Option) -> dict[str, Any]:
         'accumulation': option.accumulation,
         'checkpoint_bytes': option.checkpoint_bytes,
         'save_seconds': option.save_seconds,
+        'deepspeed_estimate': option.deepspeed_estimate,
     }
 
 

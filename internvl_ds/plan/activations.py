@@ -62,14 +62,20 @@ class Step:
     """A training step of any batch, told from steps of two batches that were watched.
 
     Operation by operation, what is alive is a constant and a part that grows with the batch.
+
+    Attributes:
+        small: the step of the smaller batch.
+        large: the step of the larger one.
+        batches: images of the two.
     """
 
     small: Timeline
     large: Timeline
+    batches: tuple[int, int]
 
     def at(self, batch: int) -> Timeline:
         """The step of a micro-batch of ``batch`` images."""
-        small, large = _BATCHES
+        small, large = self.batches
         per_image = (self.large.activations - self.small.activations) / (large - small)
         activations = self.small.activations + per_image * (batch - small)
         return Timeline(np.maximum(activations, 0.0), self.small.gradients, self.small.forward)
@@ -104,7 +110,7 @@ def watch_step(model: nn.Module, image_size: int, precision: str, loss_of: Loss)
             Timeline(s.activations.max(keepdims=True), s.gradients.max(keepdims=True), 1)
             for s in steps
         ]
-    return Step(*steps)
+    return Step(steps[0], steps[1], _BATCHES)
 
 
 def _watch(model: nn.Module, batch: int, side: int, precision: str, loss_of: Loss) -> Timeline:

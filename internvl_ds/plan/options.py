@@ -10,6 +10,7 @@ from typing import Any
 from yacs.config import CfgNode
 
 from internvl_ds import ds_config as ds
+from internvl_ds.plan.estimators import deepspeed_estimate
 from internvl_ds.plan.fit import Need, Planner
 from internvl_ds.plan.states import checkpoint_bytes
 
@@ -63,6 +64,8 @@ class Option:
         accumulation: micro-batches of an update with them.
         checkpoint_bytes: of a tag.
         save_seconds: to write it.
+        deepspeed_estimate: bytes of model states on a GPU by DeepSpeed's own estimator; None at
+            stages where it has none.
     """
 
     stage: int
@@ -76,6 +79,7 @@ class Option:
     accumulation: int
     checkpoint_bytes: int
     save_seconds: float
+    deepspeed_estimate: int | None
 
     @property
     def fits(self) -> bool:
@@ -170,6 +174,7 @@ def _option(
         accumulation=share // micro if micro else 0,
         checkpoint_bytes=saved,
         save_seconds=saved / machine.disk_rate,
+        deepspeed_estimate=deepspeed_estimate(planner.sizes, layout),
     )
 
 

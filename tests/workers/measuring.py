@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import logging
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from yacs.config import CfgNode
 
-from internvl_ds import NativeScalerWithGradNormCount, initialize
+from internvl_ds import NativeScalerWithGradNormCount, initialize, save_checkpoint
 from internvl_ds.config import default_config, merge_opts
 from internvl_ds.ema import ShardedEma
 from internvl_ds.train.loop import build_criterion
@@ -75,6 +78,7 @@ def measure(cases: list[list[Any]]) -> list[dict[str, int]]:
 
 
 def _measure(config: CfgNode, ds_config: dict[str, Any]) -> dict[str, int]:
+    start = time.process_time()
     gc.collect()
     before = allocated()
     model = build_model(config)
@@ -97,8 +101,29 @@ def _measure(config: CfgNode, ds_config: dict[str, Any]) -> dict[str, int]:
         'states': states - before,
         'backward': backward.bytes - states,
         'step': update.bytes - states,
+        'cpu': time.process_time() - start,
     }
     engine.destroy()
+    return found
+
+
+def save(opts: list[str], ds_configs: list[dict[str, Any]], root: str) -> list[int]:
+    """Trains an update of each ds_config and saves it; bytes of the tag, of all ranks' files."""
+    found = []
+    for index, ds_config in enumerate(ds_configs):
+        config = make_config([*opts, 'OUTPUT', f'{root}/{index}'])
+        model = build_model(config)
+        client = build_optimizer(config, model, 1e-3)
+        engine, optimizer = initialize(config, model, client, ds_config)
+        ema = ShardedEma(engine) if config.TRAIN.EMA.ENABLE else None
+        scaler = NativeScalerWithGradNormCount()
+        criterion = build_criterion(config, soft_targets=False)
+        _micro_batch(config, engine, optimizer, scaler, criterion, True, Peak())
+        tag = save_checkpoint(
+            config, 0, engine, 0.0, optimizer, None, scaler, logging.getLogger(), model_ema=ema
+        )
+        found.append(sum(path.stat().st_size for path in Path(tag).iterdir()))
+        engine.destroy()
     return found
 
 
