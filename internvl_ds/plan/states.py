@@ -114,7 +114,9 @@ def checkpoint_bytes(sizes: Sizes, layout: Layout, ema: bool) -> int:
     if layout.stage == 3:
         weights = layout.weight_bytes * sum(sizes.frozen) + _buffers(sizes, layout)
         states = (1 + sizes.moments) * FP32_BYTES * layout.ranks * shard(sizes, layout)
-    average = FP32_BYTES * sizes.trained + _ema_buffers(sizes) if ema else 0
+    # Each rank writes what it keeps, and at stage 0 each keeps the whole average.
+    copies = layout.ranks if layout.stage == 0 else 1
+    average = FP32_BYTES * sizes.trained * copies + _ema_buffers(sizes) if ema else 0
     return int(weights + states + average)
 
 
