@@ -331,17 +331,6 @@ class TestCommand:
         assert sum('<-' in row for row in rows) == 1
         assert words.startswith('Take ZeRO stage 0, 16 images')
 
-    def test_what_is_not_shipped_is_written_out(self, capsys):
-        few = [*self.WORDS[:-1], '11MB', '--gpus', '64', '--opts', 'DATA.BATCH_SIZE', '4']
-        status = main([*few, '--json'])
-
-        tree = json.loads(capsys.readouterr().out)
-        taken = tree['choice']
-        assert (status == 0) == (taken is not None)
-        for option in tree['options']:
-            fits = option['largest_micro_batch'] > 0
-            assert (option['micro_batch'] > 0) == fits
-
     def test_nothing_fits_is_status_1_and_says_what_is_missing(self, capsys):
         assert main([*self.WORDS[:-1], '1MB']) == 1
 

@@ -6,6 +6,7 @@ import ctypes
 import gc
 import logging
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def _measure(config: CfgNode, ds_config: dict[str, Any]) -> dict[str, int]:
     criterion = build_criterion(config, soft_targets=False)
     steps = engine.gradient_accumulation_steps()
     for micro in range(steps):  # makes the optimizer's state, and stage 3's order of modules
-        _micro_batch(config, engine, optimizer, scaler, criterion, micro + 1 == steps, Peak())
+        _micro_batch(config, engine, optimizer, scaler, criterion, micro + 1 == steps)
     if ema is not None:
         ema.update()
     gc.collect()
@@ -118,7 +119,7 @@ def save(opts: list[str], ds_configs: list[dict[str, Any]], root: str) -> list[i
         ema = ShardedEma(engine) if config.TRAIN.EMA.ENABLE else None
         scaler = NativeScalerWithGradNormCount()
         criterion = build_criterion(config, soft_targets=False)
-        _micro_batch(config, engine, optimizer, scaler, criterion, True, Peak())
+        _micro_batch(config, engine, optimizer, scaler, criterion, True)
         tag = save_checkpoint(
             config, 0, engine, 0.0, optimizer, None, scaler, logging.getLogger(), model_ema=ema
         )
@@ -148,10 +149,10 @@ def _micro_batch(
     scaler: Any,
     criterion: Any,
     last: bool,
-    peak: Peak,
+    watch: AbstractContextManager | None = None,
 ) -> None:
     side, batch = config.DATA.IMG_SIZE, config.DATA.BATCH_SIZE
-    with peak:
+    with watch or nullcontext():
         images = torch.randn(batch, _CHANNELS, side, side)
         labels = torch.randint(config.MODEL.NUM_CLASSES, (batch,))
         loss = criterion(engine(images.to(input_dtype(engine))).float(), labels)
