@@ -5,8 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import logging
-import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -72,14 +71,14 @@ def measure(cases: list[list[Any]]) -> list[dict[str, int]]:
 
     Returns:
         Bytes that this rank allocates: ``states`` between two updates; beyond them ``backward``,
-        the most in forward and backward, and ``step``, the most in the update.
+        the most in forward and backward, and ``step``, the most in the update; ``tag``, the bytes
+        of a checkpoint of all ranks, where OUTPUT is set.
     """
     torch.manual_seed(0)
     return [_measure(make_config(opts), ds_config) for opts, ds_config in cases]
 
 
 def _measure(config: CfgNode, ds_config: dict[str, Any]) -> dict[str, int]:
-    start = time.process_time()
     gc.collect()
     before = allocated()
     model = build_model(config)
@@ -102,29 +101,13 @@ def _measure(config: CfgNode, ds_config: dict[str, Any]) -> dict[str, int]:
         'states': states - before,
         'backward': backward.bytes - states,
         'step': update.bytes - states,
-        'cpu': time.process_time() - start,
     }
-    engine.destroy()
-    return found
-
-
-def save(opts: list[str], ds_configs: list[dict[str, Any]], root: str) -> list[int]:
-    """Trains an update of each ds_config and saves it; bytes of the tag, of all ranks' files."""
-    found = []
-    for index, ds_config in enumerate(ds_configs):
-        config = make_config([*opts, 'OUTPUT', f'{root}/{index}'])
-        model = build_model(config)
-        client = build_optimizer(config, model, 1e-3)
-        engine, optimizer = initialize(config, model, client, ds_config)
-        ema = ShardedEma(engine) if config.TRAIN.EMA.ENABLE else None
-        scaler = NativeScalerWithGradNormCount()
-        criterion = build_criterion(config, soft_targets=False)
-        _micro_batch(config, engine, optimizer, scaler, criterion, True)
+    if config.OUTPUT:
         tag = save_checkpoint(
             config, 0, engine, 0.0, optimizer, None, scaler, logging.getLogger(), model_ema=ema
         )
-        found.append(sum(path.stat().st_size for path in Path(tag).iterdir()))
-        engine.destroy()
+        found['tag'] = sum(path.stat().st_size for path in Path(tag).iterdir())
+    engine.destroy()
     return found
 
 
