@@ -17,6 +17,7 @@ from internvl_ds.cli import main
 from internvl_ds.cli.quantities import parse_rate, parse_size
 from internvl_ds.errors import ConfigError
 from internvl_ds.plan import activations
+from internvl_ds.plan.advice import advice
 from internvl_ds.plan.fit import Planner
 from internvl_ds.plan.layout import bucket_elements, layout_of
 from internvl_ds.plan.options import ALL, NONE, OPTIMIZER, Machine, choose, options, variant
@@ -276,6 +277,9 @@ class TestFit:
             1,
         )
         assert tight.micro_batch * tight.accumulation == 96
+        of = planner.layout(ds.resolve(variant({}, tight.stage, tight.offload), config, 8), 8)
+        taken = replace(of, micro_batch=tight.micro_batch, accumulation=tight.accumulation)
+        assert planner.need_of(taken, recompute=tight.recompute).device <= 0.9 * 25_000_000
         assert (tight.stage, tight.micro_batch) != (0, 96)
         assert take(1_000_000) is None
         assert take(10**9, host=1000) is None
@@ -333,6 +337,18 @@ class TestCommand:
         by_stage = {o['stage']: o['device']['buffers'] for o in tree['options']}
         assert by_stage[1] >= 2 * 20_000_000
         assert f'--deepspeed_config {path} --opts' in tree['advice']
+
+    def test_advice_says_what_to_write_where_nothing_ships(self):
+        config = config_of('DATA.BATCH_SIZE', '96')
+        machine = Machine(8, 10**9, 8, None, 1e9)
+        found = [o for o in options(Planner(config), config, {}, machine) if o.offload == OPTIMIZER]
+        section = '"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu", '
+
+        words = advice(found, config, {}, '', machine)
+        assert words.startswith('Take ZeRO stage 1 with the optimizer offloaded, 96 images')
+        assert f'--opts DATA.BATCH_SIZE 96, and a --deepspeed_config of {{{section}' in words
+        words = advice(found, config, {}, 'mine.json', machine)
+        assert f'--deepspeed_config mine.json --opts DATA.BATCH_SIZE 96, with {{{section}' in words
 
     @pytest.mark.parametrize(
         ('words', 'said'),

@@ -84,12 +84,15 @@ def _words(taken: Option, config: CfgNode, base: Mapping[str, Any], named: str) 
     if taken.recompute != bool(config.TRAIN.USE_CHECKPOINT):
         opts.append(f'TRAIN.USE_CHECKPOINT {taken.recompute}')
     flags = f'--opts {" ".join(opts)}'
-    name = named if named and _is(base, taken) else _shipped(taken, config)
-    if name:
-        return f'--deepspeed_config {name} {flags}'
     text = json.dumps({'zero_optimization': section(taken.stage, taken.offload)})
     force = ', "zero_force_ds_cpu_optimizer": false' if taken.offload != NONE else ''
-    return f'{flags} with {text[:-1]}{force}}} in the ds_config'
+    text = f'{text[:-1]}{force}}}'
+    if named and not _is(base, taken):
+        return f'--deepspeed_config {named} {flags}, with {text} in that file'
+    name = named or _shipped(taken, config)
+    if name:
+        return f'--deepspeed_config {name} {flags}'
+    return f'{flags}, and a --deepspeed_config of {text}'
 
 
 def _shipped(taken: Option, config: CfgNode) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from yacs.config import CfgNode
@@ -12,6 +12,7 @@ from yacs.config import CfgNode
 from internvl_ds import ds_config as ds
 from internvl_ds.plan.estimators import deepspeed_estimate
 from internvl_ds.plan.fit import Need, Planner
+from internvl_ds.plan.layout import Layout
 from internvl_ds.plan.states import checkpoint_bytes
 
 # The share of a memory that is planned with. The rest is for what is not counted: the CUDA context,
@@ -159,7 +160,7 @@ def _option(
     room = USABLE * machine.gpu_bytes
     largest = planner.largest_micro_batch(layout, room, recompute=recompute)
     share = layout.micro_batch * layout.accumulation
-    micro = _divisor(share, largest, planner.step_of_micro_batch)
+    micro = _micro_batch(planner, layout, min(share, largest), room, recompute)
     on_host = machine.gpus_per_host * max(need.host, need.build)
     saved = checkpoint_bytes(planner.sizes, layout, planner.keeps_ema)
     return Option(
@@ -178,10 +179,18 @@ def _option(
     )
 
 
-def _divisor(share: int, most: int, step: int) -> int:
-    """The largest micro-batch that divides a rank's share of the batch and fits; 0 if none."""
-    fitting = (n for n in range(min(share, most), 0, -1) if share % n == 0 and n % step == 0)
-    return next(fitting, 0)
+def _micro_batch(planner: Planner, layout: Layout, most: int, room: float, recompute: bool) -> int:
+    """The largest micro-batch that divides a rank's share of the batch and fits; 0 if none does.
+
+    More micro-batches in an update keep more gradients between them, so each is looked at anew.
+    """
+    share = layout.micro_batch * layout.accumulation
+    for images in range(most, 0, -1):
+        if share % images == 0 and images % planner.step_of_micro_batch == 0:
+            tried = replace(layout, micro_batch=images, accumulation=share // images)
+            if planner.need_of(tried, recompute=recompute).device <= room:
+                return images
+    return 0
 
 
 def _cost(option: Option) -> tuple[float, int]:

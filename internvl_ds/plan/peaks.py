@@ -25,8 +25,10 @@ def in_backward(sizes: Sizes, layout: Layout, step: Timeline) -> Parts:
     """
     if layout.stage == 3:
         return _in_backward_of_shards(sizes, layout, step)
-    active, done = step.activations, step.gradients
-    size, whole = layout.weight_bytes, layout.weight_bytes * sizes.trained
+    size, active = layout.weight_bytes, step.activations
+    # Stage 1 keeps whole gradients in the dtype in which they accumulate.
+    of_each = layout.gradient_bytes if layout.stage == 1 else size
+    done, whole = step.gradients * (of_each / size), of_each * sizes.trained
     buckets = bucket_bytes(layout) if layout.stage else 0
     copied, owned = _copied(sizes, layout), _owned_gradients(sizes, layout)
     reducing = np.zeros_like(active)  # the copy of a bucket, while it is reduced
@@ -37,13 +39,13 @@ def in_backward(sizes: Sizes, layout: Layout, step: Timeline) -> Parts:
     else:
         # The whole room for a rank's gradients is made when the first bucket is reduced.
         earlier = owned if layout.accumulation > 1 else 0
-        held = np.where(done >= size * layout.bucket, owned, 0) + earlier
+        held = np.where(done >= of_each * layout.bucket, owned, 0) + earlier
         reducing = np.where(_reduces(step, layout), copied, 0)
     passing = _at_peak(active, held, buckets + reducing)
     # After the backward pass the rest is reduced, from the buckets that hold a part of it.
     left = float(whole) if layout.stage == 0 else held[-1]
     if layout.stage == 1 and held[-1] > owned:
-        left = whole - size * min(layout.bucket, sizes.trained) + owned
+        left = whole - of_each * min(layout.bucket, sizes.trained) + owned
     elif layout.stage and not reducing.any():
         left += owned
     return max(passing, Parts(gradients=int(left), buffers=buckets + copied), key=_total)
