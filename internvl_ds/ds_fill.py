@@ -17,7 +17,7 @@ DEFAULT = "DeepSpeed's default"
 _FILE = 'the ds_config'
 _ZERO = '/zero_optimization'
 REDUCE_BUCKET = f'{_ZERO}/reduce_bucket_size'
-REDUCE_BUCKET_MOST = 500_000_000  # elements: DeepSpeed's default
+_REDUCE_BUCKET_MOST = 500_000_000  # elements: DeepSpeed's default
 
 # Sizes in elements that may stand at 'auto' until there is a model.
 BUCKETS = (
@@ -69,6 +69,11 @@ class Filling:
         return [pointer for pointer, value in _leaves(self.tree) if value == 'auto']
 
 
+def reduce_bucket_of(trained: int) -> int:
+    """The reduce bucket of a model, in elements: all that are trained, or DeepSpeed's default."""
+    return min(_REDUCE_BUCKET_MOST, max(1, trained))
+
+
 def fill_buckets(filling: Filling, trained: int | None) -> None:
     """Fills the bucket sizes from the number of elements that are trained; None: not known yet.
 
@@ -81,8 +86,8 @@ def fill_buckets(filling: Filling, trained: int | None) -> None:
         return
     stage = filling.stated(f'{_ZERO}/stage')
     if stage in (1, 2, 3):
-        most = min(REDUCE_BUCKET_MOST, max(1, trained))
-        filling.fill(REDUCE_BUCKET, most, f'the model: {trained} trained elements, at most 5e8')
+        size = reduce_bucket_of(trained)
+        filling.fill(REDUCE_BUCKET, size, f'the model: {trained} trained elements, at most 5e8')
     for pointer in filling.autos():
         if pointer in BUCKETS:
             filling.put(pointer, _zero_default(pointer.rpartition('/')[2]), DEFAULT)

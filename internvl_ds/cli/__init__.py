@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from internvl_ds.cli import ckpt, config, digits, doctor, version
+from internvl_ds.cli import ckpt, config, digits, doctor, plan, version
 from internvl_ds.cli.tables import stdout_for_answers
 from internvl_ds.errors import InternvlDsError
 
@@ -22,6 +22,7 @@ _COMMANDS: dict[str, ModuleType] = {
     'config': config,
     'digits': digits,
     'doctor': doctor,
+    'plan': plan,
     'version': version,
 }
 

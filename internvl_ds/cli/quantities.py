@@ -1,0 +1,38 @@
+"""Sizes and rates as people write them: 80GB is decimal, 80GiB binary."""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+_POWERS = {'': 0, 'k': 1, 'm': 2, 'g': 3, 't': 4, 'p': 5}
+_SIZE = re.compile(r'([0-9]+\.?[0-9]*|\.[0-9]+)\s*([kmgtp]?)(i?)b', re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of '80GB' (80 x 1000 ** 3), '79.1 GiB' (x 1024 ** 3), '512B'. For argparse.
+
+    Raises:
+        ArgumentTypeError: for anything else, and for nothing.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or (match[3] and not match[2]):
+        raise argparse.ArgumentTypeError(
+            f'{text!r} is no size: write 80GB (decimal) or 80GiB (binary)'
+        )
+    size = int(float(match[1]) * (1024 if match[3] else 1000) ** _POWERS[match[2].lower()])
+    if size <= 0:
+        raise argparse.ArgumentTypeError(f'{text!r} is nothing')
+    return size
+
+
+def parse_rate(text: str) -> int:
+    """Bytes a second of '2GB/s'. For argparse.
+
+    Raises:
+        ArgumentTypeError: for anything else.
+    """
+    size, slash, second = text.strip().partition('/')
+    if not slash or second.strip() != 's':
+        raise argparse.ArgumentTypeError(f'{text!r} is no rate: write 2GB/s')
+    return parse_size(size)

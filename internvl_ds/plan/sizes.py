@@ -1,0 +1,117 @@
+"""How many elements a configured model has, by what becomes of them. No memory is taken."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from yacs.config import CfgNode
+
+from internvl_ds.train.model import build_model, set_train_mode
+from internvl_ds.train.optim import build_optimizer
+
+_logger = logging.getLogger(__name__)
+_PROBE = 64  # elements of the tensor that tells how much state an optimizer keeps
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The elements of a model.
+
+    Attributes:
+        groups: of each trained parameter, by the optimizer's parameter group.
+        frozen: of each parameter that is not trained.
+        float_buffers: of all buffers that are floating point.
+        other_buffers: bytes of those that are not.
+        moments: fp32 values that the optimizer keeps for each trained element.
+        largest_module: of the module with the most parameters of its own.
+    """
+
+    groups: tuple[tuple[int, ...], ...]
+    frozen: tuple[int, ...]
+    float_buffers: int
+    other_buffers: int
+    moments: float
+    largest_module: int
+
+    @property
+    def trained(self) -> int:
+        """Elements that are trained."""
+        return sum(map(sum, self.groups))
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all parameters, frozen ones included."""
+        return self.trained + sum(self.frozen)
+
+    @property
+    def largest(self) -> int:
+        """Elements of the largest trained parameter."""
+        return max(max(group) for group in self.groups)
+
+
+def meta_model(config: CfgNode) -> nn.Module:
+    """The configured model on the meta device, in the training mode that a run has it in.
+
+    Raises:
+        ConfigError: for settings that `build_model` refuses.
+    """
+    with torch.device('meta'):
+        model = build_model(config)
+    set_train_mode(model, model, config.TRAIN.OPTIMIZER.FREEZE_BACKBONE)
+    return model
+
+
+def sizes_of(model: nn.Module, config: CfgNode) -> Sizes:
+    """Counts a model's elements.
+
+    Args:
+        model: as `meta_model` builds it.
+        config: TRAIN is read for the optimizer and its groups.
+
+    Raises:
+        ConfigError: for an optimizer that does not exist.
+    """
+    optimizer = build_optimizer(config, model, 1e-3)
+    groups = [[p.numel() for p in group['params']] for group in optimizer.param_groups]
+    floats = [b for b in model.buffers() if b.is_floating_point()]
+    others = [b for b in model.buffers() if not b.is_floating_point()]
+    return Sizes(
+        groups=tuple(tuple(group) for group in groups if group),
+        frozen=tuple(p.numel() for p in model.parameters() if not p.requires_grad),
+        float_buffers=sum(b.numel() for b in floats),
+        other_buffers=sum(b.numel() * b.element_size() for b in others),
+        moments=_moments(config),
+        largest_module=max(
+            sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules()
+        ),
+    )
+
+
+def _moments(config: CfgNode) -> float:
+    """What the configured optimizer keeps for a flat fp32 tensor, as ZeRO gives it, an element.
+
+    It is asked: it makes one step with a tensor of a few elements.
+    """
+    probe = nn.Linear(_PROBE, 1, bias=False)
+    probe.weight = nn.Parameter(torch.zeros(_PROBE))
+    plain = config.clone()
+    plain.defrost()
+    plain.TRAIN.LR_LAYER_DECAY = False
+    optimizer = build_optimizer(plain, probe, 1e-3)
+    probe.weight.grad = torch.ones(_PROBE)
+    optimizer.step()
+    return sum(_elements(value) for value in optimizer.state[probe.weight].values()) / _PROBE
+
+
+def _elements(value: Any) -> float:
+    """fp32 values in an entry of an optimizer's state; its step counter is none."""
+    if isinstance(value, torch.Tensor) and value.numel() > 1:
+        return value.numel() * value.element_size() / 4
+    if isinstance(value, Mapping):
+        return sum(map(_elements, value.values()))
+    return 0.0

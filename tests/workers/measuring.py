@@ -1,0 +1,145 @@
+"""What ranks do in test_plan_measured.py: train a little, and see what the process allocates."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import logging
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from yacs.config import CfgNode
+
+from internvl_ds import NativeScalerWithGradNormCount, initialize, save_checkpoint
+from internvl_ds.config import default_config, merge_opts
+from internvl_ds.ema import ShardedEma
+from internvl_ds.train.loop import build_criterion
+from internvl_ds.train.model import build_model, input_dtype
+from internvl_ds.train.optim import build_optimizer
+
+_CHANNELS = 3
+
+
+class _Mallinfo2(ctypes.Structure):
+    """glibc's ``struct mallinfo2``; its fields are size_t."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            'arena', 'ordblks', 'smblks', 'hblks', 'hblkhd',
+            'usmblks', 'fsmblks', 'uordblks', 'fordblks', 'keepcost',
+        )
+    ]  # fmt: skip
+
+
+_libc = ctypes.CDLL('libc.so.6')
+_libc.mallinfo2.restype = _Mallinfo2
+
+
+def allocated() -> int:
+    """Bytes that this process has allocated and not freed, over all threads and arenas."""
+    info = _libc.mallinfo2()
+    return int(info.uordblks + info.hblkhd)
+
+
+class Peak(TorchDispatchMode):
+    """The most that was allocated after any operation inside it, autograd's included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.bytes = max(self.bytes, allocated())
+        return result
+
+
+def make_config(opts: list[str]) -> CfgNode:
+    """The default tree with KEY VALUE pairs."""
+    config = default_config()
+    merge_opts(config, opts)
+    config.freeze()
+    return config
+
+
+def measure(cases: list[list[Any]]) -> list[dict[str, int]]:
+    """Trains two updates of each case, a list of KEY VALUE pairs and a ds_config.
+
+    Returns:
+        Bytes that this rank allocates: ``states`` between two updates; beyond them ``backward``,
+        the most in forward and backward, and ``step``, the most in the update; ``tag``, the bytes
+        of a checkpoint of all ranks, where OUTPUT is set.
+    """
+    torch.manual_seed(0)
+    return [_measure(make_config(opts), ds_config) for opts, ds_config in cases]
+
+
+def _measure(config: CfgNode, ds_config: dict[str, Any]) -> dict[str, int]:
+    gc.collect()
+    before = allocated()
+    model = build_model(config)
+    engine, optimizer = initialize(config, model, build_optimizer(config, model, 1e-3), ds_config)
+    ema = ShardedEma(engine) if config.TRAIN.EMA.ENABLE else None
+    scaler = NativeScalerWithGradNormCount()
+    criterion = build_criterion(config, soft_targets=False)
+    steps = engine.gradient_accumulation_steps()
+    for micro in range(steps):  # makes the optimizer's state, and stage 3's order of modules
+        _micro_batch(config, engine, optimizer, scaler, criterion, micro + 1 == steps)
+    if ema is not None:
+        ema.update()
+    gc.collect()
+    states = allocated()
+    backward, update = Peak(), Peak()
+    engine.step = _apart(engine.step, backward, update)
+    for micro in range(steps):
+        _micro_batch(config, engine, optimizer, scaler, criterion, micro + 1 == steps, backward)
+    found = {
+        'states': states - before,
+        'backward': backward.bytes - states,
+        'step': update.bytes - states,
+    }
+    if config.OUTPUT:
+        tag = save_checkpoint(
+            config, 0, engine, 0.0, optimizer, None, scaler, logging.getLogger(), model_ema=ema
+        )
+        found['tag'] = sum(path.stat().st_size for path in Path(tag).iterdir())
+    engine.destroy()
+    return found
+
+
+def _apart(step: Any, outside: Peak, inside: Peak) -> Any:
+    """A step that is watched by another mode than what is around it."""
+
+    def stepped(*args: Any, **kwargs: Any) -> Any:
+        outside.__exit__(None, None, None)
+        try:
+            with inside:
+                return step(*args, **kwargs)
+        finally:
+            outside.__enter__()
+
+    return stepped
+
+
+def _micro_batch(
+    config: CfgNode,
+    engine: Any,
+    optimizer: Any,
+    scaler: Any,
+    criterion: Any,
+    last: bool,
+    watch: AbstractContextManager | None = None,
+) -> None:
+    side, batch = config.DATA.IMG_SIZE, config.DATA.BATCH_SIZE
+    with watch or nullcontext():
+        images = torch.randn(batch, _CHANNELS, side, side)
+        labels = torch.randint(config.MODEL.NUM_CLASSES, (batch,))
+        loss = criterion(engine(images.to(input_dtype(engine))).float(), labels)
+        scaler(
+            loss / engine.gradient_accumulation_steps(), optimizer,
+            clip_grad=1.0, update_grad=last,
+        )  # fmt: skip
