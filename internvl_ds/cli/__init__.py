@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from internvl_ds.cli import ckpt, digits, version
+from internvl_ds.cli import ckpt, digits, tune, version
 from internvl_ds.cli.tables import stdout_for_answers
 from internvl_ds.errors import InternvlDsError
 
@@ -20,6 +20,7 @@ from internvl_ds.errors import InternvlDsError
 _COMMANDS: dict[str, ModuleType] = {
     'ckpt': ckpt,
     'digits': digits,
+    'tune': tune,
     'version': version,
 }
 
