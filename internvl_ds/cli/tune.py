@@ -9,6 +9,7 @@ again with the same words and --output, tuning goes on where it was interrupted.
 from __future__ import annotations
 
 import argparse
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
@@ -102,22 +103,16 @@ def _tune(args: argparse.Namespace) -> int:
     say(f'\nratio: to {result.names[result.reference]}, median of the rounds')
     say(f'all trials: {args.output}/trials.csv, {args.output}/tuned.png\n')
     say('to train with the result, give the training program:')
-    say('    ' + ' '.join(map(_quoted, result.words)))
+    say('    ' + shlex.join(result.words))
     return 0
 
 
 def _planner() -> Any:
     try:
-        from internvl_ds.plan.fit import Planner
+        from internvl_ds.plan.fit import Planner  # type: ignore[import-not-found]
     except ImportError:
         return None
     return Planner
-
-
-def _quoted(word: str) -> str:
-    import shlex
-
-    return shlex.quote(word)
 
 
 @contextmanager

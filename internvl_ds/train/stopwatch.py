@@ -123,10 +123,9 @@ def summarize(ranks: list[dict[str, Any]]) -> dict[str, Any]:
         have, where ranks of one host share its memory evenly.
     """
     hosts = [r['host'] for r in ranks]
-    seconds = [
-        max(lap[1] for lap in laps) for laps in zip(*(r['laps'] for r in ranks), strict=True)
-    ]
-    speeds = [lap[0] / lasted for lap, lasted in zip(ranks[0]['laps'], seconds, strict=True)]
+    updates = list(zip(*(r['laps'] for r in ranks), strict=True))
+    seconds = [max(lasted for _, lasted in laps) for laps in updates]
+    speeds = [laps[0][0] / lasted for laps, lasted in zip(updates, seconds, strict=True)]
     largest = max(ranks, key=lambda r: r['peak'])
     host_bytes = min(r['host_bytes'] // hosts.count(r['host']) for r in ranks)
     device_bytes = [r['device_bytes'] for r in ranks if r['device_bytes'] is not None]

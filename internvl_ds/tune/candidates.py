@@ -46,7 +46,7 @@ class Candidate:
     def key(self) -> str:
         """Equal for two that train with the same settings, however these were said."""
         text = json.dumps(self.resolved, sort_keys=True) + self.config.dump()
-        return xxhash.xxh3_64_hexdigest(text)
+        return xxhash.xxh3_64_hexdigest(text.encode())
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ def as_json(result: Result) -> dict[str, Any]:
 def table_rows(result: Result) -> list[tuple[str, ...]]:
     """The finalists as cells: name, images per second, ratio and its range, memory in GB."""
     measured = {row.key: row for row in result.rows if row.kind != FINAL}
-    cells = []
+    cells: list[tuple[str, ...]] = []
     for standing in result.standings:
         ratios = standing.ratios or (0.0,)
         cells.append(

@@ -21,10 +21,11 @@ A space can be given as JSON:
       "only": {"prefetch": {"stage": ["3"]}}
     }
 
-A trial takes one choice of every axis; "only" leaves an axis out unless an axis before it has one of
-the labels given. The "ds_config" pieces are merged over the ds_config that tuning starts from (null
-removes a key; where a piece states the ZeRO stage, that section starts empty), the "opts" are keys of the yacs configuration. "micro_batch" and "accumulation" set
-both files' batch settings; they have to keep micro-batch x accumulation as it is configured.
+A trial takes one choice of every axis; "only" leaves an axis out unless an axis before it has one
+of the labels given. The "ds_config" pieces are merged over the ds_config that tuning starts from;
+null removes a key, and where a piece states the ZeRO stage, that section starts empty. The "opts"
+are keys of the yacs configuration. "micro_batch" and "accumulation" set both files' batch settings;
+they have to keep micro-batch x accumulation as it is configured.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ class Space:
 
     def build(self, base: Mapping[str, Any], labels: Labels) -> tuple[dict[str, Any], dict]:
         """The ds_config, over ``base``, and the yacs settings that these labels stand for."""
-        tree, opts = copy.deepcopy(dict(base)), {}
+        tree, opts = copy.deepcopy(dict(base)), dict[str, Any]()
         choices = [self.axes[axis][label] for axis, label in labels.items()]
         if any('stage' in c.ds_config.get('zero_optimization', {}) for c in choices):
             # Keys for one stage are none for another: where the space says which, it says all.

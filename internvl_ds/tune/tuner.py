@@ -1,4 +1,4 @@
-"""Tunes: the configuration as given, the ds_configs that ship, a search, and finals side by side."""
+"""Tunes: the configuration as given, the ds_configs that ship, a search, and finals."""
 
 from __future__ import annotations
 
