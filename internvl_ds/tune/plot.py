@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -27,15 +28,13 @@ def plot_trials(
     """Draws every configuration that ran to a PNG, replacing it in one step.
 
     Args:
-        rows: of all trials; those of the finals are left out, so that each configuration is one
-            point, measured like the others.
+        rows: of all trials.
         names: key -> name.
         shipped: keys of the ds_configs that ship.
         winner: key of the result.
         path: where the PNG goes.
     """
-    tried = [row for row in rows if row.kind != FINAL]
-    points = {r.key: (r.bench['peak_bytes'] / 1e9, r.speed) for r in tried if r.status == OK}
+    points = _points(rows)
     figure = Figure(figsize=(9, 5), dpi=100, layout='constrained')
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -58,16 +57,31 @@ def plot_trials(
     axes.set_ylabel('images per second, all ranks')
     axes.margins(0.12)
     axes.grid(alpha=0.3)
-    axes.legend(loc='lower right', fontsize=9)
-    axes.set_title(_title(tried), fontsize=10)
+    figure.legend(loc='outside lower center', ncols=4, fontsize=9, frameon=False)
+    axes.set_title(_title(rows), fontsize=10)
     aside = path.with_name(f'.{path.stem}.tmp.png')
     figure.savefig(aside)
     aside.replace(path)
     return path
 
 
+def _points(rows: Sequence[Row]) -> dict[str, tuple[float, float]]:
+    """Key -> GB and images per second: the medians of all trials of a configuration."""
+    good: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.status == OK:
+            good.setdefault(row.key, []).append(row)
+    return {
+        key: (
+            statistics.median(row.bench['peak_bytes'] / 1e9 for row in same),
+            statistics.median(row.speed for row in same),
+        )
+        for key, same in good.items()
+    }
+
+
 def _title(rows: Sequence[Row]) -> str:
-    counts = Counter(row.status for row in rows)
+    counts = Counter(row.status for row in rows if row.kind != FINAL)
     failed = [f'{count} {status}' for status, count in counts.items() if status != OK]
     return f'{counts[OK]} configurations measured' + ''.join(f', {each}' for each in failed)
 

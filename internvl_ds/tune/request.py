@@ -21,7 +21,8 @@ class Request:
         output: the directory of the results, and of trials to go on from.
         ds_config: that tuning starts from: a path or a shipped name; None for none.
         space: a JSON file, or None for `space.default_space`.
-        trials: how many configurations to run before the finals.
+        trials: how many configurations to run before the finals, the one given and those that ship
+            among them.
         budget: seconds for all trials of the directory together; none is begun that would not end
             in them, by what trials have taken so far.
         confirm: rounds of the finals; 0 for none.

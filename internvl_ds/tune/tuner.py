@@ -118,7 +118,8 @@ class _Tuner:
             base = self._run_base()
             self._space = self._make_space(base)
             for candidate in self._subject.shipped():
-                self._settle(candidate)
+                if self._may_try():
+                    self._settle(candidate)
             self._search()
         measured = self._records.measured()
         keys = finalists(list(measured.values()), self._shipped_keys(), base.key)
