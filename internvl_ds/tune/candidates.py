@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
@@ -70,10 +71,12 @@ class Subject:
         words = [*self.opts, *opt_words(more or {})]
         return get_config(Namespace(cfg=self.cfg, opts=words, data_path=self.data_path))
 
+    @functools.cached_property
     def base(self) -> Candidate:
         """The configuration as it was given."""
         return self._settle(BASE, 'as configured', self.ds_config, {})
 
+    @functools.cached_property
     def shipped(self) -> list[Candidate]:
         """The ds_configs that ship, with the batch that is configured."""
         batch = self._batch()
@@ -120,7 +123,7 @@ class Subject:
         return batch_choice(*self._batch_numbers())
 
     def _batch_numbers(self) -> tuple[int, int]:
-        resolved = self.base().resolved
+        resolved = self.base.resolved
         return (
             resolved['train_micro_batch_size_per_gpu'],
             resolved['gradient_accumulation_steps'],

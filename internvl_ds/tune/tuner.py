@@ -117,7 +117,7 @@ class _Tuner:
         with self._progress('trials', self._request.trials):
             base = self._run_base()
             self._space = self._make_space(base)
-            for candidate in self._subject.shipped():
+            for candidate in self._subject.shipped:
                 if self._may_try():
                     self._settle(candidate)
             self._search()
@@ -146,7 +146,7 @@ class _Tuner:
         known = row is not None
         if row is None:
             self._updates = request.updates or _FEWEST
-            row = self._run(self._subject.base(), BASE, request.limit or _FIRST_LIMIT)
+            row = self._run(self._subject.base, BASE, request.limit or _FIRST_LIMIT)
             if row.status != OK:
                 self._explain(row)
         ranks = row.bench['ranks']
@@ -156,7 +156,7 @@ class _Tuner:
             )
         self._subject = replace(self._subject, ranks=ranks)
         if not known:
-            row = self._add(replace(row, key=self._subject.base().key))
+            row = self._add(replace(row, key=self._subject.base.key))
         self._updates = request.updates or updates_for(row.bench['seconds_per_update'])
         self._limit = request.limit or max(_LEAST_LIMIT, _LIMIT_FACTOR * row.seconds)
         self._room = Room.of(row.bench)
@@ -259,13 +259,13 @@ class _Tuner:
         return rows
 
     def _shipped_keys(self) -> dict[str, str]:
-        return {candidate.key: candidate.name for candidate in self._subject.shipped()}
+        return {candidate.key: candidate.name for candidate in self._subject.shipped}
 
     def _candidate(self, row: Row) -> Candidate:
         """The configuration that a row is of."""
         if row.labels:
             return self._subject.proposal(self._space, row.labels)
-        every = [self._subject.base(), *self._subject.shipped()]
+        every = [self._subject.base, *self._subject.shipped]
         return next(candidate for candidate in every if candidate.key == row.key)
 
     def _lacks(self, candidate: Candidate) -> str:

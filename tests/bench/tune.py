@@ -2,9 +2,9 @@
 
     python -m tests.bench.tune --minutes 10 --rounds 5 --output /tmp/tuned
 
-runs `internvl-ds tune` on two ranks for so long, and then measures its result and the fastest of the
-ds_configs that ship again, in rounds, each a job of its own, in random order. What is compared are
-the seconds of an update in one round.
+runs `internvl-ds tune` on two ranks for so long, and then measures its result and the fastest of
+the ds_configs that ship again, in rounds, each a job of its own, in random order. What is compared
+are the seconds of an update in one round.
 """
 
 from __future__ import annotations
