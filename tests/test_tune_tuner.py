@@ -116,7 +116,7 @@ def test_a_planner_that_fails_leaves_nothing_out(request_, capsys):
 
     result = tune(replace(request_, trials=2, confirm=0), no_plan)
     assert statuses(result) == {('base', 'ok'): 1, ('shipped', 'ok'): 1}
-    assert 'nothing is left out by it: no such model' in capsys.readouterr().err
+    assert 'not left out: zero1: no such model' in capsys.readouterr().err
 
 
 def test_without_finals_the_trials_decide(request_):

@@ -117,12 +117,19 @@ def _planner() -> Any:
 
 @contextmanager
 def _ends_by_signal() -> Iterator[None]:
-    """Has SIGINT, SIGTERM and SIGHUP raise, once, so that the trial that runs is ended too."""
+    """Has SIGINT, SIGTERM and SIGHUP raise, so that the trial that runs is ended too.
+
+    The first of them does; those that come while its trial is being ended change nothing.
+    """
 
     def end(number: int, frame: FrameType | None) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)
         raise _Ended(number)
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup sees to that
+        numbers.append(signal.SIGHUP)
     before = {number: signal.signal(number, end) for number in numbers}
     try:
         yield

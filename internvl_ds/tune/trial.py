@@ -87,8 +87,7 @@ def run_trial(
         except subprocess.TimeoutExpired:
             code = None
         finally:
-            with _signals_later():
-                end(process, folder, port)
+            end(process, folder, port)
     seconds = time.monotonic() - start
     text = log.read_text(encoding='utf-8', errors='replace')
     found = next(folder.glob('out/**/bench.json'), None)
@@ -188,14 +187,3 @@ def _marked(folder: Path) -> Iterator[tuple[int, Mapping[str, str]]]:
         mark = environ.get(MARK)
         if mark and Path(mark).is_relative_to(folder):
             yield int(entry.name), environ
-
-
-@contextlib.contextmanager
-def _signals_later() -> Iterator[None]:
-    """Keeps SIGINT and SIGTERM for afterwards: a second Ctrl-C must not stop the clearing up."""
-    signals = {signal.SIGINT, signal.SIGTERM}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

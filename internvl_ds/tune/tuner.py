@@ -270,11 +270,15 @@ class _Tuner:
 
     def _lacks(self, candidate: Candidate) -> str:
         """Why a candidate cannot fit; '' where it may."""
-        planner = self._planner(candidate.config)
-        if planner is None:
-            return ''
         recompute = candidate.config.TRAIN.USE_CHECKPOINT
-        need = planner.need(candidate.resolved, self._subject.ranks, recompute=recompute)
+        try:
+            planner = self._planner(candidate.config)
+            if planner is None:
+                return ''
+            need = planner.need(candidate.resolved, self._subject.ranks, recompute=recompute)
+        except Exception as error:  # a model of the user's own can fail there in any way
+            _tell(f'not planned, and so not left out: {candidate.name}: {error}')
+            return ''
         return self._room.lacks(need)
 
     def _planner(self, config: CfgNode) -> Planner | None:
@@ -287,11 +291,8 @@ class _Tuner:
         model.TRAIN.USE_CHECKPOINT = False
         key = model.dump()
         if key not in self._planners:
-            try:
-                self._planners[key] = self._planner_for(config)
-            except Exception as error:  # a model of the user's own can fail there in any way
-                _tell(f'no plan can be made, so nothing is left out by it: {error}')
-                self._planners[key] = None
+            self._planners[key] = None  # where it cannot be made now, it cannot be later
+            self._planners[key] = self._planner_for(config)
         return self._planners[key]
 
     def _run(self, candidate: Candidate, kind: str, limit: float) -> Row:
