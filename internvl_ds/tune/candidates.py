@@ -46,7 +46,9 @@ class Candidate:
     @property
     def key(self) -> str:
         """Equal for two that train with the same settings, however these were said."""
-        text = json.dumps(self.resolved, sort_keys=True) + self.config.dump()
+        # A section that is only switched off says what its absence does.
+        said = {key: value for key, value in self.resolved.items() if value != {'enabled': False}}
+        text = json.dumps(said, sort_keys=True) + self.config.dump()
         return xxhash.xxh3_64_hexdigest(text.encode())
 
 

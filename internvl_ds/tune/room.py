@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+from yacs.config import CfgNode
 
 
 class Need(Protocol):
@@ -23,6 +25,28 @@ class Planner(Protocol):
     def need(self, resolved: Mapping[str, Any], ranks: int, *, recompute: bool) -> Need:
         """Bytes of one rank under a resolved ds_config."""
         ...
+
+
+PlannerFactory = Callable[[CfgNode], Planner]
+
+
+class Plans:
+    """A planner for every model that settings make; it is made once, and may allocate nothing."""
+
+    def __init__(self, make: PlannerFactory) -> None:
+        self._make = make
+        self._made: dict[str, Planner] = {}
+
+    def of(self, config: CfgNode) -> Planner:
+        """The planner of this yacs tree; batch and recomputation are asked of it, not set in it."""
+        model = config.clone()
+        model.defrost()
+        model.DATA.BATCH_SIZE = model.TRAIN.ACCUMULATION_STEPS = 1
+        model.TRAIN.USE_CHECKPOINT = False
+        key = model.dump()
+        if key not in self._made:
+            self._made[key] = self._make(config)
+        return self._made[key]
 
 
 @dataclass(frozen=True)

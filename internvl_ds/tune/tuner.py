@@ -7,7 +7,7 @@ import random
 import shutil
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -37,13 +37,11 @@ from internvl_ds.tune.records import (
 )
 from internvl_ds.tune.report import Result, make_result, write_result
 from internvl_ds.tune.request import Request
-from internvl_ds.tune.room import Planner, Room
+from internvl_ds.tune.room import PlannerFactory, Plans, Room
 from internvl_ds.tune.search import Search
 from internvl_ds.tune.session import alone, same_settings
 from internvl_ds.tune.space import Space, default_space, parse_space, read_space
 from internvl_ds.tune.trial import end, run_trial
-
-PlannerFactory = Callable[[CfgNode], Planner]
 
 _FIRST_LIMIT = 600.0  # seconds for the first trial, which tells how long one takes
 _LEAST_LIMIT = 120.0
@@ -101,8 +99,7 @@ def can_recompute(config: CfgNode) -> bool:
 class _Tuner:
     def __init__(self, request: Request, output: Path, planner: PlannerFactory | None) -> None:
         self._request, self._output = request, output
-        self._planner_for = planner
-        self._planners: dict[str, Planner | None] = {}
+        self._plans = Plans(planner) if planner is not None else None
         ds_config = ds.load_ds_config(request.ds_config)
         self._subject = Subject(request.cfg, request.data_path, request.opts, ds_config, 0)
         self._space_file = read_space(request.space) if request.space else None
@@ -270,30 +267,16 @@ class _Tuner:
 
     def _lacks(self, candidate: Candidate) -> str:
         """Why a candidate cannot fit; '' where it may."""
+        if self._plans is None:
+            return ''
         recompute = candidate.config.TRAIN.USE_CHECKPOINT
         try:
-            planner = self._planner(candidate.config)
-            if planner is None:
-                return ''
+            planner = self._plans.of(candidate.config)
             need = planner.need(candidate.resolved, self._subject.ranks, recompute=recompute)
         except Exception as error:  # a model of the user's own can fail there in any way
             _tell(f'not planned, and so not left out: {candidate.name}: {error}')
             return ''
         return self._room.lacks(need)
-
-    def _planner(self, config: CfgNode) -> Planner | None:
-        """One for every model that settings make; batch and recomputation are no part of it."""
-        if self._planner_for is None:
-            return None
-        model = config.clone()
-        model.defrost()
-        model.DATA.BATCH_SIZE = model.TRAIN.ACCUMULATION_STEPS = 1
-        model.TRAIN.USE_CHECKPOINT = False
-        key = model.dump()
-        if key not in self._planners:
-            self._planners[key] = None  # where it cannot be made now, it cannot be later
-            self._planners[key] = self._planner_for(config)
-        return self._planners[key]
 
     def _run(self, candidate: Candidate, kind: str, limit: float) -> Row:
         number = 1 + max((row.trial for row in self._records.rows), default=-1)
