@@ -111,7 +111,8 @@ def test_what_the_plan_says_cannot_fit_is_a_row_and_never_started(request_):
 
 
 def test_a_planner_that_fails_leaves_nothing_out(request_, capsys):
-    def no_plan(config):
+    def no_plan(config, gpu):
+        assert not gpu
         raise RuntimeError('no such model')
 
     result = tune(replace(request_, trials=2, confirm=0), no_plan)
@@ -145,6 +146,11 @@ def test_unknown_settings_of_a_space_are_told_before_they_are_tried(request_):
     axes = {'size': {'big': {'opts': {'DATA.BATCHSIZE': 8}}}}
     request_.space.write_text(json.dumps({'axes': axes}))
     with pytest.raises(ConfigError, match=r'space.json: /axes/size/big: .*DATA.BATCHSIZE'):
+        tune(request_)
+    assert started(request_) == []
+    axes = {'size': {'half': {'micro_batch': 8, 'accumulation': 1}}}
+    request_.space.write_text(json.dumps({'axes': axes}))
+    with pytest.raises(ConfigError, match=r'space.json: /axes/size/half: .* is 8, and 16 images'):
         tune(request_)
 
 

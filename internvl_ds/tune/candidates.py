@@ -52,6 +52,11 @@ class Candidate:
         return xxhash.xxh3_64_hexdigest(text.encode())
 
 
+def name_of(labels: Labels) -> str:
+    """Labels for people."""
+    return ' '.join(f'{axis}={label}' for axis, label in labels.items())
+
+
 @dataclass(frozen=True)
 class Subject:
     """What is tuned: the configuration as the user gave it.
@@ -101,8 +106,7 @@ class Subject:
         batch = self._batch()
         ds_config, opts = space.build(merged(self.ds_config, batch.ds_config), labels)
         opts = {**batch.opts, **opts}
-        name = ' '.join(f'{axis}={label}' for axis, label in labels.items())
-        return self._settle(SEARCH, name, ds_config, opts, labels)
+        return self._settle(SEARCH, name_of(labels), ds_config, opts, labels)
 
     def images(self) -> int:
         """Of one rank in one update."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,14 +27,19 @@ class Planner(Protocol):
         ...
 
 
-PlannerFactory = Callable[[CfgNode], Planner]
+class PlannerFactory(Protocol):
+    """Makes a planner; the class `internvl_ds.plan.fit.Planner` is one."""
+
+    def __call__(self, config: CfgNode, *, gpu: bool) -> Planner:
+        """For a yacs tree, and for GPUs or for ranks on CPUs."""
+        ...
 
 
 class Plans:
-    """A planner for every model that settings make; it is made once, and may allocate nothing."""
+    """A planner for every model that settings make, each made once."""
 
-    def __init__(self, make: PlannerFactory) -> None:
-        self._make = make
+    def __init__(self, make: PlannerFactory, gpu: bool) -> None:
+        self._make, self._gpu = make, gpu
         self._made: dict[str, Planner] = {}
 
     def of(self, config: CfgNode) -> Planner:
@@ -45,7 +50,7 @@ class Plans:
         model.TRAIN.USE_CHECKPOINT = False
         key = model.dump()
         if key not in self._made:
-            self._made[key] = self._make(config)
+            self._made[key] = self._make(config, gpu=self._gpu)
         return self._made[key]
 
 

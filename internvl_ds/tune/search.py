@@ -26,7 +26,7 @@ class Search:
         Raises:
             InternvlDsError: when Optuna is not installed.
         """
-        optuna = _import_optuna()
+        optuna = import_optuna()
         self._space = space
         self._axes = {
             name: optuna.distributions.CategoricalDistribution(list(choices))
@@ -57,7 +57,12 @@ class Search:
         self._study.add_trial(trial)
 
 
-def _import_optuna() -> Any:
+def import_optuna() -> Any:
+    """The package, as quiet as it can be.
+
+    Raises:
+        InternvlDsError: when it is not installed.
+    """
     try:
         import optuna
     except ImportError as error:

@@ -206,12 +206,13 @@ def read_space(path: Path) -> Any:
         raise ConfigError(f'--space {path}: cannot be read as JSON: {error}') from error
 
 
-def parse_space(tree: Any, images: int) -> Space:
+def parse_space(tree: Any, images: int | None) -> Space:
     """Makes a space of what its file holds; the module's text says how it is written.
 
     Args:
         tree: as `read_space` returned it.
-        images: of a rank in one update, as configured.
+        images: of a rank in one update, as configured; None while that is not known, and not
+            checked.
 
     Raises:
         ConfigError: says what is wrong, and where in the file.
@@ -236,7 +237,7 @@ def _zero(**values: Any) -> Choice:
     return Choice({'zero_optimization': values})
 
 
-def _parse_choice(where: str, tree: Any, images: int) -> Choice:
+def _parse_choice(where: str, tree: Any, images: int | None) -> Choice:
     _is_object(where, tree)
     _only_keys(where, tree, _CHOICE_KEYS)
     ds_config = dict(_is_object(f'{where}/ds_config', tree.get('ds_config', {})))
@@ -256,7 +257,7 @@ def _parse_choice(where: str, tree: Any, images: int) -> Choice:
         if not isinstance(number, int) or isinstance(number, bool) or number < 1:
             raise ConfigError(f'{where}/{name} is {number!r}; both it and its counterpart are due')
     micro, accumulation = numbers
-    if micro * accumulation != images:
+    if images is not None and micro * accumulation != images:
         raise ConfigError(
             f'{where}: micro_batch {micro} x accumulation {accumulation} is '
             f'{micro * accumulation}, and {images} images a rank and update are configured: the '

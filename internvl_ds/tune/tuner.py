@@ -21,7 +21,7 @@ from internvl_ds.comm import free_port
 from internvl_ds.errors import ConfigError, InternvlDsError
 from internvl_ds.files import write_text
 from internvl_ds.train.model import build_model
-from internvl_ds.tune.candidates import Candidate, Subject
+from internvl_ds.tune.candidates import Candidate, Subject, name_of
 from internvl_ds.tune.command import complete, trial_words
 from internvl_ds.tune.finals import MOST_FINALISTS, finalists, order_of_round, standings
 from internvl_ds.tune.records import (
@@ -38,7 +38,7 @@ from internvl_ds.tune.records import (
 from internvl_ds.tune.report import Result, make_result, write_result
 from internvl_ds.tune.request import Request
 from internvl_ds.tune.room import PlannerFactory, Plans, Room
-from internvl_ds.tune.search import Search
+from internvl_ds.tune.search import Search, import_optuna
 from internvl_ds.tune.session import alone, same_settings
 from internvl_ds.tune.space import Space, default_space, parse_space, read_space
 from internvl_ds.tune.trial import end, run_trial
@@ -67,7 +67,9 @@ def tune(request: Request, planner: PlannerFactory | None = None) -> Result:
         InternvlDsError: when the configuration as given does not run.
     """
     output = request.output.absolute()
-    complete(request.launcher, free_port())  # what is wrong there is told before anything is made
+    # What is wrong with these is told before anything is made.
+    complete(request.launcher, free_port())
+    import_optuna()
     with alone(output):
         end(None, output / 'trials')  # of a tuner that was killed
         try:
@@ -99,11 +101,14 @@ def can_recompute(config: CfgNode) -> bool:
 class _Tuner:
     def __init__(self, request: Request, output: Path, planner: PlannerFactory | None) -> None:
         self._request, self._output = request, output
-        self._plans = Plans(planner) if planner is not None else None
+        self._planner = planner
+        self._plans: Plans | None = None
         ds_config = ds.load_ds_config(request.ds_config)
         self._subject = Subject(request.cfg, request.data_path, request.opts, ds_config, 0)
         self._space_file = read_space(request.space) if request.space else None
         settings = request.settings(self._subject.configured(), ds_config, self._space_file)
+        if request.space:
+            self._given_space(None)
         same_settings(output, settings)
         self._records = Records(output)
         self._updates, self._limit = request.updates, request.limit
@@ -157,6 +162,8 @@ class _Tuner:
         self._updates = request.updates or updates_for(row.bench['seconds_per_update'])
         self._limit = request.limit or max(_LEAST_LIMIT, _LIMIT_FACTOR * row.seconds)
         self._room = Room.of(row.bench)
+        if self._planner is not None:
+            self._plans = Plans(self._planner, gpu=not self._room.on_cpu)
         return row
 
     def _explain(self, row: Row) -> None:
@@ -179,6 +186,10 @@ class _Tuner:
                 offload=base.bench['device'] != 'cpu',
                 recompute=can_recompute(config),
             )
+        return self._given_space(images)
+
+    def _given_space(self, images: int | None) -> Space:
+        """The file's space, with every setting in it tried on the configuration."""
         try:
             space = parse_space(self._space_file, images)
             for axis, choices in space.axes.items():
@@ -212,7 +223,7 @@ class _Tuner:
             try:
                 row = self._settle(self._subject.proposal(self._space, labels))
             except ConfigError as error:
-                name = ' '.join(labels.values())
+                name = name_of(labels)
                 row = self._add(
                     Row(-1, SEARCH, name, name, labels, {}, {}, REFUSED, error=str(error))
                 )

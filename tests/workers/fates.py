@@ -50,7 +50,7 @@ class Need(NamedTuple):
 class OnlyStage0:
     """A plan by which every other ZeRO stage needs more than any machine has."""
 
-    def __init__(self, config: CfgNode) -> None:
+    def __init__(self, config: CfgNode, *, gpu: bool) -> None:
         pass
 
     def need(self, resolved: Mapping[str, Any], ranks: int, *, recompute: bool) -> Need:
