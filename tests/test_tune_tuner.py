@@ -126,6 +126,16 @@ def test_without_finals_the_trials_decide(request_):
     assert len(started(request_)) == 8
 
 
+def test_the_finals_have_no_more_rounds_than_the_time_is_enough_for(request_, capsys):
+    first = tune(replace(request_, trials=5, confirm=1))
+    spent = sum(row.seconds for row in first.rows)
+    ran = len(started(request_))
+    again = tune(replace(request_, trials=5, confirm=50, budget=spent))
+    assert 'the time is up after 1 of 50 rounds' in capsys.readouterr().err
+    assert (again.winner, len(started(request_))) == (first.winner, ran)
+    assert len(again.standings[0].ratios) == 1
+
+
 def test_without_time_only_the_first_trial_runs(request_):
     result = tune(replace(request_, budget=0.001))
     assert [row.kind for row in result.rows] == ['base']

@@ -24,8 +24,8 @@ class Request:
         trials: how many configurations to run before the finals, the one given and those that ship
             among them.
         budget: seconds for all trials of the directory together; none is begun that would not end
-            in them, by what trials have taken so far.
-        confirm: rounds of the finals; 0 for none.
+            in them, by what trials have taken so far. Up to half of them are the finals'.
+        confirm: rounds of the finals, at most; 0 for none.
         updates: to be timed in each trial; 0 for as many as take three seconds.
         warmup: updates before them.
         limit: seconds that a trial may take; 0 for four times the first one's, at least 120.

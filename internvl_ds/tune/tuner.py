@@ -48,6 +48,7 @@ _LEAST_LIMIT = 120.0
 _LIMIT_FACTOR = 4.0
 _TIMED_SECONDS = 3.0
 _FEWEST, _MOST = 10, 100  # updates
+_FINALS_SHARE = 0.5  # of the budget, at most
 _REPEATED = 20  # proposals in a row that are known already, until one is drawn from the others
 _TAIL = 15  # lines of a log that an error shows
 
@@ -238,32 +239,45 @@ class _Tuner:
         return random.Random(f'{self._request.seed} {len(left)}').choice(left) if left else None
 
     def _may_try(self) -> bool:
-        started = self._started()
-        typical = statistics.median(row.seconds for row in started)
-        reserved = self._request.confirm * MOST_FINALISTS * typical
-        in_time = self._records.spent() + typical + reserved <= self._request.budget
-        return len(started) < self._request.trials and in_time
+        """Whether another trial is due, and would leave the finals their time."""
+        finals = self._request.confirm * MOST_FINALISTS * self._typical()
+        reserved = min(finals, _FINALS_SHARE * self._request.budget)
+        return len(self._started()) < self._request.trials and self._in_time(1, reserved)
+
+    def _in_time(self, trials: int, reserved: float = 0.0) -> bool:
+        left = self._request.budget - self._records.spent() - reserved
+        return trials * self._typical() <= left
+
+    def _typical(self) -> float:
+        """Seconds of a trial that ends well."""
+        return statistics.median(row.seconds for row in self._records.rows if row.status == OK)
 
     def _started(self) -> list[Row]:
         return [row for row in self._records.of(BASE, SHIPPED, SEARCH) if row.started]
 
     def _finals(self, keys: Sequence[str]) -> list[Row]:
-        """Measures the finalists again, round by round, each in another order."""
+        """Measures the finalists again, round by round, each in another order.
+
+        Returns:
+            The rows of whole rounds: as many as were asked for and the time was enough for.
+        """
         rounds = self._request.confirm if len(keys) > 1 else 0
         after = len(self._started())
-        rows = [r for r in self._records.of(FINAL) if r.after == after and r.round < rounds]
-        done = {(row.round, row.key) for row in rows}
-        places = [
-            (number, key)
-            for number in range(rounds)
-            for key in order_of_round(keys, self._request.seed, number)
-        ]
-        with self._progress('finals', len(places)):
-            for number, key in places:
-                if (number, key) not in done:
+        rows: list[Row] = []
+        with self._progress('finals', rounds * len(keys)):
+            for number in range(rounds):
+                rows_of = (row for row in self._records.of(FINAL) if row.after == after)
+                done = {row.key: row for row in rows_of if row.round == number}
+                order = order_of_round(keys, self._request.seed, number)
+                left = [key for key in order if key not in done]
+                if left and not self._in_time(len(left)):
+                    _tell(f'the time is up after {number} of {rounds} rounds')
+                    break
+                for key in left:
                     candidate = self._candidate(self._records.measured()[key])
                     row = self._run(candidate, FINAL, self._limit)
-                    rows.append(self._add(replace(row, round=number, after=after)))
+                    done[key] = self._add(replace(row, round=number, after=after))
+                rows += done.values()
         return rows
 
     def _shipped_keys(self) -> dict[str, str]:

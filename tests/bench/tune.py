@@ -33,7 +33,7 @@ from tests.bench.figures import (
 )
 
 CFG = 'digits_quickstart'
-LAUNCHER = ('deepspeed', '--num_gpus', '2')
+LAUNCHER = ['deepspeed', '--num_gpus', '2']
 RESULT = 'the result'
 _UPDATES, _WARMUP = 100, 5
 _CONTENDERS = 2  # how many of those that ship
@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument('--trials', type=int, default=60)
     parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument('--output', type=Path, required=True, help='for all that is written')
+    parser.add_argument('launcher', nargs='*', default=LAUNCHER, metavar='-- LAUNCHER')
     args = parser.parse_args()
     output = args.output.absolute()
     data = output / 'digits'
@@ -56,12 +57,12 @@ def main() -> None:
         [
             sys.executable, '-m', 'internvl_ds.cli', 'tune', '--cfg', CFG, '--data-path', str(data),
             '--output', str(output / 'tune'), '--budget', f'{args.minutes:g}',
-            '--trials', str(args.trials), '--', *LAUNCHER,
+            '--trials', str(args.trials), '--', *args.launcher,
         ],
         check=True,
     )  # fmt: skip
     print(f'tuning took {(time.monotonic() - start) / 60:.1f} minutes', flush=True)
-    seconds = measure_again(output, data, args.rounds)
+    seconds = measure_again(output, data, args.rounds, args.launcher)
     print('\n' + seconds_table(seconds_report(seconds)))
     pairs = [Pair(RESULT, name, 1.0) for name in seconds if name != RESULT]
     print('\n' + ratios_table(ratios_report(seconds, pairs)))
@@ -77,7 +78,9 @@ def contenders(tuned: Path) -> dict[str, tuple[dict, dict]]:
     return {RESULT: (result['ds_config'], result['opts']), **best}
 
 
-def measure_again(output: Path, data: Path, rounds: int) -> dict[str, list[float]]:
+def measure_again(
+    output: Path, data: Path, rounds: int, launcher: list[str]
+) -> dict[str, list[float]]:
     """Name -> seconds of an update, in each round that all contenders came through."""
     samples: dict[str, list[float]] = defaultdict(list)
     candidates = contenders(output / 'tune')
@@ -91,7 +94,7 @@ def measure_again(output: Path, data: Path, rounds: int) -> dict[str, list[float
             folder.mkdir(parents=True)
             (folder / 'ds_config.json').write_text(json.dumps(ds_config))
             bench = {'BENCH.UPDATES': _UPDATES, 'BENCH.WARMUP': _WARMUP}
-            words, port = complete(LAUNCHER, free_port())
+            words, port = complete(launcher, free_port())
             words += trial_words(CFG, folder, str(data), (), {**opts, **bench})
             outcome = run_trial(words, folder, _LIMIT, port)
             print(f'round {number}: {name}: {outcome.status} {outcome.error}', flush=True)
