@@ -70,6 +70,14 @@ def test_a_trial_that_ends_well_gives_what_it_measured(tmp_path):
     assert (tmp_path / 'log.txt').read_text() == 'done\n'
 
 
+def test_a_launcher_that_returns_0_without_a_measurement_is_not_believed(tmp_path):
+    outcome = run_trial(['echo', 'bye'], tmp_path, 20)
+    assert outcome.status == CRASH
+    assert outcome.error == (
+        f'it returned 0, but there is no bench.json below {tmp_path}; last line: bye'
+    )
+
+
 def test_a_hanging_trial_is_ended_with_what_left_its_group(tmp_path):
     port = 65535
     buffer = Path(f'/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1_{port}_0')

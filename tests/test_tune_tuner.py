@@ -2,7 +2,6 @@
 
 import csv
 import json
-import sys
 from collections import Counter
 from dataclasses import replace
 
@@ -13,8 +12,8 @@ from internvl_ds.config import default_config, merge_opts
 from internvl_ds.errors import ConfigError, InternvlDsError
 from internvl_ds.tune.request import Request
 from internvl_ds.tune.tuner import can_recompute, tune, updates_for
-from tests.ranks import ROOT
 from tests.workers.fates import OnlyStage0
+from tests.workers.quick_train import write_launcher
 
 STAGES = {
     label: {'ds_config': {'zero_optimization': {'stage': int(label)}}} for label in ('1', '2', '3')
@@ -28,15 +27,10 @@ BATCHES = {
 @pytest.fixture
 def request_(tmp_path):
     """Tunes the digits quickstart over stages 1 to 3 and two batches: six configurations."""
-    launcher = tmp_path / 'launch.sh'
-    launcher.write_text(
-        f'# in place of internvl_ds.train\ncd {ROOT}\n'
-        f'exec {sys.executable} -m tests.workers.quick_train --started {tmp_path}/started "$@"\n'
-    )
     space = tmp_path / 'space.json'
     space.write_text(json.dumps({'axes': {'stage': STAGES, 'batch': BATCHES}}))
     return Request(
-        'digits_quickstart', ['bash', str(launcher)], tmp_path / 'tune', space=space, confirm=2
+        'digits_quickstart', write_launcher(tmp_path), tmp_path / 'tune', space=space, confirm=2
     )
 
 

@@ -41,7 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '--deepspeed_config', '--deepspeed-config', metavar='FILE',
         help='the ds_config that tuning starts from (default: none)',
     )  # fmt: skip
-    add('--space', type=Path, metavar='FILE', help='JSON of what to try (default: built in)')
+    add(
+        '--space', type=Path, metavar='FILE',
+        help='JSON of what to try, written as internvl_ds/tune/space.py says (default: built in)',
+    )  # fmt: skip
     add('--output', type=Path, default=Path('tune'), metavar='DIR', help='default: ./tune')
     add('--trials', type=_count, default=40, metavar='N', help='configurations to run (40)')
     add('--budget', type=_positive, default=30, metavar='MINUTES', help='for all trials (30)')

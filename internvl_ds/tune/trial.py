@@ -97,6 +97,8 @@ def run_trial(
     error = error_line(text)
     if status == HANG:
         error = f'no end within {limit:.0f} s; last line: {error}'
+    elif code == 0:
+        error = f'it returned 0, but there is no bench.json below {folder}; last line: {error}'
     return Outcome(status, seconds, error=error)
 
 

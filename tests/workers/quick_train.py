@@ -7,7 +7,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
+
+from tests.ranks import ROOT
+
+
+def write_launcher(folder: Path) -> list[str]:
+    """The words that launch it; each start adds its ds_config and settings to ``started``."""
+    path = folder / 'launch.sh'
+    path.write_text(
+        f'# in place of internvl_ds.train\ncd {ROOT}\n'
+        f'exec {sys.executable} -m tests.workers.quick_train --started {folder}/started "$@"\n'
+    )
+    return ['bash', str(path)]
 
 
 def main() -> None:
