@@ -36,6 +36,10 @@ HOST_LINE = 'rank 1 on host ends the job: ValueError: a bad batch'
         (1, 'Process 71 exits with return code = -9', False, MEMORY),
         (1, '  exitcode  : -9 (pid: 71)', False, MEMORY),
         (1, 'process rank 1 with PID 7 on node h exited on signal 9 (Killed).', False, MEMORY),
+        (1, 'Signal 9 (SIGKILL) received by PID 71', False, MEMORY),
+        (1, 'x.sh: line 3:    71 Killed                  python', False, MEMORY),
+        (1, 'Unable to shutdown process 71 via SIGTERM, forcefully exiting via SIGKILL', False,
+         CRASH),
         (-15, '', False, CRASH),
     ],
 )  # fmt: skip

@@ -31,8 +31,8 @@ _MEMORY_WORDS = re.compile(
 )
 # How launchers tell that a rank got SIGKILL: by the kernel, where nobody else did.
 _KILL_WORDS = re.compile(
-    r'exits with return code = -9\b|exitcode\s*: -9\b|signal 9\b|EXIT CODE: 9\b|SIGKILL|\bKilled$',
-    re.MULTILINE,
+    r'exits with return code = -9\b|exitcode\s*: -9\b|signal 9\b|EXIT CODE: 9\b|\b\d+ Killed\b',
+    re.IGNORECASE,
 )
 _LAST_WORDS = re.compile(r'rank \d+ on \S+ ends the job: ')
 _ERROR_LINE = re.compile(r'^(\[[^]]*\]:? *)?(\w+\.)*\w*(Error|Exception)\b.*|.*\berror: .*', re.I)
