@@ -138,6 +138,12 @@ _C.CHECKPOINT.KEEP_EVERY = 0
 # How many tags saved inside an epoch stay; the one saved last always does.
 _C.CHECKPOINT.KEEP_STEPS = 1
 
+_C.BENCH = CN()  # (new)
+# Train so many updates, write how fast they were to OUTPUT/bench.json, and end without evaluating
+# or saving anything; 0: train as usual. EVAL_MODE and THROUGHPUT_MODE come first.
+_C.BENCH.UPDATES = 0
+_C.BENCH.WARMUP = 3  # updates before them, which are not timed
+
 _C.COMM = CN()  # (new)
 _C.COMM.TIMEOUT = 1800  # seconds within which a collective must end, in every process group
 _C.COMM.INIT_TIMEOUT = 300  # seconds within which all ranks must have joined

@@ -205,6 +205,8 @@ def test_keys_that_the_original_lacks_are_these():
     assert set(flatten(default_config())) - set(flatten(ORIGINAL)) == {
         'AUG.HFLIP',
         'AUG.SCALE',
+        'BENCH.UPDATES',
+        'BENCH.WARMUP',
         'CHECKPOINT.ASYNC',
         'CHECKPOINT.IO_TIMEOUT',
         'CHECKPOINT.KEEP_BEST',

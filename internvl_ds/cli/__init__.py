@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from internvl_ds.cli import ckpt, config, digits, doctor, plan, version
+from internvl_ds.cli import ckpt, config, digits, doctor, plan, tune, version
 from internvl_ds.cli.tables import stdout_for_answers
 from internvl_ds.errors import InternvlDsError
 
@@ -23,6 +23,7 @@ _COMMANDS: dict[str, ModuleType] = {
     'digits': digits,
     'doctor': doctor,
     'plan': plan,
+    'tune': tune,
     'version': version,
 }
 

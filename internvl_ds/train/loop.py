@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import math
 import time
 from pathlib import Path
@@ -26,6 +28,7 @@ from internvl_ds.train.optim import accumulation_steps, updates_per_epoch
 from internvl_ds.train.plot import plot_curves
 from internvl_ds.train.progress import Progress
 from internvl_ds.train.setup import DsConfig, Run, setup
+from internvl_ds.train.stopwatch import Stopwatch, TimeTaken
 from internvl_ds.utils import save_checkpoint
 
 
@@ -38,7 +41,8 @@ def run(config: CfgNode, ds_config: DsConfig = None) -> float:
         ds_config: a DeepSpeed configuration: its path, shipped name or content; None for none.
 
     Returns:
-        The best top-1 accuracy, percent; in THROUGHPUT_MODE images per second over all ranks.
+        The best top-1 accuracy, percent; in THROUGHPUT_MODE, and with BENCH.UPDATES, images per
+        second over all ranks.
 
     Raises:
         Preempted: on all ranks, when training was asked to stop, and has saved.
@@ -46,11 +50,14 @@ def run(config: CfgNode, ds_config: DsConfig = None) -> float:
     logger = open_log(config.OUTPUT, rank())
     logger.info(how_started())
     try:
+        stopwatch = Stopwatch(config)
         state = setup(config, ds_config, logger)
         if config.THROUGHPUT_MODE:
             return _report_throughput(state)
         if config.EVAL_MODE:
             return _report_accuracy(state)
+        if config.BENCH.UPDATES:
+            return _time_updates(state, stopwatch)
         return _train(state)
     except Preempted:
         raise
@@ -74,6 +81,7 @@ def train_one_epoch(state: Run, epoch: int) -> dict[str, float]:
 
     Raises:
         Preempted: on all ranks after the same update, when the run is to save and stop.
+        TimeTaken: on all ranks after the last update that the run's stopwatch is for.
     """
     config, engine, loader = state.config, state.engine, state.loaders.train
     assert loader is not None
@@ -110,6 +118,8 @@ def train_one_epoch(state: Run, epoch: int) -> dict[str, float]:
             skipped = boundary and state.scaler.step_was_skipped
             progress.step(loss, norm, current_lr(engine), state.scaler.loss_scale, skipped)
             if boundary:
+                if state.stopwatch is not None:
+                    state.stopwatch.lap(group_size * len(labels) * world_size())
                 position.micro_batches, position.complete = index + 1, index + 1 == total
                 _pass_boundary(state, epoch, progress)
         position.meters = progress.state_dict()
@@ -157,6 +167,17 @@ def _train(state: Run) -> float:
                 raise
     logger.info('trained in %.1f s; best top-1 %.2f %%', time.perf_counter() - start, state.best)
     return state.best
+
+
+def _time_updates(state: Run, stopwatch: Stopwatch) -> float:
+    """Trains, over as many epochs as it takes, until the stopwatch has seen enough."""
+    state.stopwatch = stopwatch
+    stopwatch.start()
+    with contextlib.suppress(TimeTaken):
+        for epoch in itertools.count():
+            train_one_epoch(state, epoch)
+            state.position.reset()
+    return stopwatch.report(state.config, state.engine.device, state.logger)
 
 
 def _run_epoch(state: Run, epoch: int, metrics: MetricsLog) -> None:

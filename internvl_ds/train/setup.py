@@ -36,6 +36,7 @@ from internvl_ds.train.optim import (
     updates_per_epoch,
 )
 from internvl_ds.train.position import Position
+from internvl_ds.train.stopwatch import Stopwatch
 from internvl_ds.utils import (
     auto_resume_helper,
     load_checkpoint,
@@ -61,6 +62,7 @@ class Run:
         saved: the last (epoch, updates of it) that a step tag was saved at.
         save_due: whether to save after the next update.
         preemption: where to ask whether to save or stop; None outside training.
+        stopwatch: to be told of each update; None where none is timed.
     """
 
     config: CfgNode
@@ -79,6 +81,7 @@ class Run:
     saved: tuple[int, int] | None = None
     save_due: bool = False
     preemption: Preemption | None = None
+    stopwatch: Stopwatch | None = None
 
 
 def setup(config: CfgNode, ds_config: DsConfig, logger: logging.Logger) -> Run:

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 from yacs.config import CfgNode
 
+from internvl_ds import engine as internvl_engine
 from internvl_ds import initialize
 from internvl_ds.config import default_config, get_config, merge_opts
 from internvl_ds.errors import RankError
@@ -179,3 +180,14 @@ def train_on_ranks(cfg: str, output: str, opts: list[str], ds_config: str | None
         'metrics': [json.loads(line) for line in lines],
         'files': sorted(path.name for path in folder.iterdir()),
     }
+
+
+def time_on_ranks(data: str, output: str) -> dict[str, float]:
+    """Has the training program time 5 updates after 3; returns what it did and what it returned."""
+    config = small_config(
+        Path(data), OUTPUT=output, DATA__BATCH_SIZE=2, TRAIN__ACCUMULATION_STEPS=2,
+        TRAIN__EPOCHS=1, BENCH__UPDATES=5, BENCH__WARMUP=3,
+    )  # fmt: skip
+    speed = run(config, {'zero_optimization': {'stage': 1}})
+    engine = next(iter(internvl_engine._registrations))
+    return {'images_per_s': speed, 'updates': engine.global_steps}

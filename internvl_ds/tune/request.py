@@ -1,0 +1,68 @@
+"""What to tune, and how far."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from yacs.config import CfgNode
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asks of `tune`.
+
+    Attributes:
+        cfg, data_path, opts: as for the training program.
+        launcher: its words.
+        output: the directory of the results, and of trials to go on from.
+        ds_config: that tuning starts from: a path or a shipped name; None for none.
+        space: a JSON file, or None for `space.default_space`.
+        trials: how many configurations to run before the finals, the one given and those that ship
+            among them.
+        budget: seconds for all trials of the directory together; none is begun that would not end
+            in them, by what trials have taken so far. Up to half of them are the finals'.
+        confirm: rounds of the finals, at most; 0 for none.
+        updates: to be timed in each trial; 0 for as many as take three seconds.
+        warmup: updates before them.
+        limit: seconds that a trial may take; 0 for four times the first one's, at least 120.
+        ranks: that the launcher is expected to start; 0 to believe it.
+        seed: of the search and of the order in the finals.
+    """
+
+    cfg: str
+    launcher: Sequence[str]
+    output: Path
+    data_path: str | None = None
+    opts: Sequence[str] = ()
+    ds_config: str | None = None
+    space: Path | None = None
+    trials: int = 40
+    budget: float = 1800.0
+    confirm: int = 3
+    updates: int = 0
+    warmup: int = 3
+    limit: float = 0.0
+    ranks: int = 0
+    seed: int = 0
+
+    def settings(self, config: CfgNode, ds_config: Any, space: Any) -> dict[str, Any]:
+        """What has to stay the same for trials to be comparable, as JSON values.
+
+        Args:
+            config: the yacs tree.
+            ds_config: content of the one that tuning starts from.
+            space: content of the file.
+        """
+        return {
+            '--cfg': json.loads(json.dumps(config, default=str)),
+            '--deepspeed_config': ds_config,
+            '--space': space,
+            'launcher': list(self.launcher),
+            '--updates': self.updates,
+            '--warmup': self.warmup,
+            '--seed': self.seed,
+        }
