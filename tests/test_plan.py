@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
@@ -21,7 +22,7 @@ from internvl_ds.plan.advice import advice
 from internvl_ds.plan.fit import Planner
 from internvl_ds.plan.layout import bucket_elements, layout_of
 from internvl_ds.plan.options import ALL, NONE, OPTIMIZER, Machine, choose, options, variant
-from internvl_ds.plan.peaks import in_update
+from internvl_ds.plan.peaks import in_backward, in_update
 from internvl_ds.plan.sizes import Sizes, meta_model, sizes_of
 from internvl_ds.plan.states import kept, kept_on_host
 from internvl_ds.train.model import build_model
@@ -187,6 +188,18 @@ class TestStates:
 
         assert kept(sizes, layout(1, sizes=sizes), False).weights == 2 * (104 + 8)
         assert kept(sizes, layout(3, sizes=sizes), False).weights == 2 * (26 + 2)
+
+    def test_stage_3_gathers_frozen_weights_too_twice_while_they_arrive(self):
+        sizes = replace(ONE_GROUP, groups=((10,),), frozen=(900_000, 700_000, 40))
+        step = activations.Timeline(np.full(3, 5.0), np.array([0.0, 0.0, 20.0]), forward=1)
+        settings = {'sizes': sizes, 'stage3_param_persistence_threshold': 50}
+
+        parts = in_backward(sizes, layout(3, **settings), step)
+        assert (parts.activations, parts.buffers) == (5, 2 * 2 * 1_600_000)
+        # Without reuse and prefetching: the largest module, once whole and once arriving.
+        settings.update(stage3_max_reuse_distance=0, stage3_prefetch_bucket_size=0)
+        parts = in_backward(sizes, layout(3, **settings), step)
+        assert parts.buffers == 2 * 2 * sizes.largest_module
 
     @pytest.mark.parametrize(
         ('zero', 'elements'),

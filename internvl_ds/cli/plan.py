@@ -46,7 +46,7 @@ _TITLES = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags: the training program's, and what the machine is."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = 'exit status: 0; 1 when nothing fits; 2 wrong usage or an error'
     add = parser.add_argument
     add('--cfg', required=True, metavar='FILE', help='YAML file, or the name of one that ships')
     add('--gpus', required=True, type=_positive, metavar='N', help='ranks, over all hosts')

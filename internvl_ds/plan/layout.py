@@ -89,7 +89,7 @@ def layout_of(resolved: Mapping[str, Any], ranks: int, trained: int, on_gpu: boo
     overlap = zero.get('overlap_comm')
     low = 2 if precision in (ds.BF16, ds.FP16) else 4
     dtype = resolved.get('data_types', {}).get('grad_accum_dtype')
-    live = min(_given(zero, 'max_live_parameters', _MAX_LIVE), trained)
+    live = _given(zero, 'max_live_parameters', _MAX_LIVE)
     return Layout(
         stage=stage,
         ranks=ranks,

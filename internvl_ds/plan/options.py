@@ -184,9 +184,9 @@ def _micro_batch(planner: Planner, layout: Layout, most: int, room: float, recom
 
     More micro-batches in an update keep more gradients between them, so each is looked at anew.
     """
-    share = layout.micro_batch * layout.accumulation
-    for images in range(most, 0, -1):
-        if share % images == 0 and images % planner.step_of_micro_batch == 0:
+    share, step = layout.micro_batch * layout.accumulation, planner.step_of_micro_batch
+    for images in range(most - most % step, 0, -step):
+        if share % images == 0:
             tried = replace(layout, micro_batch=images, accumulation=share // images)
             if planner.need_of(tried, recompute=recompute).device <= room:
                 return images

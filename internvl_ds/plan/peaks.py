@@ -17,6 +17,8 @@ from internvl_ds.plan.states import (
     shard,
 )
 
+_FP64_BYTES = 8
+
 
 def in_backward(sizes: Sizes, layout: Layout, step: Timeline) -> Parts:
     """What is on the device beside `kept` when forward and backward need most.
@@ -32,6 +34,8 @@ def in_backward(sizes: Sizes, layout: Layout, step: Timeline) -> Parts:
     done, whole = step.gradients * (of_each / size), of_each * sizes.trained
     buckets = bucket_bytes(layout) if layout.stage else 0
     copied, owned = _copied(sizes, layout), _owned_gradients(sizes, layout)
+    if layout.stage == 2 and layout.optimizer_on_host:
+        copied += _FP64_BYTES * sizes.largest  # in which the norm of each gradient is taken
     reducing = np.zeros_like(active)  # the copy of a bucket, while it is reduced
     if layout.stage < 2 and layout.accumulation > 1:
         held = np.full_like(done, whole)
