@@ -56,6 +56,11 @@ class Timeline:
     gradients: np.ndarray
     forward: int
 
+    @property
+    def saved(self) -> int:
+        """What the forward pass leaves for the backward pass, bytes; the loss with it."""
+        return int(self.activations[self.forward - 1])
+
 
 @dataclass(frozen=True)
 class Step:

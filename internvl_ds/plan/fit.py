@@ -11,7 +11,7 @@ from yacs.config import CfgNode
 
 from internvl_ds import ds_config as ds
 from internvl_ds.errors import ConfigError
-from internvl_ds.plan.activations import Step, watch_step
+from internvl_ds.plan.activations import Step, Timeline, watch_step
 from internvl_ds.plan.layout import Layout, layout_of
 from internvl_ds.plan.peaks import in_backward, in_update, in_update_on_host
 from internvl_ds.plan.sizes import Sizes, meta_model, sizes_of
@@ -127,7 +127,7 @@ class Planner:
     def need_of(self, layout: Layout, *, recompute: bool) -> Need:
         """As `need`, of a layout."""
         sizes, ema = self.sizes, self.keeps_ema
-        step = self._step(recompute, layout.precision).at(layout.micro_batch)
+        step = self.step_of(layout, recompute=recompute)
         stays, passes = kept(sizes, layout, ema), in_backward(sizes, layout, step)
         update = in_update(sizes, layout)
         host = kept_on_host(sizes, layout, ema)
@@ -144,6 +144,10 @@ class Planner:
             host_parts=host,
             update=update,
         )
+
+    def step_of(self, layout: Layout, *, recompute: bool) -> Timeline:
+        """What a training step of the layout's micro-batch and precision holds, over its course."""
+        return self._step(recompute, layout.precision).at(layout.micro_batch)
 
     def largest_micro_batch(self, layout: Layout, device_bytes: float, *, recompute: bool) -> int:
         """The most images of a micro-batch with which a rank fits; 0 where none does.

@@ -70,9 +70,10 @@ def measure(cases: list[list[Any]]) -> list[dict[str, int]]:
     """Trains two updates of each case, a list of KEY VALUE pairs and a ds_config.
 
     Returns:
-        Bytes that this rank allocates: ``states`` between two updates; beyond them ``backward``,
-        the most in forward and backward, and ``step``, the most in the update; ``tag``, the bytes
-        of a checkpoint of all ranks, where OUTPUT is set.
+        Bytes that this rank allocates: ``states`` between two updates; beyond them ``forward``,
+        when the first micro-batch's loss is there, ``backward``, the most in forward and backward,
+        and ``step``, the most in the update; ``tag``, the bytes of a checkpoint of all ranks, where
+        OUTPUT is set.
     """
     torch.manual_seed(0)
     return [_measure(make_config(opts), ds_config) for opts, ds_config in cases]
@@ -95,10 +96,13 @@ def _measure(config: CfgNode, ds_config: dict[str, Any]) -> dict[str, int]:
     states = allocated()
     backward, update = Peak(), Peak()
     engine.step = _apart(engine.step, backward, update)
-    for micro in range(steps):
+    forwards = [
         _micro_batch(config, engine, optimizer, scaler, criterion, micro + 1 == steps, backward)
+        for micro in range(steps)
+    ]
     found = {
         'states': states - before,
+        'forward': forwards[0] - states,
         'backward': backward.bytes - states,
         'step': update.bytes - states,
     }
@@ -133,13 +137,16 @@ def _micro_batch(
     criterion: Any,
     last: bool,
     watch: AbstractContextManager | None = None,
-) -> None:
+) -> int:
+    """One micro-batch; returns what is allocated between its forward and its backward pass."""
     side, batch = config.DATA.IMG_SIZE, config.DATA.BATCH_SIZE
     with watch or nullcontext():
         images = torch.randn(batch, _CHANNELS, side, side)
         labels = torch.randint(config.MODEL.NUM_CLASSES, (batch,))
         loss = criterion(engine(images.to(input_dtype(engine))).float(), labels)
+        forward = allocated()
         scaler(
             loss / engine.gradient_accumulation_steps(), optimizer,
             clip_grad=1.0, update_grad=last,
         )  # fmt: skip
+    return forward
