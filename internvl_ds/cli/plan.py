@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
             f'{config.MODEL.FACTORY or config.MODEL.NAME}: {millions}, '
             f'{planner.sizes.trained / 1e6:.1f} M of them trained, in {ds.precision_of(resolved)}; '
             f'bytes on each of {machine.gpus} GPUs at {resolved["train_micro_batch_size_per_gpu"]} '
-            'images a micro-batch\n'
+            'images a micro-batch, at the moment when a GPU needs most\n'
         )
         say(_table(found, taken))
         say(f'\n{words}')
