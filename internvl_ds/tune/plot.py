@@ -51,14 +51,14 @@ def plot_trials(
             x, y = zip(*(points[key] for key in keys), strict=True)
             axes.scatter(x, y, s=size, c=colour, marker=marker, label=label, zorder=2)
     for key in points:
-        if key in shipped or key == winner:
-            _name(axes, names[key], points[key], key == winner)
+        if key in shipped:  # other names are too long to stand beside a point
+            _name(axes, names[key], points[key])
     axes.set_xlabel('peak memory of a rank (GB)')
     axes.set_ylabel('images per second, all ranks')
     axes.margins(0.12)
     axes.grid(alpha=0.3)
     figure.legend(loc='outside lower center', ncols=4, fontsize=9, frameon=False)
-    axes.set_title(_title(rows), fontsize=10)
+    axes.set_title(f'the result: {names[winner]}\n{_counts(rows)}', fontsize=10)
     aside = path.with_name(f'.{path.stem}.tmp.png')
     figure.savefig(aside)
     aside.replace(path)
@@ -80,19 +80,14 @@ def _points(rows: Sequence[Row]) -> dict[str, tuple[float, float]]:
     }
 
 
-def _title(rows: Sequence[Row]) -> str:
+def _counts(rows: Sequence[Row]) -> str:
     counts = Counter(row.status for row in rows if row.kind != FINAL)
     failed = [f'{count} {status}' for status, count in counts.items() if status != OK]
     return f'{counts[OK]} configurations measured' + ''.join(f', {each}' for each in failed)
 
 
-def _name(axes: Axes, name: str, point: tuple[float, float], above: bool) -> None:
-    axes.annotate(
-        name,
-        point,
-        xytext=(0, 12 if above else -14),
-        textcoords='offset points',
-        ha='center',
-        fontsize=9,
-        weight='bold' if above else 'normal',
+def _name(axes: Axes, name: str, point: tuple[float, float]) -> None:
+    text = axes.annotate(
+        name, point, xytext=(0, -15), textcoords='offset points', ha='center', fontsize=9
     )
+    text.set_in_layout(False)  # the axes keep their width
