@@ -308,8 +308,11 @@ def _is_default_auto(pointer: str) -> bool:
 def _find(source: str | Path) -> Path:
     shipped = shipped_dir()
     for candidate in (Path(source), shipped / source, shipped / f'{source}.json'):
-        if candidate.is_file():
-            return candidate
+        try:
+            if candidate.is_file():
+                return candidate
+        except OSError as error:  # a name that is too long
+            raise ConfigError(f'ds_config {str(source)[:60]}...: {error.strerror}') from error
     names = sorted(p.stem for p in shipped.glob('*.json'))
     near = difflib.get_close_matches(Path(source).stem, names, n=4, cutoff=0.5) or names
     raise ConfigError(

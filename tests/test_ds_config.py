@@ -128,6 +128,8 @@ def test_loading(tmp_path):
         ds.load_ds_config(path)
     with pytest.raises(ConfigError, match=r'zero9: no such file, .*; near it: .*zero0'):
         ds.load_ds_config('zero9')
+    with pytest.raises(ConfigError, match=r'ds_config x{60}...: File name too long'):
+        ds.load_ds_config('x' * 5000)
     given = {'zero_optimization': {'stage': 1}}
     ds.resolve(ds.load_ds_config(given), make_config(), 1)
     assert given == {'zero_optimization': {'stage': 1}}
