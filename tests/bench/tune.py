@@ -69,13 +69,17 @@ def main() -> None:
 
 
 def contenders(tuned: Path) -> dict[str, tuple[dict, dict]]:
-    """Name -> (ds_config, settings) of the result, and of the fastest that ship."""
+    """Name -> (ds_config, settings) of the result, and of the fastest others that ship."""
     result = json.loads((tuned / 'result.json').read_text())
     rows = [row for row in Records(tuned).of(SHIPPED, BASE) if row.status == OK]
     rows.sort(key=lambda row: -row.speed)
     names = {row.key: 'zero0' if row.kind == BASE else row.name for row in rows}
     best = {names[row.key]: (row.ds_config, row.opts) for row in rows[:_CONTENDERS]}
-    return {RESULT: (result['ds_config'], result['opts']), **best}
+    taken = (result['ds_config'], result['opts'])
+    others = {name: each for name, each in best.items() if each != taken}
+    for name in best.keys() - others.keys():
+        print(f'{RESULT} is {name}, which ships')
+    return {RESULT: taken, **others}
 
 
 def measure_again(
