@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import logging
@@ -15,23 +14,10 @@ from internvl_ds import NativeScalerWithGradNormCount, initialize, save_checkpoi
 from internvl_ds.checkpoint.state import state_of
 from internvl_ds.engine import ds_config_of
 from internvl_ds.meetings import rank, world_size
+from tests.workers.measuring import allocated
 from tests.workers.model import make_config, make_model, make_optimizer, micro_batch, zero_json
 
 _STATED = 50_000_000
-
-
-class _Mallinfo2(ctypes.Structure):
-    names = 'arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost'
-    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
-
-
-def _allocated() -> int:
-    """Bytes that malloc has given out and not got back (glibc, mallinfo2)."""
-    gc.collect()
-    mallinfo2 = ctypes.CDLL(None).mallinfo2
-    mallinfo2.restype = _Mallinfo2
-    info = mallinfo2()
-    return int(info.uordblks + info.hblkhd)
 
 
 def buckets(output: str) -> dict[str, Any]:
@@ -51,14 +37,16 @@ def _train(stage: int, size: int | None, output: Path) -> dict[str, Any]:
     tree, model = zero_json(stage), make_model()
     if size is not None:
         tree['zero_optimization']['reduce_bucket_size'] = size
-    before = _allocated()
+    gc.collect()
+    before = allocated()
     engine, optimizer = initialize(config, model, make_optimizer(model), tree)
     scaler, steps = NativeScalerWithGradNormCount(), []
     for step in range(3):
         x, y = micro_batch(step, 0, 2, rank(), world_size())
         loss = torch.nn.functional.cross_entropy(engine(x), y)
         steps.append([loss.item(), scaler(loss, optimizer, clip_grad=0.5).item()])
-    taken = _allocated() - before
+    gc.collect()
+    taken = allocated() - before
     tag = Path(
         save_checkpoint(config, 0, engine, 0.0, optimizer, None, scaler, logging.getLogger())
     )
