@@ -74,6 +74,7 @@ def run_ranks(
     folder: Path,
     /,
     timeout: float = 240,
+    env: dict[str, str] | None = None,
     expect_failure: bool = False,
     **kwargs: Any,
 ) -> list[Any]:
@@ -84,6 +85,7 @@ def run_ranks(
         ranks: world size.
         folder: where outputs go; usually tmp_path.
         timeout: seconds until the whole job is ended.
+        env: further environment variables, in time for what imports read of them.
         expect_failure: return each rank's output (text) instead of raising when ranks fail.
         **kwargs: passed to the function; JSON values and paths.
     """
@@ -95,14 +97,16 @@ def run_ranks(
     for rank in range(ranks):
         logs.append(work / f'rank_{rank}.log')
         # Without LOCAL_SIZE DeepSpeed makes no shared-memory buffers that outlive the job.
-        env = base_env(
+        variables = base_env(
             RANK=str(rank),
             LOCAL_RANK=str(rank),
             WORLD_SIZE=str(ranks),
             MASTER_ADDR='127.0.0.1',
             MASTER_PORT=port,
+            **(env or {}),
         )
-        processes.append(fork(rank, [target, str(work)], env, logs[-1], ROOT))
+        parent = f'rank {rank} {sorted((env or {}).items())}'
+        processes.append(fork(parent, [target, str(work)], variables, logs[-1], ROOT))
     reason = _wait(processes, timeout)
     _end(processes)
     remove_shm_buffers(port)

@@ -1,8 +1,8 @@
 """Processes that have imported all that ranks need, and fork them: an import takes five seconds.
 
-    process = fork(2, ['tests.workers.stepping:follow_reference', '/tmp/x'], env, log)
+    process = fork('rank 2', ['tests.workers.stepping:follow_reference', '/tmp/x'], env, log, cwd)
 
-Each rank number has a parent of its own, so that hash seeds and addresses differ between the ranks
+Each rank number gets a parent of its own, so that hash seeds and addresses differ between the ranks
 of a job, as they do between real ones. A rank starts with one thread and no process group, in a
 session of its own, and ends as any program does.
 """
@@ -31,7 +31,7 @@ _PRELOADED = (
     'deepspeed.runtime.zero.muon.original_muon',
 )
 
-_parents: dict[int, subprocess.Popen] = {}
+_parents: dict[str, subprocess.Popen] = {}
 
 
 class Forked:
@@ -69,19 +69,19 @@ def preload() -> None:
     gc.freeze()  # or every collection in a fork goes through all of these modules
 
 
-def fork(number: int, words: list[str], env: dict[str, str], log: Path, cwd: Path) -> Forked:
-    """Starts ``python -m tests.ranks WORDS`` as a fork of the parent of this rank number.
+def fork(name: str, words: list[str], env: dict[str, str], log: Path, cwd: Path) -> Forked:
+    """Starts the program of a rank, ``main(*words)`` of `tests.ranks`, as a fork.
 
     Args:
-        number: the rank.
+        name: of the parent, which is started with ``env`` where there is none of that name.
         words: the program's arguments.
-        env: its whole environment; what imports read of it must be that of the first call.
+        env: its whole environment.
         log: takes standard output and error.
         cwd: its directory.
     """
-    parent = _parents.get(number)
+    parent = _parents.get(name)
     if parent is None or parent.poll() is not None:
-        parent = _parents[number] = _start(env, cwd)
+        parent = _parents[name] = _start(env, cwd)
     request = {'words': words, 'env': env, 'log': str(log), 'cwd': str(cwd)}
     return Forked(_ask(parent, request), parent)
 
