@@ -17,6 +17,9 @@ logger = logging.getLogger(__name__)
 
 # Seconds that mpirun gets to pass on what was printed: it drops that when a job is aborted.
 _LAST_WORDS = 1.0
+# Seconds by which the ranks' aborts are apart, at most: where all fail at a time, one is enough to
+# end the others, and Open MPI's daemons (5.0.11) have hung over four at once on two hosts.
+_APART = 4
 # Seconds that an abort may take.
 _ABORT_LIMIT = 5
 
@@ -91,7 +94,7 @@ def agree_on_master(communicator: Any, one_host: bool, interface: str) -> tuple[
 
 def abort(communicator: Any) -> None:
     """Ends all ranks of the job, which an exception on one would let hang when MPI is finalized."""
-    time.sleep(_LAST_WORDS)
+    time.sleep(_LAST_WORDS + min(communicator.Get_rank(), _APART))
     # MPICH's waits for its daemon, which may be cut off: then the kernel ends this process.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(_ABORT_LIMIT)

@@ -35,7 +35,7 @@ from tests.bench.figures import (
 CFG = 'digits_quickstart'
 LAUNCHER = ['deepspeed', '--num_gpus', '2']
 RESULT = 'the result'
-_UPDATES, _WARMUP = 100, 5
+_UPDATES, _WARMUP = 50, 5
 _CONTENDERS = 2  # how many of those that ship
 _LIMIT = 300.0
 
