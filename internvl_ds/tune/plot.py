@@ -39,7 +39,9 @@ def plot_trials(
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     front = [points[key] for key in frontier(points)]
+    # A ring marks each point of it: there may be one only.
     axes.plot(*zip(*front, strict=True), drawstyle='steps-post', color=_FRONTIER, zorder=1,
+              marker='o', markersize=20, fillstyle='none',
               label='frontier: none is faster with less memory')  # fmt: skip
     groups = (
         ('tried', _TRIED, 'o', 30, [k for k in points if k not in shipped and k != winner]),
@@ -57,7 +59,7 @@ def plot_trials(
     axes.set_ylabel('images per second, all ranks')
     axes.margins(0.12)
     axes.grid(alpha=0.3)
-    figure.legend(loc='outside lower center', ncols=4, fontsize=9, frameon=False)
+    figure.legend(loc='outside lower center', ncols=4, fontsize=9, frameon=False, markerscale=0.5)
     axes.set_title(f'the result: {names[winner]}\n{_counts(rows)}', fontsize=10)
     aside = path.with_name(f'.{path.stem}.tmp.png')
     figure.savefig(aside)
