@@ -71,30 +71,12 @@ def errors_of(findings: list[Finding]) -> list[Finding]:
     return [f for f in findings if f.severity == ERROR]
 
 
-def require_right(
-    ds_config: Mapping[str, Any],
-    config: CfgNode,
-    world_size: int,
-    *,
-    optimizer_in_code: bool = True,
-    scheduler_in_code: bool = False,
-    cpu_optimizer: bool = False,
-) -> None:
-    """Raises for a ds_config with errors, and logs its warnings. Each rank finds the same.
-
-    Args are those of `check`.
+def require_right(found: list[Finding]) -> None:
+    """Raises for what `check` found of errors, and logs its warnings. Each rank finds the same.
 
     Raises:
         ConfigError: with every error, each with its JSON pointer and its yacs key.
     """
-    found = check(
-        ds_config,
-        config,
-        world_size,
-        optimizer_in_code=optimizer_in_code,
-        scheduler_in_code=scheduler_in_code,
-        cpu_optimizer=cpu_optimizer,
-    )
     refuse(errors_of(found))
     for warning in found:
         logger.warning('ds_config: %s', warning)

@@ -23,7 +23,7 @@ from internvl_ds import ds_config as ds
 from internvl_ds.comm import init_distributed, limit_collectives
 from internvl_ds.config import default_config, get_option
 from internvl_ds.ds_bridge import bridge_findings
-from internvl_ds.ds_check import refuse, require_right
+from internvl_ds.ds_check import check, refuse, require_right
 from internvl_ds.ds_findings import value_at
 from internvl_ds.errors import ConfigError, EngineNotFound
 from internvl_ds.files import write_text
@@ -87,7 +87,7 @@ def initialize(
     """
     init_distributed(config)
     tree = ds.load_ds_config(ds_config)
-    require_right(
+    found = check(
         tree,
         config,
         world_size(),
@@ -95,6 +95,7 @@ def initialize(
         scheduler_in_code=lr_scheduler is not None,
         cpu_optimizer=isinstance(optimizer, DeepSpeedCPUAdam | DeepSpeedCPULion),
     )
+    require_right(found)
     trained = [p for p in model.parameters() if p.requires_grad]
     # Under zero.Init a parameter is a shard; ds_numel is what the model declared.
     elements = sum(getattr(p, 'ds_numel', p.numel()) for p in trained)

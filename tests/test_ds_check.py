@@ -171,20 +171,20 @@ def test_any_known_key_with_a_value_of_a_wrong_type_gives_the_one_error():
 def test_require_right_raises_with_every_error_and_logs_the_warnings(caplog):
     tree = {'gradient_cliping': 1.0, **zero(2, cpu_offload=False, overlap_comm='yes')}
     with pytest.raises(ConfigError) as caught:
-        require_right(tree, config_of({}), RANKS)
+        require_right(check(tree, config_of({}), RANKS))
     first, *rest = str(caught.value).splitlines()
     assert first == 'the ds_config has 2 errors:'
     assert rest[0].strip().startswith('/gradient_cliping: unknown key')
     assert rest[1].strip().startswith('/zero_optimization/overlap_comm: is "yes"')
     assert not caplog.records
 
-    require_right(zero(2, cpu_offload=False), config_of({}), RANKS)
+    require_right(check(zero(2, cpu_offload=False), config_of({}), RANKS))
     assert '/zero_optimization/cpu_offload: is deprecated' in caplog.text
 
 
 def test_one_error_is_told_in_one_line_with_both_places():
     with pytest.raises(ConfigError, match=r'^/gradient_clipping: is "1"; .* \[TRAIN\.CLIP_GRAD\]$'):
-        require_right({'gradient_clipping': '1'}, config_of({}), RANKS)
+        require_right(check({'gradient_clipping': '1'}, config_of({}), RANKS))
 
 
 def test_two_faults_give_two_findings():

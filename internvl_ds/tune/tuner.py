@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 from yacs.config import CfgNode
 
@@ -20,7 +19,7 @@ from internvl_ds import ds_config as ds
 from internvl_ds.comm import free_port
 from internvl_ds.errors import ConfigError, InternvlDsError
 from internvl_ds.files import write_text
-from internvl_ds.train.model import build_model
+from internvl_ds.plan.sizes import meta_model
 from internvl_ds.tune.candidates import Candidate, Subject, name_of
 from internvl_ds.tune.command import complete, trial_words
 from internvl_ds.tune.finals import MOST_FINALISTS, finalists, order_of_round, standings
@@ -90,8 +89,7 @@ def can_recompute(config: CfgNode) -> bool:
     asking.defrost()
     asking.TRAIN.USE_CHECKPOINT = True
     try:
-        with torch.device('meta'):
-            build_model(asking)
+        meta_model(asking)
     except ConfigError:
         return False
     except Exception:  # a model of the user's own that cannot be built so: a trial will tell
