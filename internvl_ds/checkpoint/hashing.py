@@ -21,6 +21,7 @@ import torch
 import xxhash
 from safetensors.torch import save_file
 
+from internvl_ds.checkpoint.allowed import PortablePickle
 from internvl_ds.checkpoint.manifest import FileEntry
 from internvl_ds.files import flush
 
@@ -69,7 +70,7 @@ def save_tensors(value: Any, path: Path) -> FileEntry:
 
     def write(file: IO[bytes]) -> None:
         with _without_crc():
-            torch.save(value, file)
+            torch.save(value, file, pickle_module=PortablePickle)
 
     return write_hashed(path, write)
 

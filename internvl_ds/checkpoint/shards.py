@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from internvl_ds.checkpoint.allowed import allowed_globals, reason_of, refused_class
 from internvl_ds.checkpoint.named import Flat, NamedState
 from internvl_ds.checkpoint.partition import Layout, Runs, Slices, describe, shapes_of
 from internvl_ds.checkpoint.torch_state import State, state_by_order
@@ -29,18 +30,21 @@ _COUNTERS = ('global_steps', 'skipped_steps', 'global_samples')
 
 
 def read_shard(path: Path | str, *, mmap: bool = False) -> Any:
-    """Reads one file that torch.save wrote, allowing only tensors, plain types and the classes
-    that DeepSpeed itself puts into its shards.
+    """Reads one file that torch.save wrote, allowing only tensors, plain types and what
+    `allowed_globals` lists.
 
     Raises:
         CheckpointError: when the file cannot be read, or holds anything else (which is named).
     """
     try:
-        with torch.serialization.safe_globals(_deepspeed_classes()):
+        with torch.serialization.safe_globals(allowed_globals()):
             return torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
+        refused = refused_class(error)
+        if refused is None:
+            raise CheckpointError(f'{path}: cannot be read: {reason_of(error)}') from error
         raise CheckpointError(
-            f'{path}: refused, because it holds more than tensors and plain data: {error}'
+            f'{path}: refused, because it holds more than tensors and plain data: {refused}'
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError) as error:
         raise CheckpointError(f'{path}: cannot be read: {error}') from error
@@ -341,12 +345,3 @@ def _dp_rank(path: Path) -> int:
 
 def _pairs(shared: Any) -> list[tuple[str, str]]:
     return list(shared.items()) if isinstance(shared, Mapping) else [tuple(p) for p in shared or ()]
-
-
-def _deepspeed_classes() -> list[Any]:
-    """The classes that DeepSpeed 0.19 pickles into its own shards."""
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]

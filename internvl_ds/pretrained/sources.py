@@ -8,11 +8,9 @@ checkpoints carry.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import pickle
-import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -25,6 +23,7 @@ import safetensors.torch
 import torch
 from yacs.config import CfgNode
 
+from internvl_ds.checkpoint.allowed import allowed_globals, reason_of, refused_class
 from internvl_ds.checkpoint.lookup import is_tag
 from internvl_ds.errors import CheckpointError, PretrainedError, few
 
@@ -32,21 +31,6 @@ _READABLE = (
     '.pth, .pt, .bin and .safetensors files are read, directories of them with an index, and tags'
 )
 _ZIP_MAGIC = b'PK\x03\x04'
-
-# torch's restricted unpickler fills only the built-in dictionaries, so a CfgNode is read as an
-# OrderedDict and turned back afterwards: code of yacs never runs while a file is being read.
-_ALLOWED_CLASSES: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
-    (OrderedDict, 'yacs.config.CfgNode'),
-    argparse.Namespace,
-]
-
-# How torch's unpickler names what it refuses.
-_REFUSALS = (
-    re.compile(r'GLOBAL (\S+) was not an allowed global'),
-    re.compile(r'unsupported GLOBAL (\S+) whose module'),
-    re.compile(r"but got <class '([^']+)'>"),
-    re.compile(r'unrecognized function (.+)'),
-)
 
 _log = logging.getLogger(__name__)
 
@@ -162,12 +146,12 @@ def _open_index(path: Path) -> dict[str, Any]:
 def _read(path: str, reader: Callable[[str], Any]) -> Any:
     """Runs a reader; whatever a broken or hostile file makes it raise becomes one error."""
     try:
-        with torch.serialization.safe_globals(_ALLOWED_CLASSES):
+        with torch.serialization.safe_globals(allowed_globals()):
             return _restore_configs(reader(path))
     except pickle.UnpicklingError as error:
-        refused = _refused_class(str(error))
+        refused = refused_class(error)
         if refused is None:
-            raise PretrainedError(_unreadable(path, _torch_reason(str(error)))) from error
+            raise PretrainedError(_unreadable(path, reason_of(error))) from error
         raise PretrainedError(
             f'{path}: holds an object of {refused}, which is refused: it could run code of its '
             f'own when it is read. If you trust the file, read it once yourself and save the '
@@ -236,17 +220,6 @@ def _restore_configs(source: Any) -> Any:
                 config.freeze()
             source[key] = config
     return source
-
-
-def _refused_class(message: str) -> str | None:
-    found = (pattern.search(message) for pattern in _REFUSALS)
-    return next((match.group(1) for match in found if match), None)
-
-
-def _torch_reason(message: str) -> str:
-    # torch wraps the cause, a paragraph of its own, in advice to switch weights_only off.
-    paragraphs = message.strip().split('\n\n')
-    return paragraphs[-2] if len(paragraphs) > 2 else paragraphs[0]
 
 
 def _unreadable(path: str, reason: str) -> str:
