@@ -13,36 +13,20 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import deepspeed
 import deepspeed.comm as dist
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
-from safetensors import SafetensorError, safe_open
 
+from internvl_ds.checkpoint.ema_files import EmaFile, EmaFiles, shard_name
 from internvl_ds.checkpoint.named import Flat, fill
 from internvl_ds.checkpoint.partition import owned, shapes_of
 from internvl_ds.engine import engine_of
-from internvl_ds.errors import CheckpointError, CheckpointMismatch
+from internvl_ds.errors import CheckpointMismatch, few
 from internvl_ds.masters import master_weights, partitioning, push_masters
 from internvl_ds.meetings import rank, world_size
-
-FILE_PATTERN = 'ema_rank_*.safetensors'
-
-
-class EmaFile(NamedTuple):
-    """What one rank writes of an average.
-
-    Attributes:
-        name: of the file.
-        tensors: name -> values.
-        metadata: for the file's header.
-    """
-
-    name: str
-    tensors: dict[str, torch.Tensor]
-    metadata: dict[str, str] | None
 
 
 @dataclass(frozen=True)
@@ -186,7 +170,7 @@ class ShardedEma:
             'zero_stage': str(self.engine.zero_optimization_stage()),
             'world_size': str(world_size()),
         }
-        return EmaFile(f'ema_rank_{rank()}.safetensors', tensors, metadata)
+        return EmaFile(shard_name(rank()), tensors, metadata)
 
     @torch.no_grad()
     def load_shard(self, directory: Path) -> None:
@@ -196,43 +180,31 @@ class ShardedEma:
             CheckpointMismatch: when the tag was saved by another layout, or for another model.
         """
         stage, ranks = self.engine.zero_optimization_stage(), world_size()
-        with _open(directory / 'ema_rank_0.safetensors') as file:
-            saved = file.metadata()
-            held = set(file.keys())
-            buffers = {
-                n: file.get_tensor(f'buffer/{n}') for n in self._buffers if f'buffer/{n}' in held
-            }
-        if (int(saved['zero_stage']), int(saved['world_size'])) != (stage, ranks):
+        saved = EmaFiles(directory)
+        header = saved.header
+        if (int(header['zero_stage']), int(header['world_size'])) != (stage, ranks):
             raise CheckpointMismatch(
-                f'{directory}: its EMA was saved at ZeRO stage {saved["zero_stage"]} on '
-                f'{saved["world_size"]} ranks, and this run has stage {stage} on {ranks}; '
+                f'{directory}: its EMA was saved at ZeRO stage {header["zero_stage"]} on '
+                f'{header["world_size"]} ranks, and this run has stage {stage} on {ranks}; '
                 'load_ema_checkpoint loads it into any layout'
             )
-        own = directory / f'ema_rank_{rank()}.safetensors'
-        targets = self._unpadded(self._shards)
-        with _open(own) as file:
-            names = {n.removeprefix('shard/') for n in file.keys() if n.startswith('shard/')}  # noqa: SIM118
-            differing = sorted(names ^ set(targets))
-            if differing or set(buffers) != set(self._buffers):
-                raise CheckpointMismatch(
-                    f'{own}: made for another model; differs in {differing[:5]}'
-                )
-            for name, target in targets.items():
-                value = file.get_tensor(f'shard/{name}')
-                if value.shape != target.shape:
-                    raise CheckpointMismatch(
-                        f'{own}: {name} has {tuple(value.shape)}, not {tuple(target.shape)}'
-                    )
-                target.copy_(value)
-        for name, value in buffers.items():
-            self._buffers[name].copy_(value)
-        self.take_header(saved)
+        targets = {f'shard/{n}': t for n, t in self._unpadded(self._shards).items()}
+        own = saved.names(rank())
+        values = {name: saved.tensor(rank(), name) for name in own if name.startswith('shard/')}
+        _require_same(values, targets, directory / shard_name(rank()))
+        buffers = {f'buffer/{n}': b for n, b in self._buffers.items()}
+        held = [name for name in saved.names() if name.startswith('buffer/')]
+        kept = {name: saved.tensor(0, name) for name in held}
+        _require_same(kept, buffers, directory / shard_name(0))
+        for name, target in {**targets, **buffers}.items():
+            target.copy_(values[name] if name in values else kept[name])
+        self.take_header(header)
 
     def take_header(self, saved: Mapping[str, str]) -> None:
         """Goes on with the decay, warm-up and number of updates of a tag's average.
 
         Args:
-            saved: as `read_ema_header` returns it.
+            saved: `EmaFiles.header`.
         """
         self.decay, self.num_updates = float(saved['decay']), int(saved['num_updates'])
         if 'warmup' in saved:
@@ -244,14 +216,17 @@ class ShardedEma:
         """Takes this rank's part of averaged weights, whatever layout they come from.
 
         Args:
-            weights: name -> tensor, of every trained parameter and buffer at least.
+            weights: name -> tensor, of every trained parameter and persistent buffer at least.
             where: the checkpoint's path, for errors.
 
         Raises:
             CheckpointMismatch: for weights of another model; before anything is changed.
         """
         layout, own = partitioning(self.engine)
-        shapes = {**shapes_of(layout), **{n: tuple(b.shape) for n, b in self._buffers.items()}}
+        # Buffers that are not persistent are in no state dict: the model has made its own.
+        persistent = self.engine.module.state_dict(keep_vars=True).keys()
+        buffers = {n: b for n, b in self._buffers.items() if n in weights or n in persistent}
+        shapes = {**shapes_of(layout), **{n: tuple(b.shape) for n, b in buffers.items()}}
         wrong = [n for n, s in shapes.items() if n not in weights or tuple(weights[n].shape) != s]
         if wrong:
             raise CheckpointMismatch(
@@ -260,7 +235,7 @@ class ShardedEma:
             )
         for shard, runs in zip(self._shards.values(), owned(layout, own), strict=True):
             fill(shard, runs, weights)
-        for name, buffer in self._buffers.items():
+        for name, buffer in buffers.items():
             buffer.copy_(weights[name].whole())
 
     def _unpadded(self, shards: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -294,45 +269,13 @@ def _swap(a: torch.Tensor, b: torch.Tensor) -> None:
     b.data.copy_(kept)
 
 
-def has_ema(tag: Path) -> bool:
-    """Whether a tag holds a sharded average."""
-    return any(tag.glob(FILE_PATTERN))
-
-
-def read_ema_header(tag: Path) -> dict[str, str]:
-    """decay, num_updates, zero_stage and world_size of a tag's sharded average.
-
-    Raises:
-        CheckpointError: when it cannot be read.
-    """
-    with _open(tag / 'ema_rank_0.safetensors') as file:
-        return file.metadata()
-
-
-def read_ema_tensor(tag: Path, rank: int, name: str) -> torch.Tensor:
-    """One tensor of one rank's part, ``shard/...`` or ``buffer/...``.
-
-    Raises:
-        CheckpointError: when the rank's file or the tensor is missing.
-    """
-    path = tag / f'ema_rank_{rank}.safetensors'
-    with _open(path) as file:
-        if name not in file.keys():  # noqa: SIM118
-            raise CheckpointError(f'{path}: has no {name}')
-        return file.get_tensor(name)
-
-
-def ema_tensor_names(tag: Path) -> list[str]:
-    """The names of the tensors in the first rank's part, in order."""
-    with _open(tag / 'ema_rank_0.safetensors') as file:
-        return sorted(file.keys())
-
-
-@contextmanager
-def _open(path: Path) -> Iterator[Any]:
-    try:
-        file = safe_open(path, 'pt')
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f'{path}: cannot be read: {error}') from error
-    with file as opened:
-        yield opened
+def _require_same(
+    saved: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], path: Path
+) -> None:
+    differing = [
+        name
+        for name in sorted(saved.keys() | own.keys())
+        if name not in saved or name not in own or saved[name].shape != own[name].shape
+    ]
+    if differing:
+        raise CheckpointMismatch(f'{path}: made for another model; differs in {few(differing)}')

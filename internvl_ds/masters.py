@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
@@ -25,8 +28,65 @@ def master_weights(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
             for p, master in zip(lows, masters, strict=True)
         }
     else:
-        return {n: p for n, p in engine.module.named_parameters() if p.requires_grad}
+        held = {id(p) for group in optimizer.param_groups for p in group['params']}
+        return {n: p for n, p in engine.module.named_parameters() if id(p) in held}
     return {f'{i:04d}': group for i, group in enumerate(groups)}
+
+
+def trained_names(engine: DeepSpeedEngine) -> frozenset[str]:
+    """The parameters that the engine's optimizer has: what it trains, whatever is frozen since."""
+    if engine.zero_optimization_stage():
+        return frozenset(name for group in engine._get_zero_param_shapes() for name in group)
+    return frozenset(master_weights(engine))
+
+
+def untrained_names(engine: DeepSpeedEngine) -> list[str]:
+    """The parameters that require a gradient, and that the engine's optimizer does not have.
+
+    They were frozen when the engine was made: DeepSpeed decides then what it trains.
+    """
+    trained = trained_names(engine)
+    return [
+        name
+        for name, p in engine.module.named_parameters()
+        if p.requires_grad and name not in trained and getattr(p, 'ds_numel', p.numel())
+    ]
+
+
+@contextmanager
+def frozen_as_made(engine: DeepSpeedEngine) -> Iterator[None]:
+    """Lets DeepSpeed's save and load meet the parameters as frozen as when the engine was made.
+
+    They take ``requires_grad`` to say what the optimizer has. Where a script has frozen or unfrozen
+    a parameter since, a save at stage 3 would write it twice or not at all, and a load at stages 2
+    and 3 would look for what is not there.
+    """
+    if not engine.zero_optimization_stage() or engine.basic_optimizer is None:
+        yield
+        return
+    trained = trained_names(engine)
+    named = dict(engine.module.named_parameters())
+    since = {p: p.requires_grad for n, p in named.items() if p.requires_grad != (n in trained)}
+    for parameter, required in since.items():
+        parameter.requires_grad_(not required)
+    try:
+        yield
+    finally:
+        for parameter, required in since.items():
+            parameter.requires_grad_(required)
+
+
+def kept_on_nvme(engine: DeepSpeedEngine) -> list[str]:
+    """Which of 'offload_optimizer' and 'offload_param' the engine has on NVMe."""
+    settings = {
+        'offload_optimizer': engine.zero_offload_optimizer(),
+        'offload_param': engine.zero_offload_param(),
+    }
+    return [
+        name
+        for name, offload in settings.items()
+        if offload is not None and str(getattr(offload.device, 'value', offload.device)) == 'nvme'
+    ]
 
 
 def partitioning(engine: DeepSpeedEngine) -> tuple[Layout, int]:

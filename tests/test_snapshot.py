@@ -5,8 +5,8 @@ from collections import Counter, OrderedDict, namedtuple
 import pytest
 import torch
 
+from internvl_ds.checkpoint.ema_files import EmaFile
 from internvl_ds.checkpoint.snapshot import Snapshot, tensor_bytes
-from internvl_ds.ema import EmaFile
 
 Pair = namedtuple('Pair', 'first second')
 

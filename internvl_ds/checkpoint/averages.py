@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from internvl_ds.checkpoint.ema_files import WHOLE, EmaFile, EmaFiles
 from internvl_ds.checkpoint.layout import same_groups
 from internvl_ds.checkpoint.named import Flat
 from internvl_ds.checkpoint.restore import load_weights
 from internvl_ds.checkpoint.shards import TagShards
-from internvl_ds.ema import (
-    EmaFile,
-    ShardedEma,
-    ema_tensor_names,
-    has_ema,
-    read_ema_header,
-    read_ema_tensor,
-)
+from internvl_ds.ema import ShardedEma
 from internvl_ds.errors import CheckpointError
 from internvl_ds.meetings import rank, world_size
 from internvl_ds.pretrained.sources import open_source
-
-_WHOLE_EMA_FILE = 'ema.safetensors'
 
 
 def ema_file(model_ema: Any) -> EmaFile | None:
@@ -49,7 +40,7 @@ def ema_file(model_ema: Any) -> EmaFile | None:
     if rank() != 0:
         return None
     state = module.state_dict()
-    return EmaFile(_WHOLE_EMA_FILE, {n.removeprefix('module.'): t for n, t in state.items()}, None)
+    return EmaFile(WHOLE, {n.removeprefix('module.'): t for n, t in state.items()}, None)
 
 
 def _ema_module(model_ema: Any) -> nn.Module:
@@ -64,39 +55,48 @@ def _ema_module(model_ema: Any) -> nn.Module:
     )
 
 
-def ema_flats(path: Path) -> dict[str, Flat]:
-    """Name -> averaged tensor, from either kind of EMA that a tag can hold; nothing is read yet.
+def ema_flats(saved: EmaFiles) -> dict[str, Flat]:
+    """Name -> averaged tensor of the model's state dict, from either kind of EMA in a tag.
+
+    Nothing is read yet.
 
     Raises:
         CheckpointError: when a file is missing or cannot be read.
     """
-    if (path / _WHOLE_EMA_FILE).is_file():
-        whole = open_source(str(path / _WHOLE_EMA_FILE))
+    flats = _all_flats(saved)
+    return {name: flats[name] for name in TagShards(saved.tag).shapes() if name in flats}
+
+
+def _all_flats(saved: EmaFiles) -> dict[str, Flat]:
+    """As `ema_flats`, with the buffers that are not persistent, where the average keeps them."""
+    path = saved.tag
+    if saved.whole:
+        with saved.open(WHOLE):
+            whole = open_source(str(path / WHOLE))
         return {name: Flat.of(f'{path}: {name}', t) for name, t in whole.items()}
-    tag, names = TagShards(path), ema_tensor_names(path)
+    tag, names = TagShards(path), saved.names()
     shards = [n for n in names if n.startswith('shard/')]
     if tag.zero_stage:
-        read = functools.cache(lambda r, g: read_ema_tensor(path, r, shards[g]).reshape(-1))
+        read = functools.cache(lambda r, g: saved.tensor(r, shards[g]).reshape(-1))
         averaged = tag.flats(read)
     else:
         averaged = {
-            n.removeprefix('shard/'): Flat.of(f'{path}: {n}', read_ema_tensor(path, 0, n))
-            for n in shards
+            n.removeprefix('shard/'): Flat.of(f'{path}: {n}', saved.tensor(0, n)) for n in shards
         }
     weights = tag.named_weights()
     weights.update(averaged)
     weights.update(
-        (n.removeprefix('buffer/'), Flat.of(f'{path}: {n}', read_ema_tensor(path, 0, n)))
+        (n.removeprefix('buffer/'), Flat.of(f'{path}: {n}', saved.tensor(0, n)))
         for n in names
         if n.startswith('buffer/')
     )
     weights.update({alias: weights[name] for alias, name in tag.aliases().items()})
-    return {name: weights[name] for name in tag.shapes()}
+    return weights
 
 
-def read_whole_ema(path: Path) -> dict[str, torch.Tensor]:
+def read_whole_ema(saved: EmaFiles) -> dict[str, torch.Tensor]:
     """Name -> averaged tensor, from either kind of EMA that a tag can hold."""
-    return {name: flat.whole() for name, flat in ema_flats(path).items()}
+    return {name: flat.whole() for name, flat in ema_flats(saved).items()}
 
 
 def load_whole_ema(model_ema: Any, weights: Any, where: str) -> None:
@@ -115,22 +115,17 @@ def load_whole_ema(model_ema: Any, weights: Any, where: str) -> None:
     load_weights(module, {f'module.{n}' if wrapped else n: t for n, t in stripped.items()}, where)
 
 
-def ema_fits_directly(model_ema: ShardedEma, path: Path) -> bool:
+def ema_fits_directly(model_ema: ShardedEma, saved: EmaFiles) -> bool:
     """Whether a tag's sharded average was cut as this one is."""
-    saved, engine = read_ema_header(path), model_ema.engine
+    header, engine = saved.header, model_ema.engine
     running = (engine.zero_optimization_stage(), world_size())
-    return (int(saved['zero_stage']), int(saved['world_size'])) == running and same_groups(
-        engine, TagShards(path)
+    return (int(header['zero_stage']), int(header['world_size'])) == running and same_groups(
+        engine, TagShards(saved.tag)
     )
 
 
-def load_other_ema(model_ema: ShardedEma, path: Path) -> None:
+def load_other_ema(model_ema: ShardedEma, saved: EmaFiles) -> None:
     """Takes this rank's part of an average that was cut in another way."""
-    model_ema.load_whole(ema_flats(path), str(path))
-    if has_ema(path):
-        model_ema.take_header(read_ema_header(path))
-
-
-def holds_ema(tag: Path) -> bool:
-    """Whether a tag holds an average of either kind."""
-    return has_ema(tag) or (tag / _WHOLE_EMA_FILE).is_file()
+    model_ema.load_whole(_all_flats(saved), str(saved.tag))
+    if saved.sharded:
+        model_ema.take_header(saved.header)

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from internvl_ds.checkpoint.averages import ema_flats, holds_ema
+from internvl_ds.checkpoint.averages import ema_flats
+from internvl_ds.checkpoint.ema_files import EmaFiles
 from internvl_ds.checkpoint.export import weights_of_tag
 from internvl_ds.checkpoint.named import Flat
 from internvl_ds.checkpoint.original import weights_of_file
@@ -116,8 +117,9 @@ def _contents_of_tag(tag: Path) -> Contents:
         saved = shards.named_state(state.get('optimizer_groups'))
         tensors |= _moments(saved.moments)
         numbers |= _steps(saved.steps)
-    if holds_ema(tag):
-        tensors |= _prefixed('ema', ema_flats(tag))
+    average = EmaFiles(tag)
+    if average:
+        tensors |= _prefixed('ema', ema_flats(average))
     return Contents(tensors, numbers)
 
 

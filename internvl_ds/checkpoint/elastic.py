@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from internvl_ds.checkpoint.restore import (
     require_same_model,
 )
 from internvl_ds.errors import CheckpointError, CheckpointMismatch, few
-from internvl_ds.masters import master_weights, partitioning, push_masters
+from internvl_ds.masters import kept_on_nvme, master_weights, partitioning, push_masters
 
 # State of DeepSpeed's own Adams, which cannot be tried on a copy: that would end the original's.
 _ADAM_STATE: dict[str, Any] = {'exp_avg': torch.empty(1), 'exp_avg_sq': torch.empty(1), 'step': 0}
@@ -39,12 +40,13 @@ class Restorer:
                 parameter groups that cannot share a step; names the first that differ.
             CheckpointError: when a shard cannot be read, or the engine keeps its state on NVMe.
         """
-        self.engine, self.saved = engine, saved
         _require_in_memory(engine)
         weights = saved.weights()
         shapes = {name: tuple(flat.shape) for name, flat in weights.items()}
         require_same_model(shapes, model_shapes(engine.module), saved.where)
         self.layout, self.rank = partitioning(engine)
+        saved = _with_frozen(saved, engine, self.layout)
+        self.engine, self.saved = engine, saved
         self.masters = list(master_weights(engine).values())
         _require_same_trained(saved, self.layout)
         _require_known_layout(self.layout, self.rank, self.masters)
@@ -139,16 +141,29 @@ class Restorer:
 def _require_in_memory(engine: DeepSpeedEngine) -> None:
     if engine.optimizer is None or engine.basic_optimizer is None:
         raise CheckpointError('this engine has no optimizer: load with EVAL_MODE')
-    for what, offload in (
-        ('offload_optimizer', engine.zero_offload_optimizer()),
-        ('offload_param', engine.zero_offload_param()),
-    ):
-        if offload is not None and str(getattr(offload.device, 'value', offload.device)) == 'nvme':
-            raise CheckpointError(
-                f'/zero_optimization/{what}/device is nvme: a checkpoint of another layout cannot '
-                "be loaded into state that is on disk. Load it with device 'cpu' and save a tag; "
-                'that tag loads with nvme in the same layout.'
-            )
+    for what in kept_on_nvme(engine):
+        raise CheckpointError(
+            f'/zero_optimization/{what}/device is nvme: a checkpoint of another layout cannot '
+            "be loaded into state that is on disk. Load it with device 'cpu' and save a tag; "
+            'that tag loads with nvme in the same layout.'
+        )
+
+
+def _with_frozen(saved: NamedState, engine: DeepSpeedEngine, layout: Layout) -> NamedState:
+    """A torch optimizer's groups may hold frozen parameters, which ZeRO leaves out of its own."""
+    running = shapes_of(layout)
+    frozen = {
+        name: saved.fixed[name]
+        for name, parameter in engine.module.named_parameters()
+        if not parameter.requires_grad and name in running and name in saved.fixed
+    }
+    return replace(
+        saved,
+        masters={**saved.masters, **frozen},
+        moments={**saved.moments, **{name: {} for name in frozen}},
+        steps={**saved.steps, **{name: {} for name in frozen}},
+        fixed={name: flat for name, flat in saved.fixed.items() if name not in frozen},
+    )
 
 
 def _require_same_trained(saved: NamedState, layout: Layout) -> None:

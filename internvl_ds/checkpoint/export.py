@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from yacs.config import CfgNode
 
-from internvl_ds.checkpoint.averages import ema_flats, holds_ema
+from internvl_ds.checkpoint.averages import ema_flats
+from internvl_ds.checkpoint.ema_files import EmaFiles
 from internvl_ds.checkpoint.named import Flat, NamedState
 from internvl_ds.checkpoint.shards import TagShards
 from internvl_ds.checkpoint.state import state_of
@@ -72,8 +73,9 @@ def write_original(tag: Path, target: Path) -> None:
         'max_accuracy_ema': kept.get('max_accuracy_ema'),
         'ema_decay': kept.get('ema_decay'),
     }
-    if holds_ema(tag):
-        average = shards.in_order(ema_flats(tag))
+    saved_average = EmaFiles(tag)
+    if saved_average:
+        average = shards.in_order(ema_flats(saved_average))
         tree['model_ema'] = _blank_weights(average, saved.aliases, fillers)
     aside = target.with_name(f'.{target.name}.tmp')
     try:
@@ -106,9 +108,10 @@ def write_safetensors(
     Raises:
         CheckpointError: when the tag holds no average, cannot be read, or a file not be written.
     """
-    if ema and not holds_ema(tag):
+    average = EmaFiles(tag)
+    if ema and not average:
         raise CheckpointError(f'{tag}: holds no EMA')
-    flats = ema_flats(tag) if ema else weights_of_tag(TagShards(tag))
+    flats = ema_flats(average) if ema else weights_of_tag(TagShards(tag))
     parts = _split(flats, dtype, largest)
     names = [target.name]
     if len(parts) > 1:

@@ -13,11 +13,11 @@ from yacs.config import CfgNode
 from internvl_ds.checkpoint import background, lookup, store
 from internvl_ds.checkpoint.averages import (
     ema_fits_directly,
-    holds_ema,
     load_other_ema,
     load_whole_ema,
     read_whole_ema,
 )
+from internvl_ds.checkpoint.ema_files import EmaFiles
 from internvl_ds.checkpoint.layout import layout_of_engine, layout_of_tag, same_groups
 from internvl_ds.checkpoint.loop_state import restore_loop
 from internvl_ds.checkpoint.manifest import LOOP_FILE, STATE_FILE, Manifest, file_rank
@@ -34,12 +34,9 @@ from internvl_ds.checkpoint.shards import TagShards
 from internvl_ds.checkpoint.state import state_of
 from internvl_ds.checkpoint.verify import damage, share_of
 from internvl_ds.config import checkpoint_option, default_config, get_option
-from internvl_ds.ema import ShardedEma, has_ema
+from internvl_ds.ema import ShardedEma
 from internvl_ds.engine import engine_of, find_engine, restore_loss_scale
-from internvl_ds.errors import (
-    CheckpointError,
-    CheckpointNotFound,
-)
+from internvl_ds.errors import CheckpointError, CheckpointNotFound, few
 from internvl_ds.meetings import agree, exchange, from_rank_0, rank, world_size
 
 _log = logging.getLogger(__name__)
@@ -103,14 +100,13 @@ def load_checkpoint(
     if eval_mode:
         _verify(path, _share_of_weights, io_timeout, logger)
         state = agree('read state', lambda: state_of(path), timeout, CheckpointError)
-        weights = agree(
-            'read weights', lambda: TagShards(path).weights(), io_timeout, CheckpointError
-        )
+        shards = agree('find shards', lambda: _shards_of(path, logger), timeout, CheckpointError)
+        weights = agree('read weights', shards.weights, io_timeout, CheckpointError)
         load_weights(find_engine(model) or model, weights, str(path))
     else:
         engine = engine_of(model)
         direct = _fits_directly(engine, path, timeout, io_timeout, logger)
-        shards = agree('find shards', lambda: TagShards(path), timeout, CheckpointError)
+        shards = agree('find shards', lambda: _shards_of(path, logger), timeout, CheckpointError)
         state = agree('read state', lambda: state_of(path), timeout, CheckpointError)
         if direct:
             state = {**load_same_layout(engine, shards, io_timeout, logger), **state}
@@ -154,9 +150,10 @@ def load_ema_checkpoint(config: CfgNode, model_ema: Any, logger: logging.Logger)
             load_whole_ema(model_ema, weights, resume)
     else:
         weights = None
-        if holds_ema(path):
+        saved = agree('find EMA', lambda: EmaFiles(path), timeout, CheckpointError)
+        if saved:
             weights = {}
-            _load_ema_of_tag(model_ema, path, timeout, io_timeout, logger)
+            _load_ema_of_tag(model_ema, saved, timeout, io_timeout, logger)
         state = agree('read state', lambda: state_of(path), timeout, CheckpointError)
     if weights is None:
         logger.warning('%s has no EMA: starting from the loaded weights', resume)
@@ -168,13 +165,13 @@ def load_ema_checkpoint(config: CfgNode, model_ema: Any, logger: logging.Logger)
 
 
 def _load_ema_of_tag(
-    model_ema: Any, path: Path, timeout: float, io_timeout: float, logger: logging.Logger
+    model_ema: Any, saved: EmaFiles, timeout: float, io_timeout: float, logger: logging.Logger
 ) -> None:
     """Reads what this rank needs of it. A meeting of all ranks."""
-    sharded = isinstance(model_ema, ShardedEma)
+    sharded, path = isinstance(model_ema, ShardedEma), saved.tag
 
     def fits() -> bool:
-        return sharded and has_ema(path) and ema_fits_directly(model_ema, path)
+        return sharded and saved.sharded and ema_fits_directly(model_ema, saved)
 
     if from_rank_0('compare EMA', fits, timeout):
         _verify(path, _own_ema, io_timeout, logger)
@@ -182,9 +179,9 @@ def _load_ema_of_tag(
         return
     _verify(path, _share_of_ema, io_timeout, logger)
     if sharded:
-        agree('read EMA', lambda: load_other_ema(model_ema, path), io_timeout, CheckpointError)
+        agree('read EMA', lambda: load_other_ema(model_ema, saved), io_timeout, CheckpointError)
         return
-    weights = agree('read EMA', lambda: read_whole_ema(path), io_timeout, CheckpointError)
+    weights = agree('read EMA', lambda: read_whole_ema(saved), io_timeout, CheckpointError)
     load_whole_ema(model_ema, weights, str(path))
 
 
@@ -271,6 +268,17 @@ def _resolve(resume: str, logger: logging.Logger, timeout: float, io_timeout: fl
 def _named(resume: str) -> tuple[str, bool]:
     path = lookup.resolve(resume)
     return str(path), path.is_file() or lookup.is_tag(path)
+
+
+def _shards_of(path: Path, logger: logging.Logger) -> TagShards:
+    shards = TagShards(path)
+    if shards.unused:
+        logger.warning(
+            '%s has no manifest, and files that are not of its layout (%s): they are not read',
+            path,
+            few(shards.unused),
+        )
+    return shards
 
 
 def _verify(

@@ -9,7 +9,7 @@ from typing import Any
 
 from internvl_ds.checkpoint.manifest import LOOP_FILE
 from internvl_ds.checkpoint.rng import set_rng_state
-from internvl_ds.checkpoint.state import read_state
+from internvl_ds.checkpoint.state import read_own
 from internvl_ds.errors import CheckpointError
 from internvl_ds.meetings import agree, rank, world_size
 
@@ -37,12 +37,11 @@ def restore_loop(
         CheckpointError: on all ranks, when one cannot read its file.
     """
     same = saved_ranks == world_size()
-    file = path / LOOP_FILE.format(rank() if same else 0)
 
     def restore() -> bool:
-        if not file.is_file():  # of plain DeepSpeed, or an earlier version
+        saved = read_own(path, LOOP_FILE.format(rank() if same else 0))
+        if saved is None:  # a tag of plain DeepSpeed, or of an earlier version
             return False
-        saved = read_state(file)
         if same:
             set_rng_state(saved['rng'])
         if loop is None or saved['loop'] is None:

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import xxhash
 
@@ -25,6 +25,8 @@ _BEST_NAME = re.compile(r'[A-Za-z_][A-Za-z0-9_.-]*')
 _FILE_RANK = re.compile(r'(?:pp_rank|ema_rank|loop_rank)_(\d+)')
 _FILES = ',\n "files": {'
 _DIGEST = ',\n "xxh3_128": "'
+# Fields of the header that the manifests of earlier versions lack.
+_LATER = ('step', 'save')
 
 
 class FileEntry(NamedTuple):
@@ -50,6 +52,8 @@ class Header:
         versions: of this package, torch and deepspeed.
         format: of this file.
         step: updates of the epoch, of a tag that was saved inside it; else None.
+        save: names the save among all others; every file of the tag says it too. '' in tags of
+            earlier versions.
     """
 
     tag: str
@@ -65,6 +69,34 @@ class Header:
     versions: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT
     step: int | None = None
+    save: str = ''
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Whose file one is; kept inside the file, which a name and a checksum are not.
+
+    Attributes:
+        tag: as it was called when it was saved.
+        save: `Header.save`.
+        rank: who wrote the file.
+    """
+
+    tag: str
+    save: str
+    rank: int
+
+    KEY: ClassVar[str] = 'internvl_ds'
+
+    def to_dict(self) -> dict[str, str]:
+        """As it stands in a file: text, which every format can keep."""
+        return {'tag': self.tag, 'save': self.save, 'rank': str(self.rank)}
+
+    @staticmethod
+    def describe(said: Any) -> str:
+        """What a file says of itself, in words."""
+        said = said if isinstance(said, Mapping) else {}
+        return f"rank {said.get('rank')}'s file of save {said.get('save')} of {said.get('tag')}"
 
 
 @dataclass(frozen=True)
@@ -145,8 +177,8 @@ def _header(tree: Any, where: str) -> Header:
         )
     try:
         return Header(
-            **{f.name: tree[f.name] for f in fields(Header) if f.name != 'step'},
-            step=tree.get('step'),  # not in the manifests of earlier versions
+            **{f.name: tree[f.name] for f in fields(Header) if f.name not in _LATER},
+            **{name: tree[name] for name in _LATER if name in tree},
         )
     except KeyError as error:
         raise CheckpointError(f'{where}: the manifest lacks {error}') from error

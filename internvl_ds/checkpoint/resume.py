@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from internvl_ds.checkpoint.writer import install_writer
 from internvl_ds.config import checkpoint_option
 from internvl_ds.engine import client_groups, engine_of, restore_loss_scale, scheduler_of
 from internvl_ds.errors import CheckpointError, PretrainedError
+from internvl_ds.masters import frozen_as_made
 from internvl_ds.meetings import agree, rank
 from internvl_ds.param_groups import MergedGroups
 from internvl_ds.persistent import gathered_together
@@ -170,7 +172,7 @@ def load_same_layout(
             writer.close()
 
     def read_into_engine() -> dict[str, Any]:
-        with gathered_together(engine):
+        with gathered_together(engine), frozen_as_made(engine), _reading(engine, shards):
             loaded, client_state = engine.load_checkpoint(str(path.parent), tag=path.name)
         if loaded is None:
             raise CheckpointError(f'{path}: DeepSpeed found nothing to load in it')
@@ -188,6 +190,17 @@ def load_same_layout(
         if changed:
             logger.warning('%s: (saved, now) of the optimizer differ, now holds: %s', path, changed)
     return client_state
+
+
+@contextmanager
+def _reading(engine: DeepSpeedEngine, shards: TagShards) -> Iterator[None]:
+    """Has DeepSpeed read this rank's model states, where it would take all files of such a name."""
+    own = str(shards.model_files[min(rank(), len(shards.model_files) - 1)])
+    engine._get_all_ckpt_names = lambda directory, tag: [own]
+    try:
+        yield
+    finally:
+        del engine._get_all_ckpt_names
 
 
 @torch.no_grad()

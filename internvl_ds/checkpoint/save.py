@@ -21,6 +21,7 @@ from yacs.config import CfgNode
 import internvl_ds
 from internvl_ds.checkpoint import background, store
 from internvl_ds.checkpoint.averages import ema_file
+from internvl_ds.checkpoint.ema_files import EmaFile
 from internvl_ds.checkpoint.hashing import flush_and_hash, write_hashed
 from internvl_ds.checkpoint.lookup import file_sizes
 from internvl_ds.checkpoint.manifest import (
@@ -28,9 +29,11 @@ from internvl_ds.checkpoint.manifest import (
     STATE_FILE,
     FileEntry,
     Header,
+    Identity,
     Manifest,
     tag_name,
 )
+from internvl_ds.checkpoint.proof import Wanted, prove, wanted_of
 from internvl_ds.checkpoint.retention import (
     KeepBest,
     KeepEvery,
@@ -45,9 +48,9 @@ from internvl_ds.checkpoint.state import state_text
 from internvl_ds.checkpoint.writer import ShardWriter, install_writer
 from internvl_ds.config import checkpoint_option, default_config, get_option
 from internvl_ds.ds_config import precision_of
-from internvl_ds.ema import EmaFile
 from internvl_ds.engine import client_groups, ds_config_of, engine_of, loss_scale_of
-from internvl_ds.errors import CheckpointError, RankError
+from internvl_ds.errors import CheckpointError, RankError, few
+from internvl_ds.masters import frozen_as_made, untrained_names
 from internvl_ds.meetings import exchange, from_rank_0, gather, rank, world_size
 from internvl_ds.persistent import put_back
 
@@ -64,6 +67,7 @@ class _Save:
         policies: retention; None for a tag that is neither counted nor named by ``latest``.
         in_background: training goes on as soon as the files are copied.
         io_timeout: seconds that one rank may be slower than another.
+        wanted: what the files must hold.
         own: what goes into this rank's loop_rank_*.json.
         staging, state: on rank 0 only: the lock, and what goes into state.json.
     """
@@ -77,6 +81,7 @@ class _Save:
     in_background: bool
     io_timeout: float
     logger: logging.Logger
+    wanted: Wanted
     own: dict[str, Any] = field(default_factory=dict)
     staging: store.Staging | None = None
     state: dict[str, Any] = field(default_factory=dict)
@@ -142,6 +147,7 @@ def save_checkpoint(
     engine = engine_of(model)
     loss_scale = loss_scale_of(engine)
     counted = best is None and isinstance(epoch, int)
+    groups = None if engine.basic_optimizer is None else client_groups(engine).names
     save = _Save(
         output=Path(config.OUTPUT),
         tag=tag_name(epoch, best, step),
@@ -152,10 +158,20 @@ def save_checkpoint(
         in_background=bool(checkpoint_option(config, 'ASYNC')),
         io_timeout=checkpoint_option(config, 'IO_TIMEOUT'),
         logger=logger,
+        wanted=wanted_of(engine, groups),
     )
     average = ema_file(model_ema)
     _begin(save, engine, average, checkpoint_option(config, 'RENDEZVOUS_TIMEOUT'))
     logger.info('%s saving......', save.output / save.tag)
+    untrained = untrained_names(engine)
+    if untrained:
+        logger.warning(
+            '%d parameters require a gradient and no optimizer trains them, because they were '
+            'frozen when the engine was made: %s. They are saved as they are. To train them, make '
+            'the engine anew with an optimizer over them.',
+            len(untrained),
+            few(untrained),
+        )
     if engine._is_gradient_accumulation_boundary is False:
         logger.warning(
             'saving between two micro-batches of one update: what they have accumulated is not '
@@ -175,9 +191,7 @@ def save_checkpoint(
             'config': config,
             # As text does: whatever DeepSpeed took of plain initialize, this keeps.
             'ds_config': json.loads(json.dumps(ds_config_of(engine), default=str)),
-            'optimizer_groups': None
-            if engine.basic_optimizer is None
-            else client_groups(engine).names,
+            'optimizer_groups': groups,
         }
 
     try:
@@ -245,6 +259,7 @@ def _begin(save: _Save, engine: DeepSpeedEngine, average: EmaFile | None, timeou
         return str(save.staging.path)
 
     save.staging_path = Path(from_rank_0('begin save', make_staging, timeout))
+    save.header['save'] = save.staging_path.name.rpartition('-')[2]
 
 
 def _require_space(save: _Save, sizes: list[int]) -> None:
@@ -268,22 +283,24 @@ def _stage(
 ) -> None:
     """Writes or copies this rank's files. What fails is kept, for all ranks to hear of later."""
     writer = save.writer
-    writer.begin(in_background=save.in_background)
+    identity = Identity(save.tag, save.header['save'], rank())
+    writer.begin(identity, in_background=save.in_background)
     if not save.staging_path.is_dir():
         writer.error = CheckpointError(
             f'{save.staging_path}: made by rank 0, and not there for this rank: OUTPUT must be one '
             'directory that all hosts share'
         )
     # Meets in barriers: every rank calls it, whatever has happened.
-    with put_back(engine):
+    with put_back(engine), frozen_as_made(engine):
         engine.save_checkpoint(str(save.output), tag=save.staging_path.name, save_latest=False)
     if average is not None:
         writer.save(average, save.staging_path / average.name)
     try:
         own = None if loop is None else loop.state_dict()
-        save.own = copy.deepcopy({'rng': rng_state(), 'loop': own})
+        said = {Identity.KEY: identity.to_dict()}
+        save.own = copy.deepcopy({'rng': rng_state(), 'loop': own, **said})
         if rank() == 0:
-            save.state = copy.deepcopy(state())
+            save.state = copy.deepcopy({**state(), **said})
     except Exception as error:
         writer.error = writer.error or error
 
@@ -326,12 +343,21 @@ def _write_own_files(save: _Save) -> dict[str, Any]:
             # Here, because the YAML of a configuration takes longer than much of a copy.
             text = state_text({**save.state, 'config': save.state['config'].dump()})
             _write_text(save, STATE_FILE, text)
+        if writer.error is None:
+            prove(save.staging_path, _named(save), save.wanted)
     except (OSError, CheckpointError) as error:
         writer.error = error
+    except Exception as error:  # the others wait for the report
+        writer.error = CheckpointError(f'{save.staging_path}: cannot be read again: {error!r}')
     if writer.error is not None:
         return {'error': str(writer.error)}
-    staging = save.staging_path
-    return {'files': {str(p.relative_to(staging)): list(e) for p, e in writer.written.items()}}
+    return {'files': {name: list(entry) for name, entry in _named(save).items()}}
+
+
+def _named(save: _Save) -> dict[str, FileEntry]:
+    """The files that this rank wrote, by their names in the tag."""
+    written = save.writer.written
+    return {str(path.relative_to(save.staging_path)): entry for path, entry in written.items()}
 
 
 def _write_text(save: _Save, name: str, text: str) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,18 @@ from typing import Any
 import torch
 
 from internvl_ds.checkpoint.allowed import allowed_globals, reason_of, refused_class
+from internvl_ds.checkpoint.lookup import file_sizes, read_manifest
+from internvl_ds.checkpoint.manifest import Identity
 from internvl_ds.checkpoint.named import Flat, NamedState
 from internvl_ds.checkpoint.partition import Layout, Runs, Slices, describe, shapes_of
+from internvl_ds.checkpoint.tag_files import (
+    model_names,
+    optim_names,
+    require_identity,
+)
 from internvl_ds.checkpoint.torch_state import State, state_by_order
 from internvl_ds.ds_config import precision_of
-from internvl_ds.errors import CheckpointError
+from internvl_ds.errors import CheckpointError, few
 
 _MASTERS = 'single_partition_of_fp32_groups'
 _COUNTERS = ('global_steps', 'skipped_steps', 'global_samples')
@@ -53,36 +60,70 @@ def read_shard(path: Path | str, *, mmap: bool = False) -> Any:
 class TagShards:
     """The shards of one tag directory, of ours or of plain DeepSpeed."""
 
-    def __init__(self, tag: Path) -> None:
+    def __init__(self, tag: Path, names: Iterable[str] | None = None) -> None:
         """Finds the files of the tag.
 
+        Args:
+            tag: the directory.
+            names: of its files, where no manifest lists them yet: of a save under way.
+
         Raises:
-            CheckpointError: when it has no model states.
+            CheckpointError: when it has no model states, or its manifest cannot be read.
         """
         self.tag = tag
-        model_files = [p for p in tag.glob('*_model_states.pt') if 'expert' not in p.name]
-        self.model_files = sorted(model_files, key=_dp_rank)
-        self.optim_files = sorted(tag.glob('*_optim_states.pt'), key=_dp_rank)
-        self._optims: dict[int, Mapping[str, Any]] = {}
-        self._models: dict[int, Mapping[str, Any]] = {}
-        if not self.model_files:
-            raise CheckpointError(f'{tag}: no *_model_states.pt, so it is no DeepSpeed checkpoint')
+        manifest = None if names is not None else read_manifest(tag)
+        self._header = None if manifest is None else manifest.header
+        if names is None:
+            names = list(file_sizes(tag) if manifest is None else manifest.files)
+        self._names = sorted(names)
+        self._opened: dict[Path, Any] = {}
+        self.model_files = [tag / name for name in model_names(tag, self._names, self._stage_in)]
+
+    @cached_property
+    def optim_files(self) -> list[Path]:
+        """The files of the optimizer's states, in the order of the ranks."""
+        bf16 = bool((self.ds_config.get('bf16') or {}).get('enabled'))
+        return [self.tag / name for name in optim_names(self._names, self.world_size, bf16)]
+
+    @property
+    def unused(self) -> list[str]:
+        """Of a tag without a manifest: files of weights or states that are not of its layout."""
+        if self._header is not None:
+            return []
+        used = {path.name for path in (*self.model_files, *self.optim_files)}
+        kinds = ('.pt', '.pth', '.safetensors')
+        return [name for name in self._names if name.endswith(kinds) and name not in used]
 
     @cached_property
     def head(self) -> Mapping[str, Any]:
         """The first rank's model states: what all ranks have in common is in it."""
-        head = read_shard(self.model_files[0], mmap=True)
-        if not isinstance(head, Mapping) or 'module' not in head:
-            raise CheckpointError(f'{self.model_files[0]}: not the model states of DeepSpeed')
+        head = self.read(self.model_files[0])
+        lacks = [k for k in ('module', 'dp_world_size', 'global_steps') if k not in head]
+        if lacks:
+            raise CheckpointError(
+                f'{self.model_files[0]}: not the model states of DeepSpeed: has no {few(lacks)}'
+            )
         return head
 
     def read(self, path: Path) -> Any:
-        """What one of the files holds, mapped into memory; the first rank's is read once.
+        """What one of the files holds, mapped into memory; each is read once.
 
         Raises:
-            CheckpointError: as `read_shard`.
+            CheckpointError: as `read_shard`, and for a file of another rank or another save.
         """
-        return self.head if path == self.model_files[0] else read_shard(path, mmap=True)
+        if path not in self._opened:
+            content = read_shard(path, mmap=True)
+            if not isinstance(content, Mapping):
+                raise CheckpointError(
+                    f'{path}: not the model states of DeepSpeed, nor its optimizer states'
+                )
+            if self._header is not None:
+                require_identity(path, content.get(Identity.KEY), self._header)
+            self._opened[path] = content
+        return self._opened[path]
+
+    def _stage_in(self, name: str) -> int:
+        return int(self.read(self.tag / name).get('optimizer_state_dict', {}).get('zero_stage', 0))
 
     @property
     def zero_stage(self) -> int:
@@ -277,10 +318,10 @@ class TagShards:
                 f'{self.tag}: saved by {self.world_size} ranks, but it has '
                 f'{len(self.optim_files)} *_optim_states.pt files'
             )
-        if rank not in self._optims:
-            path = self.optim_files[rank]
-            self._optims[rank] = read_shard(path, mmap=True)['optimizer_state_dict']
-        return self._optims[rank]
+        state = self.read(self.optim_files[rank]).get('optimizer_state_dict')
+        if not isinstance(state, Mapping):
+            raise CheckpointError(f'{self.optim_files[rank]}: holds no state of an optimizer')
+        return state
 
     def _optimizer_of(self, rank: int) -> Mapping[str, Any]:
         """The state dict of the optimizer inside DeepSpeed's, in one rank's shard."""
@@ -327,9 +368,8 @@ class TagShards:
         names = list(shapes)
 
         def fragment(rank: int, group: int) -> torch.Tensor:
-            if rank not in self._models:
-                self._models[rank] = self.read(self.model_files[rank])
-            return self._models[rank]['frozen_param_fragments'][names[group]].reshape(-1)
+            content = self.read(self.model_files[rank])
+            return content['frozen_param_fragments'][names[group]].reshape(-1)
 
         return {
             name: Flat(f'{self.tag}: {name}', shape, list(layout.places(name)), fragment)
@@ -337,11 +377,11 @@ class TagShards:
         }
 
 
-def _dp_rank(path: Path) -> int:
-    # [bf16_]zero_pp_rank_{dp}_mp_rank_{mp}_...: the first number is the data-parallel rank.
-    digits = path.name.partition('pp_rank_')[2].partition('_')[0]
-    return int(digits) if digits.isdigit() else 0
-
-
 def _pairs(shared: Any) -> list[tuple[str, str]]:
     return list(shared.items()) if isinstance(shared, Mapping) else [tuple(p) for p in shared or ()]
+
+
+def masters_in(state: Mapping[str, Any]) -> Sequence[torch.Tensor]:
+    """The flat masters in one rank's optimizer state, group by group, of stages 1 to 3."""
+    found: Sequence[torch.Tensor] = state.get(_MASTERS) or state.get('fp32_flat_groups') or ()
+    return found

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from internvl_ds.checkpoint.manifest import STATE_FILE
+from internvl_ds.checkpoint.lookup import read_manifest
+from internvl_ds.checkpoint.manifest import STATE_FILE, Identity
+from internvl_ds.checkpoint.tag_files import require_identity
 from internvl_ds.errors import CheckpointError
 
 # A dict with this single key stands for what JSON has no type for.
@@ -42,10 +44,25 @@ def state_of(tag: Path) -> dict[str, Any]:
     """What a tag's state.json keeps; empty for a tag of plain DeepSpeed.
 
     Raises:
-        CheckpointError: as `read_state`.
+        CheckpointError: as `read_own`.
     """
-    path = tag / STATE_FILE
-    return read_state(path) if path.is_file() else {}
+    return read_own(tag, STATE_FILE) or {}
+
+
+def read_own(tag: Path, name: str) -> dict[str, Any] | None:
+    """Reads one of a tag's files of text; None where it has none of that name.
+
+    Raises:
+        CheckpointError: as `read_state`, and for a file of another rank or another save.
+    """
+    manifest = read_manifest(tag)
+    if manifest is None:
+        return read_state(tag / name) if (tag / name).is_file() else None
+    if name not in manifest.files:
+        return None
+    state = read_state(tag / name)
+    require_identity(tag / name, state.get(Identity.KEY), manifest.header)
+    return state
 
 
 def _encode(value: Any, where: str) -> Any:

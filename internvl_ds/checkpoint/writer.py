@@ -11,11 +11,11 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import (
 )
 from deepspeed.runtime.engine import DeepSpeedEngine
 
+from internvl_ds.checkpoint.ema_files import EmaFile, with_identity
 from internvl_ds.checkpoint.hashing import save_safetensors, save_tensors
-from internvl_ds.checkpoint.manifest import FileEntry
+from internvl_ds.checkpoint.manifest import FileEntry, Identity
 from internvl_ds.checkpoint.shards import TagShards, read_shard
 from internvl_ds.checkpoint.snapshot import Snapshot, tensor_bytes
-from internvl_ds.ema import EmaFile
 from internvl_ds.errors import CheckpointError
 
 
@@ -27,6 +27,7 @@ class ShardWriter(CheckpointEngine):
     once all ranks are through.
 
     Attributes:
+        identity: what every file of this save says of itself.
         written: path -> size and digest, of the files of this save.
         error: the first failure of this save.
         last_size: bytes that this rank wrote in its last whole save; None before one.
@@ -35,6 +36,7 @@ class ShardWriter(CheckpointEngine):
     def __init__(self) -> None:
         super().__init__()
         self.name = 'internvl_ds'
+        self.identity = Identity('', '', 0)
         self.written: dict[Path, FileEntry] = {}
         self.error: Exception | None = None
         self.last_size: int | None = None
@@ -43,8 +45,14 @@ class ShardWriter(CheckpointEngine):
         self._snapshot = Snapshot()
         self._opened: dict[Path, Any] = {}
 
-    def begin(self, *, in_background: bool) -> None:
-        """Begins a save; with ``in_background``, files are copied now and written by `finish`."""
+    def begin(self, identity: Identity, *, in_background: bool) -> None:
+        """Begins a save; with ``in_background``, files are copied now and written by `finish`.
+
+        Args:
+            identity: goes into every file.
+            in_background: see above.
+        """
+        self.identity = identity
         self.error = None
         self.written = {}
         self._copies = []
@@ -86,9 +94,11 @@ class ShardWriter(CheckpointEngine):
     def _write(self, value: Any, path: Path) -> None:
         try:
             if isinstance(value, EmaFile):
-                self.written[path] = save_safetensors(value.tensors, path, value.metadata)
+                metadata = with_identity(value.metadata, self.identity)
+                self.written[path] = save_safetensors(value.tensors, path, metadata)
             else:
-                self.written[path] = save_tensors(value, path)
+                own = {**value, Identity.KEY: self.identity.to_dict()}
+                self.written[path] = save_tensors(own, path)
         except Exception as error:
             raise CheckpointError(f'{error}; the file needs {tensor_bytes(value)} bytes') from error
 

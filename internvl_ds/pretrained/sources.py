@@ -106,15 +106,20 @@ def _open_directory(path: Path, ema: bool) -> Mapping[str, Any]:
 
 def _open_tag(path: Path, ema: bool) -> Mapping[str, Any]:
     # The shards' own module reads files through this one.
-    from internvl_ds.checkpoint.averages import ema_flats, holds_ema
+    from internvl_ds.checkpoint.averages import ema_flats
+    from internvl_ds.checkpoint.ema_files import EmaFiles
     from internvl_ds.checkpoint.shards import TagShards
 
     try:
         if not ema:
-            return TagShards(path).named_weights()
-        if not holds_ema(path):
+            shards = TagShards(path)
+            if shards.unused:
+                _log.warning(f'{path}: files of another layout are not read: {few(shards.unused)}')
+            return shards.named_weights()
+        saved = EmaFiles(path)
+        if not saved:
             raise PretrainedError(f'{path}: holds no averaged weights')
-        return ema_flats(path)
+        return ema_flats(saved)
     except CheckpointError as error:
         raise PretrainedError(str(error)) from error
 

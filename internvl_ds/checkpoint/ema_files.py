@@ -1,0 +1,135 @@
+"""The files of an average in a tag: sharded as `ShardedEma` keeps it, or whole as timm does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from internvl_ds.checkpoint.lookup import read_manifest
+from internvl_ds.checkpoint.manifest import Identity
+from internvl_ds.checkpoint.tag_files import require_identity
+from internvl_ds.errors import CheckpointError
+
+WHOLE = 'ema.safetensors'
+_SHARD = 'ema_rank_{}.safetensors'
+
+
+class EmaFile(NamedTuple):
+    """What one rank writes of an average.
+
+    Attributes:
+        name: of the file.
+        tensors: name -> values.
+        metadata: for the file's header.
+    """
+
+    name: str
+    tensors: dict[str, torch.Tensor]
+    metadata: dict[str, str] | None
+
+
+def shard_name(rank: int) -> str:
+    """The name of one rank's part of a sharded average."""
+    return _SHARD.format(rank)
+
+
+class EmaFiles:
+    """The average of a tag; of a tag without a manifest, as plain DeepSpeed's, there is none.
+
+    Attributes:
+        tag: the directory.
+        sharded, whole: whether it is kept in the one form or the other.
+    """
+
+    def __init__(self, tag: Path) -> None:
+        """Finds it.
+
+        Raises:
+            CheckpointError: when the manifest cannot be read.
+        """
+        self.tag = tag
+        self._manifest = read_manifest(tag)
+        names = set() if self._manifest is None else self._manifest.files.keys()
+        self.sharded, self.whole = shard_name(0) in names, WHOLE in names
+
+    def __bool__(self) -> bool:
+        """Whether the tag holds an average."""
+        return self.sharded or self.whole
+
+    @cached_property
+    def header(self) -> dict[str, str]:
+        """Of a sharded average: decay, num_updates, warmup, zero_stage and world_size.
+
+        Raises:
+            CheckpointError: when it cannot be read.
+        """
+        with self.open(shard_name(0)) as file:
+            return file.metadata()
+
+    def names(self, rank: int = 0) -> list[str]:
+        """The names of the tensors in one rank's part, ``shard/...`` and ``buffer/...``, in order.
+
+        Raises:
+            CheckpointError: when it cannot be read.
+        """
+        with self.open(shard_name(rank)) as file:
+            return sorted(file.keys())
+
+    def tensor(self, rank: int, name: str) -> torch.Tensor:
+        """One tensor of one rank's part.
+
+        Raises:
+            CheckpointError: when the rank's file or the tensor is missing.
+        """
+        with self.open(shard_name(rank)) as file:
+            if name not in file.keys():  # noqa: SIM118
+                raise CheckpointError(f'{self.tag / shard_name(rank)}: has no {name}')
+            return file.get_tensor(name)
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[Any]:
+        """Opens one of the files, and makes sure that it is this tag's.
+
+        Raises:
+            CheckpointError: when it cannot be read, or is another rank's or another save's.
+        """
+        path = self.tag / name
+        with open_safetensors(path) as file:
+            if self._manifest is not None:
+                require_identity(path, identity_in(file.metadata()), self._manifest.header)
+            yield file
+
+
+@contextmanager
+def open_safetensors(path: Path) -> Iterator[Any]:
+    """Opens a file of tensors.
+
+    Raises:
+        CheckpointError: when it cannot be read.
+    """
+    try:
+        file = safe_open(path, 'pt')
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f'{path}: cannot be read: {error}') from error
+    with file as opened:
+        yield opened
+
+
+def with_identity(metadata: Mapping[str, str] | None, identity: Identity) -> dict[str, str]:
+    """A header that says whose file it is."""
+    return {**(metadata or {}), Identity.KEY: json.dumps(identity.to_dict())}
+
+
+def identity_in(metadata: Mapping[str, str] | None) -> Any:
+    """What a header says of whose file it is; None where it says nothing."""
+    try:
+        return json.loads((metadata or {}).get(Identity.KEY, 'null'))
+    except ValueError:
+        return None

@@ -1,0 +1,150 @@
+"""A save's proof of itself: what a rank wrote is read by the reader that will read it one day.
+
+Only the pickles and headers are read, no tensor: the files are mapped into memory. No collective.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+from internvl_ds.checkpoint.ema_files import open_safetensors
+from internvl_ds.checkpoint.manifest import file_rank
+from internvl_ds.checkpoint.partition import Layout, shapes_of
+from internvl_ds.checkpoint.restore import model_shapes
+from internvl_ds.checkpoint.shards import TagShards, masters_in, read_shard
+from internvl_ds.checkpoint.state import read_state
+from internvl_ds.errors import CheckpointError, few
+from internvl_ds.masters import kept_on_nvme, partitioning, trained_names
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the files of a save have to hold, taken from the engine when the save begins.
+
+    Attributes:
+        shapes: name -> whole shape of every parameter and buffer of the module's state dict.
+        trained: the parameters that the optimizer has, without further names of tied ones.
+        groups: their names by parameter group, for stage 0, whose files do not say them.
+        layout: how their masters are partitioned; None where the ranks' files do not hold them.
+        rank: which of the layout's ranks this one is.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    trained: frozenset[str]
+    groups: Sequence[Sequence[str]] | None
+    layout: Layout | None
+    rank: int
+
+
+def wanted_of(engine: DeepSpeedEngine, groups: Sequence[Sequence[str]] | None) -> Wanted:
+    """What a save of this engine has to hold.
+
+    Args:
+        engine: as it is saved.
+        groups: see `Wanted`.
+    """
+    shapes = model_shapes(engine.module)
+    if engine.optimizer is None or engine.basic_optimizer is None:
+        return Wanted(shapes, frozenset(), None, None, 0)
+    layout, rank = partitioning(engine)
+    partitioned = engine.zero_optimization_stage() > 0 and not kept_on_nvme(engine)
+    return Wanted(shapes, trained_names(engine), groups, layout if partitioned else None, rank)
+
+
+def prove(staging: Path, names: Iterable[str], wanted: Wanted) -> None:
+    """Makes sure that this rank's files will be accepted, and that nothing is missing from them.
+
+    Args:
+        staging: the directory of the save.
+        names: of the files in it that this rank wrote.
+        wanted: what they have to hold.
+
+    Raises:
+        CheckpointError: names the file, and the class, parameter or buffer.
+    """
+    names = sorted(names)
+    for name in names:
+        path = staging / name
+        if name.endswith('.json'):
+            read_state(path)
+        elif name.endswith('.safetensors'):
+            with open_safetensors(path):
+                pass
+        elif name.endswith('_optim_states.pt') and wanted.layout is not None:
+            _prove_partition(path, read_shard(path, mmap=True), wanted)
+        elif name.endswith('_model_states.pt') and file_rank(name) == 0:
+            _prove_model(TagShards(staging, names), wanted)
+        elif name.endswith('.pt'):
+            _prove_fragments(path, read_shard(path, mmap=True))
+
+
+def _prove_model(shards: TagShards, wanted: Wanted) -> None:
+    path, found = shards.model_files[0], shards.shapes()
+    if shards.zero_stage == 3:
+        _prove_fragments(path, shards.head)
+    missing = [name for name in wanted.shapes if name not in found]
+    if missing:
+        raise CheckpointError(
+            f'{path}: {len(missing)} tensors of the module are not in it: {few(missing)}'
+        )
+    reshaped = [
+        f'{name} {found[name]} in place of {shape}'
+        for name, shape in wanted.shapes.items()
+        if tuple(found[name]) != tuple(shape)
+    ]
+    if reshaped:
+        raise CheckpointError(f'{path}: tensors have another shape than in the module: {reshaped}')
+    groups = shards.groups()
+    if not all(name for group in groups for name in group):
+        groups = [list(group) for group in wanted.groups or groups]
+    count = Counter(name for group in groups for name in group)
+    frozen = (shards.head.get('frozen_param_shapes') or {}) if shards.zero_stage == 3 else {}
+    count.update(frozen.keys())
+    twice = [name for name, number in count.items() if number > 1]
+    untrained = sorted(wanted.trained - count.keys())
+    if twice or untrained:
+        raise CheckpointError(
+            f'{path}: the state of trained parameters is in it twice ({few(twice) or "none"}) or '
+            f'not at all ({few(untrained) or "none"}): make the optimizer over each parameter once'
+        )
+    if not shards.zero_stage and wanted.trained:
+        shards.named_state(wanted.groups)
+
+
+def _prove_partition(path: Path, content: Mapping[str, Any], wanted: Wanted) -> None:
+    assert wanted.layout is not None
+    masters = masters_in(content['optimizer_state_dict'])
+    if len(masters) != len(wanted.layout.groups):
+        raise CheckpointError(
+            f'{path}: holds the masters of {len(masters)} groups, of {len(wanted.layout.groups)}'
+        )
+    for group, (master, shapes) in enumerate(zip(masters, wanted.layout.groups, strict=True)):
+        least = wanted.layout.least_length(wanted.rank, group)
+        if not isinstance(master, torch.Tensor) or master.numel() < least:
+            held = master.numel() if isinstance(master, torch.Tensor) else 0
+            raise CheckpointError(
+                f'{path}: holds {held} of {least} elements of the group of {few(list(shapes), 2)}'
+            )
+    missing = wanted.trained - shapes_of(wanted.layout).keys()
+    if missing:
+        raise CheckpointError(f'{path}: has no place for {few(sorted(missing))}')
+
+
+def _prove_fragments(path: Path, content: Mapping[str, Any]) -> None:
+    """Stage 3: every frozen parameter has a slice in every rank's file."""
+    shapes = content.get('frozen_param_shapes') or {}
+    fragments = content.get('frozen_param_fragments') or {}
+    ranks = int(content.get('dp_world_size') or 1)
+    for name, shape in shapes.items():
+        length = math.ceil(math.prod(shape) / ranks)
+        held = fragments[name].numel() if name in fragments else 0
+        if held < length:
+            raise CheckpointError(f'{path}: holds {held} of {length} elements of {name}')
