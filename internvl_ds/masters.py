@@ -9,6 +9,7 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from internvl_ds.checkpoint.partition import Layout, Runs, Slices
+from internvl_ds.errors import CheckpointError, few
 from internvl_ds.meetings import rank, world_size
 from internvl_ds.persistent import gather_persistent
 
@@ -51,6 +52,24 @@ def untrained_names(engine: DeepSpeedEngine) -> list[str]:
         for name, p in engine.module.named_parameters()
         if p.requires_grad and name not in trained and getattr(p, 'ds_numel', p.numel())
     ]
+
+
+def require_module_as_made(engine: DeepSpeedEngine) -> None:
+    """Refuses to save a module whose parameters are others than when the engine was made.
+
+    Raises:
+        CheckpointError: names the first that were added or replaced since.
+    """
+    own = set(engine.module.parameters())
+    replaced = [name for p, name in engine.param_names.items() if p not in own]
+    known = engine.param_names.keys()
+    added = [n for n, p in engine.module.named_parameters() if p not in known]
+    if replaced or added:
+        raise CheckpointError(
+            'the module has other parameters than when its engine was made '
+            f'(new: {few(added) or "none"}; gone: {few(replaced) or "none"}), and the optimizer '
+            'has the old ones: change the module before initialize'
+        )
 
 
 @contextmanager

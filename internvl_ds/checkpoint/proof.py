@@ -1,6 +1,6 @@
 """A save's proof of itself: what a rank wrote is read by the reader that will read it one day.
 
-Only the pickles and headers are read, no tensor: the files are mapped into memory. No collective.
+Only the pickles and headers are read, no tensor (see `outline`). Files only; knows no ranks.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 from internvl_ds.checkpoint.ema_files import open_safetensors
 from internvl_ds.checkpoint.manifest import file_rank
+from internvl_ds.checkpoint.outline import outline
 from internvl_ds.checkpoint.partition import Layout, shapes_of
 from internvl_ds.checkpoint.restore import model_shapes
-from internvl_ds.checkpoint.shards import TagShards, masters_in, read_shard
+from internvl_ds.checkpoint.shards import TagShards, masters_in
 from internvl_ds.checkpoint.state import read_state
 from internvl_ds.errors import CheckpointError, few
 from internvl_ds.masters import kept_on_nvme, partitioning, trained_names
@@ -70,26 +71,27 @@ def prove(staging: Path, names: Iterable[str], wanted: Wanted) -> None:
     Raises:
         CheckpointError: names the file, and the class, parameter or buffer.
     """
-    names = sorted(names)
-    for name in names:
+    opened: dict[Path, Any] = {}
+    for name in sorted(names):
         path = staging / name
         if name.endswith('.json'):
             read_state(path)
         elif name.endswith('.safetensors'):
             with open_safetensors(path):
                 pass
-        elif name.endswith('_optim_states.pt') and wanted.layout is not None:
-            _prove_partition(path, read_shard(path, mmap=True), wanted)
-        elif name.endswith('_model_states.pt') and file_rank(name) == 0:
-            _prove_model(TagShards(staging, names), wanted)
         elif name.endswith('.pt'):
-            _prove_fragments(path, read_shard(path, mmap=True))
+            opened[path] = outline(path)
+    for path, content in opened.items():
+        if path.name.endswith('_optim_states.pt') and wanted.layout is not None:
+            _prove_partition(path, content, wanted)
+        elif path.name.endswith('_model_states.pt'):
+            _prove_fragments(path, content)
+            if file_rank(path.name) == 0:
+                _prove_model(TagShards(staging, opened), wanted)
 
 
 def _prove_model(shards: TagShards, wanted: Wanted) -> None:
     path, found = shards.model_files[0], shards.shapes()
-    if shards.zero_stage == 3:
-        _prove_fragments(path, shards.head)
     missing = [name for name in wanted.shapes if name not in found]
     if missing:
         raise CheckpointError(
@@ -115,8 +117,13 @@ def _prove_model(shards: TagShards, wanted: Wanted) -> None:
             f'{path}: the state of trained parameters is in it twice ({few(twice) or "none"}) or '
             f'not at all ({few(untrained) or "none"}): make the optimizer over each parameter once'
         )
-    if not shards.zero_stage and wanted.trained:
-        shards.named_state(wanted.groups)
+    if not shards.zero_stage:
+        held = [group['params'] for group in shards.plain_optimizer().get('param_groups', ())]
+        if list(map(len, held)) != list(map(len, groups)):
+            raise CheckpointError(
+                f'{path}: its optimizer has groups of {few(list(map(len, held)))} tensors, and the '
+                f'engine of {few(list(map(len, groups)))}'
+            )
 
 
 def _prove_partition(path: Path, content: Mapping[str, Any], wanted: Wanted) -> None:

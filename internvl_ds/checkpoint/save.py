@@ -50,7 +50,7 @@ from internvl_ds.config import checkpoint_option, default_config, get_option
 from internvl_ds.ds_config import precision_of
 from internvl_ds.engine import client_groups, ds_config_of, engine_of, loss_scale_of
 from internvl_ds.errors import CheckpointError, RankError, few
-from internvl_ds.masters import frozen_as_made, untrained_names
+from internvl_ds.masters import frozen_as_made, require_module_as_made, untrained_names
 from internvl_ds.meetings import exchange, from_rank_0, gather, rank, world_size
 from internvl_ds.persistent import put_back
 
@@ -145,6 +145,7 @@ def save_checkpoint(
     """
     background.wait()
     engine = engine_of(model)
+    require_module_as_made(engine)
     loss_scale = loss_scale_of(engine)
     counted = best is None and isinstance(epoch, int)
     groups = None if engine.basic_optimizer is None else client_groups(engine).names

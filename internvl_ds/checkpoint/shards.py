@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import pickle
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -60,23 +60,24 @@ def read_shard(path: Path | str, *, mmap: bool = False) -> Any:
 class TagShards:
     """The shards of one tag directory, of ours or of plain DeepSpeed."""
 
-    def __init__(self, tag: Path, names: Iterable[str] | None = None) -> None:
+    def __init__(self, tag: Path, opened: Mapping[Path, Any] | None = None) -> None:
         """Finds the files of the tag.
 
         Args:
             tag: the directory.
-            names: of its files, where no manifest lists them yet: of a save under way.
+            opened: of a save under way, which no manifest lists yet: its files, and what they hold.
 
         Raises:
             CheckpointError: when it has no model states, or its manifest cannot be read.
         """
         self.tag = tag
-        manifest = None if names is not None else read_manifest(tag)
+        manifest = None if opened else read_manifest(tag)
         self._header = None if manifest is None else manifest.header
-        if names is None:
-            names = list(file_sizes(tag) if manifest is None else manifest.files)
-        self._names = sorted(names)
-        self._opened: dict[Path, Any] = {}
+        if opened:
+            self._names = sorted(path.name for path in opened)
+        else:
+            self._names = sorted(file_sizes(tag) if manifest is None else manifest.files)
+        self._opened = dict(opened or {})
         self.model_files = [tag / name for name in model_names(tag, self._names, self._stage_in)]
 
     @cached_property
@@ -158,7 +159,7 @@ class TagShards:
         """The names of each parameter group's tensors; '' where the tag does not say them."""
         if self.zero_stage:
             return [list(group) for group in self.head['param_shapes'] or []]
-        groups = self._plain_optimizer().get('param_groups', [])
+        groups = self.plain_optimizer().get('param_groups', [])
         return [group.get('param_names') or [''] * len(group['params']) for group in groups]
 
     @cached_property
@@ -246,7 +247,7 @@ class TagShards:
         Raises:
             CheckpointError: when the tag holds no optimizer.
         """
-        saved = self._optimizer_of(0) if self.zero_stage else self._plain_optimizer()
+        saved = self._optimizer_of(0) if self.zero_stage else self.plain_optimizer()
         groups = saved.get('param_groups', [])
         names = self.groups()
         if self.zero_stage == 3:  # a group may be several sub-groups
@@ -294,7 +295,7 @@ class TagShards:
         return self.flats(master), moments, steps
 
     def _whole_state(self, names: Sequence[Sequence[str]] | None) -> State:
-        optimizer = self._plain_optimizer()
+        optimizer = self.plain_optimizer()
         if not optimizer:
             raise CheckpointError(f'{self.tag}: holds no state of an optimizer')
         groups = self.groups()
@@ -306,7 +307,7 @@ class TagShards:
             None if lows is None else list(itertools.chain.from_iterable(lows)),
         )  # fmt: skip
 
-    def _plain_optimizer(self) -> Mapping[str, Any]:
+    def plain_optimizer(self) -> Mapping[str, Any]:
         """Stage 0: the torch optimizer's state dict; empty where there was none."""
         optimizer = self.head.get('optimizer') or {}
         return optimizer.get('optimizer_state_dict', optimizer)

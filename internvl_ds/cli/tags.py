@@ -25,6 +25,8 @@ from internvl_ds.checkpoint.manifest import Header, Manifest, epoch_of
 from internvl_ds.errors import CheckpointError, CheckpointNotFound
 
 _READERS = 4  # files read at once: enough for a disk array, and few enough for a single disk
+# Of a header: said elsewhere, or of use to a load only.
+_NOT_SHOWN = ('tag', 'size', 'format', 'save')
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ def find_tags(output: Path) -> list[Path]:
 
 def tree_of(examined: Examined) -> dict[str, Any]:
     """A tag with the keys that the docstring of `internvl_ds.cli.ckpt` lists, for JSON."""
-    names = [f.name for f in fields(Header) if f.name not in ('tag', 'size', 'format')]
+    names = [f.name for f in fields(Header) if f.name not in _NOT_SHOWN]
     header = asdict(examined.header) if examined.header else dict.fromkeys(names)
     first = {'tag': examined.name, 'path': str(examined.path), 'size': examined.size}
     last = {'verified': examined.verified, 'problems': examined.problems}
