@@ -67,7 +67,7 @@ _KNOWN: dict[tuple[str, str], Callable[..., Any]] = {
     ('torch', 'Tensor'): torch.Tensor,
     ('torch', 'Size'): tuple,
     ('collections', 'OrderedDict'): OrderedDict,
-    ('builtins', 'set'): set,
+    ('__builtin__', 'set'): set,  # so it is named in the protocol of torch.save
     ('deepspeed.runtime.zero.config', 'ZeroStageEnum'): int,
     ('deepspeed.runtime.fp16.loss_scaler', 'LossScaler'): _Inert,
     ('deepspeed.runtime.fp16.loss_scaler', 'DynamicLossScaler'): _Inert,
@@ -75,11 +75,19 @@ _KNOWN: dict[tuple[str, str], Callable[..., Any]] = {
 }
 
 
+# How a pickle names a tensor's dtype.
+_STORAGES = {
+    'DoubleStorage': torch.float64, 'FloatStorage': torch.float32, 'HalfStorage': torch.float16,
+    'BFloat16Storage': torch.bfloat16, 'LongStorage': torch.int64, 'IntStorage': torch.int32,
+    'ShortStorage': torch.int16, 'CharStorage': torch.int8, 'ByteStorage': torch.uint8,
+    'BoolStorage': torch.bool, 'ComplexFloatStorage': torch.complex64,
+    'ComplexDoubleStorage': torch.complex128,
+}  # fmt: skip
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if module == 'torch' and name.endswith('Storage'):
-            return getattr(torch, name).dtype
-        return _KNOWN[module, name]
+        return _STORAGES[name] if module == 'torch' and name in _STORAGES else _KNOWN[module, name]
 
     def persistent_load(self, entry: Any) -> torch.dtype:
         kind, dtype, *_ = entry
