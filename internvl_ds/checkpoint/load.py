@@ -19,7 +19,7 @@ from internvl_ds.checkpoint.averages import (
 )
 from internvl_ds.checkpoint.ema_files import EmaFiles
 from internvl_ds.checkpoint.layout import layout_of_engine, layout_of_tag, same_groups
-from internvl_ds.checkpoint.loop_state import restore_loop
+from internvl_ds.checkpoint.loop_state import read_loop, restore_loop
 from internvl_ds.checkpoint.manifest import LOOP_FILE, STATE_FILE, Manifest, file_rank
 from internvl_ds.checkpoint.original import weights_of_file
 from internvl_ds.checkpoint.restore import load_weights, model_shapes, require_same_model
@@ -107,6 +107,7 @@ def load_checkpoint(
         engine = engine_of(model)
         direct = _fits_directly(engine, path, timeout, io_timeout, logger)
         shards = agree('find shards', lambda: _shards_of(path, logger), timeout, CheckpointError)
+        agree('read loop', lambda: read_loop(path, shards.world_size), timeout, CheckpointError)
         state = agree('read state', lambda: state_of(path), timeout, CheckpointError)
         if direct:
             state = {**load_same_layout(engine, shards, io_timeout, logger), **state}

@@ -14,6 +14,18 @@ from internvl_ds.errors import CheckpointError
 from internvl_ds.meetings import agree, rank, world_size
 
 
+def read_loop(path: Path, saved_ranks: int) -> dict[str, Any] | None:
+    """What a tag keeps for this rank's loop; on another number of ranks, what it keeps for rank 0's.
+
+    Returns:
+        None for a tag of plain DeepSpeed, or of an earlier version.
+
+    Raises:
+        CheckpointError: when the file cannot be read, or is another rank's or another save's.
+    """
+    return read_own(path, LOOP_FILE.format(rank() if saved_ranks == world_size() else 0))
+
+
 def restore_loop(
     path: Path,
     state: Mapping[str, Any],
@@ -39,8 +51,8 @@ def restore_loop(
     same = saved_ranks == world_size()
 
     def restore() -> bool:
-        saved = read_own(path, LOOP_FILE.format(rank() if same else 0))
-        if saved is None:  # a tag of plain DeepSpeed, or of an earlier version
+        saved = read_loop(path, saved_ranks)
+        if saved is None:
             return False
         if same:
             set_rng_state(saved['rng'])

@@ -153,3 +153,57 @@ def refuse(root: str, stages: list[int], in_background: bool) -> dict[str, Any]:
         run.engine.destroy()
         fresh.engine.destroy()
     return found
+
+
+def save_tags(root: str) -> dict[str, Any]:
+    """Two tags each of stages 1 and 3 with an average, and a tag of plain DeepSpeed of each."""
+    found = {}
+    for stage in (1, 3):
+        run = Run(stage, f'{root}/{stage}')
+        ema = ShardedEma(run.engine, 0.5)
+        paths = []
+        for epoch in range(2):
+            run.steps(epoch, epoch + 1)
+            ema.update()
+            paths.append(save(run, epoch, ema))
+        run.engine.save_checkpoint(f'{root}/plain', tag=f'stage{stage}')
+        found[str(stage)] = {
+            'tags': paths,
+            'plain': f'{root}/plain/stage{stage}',
+            'weights': {name: t.tolist() for name, t in weights(run).items()},
+        }
+        run.engine.destroy()
+    return found
+
+
+def load_tags(loads: list[Any]) -> list[Any]:
+    """Each (tag, stage) into a fresh run: its weights, or why not; and what was warned of."""
+    found: list[Any] = []
+    for path, stage in loads:
+        run = Run(stage, seed=9)
+        with caught_warnings() as said:
+            try:
+                run.load(path)
+                average = ShardedEma(run.engine, 0.9)
+                load_ema_checkpoint(run.config, average, logger)
+                state = {name: t.tolist() for name, t in weights(run).items()}
+                found.append({'weights': state, 'updates': average.num_updates, 'said': said})
+            except InternvlDsError as error:
+                found.append({'error': f'{type(error).__name__}: {error}', 'said': said})
+        run.engine.destroy()
+    return found
+
+
+class Windows(nn.Module):
+    """Buffers that no state dict has, as timm's Swin, BEiT and RoPE models have them, and more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(12, 13)
+        self.head = nn.Linear(13, 5)
+        self.register_buffer('index', torch.arange(7), persistent=False)
+        self.register_buffer('angles', torch.linspace(0, 1, 13), persistent=False)
+        self.register_buffer('seen', torch.zeros(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.stem(x)) * (1 + self.angles.to(x.dtype)))
