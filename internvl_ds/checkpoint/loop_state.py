@@ -15,7 +15,7 @@ from internvl_ds.meetings import agree, rank, world_size
 
 
 def read_loop(path: Path, saved_ranks: int) -> dict[str, Any] | None:
-    """What a tag keeps for this rank's loop; on another number of ranks, what it keeps for rank 0's.
+    """What a tag keeps for this rank's loop; on other ranks than before, rank 0's.
 
     Returns:
         None for a tag of plain DeepSpeed, or of an earlier version.

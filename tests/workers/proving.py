@@ -9,10 +9,16 @@ from typing import Any
 
 import deepspeed
 import numpy as np
+import timm
 import torch
-from torch import nn
+from torch import distributed, nn
 
-from internvl_ds import load_ema_checkpoint, save_checkpoint
+from internvl_ds import (
+    NativeScalerWithGradNormCount,
+    initialize,
+    load_ema_checkpoint,
+    save_checkpoint,
+)
 from internvl_ds.checkpoint import background
 from internvl_ds.checkpoint.averages import read_whole_ema
 from internvl_ds.checkpoint.ema_files import EmaFiles
@@ -20,7 +26,9 @@ from internvl_ds.checkpoint.export import weights_of_tag
 from internvl_ds.checkpoint.shards import TagShards
 from internvl_ds.ema import ShardedEma
 from internvl_ds.errors import InternvlDsError
+from internvl_ds.meetings import rank, world_size
 from tests.workers.elastic import Run
+from tests.workers.model import CLASSES, FEATURES, make_config, micro_batch
 from tests.workers.saving import caught_warnings
 
 logger = logging.getLogger('test')
@@ -195,15 +203,120 @@ def load_tags(loads: list[Any]) -> list[Any]:
 
 
 class Windows(nn.Module):
-    """Buffers that no state dict has, as timm's Swin, BEiT and RoPE models have them, and more."""
+    """Buffers that no state dict has, a tied weight, and complex numbers that are not trained."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Linear(12, 13)
-        self.head = nn.Linear(13, 5)
-        self.register_buffer('index', torch.arange(7), persistent=False)
-        self.register_buffer('angles', torch.linspace(0, 1, 13), persistent=False)
-        self.register_buffer('seen', torch.zeros(3))
+        self.stem = nn.Linear(FEATURES, 13)
+        self.tied = nn.Linear(13, 13, bias=False)
+        self.again = nn.Linear(13, 13, bias=False)
+        self.again.weight = self.tied.weight
+        self.head = nn.Linear(13, CLASSES)
+        self.filter = nn.Parameter(torch.randn(3, 2, dtype=torch.cfloat), requires_grad=False)
+        self.register_buffer('index', torch.randint(99, (7,)), persistent=False)
+        self.register_buffer('angles', torch.rand(13), persistent=False)
+        self.register_buffer('waves', torch.randn(5, dtype=torch.cfloat))
+        self.register_buffer('seen', torch.rand(3))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(torch.tanh(self.stem(x)) * (1 + self.angles.to(x.dtype)))
+        self.seen += 1
+        x = torch.tanh(self.stem(x)) * (1 + self.angles.to(x.dtype))
+        return self.head(self.again(torch.tanh(self.tied(x))))
+
+
+FAMILIES = {
+    'swin_tiny_patch4_window7_224': {
+        'embed_dim': 12, 'depths': (1, 1, 1, 1), 'num_heads': (1, 1, 1, 1),
+    },
+    'beit_base_patch16_224': {'embed_dim': 24, 'depth': 1, 'num_heads': 2},
+    'eva02_tiny_patch14_224': {'embed_dim': 24, 'depth': 1, 'num_heads': 2},
+    'vit_small_patch16_dinov3': {'embed_dim': 24, 'depth': 1, 'num_heads': 2},
+    'convnext_atto': {'dims': (8, 8, 8, 8), 'depths': (1, 1, 1, 1)},
+}  # fmt: skip
+
+
+def _build(name: str, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return Windows() if name == 'windows' else timm.create_model(
+        name, num_classes=3, **FAMILIES[name]
+    )  # fmt: skip
+
+
+class Averaged:
+    """An engine and its average, without a scheduler."""
+
+    def __init__(self, name: str, stage: int, output: str, seed: int) -> None:
+        self.config = make_config(output, DATA__BATCH_SIZE=4, SAVE_CKPT_NUM=0)
+        self.config.defrost()
+        model = _build(name, seed)
+        client = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        zero = {
+            'stage': stage,
+            **({'stage3_param_persistence_threshold': 10} if stage == 3 else {}),
+        }
+        self.engine, self.optimizer = initialize(
+            self.config, model, client, {'zero_optimization': zero}
+        )
+        self.scaler = NativeScalerWithGradNormCount()
+        self.ema = ShardedEma(self.engine, 0.5)
+
+    def whole(self) -> dict[str, torch.Tensor]:
+        """All of the average, buffers that are in no state dict included."""
+        found = dict(self.ema.state_dict())
+        return {**found, **{n: b.clone() for n, b in self.ema._buffers.items()}}
+
+
+def move_averages(root: str, names: list[str], sources: list[str]) -> dict[str, Any]:
+    """Saves averages at each stage; loads those and given ones into every stage.
+
+    Args:
+        root: where to.
+        names: of models.
+        sources: roots of earlier calls, on other numbers of ranks.
+    """
+    found: dict[str, Any] = {}
+    for name in names:
+        for stage in range(4):
+            run = Averaged(name, stage, f'{root}/{name}/{stage}', seed=stage)
+            if name == 'windows':
+                for step in range(2):
+                    x, y = micro_batch(step, 0, 1, rank(), world_size())
+                    run.scaler(nn.functional.cross_entropy(run.engine(x), y), run.optimizer)
+                    run.ema.update()
+            else:  # a forward pass takes long, and an average is one of any numbers
+                for tensor in (*run.ema._shards.values(), *run.ema._buffers.values()):
+                    if tensor.is_floating_point():
+                        tensor.mul_(0.5)
+            save_checkpoint(
+                run.config, 0, run.engine, 0.0, run.optimizer, None, run.scaler, logger,
+                model_ema=run.ema,
+            )  # fmt: skip
+            state = run.whole()
+            if rank() == 0:
+                torch.save(state, f'{root}/{name}/{stage}/whole.pt')
+                model = {n: torch.zeros_like(t) for n, t in run.engine.module.state_dict().items()}
+                average = {n: t for n, t in state.items() if n in model}
+                torch.save({'model': model, 'model_ema': average}, f'{root}/{name}/{stage}/it.pth')
+            run.engine.destroy()
+        distributed.barrier()
+        for source in [root, *sources]:
+            for stage in range(4):
+                folder = Path(source) / name / str(stage)
+                if not folder.exists():
+                    continue
+                wanted = torch.load(folder / 'whole.pt')
+                for kind, path in (('tag', folder / 'ckpt_epoch_0'), ('pth', folder / 'it.pth')):
+                    target = (stage + 1 + (kind == 'pth')) % 4
+                    other = Averaged(name, target, '', seed=9)
+                    own = other.whole()
+                    other.config.MODEL.RESUME = str(path)
+                    load_ema_checkpoint(other.config, other.ema, logger)
+                    got = other.whole()
+                    # an average holds nothing frozen, and a .pth no buffer of no state dict
+                    kept = {'filter'} & own.keys()
+                    if kind == 'pth':
+                        kept |= wanted.keys() - other.engine.module.state_dict().keys()
+                    wanted.update({n: own[n] for n in kept})
+                    found[f'{folder} {kind} -> {target}'] = same(wanted, got)
+                    other.engine.destroy()
+    return found
