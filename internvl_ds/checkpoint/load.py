@@ -118,6 +118,12 @@ def load_checkpoint(
                 config, engine, shards, state, lr_scheduler, scaler, io_timeout, logger
             )
         restore_loop(path, state, shards.world_size, loop, timeout, logger)
+        if get_option(config, 'TRAIN.EMA.ENABLE', None) is False and EmaFiles(path):
+            logger.info(
+                '%s holds an EMA: load_ema_checkpoint goes on with it, and TRAIN.EMA.ENABLE True '
+                'in the training program; otherwise the next tags have none',
+                path,
+            )
     logger.info('=> loaded successfully %s (epoch %s)', path, state.get('epoch', 'unknown'))
     return float(state.get('max_accuracy') or 0.0)
 
@@ -140,7 +146,7 @@ def load_ema_checkpoint(config: CfgNode, model_ema: Any, logger: logging.Logger)
     background.wait()
     resume, timeout = config.MODEL.RESUME, checkpoint_option(config, 'RENDEZVOUS_TIMEOUT')
     io_timeout = checkpoint_option(config, 'IO_TIMEOUT')
-    path = _resolve(resume, logger, timeout, io_timeout)
+    path, configured = _resolve(resume, logger, timeout, io_timeout), model_ema.decay
     if path is None or path.is_file():
         checkpoint = open_file(str(path or resume))
         weights = checkpoint.get('model_ema')
@@ -162,6 +168,13 @@ def load_ema_checkpoint(config: CfgNode, model_ema: Any, logger: logging.Logger)
         logger.info('loaded the EMA of %s', resume)
     if state.get('ema_decay') is not None:
         model_ema.decay = state['ema_decay']
+    if model_ema.decay != configured:
+        logger.warning(
+            '%s: its EMA goes on with its decay of %s; %s is configured now',
+            resume,
+            model_ema.decay,
+            configured,
+        )
     return float(state.get('max_accuracy_ema') or 0.0)
 
 

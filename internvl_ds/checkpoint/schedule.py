@@ -25,6 +25,8 @@ def restore_schedule(
         lr_scheduler.load_state_dict(state['lr_scheduler'])
     elif lr_scheduler is not None:
         logger.warning('%s has no state of the lr scheduler: it goes on by itself', path)
+    elif state.get('lr_scheduler') is not None:
+        logger.warning('%s has the state of an lr scheduler, and this run has none', path)
     if state.get('scaler') is not None and scaler is not None:
         scaler.load_state_dict(state['scaler'])
     if isinstance(state.get('epoch'), int):
