@@ -21,14 +21,15 @@ from yacs.config import CfgNode
 
 from internvl_ds import ds_config as ds
 from internvl_ds.comm import init_distributed, limit_collectives
-from internvl_ds.config import default_config, get_option
+from internvl_ds.config import checkpoint_option, default_config, get_option, require_counts
 from internvl_ds.ds_bridge import bridge_findings
 from internvl_ds.ds_check import check, refuse, require_right
 from internvl_ds.ds_findings import value_at
 from internvl_ds.errors import ConfigError, EngineNotFound
-from internvl_ds.files import write_text
+from internvl_ds.files import for_show, write_text
 from internvl_ds.loss_scale import LossScale
 from internvl_ds.meetings import rank, world_size
+from internvl_ds.monitors import drop_unwritable_monitors, guard_monitors
 from internvl_ds.param_groups import MergedGroups, merge_param_groups, remap_scheduler
 from internvl_ds.scaling import attach, pull, push
 
@@ -85,6 +86,7 @@ def initialize(
     Raises:
         ConfigError: for settings that disagree or that this version cannot train right.
     """
+    require_counts(config, ('SAVE_CKPT_NUM', 'CHECKPOINT'))
     init_distributed(config)
     tree = ds.load_ds_config(ds_config)
     found = check(
@@ -117,12 +119,14 @@ def initialize(
                 'them already: pass it as lr_scheduler=, or build it after initialize'
             )
         logger.info('parameter groups: %d merged into %d', before, len(origins))
+    drop_unwritable_monitors(resolved, checkpoint_option(config, 'RENDEZVOUS_TIMEOUT'))
     engine, ds_optimizer, _, _ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
         model_parameters=trained,
         config=resolved,
     )
+    guard_monitors(engine)
     register(engine, lr_scheduler=lr_scheduler)
     limit_collectives(config)
     registration = _registrations[engine]
@@ -138,8 +142,10 @@ def initialize(
     output = get_option(config, 'OUTPUT', '')
     training = optimizer is not None or 'optimizer' in resolved
     if output and training and rank() == 0:
-        Path(output).mkdir(parents=True, exist_ok=True)
-        write_text(Path(output) / 'ds_config.json', json.dumps(resolved, indent=2) + '\n')
+        path = Path(output) / 'ds_config.json'
+        with for_show(path, logger):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, json.dumps(resolved, indent=2) + '\n')
     return engine, ds_optimizer
 
 

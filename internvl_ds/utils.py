@@ -1,10 +1,7 @@
 """The original script's import path: ``from utils import X`` becomes ``from internvl_ds.utils``."""
 
-from internvl_ds.checkpoint.load import (
-    auto_resume_helper,
-    load_checkpoint,
-    load_ema_checkpoint,
-)
+from internvl_ds.checkpoint.choice import auto_resume_helper
+from internvl_ds.checkpoint.load import load_checkpoint, load_ema_checkpoint
 from internvl_ds.checkpoint.save import save_checkpoint
 from internvl_ds.comm import reduce_tensor
 from internvl_ds.engine import initialize, register

@@ -73,6 +73,8 @@ def write_original(tag: Path, target: Path) -> None:
         'max_accuracy_ema': kept.get('max_accuracy_ema'),
         'ema_decay': kept.get('ema_decay'),
     }
+    if kept.get('class_names'):
+        tree['class_names'] = kept['class_names']
     saved_average = EmaFiles(tag)
     if saved_average:
         average = shards.in_order(ema_flats(saved_average))
@@ -112,6 +114,7 @@ def write_safetensors(
     if ema and not average:
         raise CheckpointError(f'{tag}: holds no EMA')
     flats = ema_flats(average) if ema else weights_of_tag(TagShards(tag))
+    classes = state_of(tag).get('class_names')
     parts = _split(flats, dtype, largest)
     names = [target.name]
     if len(parts) > 1:
@@ -120,13 +123,14 @@ def write_safetensors(
     written = [(target.with_name(f'.{name}.tmp'), target.with_name(name)) for name in names]
     try:
         for part, (aside, _) in zip(parts, written, strict=True):
-            _write_safetensors(aside, {name: flats[name] for name in part}, dtype)
+            _write_safetensors(aside, {name: flats[name] for name in part}, dtype, classes)
         if len(parts) > 1:
             index = target.with_name(f'{target.name}.index.json')
             aside = target.with_name(f'.{index.name}.tmp')
             where = {name: names[i] for i, part in enumerate(parts) for name in part}
             total = sum(_size(flat, dtype) for flat in flats.values())
-            tree = {'metadata': {'total_size': total}, 'weight_map': where}
+            metadata = {'total_size': total, **({'class_names': classes} if classes else {})}
+            tree = {'metadata': metadata, 'weight_map': where}
             aside.write_text(json.dumps(tree, indent=1) + '\n')
             written.append((aside, index))
         _publish(written)
@@ -236,9 +240,12 @@ def _size(flat: Flat, dtype: torch.dtype) -> int:
     return flat.numel * _dtype_in_file(flat, dtype).itemsize
 
 
-def _write_safetensors(path: Path, flats: Mapping[str, Flat], dtype: torch.dtype) -> None:
+def _write_safetensors(
+    path: Path, flats: Mapping[str, Flat], dtype: torch.dtype, classes: list[str] | None
+) -> None:
     """The format is 8 bytes of length, a JSON header, and the tensors' bytes one after another."""
-    header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
+    named = {'class_names': json.dumps(classes)} if classes else {}  # metadata is text only
+    header: dict[str, Any] = {'__metadata__': {'format': 'pt', **named}}
     offset = 0
     for name, flat in flats.items():
         end = offset + _size(flat, dtype)

@@ -1,22 +1,24 @@
-"""load_checkpoint, load_ema_checkpoint and auto_resume_helper. All ranks call them."""
+"""load_checkpoint and load_ema_checkpoint. All ranks call them."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from deepspeed.runtime.engine import DeepSpeedEngine
 from yacs.config import CfgNode
 
-from internvl_ds.checkpoint import background, lookup, store
+from internvl_ds.checkpoint import background, lookup
 from internvl_ds.checkpoint.averages import (
     ema_fits_directly,
     load_other_ema,
     load_whole_ema,
     read_whole_ema,
 )
+from internvl_ds.checkpoint.choice import choose
+from internvl_ds.checkpoint.classes import require_same_classes
 from internvl_ds.checkpoint.ema_files import EmaFiles
 from internvl_ds.checkpoint.layout import layout_of_engine, layout_of_tag, same_groups
 from internvl_ds.checkpoint.loop_state import read_loop, restore_loop
@@ -33,13 +35,11 @@ from internvl_ds.checkpoint.schedule import restore_schedule
 from internvl_ds.checkpoint.shards import TagShards
 from internvl_ds.checkpoint.state import state_of
 from internvl_ds.checkpoint.verify import damage, share_of
-from internvl_ds.config import checkpoint_option, default_config, get_option
+from internvl_ds.config import checkpoint_option, get_option
 from internvl_ds.ema import ShardedEma
 from internvl_ds.engine import engine_of, find_engine, restore_loss_scale
-from internvl_ds.errors import CheckpointError, CheckpointNotFound, few
-from internvl_ds.meetings import agree, exchange, from_rank_0, rank, world_size
-
-_log = logging.getLogger(__name__)
+from internvl_ds.errors import CheckpointError, few
+from internvl_ds.meetings import agree, from_rank_0, rank, world_size
 
 
 def load_checkpoint(
@@ -51,8 +51,15 @@ def load_checkpoint(
     logger: logging.Logger,
     *,
     loop: Any = None,
+    class_names: Sequence[str] | None = None,
 ) -> float:
-    """Loads MODEL.RESUME. Every rank must call it.
+    """Loads MODEL.RESUME, or what OUTPUT holds. Every rank must call it.
+
+    Unless EVAL_MODE: where OUTPUT holds a newer tag (saved later, in MODEL.RESUME's own directory;
+    else further in training, or saved by a run that went on from this same MODEL.RESUME), that one
+    is loaded, and a warning says so. TRAIN.AUTO_RESUME False loads MODEL.RESUME, also to go back to
+    an earlier tag of OUTPUT; what is saved afterwards is then the newest, and the tags of later
+    training stay until the run has come as far again (see `KeepLater`).
 
     What is read is verified against the manifest's checksums first; a tag of plain DeepSpeed, which
     has none, is loaded with a warning.
@@ -66,7 +73,8 @@ def load_checkpoint(
 
     Args:
         config: MODEL.RESUME is a tag directory, an output directory (its newest undamaged tag is
-            taken), an original's .pth file, or the https URL of one.
+            taken), an original's .pth file, or the https URL of one. OUTPUT, TRAIN.AUTO_RESUME,
+            EVAL_MODE, DATA.CHECK_CLASS_NAMES and CHECKPOINT are read too.
         model: the engine or its module; in EVAL_MODE also a plain module.
         optimizer: the engine's optimizer; not used in EVAL_MODE.
         lr_scheduler: restored through ``load_state_dict``; may be None.
@@ -75,25 +83,33 @@ def load_checkpoint(
         loop: what `save_checkpoint` was given: its ``load_state_dict`` gets what this rank's
             ``state_dict`` said (rank 0's, on other ranks than before). Not called for a checkpoint
             without one.
+        class_names: of the data of now, by label; compared with those that the checkpoint keeps.
 
     Returns:
         The saved max_accuracy; 0.0 when the checkpoint has none.
 
     Raises:
         CheckpointNotFound: when nothing is at the path.
-        CheckpointMismatch: when it is of another model, of other trained parameters or another
-            optimizer; before any state is changed.
+        CheckpointMismatch: when it is of another model, of other trained parameters, another
+            optimizer or other classes; before any state is changed.
         CheckpointError: when it cannot be read, or a file of it is not what was written; before
             any state is changed.
     """
     background.wait()
-    resume, timeout = config.MODEL.RESUME, checkpoint_option(config, 'RENDEZVOUS_TIMEOUT')
+    timeout = checkpoint_option(config, 'RENDEZVOUS_TIMEOUT')
     io_timeout = checkpoint_option(config, 'IO_TIMEOUT')
-    logger.info('==============> Resuming from %s....................', resume)
-    path = _resolve(resume, logger, timeout, io_timeout)
+    path = choose(config, logger)
+    where = str(path or config.MODEL.RESUME)
+    logger.info('==============> Resuming from %s....................', where)
     eval_mode = get_option(config, 'EVAL_MODE', False)
+    if class_names is not None:
+        agree(
+            'compare classes',
+            lambda: require_same_classes(config, class_names, where, logger),
+            io_timeout,
+            CheckpointError,
+        )
     if path is None or path.is_file():
-        where = str(path or resume)
         if eval_mode:
             return _evaluate_file(where, model, logger)
         return train_from_file(config, where, model, lr_scheduler, scaler, logger)
@@ -129,10 +145,10 @@ def load_checkpoint(
 
 
 def load_ema_checkpoint(config: CfgNode, model_ema: Any, logger: logging.Logger) -> float:
-    """Loads the averaged weights of MODEL.RESUME. Every rank must call it.
+    """Loads the averaged weights of what `load_checkpoint` loaded. Every rank must call it.
 
     Args:
-        config: MODEL.RESUME as in `load_checkpoint`.
+        config: as in `load_checkpoint`: where that came first, the average is of the same tag.
         model_ema: a `ShardedEma`, or timm's ModelEma, ModelEmaV2 or ModelEmaV3; saved by any kind
             and layout. Its ``decay`` is set where the checkpoint has one.
         logger: warned when the checkpoint has no EMA; the average is then left as it is.
@@ -144,17 +160,18 @@ def load_ema_checkpoint(config: CfgNode, model_ema: Any, logger: logging.Logger)
         CheckpointNotFound, CheckpointMismatch, CheckpointError: as `load_checkpoint`.
     """
     background.wait()
-    resume, timeout = config.MODEL.RESUME, checkpoint_option(config, 'RENDEZVOUS_TIMEOUT')
+    timeout = checkpoint_option(config, 'RENDEZVOUS_TIMEOUT')
     io_timeout = checkpoint_option(config, 'IO_TIMEOUT')
-    path, configured = _resolve(resume, logger, timeout, io_timeout), model_ema.decay
+    path, configured = choose(config, logger, as_before=True), model_ema.decay
+    where = str(path or config.MODEL.RESUME)
     if path is None or path.is_file():
-        checkpoint = open_file(str(path or resume))
+        checkpoint = open_file(where)
         weights = checkpoint.get('model_ema')
         state: dict[str, Any] = {
             key: checkpoint.get(key) for key in ('max_accuracy_ema', 'ema_decay')
         }
         if weights is not None:
-            load_whole_ema(model_ema, weights, resume)
+            load_whole_ema(model_ema, weights, where)
     else:
         weights = None
         saved = agree('find EMA', lambda: EmaFiles(path), timeout, CheckpointError)
@@ -163,15 +180,15 @@ def load_ema_checkpoint(config: CfgNode, model_ema: Any, logger: logging.Logger)
             _load_ema_of_tag(model_ema, saved, timeout, io_timeout, logger)
         state = agree('read state', lambda: state_of(path), timeout, CheckpointError)
     if weights is None:
-        logger.warning('%s has no EMA: starting from the loaded weights', resume)
+        logger.warning('%s has no EMA: starting from the loaded weights', where)
     else:
-        logger.info('loaded the EMA of %s', resume)
+        logger.info('loaded the EMA of %s', where)
     if state.get('ema_decay') is not None:
         model_ema.decay = state['ema_decay']
     if model_ema.decay != configured:
         logger.warning(
             '%s: its EMA goes on with its decay of %s; %s is configured now',
-            resume,
+            where,
             model_ema.decay,
             configured,
         )
@@ -197,91 +214,6 @@ def _load_ema_of_tag(
         return
     weights = agree('read EMA', lambda: read_whole_ema(saved), io_timeout, CheckpointError)
     load_whole_ema(model_ema, weights, str(path))
-
-
-def auto_resume_helper(output_dir: str) -> str | None:
-    """The newest checkpoint in a directory, for MODEL.RESUME; the same answer on every rank.
-
-    Every rank must call it once there is a process group. The tag's checksums are verified, each
-    rank reading a share of its files; a damaged tag is passed over with a warning that names file
-    and reason. What dead saves left in the directory is swept away.
-
-    Returns:
-        A tag's path; None when there is no such directory, or no checkpoint was ever in it.
-
-    Raises:
-        CheckpointNotFound: when checkpoints were there and no whole one is left.
-    """
-    background.wait()
-    limits = default_config().CHECKPOINT
-    from_rank_0('sweep', lambda: _sweep(Path(output_dir)), limits.RENDEZVOUS_TIMEOUT)
-    found = _newest(Path(output_dir), limits.RENDEZVOUS_TIMEOUT, limits.IO_TIMEOUT)
-    if found is None:
-        return None
-    if found.warning and rank() == 0:
-        _log.warning(found.warning)
-    return str(found.path)
-
-
-def _sweep(output: Path) -> None:
-    try:
-        store.sweep(output)
-    except OSError as error:  # someone who may only read: it stays as it is
-        _log.info('%s: leftovers of dead saves are not swept: %s', output, error)
-
-
-def _newest(output: Path, timeout: float, io_timeout: float) -> lookup.Resume | None:
-    """The newest tag whose checksums are right, on all ranks alike. A meeting of all ranks."""
-    damaged: dict[str, str] = {}
-
-    def find() -> list[str | None] | None:
-        found = lookup.newest(output, damaged)
-        return None if found is None else [str(found.path), found.warning]
-
-    while True:
-        answer = from_rank_0('find newest', find, timeout)
-        if answer is None:
-            return None
-        path, warning = Path(answer[0]), answer[1]
-        reports = exchange('verify newest', _damage_of_share(path), io_timeout)
-        reasons = [reason for report in reports for reason in report]
-        if not reasons:
-            return lookup.Resume(path, warning)
-        damaged[path.name] = '; '.join(reasons[:3])
-
-
-def _damage_of_share(path: Path) -> list[str]:
-    if path.is_file():
-        return []
-    try:
-        manifest = lookup.read_manifest(path)
-    except CheckpointError as error:
-        return [str(error)]
-    if manifest is None:
-        return []
-    return damage(path, manifest, share_of(manifest.files, rank(), world_size()))
-
-
-def _resolve(resume: str, logger: logging.Logger, timeout: float, io_timeout: float) -> Path | None:
-    """The tag or file that MODEL.RESUME names, the same on all ranks; None for a URL."""
-    if not resume:
-        raise CheckpointNotFound('MODEL.RESUME is empty: set it to a checkpoint')
-    if resume.startswith('https://'):
-        return None
-    path, is_tag = from_rank_0('resolve resume', lambda: _named(resume), timeout)
-    if is_tag:
-        return Path(path)
-    found = _newest(Path(path), timeout, io_timeout)
-    if found is None:
-        raise CheckpointNotFound(f'{path}: a directory without any checkpoint')
-    if found.warning:
-        logger.warning(found.warning)
-    return found.path
-
-
-def _named(resume: str) -> tuple[str, bool]:
-    path = lookup.resolve(resume)
-    return str(path), path.is_file() or lookup.is_tag(path)
 
 
 def _shards_of(path: Path, logger: logging.Logger) -> TagShards:

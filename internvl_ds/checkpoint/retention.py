@@ -29,6 +29,11 @@ class EpochTag(NamedTuple):
     max_accuracy: float | None = None
     step: int | None = None
 
+    @property
+    def position(self) -> tuple[int, int]:
+        """How far in training it was saved: epochs that are done, and updates of the next one."""
+        return (self.epoch + (self.step is None), self.step or 0)
+
 
 class Policy(Protocol):
     """Decides which tags stay."""
@@ -67,6 +72,23 @@ class KeepSteps:
         """See `Policy`."""
         steps = [tag.name for tag in tags if tag.step is not None]
         return set(steps[-self.count :]) if self.count > 0 else set()
+
+
+@dataclass(frozen=True)
+class KeepLater:
+    """Keeps the tags of later training than the one saved last, which a rewound run left behind.
+
+    They go when the run has come as far again: each is then replaced by a tag of its name, or an
+    older save as any other. ``most`` limits them to the furthest ones, so that rewinding again and
+    again cannot fill a disk: for runs that were rewound by an explicit word. None keeps all.
+    """
+
+    most: int | None = None
+
+    def keeps(self, tags: Sequence[EpochTag]) -> set[str]:
+        """See `Policy`."""
+        later = sorted(later_tags(tags), key=lambda tag: tag.position, reverse=True)
+        return {tag.name for tag in later[: self.most]}
 
 
 @dataclass(frozen=True)
@@ -115,6 +137,11 @@ def tags_to_prune(tags: Iterable[EpochTag], policies: Sequence[Policy]) -> list[
     for policy in policies:
         kept |= policy.keeps(ordered)
     return [tag.name for tag in ordered if tag.name not in kept]
+
+
+def later_tags(tags: Sequence[EpochTag]) -> list[EpochTag]:
+    """The tags of later training than the one saved last; ``tags``: oldest save first."""
+    return [tag for tag in tags if tag.position > tags[-1].position]
 
 
 def _of_epochs(tags: Sequence[EpochTag]) -> list[EpochTag]:

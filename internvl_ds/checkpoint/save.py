@@ -7,7 +7,7 @@ import functools
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -37,6 +37,7 @@ from internvl_ds.checkpoint.proof import Wanted, prove, wanted_of
 from internvl_ds.checkpoint.retention import (
     KeepBest,
     KeepEvery,
+    KeepLater,
     KeepNewest,
     KeepSteps,
     Policy,
@@ -103,6 +104,7 @@ def save_checkpoint(
     *,
     step: int | None = None,
     loop: Any = None,
+    class_names: Sequence[str] | None = None,
 ) -> str:
     """Saves a tag under OUTPUT. Every rank must call it: each writes its own shards.
 
@@ -133,6 +135,8 @@ def save_checkpoint(
             ``ckpt_epoch_{epoch}_step_{step}``, of which CHECKPOINT.KEEP_STEPS stay.
         loop: an object with ``state_dict()`` and ``load_state_dict()``, such as the position in the
             epoch; each rank's own is kept. May be None.
+        class_names: of the labels 0, 1, ..., such as ``ImageFolder.classes``: kept, exported, and
+            compared by a `load_checkpoint` that is given those of its data.
 
     Returns:
         The path of the tag's directory.
@@ -189,6 +193,7 @@ def save_checkpoint(
             'lr_scheduler': None if lr_scheduler is None else lr_scheduler.state_dict(),
             'scaler': None if scaler is None else scaler.state_dict(),
             'loss_scale': None if loss_scale is None else loss_scale.state_dict(),
+            'class_names': None if class_names is None else list(map(str, class_names)),
             'config': config,
             # As text does: whatever DeepSpeed took of plain initialize, this keeps.
             'ds_config': json.loads(json.dumps(ds_config_of(engine), default=str)),
@@ -228,11 +233,16 @@ def _header(
 
 
 def _policies(config: CfgNode) -> list[Policy]:
+    count = get_option(config, 'SAVE_CKPT_NUM', default_config().SAVE_CKPT_NUM)
+    steps = checkpoint_option(config, 'KEEP_STEPS')
+    # Without auto resume a run that goes back to an older tag was told to.
+    rewound = not get_option(config, 'TRAIN.AUTO_RESUME', True)
     return [
-        KeepNewest(get_option(config, 'SAVE_CKPT_NUM', default_config().SAVE_CKPT_NUM)),
+        KeepNewest(count),
         KeepBest(checkpoint_option(config, 'KEEP_BEST')),
         KeepEvery(checkpoint_option(config, 'KEEP_EVERY')),
-        KeepSteps(checkpoint_option(config, 'KEEP_STEPS')),
+        KeepSteps(steps),
+        KeepLater(max(1, count + steps) if rewound else None),
     ]
 
 

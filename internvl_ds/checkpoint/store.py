@@ -30,8 +30,8 @@ from internvl_ds.checkpoint.lookup import (
     tags,
 )
 from internvl_ds.checkpoint.manifest import FILE_NAME, FileEntry, Manifest, wrong_files
-from internvl_ds.checkpoint.retention import Policy, tags_to_prune
-from internvl_ds.errors import CheckpointError
+from internvl_ds.checkpoint.retention import Policy, later_tags, tags_to_prune
+from internvl_ds.errors import CheckpointError, few
 from internvl_ds.files import flush, write_text
 
 logger = logging.getLogger(__name__)
@@ -154,13 +154,32 @@ def next_sequence(output: Path) -> int:
     return 1 + max((header.sequence for header in headers if header), default=0)
 
 
-def prune(output: Path, policies: Sequence[Policy]) -> list[str]:
+def prune(output: Path, policies: Sequence[Policy], *, quiet: bool = False) -> list[str]:
     """Removes the epoch and step tags that no policy keeps; a warning where one cannot be removed.
+
+    After the first save of a run that was rewound, a warning names what stays of later training.
+
+    Args:
+        output: the directory.
+        policies: at least one.
+        quiet: leave that warning to the caller.
 
     Returns:
         The names of the tags that were removed.
     """
-    goes = tags_to_prune(epoch_tags(output), policies)
+    found = sorted(epoch_tags(output), key=lambda tag: tag[:3])
+    goes = tags_to_prune(found, policies)
+    later = [tag.name for tag in later_tags(found)]
+    # After the first save only: the save before it was the last one before the run was rewound.
+    if not quiet and later and found[-2].name in later:
+        logger.warning(
+            '%s: %s was saved after tags of later training, of which %s stay until this run has '
+            'come as far (internvl-ds ckpt prune --drop-later removes them); auto resume takes '
+            'what was saved last',
+            output,
+            found[-1].name,
+            few([name for name in later if name not in goes]),
+        )
     return [name for name in goes if _discard(output / name)]
 
 

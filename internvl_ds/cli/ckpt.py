@@ -4,7 +4,7 @@
     internvl-ds ckpt verify OUTPUT [TAG] [--all]      (or the path of a tag)
     internvl-ds ckpt show OUTPUT [TAG] [--config]     (or the path of a tag)
     internvl-ds ckpt prune OUTPUT --keep N [--keep-steps N] [--keep-best N] [--keep-every K]
-        [--dry-run]
+        [--drop-later] [--dry-run]
     internvl-ds ckpt export TAG OUT.pth
     internvl-ds ckpt export TAG OUT.safetensors [--dtype bf16] [--ema] [--max-shard-gib GIB]
     internvl-ds ckpt diff A B      (tags, .pth, .safetensors or its index)
@@ -12,7 +12,8 @@
 Exit statuses: 0 all is well; 1 something is damaged (``diff``: something differs); 2 wrong usage,
 or nothing there; 3 nothing is damaged, but something has no manifest (plain DeepSpeed wrote it) and
 could not be verified. What ``prune`` cannot remove is 2. It never removes what ``latest`` names or
-auto resume takes, nor a tag that is neither an epoch's nor a step's.
+auto resume takes, nor a tag that is neither an epoch's nor a step's, nor, without --drop-later, one
+of later training than the tag saved last, which a rewound run left behind.
 
 With --json each prints one object. A key is always there; where nothing is known it is null.
 
@@ -26,8 +27,9 @@ a tag: ``tag``, ``path``, ``size`` (bytes), ``epoch``, ``max_accuracy``, ``seque
     ``verified``, one of 'sizes', 'checksums', 'no manifest', 'damaged'; ``problems``, a list of
     sentences.
 show: the keys of a tag; ``format`` of the manifest; ``files``, each with ``name``, ``size`` and
-    ``xxh3_128``; ``state``: ``epoch``, ``max_accuracy``, ``max_accuracy_ema``, ``ema_decay``, and
-    the names that ``lr_scheduler`` and ``scaler`` hold; with --config ``config``, YAML.
+    ``xxh3_128``; ``state``: ``epoch``, ``max_accuracy``, ``max_accuracy_ema``, ``ema_decay``, the
+    names that ``lr_scheduler`` and ``scaler`` hold, and ``classes``, how many class names it keeps;
+    with --config ``config``, YAML.
 prune: ``output``; ``dry_run``; ``pruned``, each with ``tag`` and ``size``; ``size``, their sum;
     ``kept`` and ``failed``, names of epoch and step tags.
 export: ``tag``; ``verified``, whether its checksums could be compared; ``files``, each with
@@ -52,9 +54,11 @@ from internvl_ds.checkpoint.retention import (
     EpochTag,
     KeepBest,
     KeepEvery,
+    KeepLater,
     KeepNewest,
     KeepSteps,
     Policy,
+    later_tags,
     tags_to_prune,
 )
 from internvl_ds.cli import diff, export
@@ -67,7 +71,7 @@ from internvl_ds.cli.tags import (
     find_tags,
     tree_of,
 )
-from internvl_ds.errors import CheckpointError, CheckpointNotFound, InternvlDsError
+from internvl_ds.errors import CheckpointError, CheckpointNotFound, InternvlDsError, few
 
 OK, DAMAGED, UNVERIFIED = 0, 1, 3
 _FAILED = 2
@@ -132,6 +136,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             option, type=_at_least(least), metavar=metavar, default=0, required=bool(least),
             help=text,
         )  # fmt: skip
+    text = 'remove tags of later training than the one saved last, too (of a run that was rewound)'
+    action.add_argument('--drop-later', action='store_true', help=text)
     action.add_argument('--dry-run', action='store_true', help='remove nothing, say what would go')
     for name, module in (('export', export), ('diff', diff)):
         text = (module.__doc__ or '').strip()
@@ -269,7 +275,8 @@ def _summary(state: dict[str, Any] | None) -> dict[str, Any] | None:
     for key in _STATE_DICTS:
         inner = state.get(key)
         kept[key] = sorted(map(str, inner)) if isinstance(inner, dict) else None
-    return kept
+    names = state.get('class_names')
+    return kept | {'classes': None if names is None else len(names)}
 
 
 def _say_tree(tree: dict[str, Any]) -> None:
@@ -301,12 +308,13 @@ def _prune(args: argparse.Namespace) -> int:
         KeepSteps(args.keep_steps),
         KeepBest(args.keep_best),
         KeepEvery(args.keep_every),
+        KeepLater(0 if args.drop_later else None),
         KeepNamed(names),  # a newest save that is damaged must not be all that stays
     ]
     tags = sorted(epoch_tags(output), key=lambda tag: tag[:3])
     goes = tags_to_prune(tags, policies)
     sizes = {name: sum(file_sizes(output / name).values()) for name in goes}
-    gone = goes if args.dry_run else store.prune(output, policies)
+    gone = goes if args.dry_run else store.prune(output, policies, quiet=True)
     failed = [] if args.dry_run else [name for name in goes if _left(output, name)]
     gone = [name for name in gone if name not in failed]
     kept = [tag.name for tag in tags if tag.name not in goes]
@@ -321,6 +329,9 @@ def _prune(args: argparse.Namespace) -> int:
     for name in gone:
         say(f'{did} {name}  {human_size(sizes.get(name, 0))}')
     say(f'{len(gone)} tag(s) {went}, {human_size(total)}; {len(kept)} stay')
+    later = [tag.name for tag in later_tags(tags) if tag.name in kept]
+    if later and not args.drop_later:
+        say(f'of later training than {tags[-1].name}: {few(later)} (--drop-later removes them too)')
     for name in failed:
         say(f'could not remove {name}')
     return status

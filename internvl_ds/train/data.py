@@ -6,12 +6,14 @@ import atexit
 import multiprocessing
 import random
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from timm.data import Mixup
 from torch.utils.data import DataLoader, Sampler
 from torchvision.datasets import ImageFolder
@@ -34,11 +36,14 @@ class Loaders:
         train: yields (images, labels) of this rank; None in EVAL_MODE and THROUGHPUT_MODE.
         val: this rank's share, sampled by `EvalSampler`.
         mixup: to be applied to each training batch on the device; None where the config has none.
+        classes: names of the labels 0, 1, ... that the model tells apart; none where an
+            ImageNet-22K head is only measured on ImageNet-1K.
     """
 
     train: DataLoader | None
     val: DataLoader
     mixup: Mixup | None
+    classes: Sequence[str] = ()
 
 
 def build_loaders(config: CfgNode, rank: int, world_size: int) -> Loaders:
@@ -51,10 +56,13 @@ def build_loaders(config: CfgNode, rank: int, world_size: int) -> Loaders:
     """
     _refuse_unsupported(config)
     val_set = _open_folder(config, 'val')
-    train_loader = None
+    train_loader, classes = None, val_set.classes
+    if evaluates_22k_as_1k(config, len(classes)):
+        classes = []
     if not (config.EVAL_MODE or config.THROUGHPUT_MODE):
         train_set = _open_folder(config, 'train')
         _check_same_classes(config, train_set, val_set)
+        classes = train_set.classes
         train_loader = _train_loader(config, train_set, rank, world_size)
     val_loader: DataLoader = DataLoader(
         val_set,
@@ -65,7 +73,25 @@ def build_loaders(config: CfgNode, rank: int, world_size: int) -> Loaders:
         generator=torch.Generator(),
         pin_memory=_pin_memory(config),
     )
-    return Loaders(train_loader, val_loader, build_mixup(config))
+    return Loaders(train_loader, val_loader, build_mixup(config), classes)
+
+
+def order_of(loader: DataLoader, seed: int) -> dict[str, Any]:
+    """What the order of a training loader's images depends on, beside the epoch.
+
+    Args:
+        loader: the training loader from `build_loaders`.
+        seed: the config's SEED.
+
+    Returns:
+        The number of images, the seed, and a digest of the files' names below their folder.
+    """
+    assert isinstance(loader.dataset, SeededImages)
+    folder = loader.dataset.images
+    digest = xxhash.xxh3_64()
+    for path, _ in folder.samples:
+        digest.update(path[len(str(folder.root)) :].encode(errors='surrogateescape') + b'\0')
+    return {'images': len(folder), 'SEED': abs(seed), 'file names': digest.hexdigest()}
 
 
 def build_mixup(config: CfgNode) -> Mixup | None:

@@ -27,27 +27,33 @@ def open_log(output: str | Path, rank: int, console: bool | None = None) -> logg
     """Opens the package's logger: ``log_rank{rank}.txt`` in ``output``, appended to, and a console.
 
     Messages of every module of this package go the same way. Each rank calls it for itself;
-    calling it again replaces what the first call opened.
+    calling it again replaces what the first call opened. A file that cannot be written is a
+    warning: the run goes on without it.
 
     Args:
         output: a directory; made if it is not there.
         rank: this process's global rank.
         console: whether this rank writes to stdout as well; by default rank 0 alone does.
     """
-    directory = Path(output)
-    directory.mkdir(parents=True, exist_ok=True)
+    path = Path(output) / f'log_rank{rank}.txt'
     logger = logging.getLogger('internvl_ds')
     close_log(logger)
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    handlers: list[logging.Handler] = [
-        logging.FileHandler(directory / f'log_rank{rank}.txt', encoding='utf-8')
-    ]
+    handlers: list[logging.Handler] = []
+    failure = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handlers.append(_LogFile(path, encoding='utf-8'))
+    except OSError as error:
+        failure = error
     if rank == 0 if console is None else console:
         handlers.append(_ConsoleHandler())
     for handler in handlers:
         handler.setFormatter(logging.Formatter(_FORMAT.format(rank=rank)))
         logger.addHandler(handler)
+    if failure is not None:  # on a rank without a console logging itself writes it to stderr
+        logger.warning('%s: cannot be written (%s): the run goes on without it', path, failure)
     return logger
 
 
@@ -92,16 +98,42 @@ class MetricsLog:
                 records.append(record)
         return records
 
-    def drop_from(self, epoch: int) -> None:
-        """Removes the records of ``epoch`` and later ones, which are about to be repeated."""
+    def drop_from(self, epoch: int, last: Mapping[str, Any] | None = None) -> None:
+        """Removes the records of ``epoch`` and later ones, which are about to be repeated.
+
+        Args:
+            epoch: that a run goes on with.
+            last: the record of the epoch before, from the tag that it resumes from: added where the
+                run that saved it was killed before it wrote the line.
+        """
         kept = [record for record in self.read() if record['epoch'] < epoch]
-        if kept or self.path.is_file():
-            write_text(self.path, ''.join(_line(record) for record in kept))
+        lacks_it = last and last['epoch'] == epoch - 1 not in [record['epoch'] for record in kept]
+        if last and lacks_it and self.path.is_file():  # without a file it is another run's
+            kept.append(dict(last))
+        write_text(self.path, ''.join(_line(record) for record in kept))
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Adds one epoch's record; values that JSON has no word for (nan, inf) become null."""
         with self.path.open('a', encoding='utf-8') as file:
             file.write(_line(record))
+
+
+class _LogFile(logging.FileHandler):
+    """Says once, on stderr, that it cannot be written, where logging would print each time."""
+
+    _told = False
+
+    def handleError(self, record: logging.LogRecord | None) -> None:
+        if not self._told:
+            self._told = True
+            reason = sys.exc_info()[1]
+            print(f'{self.baseFilename}: cannot be written ({reason})', file=sys.stderr)
+
+    def close(self) -> None:
+        try:
+            super().close()  # writes what is left
+        except OSError:
+            self.handleError(None)
 
 
 class _ConsoleHandler(logging.StreamHandler):

@@ -18,6 +18,7 @@ from yacs.config import CfgNode
 
 from internvl_ds.checkpoint.restore import load_weights
 from internvl_ds.comm import how_started, reduce_tensor
+from internvl_ds.files import for_show
 from internvl_ds.meetings import rank, world_size
 from internvl_ds.preemption import SAVE, STOP, Preempted, Preemption
 from internvl_ds.train.data import start_epoch
@@ -154,7 +155,8 @@ def _train(state: Run) -> float:
     first, last = config.TRAIN.START_EPOCH, config.TRAIN.EPOCHS - 1
     metrics = MetricsLog(Path(config.OUTPUT) / 'metrics.jsonl')
     if rank() == 0:
-        metrics.drop_from(first)
+        with for_show(metrics.path, logger):
+            metrics.drop_from(first, state.position.record)
     if first > last:
         logger.info('nothing to train: epoch %d of %d is next', first, config.TRAIN.EPOCHS)
     start = time.perf_counter()
@@ -181,13 +183,13 @@ def _time_updates(state: Run, stopwatch: Stopwatch) -> float:
 
 
 def _run_epoch(state: Run, epoch: int, metrics: MetricsLog) -> None:
-    """Trains, evaluates, records and saves one epoch."""
+    """Trains, evaluates, saves and records one epoch."""
     config = state.config
     if config.TRAIN.SAVE_ON_OVERFLOW:
         state.scaler.before_stop = functools.partial(_save_overflow, state, epoch)
     record: dict[str, Any] = {'epoch': epoch, **train_one_epoch(state, epoch)}
     improved = improved_ema = False
-    if epoch % config.EVAL_FREQ == 0 or _is_last(config, epoch):
+    if _is_due(config, epoch, config.EVAL_FREQ):
         result, averaged = _validate_epoch(state, epoch)
         improved, state.best = result.acc1 > state.best, max(state.best, result.acc1)
         record.update(acc1=result.acc1, acc5=result.acc5, val_loss=result.loss)
@@ -196,26 +198,28 @@ def _run_epoch(state: Run, epoch: int, metrics: MetricsLog) -> None:
             state.best_ema = max(state.best_ema, averaged.acc1)
             record.update(ema_acc1=averaged.acc1)
         state.logger.info('best top-1 %.2f %%', state.best)
-    _write_monitor(state, record)
-    if rank() == 0:
-        metrics.append(record)
-        plot_curves(metrics.read(), Path(config.OUTPUT) / 'curves.png')
     state.position.reset()
+    state.position.record = record
     # The best first: a run that is killed in between repeats the epoch, and saves both again.
     if improved:
         _save(state, epoch, best='best')
     if improved_ema:
         _save(state, epoch, best='ema_best')
-    if _saves_epoch(config, epoch):
+    if _is_due(config, epoch, config.SAVE_FREQ):
         _save(state, epoch)
+    # Last: none of it may keep an epoch from being saved.
+    _write_monitor(state, record)
+    if rank() == 0:
+        with for_show(metrics.path, state.logger):
+            metrics.append(record)
+        curves = Path(config.OUTPUT) / 'curves.png'
+        with for_show(curves, state.logger):
+            plot_curves(metrics.read(), curves)
 
 
-def _is_last(config: CfgNode, epoch: int) -> bool:
-    return bool(epoch == config.TRAIN.EPOCHS - 1)
-
-
-def _saves_epoch(config: CfgNode, epoch: int) -> bool:
-    return epoch % config.SAVE_FREQ == 0 or _is_last(config, epoch)
+def _is_due(config: CfgNode, epoch: int, every: int) -> bool:
+    """Whether an epoch has its turn, by EVAL_FREQ or SAVE_FREQ; the last one always has."""
+    return (every > 0 and epoch % every == 0) or epoch == config.TRAIN.EPOCHS - 1
 
 
 def _pass_boundary(state: Run, epoch: int, progress: Progress) -> None:
@@ -230,7 +234,7 @@ def _pass_boundary(state: Run, epoch: int, progress: Progress) -> None:
     state.position.meters = progress.state_dict()
     if action == STOP:
         raise Preempted
-    if not (state.position.complete and _saves_epoch(state.config, epoch)):
+    if not (state.position.complete and _is_due(state.config, epoch, state.config.SAVE_FREQ)):
         _save_step(state, epoch)
 
 
@@ -277,6 +281,7 @@ def _save(state: Run, epoch: int, best: str | None = None, step: int | None = No
         best=best,
         step=step,
         loop=state.position,
+        class_names=state.loaders.classes,
     )
     if best is None and state.preemption is not None:
         state.preemption.saved()

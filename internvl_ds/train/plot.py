@@ -39,8 +39,11 @@ def plot_curves(records: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     if best is not None:
         accuracy.set_title(f'best top-1 {best:.2f} %', fontsize=10)
     aside = path.with_name(f'.{path.stem}.tmp.png')
-    figure.savefig(aside)
-    aside.replace(path)
+    try:
+        figure.savefig(aside)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
     return path
 
 

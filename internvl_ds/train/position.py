@@ -18,6 +18,9 @@ class Position:
         images: in a micro-batch, over all ranks.
         ranks: how many there were.
         meters: what `Progress.state_dict` told there.
+        order: what the epoch's order of images depends on, from `internvl_ds.train.data.order_of`;
+            empty where that is not known.
+        record: the metrics of the epoch before, for a run that was killed before it wrote them.
     """
 
     micro_batches: int = 0
@@ -25,6 +28,8 @@ class Position:
     images: int = 0
     ranks: int = 0
     meters: dict[str, Any] = field(default_factory=dict)
+    order: dict[str, Any] = field(default_factory=dict)
+    record: dict[str, Any] = field(default_factory=dict)
 
     def reset(self) -> None:
         """Goes to the beginning of the next epoch."""
@@ -36,15 +41,24 @@ class Position:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """For `load_checkpoint`; `fit` has to follow."""
-        for name in asdict(self):
+        for name in state.keys() & asdict(self).keys():  # earlier versions kept less
             setattr(self, name, state[name])
 
-    def fit(self, images: int, ranks: int, group: int, total: int, logger: logging.Logger) -> bool:
+    def fit(
+        self,
+        images: int,
+        ranks: int,
+        group: int,
+        total: int,
+        logger: logging.Logger,
+        order: Mapping[str, Any] | None = None,
+    ) -> bool:
         """Turns a loaded position into one of the run as it is now.
 
         All ranks together have seen the first ``micro_batches * images`` images of the epoch's
         order, which depends on neither. With another batch or number of ranks the position is the
-        last whole update before that.
+        last whole update before that. With other training images or another SEED the order is
+        another: the epoch is begun anew.
 
         Args:
             images: in a micro-batch, over all ranks, now.
@@ -52,11 +66,14 @@ class Position:
             group: micro-batches of an update, now.
             total: micro-batches of an epoch, now.
             logger: warned where images will be seen twice.
+            order: what the order of images depends on, now; None where that is not known.
 
         Returns:
             Whether it is a position of the same ranks, whose generators and meters go on.
         """
         same = ranks == self.ranks
+        if self.micro_batches and not self.complete and self._order_changed(order, logger):
+            self.micro_batches, same = 0, False
         seen = self.micro_batches * self.images
         if self.complete:
             self.micro_batches = total
@@ -70,7 +87,28 @@ class Position:
                     self.micro_batches * images,
                     seen,
                 )
-        self.images, self.ranks = images, ranks
+        self.images, self.ranks, self.order = images, ranks, dict(order or {})
         if not same:
             self.meters = {}
         return same
+
+    def _order_changed(self, now: Mapping[str, Any] | None, logger: logging.Logger) -> bool:
+        if not self.order or not now:
+            logger.warning(
+                'an epoch goes on after %d micro-batches, and it is not known whether its order of '
+                'images is still the same: if images or the SEED have changed since, some images '
+                'are seen twice in it, and others not at all',
+                self.micro_batches,
+            )
+            return False
+        changed = {
+            key: (self.order.get(key), now[key]) for key in now if self.order.get(key) != now[key]
+        }
+        if changed:
+            logger.warning(
+                'the epoch is begun anew: after %d of its micro-batches the order of its images '
+                'has changed; (then, now) differ in %s',
+                self.micro_batches,
+                changed,
+            )
+        return bool(changed)

@@ -23,8 +23,8 @@ _NORM_WINDOW = 300  # updates that the mean and deviation of the gradient norm c
 class Progress:
     """Collects one epoch's losses and norms, and writes a line every PRINT_FREQ micro-batches.
 
-    Losses and norms stay tensors until a line is due: reading one makes the host wait for the
-    device, so only a line does.
+    With 0 the only line is the one after the last. Losses and norms stay tensors until a line is
+    due: reading one makes the host wait for the device, so only a line does.
     """
 
     def __init__(
@@ -97,7 +97,8 @@ class Progress:
         self._skipped += skipped
         index, self._done = self._done, self._done + 1
         self._bar.update()
-        if index % max(1, self._config.PRINT_FREQ) == 0 or self._done == self._micro_batches:
+        every = self._config.PRINT_FREQ
+        if (every and index % every == 0) or self._done == self._micro_batches:
             self._read_pending()
             self._write_line(index, lr, loss_scale)
 

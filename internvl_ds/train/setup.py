@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,17 @@ from torch import nn
 from yacs.config import CfgNode
 
 from internvl_ds import ds_config as ds
+from internvl_ds.checkpoint.classes import require_same_classes, saved_classes
+from internvl_ds.config import require_counts
 from internvl_ds.ds_check import check, errors_of, refuse
 from internvl_ds.ema import ShardedEma
 from internvl_ds.engine import initialize
 from internvl_ds.errors import ConfigError
-from internvl_ds.meetings import exchange, rank, world_size
+from internvl_ds.files import for_show
+from internvl_ds.meetings import exchange, from_rank_0, rank, world_size
 from internvl_ds.precision import NativeScalerWithGradNormCount
 from internvl_ds.preemption import Preemption
-from internvl_ds.train.data import Loaders, build_loaders, seed_everything
+from internvl_ds.train.data import Loaders, build_loaders, order_of, seed_everything
 from internvl_ds.train.log import write_config
 from internvl_ds.train.model import build_model
 from internvl_ds.train.optim import (
@@ -97,6 +101,7 @@ def setup(config: CfgNode, ds_config: DsConfig, logger: logging.Logger) -> Run:
         ConfigError: for settings that disagree with each other, the data or the model.
     """
     tree = ds.load_ds_config(ds_config)
+    require_counts(config)
     trains = not (config.EVAL_MODE or config.THROUGHPUT_MODE)
     found = check(tree, config, world_size(), optimizer_in_code=trains, scheduler_in_code=trains)
     refuse(errors_of(found))  # initialize logs the warnings
@@ -118,6 +123,7 @@ def setup(config: CfgNode, ds_config: DsConfig, logger: logging.Logger) -> Run:
         return Run(config, logger, loaders, engine, NativeScalerWithGradNormCount())
     _choose_resume(config, logger)
     if config.MODEL.PRETRAINED and not config.MODEL.RESUME:
+        _compare_pretrained_classes(config, loaders.classes, logger)
         load_pretrained(config, model, logger)
     if config.EVAL_MODE:
         return _setup_evaluation(config, model, resolved, loaders, logger)
@@ -138,8 +144,11 @@ def _setup_training(
             f'{len(loaders.train)} micro-batches of DATA.BATCH_SIZE {config.DATA.BATCH_SIZE} on '
             'each rank; lower one of the two'
         )
+    timeout = config.CHECKPOINT.RENDEZVOUS_TIMEOUT
+    from_rank_0('look at OUTPUT', lambda: _require_writable(config.OUTPUT), timeout)
     if rank() == 0:
-        logger.info('configuration, resolved: %s', write_config(config, config.OUTPUT))
+        with for_show(Path(config.OUTPUT) / 'config.json', logger):
+            logger.info('configuration, resolved: %s', write_config(config, config.OUTPUT))
     lrs = scaled_lrs(config, world_size())
     logger.info('lr for the global batch: %.3e, warm-up from %.3e, at least %.3e', *lrs)
     client = build_optimizer(config, model, lrs.base)
@@ -149,21 +158,30 @@ def _setup_training(
     scaler = NativeScalerWithGradNormCount()
     state = Run(config, logger, loaders, engine, scaler, optimizer, scheduler)
     if config.MODEL.RESUME:
-        logger.info('resuming from %s', config.MODEL.RESUME)
         state.best = load_checkpoint(
-            config, engine, optimizer, scheduler, scaler, logger, loop=state.position
+            config,
+            engine,
+            optimizer,
+            scheduler,
+            scaler,
+            logger,
+            loop=state.position,
+            class_names=loaders.classes,
         )
     if config.TRAIN.EMA.ENABLE:
         # After the load: without an average in the checkpoint it starts at the loaded weights.
         state.ema = ShardedEma(engine, config.TRAIN.EMA.DECAY, config.TRAIN.EMA.WARMUP)
         if config.MODEL.RESUME:
             state.best_ema = load_ema_checkpoint(config, state.ema, logger)
+    train_loader = loaders.train  # of rank 0, so that all ranks decide alike
+    order = from_rank_0('order of images', lambda: order_of(train_loader, config.SEED), timeout)
     same = state.position.fit(
         images=config.DATA.BATCH_SIZE * world_size(),
         ranks=world_size(),
         group=accumulation_steps(config),
         total=len(loaders.train),
         logger=logger,
+        order=order,
     )
     state.generators_go_on = same and state.position.micro_batches > 0
     return state
@@ -179,7 +197,7 @@ def _setup_evaluation(
     """Loads before there is an engine, so that a checkpoint of any layout will do."""
     best, averaged = 0.0, None
     if config.MODEL.RESUME:
-        best = load_checkpoint(config, model, None, None, None, logger)
+        best = load_checkpoint(config, model, None, None, None, logger, class_names=loaders.classes)
         if config.TRAIN.EMA.ENABLE:
             ema = ModelEmaV3(model)
             load_ema_checkpoint(config, ema, logger)
@@ -205,10 +223,32 @@ def _share_cores(config: CfgNode) -> None:
         torch.set_num_threads(max(1, cores // hosts.count(socket.gethostname())))
 
 
+def _require_writable(output: str) -> None:
+    """On rank 0: refuses before training what would fail after an epoch of it."""
+    try:
+        Path(output).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output).close()
+    except OSError as error:
+        raise ConfigError(f'OUTPUT {output}: no checkpoint can be saved there: {error}') from error
+
+
+def _compare_pretrained_classes(
+    config: CfgNode, classes: Sequence[str], logger: logging.Logger
+) -> None:
+    """A head of as many classes is taken over, row by row; one of another number never is."""
+
+    def compare() -> None:
+        if len(saved_classes(config.MODEL.PRETRAINED) or ()) == len(classes):
+            require_same_classes(config, classes, config.MODEL.PRETRAINED, logger)
+
+    from_rank_0('compare classes', compare, config.CHECKPOINT.IO_TIMEOUT)
+
+
 def _choose_resume(config: CfgNode, logger: logging.Logger) -> None:
+    """Sets MODEL.RESUME where it is not; where it is, `load_checkpoint` looks into OUTPUT."""
     if config.MODEL.RESUME or not config.TRAIN.AUTO_RESUME:
         return
-    found = auto_resume_helper(config.OUTPUT)
+    found = auto_resume_helper(config.OUTPUT, config=config)
     if found is None:
         logger.info('no checkpoint in %s: starting anew', config.OUTPUT)
         return

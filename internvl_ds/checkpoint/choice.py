@@ -1,0 +1,262 @@
+"""Which checkpoint a run goes on from: MODEL.RESUME, or what its OUTPUT holds. All ranks agree."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import yaml
+from yacs.config import CfgNode
+
+from internvl_ds.checkpoint import background, lookup, store
+from internvl_ds.checkpoint.manifest import epoch_of, step_of
+from internvl_ds.checkpoint.state import state_of
+from internvl_ds.checkpoint.verify import damage, share_of
+from internvl_ds.config import checkpoint_option, default_config, get_option
+from internvl_ds.errors import CheckpointError, CheckpointNotFound, PretrainedError
+from internvl_ds.meetings import exchange, from_rank_0, rank, world_size
+from internvl_ds.pretrained.sources import open_source
+
+_log = logging.getLogger(__name__)
+
+Find = Callable[[Mapping[str, str]], lookup.Resume | None]
+
+# What was asked for last and what was taken, so that an average comes from where the weights did.
+_last: tuple[tuple[str, str, bool, bool], Path | None] | None = None
+
+
+def auto_resume_helper(output_dir: str, *, config: CfgNode | None = None) -> str | None:
+    """The newest checkpoint in a directory, for MODEL.RESUME; the same answer on every rank.
+
+    Every rank must call it once there is a process group. The tag's checksums are verified, each
+    rank reading a share of its files; a damaged tag is passed over with a warning that names file
+    and reason. What dead saves left in the directory is swept away. In a directory that a rewound
+    run has saved into, the newest is what was saved last, also where tags of later training stay.
+
+    Args:
+        output_dir: the directory.
+        config: keyword-only; its CHECKPOINT time limits hold.
+
+    Returns:
+        A tag's path; None when there is no such directory, or no checkpoint was ever in it.
+
+    Raises:
+        CheckpointNotFound: when checkpoints were there and no whole one is left.
+    """
+    background.wait()
+    config = default_config() if config is None else config
+    timeout = checkpoint_option(config, 'RENDEZVOUS_TIMEOUT')
+    from_rank_0('sweep', lambda: _sweep(Path(output_dir)), timeout)
+    found = _newest(Path(output_dir), timeout, checkpoint_option(config, 'IO_TIMEOUT'))
+    if found is None:
+        return None
+    if found.warning and rank() == 0:
+        _log.warning(found.warning)
+    return str(found.path)
+
+
+def choose(config: CfgNode, logger: logging.Logger, *, as_before: bool = False) -> Path | None:
+    """The tag or file to load, the same on all ranks; None for a URL. A meeting of all ranks.
+
+    It is what MODEL.RESUME names: a tag, a file, or the newest tag of an output directory. But
+    where a run trains (no EVAL_MODE) with TRAIN.AUTO_RESUME, a newer tag in OUTPUT goes before it:
+    the same command, started again, goes on where it was. Newer is, of two tags in one directory,
+    the one saved later; else one whose run went on from this same MODEL.RESUME, or one further in
+    training. Without TRAIN.AUTO_RESUME it is MODEL.RESUME, and a run can be rewound. Either way a
+    warning says what was taken in place of what.
+
+    Args:
+        config: MODEL.RESUME, OUTPUT, TRAIN.AUTO_RESUME, EVAL_MODE and CHECKPOINT are read.
+        logger: told what was taken where that is not simply MODEL.RESUME.
+        as_before: take what was taken for the same settings last, as long as it is there.
+
+    Raises:
+        CheckpointNotFound: when nothing is there.
+        CheckpointError: when the tag that is asked for by its name is not whole.
+    """
+    global _last
+    timeout = checkpoint_option(config, 'RENDEZVOUS_TIMEOUT')
+    asked = (
+        str(config.MODEL.RESUME),
+        str(get_option(config, 'OUTPUT', '')),
+        bool(get_option(config, 'EVAL_MODE', False)),
+        bool(get_option(config, 'TRAIN.AUTO_RESUME', True)),
+    )
+    if as_before and _last is not None and _last[0] == asked:
+        path = _last[1]
+        if path is None or from_rank_0('resume as before', path.exists, timeout):
+            return path
+    path = _choose(*asked, timeout, checkpoint_option(config, 'IO_TIMEOUT'), logger)
+    _last = asked, path
+    return path
+
+
+def _choose(
+    resume: str,
+    output: str,
+    evaluates: bool,
+    auto_resume: bool,
+    timeout: float,
+    io_timeout: float,
+    logger: logging.Logger,
+) -> Path | None:
+    if not resume:
+        raise CheckpointNotFound('MODEL.RESUME is empty: set it to a checkpoint')
+
+    def find(damaged: Mapping[str, str]) -> lookup.Resume | None:
+        found = lookup.newest(Path(output), damaged)
+        if found is None or found.path.is_file() or not _is_newer(found.path, resume):
+            return None
+        return found
+
+    def find_or_none() -> str | None:
+        try:
+            found = find({})
+        except CheckpointNotFound:
+            return None
+        return None if found is None else str(found.path)
+
+    if output and not evaluates and auto_resume:
+        try:
+            own = _verified(find, timeout, io_timeout)
+        except CheckpointNotFound as error:
+            logger.warning('%s It is set: %s is taken', error, resume)
+            own = None
+        if own is not None:
+            if own.warning:
+                logger.warning(own.warning)
+            logger.warning(
+                '%s goes before MODEL.RESUME %s, as the newer (TRAIN.AUTO_RESUME False would keep '
+                'MODEL.RESUME)',
+                own.path,
+                resume,
+            )
+            return own.path
+    elif output and not evaluates:
+        newer = from_rank_0('find newest', find_or_none, timeout)
+        if newer is not None:
+            logger.warning(
+                'MODEL.RESUME %s is taken, and not the newer %s: TRAIN.AUTO_RESUME is False',
+                resume,
+                newer,
+            )
+    return _resolve(resume, timeout, io_timeout, logger)
+
+
+def _is_newer(own: Path, resume: str) -> bool:
+    """Whether a tag of OUTPUT goes before MODEL.RESUME: see `choose`."""
+    asked = lookup.present(Path(resume))
+    if asked.is_dir() and not lookup.is_tag(asked):
+        with contextlib.suppress(CheckpointNotFound):  # told when it is loaded, if it is
+            newest = lookup.newest(asked)
+            asked = asked if newest is None else newest.path
+    ours, theirs = lookup.header_or_none(own), lookup.header_or_none(asked)
+    output = os.path.realpath(own.parent)
+    if ours and theirs and os.path.realpath(asked.parent) == output:
+        return ours.sequence > theirs.sequence
+    began_from = _resumed_from(own)
+    if began_from == _place(resume):
+        return True
+    further, than = _position(own), _position(asked)
+    if further is not None and than is not None:
+        return further > than
+    return os.path.dirname(began_from) == output  # it went on from this OUTPUT before
+
+
+def _position(path: Path) -> tuple[int, int] | None:
+    """How far in training a tag or file was saved: whole epochs, updates; None if not known.
+
+    Of a tag that is not there any more its name says so.
+    """
+    epoch, step = epoch_of(path.name), step_of(path.name)
+    if header := lookup.header_or_none(path):
+        epoch, step = header.epoch, header.step
+    elif path.is_file():
+        with contextlib.suppress(PretrainedError):  # told when it is loaded
+            epoch = open_source(str(path)).get('epoch')
+    return (epoch + (step is None), step or 0) if isinstance(epoch, int) else None
+
+
+def _resumed_from(tag: Path) -> str:
+    """The MODEL.RESUME of the run that saved a tag, from the configuration that it keeps; or ''."""
+    try:
+        tree = yaml.safe_load(state_of(tag).get('config') or '')
+    except (CheckpointError, yaml.YAMLError):  # told when it is loaded
+        return ''
+    resume = get_option(tree, 'MODEL.RESUME', '')
+    return _place(str(resume)) if resume else ''
+
+
+def _place(resume: str) -> str:
+    return resume if resume.startswith('https://') else os.path.realpath(resume)
+
+
+def _sweep(output: Path) -> None:
+    try:
+        store.sweep(output)
+    except OSError as error:  # someone who may only read: it stays as it is
+        _log.info('%s: leftovers of dead saves are not swept: %s', output, error)
+
+
+def _newest(output: Path, timeout: float, io_timeout: float) -> lookup.Resume | None:
+    return _verified(lambda damaged: lookup.newest(output, damaged), timeout, io_timeout)
+
+
+def _verified(find: Find, timeout: float, io_timeout: float) -> lookup.Resume | None:
+    """What ``find`` finds on rank 0, with right checksums, on all ranks. A meeting of all ranks.
+
+    Args:
+        find: gets the names of the tags to pass over, and what is wrong with each.
+        timeout, io_timeout: seconds to wait for the others to meet, and to read.
+    """
+    damaged: dict[str, str] = {}
+
+    def answer() -> list[str | None] | None:
+        found = find(damaged)
+        return None if found is None else [str(found.path), found.warning]
+
+    while True:
+        found = from_rank_0('find newest', answer, timeout)
+        if found is None:
+            return None
+        path, warning = Path(found[0]), found[1]
+        reports = exchange('verify newest', _damage_of_share(path), io_timeout)
+        reasons = [reason for report in reports for reason in report]
+        if not reasons:
+            return lookup.Resume(path, warning)
+        damaged[path.name] = '; '.join(reasons[:3])
+
+
+def _damage_of_share(path: Path) -> list[str]:
+    if path.is_file():
+        return []
+    try:
+        manifest = lookup.read_manifest(path)
+    except CheckpointError as error:
+        return [str(error)]
+    if manifest is None:
+        return []
+    return damage(path, manifest, share_of(manifest.files, rank(), world_size()))
+
+
+def _resolve(resume: str, timeout: float, io_timeout: float, logger: logging.Logger) -> Path | None:
+    """The tag or file that MODEL.RESUME names, the same on all ranks; None for a URL."""
+    if resume.startswith('https://'):
+        return None
+    path, is_tag = from_rank_0('resolve resume', lambda: _named(resume), timeout)
+    if is_tag:
+        return Path(path)
+    found = _newest(Path(path), timeout, io_timeout)
+    if found is None:
+        raise CheckpointNotFound(f'{path}: a directory without any checkpoint')
+    if found.warning:
+        logger.warning(found.warning)
+    return found.path
+
+
+def _named(resume: str) -> tuple[str, bool]:
+    path = lookup.resolve(resume)
+    return str(path), path.is_file() or lookup.is_tag(path)

@@ -1,0 +1,92 @@
+"""Class names that weights were trained on, and whether they are those of now."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from yacs.config import CfgNode
+
+from internvl_ds.checkpoint import lookup
+from internvl_ds.checkpoint.manifest import STATE_FILE
+from internvl_ds.checkpoint.state import state_of
+from internvl_ds.checkpoint.verify import damage
+from internvl_ds.config import get_option
+from internvl_ds.errors import CheckpointError, CheckpointMismatch, PretrainedError
+from internvl_ds.pretrained.sources import open_source
+
+
+def require_same_classes(
+    config: CfgNode, now: Sequence[str], where: str, logger: logging.Logger
+) -> None:
+    """Compares class names in their order with those that weights keep, where they keep any.
+
+    Args:
+        config: DATA.CHECK_CLASS_NAMES is read; False makes the error a warning.
+        now: the names of the data's labels 0, 1, ...; none: nothing is compared.
+        where: the weights, as `saved_classes` takes them.
+        logger: gets that warning.
+
+    Raises:
+        CheckpointMismatch: names the first difference.
+    """
+    saved = saved_classes(where)
+    if not saved or not now or saved == list(now):
+        return
+    pairs = zip([*saved, None], [*now, None], strict=False)
+    label, (was, is_now) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+    message = (
+        f'{where}: trained on other classes than those of now: class {label} was '
+        f'{_quoted(was)}, and is {_quoted(is_now)} ({len(saved)} classes then, {len(now)} now)'
+    )
+    if get_option(config, 'DATA.CHECK_CLASS_NAMES', True):
+        raise CheckpointMismatch(
+            f'{message}. Give the class folders their names of then, or set '
+            'DATA.CHECK_CLASS_NAMES False to use the weights for the classes of now'
+        )
+    logger.warning('%s; DATA.CHECK_CLASS_NAMES is False', message)
+
+
+def saved_classes(where: str) -> list[str] | None:
+    """The class names that a tag keeps, or a file that was exported from one; else None.
+
+    Args:
+        where: as MODEL.RESUME and MODEL.PRETRAINED name it. None for what cannot be read: the load
+            that follows says so.
+
+    Raises:
+        CheckpointError: when a tag's state.json is not what was written.
+    """
+    path = Path(where)
+    if path.is_dir() and lookup.is_tag(path):
+        manifest = lookup.read_manifest(path)
+        found = damage(path, manifest, [STATE_FILE]) if manifest is not None else []
+        if found:
+            raise CheckpointError('; '.join(found))
+        names = state_of(path).get('class_names')
+    else:
+        try:
+            names = _in_file(where)
+        except (OSError, LookupError, TypeError, ValueError, SafetensorError, PretrainedError):
+            return None
+    return list(names) if isinstance(names, list | tuple) else None
+
+
+def _in_file(where: str) -> Any:
+    path = Path(where)
+    if path.is_dir():
+        path = min(path.glob('*.index.json'))
+    if path.name.endswith('.index.json'):
+        return json.loads(path.read_text(encoding='utf-8'))['metadata']['class_names']
+    if path.suffix == '.safetensors' and path.is_file():
+        with safe_open(path, 'pt') as file:
+            return json.loads(file.metadata()['class_names'])
+    return open_source(where).get('class_names')
+
+
+def _quoted(name: str | None) -> str:
+    return 'none' if name is None else repr(name)
