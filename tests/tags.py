@@ -7,7 +7,8 @@ from typing import Any
 
 from internvl_ds.checkpoint import store
 from internvl_ds.checkpoint.hashing import write_hashed
-from internvl_ds.checkpoint.manifest import FileEntry, Header, Manifest, tag_name
+from internvl_ds.checkpoint.manifest import STATE_FILE, FileEntry, Header, Manifest, tag_name
+from internvl_ds.checkpoint.state import state_text
 
 SHARD = 'mp_rank_00_model_states.pt'
 
@@ -41,11 +42,21 @@ def save_tag(
     best: str | None = None,
     content: str = 'weights',
     max_accuracy: float = 0.0,
+    step: int | None = None,
+    state: dict[str, Any] | None = None,
 ) -> Path:
-    """Saves a tag of one shard the way `save_checkpoint` does, ``latest`` included."""
-    tag = tag_name(epoch, best)
+    """Saves a tag of one shard the way `save_checkpoint` does, ``latest`` included.
+
+    With ``state`` it has a state.json of that content.
+    """
+    tag = tag_name(epoch, best, step)
     staging, files = stage_tag(output, tag, content)
-    header = make_header(tag, epoch, store.next_sequence(output), max_accuracy=max_accuracy)
+    if state is not None:
+        text = state_text(state).encode()
+        files[STATE_FILE] = write_hashed(staging.path / STATE_FILE, lambda file: file.write(text))
+    header = make_header(
+        tag, epoch, store.next_sequence(output), max_accuracy=max_accuracy, step=step
+    )
     path = store.commit(staging, Manifest(header, files))
     if best is None:
         store.write_latest(output, tag)

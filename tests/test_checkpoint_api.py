@@ -167,6 +167,21 @@ def test_a_rewound_run_keeps_what_it_saves_and_resumes_from_it(tmp_path):
 
 
 @pytest.mark.ranks
+def test_a_script_that_is_started_again_goes_on_from_its_own_output(tmp_path):
+    results = run_ranks(
+        'tests.workers.saving:start_again', 2, tmp_path, stages=[0, 2, 3], root=tmp_path
+    )
+    for result in results:
+        for found in result.values():
+            assert found['asked'][0] != found['saved'][0]
+            assert found['first'] == found['explicit'] == found['asked']
+            assert found['again'] == found['saved']  # weights, average, epoch, accuracies
+            assert found['first said'] == []
+            assert 'ckpt_epoch_1 goes before MODEL.RESUME' in found['again said'][0]
+            assert 'and not the newer' in found['explicit said'][0]
+
+
+@pytest.mark.ranks
 def test_a_tag_of_plain_deepspeed_loads_and_ours_loads_plainly(tmp_path):
     for result in run_ranks(
         'tests.workers.saving:interchange', 2, tmp_path, stages=STAGES, root=tmp_path

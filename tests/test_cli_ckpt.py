@@ -17,6 +17,7 @@ from internvl_ds.checkpoint.manifest import FORMAT, STATE_FILE, Header, Manifest
 from internvl_ds.checkpoint.state import state_text
 from internvl_ds.cli import main
 from internvl_ds.cli.tables import human_age, human_size, table
+from tests.tags import save_tag
 
 SHARD = 'mp_rank_00_model_states.pt'
 CONFIG = 'MODEL:\n  NAME: vit\n'
@@ -316,8 +317,14 @@ class TestShow:
         assert all(re.fullmatch('[0-9a-f]{32}', file['xxh3_128']) for file in tree['files'])
         assert tree['state'] == {
             'epoch': 1, 'max_accuracy': 60.0, 'max_accuracy_ema': 51.5, 'ema_decay': 0.999,
-            'lr_scheduler': ['base_lrs', 'last_epoch'], 'scaler': None,
+            'lr_scheduler': ['base_lrs', 'last_epoch'], 'scaler': None, 'classes': None,
         }  # fmt: skip
+
+    def test_how_many_class_names_a_tag_keeps(self, ckpt, tmp_path):
+        path = save_tag(tmp_path, 0, state={'class_names': ['cat', 'dog']})
+
+        assert json.loads(ckpt('show', path, '--json')[1])['state']['classes'] == 2
+        assert re.search(r'^state: classes +2$', ckpt('show', path)[1], re.MULTILINE)
 
     def test_config_is_the_yaml_alone(self, ckpt, output):
         path = output / 'ckpt_epoch_0'
@@ -393,6 +400,20 @@ class TestPrune:
     def test_what_any_option_keeps_stays(self, ckpt, output, words, left):
         assert ckpt('prune', output, '--keep', 1, *words)[0] == 0
         assert self.tags(output) == left
+
+    def test_what_a_rewound_run_left_behind_stays_without_a_word(self, ckpt, output):
+        save(output, 0)  # gone back to: 1 and 2 are later training
+
+        status, out = ckpt('prune', output, '--keep', 1)
+
+        assert status == 0
+        assert out.splitlines() == [
+            '0 tag(s) went, 0 B; 3 stay',
+            'of later training than ckpt_epoch_0: ckpt_epoch_1, ckpt_epoch_2 '
+            '(--drop-later removes them too)',
+        ]
+        assert ckpt('prune', output, '--keep', 1, '--drop-later')[0] == 0
+        assert self.tags(output) == ['0', 'best']
 
     def test_the_last_whole_tag_stays_when_newer_ones_are_damaged(self, ckpt, output):
         damage_length(output / 'ckpt_epoch_2')

@@ -1,10 +1,11 @@
 """Files are replaced whole."""
 
+import logging
 import os
 
 import pytest
 
-from internvl_ds.files import write_text
+from internvl_ds.files import for_show, write_text
 
 
 def test_the_new_text_replaces_the_old_and_nothing_is_left_aside(tmp_path):
@@ -34,3 +35,20 @@ def test_a_file_that_cannot_be_replaced_stays_and_nothing_is_left_aside(tmp_path
     with pytest.raises(OSError, match='latest'):
         write_text(path, 'x')
     assert os.listdir(tmp_path) == ['latest']
+
+
+def test_what_is_only_for_show_may_fail_and_says_so_once(tmp_path, caplog):
+    logger = logging.getLogger('test')
+    path = tmp_path / 'none' / 'x'
+    for _ in range(2):
+        with for_show(path, logger):
+            path.write_text('x')
+    with for_show(tmp_path / 'curves.png', logger):
+        raise ValueError('an odd number')
+    with for_show(tmp_path / 'y', logger):
+        (tmp_path / 'y').write_text('y')
+    assert (tmp_path / 'y').read_text() == 'y'
+    said = [record.getMessage() for record in caplog.records]
+    assert [line.partition(': ')[0] for line in said] == [str(path), str(tmp_path / 'curves.png')]
+    assert 'cannot be written (FileNotFoundError: ' in said[0]
+    assert 'cannot be written (ValueError: an odd number): the run goes on without it' in said[1]

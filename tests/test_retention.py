@@ -1,11 +1,15 @@
 """Which tags go: pure."""
 
 import math
+import random
+
+import pytest
 
 from internvl_ds.checkpoint.retention import (
     EpochTag,
     KeepBest,
     KeepEvery,
+    KeepLater,
     KeepNewest,
     KeepSteps,
     tags_to_prune,
@@ -101,3 +105,61 @@ def test_tags_from_inside_epochs_are_counted_by_themselves():
     assert tags_to_prune(steps, [KeepBest(1), KeepEvery(2), KeepNewest(1)]) == [
         'ckpt_epoch_4_step_5', 'ckpt_epoch_4_step_6'
     ]  # fmt: skip
+
+
+def test_tags_of_later_training_stay_until_it_is_done_again():
+    keep = [KeepNewest(1), KeepLater()]
+    assert tags_to_prune(_tags(8, 9, 4), keep) == []
+    assert tags_to_prune(_tags(8, 9, 4, 5), keep) == ['ckpt_epoch_4']
+    # 8 was saved anew, and 9 is the last of the training that was left behind
+    assert tags_to_prune(_tags(9, 7, 8), keep) == ['ckpt_epoch_7']
+    assert tags_to_prune(_tags(9, 8, 10), keep) == ['ckpt_epoch_9', 'ckpt_epoch_8']
+    # in order of training a step tag of an epoch comes before the epoch's own
+    step = EpochTag(9, 9, 'ckpt_epoch_9_step_3', step=3)
+    assert tags_to_prune([*_tags(8, 9), step], [KeepNewest(1), KeepLater()]) == ['ckpt_epoch_8']
+
+
+def test_of_later_training_only_the_furthest_tags_stay_where_a_run_was_rewound_on_purpose():
+    steps = [EpochTag(4, 9, 'ckpt_epoch_9_step_2', step=2), EpochTag(5, 4, 'ckpt_epoch_4')]
+    tags = [*_tags(7, 8, 6), *steps]
+    for most, gone in ((0, [7, 8, 6, 9]), (1, [7, 8, 6]), (2, [7, 6]), (9, [])):
+        names = tags_to_prune(tags, [KeepLater(most)])
+        assert [tag.epoch for tag in tags if tag.name in names] == gone
+
+
+@pytest.mark.parametrize('explicit', [False, True])
+def test_random_saves_and_rewinds_lose_no_later_training(explicit):
+    """Without an explicit word a save removes nothing of later training; with one little stays."""
+    seed = random.randrange(10**6)
+    print(f'seed {seed}')
+    for case in range(300):
+        chance = random.Random(f'{seed} {case}')
+        count, steps = chance.randint(1, 4), chance.randint(0, 3)
+        most = count + steps
+        plain = [KeepNewest(count), KeepSteps(steps)]
+        policies = [*plain, KeepLater(most if explicit else None)]
+        tags, epoch, step = {}, 0, 0
+        for sequence in range(1, chance.randint(2, 60)):
+            if tags and chance.random() < 0.15:  # go back to any tag that is there
+                epoch, step = chance.choice(list(tags.values())).position
+            if chance.random() < 0.3:
+                step += chance.randint(1, 3)
+                saved = EpochTag(sequence, epoch, f'ckpt_epoch_{epoch}_step_{step}', step=step)
+            else:
+                saved = EpochTag(sequence, epoch, f'ckpt_epoch_{epoch}')
+                epoch, step = epoch + 1, 0
+            tags[saved.name] = saved
+            gone = tags_to_prune(tags.values(), policies)
+            later = {name for name, tag in tags.items() if tag.position > saved.position}
+            would_go = set(tags_to_prune(tags.values(), plain))
+            assert saved.name not in gone
+            if explicit:
+                furthest = sorted(later, key=lambda name: tags[name].position)[-most:]
+                assert not set(furthest) & set(gone)
+                assert len(tags) - len(gone) <= 2 * most + 1
+            else:
+                assert not later & set(gone)
+                assert set(gone) == would_go - later
+            if not later:  # it has come as far as any run before: nothing more stays than ever
+                assert set(gone) == would_go
+            tags = {name: tag for name, tag in tags.items() if name not in gone}

@@ -11,7 +11,7 @@ import pytest
 
 from internvl_ds.checkpoint import lookup, store
 from internvl_ds.checkpoint.manifest import FileEntry, Manifest
-from internvl_ds.checkpoint.retention import KeepBest, KeepNewest
+from internvl_ds.checkpoint.retention import KeepBest, KeepLater, KeepNewest
 from internvl_ds.errors import CheckpointError
 from tests.ranks import ROOT, base_env
 from tests.tags import SHARD, hidden, make_header, save_tag, stage_tag
@@ -313,3 +313,22 @@ def test_a_tag_that_cannot_be_removed_is_a_warning(tmp_path, caplog):
     assert f'could not remove {stays}: ' in caplog.text
     assert stays.exists()
     assert (tmp_path / 'ckpt_epoch_1').exists()
+
+
+def test_a_rewound_run_is_told_once_what_stays_of_later_training(tmp_path, caplog):
+    policies = [KeepNewest(1), KeepLater()]
+    for epoch in (8, 9, 3, 4):
+        save_tag(tmp_path, epoch)
+        store.prune(tmp_path, policies)
+    # 8 went when 9 was saved, and 3 when 4 was: what had been saved before it is older training
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['ckpt_epoch_4', 'ckpt_epoch_9', 'latest']
+    (record,) = caplog.records
+    assert record.getMessage().startswith(
+        f'{tmp_path}: ckpt_epoch_3 was saved after tags of later training, of which ckpt_epoch_9 '
+        'stay until this run has come as far'
+    )
+    assert lookup.newest(tmp_path) == (tmp_path / 'ckpt_epoch_4', None)
+    save_tag(tmp_path, 9, content='again')
+    store.prune(tmp_path, policies)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['ckpt_epoch_9', 'latest']
+    assert len(caplog.records) == 1

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,6 +111,44 @@ def test_curves_of_a_run_without_evaluations(tmp_path):
     assert plot_curves([{'epoch': 0, 'train_loss': 1.0}], tmp_path / 'curves.png').is_file()
 
 
+def test_the_record_of_a_run_that_was_killed_before_it_wrote_it_is_added(tmp_path):
+    log, last = MetricsLog(tmp_path / 'metrics.jsonl'), {'epoch': 1, 'acc1': 5.0}
+    log.drop_from(2, last)  # it is of another run: nothing was trained here yet
+    assert log.read() == []
+    log.append({'epoch': 0})
+    for _ in range(2):
+        log.drop_from(2, last)
+        assert log.read() == [{'epoch': 0}, last]
+    log.drop_from(1, {})
+    assert log.read() == [{'epoch': 0}]
+
+
+def test_a_log_that_cannot_be_opened_is_a_warning(tmp_path, capsys):
+    (tmp_path / 'log_rank0.txt').mkdir()
+    (tmp_path / 'log_rank1.txt').mkdir()
+    for rank in (0, 1):
+        logger = open_log(tmp_path, rank)
+        logger.info('on %d', rank)
+        close_log(logger)
+    printed = capsys.readouterr()
+    assert f'{tmp_path / "log_rank0.txt"}: cannot be written' in printed.out
+    assert 'on 0' in printed.out
+    assert f'{tmp_path / "log_rank1.txt"}: cannot be written' in printed.err
+
+
+@pytest.mark.skipif(not Path('/dev/full').exists(), reason='no device that is always full here')
+def test_a_log_on_a_full_disk_is_told_once(tmp_path, capsys):
+    (tmp_path / 'log_rank0.txt').symlink_to('/dev/full')
+    logger = open_log(tmp_path, 0)
+    for number in range(3):
+        logger.info('line %d', number)
+    close_log(logger)
+    printed = capsys.readouterr()
+    assert [line.rpartition(' ')[2] for line in printed.out.splitlines()] == ['0', '1', '2']
+    assert printed.err.count('cannot be written ([Errno 28] No space left on device)') == 1
+    assert 'Traceback' not in printed.err
+
+
 def progress_lines(tmp_path, logger, steps, **values):
     config = small_config(tmp_path, TRAIN__EPOCHS=3, **values)
     progress = Progress(config, 1, len(steps), 2, logger)
@@ -133,6 +172,11 @@ def test_lines_come_at_the_configured_distance_and_at_the_end(tmp_path, logger):
         assert part in lines[1]
     assert progress.losses.avg == 2.5
     assert progress.images_per_second > 0
+
+
+def test_without_a_distance_there_is_a_line_at_the_end_only(tmp_path, logger):
+    _, lines = progress_lines(tmp_path, logger, [(1.0, 1.0)] * 6, PRINT_FREQ=0)
+    assert [line.split('Train: ')[1].split()[0] for line in lines] == ['[1/3][5/6]']
 
 
 def test_norms_between_lines_enter_the_meter_and_overflows_do_not(tmp_path, logger):

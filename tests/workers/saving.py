@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -391,6 +392,37 @@ def rewind(root: str) -> dict[str, Any]:
     newest = auto_resume_helper(root)
     run.close()
     return {'tags': _epoch_tags(root), 'newest': Path(newest).name}
+
+
+def start_again(stages: list[int], root: str) -> dict[str, Any]:
+    """A script that calls load_checkpoint with MODEL.RESUME, and is started again as it was."""
+    results = {}
+    for stage in stages:
+        output, found = f'{root}/new{stage}', {}
+        first = Run(stage, 'fp32', f'{root}/other{stage}')
+        first.steps(0, 2)
+        asked = first.save(0, 10.0, max_accuracy_ema=11.0)
+        found['asked'] = [masters(first.engine), _ema_numbers(first), 1, 10.0, 11.0]
+        first.close()
+        for name, explicit in (('first', False), ('again', False), ('explicit', True)):
+            run = Run(stage, 'fp32', output, seed=7, TRAIN__AUTO_RESUME=not explicit)
+            with caught_warnings() as warnings:
+                best = run.load(asked)
+                if name == 'again' and rank() == 0:  # no resume may mix two tags
+                    shutil.copytree(found['tag'], f'{output}/ckpt_epoch_9')
+                    Path(output, 'latest').write_text('ckpt_epoch_9')
+                torch.distributed.barrier()
+                best_ema = load_ema_checkpoint(run.config, run.ema, logger)
+            start_epoch = run.config.TRAIN.START_EPOCH
+            found[name] = [masters(run.engine), _ema_numbers(run), start_epoch, best, best_ema]
+            found[f'{name} said'] = [line for line in warnings if 'MODEL.RESUME' in line]
+            if name == 'first':
+                run.steps(2, 4)
+                found['tag'] = run.save(1, 20.0, max_accuracy_ema=21.0)
+                found['saved'] = [masters(run.engine), _ema_numbers(run), 2, 20.0, 21.0]
+            run.close()
+        results[str(stage)] = found
+    return results
 
 
 def timm_ema(root: str) -> dict[str, Any]:
