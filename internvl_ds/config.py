@@ -166,30 +166,6 @@ _C.THROUGHPUT_MODE = False
 _C.LOCAL_RANK = 0
 _C.EVAL_22K_TO_1K = False
 
-# The least value of settings that count or last; None for any.
-_LEAST: dict[str, int | None] = {
-    'DATA.BATCH_SIZE': 1,
-    'DATA.NUM_WORKERS': 0,
-    'TRAIN.START_EPOCH': 0,
-    'TRAIN.EPOCHS': 0,
-    'TRAIN.WARMUP_EPOCHS': 0,
-    'TRAIN.MAX_CONSECUTIVE_OVERFLOWS': 0,
-    'TRAIN.SAVE_STEPS': 0,
-    'TRAIN.SAVE_MINUTES': 0,
-    'BENCH.UPDATES': 0,
-    'BENCH.WARMUP': 0,
-    'SAVE_FREQ': 0,
-    'PRINT_FREQ': 0,
-    'EVAL_FREQ': 0,
-    # These are all that the adapters of another script read.
-    'SAVE_CKPT_NUM': None,
-    'CHECKPOINT.RENDEZVOUS_TIMEOUT': 1,
-    'CHECKPOINT.IO_TIMEOUT': 1,
-    'CHECKPOINT.KEEP_BEST': 0,
-    'CHECKPOINT.KEEP_EVERY': 0,
-    'CHECKPOINT.KEEP_STEPS': 0,
-}
-
 # Flag of the training program (attribute of args) -> key that it sets.
 _FLAGS = {
     'batch_size': 'DATA.BATCH_SIZE',
@@ -266,28 +242,6 @@ def merge_opts(config: CN, opts: Sequence[str]) -> None:
         raise ConfigError(f'--opts takes KEY VALUE pairs, and {opts[-1]!r} has no value')
     for key, text in zip(opts[0::2], opts[1::2], strict=True):
         _merge_tree(config, _nest(key, _parse_opt(config, key, text)), source='--opts')
-
-
-def require_counts(config: CN, sections: Sequence[str] = ('',)) -> None:
-    """Refuses values that mean nothing of settings that count something or last a while.
-
-    Args:
-        config: any tree.
-        sections: beginnings of the keys to look at; by default all.
-
-    Raises:
-        ConfigError: names the first one.
-    """
-    for key, least in _LEAST.items():
-        default = get_option(_C, key, 0)
-        value = get_option(config, key, default)
-        kinds = int if isinstance(default, int) else int | float
-        if not key.startswith(tuple(sections)) or (
-            isinstance(value, kinds) and (least is None or value >= least)
-        ):
-            continue
-        at_least = '' if least is None else f' of at least {least}'
-        raise ConfigError(f'{key} is {value!r}; it takes a number{at_least}')
 
 
 def checkpoint_option(config: CN, key: str) -> Any:

@@ -21,7 +21,8 @@ from yacs.config import CfgNode
 
 from internvl_ds import ds_config as ds
 from internvl_ds.comm import init_distributed, limit_collectives
-from internvl_ds.config import checkpoint_option, default_config, get_option, require_counts
+from internvl_ds.config import checkpoint_option, default_config, get_option
+from internvl_ds.counts import require_counts
 from internvl_ds.ds_bridge import bridge_findings
 from internvl_ds.ds_check import check, refuse, require_right
 from internvl_ds.ds_findings import value_at

@@ -66,9 +66,18 @@ def test_damaged_names_are_not_compared(tmp_path):
     ('now', 'difference'),
     [
         (['dog', 'cat', 'Übergang'], "class 0 was 'cat', and is 'dog' (3 classes then, 3 now)"),
-        (['cat', 'eel', 'Übergang'], "class 1 was 'dog', and is 'eel' (3 classes then, 3 now)"),
-        (['cat', 'dog'], "class 2 was 'Übergang', and is none (3 classes then, 2 now)"),
-        ([*NAMES, 'zoo', 'zoos'], "class 3 was none, and is 'zoo' (3 classes then, 5 now)"),
+        (
+            ['cat', 'eel', 'Übergang'],
+            "class 1 was 'dog', and is 'eel' (3 classes then, 3 now; gone: dog; new: eel)",
+        ),
+        (
+            ['cat', 'dog'],
+            "class 2 was 'Übergang', and is none (3 classes then, 2 now; gone: Übergang)",
+        ),
+        (
+            [*NAMES, 'zoo', 'zoos'],
+            "class 3 was none, and is 'zoo' (3 classes then, 5 now; new: zoo, zoos)",
+        ),
     ],
 )
 def test_the_first_difference_is_named(tmp_path, now, difference, caplog):

@@ -327,8 +327,17 @@ def test_a_rewound_run_is_told_once_what_stays_of_later_training(tmp_path, caplo
         f'{tmp_path}: ckpt_epoch_3 was saved after tags of later training, of which ckpt_epoch_9 '
         'stay until this run has come as far'
     )
+    assert ' and none go; auto resume takes what was saved last' in record.getMessage()
     assert lookup.newest(tmp_path) == (tmp_path / 'ckpt_epoch_4', None)
     save_tag(tmp_path, 9, content='again')
     store.prune(tmp_path, policies)
     assert sorted(p.name for p in tmp_path.iterdir()) == ['ckpt_epoch_9', 'latest']
     assert len(caplog.records) == 1
+
+
+def test_a_run_that_was_rewound_on_purpose_is_told_what_goes(tmp_path, caplog):
+    for epoch in (7, 8, 9, 3):
+        save_tag(tmp_path, epoch)
+    assert store.prune(tmp_path, [KeepNewest(1), KeepLater(2)]) == ['ckpt_epoch_7']
+    assert 'ckpt_epoch_8, ckpt_epoch_9 stay' in caplog.text
+    assert 'and ckpt_epoch_7 go' in caplog.text

@@ -90,7 +90,7 @@ def test_other_class_folders_are_refused_before_anything_is_done(start):
     tag = root / 'out' / 'small' / 'ckpt_epoch_0'
     refusal = (
         f'CheckpointMismatch: {tag}: trained on other classes than those of now: class 0 was '
-        "'class_0', and is 'class_1' (3 classes then, 3 now)"
+        "'class_0', and is 'class_1' (3 classes then, 3 now; gone: class_0; new: zebra)"
     )
     for name in ('evaluated', 'resumed', 'pretrained'):
         assert told[name]['end'].startswith(refusal)
@@ -105,7 +105,10 @@ def test_other_class_folders_are_refused_before_anything_is_done(start):
     # What is saved then keeps the names of now.
     assert 'top-1' in told['as now']['log']
     assert warnings(told['as now']) == []
-    assert "class 0 was 'class_1', and is 'cat' (3 classes then, 4 now)" in told['added']['end']
+    assert (
+        "class 0 was 'class_1', and is 'cat' (3 classes then, 4 now; new: cat)"
+        in told['added']['end']
+    )
 
 
 def test_an_epoch_whose_order_of_images_changed_is_begun_anew(start):

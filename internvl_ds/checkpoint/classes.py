@@ -16,7 +16,7 @@ from internvl_ds.checkpoint.manifest import STATE_FILE
 from internvl_ds.checkpoint.state import state_of
 from internvl_ds.checkpoint.verify import damage
 from internvl_ds.config import get_option
-from internvl_ds.errors import CheckpointError, CheckpointMismatch, PretrainedError
+from internvl_ds.errors import CheckpointError, CheckpointMismatch, PretrainedError, few
 from internvl_ds.pretrained.sources import open_source
 
 
@@ -41,8 +41,12 @@ def require_same_classes(
     label, (was, is_now) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
     message = (
         f'{where}: trained on other classes than those of now: class {label} was '
-        f'{_quoted(was)}, and is {_quoted(is_now)} ({len(saved)} classes then, {len(now)} now)'
+        f'{_quoted(was)}, and is {_quoted(is_now)} ({len(saved)} classes then, {len(now)} now'
     )
+    for what, names, others in (('gone', saved, set(now)), ('new', now, set(saved))):
+        differing = [name for name in names if name not in others]
+        message += f'; {what}: {few(differing)}' if differing else ''
+    message += ')'
     if get_option(config, 'DATA.CHECK_CLASS_NAMES', True):
         raise CheckpointMismatch(
             f'{message}. Give the class folders their names of then, or set '

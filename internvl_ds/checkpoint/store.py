@@ -174,11 +174,12 @@ def prune(output: Path, policies: Sequence[Policy], *, quiet: bool = False) -> l
     if not quiet and later and found[-2].name in later:
         logger.warning(
             '%s: %s was saved after tags of later training, of which %s stay until this run has '
-            'come as far (internvl-ds ckpt prune --drop-later removes them); auto resume takes '
-            'what was saved last',
+            'come as far (internvl-ds ckpt prune --drop-later removes them) and %s go; auto resume '
+            'takes what was saved last',
             output,
             found[-1].name,
-            few([name for name in later if name not in goes]),
+            few([name for name in later if name not in goes]) or 'none',
+            few([name for name in later if name in goes]) or 'none',
         )
     return [name for name in goes if _discard(output / name)]
 

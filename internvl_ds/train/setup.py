@@ -20,7 +20,7 @@ from yacs.config import CfgNode
 
 from internvl_ds import ds_config as ds
 from internvl_ds.checkpoint.classes import require_same_classes, saved_classes
-from internvl_ds.config import require_counts
+from internvl_ds.counts import require_counts
 from internvl_ds.ds_check import check, errors_of, refuse
 from internvl_ds.ema import ShardedEma
 from internvl_ds.engine import initialize
