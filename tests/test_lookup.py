@@ -232,12 +232,14 @@ def test_the_epoch_tags_are_listed_with_what_retention_decides_by(tmp_path):
     save_tag(tmp_path, 5, max_accuracy=71.5)
     save_tag(tmp_path, 4, max_accuracy=72.5)
     save_tag(tmp_path, 5, best='best', max_accuracy=99.0)
+    save_tag(tmp_path, 6, step=3)
     _plain(tmp_path, 'global_step100')
     _plain(tmp_path, 'ckpt_epoch_7')
     assert sorted(lookup.epoch_tags(tmp_path)) == [
         EpochTag(0, 7, 'ckpt_epoch_7', None),
         EpochTag(1, 5, 'ckpt_epoch_5', 71.5),
         EpochTag(2, 4, 'ckpt_epoch_4', 72.5),
+        EpochTag(4, 6, 'ckpt_epoch_6_step_3', 0.0, 3, 40),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Monitors of a ds_config that cannot be written are turned off; test_train_restart.py trains so."""
+"""Monitors of a ds_config that cannot be written: turned off. A run: test_train_restart.py."""
 
 from internvl_ds.monitors import drop_unwritable_monitors
 

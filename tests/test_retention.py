@@ -119,6 +119,17 @@ def test_tags_of_later_training_stay_until_it_is_done_again():
     assert tags_to_prune([*_tags(8, 9), step], [KeepNewest(1), KeepLater()]) == ['ckpt_epoch_8']
 
 
+def test_inside_an_epoch_the_engines_updates_say_what_is_later():
+    # Four ranks instead of two: step 21 comes after step 40.
+    tags = [
+        EpochTag(1, 3, 'ckpt_epoch_3_step_40', step=40, updates=340),
+        EpochTag(2, 3, 'ckpt_epoch_3_step_21', step=21, updates=341),
+    ]
+    assert tags_to_prune(tags, [KeepSteps(1), KeepLater()]) == ['ckpt_epoch_3_step_40']
+    rewound = tags[1]._replace(updates=321)
+    assert tags_to_prune([tags[0], rewound], [KeepSteps(1), KeepLater()]) == []
+
+
 def test_of_later_training_only_the_furthest_tags_stay_where_a_run_was_rewound_on_purpose():
     steps = [EpochTag(4, 9, 'ckpt_epoch_9_step_2', step=2), EpochTag(5, 4, 'ckpt_epoch_4')]
     tags = [*_tags(7, 8, 6), *steps]
@@ -141,7 +152,7 @@ def test_random_saves_and_rewinds_lose_no_later_training(explicit):
         tags, epoch, step = {}, 0, 0
         for sequence in range(1, chance.randint(2, 60)):
             if tags and chance.random() < 0.15:  # go back to any tag that is there
-                epoch, step = chance.choice(list(tags.values())).position
+                epoch, _, step = chance.choice(list(tags.values())).position
             if chance.random() < 0.3:
                 step += chance.randint(1, 3)
                 saved = EpochTag(sequence, epoch, f'ckpt_epoch_{epoch}_step_{step}', step=step)

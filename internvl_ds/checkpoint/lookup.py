@@ -126,10 +126,11 @@ def epoch_tags(output: Path) -> list[EpochTag]:
     for path in tags(output):
         epoch = epoch_of(path.name)
         if epoch is not None:
-            header = header_or_none(path)
+            header, step = header_or_none(path), step_of(path.name)
             sequence = header.sequence if header else 0
             accuracy = header.max_accuracy if header else None
-            found.append(EpochTag(sequence, epoch, path.name, accuracy, step_of(path.name)))
+            updates = header.global_steps if header and step is not None else None
+            found.append(EpochTag(sequence, epoch, path.name, accuracy, step, updates))
     return found
 
 

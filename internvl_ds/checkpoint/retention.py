@@ -21,6 +21,7 @@ class EpochTag(NamedTuple):
         name: of the directory.
         max_accuracy: the best accuracy up to that save; None where the tag does not say.
         step: from the name of a step tag; None for an epoch tag.
+        updates: that the engine had counted, of a step tag: another batch size has other steps.
     """
 
     sequence: int
@@ -28,11 +29,12 @@ class EpochTag(NamedTuple):
     name: str
     max_accuracy: float | None = None
     step: int | None = None
+    updates: int | None = None
 
     @property
-    def position(self) -> tuple[int, int]:
+    def position(self) -> tuple[int, int, int]:
         """How far in training it was saved: epochs that are done, and updates of the next one."""
-        return (self.epoch + (self.step is None), self.step or 0)
+        return (self.epoch + (self.step is None), self.updates or 0, self.step or 0)
 
 
 class Policy(Protocol):
