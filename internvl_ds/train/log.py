@@ -107,9 +107,9 @@ class MetricsLog:
                 run that saved it was killed before it wrote the line.
         """
         kept = [record for record in self.read() if record['epoch'] < epoch]
-        lacks_it = last and last['epoch'] == epoch - 1 not in [record['epoch'] for record in kept]
-        if last and lacks_it and self.path.is_file():  # without a file it is another run's
-            kept.append(dict(last))
+        known = {record['epoch'] for record in kept}
+        if last and last['epoch'] == epoch - 1 and epoch - 1 not in known and self.path.is_file():
+            kept.append(dict(last))  # without a file it would be another run's
         write_text(self.path, ''.join(_line(record) for record in kept))
 
     def append(self, record: Mapping[str, Any]) -> None:
