@@ -130,9 +130,9 @@ def _contents_of_file(source: Mapping[str, Any], where: str) -> Contents:
     optimizer = source.get('optimizer')
     if isinstance(optimizer, Mapping) and 'param_groups' in optimizer:
         groups = _group_names(optimizer, weights)
-        _, moments, steps = state_by_order(where, optimizer, groups, weights)
-        tensors |= _moments(moments)
-        numbers |= _steps(steps)
+        kept = state_by_order(where, optimizer, groups, weights)
+        tensors |= _moments(kept.moments)
+        numbers |= _steps(kept.steps)
     if isinstance(source.get('model_ema'), Mapping):
         average = _stripped(source['model_ema'])
         flats = {n: Flat.of(f'{where}: {n}', t) for n, t in average.items()}

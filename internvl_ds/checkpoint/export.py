@@ -65,6 +65,7 @@ def write_original(tag: Path, target: Path) -> None:
     tree: dict[str, Any] = {
         'model': _blank_weights(shards.in_order(saved.weights()), saved.aliases, fillers),
         'optimizer': _blank_optimizer(saved, groups, became, settings, fillers),
+        'optimizer_class': kept.get('optimizer_class'),
         'lr_scheduler': _expanded(kept.get('lr_scheduler'), became, len(merged)),
         'max_accuracy': kept.get('max_accuracy', 0.0),
         'epoch': kept.get('epoch'),
@@ -158,8 +159,8 @@ def _blank_weights(
     return {name: blank[aliases.get(name, name)] for name in flats}
 
 
-def _blank(flat: Flat, fillers: dict[int, Flat], shape: torch.Size | None = None) -> torch.Tensor:
-    tensor = torch.empty(flat.shape if shape is None else shape, dtype=flat.dtype)
+def _blank(flat: Flat, fillers: dict[int, Flat]) -> torch.Tensor:
+    tensor = torch.empty(flat.shape, dtype=flat.dtype)
     fillers[id(tensor)] = flat
     return tensor
 
@@ -179,8 +180,7 @@ def _blank_optimizer(
         param_groups.append({**own, 'param_names': list(names), 'params': numbers})
         for name in names:
             entry: dict[str, Any] = {
-                key: _blank(flat, fillers, saved.masters[name].shape)
-                for key, flat in saved.moments.get(name, {}).items()
+                key: _blank(flat, fillers) for key, flat in saved.moments.get(name, {}).items()
             }
             for key, value in saved.steps.get(name, {}).items():
                 entry[key] = _blank(Flat.of(key, torch.tensor(value)), fillers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -131,6 +132,9 @@ class NamedState:
         moments: parameter -> key of its optimizer state (exp_avg, momentum_buffer, ...) -> tensor.
         steps: parameter -> key -> number, for what the optimizer keeps as one number (step).
         fixed: frozen parameters and buffers.
+        settings: parameter -> the settings of the group that it was in.
+        optimizer: the class of the optimizer; '' where it is not known.
+        fresh: whether it was saved before the first update.
         aliases: a further name of a tied parameter -> the name that it is saved under.
         counters: global_steps, skipped_steps and global_samples, where known.
     """
@@ -143,6 +147,9 @@ class NamedState:
     fixed: Mapping[str, Flat]
     aliases: Mapping[str, str] = field(default_factory=dict)
     counters: Mapping[str, int] = field(default_factory=dict)
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    optimizer: str = ''
+    fresh: bool = False
 
     def weights(self) -> dict[str, Flat]:
         """Name -> tensor of everything in a state dict, tied names included."""
