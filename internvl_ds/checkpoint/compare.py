@@ -115,6 +115,7 @@ def _contents_of_tag(tag: Path) -> Contents:
     numbers = {key: state[key] for key in _NUMBERS if state.get(key) is not None}
     if shards.optim_files or shards.head.get('optimizer'):
         saved = shards.named_state(state.get('optimizer_groups'))
+        saved.require_all_named()
         tensors |= _moments(saved.moments)
         numbers |= _steps(saved.steps)
     average = EmaFiles(tag)
@@ -131,6 +132,8 @@ def _contents_of_file(source: Mapping[str, Any], where: str) -> Contents:
     if isinstance(optimizer, Mapping) and 'param_groups' in optimizer:
         groups = _group_names(optimizer, weights)
         kept = state_by_order(where, optimizer, groups, weights)
+        if kept.unnamed:
+            raise CheckpointMismatch(f'{where}: {kept.unnamed}, and cannot be compared')
         tensors |= _moments(kept.moments)
         numbers |= _steps(kept.steps)
     if isinstance(source.get('model_ema'), Mapping):

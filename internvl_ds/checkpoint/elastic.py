@@ -45,6 +45,7 @@ class Restorer:
             CheckpointError: when a shard cannot be read, or the engine keeps its state on NVMe.
         """
         _require_in_memory(engine)
+        saved.require_all_named()
         optimizer = RunningOptimizer(engine.basic_optimizer)
         weights = saved.weights()
         shapes = {name: tuple(flat.shape) for name, flat in weights.items()}

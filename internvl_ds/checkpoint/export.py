@@ -61,6 +61,7 @@ def write_original(tag: Path, target: Path) -> None:
     # Frozen parameters may be in the client's groups; an empty group has no settings of its own.
     became = [next((index_of[n] for n in names if n in index_of), 0) for names in groups]
     saved = shards.named_state(groups)
+    saved.require_all_named()
     fillers: dict[int, Flat] = {}
     tree: dict[str, Any] = {
         'model': _blank_weights(shards.in_order(saved.weights()), saved.aliases, fillers),

@@ -67,6 +67,7 @@ def state_of_file(
         moments=state.moments,
         steps=state.steps,
         settings=state.settings,
+        unnamed=state.unnamed,
         fixed={
             n: Flat.of(f'{where}: {n}', t) for n, t in weights.items() if n not in state.masters
         },

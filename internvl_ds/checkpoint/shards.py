@@ -36,7 +36,7 @@ from internvl_ds.checkpoint.torch_state import (
     state_by_order,
 )
 from internvl_ds.ds_config import precision_of
-from internvl_ds.errors import CheckpointError, CheckpointMismatch, few
+from internvl_ds.errors import CheckpointError, few
 
 _MASTERS = 'single_partition_of_fp32_groups'
 _COUNTERS = ('global_steps', 'skipped_steps', 'global_samples')
@@ -249,6 +249,7 @@ class TagShards:
             aliases=self.aliases(),
             counters={k: int(self.head[k]) for k in _COUNTERS if self.head.get(k) is not None},
             fresh=self.fresh,
+            unnamed=state.unnamed,
         )
 
     def settings(self) -> list[dict[str, Any]]:
@@ -310,12 +311,15 @@ class TagShards:
         moments: dict[str, dict[str, Flat]] = {name: {} for name in shapes}
         steps: dict[str, dict[str, float]] = {}
         settings: dict[str, Mapping[str, Any]] = {}
-        kept = self.optimizer_state(0)
+        kept, unnamed = self.optimizer_state(0), ''
         for index, group in enumerate(self.layout.groups):
             state = self._group_state(0, index)
-            tensors, numbers = split(str(self.tag), f'group {index}', state)
+            tensors, numbers, other = split(str(self.tag), f'group {index}', state)
+            unnamed = unnamed or other
             for key, tensor in tensors.items():
-                self._require_elements(tensor, index)
+                if tensor.numel not in self._lengths(index):
+                    unnamed = f'{key} of group {index} has not a number for each element'
+                    continue
                 source = functools.partial(self._moment, key)
                 for name in group:
                     places = list(self.layout.places(name))
@@ -323,22 +327,16 @@ class TagShards:
                     moments[name][key] = Flat(of, shapes[name], places, source)
             steps.update(dict.fromkeys(group, numbers))
             settings.update(dict.fromkeys(group, kept[index].settings))
-        return State(self.flats(master), moments, steps, settings)
+        return State(self.flats(master), moments, steps, settings, unnamed)
 
-    def _require_elements(self, tensor: Flat, group: int) -> None:
-        """Refuses state that is not partitioned as the masters are, and cannot be cut anew."""
+    def _lengths(self, group: int) -> list[int]:
+        """Of the first rank's part of a group, with and without its padding."""
         optim = self._optim(0)
         if self.zero_stage == 3:
-            lengths = [optim['fp32_flat_groups'][group].numel()]
-        else:
-            paddings = optim.get('group_paddings')
-            lean = optim[_MASTERS][group].numel()
-            lengths = [lean, lean + (paddings[group] if paddings else 0)]
-        if tensor.numel not in lengths:
-            raise CheckpointMismatch(
-                f'{tensor.name} has {tensor.numel} elements, and the weights have {lengths[-1]}: '
-                'such state goes on only in the layout that it was saved in'
-            )
+            return [optim['fp32_flat_groups'][group].numel()]
+        paddings = optim.get('group_paddings')
+        lean = optim[_MASTERS][group].numel()
+        return [lean, lean + (paddings[group] if paddings else 0)]
 
     def _whole_state(self, names: Sequence[Sequence[str]] | None) -> State:
         optimizer = self.plain_optimizer()

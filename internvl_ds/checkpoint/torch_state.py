@@ -21,6 +21,7 @@ class State(NamedTuple):
     moments: dict[str, dict[str, Flat]]
     steps: dict[str, dict[str, float]]
     settings: dict[str, Mapping[str, Any]]
+    unnamed: str = ''
 
 
 class KeptTensor(NamedTuple):
@@ -77,41 +78,39 @@ def state_by_order(
         raise CheckpointMismatch(
             f'{where}: {len(absent)} parameters of the optimizer are not in it: {few(absent)}'
         )
-    found = State({}, {}, {}, {})
+    found, unnamed = State({}, {}, {}, {}), ''
     for index, (name, (state, settings)) in enumerate(zip(names, kept, strict=True)):
         found.masters[name] = Flat.of(
             f'{where}: {name}', weights[name] if masters is None else masters[index].detach()
         )
-        found.moments[name], found.steps[name] = split(where, name, state)
+        found.moments[name], found.steps[name], other = split(where, name, state)
+        unnamed = unnamed or other
         found.settings[name] = settings
     _require_same_order(where, found, weights)
-    return found
+    return found._replace(unnamed=unnamed)
 
 
 def split(
     where: str, name: str, state: Mapping[str, Any]
-) -> tuple[dict[str, Flat], dict[str, float]]:
+) -> tuple[dict[str, Flat], dict[str, float], str]:
     """The tensors and the numbers that an optimizer keeps for a parameter.
 
     Args:
         where, name: the checkpoint's path and the parameter, for errors.
         state: key -> value.
 
-    Raises:
-        CheckpointMismatch: for what is neither, such as a list of tensors.
+    Returns:
+        Tensors, numbers, and in words what is neither; '' for nothing.
     """
-    tensors, numbers = {}, {}
+    tensors, numbers, other = {}, {}, ''
     for key, value in state.items():
         if isinstance(value, torch.Tensor) and value.dim():
             tensors[key] = Flat.of(f'{where}: {key} of {name}', value)
-        elif value is not None:
-            if form_of(value) != NUMBER:
-                raise CheckpointMismatch(
-                    f'{where}: {key} of {name} is a {type(value).__name__}: such state goes on '
-                    'only in the layout that it was saved in'
-                )
+        elif value is not None and form_of(value) == NUMBER:
             numbers[key] = float(value)
-    return tensors, numbers
+        elif value is not None:
+            other = other or f'{key} of {name} is a {type(value).__name__}'
+    return tensors, numbers, other
 
 
 def _require_same_order(where: str, found: State, weights: Mapping[str, torch.Tensor]) -> None:
