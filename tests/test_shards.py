@@ -96,6 +96,18 @@ def test_runs_of_stages_1_and_2_are_put_together_with_their_gaps(tmp_path):
     target = torch.empty(3)
     state.masters['a'].copy_to(target, 7)
     assert target.tolist() == A.flatten()[7:10].tolist()
+    # state that is no flat partition cannot be cut anew
+    path = tmp_path / 'zero_pp_rank_0_mp_rank_00_optim_states.pt'
+    shard = torch.load(path)
+    inner = shard['optimizer_state_dict']['base_optimizer_state']['state']
+    inner[0]['rows'] = torch.ones(2)
+    torch.save(shard, path)
+    state = TagShards(tmp_path).named_state()
+    assert torch.equal(state.masters['a'].whole(), A)
+    with pytest.raises(
+        CheckpointMismatch, match='rows of group 0 .* only in the layout that it was'
+    ):
+        state.require_all_named()
 
 
 def test_ten_ranks_are_taken_in_the_order_of_their_numbers(tmp_path):

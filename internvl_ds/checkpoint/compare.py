@@ -115,6 +115,7 @@ def _contents_of_tag(tag: Path) -> Contents:
     numbers = {key: state[key] for key in _NUMBERS if state.get(key) is not None}
     if shards.optim_files or shards.head.get('optimizer'):
         saved = shards.named_state(state.get('optimizer_groups'))
+        saved.require_all_named()
         tensors |= _moments(saved.moments)
         numbers |= _steps(saved.steps)
     average = EmaFiles(tag)
@@ -130,9 +131,11 @@ def _contents_of_file(source: Mapping[str, Any], where: str) -> Contents:
     optimizer = source.get('optimizer')
     if isinstance(optimizer, Mapping) and 'param_groups' in optimizer:
         groups = _group_names(optimizer, weights)
-        _, moments, steps = state_by_order(where, optimizer, groups, weights)
-        tensors |= _moments(moments)
-        numbers |= _steps(steps)
+        kept = state_by_order(where, optimizer, groups, weights)
+        if kept.unnamed:
+            raise CheckpointMismatch(f'{where}: {kept.unnamed}, and cannot be compared')
+        tensors |= _moments(kept.moments)
+        numbers |= _steps(kept.steps)
     if isinstance(source.get('model_ema'), Mapping):
         average = _stripped(source['model_ema'])
         flats = {n: Flat.of(f'{where}: {n}', t) for n, t in average.items()}

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
-from torch import nn
 
 from internvl_ds.checkpoint.named import Flat, NamedState, fill
+from internvl_ds.checkpoint.optimizer_state import (
+    NUMBER,
+    RunningOptimizer,
+    SavedTensor,
+    forms_of,
+    like,
+    slots_of,
+    state_of_optimizer,
+)
 from internvl_ds.checkpoint.partition import Layout, owned, shapes_of
 from internvl_ds.checkpoint.restore import (
     model_shapes,
@@ -21,9 +28,6 @@ from internvl_ds.checkpoint.restore import (
 )
 from internvl_ds.errors import CheckpointError, CheckpointMismatch, few
 from internvl_ds.masters import kept_on_nvme, master_weights, partitioning, push_masters
-
-# State of DeepSpeed's own Adams, which cannot be tried on a copy: that would end the original's.
-_ADAM_STATE: dict[str, Any] = {'exp_avg': torch.empty(1), 'exp_avg_sq': torch.empty(1), 'step': 0}
 
 
 class Restorer:
@@ -41,6 +45,8 @@ class Restorer:
             CheckpointError: when a shard cannot be read, or the engine keeps its state on NVMe.
         """
         _require_in_memory(engine)
+        saved.require_all_named()
+        optimizer = RunningOptimizer(engine.basic_optimizer)
         weights = saved.weights()
         shapes = {name: tuple(flat.shape) for name, flat in weights.items()}
         require_same_model(shapes, model_shapes(engine.module), saved.where)
@@ -51,14 +57,23 @@ class Restorer:
         _require_same_trained(saved, self.layout)
         _require_known_layout(self.layout, self.rank, self.masters)
         self.fragments = owned(self.layout, self.rank)
-        self.expected = _state_of_a_step(engine)
+        self.groups = self._groups_of_masters()
+        self.warnings = self._require_same_optimizer(optimizer)
+        self.kept = [
+            optimizer.kept(group, master)
+            for group, master in zip(self.groups, self.masters, strict=True)
+        ]
         self.keys = [self._keys_of_group(index) for index in range(len(self.masters))]
         self.steps = [self._steps_of_group(index) for index in range(len(self.masters))]
+        self.counters = self._counters()
         self.fixed = _fixed(engine, weights, self.layout)
         for fragments in self.fragments:
             for name, place in fragments:
-                for flat in (saved.masters[name], *(saved.moments[name].values())):
-                    flat.pieces(place.start, place.stop)  # opens what `restore` will read
+                # Opens what `restore` will read.
+                saved.masters[name].pieces(place.start, place.stop)
+                for key, flat in saved.moments[name].items():
+                    whole = self._whole_shape(name, key) is not None
+                    flat.pieces(*((0, flat.numel) if whole else (place.start, place.stop)))
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -71,10 +86,12 @@ class Restorer:
                 target.data.copy_(flat.whole())
             else:
                 flat.copy_to(target[: slice_of[1] - slice_of[0]], slice_of[0])
-        state = self.engine.basic_optimizer.state
+        state = state_of_optimizer(self.engine.basic_optimizer)
         for index, master in enumerate(self.masters):
             fill(master.data, self.fragments[index], self.saved.masters)
             self._restore_group_state(index, master, state)
+        for group, counted in self.counters:
+            group.update(counted)
         push_masters(self.engine)
         counters = self.saved.counters
         self.engine.global_steps = counters.get('global_steps', 0)
@@ -90,13 +107,40 @@ class Restorer:
             return
         before = state[master]
         for key in keys:
-            own = before.get(key)
-            if not isinstance(own, torch.Tensor) or own.shape != master.shape:
-                before[key] = torch.zeros_like(master.data)
             moments = {n: self.saved.moments[n][key] for n in self.layout.groups[index]}
-            fill(before[key], self.fragments[index], moments)
+            shape = self._whole_shape(next(iter(moments)), key) or master.shape
+            own = before.get(key)
+            if not isinstance(own, torch.Tensor) or own.shape != shape:
+                before[key] = torch.zeros(shape, dtype=master.dtype, device=master.device)
+            if shape == master.shape:
+                fill(before[key], self.fragments[index], moments)
+            else:
+                before[key].copy_(next(iter(moments.values())).whole())
+        kept = self.kept[index]
         for key, number in steps.items():
-            before[key] = self._number_like(key, number)
+            before[key] = like(number, kept.numbers.get(key) if kept else None)
+
+    def _groups_of_masters(self) -> list[dict[str, Any]]:
+        """For each master, the group of the optimizer that it is in."""
+        slots = slots_of(self.engine)
+        if self.engine.zero_optimization_stage():
+            return [group for group, _ in slots]
+        groups = {id(tensor): group for group, tensor in slots}
+        return [groups[id(master)] for master in self.masters]
+
+    def _require_same_optimizer(self, optimizer: RunningOptimizer) -> list[str]:
+        saved, found = self.saved, []
+        for index, (group, master) in enumerate(zip(self.groups, self.masters, strict=True)):
+            for name, shape in self.layout.groups[index].items():
+                forms = forms_of({**saved.steps[name], **saved.moments[name]}, shape)
+                settings = saved.settings.get(name, {})
+                found.append((SavedTensor([name], forms, settings), group, master))
+        return optimizer.require_saved_by(saved.where, saved.optimizer, saved.fresh, found)
+
+    def _whole_shape(self, name: str, key: str) -> torch.Size | None:
+        """The shape of state that has not a number for each element of its parameter."""
+        own = self.saved.moments[name][key].shape
+        return None if own == self.saved.masters[name].shape else own
 
     def _keys_of_group(self, index: int) -> list[str]:
         """The tensors that the optimizer keeps for a group, which is one to it."""
@@ -108,39 +152,54 @@ class Restorer:
                     f'{self.saved.where}: {names[0]} has optimizer state {keys[names[0]]} and '
                     f'{name} has {keys[name]}, and they are one group now'
                 )
-        found = set(keys[names[0]]) | self.saved.steps[names[0]].keys()
-        if self.expected is not None and found and found != self.expected.keys():
-            optimizer = type(self.engine.basic_optimizer).__name__
-            raise CheckpointMismatch(
-                f'{self.saved.where}: holds {sorted(found)} of an optimizer, and {optimizer} keeps '
-                f'{sorted(self.expected)}: it was saved with another optimizer'
-            )
+            odd = [key for key in keys[name] if self._whole_shape(name, key) is not None]
+            if odd and self.engine.zero_optimization_stage():
+                raise CheckpointMismatch(
+                    f'{self.saved.where}: {odd[0]} of {name} has not a number for each element, '
+                    'and cannot be partitioned: such state goes on only at ZeRO stage 0'
+                )
         return keys[names[0]]
 
     def _steps_of_group(self, index: int) -> dict[str, float]:
         names = list(self.layout.groups[index])
-        steps = dict(self.saved.steps[names[0]])
+        steps = self._steps_of(names[0], index)
         for name in names:
-            if self.saved.steps[name] != steps:
+            own = self._steps_of(name, index)
+            if own != steps:
                 raise CheckpointMismatch(
                     f'{self.saved.where}: the optimizer has counted {steps} for {names[0]} and '
-                    f'{dict(self.saved.steps[name])} for {name}, and they are one group now'
+                    f'{own} for {name}, and they are one group now'
                 )
         return steps
 
-    def _number_like(self, key: str, number: float) -> Any:
-        """A number as this optimizer keeps it: a tensor, an int or a float."""
-        like = (self.expected or {}).get(key)
-        if isinstance(like, torch.Tensor) or like is None:
-            dtype = torch.float32 if like is None else like.dtype
-            device = None if like is None else like.device
-            return torch.tensor(number, dtype=dtype, device=device)
-        return type(like)(number)
+    def _steps_of(self, name: str, index: int) -> dict[str, float]:
+        """The numbers of a parameter, of which some optimizers have one for all of a group."""
+        steps, kept = dict(self.saved.steps[name]), self.kept[index]
+        if kept is None or not (steps or self.saved.moments[name]):
+            return steps
+        settings = self.saved.settings.get(name, {})
+        numbers = {key for key, form in kept.forms.items() if form == NUMBER}
+        steps.update({k: float(settings[k]) for k in numbers - steps.keys() if k in settings})
+        return {key: steps[key] for key in steps if key in kept.forms or key in kept.late}
+
+    def _counters(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """The entries that the optimizer counts in its groups, and what the checkpoint has."""
+        found: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
+        for index, (group, kept) in enumerate(zip(self.groups, self.kept, strict=True)):
+            counted = found.setdefault(id(group), (group, {}))[1]
+            for name in self.layout.groups[index]:
+                settings = self.saved.settings.get(name, {})
+                for key in settings.keys() & (kept.counters.keys() if kept else ()):
+                    value = like(settings[key], group.get(key, settings[key]))
+                    if repr(counted.setdefault(key, value)) != repr(value):
+                        raise CheckpointMismatch(
+                            f'{self.saved.where}: the groups of the optimizer have counted {key} '
+                            f'{counted[key]} and {value}, and they are one group now'
+                        )
+        return list(found.values())
 
 
 def _require_in_memory(engine: DeepSpeedEngine) -> None:
-    if engine.optimizer is None or engine.basic_optimizer is None:
-        raise CheckpointError('this engine has no optimizer: load with EVAL_MODE')
     for what in kept_on_nvme(engine):
         raise CheckpointError(
             f'/zero_optimization/{what}/device is nvme: a checkpoint of another layout cannot '
@@ -211,24 +270,3 @@ def _fixed(
             flat.pieces(0, flat.numel)
             found.append((target, flat, None))
     return found
-
-
-def _state_of_a_step(engine: DeepSpeedEngine) -> dict[str, Any] | None:
-    """The state that one step makes this optimizer keep; None where that cannot be told."""
-    optimizer = engine.basic_optimizer
-    if type(optimizer).__module__.startswith('deepspeed.'):
-        return _ADAM_STATE if 'Adam' in type(optimizer).__name__ else None
-    trial: Any = object.__new__(type(optimizer))
-    trial.__dict__.update(optimizer.__dict__)
-    hooks = ('_optimizer_step_pre_hooks', '_optimizer_step_post_hooks')
-    trial.__dict__.update({name: OrderedDict() for name in hooks})
-    device = next(iter(master_weights(engine).values())).device
-    parameter = nn.Parameter(torch.zeros(2, device=device))
-    parameter.grad = torch.zeros(2, device=device)
-    trial.state = defaultdict(dict)
-    trial.param_groups = [{**optimizer.param_groups[0], 'params': [parameter]}]
-    try:
-        type(optimizer).step(trial)
-    except Exception:  # it needs a closure, or more than its class says
-        return None
-    return {k: v for k, v in trial.state[parameter].items() if v is not None}

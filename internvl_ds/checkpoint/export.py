@@ -61,10 +61,12 @@ def write_original(tag: Path, target: Path) -> None:
     # Frozen parameters may be in the client's groups; an empty group has no settings of its own.
     became = [next((index_of[n] for n in names if n in index_of), 0) for names in groups]
     saved = shards.named_state(groups)
+    saved.require_all_named()
     fillers: dict[int, Flat] = {}
     tree: dict[str, Any] = {
         'model': _blank_weights(shards.in_order(saved.weights()), saved.aliases, fillers),
         'optimizer': _blank_optimizer(saved, groups, became, settings, fillers),
+        'optimizer_class': kept.get('optimizer_class'),
         'lr_scheduler': _expanded(kept.get('lr_scheduler'), became, len(merged)),
         'max_accuracy': kept.get('max_accuracy', 0.0),
         'epoch': kept.get('epoch'),
@@ -162,8 +164,8 @@ def _blank_weights(
     return {name: blank[aliases.get(name, name)] for name in flats}
 
 
-def _blank(flat: Flat, fillers: dict[int, Flat], shape: torch.Size | None = None) -> torch.Tensor:
-    tensor = torch.empty(flat.shape if shape is None else shape, dtype=flat.dtype)
+def _blank(flat: Flat, fillers: dict[int, Flat]) -> torch.Tensor:
+    tensor = torch.empty(flat.shape, dtype=flat.dtype)
     fillers[id(tensor)] = flat
     return tensor
 
@@ -183,8 +185,7 @@ def _blank_optimizer(
         param_groups.append({**own, 'param_names': list(names), 'params': numbers})
         for name in names:
             entry: dict[str, Any] = {
-                key: _blank(flat, fillers, saved.masters[name].shape)
-                for key, flat in saved.moments.get(name, {}).items()
+                key: _blank(flat, fillers) for key, flat in saved.moments.get(name, {}).items()
             }
             for key, value in saved.steps.get(name, {}).items():
                 entry[key] = _blank(Flat.of(key, torch.tensor(value)), fillers)

@@ -23,6 +23,7 @@ from internvl_ds.checkpoint.ema_files import EmaFiles
 from internvl_ds.checkpoint.layout import layout_of_engine, layout_of_tag, same_groups
 from internvl_ds.checkpoint.loop_state import read_loop, restore_loop
 from internvl_ds.checkpoint.manifest import LOOP_FILE, STATE_FILE, Manifest, file_rank
+from internvl_ds.checkpoint.optimizer_state import require_optimizer
 from internvl_ds.checkpoint.original import weights_of_file
 from internvl_ds.checkpoint.restore import load_weights, model_shapes, require_same_model
 from internvl_ds.checkpoint.resume import (
@@ -121,12 +122,14 @@ def load_checkpoint(
         load_weights(find_engine(model) or model, weights, str(path))
     else:
         engine = engine_of(model)
+        require_optimizer(engine)
         direct = _fits_directly(engine, path, timeout, io_timeout, logger)
         shards = agree('find shards', lambda: _shards_of(path, logger), timeout, CheckpointError)
         agree('read loop', lambda: read_loop(path, shards.world_size), timeout, CheckpointError)
         state = agree('read state', lambda: state_of(path), timeout, CheckpointError)
         if direct:
-            state = {**load_same_layout(engine, shards, io_timeout, logger), **state}
+            saved_by = str(state.get('optimizer_class') or '')
+            state = {**load_same_layout(engine, shards, saved_by, io_timeout, logger), **state}
             restore_loss_scale(engine, state.get('loss_scale'))
             restore_schedule(config, state, lr_scheduler, scaler, path, logger)
         else:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from internvl_ds.checkpoint.partition import Place
-from internvl_ds.errors import CheckpointError
+from internvl_ds.errors import CheckpointError, CheckpointMismatch
 
 
 class Flat:
@@ -131,6 +132,10 @@ class NamedState:
         moments: parameter -> key of its optimizer state (exp_avg, momentum_buffer, ...) -> tensor.
         steps: parameter -> key -> number, for what the optimizer keeps as one number (step).
         fixed: frozen parameters and buffers.
+        settings: parameter -> the settings of the group that it was in.
+        optimizer: the class of the optimizer; '' where it is not known.
+        fresh: whether it was saved before the first update.
+        unnamed: state that is no parameter's by element or number, in words; '' for none.
         aliases: a further name of a tied parameter -> the name that it is saved under.
         counters: global_steps, skipped_steps and global_samples, where known.
     """
@@ -143,6 +148,22 @@ class NamedState:
     fixed: Mapping[str, Flat]
     aliases: Mapping[str, str] = field(default_factory=dict)
     counters: Mapping[str, int] = field(default_factory=dict)
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    optimizer: str = ''
+    fresh: bool = False
+    unnamed: str = ''
+
+    def require_all_named(self) -> None:
+        """Refuses to leave state out that cannot be taken by name.
+
+        Raises:
+            CheckpointMismatch: names the first of it.
+        """
+        if self.unnamed:
+            raise CheckpointMismatch(
+                f'{self.where}: {self.unnamed}: such state goes on only in the layout that it was '
+                'saved in'
+            )
 
     def weights(self) -> dict[str, Flat]:
         """Name -> tensor of everything in a state dict, tied names included."""

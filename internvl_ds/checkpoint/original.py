@@ -58,15 +58,22 @@ def state_of_file(
     }
     sizes = [len(group['params']) for group in optimizer['param_groups']]
     groups = next((c for c in candidates if [len(group) for group in c] == sizes), candidates[0])
-    masters, moments, steps = state_by_order(where, optimizer, groups, weights)
+    state = state_by_order(where, optimizer, groups, weights)
+    updates = _updates(checkpoint, state.steps)
     return NamedState(
         where=where,
         layout='a single file',
-        masters=masters,
-        moments=moments,
-        steps=steps,
-        fixed={n: Flat.of(f'{where}: {n}', t) for n, t in weights.items() if n not in masters},
-        counters={'global_steps': _updates(checkpoint, steps)},
+        masters=state.masters,
+        moments=state.moments,
+        steps=state.steps,
+        settings=state.settings,
+        unnamed=state.unnamed,
+        fixed={
+            n: Flat.of(f'{where}: {n}', t) for n, t in weights.items() if n not in state.masters
+        },
+        counters={'global_steps': updates},
+        optimizer=str(checkpoint.get('optimizer_class') or ''),
+        fresh=not updates and checkpoint.get('epoch') is None,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,17 @@ from yacs.config import CfgNode
 from internvl_ds.checkpoint.elastic import Restorer
 from internvl_ds.checkpoint.layout import layout_of_engine
 from internvl_ds.checkpoint.named import NamedState
+from internvl_ds.checkpoint.optimizer_state import (
+    NUMBER,
+    Kept,
+    RunningOptimizer,
+    SavedTensor,
+    forms_of,
+    like,
+    require_optimizer,
+    slots_of,
+    state_of_optimizer,
+)
 from internvl_ds.checkpoint.original import state_of_file
 from internvl_ds.checkpoint.schedule import fit_to_groups, restore_schedule, set_lr_of_schedule
 from internvl_ds.checkpoint.shards import TagShards
@@ -50,6 +62,7 @@ def train_from_file(
 ) -> float:
     """Goes on from an original's .pth. Every rank reads its own part of it."""
     engine = engine_of(model)
+    require_optimizer(engine)
     io_timeout = checkpoint_option(config, 'IO_TIMEOUT')
     merged = client_groups(engine)
     now = _names_of(merged)
@@ -90,7 +103,8 @@ def load_other_layout(
 
     def read() -> tuple[NamedState, list[list[str]]]:
         groups = [group['param_names'] for group in shards.settings()]
-        return shards.named_state(now), groups
+        saved_by = str(state.get('optimizer_class') or '')
+        return dataclasses.replace(shards.named_state(now), optimizer=saved_by), groups
 
     saved, groups = agree('read shards', read, io_timeout, CheckpointError)
     _restore(engine, saved, io_timeout, logger)
@@ -122,6 +136,8 @@ def _restore(
     engine: DeepSpeedEngine, saved: NamedState, io_timeout: float, logger: logging.Logger
 ) -> None:
     restorer = agree('check state', lambda: Restorer(engine, saved), io_timeout, CheckpointError)
+    for warning in restorer.warnings:
+        logger.warning(warning)
     logger.info('%s: from %s to %s', saved.where, saved.layout, layout_of_engine(engine))
     agree('restore state', restorer.restore, io_timeout, CheckpointError)
 
@@ -151,44 +167,58 @@ def _names_of(merged: MergedGroups) -> list[list[str]]:
 
 
 def load_same_layout(
-    engine: DeepSpeedEngine, shards: TagShards, io_timeout: float, logger: logging.Logger
+    engine: DeepSpeedEngine,
+    shards: TagShards,
+    saved_by: str,
+    io_timeout: float,
+    logger: logging.Logger,
 ) -> dict[str, Any]:
+    """Goes on from a tag as DeepSpeed itself does.
+
+    Args:
+        saved_by: the class of the optimizer that it was saved with; '' where it does not say.
+
+    Returns:
+        The client state that DeepSpeed found in it.
+    """
     writer, path = install_writer(engine), shards.tag
 
-    def open_own_files() -> None:
-        # Before any rank changes state or enters a collective: can this rank read its shards?
+    def open_own_files() -> tuple[list[str], list[Kept | None]]:
+        # Before any rank changes state or enters a collective: can this rank read its shards, and
+        # are they the running optimizer's?
         for files in (shards.model_files, shards.optim_files):
             if files:
                 writer.open(files[min(rank(), len(files) - 1)], shards)
-
-    agree('read shards', open_own_files, io_timeout, CheckpointError)
-    state = engine.basic_optimizer.state
-    buffers = {parameter: dict(tensors) for parameter, tensors in state.items()}
+        return _require_same_optimizer(engine, shards, saved_by)
 
     def load() -> dict[str, Any]:
-        try:
-            return read_into_engine()
-        finally:
-            writer.close()
-
-    def read_into_engine() -> dict[str, Any]:
         with gathered_together(engine), frozen_as_made(engine), _reading(engine, shards):
             loaded, client_state = engine.load_checkpoint(str(path.parent), tag=path.name)
         if loaded is None:
             raise CheckpointError(f'{path}: DeepSpeed found nothing to load in it')
-        _into_buffers(engine.basic_optimizer.state, buffers)
+        state = state_of_optimizer(engine.basic_optimizer)
+        _into_buffers(state, buffers)
+        for (group, tensor), own in zip(slots_of(engine), kept, strict=True):
+            _in_own_form(state.get(tensor) or {}, group, own)
         return client_state
 
-    running = _hyperparameters(engine)
-    client_state = agree('load shards', load, io_timeout, CheckpointError)
+    try:
+        warnings, kept = agree('read shards', open_own_files, io_timeout, CheckpointError)
+        for warning in warnings:
+            logger.warning(warning)
+        counted = {key for own in kept if own for key in own.counters}
+        keys = engine.basic_optimizer.defaults.keys() - {'lr'} - counted
+        running = [{k: g[k] for k in keys & g.keys()} for g in engine.optimizer.param_groups]
+        buffers = {
+            parameter: dict(tensors)
+            for parameter, tensors in state_of_optimizer(engine.basic_optimizer).items()
+        }
+        client_state = agree('load shards', load, io_timeout, CheckpointError)
+    finally:
+        writer.close()
     # Those of the running configuration hold; the lr is the scheduler's.
-    for group, own, saved in zip(
-        engine.optimizer.param_groups, running, _hyperparameters(engine), strict=True
-    ):
+    for group, own in zip(engine.optimizer.param_groups, running, strict=True):
         group.update(own)
-        changed = {key: (saved.get(key), own[key]) for key in own if saved.get(key) != own[key]}
-        if changed:
-            logger.warning('%s: (saved, now) of the optimizer differ, now holds: %s', path, changed)
     return client_state
 
 
@@ -201,6 +231,41 @@ def _reading(engine: DeepSpeedEngine, shards: TagShards) -> Iterator[None]:
         yield
     finally:
         del engine._get_all_ckpt_names
+
+
+def _require_same_optimizer(
+    engine: DeepSpeedEngine, shards: TagShards, saved_by: str
+) -> tuple[list[str], list[Kept | None]]:
+    """Compares a tag of the same layout with the running optimizer; see `RunningOptimizer`.
+
+    Returns:
+        Warnings, and what the optimizer keeps for each of its tensors.
+    """
+    optimizer, stage = RunningOptimizer(engine.basic_optimizer), shards.zero_stage
+    groups = shards.groups()
+    names = groups if stage else [[name] for group in groups for name in group]
+    found = []
+    slots = zip(slots_of(engine), shards.optimizer_state(rank()), names, strict=True)
+    for index, ((group, tensor), saved, own) in enumerate(slots):
+        # A partition is flat whatever the parameters' shapes, and not here where it is on NVMe.
+        shape = None if stage else tensor.shape
+        own = [name for name in own if name] or [f'parameter {index}']
+        held = SavedTensor(own, forms_of(saved.state, shape), saved.settings)
+        found.append((held, group, tensor if tensor is not None else torch.empty(0)))
+    warnings = optimizer.require_saved_by(str(shards.tag), saved_by, shards.fresh, found)
+    return warnings, [optimizer.kept(group, tensor) for _, group, tensor in found]
+
+
+def _in_own_form(state: dict[str, Any], group: Mapping[str, Any], kept: Kept | None) -> None:
+    """Gives the numbers of a tensor the form that this optimizer keeps them in.
+
+    DeepSpeed's Adam for the CPU counts in an int, torch's in a tensor, apex's in the group.
+    """
+    if kept is None or not state:
+        return
+    for key in (key for key, form in kept.forms.items() if form == NUMBER):
+        if key in state or key in group:
+            state[key] = like(state.get(key, group.get(key)), kept.numbers[key])
 
 
 @torch.no_grad()
@@ -221,9 +286,3 @@ def _into_buffers(state: Mapping[Any, dict[str, Any]], buffers: Mapping[Any, Any
                 tensors[key] = own.copy_(loaded)
             else:
                 tensors[key] = loaded.clone()
-
-
-def _hyperparameters(engine: DeepSpeedEngine) -> list[dict[str, Any]]:
-    """Each group's own settings, such as weight_decay and betas, without its lr."""
-    keys = engine.basic_optimizer.defaults.keys() - {'lr'}
-    return [{k: group[k] for k in keys if k in group} for group in engine.optimizer.param_groups]

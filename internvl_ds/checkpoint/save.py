@@ -33,6 +33,7 @@ from internvl_ds.checkpoint.manifest import (
     Manifest,
     tag_name,
 )
+from internvl_ds.checkpoint.optimizer_state import optimizer_name
 from internvl_ds.checkpoint.proof import Wanted, prove, wanted_of
 from internvl_ds.checkpoint.retention import (
     KeepBest,
@@ -197,6 +198,9 @@ def save_checkpoint(
             'config': config,
             # As text does: whatever DeepSpeed took of plain initialize, this keeps.
             'ds_config': json.loads(json.dumps(ds_config_of(engine), default=str)),
+            'optimizer_class': None
+            if engine.basic_optimizer is None
+            else optimizer_name(engine.basic_optimizer),
             'optimizer_groups': groups,
         }
 

@@ -28,7 +28,13 @@ from internvl_ds.checkpoint.tag_files import (
     optim_names,
     require_identity,
 )
-from internvl_ds.checkpoint.torch_state import State, state_by_order
+from internvl_ds.checkpoint.torch_state import (
+    KeptTensor,
+    State,
+    kept_tensors,
+    split,
+    state_by_order,
+)
 from internvl_ds.ds_config import precision_of
 from internvl_ds.errors import CheckpointError, few
 
@@ -142,6 +148,11 @@ class TagShards:
         """Updates counted by the engine that saved it."""
         return int(self.head['global_steps'])
 
+    @property
+    def fresh(self) -> bool:
+        """Whether it was saved before the first update."""
+        return self.global_steps == int(self.head.get('skipped_steps') or 0)
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every parameter and buffer of the model that was saved."""
         if self.zero_stage < 3:
@@ -220,25 +231,25 @@ class TagShards:
         Raises:
             CheckpointError: when a file is missing, or the tag holds no optimizer.
         """
-        if self.zero_stage == 0:
-            masters, moments, steps = self._whole_state(names)
-        else:
-            masters, moments, steps = self._partitioned_state()
+        state = self._partitioned_state() if self.zero_stage else self._whole_state(names)
         if self.zero_stage == 3:
             fixed = {name: Flat.of(name, t) for name, t in self._buffers().items()}
             fixed.update(self._frozen())
         else:
-            rest = self.head['module'].keys() - masters.keys() - self.aliases().keys()
+            rest = self.head['module'].keys() - state.masters.keys() - self.aliases().keys()
             fixed = {name: Flat.of(name, self.head['module'][name]) for name in rest}
         return NamedState(
             where=str(self.tag),
             layout=describe(self.zero_stage, self.world_size, precision_of(self.ds_config)),
-            masters=masters,
-            moments=moments,
-            steps=steps,
+            masters=state.masters,
+            moments=state.moments,
+            steps=state.steps,
+            settings=state.settings,
             fixed=fixed,
             aliases=self.aliases(),
             counters={k: int(self.head[k]) for k in _COUNTERS if self.head.get(k) is not None},
+            fresh=self.fresh,
+            unnamed=state.unnamed,
         )
 
     def settings(self) -> list[dict[str, Any]]:
@@ -257,6 +268,24 @@ class TagShards:
             {**{k: v for k, v in group.items() if k != 'params'}, 'param_names': group_names}
             for group, group_names in zip(groups, names, strict=True)
         ]
+
+    def optimizer_state(self, rank: int) -> list[KeptTensor]:
+        """What one rank's optimizer keeps, for each of its tensors in its order.
+
+        Raises:
+            CheckpointError: when the tag holds no optimizer.
+        """
+        found: Any = self.plain_optimizer()
+        if self.zero_stage:
+            optim = self._optim(rank)
+            found = optim.get('base_optimizer_state')
+            found = optim.get('optimizer_state_dict') if self.zero_stage == 3 else found
+        if isinstance(found, list):  # the elastic_checkpoint form: a state for each group
+            step = {'step': optim.get('base_optimizer_state_step')}
+            return [KeptTensor(state, step) for state in found]
+        if not found:
+            raise CheckpointError(f'{self.tag}: holds no state of an optimizer')
+        return kept_tensors(found)
 
     def aliases(self) -> dict[str, str]:
         """Further name of a tied parameter -> the name that it is saved under."""
@@ -280,19 +309,34 @@ class TagShards:
         shapes = shapes_of(self.layout)
         master = self._stage_3_master if self.zero_stage == 3 else self._run_master
         moments: dict[str, dict[str, Flat]] = {name: {} for name in shapes}
-        steps: dict[str, dict[str, float]] = {name: {} for name in shapes}
+        steps: dict[str, dict[str, float]] = {}
+        settings: dict[str, Mapping[str, Any]] = {}
+        kept, unnamed = self.optimizer_state(0), ''
         for index, group in enumerate(self.layout.groups):
-            for key, value in self._group_state(0, index).items():
-                if isinstance(value, torch.Tensor) and value.dim():
-                    source = functools.partial(self._moment, key)
-                    for name in group:
-                        places = list(self.layout.places(name))
-                        where = f'{self.tag}: {key} of {name}'
-                        moments[name][key] = Flat(where, shapes[name], places, source)
-                elif value is not None:
-                    for name in group:
-                        steps[name][key] = float(value)
-        return self.flats(master), moments, steps
+            state = self._group_state(0, index)
+            tensors, numbers, other = split(str(self.tag), f'group {index}', state)
+            unnamed = unnamed or other
+            for key, tensor in tensors.items():
+                if tensor.numel not in self._lengths(index):
+                    unnamed = f'{key} of group {index} has not a number for each element'
+                    continue
+                source = functools.partial(self._moment, key)
+                for name in group:
+                    places = list(self.layout.places(name))
+                    of = f'{self.tag}: {key} of {name}'
+                    moments[name][key] = Flat(of, shapes[name], places, source)
+            steps.update(dict.fromkeys(group, numbers))
+            settings.update(dict.fromkeys(group, kept[index].settings))
+        return State(self.flats(master), moments, steps, settings, unnamed)
+
+    def _lengths(self, group: int) -> list[int]:
+        """Of the first rank's part of a group, with and without its padding."""
+        optim = self._optim(0)
+        if self.zero_stage == 3:
+            return [optim['fp32_flat_groups'][group].numel()]
+        paddings = optim.get('group_paddings')
+        lean = optim[_MASTERS][group].numel()
+        return [lean, lean + (paddings[group] if paddings else 0)]
 
     def _whole_state(self, names: Sequence[Sequence[str]] | None) -> State:
         optimizer = self.plain_optimizer()

@@ -192,7 +192,7 @@ def _own_pieces(engine: Any, keys: tuple[str, ...]) -> list[Any]:
             tensors += [safe_get_local_optimizer_state(p, key) for key in keys]
             group = optimizer.grad_position[optimizer.get_param_id(p)][0]
             state = engine.basic_optimizer.state[optimizer.fp32_partitioned_groups_flat[group]]
-            step = float(state['step']) if _has_step(keys) else 0.0
+            step = float(state.get('step', 0.0)) if _has_step(keys) else 0.0
             pieces.append((name, rank() * p.ds_tensor.ds_numel, _flat(tensors), step))
         elif stage:
             mapping = getattr(p, '_hp_mapping', None)
@@ -204,7 +204,7 @@ def _own_pieces(engine: Any, keys: tuple[str, ...]) -> list[Any]:
                 if 0 <= at < flat.numel():
                     state = engine.basic_optimizer.state[flat]
                     tensors = [fragment, *(state[k][at : at + fragment.numel()] for k in keys)]
-                    step = float(state['step']) if _has_step(keys) else 0.0
+                    step = float(state.get('step', 0.0)) if _has_step(keys) else 0.0
                     pieces.append((name, start, _flat(tensors), step))
         elif rank() == 0:
             master = p
@@ -214,7 +214,7 @@ def _own_pieces(engine: Any, keys: tuple[str, ...]) -> list[Any]:
                         (m for low, m in zip(lows, masters, strict=True) if low is p), master
                     )
             state = engine.basic_optimizer.state[master]
-            step = float(state['step']) if _has_step(keys) else 0.0
+            step = float(state.get('step', 0.0)) if _has_step(keys) else 0.0
             pieces.append((name, 0, _flat([master, *(state[key] for key in keys)]), step))
     return pieces
 
