@@ -146,7 +146,7 @@ def weights_of_tag(shards: TagShards) -> dict[str, Flat]:
     elif shards.zero_stage == 0 and 'fp32_groups' in (shards.head.get('optimizer') or {}):
         groups = shards.groups()
         if all(name for group in groups for name in group):
-            weights.update(shards.named_state().masters)
+            weights.update(shards.named_state().weights())
     return shards.in_order(weights)
 
 
