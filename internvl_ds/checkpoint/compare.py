@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from internvl_ds.checkpoint.averages import ema_flats
+from internvl_ds.checkpoint.client_state import saved_state
 from internvl_ds.checkpoint.ema_files import EmaFiles
 from internvl_ds.checkpoint.export import weights_of_tag
 from internvl_ds.checkpoint.named import Flat
 from internvl_ds.checkpoint.original import weights_of_file
 from internvl_ds.checkpoint.shards import TagShards
-from internvl_ds.checkpoint.state import state_of
 from internvl_ds.checkpoint.torch_state import state_by_order
 from internvl_ds.errors import CheckpointError, CheckpointMismatch, PretrainedError
 from internvl_ds.pretrained.sources import open_source
@@ -110,9 +110,10 @@ def _compared(one: Flat, other: Flat) -> tuple[str, float] | None:
 
 def _contents_of_tag(tag: Path) -> Contents:
     shards = TagShards(tag)
-    state = state_of(tag)
+    state = saved_state(shards)
     tensors = _prefixed('model', weights_of_tag(shards))
     numbers = {key: state[key] for key in _NUMBERS if state.get(key) is not None}
+    numbers.setdefault('max_accuracy', 0.0)  # as in a .pth
     if shards.optim_files or shards.head.get('optimizer'):
         saved = shards.named_state(state.get('optimizer_groups'))
         tensors |= _moments(saved.moments)

@@ -152,7 +152,8 @@ def _names_of(merged: MergedGroups) -> list[list[str]]:
 
 def load_same_layout(
     engine: DeepSpeedEngine, shards: TagShards, io_timeout: float, logger: logging.Logger
-) -> dict[str, Any]:
+) -> None:
+    """Has DeepSpeed load a tag that was saved as this engine would save."""
     writer, path = install_writer(engine), shards.tag
 
     def open_own_files() -> None:
@@ -165,22 +166,21 @@ def load_same_layout(
     state = engine.basic_optimizer.state
     buffers = {parameter: dict(tensors) for parameter, tensors in state.items()}
 
-    def load() -> dict[str, Any]:
+    def load() -> None:
         try:
-            return read_into_engine()
+            read_into_engine()
         finally:
             writer.close()
 
-    def read_into_engine() -> dict[str, Any]:
+    def read_into_engine() -> None:
         with gathered_together(engine), frozen_as_made(engine), _reading(engine, shards):
-            loaded, client_state = engine.load_checkpoint(str(path.parent), tag=path.name)
+            loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name)
         if loaded is None:
             raise CheckpointError(f'{path}: DeepSpeed found nothing to load in it')
         _into_buffers(engine.basic_optimizer.state, buffers)
-        return client_state
 
     running = _hyperparameters(engine)
-    client_state = agree('load shards', load, io_timeout, CheckpointError)
+    agree('load shards', load, io_timeout, CheckpointError)
     # Those of the running configuration hold; the lr is the scheduler's.
     for group, own, saved in zip(
         engine.optimizer.param_groups, running, _hyperparameters(engine), strict=True
@@ -189,7 +189,6 @@ def load_same_layout(
         changed = {key: (saved.get(key), own[key]) for key in own if saved.get(key) != own[key]}
         if changed:
             logger.warning('%s: (saved, now) of the optimizer differ, now holds: %s', path, changed)
-    return client_state
 
 
 @contextmanager
