@@ -136,7 +136,7 @@ def _loss_scale(shards: TagShards) -> dict[str, Any] | None:
     kept = shards.head.get('optimizer') or {}  # stage 0
     if shards.zero_stage and shards.optim_files:
         optimizer = shards.read(shards.optim_files[0])['optimizer_state_dict']
-        kept = vars(optimizer.get('loss_scaler'))
+        kept = getattr(optimizer.get('loss_scaler'), '__dict__', {})
         kept = {**kept, 'dynamic_loss_scale': optimizer.get('dynamic_loss_scale')}
     if not kept.get('dynamic_loss_scale') or 'cur_scale' not in kept:
         return None

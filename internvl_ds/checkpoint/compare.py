@@ -112,8 +112,7 @@ def _contents_of_tag(tag: Path) -> Contents:
     shards = TagShards(tag)
     state = saved_state(shards)
     tensors = _prefixed('model', weights_of_tag(shards))
-    numbers = {key: state[key] for key in _NUMBERS if state.get(key) is not None}
-    numbers.setdefault('max_accuracy', 0.0)  # as in a .pth
+    numbers = _known_numbers(state)
     if shards.optim_files or shards.head.get('optimizer'):
         saved = shards.named_state(state.get('optimizer_groups'))
         tensors |= _moments(saved.moments)
@@ -127,7 +126,7 @@ def _contents_of_tag(tag: Path) -> Contents:
 def _contents_of_file(source: Mapping[str, Any], where: str) -> Contents:
     weights = _stripped(weights_of_file(source, where))
     tensors = _prefixed('model', {n: Flat.of(f'{where}: {n}', t) for n, t in weights.items()})
-    numbers = {key: source[key] for key in _NUMBERS if isinstance(source.get(key), int | float)}
+    numbers = _known_numbers(source)
     optimizer = source.get('optimizer')
     if isinstance(optimizer, Mapping) and 'param_groups' in optimizer:
         groups = _group_names(optimizer, weights)
@@ -139,6 +138,16 @@ def _contents_of_file(source: Mapping[str, Any], where: str) -> Contents:
         flats = {n: Flat.of(f'{where}: {n}', t) for n, t in average.items()}
         tensors |= _prefixed('ema', flats)
     return Contents(tensors, numbers)
+
+
+def _known_numbers(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that are there; an accuracy of 0 stands for none, as in what is loaded."""
+    numbers = {key: state.get(key) for key in _NUMBERS}
+    return {
+        key: value
+        for key, value in numbers.items()
+        if isinstance(value, int | float) and (value or not key.startswith('max_accuracy'))
+    }
 
 
 def _group_names(optimizer: Mapping[str, Any], weights: Mapping[str, Any]) -> list[list[str]]:
