@@ -2,9 +2,9 @@
 
 import json
 import shutil
-import zipfile
 
 import pytest
+import torch
 
 from tests.recorded_tags import FOLDER, check, failures, unpack
 
@@ -55,10 +55,9 @@ def test_all_state_of_a_tag_is_what_was_saved_in_every_way_of_loading(results, n
 @pytest.mark.ranks
 @pytest.mark.slow
 def test_a_number_that_is_not_what_was_recorded_is_told_by_name(results):
-    assert failures({'altered': results['altered/fp32_zero1']}) == [
-        f'altered, {way}: differs: state stem.weight'
-        for way in ('same layout', 'another layout', 'deepspeed')
-    ]
+    wrong = failures({'altered': results['altered/fp32_zero1']})
+    ways = ('another layout', 'deepspeed', 'same layout')
+    assert sorted(wrong) == [f'altered, {way}: differs: state stem.weight' for way in ways]
 
 
 @pytest.mark.parametrize(
@@ -69,8 +68,6 @@ def test_the_enums_of_python_3_11_2_are_in_the_form_that_the_recording_is_for(fo
         shards = sorted(folders[name].glob(f'{layout}/*/*_optim_states.pt'))
         assert len(shards) == 2
         for shard in shards:
-            with zipfile.ZipFile(shard) as file:
-                (entry,) = (n for n in file.namelist() if n.endswith('data.pkl'))
-                pickled = file.read(entry)
+            pickled = torch.PyTorchFileReader(str(shard)).get_record('data.pkl')
             assert (b'getattr' in pickled) == calls, shard
             assert b'ZeroStageEnum' in pickled
