@@ -1,6 +1,7 @@
 """A scheduler's state for other parameter groups."""
 
 import logging
+import math
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from internvl_ds.checkpoint.schedule import (
     restore_schedule,
     set_lr_of_schedule,
 )
+from tests.ranks import run_ranks
 from tests.workers.model import make_config
 
 
@@ -111,3 +113,18 @@ class TestRestoring:
         assert running.t_initial == 20
         assert not hasattr(running, 'warmup_new')
         assert f'TAG: the lr schedule that was saved {line}' in said
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_a_schedule_that_deepspeed_steps_goes_on_in_any_layout(tmp_path):
+    for found in run_ranks('tests.workers.schedule:move_own_schedules', 2, tmp_path, root=tmp_path):
+        straight, *resumed = found['ds_config']
+        # WarmupLR: 0.01 * log(n) / log(10) after update n
+        assert straight == pytest.approx([0.01 * math.log10(n) for n in range(4, 9)])
+        assert resumed == [straight] * 3
+        straight, same, moved, from_file = found['torch']
+        assert straight == [0.005, 0.005, 0.0025, 0.0025, 0.0025]
+        assert [same, moved] == [straight] * 2
+        assert from_file[:5] == [0.01] * 3 + [0.005] * 2
+        assert from_file[5].endswith('has no state of StepLR, which DeepSpeed steps: begun anew')

@@ -31,7 +31,11 @@ from internvl_ds.checkpoint.resume import (
     open_file,
     train_from_file,
 )
-from internvl_ds.checkpoint.schedule import restore_schedule, set_lr_of_schedule
+from internvl_ds.checkpoint.schedule import (
+    restore_engines_own,
+    restore_schedule,
+    set_lr_of_schedule,
+)
 from internvl_ds.checkpoint.shards import TagShards
 from internvl_ds.checkpoint.verify import damage, share_of
 from internvl_ds.config import checkpoint_option, default_config, get_option
@@ -97,7 +101,9 @@ def load_checkpoint(
         where = str(path or resume)
         if eval_mode:
             return _evaluate_file(where, model, logger)
-        return train_from_file(config, where, model, lr_scheduler, scaler, logger)
+        accuracy = train_from_file(config, where, model, lr_scheduler, scaler, logger)
+        restore_engines_own(engine_of(model), lr_scheduler, None, where, logger)
+        return accuracy
     if eval_mode:
         _verify(path, _share_of_weights, io_timeout)
         shards = agree('find shards', lambda: _shards_of(path, logger), timeout, CheckpointError)
@@ -121,6 +127,8 @@ def load_checkpoint(
             load_other_layout(
                 config, engine, shards, state, lr_scheduler, scaler, io_timeout, logger
             )
+            saved = shards.head.get('lr_scheduler')
+            restore_engines_own(engine, lr_scheduler, saved, path, logger)
         restore_loop(path, state, shards.world_size, loop, timeout, logger)
         if get_option(config, 'TRAIN.EMA.ENABLE', None) is False and EmaFiles(path):
             logger.info(

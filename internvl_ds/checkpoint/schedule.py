@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from deepspeed.runtime.engine import DeepSpeedEngine
 from yacs.config import CfgNode
 
 from internvl_ds.errors import few
@@ -46,6 +47,32 @@ def restore_schedule(
             '%s does not say its epoch: TRAIN.START_EPOCH stays %s', path, config.TRAIN.START_EPOCH
         )
     return restored
+
+
+def restore_engines_own(
+    engine: DeepSpeedEngine, lr_scheduler: Any, saved: Any, where: object, logger: logging.Logger
+) -> None:
+    """Moves the schedule that DeepSpeed itself steps to where the engine is, its lr too.
+
+    It is the ds_config's ``/scheduler``, or what the client gave to ``deepspeed.initialize``.
+
+    Args:
+        engine: with its counters restored.
+        lr_scheduler: what is restored otherwise.
+        saved: the state of such a schedule in the checkpoint, or None.
+        where: the checkpoint, for the log.
+    """
+    own, updates = engine.lr_scheduler, engine.global_steps - engine.skipped_steps
+    if own is None or own is lr_scheduler or updates == 0:
+        return
+    if hasattr(own, 'last_batch_iteration'):  # DeepSpeed's kinds; the first update is 0
+        own.step(updates - 1)
+    elif isinstance(saved, Mapping) and saved.keys() == own.state_dict().keys():
+        own.load_state_dict(saved)
+        set_lr_of_schedule(own, engine.basic_optimizer.param_groups, updates)
+    else:
+        kind = type(own).__name__
+        logger.warning('%s has no state of %s, which DeepSpeed steps: begun anew', where, kind)
 
 
 def fit_to_groups(
