@@ -119,6 +119,10 @@ class TestState:
         assert unread_keys(shards) == ['step', 'best_top5']
         assert shards.updates == 3
 
+    def test_a_schedule_of_deepspeeds_own_is_no_schedule_of_the_script(self, tmp_path):
+        shards = tag(tmp_path, lr_scheduler={'last_batch_iteration': 5})
+        assert saved_state(shards)['lr_scheduler'] is None
+
     @pytest.mark.parametrize('epoch', ['4', True, 4.5, None, torch.zeros(2)])
     def test_an_epoch_that_is_no_number_is_none(self, tmp_path, epoch):
         assert saved_state(tag(tmp_path, epoch=epoch))['epoch'] is None

@@ -122,6 +122,8 @@ def _in_own_words(shards: TagShards) -> dict[str, Any]:
     state['loss_scale'] = _loss_scale(shards)
     for key in ('lr_scheduler', 'scaler'):
         state[key] = head[key] if isinstance(head.get(key), Mapping) else None
+    if state['lr_scheduler'] is not None and 'last_batch_iteration' in state['lr_scheduler']:
+        state['lr_scheduler'] = None  # of a schedule of DeepSpeed's own, which its engine restores
     if isinstance(head.get(_INTERN_IMAGES_SCHEDULE), Mapping):
         micro_batches = int(shards.ds_config.get('gradient_accumulation_steps') or 1)
         state['lr_scheduler'] = _counting_updates(head[_INTERN_IMAGES_SCHEDULE], micro_batches)

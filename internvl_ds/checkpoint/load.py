@@ -116,6 +116,8 @@ def load_checkpoint(
         shards = agree('find shards', lambda: _shards_of(path, logger), timeout, CheckpointError)
         agree('read loop', lambda: read_loop(path, shards.world_size), timeout, CheckpointError)
         state = agree('read state', lambda: saved_state(shards), timeout, CheckpointError)
+        if lr_scheduler is None and engine.lr_scheduler is not None and not shards.has_manifest:
+            state['lr_scheduler'] = None  # it is restored with the engine
         if direct:
             load_same_layout(engine, shards, io_timeout, logger)
             restore_loss_scale(engine, state.get('loss_scale'))
