@@ -6,7 +6,8 @@
 #
 # Settings, all optional:
 #   INTERNVL_DS_VENV    where the environment goes (default: .venv at the root of the repository)
-#   INTERNVL_DS_PYTHON  the Python to make it with (default: the first suitable one on PATH)
+#   INTERNVL_DS_PYTHON  the Python to make it with (default: python3 where it is 3.10 or newer, else
+#                       the newest on PATH)
 # shellcheck shell=bash
 
 ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
@@ -114,10 +115,11 @@ may_remove_venv() {
   [[ -f $VENV/pyvenv.cfg && $VENV == "$ROOT/.venv" ]]
 }
 
-# Prints the Python to use: the first suitable one that can also compile extensions, else the first.
+# Prints the Python to use: the user's own, else the newest that is known to work; of these the
+# first that can also compile extensions, or the first at all.
 find_python() {
   local names name path answer first='' why=()
-  read -ra names <<<"python3.12 python3.11 python3.10 python3 python3.13 python3.14"
+  read -ra names <<<"python3 python3.13 python3.12 python3.11 python3.10 python3.14"
   [[ -z ${INTERNVL_DS_PYTHON:-} ]] || names=("$INTERNVL_DS_PYTHON")
   for name in "${names[@]}"; do
     path=$(command -v "$name") || continue
@@ -219,7 +221,8 @@ install_package() {
     die 'pip could not reach the package index: is there a network?' \
       'Behind a proxy set HTTPS_PROXY; for a mirror set PIP_INDEX_URL. Then run this again.'
   fi
-  die 'pip could not install the package; its log is above.'
+  die 'pip could not install the package; its log is above.' \
+    'Where a package has no file for this Python, name another: INTERNVL_DS_PYTHON=/path/to/python3.12'
 }
 
 # Compiles now, where the reason can be told, what DeepSpeed would compile inside every rank.

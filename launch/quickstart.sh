@@ -27,7 +27,8 @@ Options:
 
 Environment:
   INTERNVL_DS_VENV    where the virtual environment goes (default: .venv in the repository)
-  INTERNVL_DS_PYTHON  the Python to make it with (default: a suitable one on PATH, 3.10 or newer)
+  INTERNVL_DS_PYTHON  the Python to make it with (default: python3 where it is 3.10 or newer, else
+                      the newest on PATH)
   TMPDIR              where pip downloads to and unpacks (some GiB)
   OMP_NUM_THREADS     CPU threads of each rank (default: 1)
 

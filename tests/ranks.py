@@ -202,9 +202,13 @@ def _end(processes: Sequence[subprocess.Popen | Forked]) -> None:
 
 def main(target: str, folder: str) -> None:
     """What a rank does: joins the others, runs the function, leaves its result, and leaves."""
+    import deepspeed
+
     from internvl_ds.comm import init_distributed, leave
     from internvl_ds.meetings import rank
 
+    if os.environ.get('TESTS_WITHOUT_SHM_OP'):  # see tests/pythons.py
+        deepspeed.ops.__compatible_ops__['deepspeed_shm_comm'] = False
     module, _, name = target.partition(':')
     work = Path(folder)
     kwargs = json.loads((work / 'kwargs.json').read_text())

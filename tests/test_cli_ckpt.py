@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from internvl_ds.checkpoint import store
 from internvl_ds.checkpoint.hashing import write_hashed
@@ -332,17 +333,29 @@ class TestShow:
         assert ckpt('show', path, '--config') == (0, CONFIG)
         assert json.loads(ckpt('show', path, '--config', '--json')[1])['config'] == CONFIG
 
-    def test_a_plain_tag_has_no_state_and_no_config(self, ckpt, tmp_path, capsys):
+    def test_a_plain_tag_has_its_client_state_and_perhaps_no_config(self, ckpt, tmp_path, capsys):
         path = plain(tmp_path)
+        head = {'module': {}, 'dp_world_size': 1, 'global_steps': 5, 'epoch': 4}
+        torch.save(head, path / SHARD)
 
         status, out = ckpt('show', path, '--json')
 
         assert status == 3
-        assert json.loads(out)['state'] is None
-        assert json.loads(out)['files'] == [{'name': SHARD, 'size': 10, 'xxh3_128': None}]
+        state = json.loads(out)['state']
+        assert state['epoch'] == 4
+        assert state['max_accuracy'] is None
+        (file,) = json.loads(out)['files']
+        assert file == {'name': SHARD, 'size': (path / SHARD).stat().st_size, 'xxh3_128': None}
         assert ckpt('show', path)[0] == 3
         assert main(['ckpt', 'show', str(path), '--config']) == 2
         assert 'keeps no config' in capsys.readouterr().err
+
+    def test_a_plain_tag_that_cannot_be_read_is_a_problem(self, ckpt, tmp_path):
+        status, out = ckpt('show', plain(tmp_path), '--json')
+
+        assert status == 1
+        assert json.loads(out)['state'] is None
+        assert 'cannot be read' in json.loads(out)['problems'][0]
 
     @pytest.mark.parametrize('damage', DAMAGES)
     def test_a_damaged_tag_is_shown_as_far_as_it_goes(self, ckpt, output, damage):

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 # Answers what the scripts ask of Python, pip and the launcher, and notes down the two that cost.
 PYTHON = r"""#!/usr/bin/env bash
 case "$*" in
-  -) echo "${FAKE_PYTHON:-compiles}" ;;
+  -) cat "$0.answer" 2>/dev/null || echo "${FAKE_PYTHON:-compiles}" ;;
   --version) echo 'Python 3.12.0' ;;
   '-m venv '*)
     mkdir -p "${*: -1}/bin"
@@ -228,6 +228,40 @@ class TestSetUp:
         assert Path(env['FAKE_CALLS']).read_text() == 'pip .[demo]\nop\n'
 
 
+class TestWhichPython:
+    """A Python answers 'compiles', 'runs' (it has no headers), or why it does not suit."""
+
+    def of(self, repo, env, answers, **more):
+        tools = Path(env['PATH'])
+        (tools / 'python3.12').unlink()
+        for minor, answer in answers.items():
+            python = tools / f'python3{minor}'
+            python.write_text(PYTHON)
+            python.chmod(0o755)
+            (tools / f'{python.name}.answer').write_text(f'{answer}\n')
+        done = set_up(repo, env | more)
+        assert done.returncode == 0, done.stderr
+        return re.search(r'with Python \S+ \((.*)\)', done.stdout)[1].removeprefix(f'{tools}/')
+
+    @pytest.mark.parametrize(
+        ('answers', 'taken'),
+        [
+            ({'': 'compiles', '.13': 'compiles', '.11': 'compiles'}, 'python3'),
+            ({'': 'is 3.9', '.11': 'compiles', '.13': 'compiles'}, 'python3.13'),
+            ({'': 'has no venv module', '.10': 'compiles'}, 'python3.10'),
+            ({'': 'runs', '.12': 'compiles'}, 'python3.12'),
+            ({'': 'runs', '.12': 'runs', '.13': 'is 3.9'}, 'python3'),
+        ],
+    )
+    def test_the_users_own_goes_first_where_it_suits(self, repo, env, answers, taken):
+        assert self.of(repo, env, answers) == taken
+
+    def test_the_one_that_is_named_goes_before_all(self, repo, env):
+        answers = {'': 'compiles', '.11': 'compiles'}
+
+        assert self.of(repo, env, answers, INTERNVL_DS_PYTHON='python3.11') == 'python3.11'
+
+
 class TestSetUpFails:
     def test_without_python(self, repo, env):
         (Path(env['PATH']) / 'python3.12').unlink()
@@ -236,7 +270,7 @@ class TestSetUpFails:
 
         assert done.returncode == 1
         assert 'no suitable Python was found: it takes 3.10 or newer' in done.stderr
-        assert 'none of these is on PATH: python3.12 python3.11' in done.stderr
+        assert 'none of these is on PATH: python3 python3.13 python3.12' in done.stderr
 
     @pytest.mark.parametrize('reason', ['is 3.9', 'has no venv module'])
     def test_without_a_suitable_python(self, repo, env, reason):

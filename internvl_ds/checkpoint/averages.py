@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import logging
 from typing import Any
 
 import torch
 from torch import nn
 
+from internvl_ds.checkpoint.client_state import average_of
 from internvl_ds.checkpoint.ema_files import WHOLE, EmaFile, EmaFiles
 from internvl_ds.checkpoint.layout import same_groups
 from internvl_ds.checkpoint.named import Flat
@@ -74,7 +76,14 @@ def _all_flats(saved: EmaFiles) -> dict[str, Flat]:
         with saved.open(WHOLE):
             whole = open_source(str(path / WHOLE))
         return {name: Flat.of(f'{path}: {name}', t) for name, t in whole.items()}
-    tag, names = TagShards(path), saved.names()
+    tag = TagShards(path)
+    if saved.of_script:
+        weights = tag.named_weights()
+        average = average_of(tag)
+        weights.update({n: Flat.of(f'{path}: {n}', t) for n, t in average.items()})
+        weights.update({alias: weights[name] for alias, name in tag.aliases().items()})
+        return weights
+    names = saved.names()
     shards = [n for n in names if n.startswith('shard/')]
     if tag.zero_stage:
         read = functools.cache(lambda r, g: saved.tensor(r, shards[g]).reshape(-1))
@@ -122,6 +131,27 @@ def ema_fits_directly(model_ema: ShardedEma, saved: EmaFiles) -> bool:
     return (int(header['zero_stage']), int(header['world_size'])) == running and same_groups(
         engine, TagShards(saved.tag)
     )
+
+
+def count_on(model_ema: Any, updates: int | None, where: object, logger: logging.Logger) -> None:
+    """Gives an average whose checkpoint does not say how often it was updated a number of updates.
+
+    From that its warm-up goes on; from 0 it would forget what was loaded.
+
+    Args:
+        updates: of the weights; None for as many as the engine has applied.
+        where: the checkpoint, for the log.
+    """
+    if isinstance(model_ema, ShardedEma):
+        engine = model_ema.engine
+        applied = engine.global_steps - engine.skipped_steps
+        model_ema.num_updates = applied if updates is None else updates
+        logger.log(
+            logging.WARNING if model_ema.warmup else logging.INFO,
+            '%s does not say how often its average was updated: counted as %d, as its weights were',
+            where,
+            model_ema.num_updates,
+        )
 
 
 def load_other_ema(model_ema: ShardedEma, saved: EmaFiles) -> None:

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from internvl_ds.checkpoint.averages import ema_flats
+from internvl_ds.checkpoint.client_state import saved_state
 from internvl_ds.checkpoint.ema_files import EmaFiles
 from internvl_ds.checkpoint.export import weights_of_tag
 from internvl_ds.checkpoint.named import Flat
 from internvl_ds.checkpoint.original import weights_of_file
 from internvl_ds.checkpoint.shards import TagShards
-from internvl_ds.checkpoint.state import state_of
 from internvl_ds.checkpoint.torch_state import state_by_order
 from internvl_ds.errors import CheckpointError, CheckpointMismatch, PretrainedError
 from internvl_ds.pretrained.sources import open_source
@@ -110,9 +110,9 @@ def _compared(one: Flat, other: Flat) -> tuple[str, float] | None:
 
 def _contents_of_tag(tag: Path) -> Contents:
     shards = TagShards(tag)
-    state = state_of(tag)
+    state = saved_state(shards)
     tensors = _prefixed('model', weights_of_tag(shards))
-    numbers = {key: state[key] for key in _NUMBERS if state.get(key) is not None}
+    numbers = _known_numbers(state)
     if shards.optim_files or shards.head.get('optimizer'):
         saved = shards.named_state(state.get('optimizer_groups'))
         saved.require_all_named()
@@ -127,7 +127,7 @@ def _contents_of_tag(tag: Path) -> Contents:
 def _contents_of_file(source: Mapping[str, Any], where: str) -> Contents:
     weights = _stripped(weights_of_file(source, where))
     tensors = _prefixed('model', {n: Flat.of(f'{where}: {n}', t) for n, t in weights.items()})
-    numbers = {key: source[key] for key in _NUMBERS if isinstance(source.get(key), int | float)}
+    numbers = _known_numbers(source)
     optimizer = source.get('optimizer')
     if isinstance(optimizer, Mapping) and 'param_groups' in optimizer:
         groups = _group_names(optimizer, weights)
@@ -141,6 +141,16 @@ def _contents_of_file(source: Mapping[str, Any], where: str) -> Contents:
         flats = {n: Flat.of(f'{where}: {n}', t) for n, t in average.items()}
         tensors |= _prefixed('ema', flats)
     return Contents(tensors, numbers)
+
+
+def _known_numbers(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that are there; an accuracy of 0 stands for none, as in what is loaded."""
+    numbers = {key: state.get(key) for key in _NUMBERS}
+    return {
+        key: value
+        for key, value in numbers.items()
+        if isinstance(value, int | float) and (value or not key.startswith('max_accuracy'))
+    }
 
 
 def _group_names(optimizer: Mapping[str, Any], weights: Mapping[str, Any]) -> list[list[str]]:

@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
+from internvl_ds.checkpoint.client_state import holds_average
 from internvl_ds.checkpoint.lookup import read_manifest
 from internvl_ds.checkpoint.manifest import Identity
+from internvl_ds.checkpoint.shards import TagShards
 from internvl_ds.checkpoint.tag_files import require_identity
 from internvl_ds.errors import CheckpointError
 
@@ -41,27 +43,29 @@ def shard_name(rank: int) -> str:
 
 
 class EmaFiles:
-    """The average of a tag; of a tag without a manifest, as plain DeepSpeed's, there is none.
+    """The average of a tag.
 
     Attributes:
         tag: the directory.
         sharded, whole: whether it is kept in the one form or the other.
+        of_script: whether it is in the client_state of a tag of plain DeepSpeed.
     """
 
     def __init__(self, tag: Path) -> None:
         """Finds it.
 
         Raises:
-            CheckpointError: when the manifest cannot be read.
+            CheckpointError: when the manifest cannot be read, or the states of a tag without one.
         """
         self.tag = tag
         self._manifest = read_manifest(tag)
+        self.of_script = self._manifest is None and holds_average(TagShards(tag))
         names = set() if self._manifest is None else self._manifest.files.keys()
         self.sharded, self.whole = shard_name(0) in names, WHOLE in names
 
     def __bool__(self) -> bool:
         """Whether the tag holds an average."""
-        return self.sharded or self.whole
+        return self.sharded or self.whole or self.of_script
 
     @cached_property
     def header(self) -> dict[str, str]:

@@ -17,10 +17,10 @@ import torch
 from yacs.config import CfgNode
 
 from internvl_ds.checkpoint.averages import ema_flats
+from internvl_ds.checkpoint.client_state import saved_state
 from internvl_ds.checkpoint.ema_files import EmaFiles
 from internvl_ds.checkpoint.named import Flat, NamedState
 from internvl_ds.checkpoint.shards import TagShards
-from internvl_ds.checkpoint.state import state_of
 from internvl_ds.errors import CheckpointError
 from internvl_ds.files import flush
 from internvl_ds.param_groups import PER_GROUP_LISTS
@@ -45,14 +45,14 @@ def write_original(tag: Path, target: Path) -> None:
     """Writes what the original's ``save_checkpoint`` would have: its code can resume from it.
 
     Args:
-        tag: a tag of ours (of plain DeepSpeed: without epoch, schedule and config).
+        tag: a tag of ours, or of plain DeepSpeed with what its client_state says.
         target: the .pth file; replaced when all of it is on disk.
 
     Raises:
         CheckpointError: when the tag cannot be read, or the file not be written.
     """
     shards = TagShards(tag)
-    kept = state_of(tag)
+    kept = saved_state(shards)
     scale = kept.get('loss_scale') or {}
     settings = shards.settings()
     merged = [list(group['param_names']) for group in settings]
@@ -68,7 +68,7 @@ def write_original(tag: Path, target: Path) -> None:
         'optimizer': _blank_optimizer(saved, groups, became, settings, fillers),
         'optimizer_class': kept.get('optimizer_class'),
         'lr_scheduler': _expanded(kept.get('lr_scheduler'), became, len(merged)),
-        'max_accuracy': kept.get('max_accuracy', 0.0),
+        'max_accuracy': kept.get('max_accuracy') or 0.0,
         'epoch': kept.get('epoch'),
         'config': CfgNode.load_cfg(kept['config']) if kept.get('config') else None,
         'amp': {key: scale.get(key, value) for key, value in _GRAD_SCALER.items()},
@@ -115,8 +115,9 @@ def write_safetensors(
     average = EmaFiles(tag)
     if ema and not average:
         raise CheckpointError(f'{tag}: holds no EMA')
-    flats = ema_flats(average) if ema else weights_of_tag(TagShards(tag))
-    classes = state_of(tag).get('class_names')
+    shards = TagShards(tag)
+    flats = ema_flats(average) if ema else weights_of_tag(shards)
+    classes = saved_state(shards).get('class_names')
     parts = _split(flats, dtype, largest)
     names = [target.name]
     if len(parts) > 1:
@@ -152,7 +153,7 @@ def weights_of_tag(shards: TagShards) -> dict[str, Flat]:
     elif shards.zero_stage == 0 and 'fp32_groups' in (shards.head.get('optimizer') or {}):
         groups = shards.groups()
         if all(name for group in groups for name in group):
-            weights.update(shards.named_state().masters)
+            weights.update(shards.named_state().weights())
     return shards.in_order(weights)
 
 

@@ -51,7 +51,7 @@ def write_hashed(path: Path, write: Callable[[IO[bytes]], object]) -> FileEntry:
     Raises:
         OSError: with the path and how many bytes were already there.
     """
-    raw = _HashingFile(path)
+    raw = _HashingFile(path, os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666))
     try:
         with io.BufferedWriter(raw, _PIECE) as file:
             write(file)
@@ -162,12 +162,12 @@ class _HashingFile(io.RawIOBase):
     exception from here into another one that does not say why.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, descriptor: int) -> None:
         super().__init__()
         self.path, self.size, self.hash = path, 0, xxhash.xxh3_128()
         self._error: OSError | None = None
         self._started = 0
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        self._descriptor = descriptor
 
     def writable(self) -> bool:
         return True

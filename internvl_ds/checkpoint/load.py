@@ -12,6 +12,7 @@ from yacs.config import CfgNode
 
 from internvl_ds.checkpoint import background, lookup
 from internvl_ds.checkpoint.averages import (
+    count_on,
     ema_fits_directly,
     load_other_ema,
     load_whole_ema,
@@ -19,6 +20,7 @@ from internvl_ds.checkpoint.averages import (
 )
 from internvl_ds.checkpoint.choice import choose
 from internvl_ds.checkpoint.classes import require_same_classes
+from internvl_ds.checkpoint.client_state import saved_state, unread_keys
 from internvl_ds.checkpoint.ema_files import EmaFiles
 from internvl_ds.checkpoint.layout import layout_of_engine, layout_of_tag, same_groups
 from internvl_ds.checkpoint.loop_state import read_loop, restore_loop
@@ -32,9 +34,12 @@ from internvl_ds.checkpoint.resume import (
     open_file,
     train_from_file,
 )
-from internvl_ds.checkpoint.schedule import restore_schedule
+from internvl_ds.checkpoint.schedule import (
+    restore_engines_own,
+    restore_schedule,
+    set_lr_of_schedule,
+)
 from internvl_ds.checkpoint.shards import TagShards
-from internvl_ds.checkpoint.state import state_of
 from internvl_ds.checkpoint.verify import damage, share_of
 from internvl_ds.config import checkpoint_option, get_option
 from internvl_ds.ema import ShardedEma
@@ -113,29 +118,38 @@ def load_checkpoint(
     if path is None or path.is_file():
         if eval_mode:
             return _evaluate_file(where, model, logger)
-        return train_from_file(config, where, model, lr_scheduler, scaler, logger)
+        accuracy = train_from_file(config, where, model, lr_scheduler, scaler, logger)
+        restore_engines_own(engine_of(model), lr_scheduler, None, where, logger)
+        return accuracy
     if eval_mode:
-        _verify(path, _share_of_weights, io_timeout, logger)
-        state = agree('read state', lambda: state_of(path), timeout, CheckpointError)
+        _verify(path, _share_of_weights, io_timeout)
         shards = agree('find shards', lambda: _shards_of(path, logger), timeout, CheckpointError)
+        state = agree('read state', lambda: saved_state(shards), timeout, CheckpointError)
         weights = agree('read weights', shards.weights, io_timeout, CheckpointError)
         load_weights(find_engine(model) or model, weights, str(path))
     else:
         engine = engine_of(model)
         require_optimizer(engine)
-        direct = _fits_directly(engine, path, timeout, io_timeout, logger)
+        direct = _fits_directly(engine, path, timeout, io_timeout)
         shards = agree('find shards', lambda: _shards_of(path, logger), timeout, CheckpointError)
         agree('read loop', lambda: read_loop(path, shards.world_size), timeout, CheckpointError)
-        state = agree('read state', lambda: state_of(path), timeout, CheckpointError)
+        state = agree('read state', lambda: saved_state(shards), timeout, CheckpointError)
+        if lr_scheduler is None and engine.lr_scheduler is not None and not shards.has_manifest:
+            state['lr_scheduler'] = None  # it is restored with the engine
         if direct:
             saved_by = str(state.get('optimizer_class') or '')
-            state = {**load_same_layout(engine, shards, saved_by, io_timeout, logger), **state}
+            load_same_layout(engine, shards, saved_by, io_timeout, logger)
             restore_loss_scale(engine, state.get('loss_scale'))
-            restore_schedule(config, state, lr_scheduler, scaler, path, logger)
+            restored = restore_schedule(config, state, lr_scheduler, scaler, path, logger)
+            if not restored or not shards.has_manifest:  # else the lr is in the shards
+                groups = engine.basic_optimizer.param_groups
+                set_lr_of_schedule(lr_scheduler, groups, shards.updates)
         else:
             load_other_layout(
                 config, engine, shards, state, lr_scheduler, scaler, io_timeout, logger
             )
+            saved = shards.head.get('lr_scheduler')
+            restore_engines_own(engine, lr_scheduler, saved, path, logger)
         restore_loop(path, state, shards.world_size, loop, timeout, logger)
         if get_option(config, 'TRAIN.EMA.ENABLE', None) is False and EmaFiles(path):
             logger.info(
@@ -175,13 +189,18 @@ def load_ema_checkpoint(config: CfgNode, model_ema: Any, logger: logging.Logger)
         }
         if weights is not None:
             load_whole_ema(model_ema, weights, where)
+            count_on(model_ema, None, where, logger)
     else:
         weights = None
         saved = agree('find EMA', lambda: EmaFiles(path), timeout, CheckpointError)
         if saved:
             weights = {}
-            _load_ema_of_tag(model_ema, saved, timeout, io_timeout, logger)
-        state = agree('read state', lambda: state_of(path), timeout, CheckpointError)
+            _load_ema_of_tag(model_ema, saved, timeout, io_timeout)
+        shards = agree('find shards', lambda: TagShards(path), timeout, CheckpointError)
+        state = agree('read state', lambda: saved_state(shards), timeout, CheckpointError)
+        _warn_unverified(shards, logger)
+        if saved and not saved.sharded:
+            count_on(model_ema, shards.updates, where, logger)
     if weights is None:
         logger.warning('%s has no EMA: starting from the loaded weights', where)
     else:
@@ -198,9 +217,7 @@ def load_ema_checkpoint(config: CfgNode, model_ema: Any, logger: logging.Logger)
     return float(state.get('max_accuracy_ema') or 0.0)
 
 
-def _load_ema_of_tag(
-    model_ema: Any, saved: EmaFiles, timeout: float, io_timeout: float, logger: logging.Logger
-) -> None:
+def _load_ema_of_tag(model_ema: Any, saved: EmaFiles, timeout: float, io_timeout: float) -> None:
     """Reads what this rank needs of it. A meeting of all ranks."""
     sharded, path = isinstance(model_ema, ShardedEma), saved.tag
 
@@ -208,10 +225,10 @@ def _load_ema_of_tag(
         return sharded and saved.sharded and ema_fits_directly(model_ema, saved)
 
     if from_rank_0('compare EMA', fits, timeout):
-        _verify(path, _own_ema, io_timeout, logger)
+        _verify(path, _own_ema, io_timeout)
         agree('read EMA', lambda: model_ema.load_shard(path), io_timeout, CheckpointError)
         return
-    _verify(path, _share_of_ema, io_timeout, logger)
+    _verify(path, _share_of_ema, io_timeout)
     if sharded:
         agree('read EMA', lambda: load_other_ema(model_ema, saved), io_timeout, CheckpointError)
         return
@@ -221,18 +238,24 @@ def _load_ema_of_tag(
 
 def _shards_of(path: Path, logger: logging.Logger) -> TagShards:
     shards = TagShards(path)
+    _warn_unverified(shards, logger)
     if shards.unused:
         logger.warning(
             '%s has no manifest, and files that are not of its layout (%s): they are not read',
             path,
             few(shards.unused),
         )
+    if unread := unread_keys(shards):
+        logger.warning('%s: what its client_state has of %s is not restored', path, few(unread))
     return shards
 
 
-def _verify(
-    path: Path, choose: Callable[[Manifest], list[str]], timeout: float, logger: logging.Logger
-) -> None:
+def _warn_unverified(shards: TagShards, logger: logging.Logger) -> None:
+    if not shards.has_manifest:
+        logger.warning('%s has no manifest: it could not be verified', shards.tag)
+
+
+def _verify(path: Path, choose: Callable[[Manifest], list[str]], timeout: float) -> None:
     """Compares files with their checksums, on this rank those that ``choose`` names.
 
     A meeting of all ranks.
@@ -241,17 +264,13 @@ def _verify(
         CheckpointError: on all ranks, when a file of any rank is damaged.
     """
 
-    def check() -> bool:
+    def check() -> None:
         manifest = lookup.read_manifest(path)
-        if manifest is None:
-            return False
-        found = damage(path, manifest, choose(manifest))
+        found = [] if manifest is None else damage(path, manifest, choose(manifest))
         if found:
             raise CheckpointError('; '.join(found))
-        return True
 
-    if not agree('verify', check, timeout, CheckpointError):
-        logger.warning('%s has no manifest: it could not be verified', path)
+    agree('verify', check, timeout, CheckpointError)
 
 
 def _own_shards(manifest: Manifest) -> list[str]:
@@ -296,9 +315,7 @@ def _evaluate_file(resume: str, model: Any, logger: logging.Logger) -> float:
     return float(checkpoint.get('max_accuracy') or 0.0)
 
 
-def _fits_directly(
-    engine: DeepSpeedEngine, path: Path, timeout: float, io_timeout: float, logger: logging.Logger
-) -> bool:
+def _fits_directly(engine: DeepSpeedEngine, path: Path, timeout: float, io_timeout: float) -> bool:
     """Whether DeepSpeed can load a tag by itself. Verifies what will be read, either way."""
 
     def same_layout() -> bool:
@@ -310,8 +327,8 @@ def _fits_directly(
         return same_groups(engine, shards)
 
     if from_rank_0('compare layouts', same_layout, timeout):
-        _verify(path, _own_shards, io_timeout, logger)
+        _verify(path, _own_shards, io_timeout)
         if from_rank_0('compare groups', groups_fit, timeout):
             return True
-    _verify(path, _share_of_shards, io_timeout, logger)
+    _verify(path, _share_of_shards, io_timeout)
     return False

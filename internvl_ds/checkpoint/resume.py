@@ -172,14 +172,11 @@ def load_same_layout(
     saved_by: str,
     io_timeout: float,
     logger: logging.Logger,
-) -> dict[str, Any]:
+) -> None:
     """Goes on from a tag as DeepSpeed itself does.
 
     Args:
         saved_by: the class of the optimizer that it was saved with; '' where it does not say.
-
-    Returns:
-        The client state that DeepSpeed found in it.
     """
     writer, path = install_writer(engine), shards.tag
 
@@ -191,16 +188,15 @@ def load_same_layout(
                 writer.open(files[min(rank(), len(files) - 1)], shards)
         return _require_same_optimizer(engine, shards, saved_by)
 
-    def load() -> dict[str, Any]:
+    def load() -> None:
         with gathered_together(engine), frozen_as_made(engine), _reading(engine, shards):
-            loaded, client_state = engine.load_checkpoint(str(path.parent), tag=path.name)
+            loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name)
         if loaded is None:
             raise CheckpointError(f'{path}: DeepSpeed found nothing to load in it')
         state = state_of_optimizer(engine.basic_optimizer)
         _into_buffers(state, buffers)
         for (group, tensor), own in zip(slots_of(engine), kept, strict=True):
             _in_own_form(state.get(tensor) or {}, group, own)
-        return client_state
 
     try:
         warnings, kept = agree('read shards', open_own_files, io_timeout, CheckpointError)
@@ -213,13 +209,12 @@ def load_same_layout(
             parameter: dict(tensors)
             for parameter, tensors in state_of_optimizer(engine.basic_optimizer).items()
         }
-        client_state = agree('load shards', load, io_timeout, CheckpointError)
+        agree('load shards', load, io_timeout, CheckpointError)
     finally:
         writer.close()
     # Those of the running configuration hold; the lr is the scheduler's.
     for group, own in zip(engine.optimizer.param_groups, running, strict=True):
         group.update(own)
-    return client_state
 
 
 @contextmanager

@@ -6,8 +6,10 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from deepspeed.runtime.engine import DeepSpeedEngine
 from yacs.config import CfgNode
 
+from internvl_ds.errors import few
 from internvl_ds.param_groups import PER_GROUP_LISTS
 
 
@@ -18,11 +20,15 @@ def restore_schedule(
     scaler: Any,
     path: object,
     logger: logging.Logger,
-) -> None:
-    """Restores scheduler and scaler, and sets TRAIN.START_EPOCH."""
+) -> bool:
+    """Restores scheduler and scaler, and sets TRAIN.START_EPOCH.
+
+    Returns:
+        Whether the schedule is the one that was saved.
+    """
+    restored = False
     if state.get('lr_scheduler') is not None and lr_scheduler is not None:
-        _warn_of_another_schedule(lr_scheduler, state['lr_scheduler'], path, logger)
-        lr_scheduler.load_state_dict(state['lr_scheduler'])
+        restored = _restore_scheduler(lr_scheduler, state['lr_scheduler'], path, logger)
     elif lr_scheduler is not None:
         logger.warning('%s has no state of the lr scheduler: it goes on by itself', path)
     elif state.get('lr_scheduler') is not None:
@@ -40,6 +46,33 @@ def restore_schedule(
         logger.warning(
             '%s does not say its epoch: TRAIN.START_EPOCH stays %s', path, config.TRAIN.START_EPOCH
         )
+    return restored
+
+
+def restore_engines_own(
+    engine: DeepSpeedEngine, lr_scheduler: Any, saved: Any, where: object, logger: logging.Logger
+) -> None:
+    """Moves the schedule that DeepSpeed itself steps to where the engine is, its lr too.
+
+    It is the ds_config's ``/scheduler``, or what the client gave to ``deepspeed.initialize``.
+
+    Args:
+        engine: with its counters restored.
+        lr_scheduler: what is restored otherwise.
+        saved: the state of such a schedule in the checkpoint, or None.
+        where: the checkpoint, for the log.
+    """
+    own, updates = engine.lr_scheduler, engine.global_steps - engine.skipped_steps
+    if own is None or own is lr_scheduler or updates == 0:
+        return
+    if hasattr(own, 'last_batch_iteration'):  # DeepSpeed's kinds; the first update is 0
+        own.step(updates - 1)
+    elif isinstance(saved, Mapping) and saved.keys() == own.state_dict().keys():
+        own.load_state_dict(saved)
+        set_lr_of_schedule(own, engine.basic_optimizer.param_groups, updates)
+    else:
+        kind = type(own).__name__
+        logger.warning('%s has no state of %s, which DeepSpeed steps: begun anew', where, kind)
 
 
 def fit_to_groups(
@@ -94,11 +127,33 @@ def set_lr_of_schedule(
             group['lr'] = lr
 
 
-def _warn_of_another_schedule(
+def _restore_scheduler(
     lr_scheduler: Any, saved: Mapping[str, Any], path: object, logger: logging.Logger
-) -> None:
-    """A schedule is restored as it was saved, as the original does; say so where it differs."""
+) -> bool:
+    """A schedule is restored as it was saved, as the original does; say so where it differs.
+
+    One of another kind is not: whether it was is returned.
+    """
     built = lr_scheduler.state_dict()
+    more, less = sorted(saved.keys() - built.keys()), sorted(built.keys() - saved.keys())
+    if more and less:
+        logger.warning(
+            '%s: its lr schedule is of another kind than the configured %s (it has %s, and no %s), '
+            'which %s',
+            path,
+            type(lr_scheduler).__name__,
+            few(more),
+            few(less),
+            # timm's is told the number of updates, torch's counts for itself
+            'goes on by itself' if hasattr(lr_scheduler, 'step_update') else 'begins anew',
+        )
+        return False
+    if more or less:  # of another version of its library
+        logger.warning(
+            '%s: the lr schedule that was saved has %s', path,
+            f'{few(more)} more, which is not restored' if more
+            else f'no {few(less)}, which stays as configured',
+        )  # fmt: skip
     # torch's schedulers keep their position with their settings; timm's keep none.
     position = {'last_epoch', '_step_count', '_last_lr', '_get_lr_called_within_step', 'metric'}
     differing = {
@@ -112,3 +167,5 @@ def _warn_of_another_schedule(
             path,
             differing,
         )
+    lr_scheduler.load_state_dict({key: saved[key] for key in saved if key in built})
+    return True

@@ -24,6 +24,7 @@ from internvl_ds.checkpoint.manifest import Identity
 from internvl_ds.checkpoint.named import Flat, NamedState
 from internvl_ds.checkpoint.partition import Layout, Runs, Slices, describe, shapes_of
 from internvl_ds.checkpoint.tag_files import (
+    is_first_optim,
     model_names,
     optim_names,
     require_identity,
@@ -86,6 +87,11 @@ class TagShards:
         self._opened = dict(opened or {})
         self.model_files = [tag / name for name in model_names(tag, self._names, self._stage_in)]
 
+    @property
+    def has_manifest(self) -> bool:
+        """Whether this package wrote the tag; else it is plain DeepSpeed's."""
+        return self._header is not None
+
     @cached_property
     def optim_files(self) -> list[Path]:
         """The files of the optimizer's states, in the order of the ranks."""
@@ -135,7 +141,7 @@ class TagShards:
     @property
     def zero_stage(self) -> int:
         """The ZeRO stage that the tag was saved at."""
-        zero = (self.head.get('ds_config') or {}).get('zero_optimization') or {}
+        zero = self.ds_config.get('zero_optimization') or {}
         return int(zero.get('stage', 0))
 
     @property
@@ -149,9 +155,14 @@ class TagShards:
         return int(self.head['global_steps'])
 
     @property
+    def updates(self) -> int:
+        """Of these, those that were applied."""
+        return self.global_steps - int(self.head.get('skipped_steps') or 0)
+
+    @property
     def fresh(self) -> bool:
         """Whether it was saved before the first update."""
-        return self.global_steps == int(self.head.get('skipped_steps') or 0)
+        return not self.updates
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every parameter and buffer of the model that was saved."""
@@ -300,10 +311,19 @@ class TagShards:
                 found[name] = first[key]
         return found
 
-    @property
+    @cached_property
     def ds_config(self) -> Mapping[str, Any]:
-        """The ds_config of the run that saved it."""
-        return self.head.get('ds_config') or {}
+        """The ds_config of the run that saved it; where that was a path, what its files show."""
+        said = self.head.get('ds_config')
+        if isinstance(said, Mapping):
+            return said
+        stages = [self._stage_in(n) for n in self._names if is_first_optim(n)]
+        dtypes = {tensor.dtype for tensor in self.head['module'].values()}
+        return {
+            'zero_optimization': {'stage': max(stages, default=0)},
+            'bf16': {'enabled': torch.bfloat16 in dtypes},
+            'fp16': {'enabled': torch.float16 in dtypes},
+        }
 
     def _partitioned_state(self) -> State:
         shapes = shapes_of(self.layout)

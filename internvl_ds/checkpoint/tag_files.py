@@ -38,7 +38,7 @@ def model_names(tag: Path, names: Iterable[str], zero_stage: Callable[[str], int
     whole = [name for name in found if name not in sliced]
     if sliced and whole:
         # The optimizer's files have the same names in both, and say which tag was saved last.
-        optim = [n for n in names if _OPTIM.fullmatch(n) and file_rank(n) == 0]
+        optim = [n for n in names if is_first_optim(n)]
         whole = [] if optim and zero_stage(optim[0]) == 3 else whole
     chosen = whole or sliced
     parallel = [name for name in chosen if found[name][2] != '00']
@@ -60,6 +60,11 @@ def optim_names(names: Iterable[str], ranks: int, bf16: bool) -> list[str]:
     found = [name for name in names if _OPTIM.fullmatch(name) and file_rank(name) < ranks]
     named_so = [name for name in found if name.startswith('bf16_') == bf16]
     return sorted(named_so or found, key=file_rank)
+
+
+def is_first_optim(name: str) -> bool:
+    """Whether a file is of rank 0's optimizer states."""
+    return bool(_OPTIM.fullmatch(name)) and file_rank(name) == 0
 
 
 def require_identity(path: Path, said: Any, header: Header) -> None:

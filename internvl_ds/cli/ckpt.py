@@ -233,17 +233,14 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
-    from internvl_ds.checkpoint.state import read_state
-
     path = choose(args.path, args.tag)[0][0]
     examined = examine(path, contents=False)
     state: dict[str, Any] | None = None
-    if (path / STATE_FILE).exists():
-        try:
-            state = read_state(path / STATE_FILE)
-        except CheckpointError as error:
-            problems = [*examined.problems, str(error)]
-            examined = replace(examined, verified='damaged', problems=problems)
+    try:
+        state = _kept(path, examined)
+    except CheckpointError as error:
+        problems = [*examined.problems, str(error)]
+        examined = replace(examined, verified='damaged', problems=problems)
     config = (state or {}).get('config')
     if args.config and not isinstance(config, str):
         raise CheckpointNotFound(f'{path}: keeps no config')
@@ -266,6 +263,21 @@ def _show(args: argparse.Namespace) -> int:
     else:
         _say_tree(tree)
     return _status([examined])
+
+
+def _kept(path: Path, examined: Examined) -> dict[str, Any] | None:
+    """What a tag keeps beside its tensors."""
+    from internvl_ds.checkpoint.state import read_state
+
+    if (path / STATE_FILE).exists():
+        return read_state(path / STATE_FILE)
+    if examined.verified != 'no manifest':
+        return None
+    # They import DeepSpeed, which other tags can do without.
+    from internvl_ds.checkpoint.client_state import saved_state
+    from internvl_ds.checkpoint.shards import TagShards
+
+    return saved_state(TagShards(path))
 
 
 def _summary(state: dict[str, Any] | None) -> dict[str, Any] | None:

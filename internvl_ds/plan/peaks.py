@@ -133,7 +133,7 @@ def _owned_gradients(sizes: Sizes, layout: Layout) -> int:
         starts = np.concatenate(([0], ends))
         inside = first < ends[-1]
         touched += np.where(inside, ends[np.minimum(end, len(ends) - 1)] - starts[begin], 0)
-    return layout.weight_bytes * int(touched.max())
+    return layout.weight_bytes * int(np.max(touched))
 
 
 def _copied(sizes: Sizes, layout: Layout) -> int:

@@ -1,0 +1,178 @@
+"""What a script over plain DeepSpeed kept in its tags, in the words of state.json.
+
+DeepSpeed merges a script's ``client_state`` into the model states. Read are the names that this
+package uses itself, and InternImage's (classification/main_deepspeed.py of OpenGVLab/InternImage
+and of InternVL), whose average is a state dict with the dots left out of its names.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from yacs.config import CfgNode
+
+from internvl_ds.checkpoint.shards import TagShards
+from internvl_ds.checkpoint.state import state_of
+from internvl_ds.errors import CheckpointMismatch, few
+
+# What DeepSpeed 0.19 and earlier versions put there themselves.
+_DEEPSPEEDS = frozenset(
+    {
+        'module', 'buffer_names', 'optimizer', 'param_shapes', 'frozen_param_shapes',
+        'shared_params', 'frozen_param_fragments', 'data_sampler', 'random_ltd', 'skipped_steps',
+        'global_steps', 'global_samples', 'dp_world_size', 'mp_world_size', 'ds_config',
+        'ds_version', 'checkpoint_parallel_dimensions', 'sparse_tensor_module_names',
+        'csr_tensor_module_names', 'num_experts', 'ds_autoep_layers', 'universal_checkpoint_info',
+    }
+)  # fmt: skip
+_NUMBERS = ('max_accuracy', 'max_accuracy_ema', 'ema_decay')
+_AVERAGE, _INTERN_IMAGES_SCHEDULE = 'model_ema', 'custom_lr_scheduler'
+_READ = frozenset(
+    {'epoch', 'config', 'lr_scheduler', 'scaler', _AVERAGE, _INTERN_IMAGES_SCHEDULE, *_NUMBERS}
+)
+# How scripts name the tensors of an average: as the model, as an engine does, and as a module's
+# buffers must be named, which have no dots (InternImage's).
+_FORMS: tuple[Callable[[str], str], ...] = (
+    lambda name: name,
+    lambda name: f'module.{name}',
+    lambda name: name.replace('.', ''),
+    lambda name: f'module{name.replace(".", "")}',
+)
+# In a schedule that counts something else: what is a time, and what is a rate.
+_TIMES, _RATES = ('t_initial', 'warmup_t', 'decay_t'), ('warmup_steps',)
+
+
+def saved_state(shards: TagShards) -> dict[str, Any]:
+    """What a tag keeps beside its tensors: its state.json, or a script's client_state.
+
+    Raises:
+        CheckpointError: when it cannot be read.
+    """
+    return state_of(shards.tag) if shards.has_manifest else _in_own_words(shards)
+
+
+def unread_keys(shards: TagShards) -> list[str]:
+    """The names in a script's client_state of which nothing is made."""
+    if shards.has_manifest:
+        return []
+    return [key for key in shards.head if key not in _DEEPSPEEDS | _READ]
+
+
+def holds_average(shards: TagShards) -> bool:
+    """Whether a script kept an average in its client_state."""
+    return not shards.has_manifest and isinstance(shards.head.get(_AVERAGE), Mapping)
+
+
+def average_of(shards: TagShards) -> dict[str, torch.Tensor]:
+    """Parameter or buffer -> averaged tensor, of what `holds_average` found.
+
+    Raises:
+        CheckpointMismatch: where names are not the model's, stand for two parameters, or leave a
+            trained one out.
+    """
+    kept, aliases = shards.head[_AVERAGE], shards.aliases()
+    where = f'{shards.tag}: its {_AVERAGE}'
+    tables = [_table(shards, form) for form in _FORMS]
+    meant = next((table for table in tables if kept.keys() <= table.keys()), None)
+    if meant is None:
+        strange = min(([k for k in kept if k not in table] for table in tables), key=len)
+        raise CheckpointMismatch(
+            f'{where} is of another model: {len(strange)} names are not in it: {few(strange)}'
+        )
+    for key in kept:
+        if len(meant[key]) > 1:
+            raise CheckpointMismatch(
+                f'{where} keeps one average, {key}, for {" and for ".join(sorted(meant[key]))}: '
+                'it is that of one of them, and does not say which'
+            )
+    found: dict[str, torch.Tensor] = {}
+    for key, tensor in kept.items():
+        (name,) = meant[key]
+        if name in found and not torch.equal(found[name], tensor):
+            raise CheckpointMismatch(f'{where} has two averages of {name}, which is tied')
+        found[name] = tensor
+    trained = (name for group in shards.groups() for name in group if name)
+    missing = [name for name in trained if aliases.get(name, name) not in found]
+    if missing:
+        raise CheckpointMismatch(
+            f'{where} is of another model: {len(missing)} trained parameters are not in it: '
+            f'{few(missing)}'
+        )
+    return found
+
+
+def _table(shards: TagShards, form: Callable[[str], str]) -> dict[str, set[str]]:
+    """What a name that a script wrote in one form stands for."""
+    aliases, table = shards.aliases(), defaultdict(set)
+    for name in shards.shapes():
+        table[form(name)].add(aliases.get(name, name))
+    return dict(table)
+
+
+def _in_own_words(shards: TagShards) -> dict[str, Any]:
+    head = shards.head
+    config = _config_in(head.get('config'))
+    state: dict[str, Any] = {key: _number(head.get(key)) for key in _NUMBERS}
+    epoch = _number(head.get('epoch'))
+    state['epoch'] = int(epoch) if epoch is not None and epoch == int(epoch) else None
+    state['config'] = None if config is None else config.dump()
+    state['loss_scale'] = _loss_scale(shards)
+    for key in ('lr_scheduler', 'scaler'):
+        state[key] = head[key] if isinstance(head.get(key), Mapping) else None
+    if state['lr_scheduler'] is not None and 'last_batch_iteration' in state['lr_scheduler']:
+        state['lr_scheduler'] = None  # of a schedule of DeepSpeed's own, which its engine restores
+    if isinstance(head.get(_INTERN_IMAGES_SCHEDULE), Mapping):
+        micro_batches = int(shards.ds_config.get('gradient_accumulation_steps') or 1)
+        state['lr_scheduler'] = _counting_updates(head[_INTERN_IMAGES_SCHEDULE], micro_batches)
+    if state['ema_decay'] is None and config is not None and holds_average(shards):
+        average = (config.get('TRAIN') or {}).get('EMA') or {}
+        state['ema_decay'] = _number(average.get('DECAY'))
+    return state
+
+
+def _loss_scale(shards: TagShards) -> dict[str, Any] | None:
+    """A loss scale that moves, as DeepSpeed keeps it in the optimizer's state."""
+    kept = shards.head.get('optimizer') or {}  # stage 0
+    if shards.zero_stage and shards.optim_files:
+        optimizer = shards.read(shards.optim_files[0])['optimizer_state_dict']
+        kept = getattr(optimizer.get('loss_scaler'), '__dict__', {})
+        kept = {**kept, 'dynamic_loss_scale': optimizer.get('dynamic_loss_scale')}
+    if not kept.get('dynamic_loss_scale') or 'cur_scale' not in kept:
+        return None
+    successes = kept['cur_iter'] - kept['last_overflow_iter'] - 2
+    return {
+        'scale': kept['cur_scale'],
+        '_growth_tracker': max(0, successes) % kept['scale_window'],
+        'hysteresis_left': kept.get('cur_hysteresis', 1),
+    }
+
+
+def _counting_updates(schedule: Mapping[str, Any], micro_batches: int) -> dict[str, Any]:
+    """A schedule of timm's that counts micro-batches, as one that counts updates."""
+    state = dict(schedule)
+    if micro_batches == 1 or state.get('t_in_epochs'):
+        return state
+    for key in _TIMES:
+        if isinstance(state.get(key), int | float):
+            exact = state[key] / micro_batches
+            state[key] = int(exact) if exact == int(exact) else exact
+    for key in _RATES:
+        if state.get('warmup_t') and isinstance(state.get(key), list):
+            state[key] = [rate * micro_batches for rate in state[key]]
+    return state
+
+
+def _config_in(value: Any) -> CfgNode | None:
+    """A CfgNode, which is read as an OrderedDict that has its marks."""
+    if type(value) is OrderedDict and CfgNode.IMMUTABLE in vars(value):
+        return CfgNode(value)
+    return None
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        value = value.item()
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
