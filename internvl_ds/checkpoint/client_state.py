@@ -51,7 +51,7 @@ def saved_state(shards: TagShards) -> dict[str, Any]:
     Raises:
         CheckpointError: when it cannot be read.
     """
-    return state_of(shards.tag) if shards.has_manifest else _in_own_words(shards)
+    return state_of(shards.tag) or _in_own_words(shards)
 
 
 def unread_keys(shards: TagShards) -> list[str]:
