@@ -199,7 +199,7 @@ def _setup_evaluation(
     if config.MODEL.RESUME:
         best = load_checkpoint(config, model, None, None, None, logger, class_names=loaders.classes)
         if config.TRAIN.EMA.ENABLE:
-            ema = ModelEmaV3(model)
+            ema = ModelEmaV3(model, config.TRAIN.EMA.DECAY)
             load_ema_checkpoint(config, ema, logger)
             averaged = ema.module.state_dict()
     elif not config.MODEL.PRETRAINED:
