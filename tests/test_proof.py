@@ -100,7 +100,7 @@ class Subclass(torch.Tensor):
         b'bytes',
         torch.Generator(),
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__,
 )
 def test_what_an_outline_does_not_know_is_decided_by_the_reader(tmp_path, value):
     try:
