@@ -45,8 +45,8 @@ _LARGEST, _SMALL, _UPDATES = 1 << 20, (3,), 32
 
 REMEDY = (
     'Resume with the optimizer and the settings that it was saved with, or take its weights only: '
-    'name it in MODEL.PRETRAINED in place of MODEL.RESUME (load_pretrained, before initialize), or '
-    'evaluate with EVAL_MODE.'
+    'name it in MODEL.PRETRAINED in place of MODEL.RESUME (load_pretrained, before initialize), '
+    'with another OUTPUT where TRAIN.AUTO_RESUME is on; or evaluate with EVAL_MODE.'
 )
 
 # What a value of a state is: a number, a tensor of the parameter's own shape, of one that does not
@@ -260,9 +260,9 @@ class RunningOptimizer:
         """The settings of a group, but for what moves: key -> (saved, now) where they differ."""
         keys = self.optimizer.defaults.keys() - _NOT_SETTINGS - set(kept.counters if kept else ())
         return {
-            key: (saved.get(key), now[key])
-            for key in sorted(keys & now.keys())
-            if saved and not _equal(saved.get(key), now[key])
+            key: (saved[key], now[key])
+            for key in sorted(keys & saved.keys() & now.keys())
+            if not _equal(saved[key], now[key])
         }
 
     def _mismatch(
