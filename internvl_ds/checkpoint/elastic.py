@@ -10,15 +10,8 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from internvl_ds.checkpoint.named import Flat, NamedState, fill
-from internvl_ds.checkpoint.optimizer_state import (
-    NUMBER,
-    RunningOptimizer,
-    SavedTensor,
-    forms_of,
-    like,
-    slots_of,
-    state_of_optimizer,
-)
+from internvl_ds.checkpoint.optimizer_state import RunningOptimizer, SavedTensor, slots_of
+from internvl_ds.checkpoint.optimizer_trial import NUMBER, forms_of, like, state_of_optimizer
 from internvl_ds.checkpoint.partition import Layout, owned, shapes_of
 from internvl_ds.checkpoint.restore import (
     model_shapes,

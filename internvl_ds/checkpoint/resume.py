@@ -16,16 +16,12 @@ from internvl_ds.checkpoint.elastic import Restorer
 from internvl_ds.checkpoint.layout import layout_of_engine
 from internvl_ds.checkpoint.named import NamedState
 from internvl_ds.checkpoint.optimizer_state import (
-    NUMBER,
-    Kept,
     RunningOptimizer,
     SavedTensor,
-    forms_of,
-    like,
     require_optimizer,
     slots_of,
-    state_of_optimizer,
 )
+from internvl_ds.checkpoint.optimizer_trial import NUMBER, Kept, forms_of, like, state_of_optimizer
 from internvl_ds.checkpoint.original import state_of_file
 from internvl_ds.checkpoint.schedule import fit_to_groups, restore_schedule, set_lr_of_schedule
 from internvl_ds.checkpoint.shards import TagShards

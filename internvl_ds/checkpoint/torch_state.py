@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from internvl_ds.checkpoint.named import Flat
-from internvl_ds.checkpoint.optimizer_state import NUMBER, form_of
+from internvl_ds.checkpoint.optimizer_trial import NUMBER, form_of
 from internvl_ds.errors import CheckpointMismatch, few
 
 

@@ -1,0 +1,201 @@
+"""What an optimizer keeps for a tensor, found out by steps of a copy on a tensor of its own."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import OrderedDict, defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+# State of DeepSpeed's own, which cannot be tried on a copy: that would end the original's.
+_MOMENT = torch.empty(1)
+_DEEPSPEED: dict[str, dict[str, Any]] = {
+    'FusedAdam': {'exp_avg': _MOMENT, 'exp_avg_sq': _MOMENT, 'step': 0},
+    'DeepSpeedCPUAdam': {'exp_avg': _MOMENT, 'exp_avg_sq': _MOMENT, 'step': 0},
+    'FusedLion': {'exp_avg': _MOMENT, 'step': 0},
+    'DeepSpeedCPULion': {'exp_avg': _MOMENT, 'step': 0},
+    'DeepSpeedCPUAdagrad': {'exp_avg_sq': _MOMENT, 'step': 0},
+}
+
+# Which tensors a group holds, and what moves with the schedule: no settings of the optimizer.
+NOT_SETTINGS = frozenset({'params', 'param_names', 'names', 'name', 'lr', 'initial_lr', 'lr_scale'})
+
+# Elements of the largest tensor that is tried in its own shape, and updates after which no key is
+# new any more: timm's Lookahead has one after its sixth.
+_LARGEST, _SMALL, _UPDATES = 1 << 20, (3,), 32
+
+# What a value of a state is: a number, a tensor of the parameter's own shape, of one that does not
+# matter, or of another; or else the name of its type.
+Form = tuple[int, ...] | str
+NUMBER, ELEMENTS, TENSOR = 'number', 'elements', 'tensor'
+
+
+class Kept(NamedTuple):
+    """What an optimizer keeps for a tensor of one of its groups.
+
+    Attributes:
+        forms: key -> its form, after the first update.
+        numbers: key -> a number of it, for its type.
+        exact: whether the tensor was tried in its own shape; else a shape's dimensions count only.
+        late: keys that come with a later update only.
+        counters: entries of the group that updates change, such as the ``step`` of timm's Lamb ->
+            their value after some.
+    """
+
+    forms: Mapping[str, Form]
+    numbers: Mapping[str, Any]
+    exact: bool
+    late: frozenset[str] = frozenset()
+    counters: Mapping[str, Any] = {}
+
+
+def state_of_optimizer(optimizer: Any) -> Any:
+    """Tensor -> its state; of the optimizer inside, where timm's Lookahead is around it."""
+    return getattr(optimizer, '_base_optimizer', optimizer).state
+
+
+def form_of(value: Any, shape: Sequence[int] | None = None) -> Form:
+    """The form of what an optimizer keeps for a tensor.
+
+    Args:
+        value: a number, a tensor or a `Flat`, or anything else.
+        shape: of the tensor that it is kept for; None where shapes do not matter.
+    """
+    if isinstance(value, int | float):
+        return NUMBER
+    own = getattr(value, 'shape', None)
+    if own is None:
+        return type(value).__name__
+    if not len(own):
+        return NUMBER
+    if shape is None:
+        return TENSOR
+    return ELEMENTS if tuple(own) == tuple(shape) else tuple(own)
+
+
+def forms_of(state: Mapping[str, Any], shape: Sequence[int] | None = None) -> dict[str, Form]:
+    """The forms of a tensor's state; what is None is nothing. See `form_of`."""
+    return {key: form_of(value, shape) for key, value in state.items() if value is not None}
+
+
+def like(value: Any, other: Any) -> Any:
+    """A copy of a value; a number in the form of another: a tensor as it is, an int or a float."""
+    if form_of(value) != NUMBER:
+        return copy.deepcopy(value)
+    if isinstance(other, int | float):
+        return type(other)(value)
+    dtype, device = (other.dtype, other.device) if torch.is_tensor(other) else (torch.float32, None)
+    return torch.tensor(float(value), dtype=dtype, device=device)
+
+
+class Trials:
+    """What the optimizer that runs keeps, group by group. Asking changes nothing of it."""
+
+    def __init__(self, optimizer: Any) -> None:
+        """Takes the client's optimizer, or the one that DeepSpeed made."""
+        self.optimizer = optimizer
+        self._tried: dict[Any, Kept | None] = {}
+
+    def kept(self, settings: Mapping[str, Any], tensor: torch.Tensor) -> Kept | None:
+        """What it keeps for a tensor.
+
+        Args:
+            settings: of the tensor's group.
+            tensor: of which shape, dtype and device matter.
+
+        Returns:
+            None where that cannot be told.
+        """
+        if type(self.optimizer).__module__.startswith('deepspeed.'):
+            state = _DEEPSPEED.get(type(self.optimizer).__name__)
+            return None if state is None else Kept(forms_of(state, (1,)), state, True)
+        moved = self._after(_UPDATES, settings, tensor, _SMALL)
+        if moved is None:
+            return None
+        # What it has counted so far does not count: the copy begins anew.
+        defaults, counters = self.optimizer.defaults, moved.counters
+        fresh = {k: v for k, v in settings.items() if k not in counters}
+        fresh.update({key: defaults[key] for key in counters if key in defaults})
+        shape = _cut(tensor.shape)
+        first = self._after(1, fresh, tensor, shape)
+        small = self._after(1, fresh, tensor, _SMALL)
+        later = self._after(_UPDATES, fresh, tensor, _SMALL)
+        if first is None or small is None or later is None:
+            return None
+        late = frozenset(later.forms.keys() - small.forms.keys())
+        return Kept(first.forms, first.numbers, shape == tensor.shape, late, counters)
+
+    def _after(
+        self,
+        updates: int,
+        settings: Mapping[str, Any],
+        tensor: torch.Tensor,
+        shape: tuple[int, ...],
+    ) -> Kept | None:
+        """What a copy keeps for a blank tensor after updates; None where it cannot be stepped."""
+        own = sorted((key, repr(settings[key])) for key in settings.keys() - NOT_SETTINGS)
+        key = (updates, tuple(own), shape, tensor.dtype, tensor.device)
+        if key not in self._tried:
+            blank = torch.ones(shape, dtype=tensor.dtype, device=tensor.device)
+            kind = tensor.device.type
+            devices = [] if kind == 'cpu' else [tensor.device]
+            with (
+                torch.random.fork_rng(devices, device_type=kind if devices else 'cuda'),
+                torch.compiler.set_stance('force_eager'),
+            ):
+                try:
+                    self._tried[key] = _stepped(self.optimizer, settings, blank, updates)
+                except Exception:  # it needs a closure, or more than its class says
+                    self._tried[key] = None
+        return self._tried[key]
+
+
+def _cut(shape: Sequence[int]) -> tuple[int, ...]:
+    """A shape, its long sides cut where the tensor would be too large to try."""
+    if math.prod(shape) <= _LARGEST:
+        return tuple(shape)
+    side = int(_LARGEST ** (1 / len(shape)))
+    return tuple(min(n, side) for n in shape)
+
+
+def _stepped(
+    optimizer: Any, settings: Mapping[str, Any], blank: torch.Tensor, updates: int
+) -> Kept:
+    """What a copy keeps for a parameter of its own after updates."""
+    parameter = nn.Parameter(blank)
+    memo: dict[int, Any] = {
+        id(p): parameter for group in optimizer.param_groups for p in group['params']
+    }
+    own = copy.deepcopy({key: value for key, value in settings.items() if key != 'params'}, memo)
+    group = {**own, 'params': [parameter]}
+    trial = _apart(optimizer, [group], memo)
+    for _ in range(updates):
+        parameter.grad = torch.ones_like(parameter)
+        type(optimizer).step(trial)
+    state = state_of_optimizer(trial)[parameter]
+    forms = forms_of(state, parameter.shape)
+    numbers = {key: state[key] for key, form in forms.items() if form == NUMBER}
+    entries = group.keys() - NOT_SETTINGS
+    counters = {k: group[k] for k in entries if repr(group[k]) != repr(settings.get(k))}
+    return Kept(forms, numbers, True, frozenset(), counters)
+
+
+def _apart(optimizer: Any, groups: list[dict[str, Any]], memo: dict[int, Any]) -> Any:
+    """A copy of an optimizer for other groups, which shares nothing that a step could change."""
+    trial: Any = object.__new__(type(optimizer))
+    memo[id(optimizer)] = trial
+    for name, value in vars(optimizer).items():
+        if name.endswith('_hooks'):
+            trial.__dict__[name] = OrderedDict()
+        elif isinstance(value, torch.optim.Optimizer):
+            trial.__dict__[name] = _apart(value, groups, memo)
+        elif isinstance(value, nn.Module):
+            trial.__dict__[name] = value
+        elif name not in ('state', 'param_groups', 'step'):  # a scheduler puts a step there
+            trial.__dict__[name] = copy.deepcopy(value, memo)
+    trial.state, trial.param_groups = defaultdict(dict), groups
+    return trial
