@@ -79,14 +79,18 @@ def pairs(
         subprocess.CalledProcessError: when a Python cannot save; its output says why.
     """
     versions = {version_of(python): python for python in pythons}
-    recordings = {v: _record(versions[v], folder / f'py{v}', few) for v in versions}
+    recordings = {v: folder / f'py{v}' for v in versions}
+    *others, last = versions
+    for version in others:
+        _record(versions[version], recordings[version], few)
     found = {}
-    for version, python in versions.items():
-        results = _check(python, list(recordings.values()), folder / f'under-{version}')
+    for version in (last, *others):  # the last one saves first: its start takes longest
+        saves = recordings[last] if version == last else None
+        results = _load(versions[version], list(recordings.values()), saves, few)
         for saved, recording in recordings.items():
             own = {k: v for k, v in results.items() if k.startswith(f'{recording.name}/')}
             found[saved, version] = failures(own) if own else ['nothing was loaded']
-    return found
+    return {(a, b): found[a, b] for a in versions for b in versions}
 
 
 def text_of(found: dict[tuple[str, str], list[str]]) -> str:
@@ -100,21 +104,30 @@ def text_of(found: dict[tuple[str, str], list[str]]) -> str:
     return table(('saved under \\ loaded under', *versions), rows)
 
 
-def _record(python: str, folder: Path, few: bool) -> Path:
+def _record(python: str, folder: Path, few: bool) -> None:
     if python == sys.executable:
-        return record(folder, few=few)
-    words = [str(folder.parent), '--name', folder.name, '--unpacked', *(['--few'] if few else [])]
-    _run(python, words)
-    return folder
+        record(folder, few=few)
+    else:
+        _run(python, _recording(folder, few))
 
 
-def _check(python: str, recordings: list[Path], work: Path) -> dict[str, dict[str, str]]:
-    work.mkdir(parents=True)
-    if python == sys.executable:
-        return check(recordings, work)
-    answer = work / 'results.json'
-    _run(python, ['--check', *map(str, recordings), '--json', str(answer)], statuses=(0, 1))
-    return json.loads(answer.read_text())
+def _load(
+    python: str, recordings: list[Path], saves: Path | None, few: bool
+) -> dict[str, dict[str, str]]:
+    with tempfile.TemporaryDirectory() as work:
+        if python == sys.executable:
+            if saves:
+                record(saves, few=few)
+            return check(recordings, Path(work))
+        answer = Path(work, 'results.json')
+        words = _recording(saves, few) if saves else []
+        words += ['--check', *map(str, recordings), '--json', str(answer)]
+        _run(python, words, statuses=(0, 1))
+        return json.loads(answer.read_text())
+
+
+def _recording(folder: Path, few: bool) -> list[str]:
+    return [str(folder.parent), '--name', folder.name, '--unpacked', *(['--few'] if few else [])]
 
 
 def _run(python: str, words: list[str], statuses: tuple[int, ...] = (0,)) -> None:

@@ -179,15 +179,14 @@ def main() -> int:
     if not args.check and args.out is None:
         parser.error('name the folder of a new recording, or --check recordings')
     with tempfile.TemporaryDirectory() as work:
-        if args.check:
-            return _check(args, Path(work))
-        out = args.out.resolve()
-        folder = (out if args.unpacked else Path(work)) / args.name
-        record(folder, few=args.few, plain=args.plain)
-        if not args.unpacked:
-            out.mkdir(parents=True, exist_ok=True)
-            pack(folder, out / f'{args.name}.tar.xz')
-    return 0
+        if args.out is not None:
+            out = args.out.resolve()
+            folder = (out if args.unpacked else Path(work)) / args.name
+            record(folder, few=args.few, plain=args.plain)
+            if not args.unpacked:
+                out.mkdir(parents=True, exist_ok=True)
+                pack(folder, out / f'{args.name}.tar.xz')
+        return _check(args, Path(work)) if args.check else 0
 
 
 def _check(args: argparse.Namespace, work: Path) -> int:
