@@ -65,6 +65,7 @@ def write_original(tag: Path, target: Path) -> None:
         'model': _blank_weights(shards.in_order(saved.weights()), saved.aliases, fillers),
         'optimizer': _blank_optimizer(saved, groups, became, settings, fillers),
         'lr_scheduler': _expanded(kept.get('lr_scheduler'), became, len(merged)),
+        'schedule': kept.get('schedule'),  # what it counts, for a load of ours
         'max_accuracy': kept.get('max_accuracy', 0.0),
         'epoch': kept.get('epoch'),
         'config': CfgNode.load_cfg(kept['config']) if kept.get('config') else None,

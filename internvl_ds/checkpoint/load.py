@@ -41,6 +41,7 @@ from internvl_ds.errors import (
     CheckpointNotFound,
 )
 from internvl_ds.meetings import agree, exchange, from_rank_0, rank, world_size
+from internvl_ds.scheduling import restore_schedule_position
 
 _log = logging.getLogger(__name__)
 
@@ -116,6 +117,7 @@ def load_checkpoint(
             state = {**load_same_layout(engine, shards, io_timeout, logger), **state}
             restore_loss_scale(engine, state.get('loss_scale'))
             restore_schedule(config, state, lr_scheduler, scaler, path, logger)
+            restore_schedule_position(engine, state.get('schedule'), lr_scheduler is not None)
         else:
             load_other_layout(
                 config, engine, shards, state, lr_scheduler, scaler, io_timeout, logger
