@@ -190,9 +190,10 @@ def register(
         if part is not None:
             _engines[part] = weakref.ref(engine)
     if lr_scheduler is not None:
-        _registrations[engine].schedule = LrSchedule.of(
-            lr_scheduler, schedule_in, engine.gradient_accumulation_steps()
-        )
+        schedule = LrSchedule.of(lr_scheduler, schedule_in, engine.gradient_accumulation_steps())
+        come = accumulation_of(engine).micro_batches
+        schedule.restore(None, applied_updates(engine), come, loaded=False)
+        _registrations[engine].schedule = schedule
     return engine
 
 

@@ -30,6 +30,7 @@ class LrSchedule:
         group: micro-batches of a whole update when the schedule was built, in whose unit it counts.
         per_update: the same of the run as it is now.
         base, since: its position when the run's count of micro-batches was ``since``.
+        moved: its position at the last move, where the learning rates are.
     """
 
     scheduler: Any
@@ -39,7 +40,7 @@ class LrSchedule:
     per_update: int
     base: float = 0
     since: int = 0
-    _stepped: int = 0  # calls of a torch scheduler's step() by its position
+    moved: float = 0
     _left: Any = None  # learning rates and count as this left them
 
     @classmethod
@@ -70,8 +71,8 @@ class LrSchedule:
         """
         if self.counts == UPDATES:
             return updates
-        exact = self.base + Fraction((micro_batches - self.since) * self.group, self.per_update)
-        return int(exact) if exact == int(exact) else float(exact)
+        come = micro_batches - self.since
+        return _number(self.base + Fraction(come * self.group, self.per_update))
 
     def move(self, updates: int, micro_batches: int, groups: Sequence[Mapping[str, Any]]) -> None:
         """Moves the scheduler on, after an applied update.
@@ -84,11 +85,9 @@ class LrSchedule:
         if hasattr(self.scheduler, 'step_update'):
             self.scheduler.step_update(position)
         else:
-            steps = 1 if self.counts == UPDATES else int(position) - self._stepped
-            for _ in range(steps):
+            for _ in range(int(position) - int(self.moved)):
                 self.scheduler.step()
-            self._stepped += steps
-        self._left = self._now(groups)
+        self.moved, self._left = position, self._now(groups)
 
     def require_untouched(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Refuses a scheduler that someone else steps too.
@@ -113,7 +112,9 @@ class LrSchedule:
             updates, micro_batches: as of `position`.
         """
         position = self.position(updates, micro_batches)
-        return {'counts': self.counts, 'position': position, 'group': self.group}
+        return {
+            'counts': self.counts, 'position': position, 'moved': self.moved, 'group': self.group
+        }  # fmt: skip
 
     def restore(
         self, state: Mapping[str, Any] | None, updates: int, micro_batches: int, loaded: bool
@@ -141,9 +142,11 @@ class LrSchedule:
                 self.counts = counts
             self.group = saved['group']
         self._left, self.since, self.base = None, micro_batches, updates * self.group
+        self.moved = updates if self.counts == UPDATES else self.base
         if saved and counts == self.counts == MICRO_BATCHES:
-            self.base = saved['position'] if loaded else saved['position'] * built / saved['group']
-        self._stepped = int(self.base)
+            scale = Fraction(1 if loaded else built, 1 if loaded else saved['group'])
+            self.base = _number(saved['position'] * scale)
+            self.moved = _number(saved.get('moved', saved['position']) * scale)
 
     def too_long(self, updates: int, epochs: int, all_epochs: int) -> str | None:
         """Whether the schedule turns out to be of micro-batches, where nobody said what it counts.
@@ -176,6 +179,11 @@ class LrSchedule:
         # An lr that is a tensor would have to be read from the device.
         lrs = tuple(group['lr'] for group in groups if isinstance(group['lr'], float | int))
         return lrs, getattr(self.scheduler, 'last_epoch', None)
+
+
+def _number(value: Fraction | float) -> float:
+    """An int where it is one: timm seeds its noise with it."""
+    return int(value) if value == int(value) else float(value)
 
 
 def require_unit(scheduler: Any, schedule_in: str | None) -> None:

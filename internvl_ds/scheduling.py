@@ -50,14 +50,13 @@ def restore_schedule_position(
         loaded: whether the scheduler itself was restored from the checkpoint.
 
     Returns:
-        The position, in what the schedule counts; applied updates without a schedule.
+        Where the learning rates are, in what the schedule counts; applied updates without one.
     """
     schedule, updates = schedule_of(engine), applied_updates(engine)
     if schedule is None:
         return updates
-    come = accumulation_of(engine).micro_batches
-    schedule.restore(state, updates, come, loaded)
-    return schedule.position(updates, come)
+    schedule.restore(state, updates, accumulation_of(engine).micro_batches, loaded)
+    return schedule.moved
 
 
 def warn_of_slow_schedule(
