@@ -33,6 +33,7 @@ _AVERAGE = (
 
 # Optimizer of a client -> its engine. Weak on both sides, as the registry.
 _guarded: weakref.WeakKeyDictionary[Any, weakref.ref[DeepSpeedEngine]] = weakref.WeakKeyDictionary()
+_zero_engines: weakref.WeakSet[DeepSpeedEngine] = weakref.WeakSet()
 
 
 def require_bare(model: nn.Module) -> None:
@@ -75,6 +76,7 @@ def guard(engine: DeepSpeedEngine) -> None:
     if optimizer is not client:
         optimizer.step = functools.partial(_step, ref)
     if stage:
+        _zero_engines.add(engine)
         _watch_clipping()
 
 
@@ -183,7 +185,7 @@ class _Clipping:
 
     def __call__(self, parameters: Any, *args: Any, **kwargs: Any) -> Any:
         for p in [parameters] if isinstance(parameters, torch.Tensor) else parameters:
-            if p.requires_grad and (hasattr(p, '_hp_mapping') or hasattr(p, 'ds_id')):
+            if p.requires_grad and _kept_by_zero(p):
                 raise ConfigError(
                     'clip_grad_norm_ of parameters of a ZeRO engine: their gradients are not in '
                     'p.grad, so it would return 0 and clip nothing. Pass clip_grad= to '
@@ -192,3 +194,15 @@ class _Clipping:
                     'the norm between engine.backward and engine.step'
                 )
         return self._original(parameters, *args, **kwargs)
+
+
+def _kept_by_zero(parameter: torch.Tensor) -> bool:
+    """Whether the gradient of a parameter is ZeRO's; the same on all ranks."""
+    if hasattr(parameter, 'ds_id'):
+        return True
+    if not hasattr(parameter, '_hp_mapping'):
+        return False
+    # Only ranks that own a part have a mapping, and nobody once the engine is destroyed.
+    engine = next((e for e in _zero_engines if parameter in e.param_names), None)
+    parts = engine.module.parameters() if engine is not None else ()
+    return any(getattr(part, '_hp_mapping', None) is not None for part in parts)

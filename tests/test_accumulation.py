@@ -42,6 +42,11 @@ def test_what_an_epoch_leaves_over_is_dropped_by_any_zero_grad(tmp_path):
     ]
     cells += [(layout, 'bf16', 'epoch', 'optimizer') for layout in LAYOUTS + OFFLOADED[1:]]
     cells += [
+        (layout, 'bf16', 'epoch', 'optimizer')
+        for layout in ('zero2_fp32', 'zero3_fp32', 'zero2_offload_fp32')  # where they add up
+    ]
+    cells += [(layout, 'fp32', 'epoch', 'client') for layout in ('zero1_overlap', 'zero2_overlap')]
+    cells += [
         (layout, 'fp32', where, 'optimizer')
         for layout in LAYOUTS + OFFLOADED
         for where in ('middle', 'every')

@@ -33,13 +33,16 @@ EPOCHS, BATCHES, GROUP, CLIP = 2, 11, 3, 0.4
 
 
 def zero_of(layout: str) -> dict[str, Any]:
-    """The ds_config of 'zero0' to 'zero3', and of 'zero1_offload' to 'zero3_offload'."""
+    """The ds_config of 'zero0' to 'zero3', with the settings that its further words name."""
     zero: dict[str, Any] = {'stage': int(layout[4])}
     if zero['stage'] == 3:
         zero['stage3_param_persistence_threshold'] = 0
     if 'offload' in layout:
         zero['offload_optimizer'] = {'device': 'cpu'}
-    return {'zero_optimization': zero, 'zero_force_ds_cpu_optimizer': False}
+    if 'overlap' in layout:
+        zero.update(overlap_comm=True, contiguous_gradients=False)
+    json = {'zero_optimization': zero, 'zero_force_ds_cpu_optimizer': False}
+    return {**json, 'data_types': {'grad_accum_dtype': 'fp32'}} if 'fp32' in layout else json
 
 
 def make_engine(layout: str, precision: str = 'fp32', group: int = GROUP, output: str = '') -> Any:

@@ -285,7 +285,8 @@ def load_errors(root: str) -> dict[str, str]:
     run.close()
     three = Run(3, 'fp32', f'{root}/three')
     three.steps(0, 1)
-    with deepspeed.zero.Init(config_dict_or_path=zero_json(3), dtype=torch.float32):
+    partitioned = {**zero_json(3), 'train_micro_batch_size_per_gpu': 8}
+    with deepspeed.zero.Init(config_dict_or_path=partitioned):
         empty = ModelEmaV3(make_model())  # a copy of what zero.Init has partitioned
     attempt('partitioned ema', lambda: three.save(0, model_ema=empty))
     three.close()
