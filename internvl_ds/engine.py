@@ -6,7 +6,7 @@ import json
 import logging
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import nn
 from yacs.config import CfgNode
 
 from internvl_ds import ds_config as ds
+from internvl_ds.accumulation import Accumulation, watch_zero_grad
 from internvl_ds.comm import init_distributed, limit_collectives
 from internvl_ds.config import checkpoint_option, default_config, get_option
 from internvl_ds.counts import require_counts
@@ -28,7 +29,9 @@ from internvl_ds.ds_check import check, refuse, require_right
 from internvl_ds.ds_findings import value_at
 from internvl_ds.errors import ConfigError, EngineNotFound
 from internvl_ds.files import for_show, write_text
+from internvl_ds.guards import guard, require_bare
 from internvl_ds.loss_scale import LossScale
+from internvl_ds.lr_schedule import LrSchedule, require_unit
 from internvl_ds.meetings import rank, world_size
 from internvl_ds.monitors import drop_unwritable_monitors, guard_monitors
 from internvl_ds.param_groups import MergedGroups, merge_param_groups, remap_scheduler
@@ -43,10 +46,11 @@ _LIMIT_KEY = 'TRAIN.MAX_CONSECUTIVE_OVERFLOWS'
 class _Registration:
     """What this package knows of an engine beside what the engine knows itself."""
 
-    lr_scheduler: Any = None
+    schedule: LrSchedule | None = None
     merged: MergedGroups | None = None
     loss_scale: LossScale | None = None
     overflow_limit: int = 0
+    accumulation: Accumulation = field(default_factory=Accumulation)
 
 
 # Engine, module and optimizer objects -> their engine. Weak on both sides: nothing is kept alive.
@@ -63,6 +67,7 @@ def initialize(
     ds_config: str | Path | Mapping[str, Any] | None = None,
     *,
     lr_scheduler: Any = None,
+    schedule_in: str | None = None,
 ) -> tuple[DeepSpeedEngine, Any]:
     """Makes a DeepSpeed engine from plain parts. Every rank must call it.
 
@@ -77,9 +82,14 @@ def initialize(
             make one.
         ds_config: a JSON path, the name of a shipped one, a mapping, or None (the yacs config
             alone, ZeRO stage 0).
-        lr_scheduler: keyword-only. A timm scheduler (counting updates) or a torch one, built over
-            ``optimizer``. It is never given to DeepSpeed: `NativeScalerWithGradNormCount` steps it
-            after each applied update.
+        lr_scheduler: keyword-only. A timm scheduler or a torch one, built over ``optimizer``. It is
+            never given to DeepSpeed: `NativeScalerWithGradNormCount` steps it after each applied
+            update, and nobody else may.
+        schedule_in: keyword-only. What ``lr_scheduler`` counts. 'updates', the default: the applied
+            ones so far. 'micro-batches', for one built over ``len(loader)``: all that have come so
+            far, those of skipped updates and those that zero_grad dropped included, which is
+            ``epoch * len(loader) + idx + 1`` of a loop. timm's ``step_update`` gets that number,
+            and torch's ``step`` is called as many times.
 
     Returns:
         The engine, and the optimizer to pass to the adapters.
@@ -88,6 +98,8 @@ def initialize(
         ConfigError: for settings that disagree or that this version cannot train right.
     """
     require_counts(config, ('SAVE_CKPT_NUM', 'CHECKPOINT'))
+    require_bare(model)
+    require_unit(lr_scheduler, schedule_in)
     init_distributed(config)
     tree = ds.load_ds_config(ds_config)
     found = check(
@@ -104,7 +116,6 @@ def initialize(
     elements = sum(getattr(p, 'ds_numel', p.numel()) for p in trained)
     resolved = ds.resolve(tree, config, world_size(), elements)
     _refuse_fp16(resolved)
-    _refuse_epoch_scheduler(lr_scheduler)
     if optimizer is None and lr_scheduler is not None:
         raise ConfigError('lr_scheduler= needs the optimizer it was built over: pass both')
     if optimizer is not None:
@@ -128,7 +139,7 @@ def initialize(
         config=resolved,
     )
     guard_monitors(engine)
-    register(engine, lr_scheduler=lr_scheduler)
+    register(engine, lr_scheduler=lr_scheduler, schedule_in=schedule_in)
     limit_collectives(config)
     registration = _registrations[engine]
     logger.info(
@@ -150,7 +161,9 @@ def initialize(
     return engine, ds_optimizer
 
 
-def register(engine: DeepSpeedEngine, *, lr_scheduler: Any = None) -> DeepSpeedEngine:
+def register(
+    engine: DeepSpeedEngine, *, lr_scheduler: Any = None, schedule_in: str | None = None
+) -> DeepSpeedEngine:
     """Makes an engine of plain ``deepspeed.initialize`` known to the adapters.
 
     Afterwards its module and its optimizer (DeepSpeed's wrapper and the client's own) stand for
@@ -159,27 +172,35 @@ def register(engine: DeepSpeedEngine, *, lr_scheduler: Any = None) -> DeepSpeedE
 
     Args:
         engine: what ``deepspeed.initialize`` returned.
-        lr_scheduler: keyword-only; stepped after each applied update, as in `initialize`.
+        lr_scheduler, schedule_in: keyword-only; as in `initialize`.
 
     Raises:
         ConfigError: for settings that this version cannot train right.
     """
     if not isinstance(engine, DeepSpeedEngine):
         raise EngineNotFound(f'register() takes a DeepSpeedEngine, not a {type(engine).__name__}')
-    _refuse_epoch_scheduler(lr_scheduler)
+    require_unit(lr_scheduler, schedule_in)
     if engine not in _registrations:
+        require_bare(engine.module)
         _refuse_unsupported(ds_config_of(engine))
         _refuse_fused(engine)
         if engine.global_steps == 0:
             _undo_dummy_step(engine.optimizer)
         limit = get_option(default_config(), _LIMIT_KEY, 0)
         limit_collectives()  # of the groups that DeepSpeed has just made
-        _registrations[engine] = _Registration(loss_scale=attach(engine), overflow_limit=limit)
+        registration = _Registration(loss_scale=attach(engine), overflow_limit=limit)
+        _registrations[engine] = registration
+        if engine.basic_optimizer is not None:
+            watch_zero_grad(engine, registration.accumulation)
+        guard(engine)
     for part in (engine, engine.module, engine.optimizer, getattr(engine, 'basic_optimizer', None)):
         if part is not None:
             _engines[part] = weakref.ref(engine)
     if lr_scheduler is not None:
-        _registrations[engine].lr_scheduler = lr_scheduler
+        schedule = LrSchedule.of(lr_scheduler, schedule_in, engine.gradient_accumulation_steps())
+        come = accumulation_of(engine).micro_batches
+        schedule.restore(None, applied_updates(engine), come, loaded=False)
+        _registrations[engine].schedule = schedule
     return engine
 
 
@@ -249,15 +270,20 @@ def overflow_limit(engine: DeepSpeedEngine) -> int:
     return _registrations[engine].overflow_limit
 
 
-def step_scheduler(engine: DeepSpeedEngine) -> None:
-    """Moves the engine's registered scheduler to the number of updates applied so far."""
-    scheduler = scheduler_of(engine)
-    if scheduler is None:
-        return
-    if hasattr(scheduler, 'step_update'):
-        scheduler.step_update(engine.global_steps - engine.skipped_steps)
-    else:
-        scheduler.step()
+def accumulation_of(engine: DeepSpeedEngine) -> Accumulation:
+    """The micro-batches since the engine's last update."""
+    return _registrations[engine].accumulation
+
+
+def applied_updates(engine: DeepSpeedEngine) -> int:
+    """How many updates have changed the weights, over all runs of a resumed training."""
+    return int(engine.global_steps - engine.skipped_steps)
+
+
+def schedule_of(engine: DeepSpeedEngine) -> LrSchedule | None:
+    """The lr schedule that the engine steps; None without one."""
+    registration = _registrations.get(engine)
+    return registration.schedule if registration else None
 
 
 def client_groups(engine: DeepSpeedEngine) -> MergedGroups:
@@ -286,8 +312,8 @@ def client_groups(engine: DeepSpeedEngine) -> MergedGroups:
 
 def scheduler_of(engine: DeepSpeedEngine) -> Any:
     """The scheduler that the engine steps; None without one."""
-    registration = _registrations.get(engine)
-    return registration.lr_scheduler if registration else None
+    schedule = schedule_of(engine)
+    return schedule.scheduler if schedule else None
 
 
 def _refuse_fp16(ds_config: Mapping[str, Any]) -> None:
@@ -313,14 +339,6 @@ def _refuse_fused(engine: DeepSpeedEngine) -> None:
         raise ConfigError(
             f'{type(engine.basic_optimizer).__name__} with fp16 or bf16 at ZeRO stage 0 is not '
             'supported by this version; pass a torch optimizer to initialize, or use stage 1'
-        )
-
-
-def _refuse_epoch_scheduler(lr_scheduler: Any) -> None:
-    if getattr(lr_scheduler, 't_in_epochs', False):
-        raise ConfigError(
-            f'{type(lr_scheduler).__name__} counts epochs (t_in_epochs=True), and an engine steps '
-            'it by updates: build it with t_in_epochs=False, or keep it and step it yourself'
         )
 
 

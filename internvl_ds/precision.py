@@ -11,7 +11,12 @@ import deepspeed.comm as dist
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from internvl_ds.engine import engine_of, loss_scale_of, overflow_limit, step_scheduler
+from internvl_ds.engine import (
+    accumulation_of,
+    engine_of,
+    loss_scale_of,
+    overflow_limit,
+)
 from internvl_ds.errors import ConfigError
 from internvl_ds.grad_norm import get_grad_norm, non_finite_flags
 from internvl_ds.loss_scale import require_scaler_state
@@ -24,6 +29,8 @@ from internvl_ds.scaling import (
     skipping_non_finite,
     steps_client_optimizer,
 )
+from internvl_ds.scheduling import require_schedule_untouched, step_scheduler
+from internvl_ds.zero_gradients import begin_backward
 
 __all__ = ['NativeScalerWithGradNormCount', 'get_grad_norm']
 
@@ -55,8 +62,6 @@ class NativeScalerWithGradNormCount:
         self._engine: weakref.ref[DeepSpeedEngine] | None = None
         self._loaded: Mapping[str, Any] = {}  # until the engine is known
         self._watch = OverflowWatch()
-        self._losses: list[torch.Tensor] = []  # of the micro-batches since the last boundary
-        self._last_group: int | None = None  # micro-batches of the last update
 
     def __call__(
         self,
@@ -78,6 +83,7 @@ class NativeScalerWithGradNormCount:
             create_graph: not supported over an engine.
             update_grad: whether this micro-batch completes an update. An update is of the engine's
                 gradient_accumulation_steps micro-batches; the last of an epoch may be of fewer.
+                ``optimizer.zero_grad()`` drops those since the last update.
 
         Returns:
             On a boundary the L2 norm over all ranks and shards of the gradients that the update
@@ -86,8 +92,9 @@ class NativeScalerWithGradNormCount:
 
         Raises:
             EngineNotFound: when ``optimizer`` belongs to no known engine.
-            ConfigError: for ``create_graph=True``, and on a boundary that does not agree with
-                gradient_accumulation_steps; before anything is done.
+            ConfigError: for ``create_graph=True``, on a boundary that does not agree with
+                gradient_accumulation_steps, and where the script steps the lr_scheduler that was
+                given to the engine; before anything is done.
             GradientOverflow: on all ranks, after a skipped update with the loss scale at its
                 minimum, or the last of TRAIN.MAX_CONSECUTIVE_OVERFLOWS in a row.
         """
@@ -99,9 +106,12 @@ class NativeScalerWithGradNormCount:
                 'and the gradients that ZeRO and its all-reduce leave have none. A second-order '
                 'optimizer needs plain PyTorch; take a first-order one here.'
             )
+        require_schedule_untouched(engine)
+        accumulation = accumulation_of(engine)
         if update_grad:
-            self._check_accumulation(engine)
-        self._losses.append(loss.detach())
+            accumulation.require_agreed(engine.gradient_accumulation_steps(), engine.global_steps)
+        accumulation.add(loss)
+        begin_backward(engine)
         engine.set_gradient_accumulation_boundary(update_grad)
         engine.backward(scale_loss(engine, loss), scale_wrt_gas=False)
         if not update_grad:
@@ -125,7 +135,7 @@ class NativeScalerWithGradNormCount:
             return {'scale': 1.0, **self._loaded}
         scale = loss_scale_of(engine)
         state = {'scale': 1.0} if scale is None else scale.state_dict()
-        return {**state, 'micro_batches': self._last_group}
+        return {**state, 'micro_batches': accumulation_of(engine).last_group}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Accepts `state_dict`'s result or a GradScaler's, at once or with the first call.
@@ -137,7 +147,6 @@ class NativeScalerWithGradNormCount:
         """
         require_scaler_state(state_dict)
         self._loaded = dict(state_dict)
-        self._last_group = state_dict.get('micro_batches')
         engine = self._engine() if self._engine is not None else None
         if engine is not None:
             self._restore(engine)
@@ -152,21 +161,9 @@ class NativeScalerWithGradNormCount:
         if scale is not None and self._loaded:
             scale.load_state_dict(self._loaded)
             push(engine, scale)
+        if self._loaded:
+            accumulation_of(engine).last_group = self._loaded.get('micro_batches')
         self._loaded = {}
-
-    def _check_accumulation(self, engine: DeepSpeedEngine) -> None:
-        came, agreed = len(self._losses) + 1, engine.gradient_accumulation_steps()
-        last = self._last_group
-        if engine.global_steps and (last is None or last > agreed):
-            last = agreed  # a resumed run of which no more is known, or had another setting
-        # The last group of an epoch may be short, and then the one before it was full.
-        if came > agreed or (came < agreed and last != agreed):
-            raise ConfigError(
-                f'this update has {came} micro-batches (calls up to one with update_grad=True), '
-                f'and the one before it {last}, but gradient_accumulation_steps of the ds_config '
-                f'(TRAIN.ACCUMULATION_STEPS) is {agreed}, by which the loss is to be divided. Make '
-                "the loop and the setting agree; only an epoch's last update may have fewer."
-            )
 
     def _update(self, engine: DeepSpeedEngine, clip_grad: float) -> torch.Tensor:
         scale, limit = loss_scale_of(engine), overflow_limit(engine)
@@ -178,9 +175,8 @@ class NativeScalerWithGradNormCount:
         if scale is not None:
             scale.update(self.step_was_skipped)
             push(engine, scale)
-        self._last_group = len(self._losses)
-        self._watch.record(self._losses, norm, factor, self.step_was_skipped)
-        self._losses = []
+        losses = accumulation_of(engine).finish(engine.gradient_accumulation_steps())
+        self._watch.record(losses, norm, factor, self.step_was_skipped)
         if not self.step_was_skipped:
             step_scheduler(engine)
         elif flags is not None:
@@ -189,7 +185,8 @@ class NativeScalerWithGradNormCount:
 
     def _flags(self, engine: DeepSpeedEngine) -> torch.Tensor:
         """Whether each parameter's gradient, and at last the loss, is not finite on this rank."""
-        loss = torch.stack([loss.float() for loss in self._losses]).sum()
+        losses = accumulation_of(engine).losses
+        loss = torch.stack([loss.float() for loss in losses]).sum()
         bad_loss = (~torch.isfinite(loss)).float().view(1)
         return torch.cat([non_finite_flags(engine), bad_loss.to(engine.device)])
 

@@ -152,16 +152,17 @@ def test_an_epoch_goes_on_inside_on_another_number_of_ranks(tmp_path, data):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize('stage', [1, 3])
-def test_an_epoch_is_that_of_a_plain_loop_over_all_ranks_images(tmp_path, data, stage):
-    for result in run_ranks(
+def test_epochs_are_those_of_a_plain_loop_over_all_ranks_images(tmp_path, data):
+    for results in run_ranks(
         'tests.workers.training:follow_plain_loop', 2, tmp_path,
-        data=str(data), output=str(tmp_path / 'out'), stage=stage,
+        data=str(data), output=str(tmp_path / 'out'), stages=[0, 1, 2, 3],
     ):  # fmt: skip
-        assert result['moved'] > 1e-3
-        assert result['differs'] < 1e-5 * result['moved'] + 1e-7
-        assert result['loss'][0] == pytest.approx(result['loss'][1], rel=1e-5)
-        assert result['lr'][0] == pytest.approx(result['lr'][1])
+        for stage, result in enumerate(results):
+            assert result['updates'] == [6, 6], stage
+            assert result['moved'] > 1e-3, stage
+            assert result['differs'] < 1e-5 * result['moved'] + 1e-7, stage
+            assert result['loss'][0] == pytest.approx(result['loss'][1], rel=1e-5), stage
+            assert result['lr'][0] == pytest.approx(result['lr'][1]), stage
 
 
 @pytest.mark.ranks

@@ -68,6 +68,7 @@ def write_original(tag: Path, target: Path) -> None:
         'optimizer': _blank_optimizer(saved, groups, became, settings, fillers),
         'optimizer_class': kept.get('optimizer_class'),
         'lr_scheduler': _expanded(kept.get('lr_scheduler'), became, len(merged)),
+        'schedule': kept.get('schedule'),  # what it counts, for a load of ours
         'max_accuracy': kept.get('max_accuracy') or 0.0,
         'epoch': kept.get('epoch'),
         'config': CfgNode.load_cfg(kept['config']) if kept.get('config') else None,

@@ -43,9 +43,10 @@ from internvl_ds.checkpoint.shards import TagShards
 from internvl_ds.checkpoint.verify import damage, share_of
 from internvl_ds.config import checkpoint_option, get_option
 from internvl_ds.ema import ShardedEma
-from internvl_ds.engine import engine_of, find_engine, restore_loss_scale
+from internvl_ds.engine import engine_of, find_engine, restore_loss_scale, scheduler_of
 from internvl_ds.errors import CheckpointError, few
 from internvl_ds.meetings import agree, from_rank_0, rank, world_size
+from internvl_ds.scheduling import restore_schedule_position
 
 
 def load_checkpoint(
@@ -141,9 +142,11 @@ def load_checkpoint(
             load_same_layout(engine, shards, saved_by, io_timeout, logger)
             restore_loss_scale(engine, state.get('loss_scale'))
             restored = restore_schedule(config, state, lr_scheduler, scaler, path, logger)
+            position = restore_schedule_position(engine, state.get('schedule'), restored)
             if not restored or not shards.has_manifest:  # else the lr is in the shards
                 groups = engine.basic_optimizer.param_groups
-                set_lr_of_schedule(lr_scheduler, groups, shards.updates)
+                own = lr_scheduler is scheduler_of(engine)
+                set_lr_of_schedule(lr_scheduler, groups, position if own else shards.updates)
         else:
             load_other_layout(
                 config, engine, shards, state, lr_scheduler, scaler, io_timeout, logger

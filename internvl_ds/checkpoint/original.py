@@ -10,6 +10,7 @@ import torch
 from internvl_ds.checkpoint.named import Flat, NamedState
 from internvl_ds.checkpoint.torch_state import state_by_order
 from internvl_ds.errors import CheckpointError, CheckpointMismatch
+from internvl_ds.lr_schedule import UPDATES
 
 
 def weights_of_file(checkpoint: Mapping[str, Any], where: str) -> Mapping[str, torch.Tensor]:
@@ -78,16 +79,28 @@ def state_of_file(
 
 
 def _updates(checkpoint: Mapping[str, Any], steps: Mapping[str, Mapping[str, float]]) -> int:
-    """How many updates were applied: what Adam counts, or else what the schedule says.
-
-    The original builds its schedules over ``TRAIN.EPOCHS`` epochs of updates (``t_initial``).
-    """
+    """How many updates were applied: what Adam counts, or else what the schedule says."""
     counted = [number['step'] for number in steps.values() if 'step' in number]
     if counted:
         return int(max(counted))
+    counted_by = checkpoint.get('schedule') or schedule_of_original(checkpoint)
+    if counted_by is None:
+        # torch's own count their steps
+        return int((checkpoint.get('lr_scheduler') or {}).get('last_epoch', 0))
+    micro_batches = counted_by.get('counts') != UPDATES
+    return round(counted_by['position'] / (counted_by['group'] if micro_batches else 1))
+
+
+def schedule_of_original(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Where the schedule of an original's file stands, as `LrSchedule.restore` takes it.
+
+    The original builds it over TRAIN.EPOCHS epochs of micro-batches (``t_initial``) and moves it by
+    them. What is resumed says for itself what it counts.
+    """
     schedule, config = checkpoint.get('lr_scheduler') or {}, checkpoint.get('config') or {}
-    epochs = (config.get('TRAIN') or {}).get('EPOCHS') if isinstance(config, Mapping) else None
-    epoch = checkpoint.get('epoch')
-    if isinstance(epoch, int) and epochs and schedule.get('t_initial'):
-        return round((epoch + 1) * schedule['t_initial'] / epochs)
-    return int(schedule.get('last_epoch', 0))  # torch's own count their steps
+    train = (config.get('TRAIN') if isinstance(config, Mapping) else None) or {}
+    epoch, epochs = checkpoint.get('epoch'), train.get('EPOCHS')
+    if not (isinstance(epoch, int) and epochs and schedule.get('t_initial')):
+        return None
+    position = round((epoch + 1) * schedule['t_initial'] / epochs)
+    return {'position': position, 'group': max(1, train.get('ACCUMULATION_STEPS') or 1)}

@@ -22,18 +22,25 @@ from internvl_ds.checkpoint.optimizer_state import (
     slots_of,
 )
 from internvl_ds.checkpoint.optimizer_trial import NUMBER, Kept, forms_of, like, state_of_optimizer
-from internvl_ds.checkpoint.original import state_of_file
+from internvl_ds.checkpoint.original import schedule_of_original, state_of_file
 from internvl_ds.checkpoint.schedule import fit_to_groups, restore_schedule, set_lr_of_schedule
 from internvl_ds.checkpoint.shards import TagShards
 from internvl_ds.checkpoint.writer import install_writer
 from internvl_ds.config import checkpoint_option
-from internvl_ds.engine import client_groups, engine_of, restore_loss_scale, scheduler_of
+from internvl_ds.engine import (
+    applied_updates,
+    client_groups,
+    engine_of,
+    restore_loss_scale,
+    scheduler_of,
+)
 from internvl_ds.errors import CheckpointError, PretrainedError
 from internvl_ds.masters import frozen_as_made
 from internvl_ds.meetings import agree, rank
 from internvl_ds.param_groups import MergedGroups
 from internvl_ds.persistent import gathered_together
 from internvl_ds.pretrained.sources import open_source
+from internvl_ds.scheduling import restore_schedule_position, warn_of_slow_schedule
 
 
 def open_file(resume: str) -> Mapping[str, Any]:
@@ -69,17 +76,18 @@ def train_from_file(
 
     checkpoint, saved = agree('read file', read, io_timeout, CheckpointError)
     _restore(engine, saved, io_timeout, logger)
-    schedule = checkpoint.get('lr_scheduler')
+    schedule, settings = checkpoint.get('lr_scheduler'), checkpoint['optimizer']['param_groups']
+    groups = merged.names if len(merged.names) == len(settings) else now
     if schedule is not None and lr_scheduler is not None:
-        count = len(checkpoint['optimizer']['param_groups'])
-        groups = merged.names if len(merged.names) == count else now
         schedule = fit_to_groups(schedule, groups, lr_scheduler.state_dict(), now)
     state = {
         'epoch': checkpoint.get('epoch'),
         'lr_scheduler': schedule,
+        'schedule': checkpoint.get('schedule') or schedule_of_original(checkpoint),
         'scaler': checkpoint.get('amp') or None,
     }
-    _finish_restoring(config, engine, state, lr_scheduler, scaler, resume, logger)
+    lrs = _lrs(groups, settings)
+    _finish_restoring(config, engine, state, lrs, lr_scheduler, scaler, resume, logger)
     logger.info('=> loaded successfully %s (epoch %s)', resume, state['epoch'])
     return float(checkpoint.get('max_accuracy') or 0.0)
 
@@ -97,12 +105,12 @@ def load_other_layout(
     """Goes on from a tag that DeepSpeed itself could not load into this engine."""
     now = _names_of(client_groups(engine))
 
-    def read() -> tuple[NamedState, list[list[str]]]:
-        groups = [group['param_names'] for group in shards.settings()]
+    def read() -> tuple[NamedState, list[dict[str, Any]]]:
         saved_by = str(state.get('optimizer_class') or '')
-        return dataclasses.replace(shards.named_state(now), optimizer=saved_by), groups
+        return dataclasses.replace(shards.named_state(now), optimizer=saved_by), shards.settings()
 
-    saved, groups = agree('read shards', read, io_timeout, CheckpointError)
+    saved, settings = agree('read shards', read, io_timeout, CheckpointError)
+    groups = [group['param_names'] for group in settings]
     _restore(engine, saved, io_timeout, logger)
     batch, own_batch = shards.ds_config.get('train_batch_size'), engine.train_batch_size()
     if isinstance(batch, int) and batch != own_batch:
@@ -121,6 +129,7 @@ def load_other_layout(
         config,
         engine,
         {**state, 'lr_scheduler': schedule},
+        _lrs(groups, settings),
         lr_scheduler,
         scaler,
         shards.tag,
@@ -142,16 +151,35 @@ def _finish_restoring(
     config: CfgNode,
     engine: DeepSpeedEngine,
     state: Mapping[str, Any],
+    lrs: Mapping[str, float],
     lr_scheduler: Any,
     scaler: Any,
     path: object,
     logger: logging.Logger,
 ) -> None:
     restore_loss_scale(engine, state.get('loss_scale') or state.get('scaler'))
-    restore_schedule(config, state, lr_scheduler, scaler, path, logger)
-    updates = engine.global_steps - engine.skipped_steps
-    scheduler = scheduler_of(engine) if lr_scheduler is None else lr_scheduler
-    set_lr_of_schedule(scheduler, engine.basic_optimizer.param_groups, updates)
+    restored = restore_schedule(config, state, lr_scheduler, scaler, path, logger)
+    groups = engine.basic_optimizer.param_groups
+    position = restore_schedule_position(engine, state.get('schedule'), restored)
+    if lr_scheduler is None or lr_scheduler is scheduler_of(engine):
+        set_lr_of_schedule(scheduler_of(engine), groups, position)
+    else:  # the script steps it, and knows what it counts: each group has the lr that it had
+        set_lr_of_schedule(lr_scheduler, groups, applied_updates(engine))
+        for group, names in zip(groups, _names_of(client_groups(engine)), strict=True):
+            had = {lrs.get(name) for name in names}
+            group['lr'] = group['lr'] if len(had) > 1 or None in had else had.pop()
+    if isinstance(state.get('epoch'), int) and state.get('step') is None:
+        warn_of_slow_schedule(engine, config, state['epoch'] + 1, logger)
+
+
+def _lrs(groups: list[list[str]], settings: list[dict[str, Any]]) -> dict[str, float]:
+    """Parameter -> the lr that its group was saved with."""
+    return {
+        name: group['lr']
+        for names, group in zip(groups, settings, strict=True)
+        for name in names
+        if 'lr' in group
+    }
 
 
 def _names_of(merged: MergedGroups) -> list[list[str]]:

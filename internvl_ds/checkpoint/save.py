@@ -50,11 +50,18 @@ from internvl_ds.checkpoint.state import state_text
 from internvl_ds.checkpoint.writer import ShardWriter, install_writer
 from internvl_ds.config import checkpoint_option, default_config, get_option
 from internvl_ds.ds_config import precision_of
-from internvl_ds.engine import client_groups, ds_config_of, engine_of, loss_scale_of
+from internvl_ds.engine import (
+    accumulation_of,
+    client_groups,
+    ds_config_of,
+    engine_of,
+    loss_scale_of,
+)
 from internvl_ds.errors import CheckpointError, RankError, few
 from internvl_ds.masters import frozen_as_made, require_module_as_made, untrained_names
 from internvl_ds.meetings import exchange, from_rank_0, gather, rank, world_size
 from internvl_ds.persistent import put_back
+from internvl_ds.scheduling import schedule_state, warn_of_slow_schedule
 
 
 @dataclass
@@ -178,11 +185,14 @@ def save_checkpoint(
             len(untrained),
             few(untrained),
         )
-    if engine._is_gradient_accumulation_boundary is False:
+    if accumulation_of(engine).losses:
         logger.warning(
             'saving between two micro-batches of one update: what they have accumulated is not '
-            'kept; save after a call with update_grad=True'
+            'kept; save after a call with update_grad=True, or after optimizer.zero_grad() where '
+            'the next epoch begins with it'
         )
+    if counted and step is None:
+        warn_of_slow_schedule(engine, config, epoch + 1, logger)
 
     def state() -> dict[str, Any]:
         return {
@@ -192,6 +202,7 @@ def save_checkpoint(
             'max_accuracy_ema': None if max_accuracy_ema is None else float(max_accuracy_ema),
             'ema_decay': None if ema_decay is None else float(ema_decay),
             'lr_scheduler': None if lr_scheduler is None else lr_scheduler.state_dict(),
+            'schedule': schedule_state(engine),
             'scaler': None if scaler is None else scaler.state_dict(),
             'loss_scale': None if loss_scale is None else loss_scale.state_dict(),
             'class_names': None if class_names is None else list(map(str, class_names)),

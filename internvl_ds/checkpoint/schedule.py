@@ -113,13 +113,13 @@ def fit_to_groups(
 
 
 def set_lr_of_schedule(
-    lr_scheduler: Any, param_groups: Sequence[dict[str, Any]], updates: int
+    lr_scheduler: Any, param_groups: Sequence[dict[str, Any]], position: float
 ) -> None:
-    """Gives each group the lr that a restored schedule has after so many updates."""
+    """Gives each group the lr that a restored schedule has at a position, in what it counts."""
     if lr_scheduler is None:
         return
     if hasattr(lr_scheduler, 'step_update'):
-        lr_scheduler.step_update(updates)  # timm's; one that counts epochs leaves the lr alone
+        lr_scheduler.step_update(position)  # timm's; one that counts epochs leaves the lr alone
         return
     lrs = getattr(lr_scheduler, '_last_lr', None) or []
     if len(lrs) == len(param_groups):

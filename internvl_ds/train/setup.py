@@ -154,7 +154,9 @@ def _setup_training(
     client = build_optimizer(config, model, lrs.base)
     updates = updates_per_epoch(config, len(loaders.train))
     scheduler = build_scheduler(config, client, updates, lrs)
-    engine, optimizer = initialize(config, model, client, resolved, lr_scheduler=scheduler)
+    engine, optimizer = initialize(
+        config, model, client, resolved, lr_scheduler=scheduler, schedule_in='updates'
+    )
     scaler = NativeScalerWithGradNormCount()
     state = Run(config, logger, loaders, engine, scaler, optimizer, scheduler)
     if config.MODEL.RESUME:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from timm.scheduler import CosineLRScheduler
@@ -285,7 +286,9 @@ def load_errors(root: str) -> dict[str, str]:
     run.close()
     three = Run(3, 'fp32', f'{root}/three')
     three.steps(0, 1)
-    empty = ModelEmaV3(three.engine.module)
+    partitioned = {**zero_json(3), 'train_micro_batch_size_per_gpu': 8}
+    with deepspeed.zero.Init(config_dict_or_path=partitioned):
+        empty = ModelEmaV3(make_model())  # a copy of what zero.Init has partitioned
     attempt('partitioned ema', lambda: three.save(0, model_ema=empty))
     three.close()
     for stage in (0, 2):

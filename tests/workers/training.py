@@ -119,45 +119,52 @@ def evaluate_with_a_padding_sampler(data: str) -> str:
     return 'no error'
 
 
-def follow_plain_loop(data: str, output: str, stage: int) -> dict[str, Any]:
-    """An epoch of the program on these ranks, and of a plain loop that sees all ranks' images.
+def follow_plain_loop(data: str, output: str, stages: list[int]) -> list[dict[str, Any]]:
+    """Three epochs of the program on these ranks, and of a plain loop that sees all ranks' images.
 
-    7 micro-batches in groups of 4, so that the second group is shorter.
+    Each is of 7 micro-batches in groups of 4, so that its second group is shorter.
     """
+    return [_follow_plain_loop(data, f'{output}/{stage}', stage) for stage in stages]
+
+
+def _follow_plain_loop(data: str, output: str, stage: int) -> dict[str, Any]:
     config = small_config(
         Path(data), OUTPUT=output, DATA__BATCH_SIZE=2, TRAIN__ACCUMULATION_STEPS=4,
-        TRAIN__OPTIMIZER__NAME='sgd', TRAIN__BASE_LR=1.0, TRAIN__EPOCHS=2,
+        TRAIN__OPTIMIZER__NAME='sgd', TRAIN__BASE_LR=1.0, TRAIN__EPOCHS=3,
         TRAIN__WARMUP_EPOCHS=1, TRAIN__CLIP_GRAD=0.5, TRAIN__LR_LAYER_DECAY=True,
         MODEL__DROP_PATH_RATE=0.0, TRAIN__AUTO_RESUME=False,
     )  # fmt: skip
     state = setup(config, {'zero_optimization': {'stage': stage}}, logging.getLogger('test'))
     start = {name: p.clone() for name, p in whole_weights(state.engine).items()}
-    record = train_one_epoch(state, 0)
+    for epoch in range(3):
+        record = train_one_epoch(state, epoch)
+        state.position.reset()
 
     seed_everything(config.SEED)
     model = build_model(config).train()
     lrs = scaled_lrs(config, world_size())
     optimizer = build_optimizer(config, model, lrs.base)
     scheduler = build_scheduler(config, optimizer, 2, lrs)
-    batches = []
-    for other in range(world_size()):
-        loader = build_loaders(config, other, world_size()).train
-        start_epoch(loader, config.SEED, 0, other)
-        batches.append(list(loader))
-    criterion = build_criterion(config, soft_targets=False)
-    losses = []
-    for number, group in enumerate((range(4), range(4, 7))):
-        parts = [criterion(model(x), y) for b in batches for x, y in (b[i] for i in group)]
-        losses += [part.item() for part in parts]
-        (sum(parts) / len(parts)).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), config.TRAIN.CLIP_GRAD)
-        optimizer.step()
-        optimizer.zero_grad()
-        scheduler.step_update(number + 1)
+    loaders = [build_loaders(config, other, world_size()).train for other in range(world_size())]
+    criterion, updates = build_criterion(config, soft_targets=False), 0
+    for epoch in range(3):
+        for other, loader in enumerate(loaders):
+            start_epoch(loader, config.SEED, epoch, other)
+        batches, losses = [list(loader) for loader in loaders], []
+        for group in (range(4), range(4, 7)):
+            parts = [criterion(model(x), y) for b in batches for x, y in (b[i] for i in group)]
+            losses += [part.item() for part in parts]
+            (sum(parts) / len(parts)).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), config.TRAIN.CLIP_GRAD)
+            optimizer.step()
+            optimizer.zero_grad()
+            updates += 1
+            scheduler.step_update(updates)
     got, expected = whole_weights(state.engine), dict(model.named_parameters())
     return {
         'moved': max((expected[n] - start[n]).abs().max().item() for n in start),
         'differs': max((expected[n] - got[n]).abs().max().item() for n in start),
+        'updates': [state.engine.global_steps, updates],
         'loss': [record['train_loss'], sum(losses) / len(losses)],
         'lr': [record['lr'], max(group['lr'] for group in optimizer.param_groups)],
     }
