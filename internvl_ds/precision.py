@@ -15,6 +15,7 @@ from internvl_ds.engine import engine_of, loss_scale_of, overflow_limit, step_sc
 from internvl_ds.errors import ConfigError
 from internvl_ds.grad_norm import get_grad_norm, non_finite_flags
 from internvl_ds.loss_scale import require_scaler_state
+from internvl_ds.masters import require_trained_unfrozen
 from internvl_ds.meetings import rank
 from internvl_ds.overflow import OverflowWatch
 from internvl_ds.scaling import (
@@ -86,7 +87,8 @@ class NativeScalerWithGradNormCount:
 
         Raises:
             EngineNotFound: when ``optimizer`` belongs to no known engine.
-            ConfigError: for ``create_graph=True``, and on a boundary that does not agree with
+            ConfigError: for ``create_graph=True``, for a parameter that was frozen since the engine
+                was made to train it, and on a boundary that does not agree with
                 gradient_accumulation_steps; before anything is done.
             GradientOverflow: on all ranks, after a skipped update with the loss scale at its
                 minimum, or the last of TRAIN.MAX_CONSECUTIVE_OVERFLOWS in a row.
@@ -99,6 +101,7 @@ class NativeScalerWithGradNormCount:
                 'and the gradients that ZeRO and its all-reduce leave have none. A second-order '
                 'optimizer needs plain PyTorch; take a first-order one here.'
             )
+        require_trained_unfrozen(engine)
         if update_grad:
             self._check_accumulation(engine)
         self._losses.append(loss.detach())
