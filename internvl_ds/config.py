@@ -246,7 +246,12 @@ def merge_opts(config: CN, opts: Sequence[str]) -> None:
 
 def checkpoint_option(config: CN, key: str) -> Any:
     """CHECKPOINT.``key`` of a tree that may lack it, as the original's trees do."""
-    return get_option(config, f'CHECKPOINT.{key}', default_config().CHECKPOINT[key])
+    return get_option(config, f'CHECKPOINT.{key}', default_of(f'CHECKPOINT.{key}'))
+
+
+def default_of(key: str) -> Any:
+    """The default of a dotted key, None where there is none; the tree is not copied for it."""
+    return get_option(_C, key, None)
 
 
 def get_option(config: CN, key: str, default: Any) -> Any:

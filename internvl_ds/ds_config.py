@@ -15,7 +15,7 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from internvl_ds.config import default_config, get_option
+from internvl_ds.config import default_config, default_of, get_option
 from internvl_ds.ds_fill import (
     BUCKETS,
     DEFAULT,
@@ -280,7 +280,7 @@ def _set_precision(filling: Filling, mode: str) -> None:
 
 def _number(filling: Filling, json_key: str, config: CfgNode, key: str) -> float:
     """One number that both files may state."""
-    default = get_option(default_config(), key, 0)
+    default = default_of(key)
     wanted = get_option(config, key, default) or 0
     stated = filling.stated(f'/{json_key}')
     if stated is None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from internvl_ds.config import default_config, get_option, scale_lr
+from internvl_ds.config import default_of, get_option, scale_lr
 from internvl_ds.errors import ConfigError
 
 DEFAULT = "DeepSpeed's default"
@@ -156,7 +156,7 @@ def _agree(
 ) -> None:
     """Fills one value that both files may state; where both do, they must state the same."""
     stated = filling.stated(pointer)
-    changed = _option(config, key) != get_option(default_config(), key, None)
+    changed = _option(config, key) != default_of(key)
     if stated is not None and changed and not _same(stated, value):
         raise ConfigError(
             f'{pointer} is {stated} in the ds_config, but {words} is {value}; make them agree, '
@@ -175,7 +175,7 @@ def _same(stated: Any, value: Any) -> bool:
 
 
 def _option(config: CfgNode, key: str) -> Any:
-    return get_option(config, key, get_option(default_config(), key, None))
+    return get_option(config, key, default_of(key))
 
 
 def _arguments_of(optimizer: str) -> set[str]:

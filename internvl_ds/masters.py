@@ -9,7 +9,7 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from internvl_ds.checkpoint.partition import Layout, Runs, Slices
-from internvl_ds.errors import CheckpointError, few
+from internvl_ds.errors import CheckpointError, ConfigError, few
 from internvl_ds.meetings import rank, world_size
 from internvl_ds.persistent import gather_persistent
 
@@ -52,6 +52,30 @@ def untrained_names(engine: DeepSpeedEngine) -> list[str]:
         for name, p in engine.module.named_parameters()
         if p.requires_grad and name not in trained and getattr(p, 'ds_numel', p.numel())
     ]
+
+
+def require_trained_unfrozen(engine: DeepSpeedEngine) -> None:
+    """Refuses an update where a parameter was frozen that the engine was made to train.
+
+    The client's own optimizer skips it then, as in plain PyTorch. DeepSpeed's optimizers give it a
+    gradient of zero, with which momentum and weight decay move it on.
+
+    Raises:
+        ConfigError: names the first of them.
+    """
+    optimizer = engine.optimizer
+    if optimizer is engine.basic_optimizer:
+        return
+    groups = getattr(optimizer, 'bit16_groups', None) or optimizer.fp16_groups
+    frozen = [p for group in groups for p in group if not p.requires_grad]
+    if frozen:
+        raise ConfigError(
+            f'{len(frozen)} parameters were frozen after the engine was made to train them: '
+            f'{few([engine.param_names[p] for p in frozen])}. Momentum and weight decay would go '
+            f'on moving them ({type(optimizer).__name__} gives them a gradient of zero). Freeze '
+            'before initialize: save, and make the engine anew over the rest from the weights of '
+            'the tag (MODEL.PRETRAINED); only ZeRO stage 0 in fp32 or torch autocast can go on'
+        )
 
 
 def require_module_as_made(engine: DeepSpeedEngine) -> None:

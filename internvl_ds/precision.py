@@ -20,6 +20,7 @@ from internvl_ds.engine import (
 from internvl_ds.errors import ConfigError
 from internvl_ds.grad_norm import get_grad_norm, non_finite_flags
 from internvl_ds.loss_scale import require_scaler_state
+from internvl_ds.masters import require_trained_unfrozen
 from internvl_ds.meetings import rank
 from internvl_ds.overflow import OverflowWatch
 from internvl_ds.scaling import (
@@ -92,7 +93,8 @@ class NativeScalerWithGradNormCount:
 
         Raises:
             EngineNotFound: when ``optimizer`` belongs to no known engine.
-            ConfigError: for ``create_graph=True``, on a boundary that does not agree with
+            ConfigError: for ``create_graph=True``, for a parameter that was frozen since the engine
+                was made to train it, on a boundary that does not agree with
                 gradient_accumulation_steps, and where the script steps the lr_scheduler that was
                 given to the engine; before anything is done.
             GradientOverflow: on all ranks, after a skipped update with the loss scale at its
@@ -106,6 +108,7 @@ class NativeScalerWithGradNormCount:
                 'and the gradients that ZeRO and its all-reduce leave have none. A second-order '
                 'optimizer needs plain PyTorch; take a first-order one here.'
             )
+        require_trained_unfrozen(engine)
         require_schedule_untouched(engine)
         accumulation = accumulation_of(engine)
         if update_grad:

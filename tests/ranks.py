@@ -76,6 +76,7 @@ def run_ranks(
     timeout: float = 240,
     env: dict[str, str] | None = None,
     expect_failure: bool = False,
+    python: str = sys.executable,
     **kwargs: Any,
 ) -> list[Any]:
     """Runs ``module:function`` on ``ranks`` processes and returns what each returned.
@@ -86,6 +87,7 @@ def run_ranks(
         folder: where outputs go; usually tmp_path.
         timeout: seconds until the whole job is ended.
         env: further environment variables, in time for what imports read of them.
+        python: the interpreter, of an environment that has the packages.
         expect_failure: return each rank's output (text) instead of raising when ranks fail.
         **kwargs: passed to the function; JSON values and paths.
     """
@@ -105,8 +107,8 @@ def run_ranks(
             MASTER_PORT=port,
             **(env or {}),
         )
-        parent = f'rank {rank} {sorted((env or {}).items())}'
-        processes.append(fork(parent, [target, str(work)], variables, logs[-1], ROOT))
+        parent = f'rank {rank} {sorted((env or {}).items())} {python}'
+        processes.append(fork(parent, [target, str(work)], variables, logs[-1], ROOT, python))
     reason = _wait(processes, timeout)
     _end(processes)
     remove_shm_buffers(port)

@@ -101,6 +101,27 @@ def test_four_ranks_follow_the_plain_loop(tmp_path):
 
 
 @pytest.mark.ranks
+@pytest.mark.parametrize('precision', PRECISIONS)
+def test_a_layer_that_is_frozen_later_stays_or_the_update_is_refused(tmp_path, precision):
+    results = run_ranks(
+        'tests.workers.stepping:freeze_in_between', 2, tmp_path, stages=STAGES, precision=precision
+    )
+    expected = reference(precision, 4, 0.5)['weights']
+    for result, stage in itertools.product(results, STAGES):
+        got = result[str(stage)]
+        if stage == 0 and (precision == 'fp32' or 'autocast' in precision):
+            # torch's optimizer skips what has no gradient, as in plain PyTorch
+            assert got['said'] is None
+            assert got['moved'] == sorted(n for n in got['weights'] if not n.startswith('body'))
+        else:
+            assert '2 parameters were frozen after' in got['said'], stage
+            assert 'body.weight, body.bias' in got['said'], stage
+            assert got['moved'] == [], stage
+            step = 0.0 if precision == 'fp32' else ADAM_STEP
+            _require_weights(precision, got['weights'], expected, stage, step)
+
+
+@pytest.mark.ranks
 @pytest.mark.parametrize(('precision', 'stages'), [('fp16', [1, 2, 3]), ('bf16', [2, 3])])
 def test_accumulation_in_fp32_follows_the_plain_loop(tmp_path, precision, stages):
     results = run_ranks(

@@ -69,7 +69,9 @@ def preload() -> None:
     gc.freeze()  # or every collection in a fork goes through all of these modules
 
 
-def fork(name: str, words: list[str], env: dict[str, str], log: Path, cwd: Path) -> Forked:
+def fork(
+    name: str, words: list[str], env: dict[str, str], log: Path, cwd: Path, python: str
+) -> Forked:
     """Starts the program of a rank, ``main(*words)`` of `tests.ranks`, as a fork.
 
     Args:
@@ -78,17 +80,18 @@ def fork(name: str, words: list[str], env: dict[str, str], log: Path, cwd: Path)
         env: its whole environment.
         log: takes standard output and error.
         cwd: its directory.
+        python: the interpreter of a parent that is started.
     """
     parent = _parents.get(name)
     if parent is None or parent.poll() is not None:
-        parent = _parents[name] = _start(env, cwd)
+        parent = _parents[name] = _start(env, cwd, python)
     request = {'words': words, 'env': env, 'log': str(log), 'cwd': str(cwd)}
     return Forked(_ask(parent, request), parent)
 
 
-def _start(env: dict[str, str], cwd: Path) -> subprocess.Popen:
+def _start(env: dict[str, str], cwd: Path, python: str) -> subprocess.Popen:
     parent = subprocess.Popen(
-        [sys.executable, '-m', 'tests.zygote'],
+        [python, '-m', 'tests.zygote'],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=env,

@@ -8,9 +8,8 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 from timm.scheduler import CosineLRScheduler
-from torch import distributed, nn
+from torch import nn
 
 from internvl_ds import (
     NativeScalerWithGradNormCount,
@@ -32,6 +31,7 @@ from tests.workers.model import (
     module_dtype,
     precision_values,
 )
+from tests.workers.whole_state import whole_state
 
 logger = logging.getLogger('test')
 UPDATES, MORE = 3, 5
@@ -154,77 +154,15 @@ class Run:
 
 
 def full_state(engine: Any, keys: tuple[str, ...]) -> dict[str, list[Any]]:
-    """Parameter -> digests of its whole master and moments, and its step, on every rank.
-
-    The pieces come through DeepSpeed's own mappings, not through this package's.
-    """
-    pieces = _own_pieces(engine, keys)
-    everyone: list[Any] = [None] * world_size()
-    distributed.all_gather_object(everyone, pieces)
-    shapes = {n: getattr(p, 'ds_shape', p.shape) for n, p in engine.module.named_parameters()}
+    """Parameter -> digests of its whole master and moments, and its step, on every rank."""
+    masters, moments = whole_state(engine)
     found: dict[str, list[Any]] = {}
-    for name, shape in shapes.items():
-        parts = [part for ranks in everyone for part in ranks if part[0] == name]
-        if not parts:
-            continue
-        digests: list[Any] = []
-        for index in range(1 + len(keys)):
-            whole = torch.full((shape.numel(),), float('nan'))
-            for _, start, tensors, _ in parts:
-                end = min(start + tensors[index].numel(), shape.numel())
-                whole[start:end] = tensors[index][: end - start]
-            assert not whole.isnan().any(), name
-            digests.append(hashlib.sha256(whole.numpy().tobytes()).hexdigest())
-        steps = {part[3] for part in parts}
-        assert len(steps) == 1, (name, steps)
-        found[name] = [*digests, *steps]
-    return found
-
-
-def _own_pieces(engine: Any, keys: tuple[str, ...]) -> list[Any]:
-    stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
-    pieces = []
     for name, p in engine.module.named_parameters():
-        if not p.requires_grad:
-            continue
-        if stage == 3:
-            tensors = [safe_get_local_fp32_param(p)]
-            tensors += [safe_get_local_optimizer_state(p, key) for key in keys]
-            group = optimizer.grad_position[optimizer.get_param_id(p)][0]
-            state = engine.basic_optimizer.state[optimizer.fp32_partitioned_groups_flat[group]]
-            step = float(state.get('step', 0.0)) if _has_step(keys) else 0.0
-            pieces.append((name, rank() * p.ds_tensor.ds_numel, _flat(tensors), step))
-        elif stage:
-            mapping = getattr(p, '_hp_mapping', None)
-            if mapping is None:
-                continue
-            fragment, start = mapping.hp_fragment, mapping.lp_fragment_address.start
-            for flat in optimizer.single_partition_of_fp32_groups:
-                at = (fragment.data_ptr() - flat.data_ptr()) // 4
-                if 0 <= at < flat.numel():
-                    state = engine.basic_optimizer.state[flat]
-                    tensors = [fragment, *(state[k][at : at + fragment.numel()] for k in keys)]
-                    step = float(state.get('step', 0.0)) if _has_step(keys) else 0.0
-                    pieces.append((name, start, _flat(tensors), step))
-        elif rank() == 0:
-            master = p
-            if hasattr(optimizer, 'fp32_groups'):
-                for lows, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
-                    master = next(
-                        (m for low, m in zip(lows, masters, strict=True) if low is p), master
-                    )
-            state = engine.basic_optimizer.state[master]
-            step = float(state.get('step', 0.0)) if _has_step(keys) else 0.0
-            pieces.append((name, 0, _flat([master, *(state[key] for key in keys)]), step))
-    return pieces
-
-
-def _has_step(keys: tuple[str, ...]) -> bool:
-    return 'exp_avg' in keys
-
-
-def _flat(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    return [t.detach().float().reshape(-1).clone() for t in tensors]
+        if p.requires_grad:
+            tensors = [masters[name], *(moments[name][key] for key in keys)]
+            digests = [hashlib.sha256(t.numpy().tobytes()).hexdigest() for t in tensors]
+            found[name] = [*digests, moments[name].get('step', 0.0) if 'exp_avg' in keys else 0.0]
+    return found
 
 
 ADAM = ('exp_avg', 'exp_avg_sq')
@@ -354,16 +292,13 @@ def _digest(engine: Any) -> str:
     return digest.hexdigest()
 
 
-def _low_weights_are_rounded_masters(engine: Any, dtype: torch.dtype) -> bool:
+def low_weights_are_rounded_masters(engine: Any, dtype: torch.dtype) -> bool:
     """Whether the module computes with its masters, rounded to nearest."""
-    gathered = deepspeed.zero.GatheredParameters
     parameters = dict(engine.module.named_parameters())
-    for name, start, tensors, _ in _own_pieces(engine, ADAM):
-        parameter = parameters[name]
-        with gathered([parameter], enabled=hasattr(parameter, 'ds_id')):
-            low = parameter.detach().reshape(-1)
-            rounded = tensors[0][: len(low) - start].to(dtype)
-            if low.dtype != dtype or not torch.equal(low[start : start + len(rounded)], rounded):
+    for name, master in whole_state(engine)[0].items():
+        low = parameters[name]
+        with _gathered(low):
+            if low.dtype != dtype or not torch.equal(low, master.to(dtype)):
                 return False
     return True
 
@@ -389,7 +324,7 @@ def move_precisions(root: str) -> dict[str, Any]:
             engine = run.engine
             found[f'{source} -> {precision} {stage}'] = [
                 full_state(engine, ADAM) == state,
-                _low_weights_are_rounded_masters(engine, dtype),
+                low_weights_are_rounded_masters(engine, dtype),
             ]
             engine.destroy()
     return found

@@ -10,6 +10,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import nn
 
 from internvl_ds import NativeScalerWithGradNormCount, get_grad_norm, initialize
+from internvl_ds.errors import ConfigError
 from internvl_ds.meetings import rank, world_size
 from internvl_ds.scaling import scale_loss
 from tests.workers.model import (
@@ -128,6 +129,31 @@ def follow_reference(
             'weights': masters(engine),
             'applied': engine.global_steps - engine.skipped_steps,
         }
+        engine.destroy()
+    return results
+
+
+def freeze_in_between(stages: list[int], precision: str) -> dict[str, Any]:
+    """Two updates, one with a layer frozen that was trained, and two more as before."""
+    results = {}
+    for stage in stages:
+        engine, optimizer = make_engine(stage, precision)
+        scaler = NativeScalerWithGradNormCount()
+        for step in range(2):
+            train_step(engine, optimizer, scaler, step, 0.5)
+        before = masters(engine)
+        engine.module.body.requires_grad_(False)
+        said = None
+        try:
+            train_step(engine, optimizer, scaler, 2, 0.5)
+        except ConfigError as error:
+            said = str(error)
+        engine.module.body.requires_grad_(True)
+        after = masters(engine)
+        for step in range(2, 4):
+            train_step(engine, optimizer, scaler, step, 0.5)
+        moved = {name for name in before if after[name] != before[name]}
+        results[str(stage)] = {'said': said, 'moved': sorted(moved), 'weights': masters(engine)}
         engine.destroy()
     return results
 
