@@ -29,7 +29,7 @@ from internvl_ds.ds_check import check, refuse, require_right
 from internvl_ds.ds_findings import value_at
 from internvl_ds.errors import ConfigError, EngineNotFound
 from internvl_ds.files import for_show, write_text
-from internvl_ds.guards import guard, require_bare
+from internvl_ds.guards import guard, require_bare, require_real
 from internvl_ds.loss_scale import LossScale
 from internvl_ds.lr_schedule import LrSchedule, require_unit
 from internvl_ds.meetings import rank, world_size
@@ -99,6 +99,7 @@ def initialize(
     """
     require_counts(config, ('SAVE_CKPT_NUM', 'CHECKPOINT'))
     require_bare(model)
+    require_real(model)
     require_unit(lr_scheduler, schedule_in)
     init_distributed(config)
     tree = ds.load_ds_config(ds_config)

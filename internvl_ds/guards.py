@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.utils import clip_grad
 
-from internvl_ds.errors import ConfigError
+from internvl_ds.errors import ConfigError, few
 from internvl_ds.zero_gradients import clear_buffers, complete_gradients
 
 _INSTEAD = (
@@ -46,6 +46,21 @@ def require_bare(model: nn.Module) -> None:
         if isinstance(module, DistributedDataParallel | DataParallel | DeepSpeedEngine):
             where = f' ({name} of it)' if name else ''
             raise ConfigError(f'the model is a {type(module).__name__}{where}: {_BARE}')
+
+
+def require_real(model: nn.Module) -> None:
+    """Refuses trained parameters of complex numbers, which DeepSpeed flattens and reduces wrongly.
+
+    Raises:
+        ConfigError: names the first of them.
+    """
+    names = [n for n, p in model.named_parameters() if p.requires_grad and p.is_complex()]
+    if names:
+        raise ConfigError(
+            f'{len(names)} trained parameters are complex, which DeepSpeed cannot train: '
+            f'{few(names)}. Keep their real view as the parameter (torch.view_as_real) and make it '
+            'complex in the forward pass (torch.view_as_complex), or freeze them.'
+        )
 
 
 def guard(engine: DeepSpeedEngine) -> None:

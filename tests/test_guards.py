@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from internvl_ds.errors import ConfigError
+from internvl_ds.guards import require_real
 from tests.ranks import run_ranks
 from tests.workers.model import batch, make_model, make_sgd
 from tests.workers.plain_loop import reference
@@ -177,3 +179,10 @@ def test_averages_of_an_engine_are_refused_and_of_its_module_right_where_it_has_
             assert message.startswith('ConfigError: a copy of a module of ZeRO stage 3'), kind
             assert 'ShardedEma(engine, decay)' in message, kind
         assert 'engine.state_dict() at ZeRO stage 3 holds no values' in result['3']['update']
+
+
+def test_complex_parameters_are_not_trained_and_may_be_frozen():
+    model = nn.ParameterDict({'w': nn.Parameter(torch.ones(3, dtype=torch.cfloat))})
+    with pytest.raises(ConfigError, match=r'1 trained parameters are complex.*: w\. Keep their'):
+        require_real(model)
+    require_real(model.requires_grad_(False))
