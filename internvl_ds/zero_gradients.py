@@ -8,10 +8,11 @@ nothing applied.
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterator
 from typing import Any
 
+import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 
 
 def begin_backward(engine: DeepSpeedEngine) -> None:
@@ -33,19 +34,9 @@ def drop_gradients(engine: DeepSpeedEngine) -> None:
     if not stage:
         return
     type(optimizer).zero_grad(optimizer)
-    if stage == 3:
-        optimizer.averaged_gradients = {}
-        optimizer._offload_boundary_param_ids = set()
-    else:
-        optimizer._release_preflattened_grad_buffers()
+    if stage < 3:
         for kept in (optimizer.averaged_gradients, optimizer.all_grad_tensors):
             kept.update(dict.fromkeys(kept))
-        optimizer._release_ipg_buffers()
-        optimizer.micro_step_id = INITIAL_MICRO_STEP_ID
-        if optimizer.cpu_offload:
-            optimizer._offload_accumulated_param_ids = set()
-    if _offloads(optimizer, stage):
-        optimizer.reset_cpu_buffers()
     clear_buffers(engine)
 
 
@@ -68,10 +59,9 @@ def complete_gradients(engine: DeepSpeedEngine) -> None:
         else:
             optimizer._finalize_cpu_offload_gradient_accumulation()
         setattr(optimizer, name, seen)
-    parts = _offloaded_parts_3(optimizer) if stage == 3 else _offloaded_parts(optimizer)
-    for identity, part in parts.items():
-        if identity not in optimizer.norm_for_param_grads:
-            part.zero_()
+    find = _untouched_at_3 if stage == 3 else _untouched
+    for part in find(optimizer, optimizer.norm_for_param_grads):
+        part.zero_()
 
 
 def clear_buffers(engine: DeepSpeedEngine) -> None:
@@ -88,23 +78,22 @@ def _offloads(optimizer: Any, stage: int) -> bool:
     return bool(stage and (optimizer.offload_optimizer if stage == 3 else optimizer.cpu_offload))
 
 
-def _offloaded_parts(optimizer: Any) -> dict[Any, Any]:
-    """Parameter's id -> its part of the gradient that the optimizer on the CPU will read."""
-    return {
-        optimizer.get_param_id(parameter): part
-        for index, parameters in enumerate(optimizer.params_in_partition)
-        for parameter, part in zip(parameters, optimizer.offload_gradient_dict[index], strict=False)
-    }
+def _untouched(optimizer: Any, touched: Container[Any]) -> Iterator[torch.Tensor]:
+    """What the optimizer on the CPU will read as the gradients of parameters of other ids."""
+    for index, parameters in enumerate(optimizer.params_in_partition):
+        parts = optimizer.offload_gradient_dict[index]
+        for parameter, part in zip(parameters, parts, strict=False):
+            if optimizer.get_param_id(parameter) not in touched:
+                yield part
 
 
-def _offloaded_parts_3(optimizer: Any) -> dict[Any, Any]:
+def _untouched_at_3(optimizer: Any, touched: Container[Any]) -> Iterator[torch.Tensor]:
     """The same at stage 3; what is swapped out to NVMe is left out."""
-    found = {}
-    for parameters in optimizer.fp16_groups:
-        for parameter in parameters:
-            identity = optimizer.get_param_id(parameter)
-            index, start, size = optimizer.grad_position[identity]
-            gradient = optimizer.fp32_partitioned_groups_flat[index].grad
-            if gradient is not None and not optimizer._swappable_optimizer_subgroup(index):
-                found[identity] = gradient.narrow(0, start, size)
-    return found
+    for parameter in (p for group in optimizer.fp16_groups for p in group):
+        identity = optimizer.get_param_id(parameter)
+        if identity in touched:
+            continue
+        index, start, size = optimizer.grad_position[identity]
+        gradient = optimizer.fp32_partitioned_groups_flat[index].grad
+        if gradient is not None and not optimizer._swappable_optimizer_subgroup(index):
+            yield gradient.narrow(0, start, size)

@@ -158,6 +158,7 @@ def test_epochs_are_those_of_a_plain_loop_over_all_ranks_images(tmp_path, data):
         data=str(data), output=str(tmp_path / 'out'), stages=[0, 1, 2, 3],
     ):  # fmt: skip
         for stage, result in enumerate(results):
+            assert result['warned'] == [], stage
             assert result['updates'] == [6, 6], stage
             assert result['moved'] > 1e-3, stage
             assert result['differs'] < 1e-5 * result['moved'] + 1e-7, stage

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.ranks import run_ranks
-from tests.workers.accumulating import plain_branches, plain_forwards_first
+from tests.workers.accumulating import DROP, plain_branches, plain_forwards_first
 
 LAYOUTS = ['zero0', 'zero1', 'zero2', 'zero3', 'zero1_offload', 'zero2_offload', 'zero3_offload']
 
@@ -13,6 +13,7 @@ PLANS = [
     [[1, 1], [0, 1], [0, 0]],
     [[1, 1], [1, 0], [0, 0]],
     [[1, 1, 1], [0, 1, 0], [0, 0, 1]],
+    [[1, 1], [1, DROP, 0], [0, 1]],
 ]
 
 

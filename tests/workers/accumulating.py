@@ -211,6 +211,13 @@ class Branches(nn.Module):
         return self.always(x) + self.sometimes(x) if both else self.always(x)
 
 
+DROP = 2  # in a plan: zero_grad, and a micro-batch that does not take the branch
+
+
+def _steps(plan: list[list[int]]) -> list[tuple[int, bool]]:
+    return [(both, i + 1 == len(update)) for update in plan for i, both in enumerate(update)]
+
+
 def branches(layouts: list[str], plans: list[list[list[int]]]) -> dict[str, Any]:
     """Norms and weights after updates whose micro-batches take the branch or not, by plan."""
     found = {}
@@ -222,12 +229,13 @@ def branches(layouts: list[str], plans: list[list[list[int]]]) -> dict[str, Any]
             config = make_config(DATA__BATCH_SIZE=8, TRAIN__ACCUMULATION_STEPS=group)
             engine, optimizer = initialize(config, model, client, zero_of(layout))
             scaler, norms = NativeScalerWithGradNormCount(), []
-            for step, both in enumerate(b for update in plan for b in update):
+            for step, (both, last) in enumerate(_steps(plan)):
+                if both == DROP:
+                    optimizer.zero_grad()
                 x, y = micro_batch(step, 0, 1, rank(), world_size())
-                loss = nn.functional.cross_entropy(engine(x, bool(both)), y) / group
-                boundary = (step + 1) % group == 0
-                norm = scaler(loss, optimizer, update_grad=boundary)
-                norms += [float(norm)] if boundary else []
+                loss = nn.functional.cross_entropy(engine(x, both == 1), y) / group
+                norm = scaler(loss, optimizer, update_grad=last)
+                norms += [float(norm)] if last else []
             found[f'{layout} {plan}'] = {'norms': norms, 'weights': masters(engine)}
             engine.destroy()
     return found
@@ -238,10 +246,12 @@ def plain_branches(plan: list[list[int]]) -> dict[str, Any]:
     torch.manual_seed(0)
     model, group = Branches(), len(plan[0])
     optimizer, norms = torch.optim.SGD(model.parameters(), lr=0.1), []
-    for step, both in enumerate(b for update in plan for b in update):
+    for step, (both, last) in enumerate(_steps(plan)):
+        if both == DROP:
+            optimizer.zero_grad()
         x, y = batch(step)
-        (nn.functional.cross_entropy(model(x, bool(both)), y) / group).backward()
-        if (step + 1) % group == 0:
+        (nn.functional.cross_entropy(model(x, both == 1), y) / group).backward()
+        if last:
             norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), float('inf'))))
             optimizer.step()
             optimizer.zero_grad()

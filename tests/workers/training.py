@@ -29,6 +29,7 @@ from internvl_ds.train.loop import build_criterion, run, train_one_epoch
 from internvl_ds.train.model import build_model
 from internvl_ds.train.optim import build_optimizer, build_scheduler, scaled_lrs
 from internvl_ds.train.setup import setup
+from tests.workers.scheduling import caught_warnings
 
 
 def write_folder(root: Path, classes: int, train: int, val: int, side: int = 16) -> Path:
@@ -134,7 +135,8 @@ def _follow_plain_loop(data: str, output: str, stage: int) -> dict[str, Any]:
         TRAIN__WARMUP_EPOCHS=1, TRAIN__CLIP_GRAD=0.5, TRAIN__LR_LAYER_DECAY=True,
         MODEL__DROP_PATH_RATE=0.0, TRAIN__AUTO_RESUME=False,
     )  # fmt: skip
-    state = setup(config, {'zero_optimization': {'stage': stage}}, logging.getLogger('test'))
+    with caught_warnings() as warned:
+        state = setup(config, {'zero_optimization': {'stage': stage}}, logging.getLogger('test'))
     start = {name: p.clone() for name, p in whole_weights(state.engine).items()}
     for epoch in range(3):
         record = train_one_epoch(state, epoch)
@@ -164,6 +166,7 @@ def _follow_plain_loop(data: str, output: str, stage: int) -> dict[str, Any]:
     return {
         'moved': max((expected[n] - start[n]).abs().max().item() for n in start),
         'differs': max((expected[n] - got[n]).abs().max().item() for n in start),
+        'warned': [text for text in warned if 'schedule' in text],
         'updates': [state.engine.global_steps, updates],
         'loss': [record['train_loss'], sum(losses) / len(losses)],
         'lr': [record['lr'], max(group['lr'] for group in optimizer.param_groups)],
