@@ -196,6 +196,8 @@ def test_a_scripts_tag_goes_on_in_engines_of_this_package(saved, tmp_path):
     cases = [
         ('bf16', 1, 'bf16', 'cosine'),
         ('bf16', 3, 'fp32', 'cosine'),
+        ('fused', 2, 'bf16', 'cosine'),
+        ('early fused', 1, 'bf16', 'cosine'),
         ('fp16', 2, 'fp16', 'cosine'),
         ('fp16', 1, 'fp16', 'cosine'),
         ('linear', 2, 'fp32', 'linear'),
@@ -213,7 +215,7 @@ def test_a_scripts_tag_goes_on_in_engines_of_this_package(saved, tmp_path):
             unverified = [f'{path} has no manifest: it could not be verified']
             assert [t for t in got['said'] if 'manifest' in t] == unverified * (form != 'exported')
             numbers = got['average']['numbers']
-            if form in ('bf16', 'fp16', 'exported'):
+            if form in ('bf16', 'fused', 'early fused', 'fp16', 'exported'):
                 assert numbers == [ACCURACY + 1, DECAY, UPDATES]
                 assert averaged(got, was)
             elif form == 'others':
@@ -239,6 +241,8 @@ def test_a_scripts_tag_goes_on_in_engines_of_this_package(saved, tmp_path):
 def test_a_scripts_tag_goes_on_in_the_scripts_own_engine(saved, tmp_path):
     cases = [
         ('bf16', 1, 'bf16'),
+        ('fused', 1, 'bf16'),
+        ('early fused', 1, 'bf16'),
         ('fp16', 2, 'fp16'),
         ('others', 2, 'fp32'),
         ('others 0', 0, 'fp32'),
@@ -254,7 +258,8 @@ def test_a_scripts_tag_goes_on_in_the_scripts_own_engine(saved, tmp_path):
             assert got['average']['numbers'][2] == UPDATES
             count = f'does not say how often its average was updated: counted as {UPDATES}'
             assert [t for t in got['average']['said'] if count in t]
-            assert not [t for t in got['said'] if ': from ' in t]  # DeepSpeed loaded it
+            by_name = [t for t in got['said'] if ': from ' in t]  # else DeepSpeed loaded it
+            assert bool(by_name) == (form == 'early fused')
 
 
 @pytest.mark.ranks

@@ -22,7 +22,12 @@ from internvl_ds.checkpoint.choice import choose
 from internvl_ds.checkpoint.classes import require_same_classes
 from internvl_ds.checkpoint.client_state import saved_state, unread_keys
 from internvl_ds.checkpoint.ema_files import EmaFiles
-from internvl_ds.checkpoint.layout import layout_of_engine, layout_of_tag, same_groups
+from internvl_ds.checkpoint.layout import (
+    layout_of_engine,
+    layout_of_tag,
+    of_this_deepspeed,
+    same_groups,
+)
 from internvl_ds.checkpoint.loop_state import read_loop, restore_loop
 from internvl_ds.checkpoint.manifest import LOOP_FILE, STATE_FILE, Manifest, file_rank
 from internvl_ds.checkpoint.optimizer_state import require_optimizer
@@ -322,7 +327,8 @@ def _fits_directly(engine: DeepSpeedEngine, path: Path, timeout: float, io_timeo
     """Whether DeepSpeed can load a tag by itself. Verifies what will be read, either way."""
 
     def same_layout() -> bool:
-        return layout_of_tag(path) == layout_of_engine(engine)
+        same = layout_of_tag(path) == layout_of_engine(engine)
+        return same and of_this_deepspeed(path)
 
     def groups_fit() -> bool:
         shards = TagShards(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -234,10 +235,45 @@ def _contents(engine: Any, path: str, average: Average) -> dict[str, Any]:
     return found
 
 
+def as_fused_adam(saved: dict[str, Any], name: str, early: bool) -> dict[str, Any]:
+    """A tag's copy with its optimizer as FusedAdam keeps it, which needs a GPU.
+
+    Args:
+        saved: what `save_as_intern_image` returned.
+        name: of the copy.
+        early: as before DeepSpeed 0.10, the step in the parameter groups only.
+    """
+    path, copy = Path(saved['path']), Path(saved['path']).with_name(name)
+    if rank() == 0:
+        shutil.copytree(path, copy)
+        for file in copy.glob('*_optim_states.pt'):
+            content = torch.load(file, weights_only=False)
+            optimizer = content['optimizer_state_dict']['base_optimizer_state']
+            for state in optimizer['state'].values():
+                state['step'] = int(state['step'])
+                if early:
+                    del state['step']
+            known = ('lr', 'betas', 'eps', 'weight_decay', 'name', 'params')
+            optimizer['param_groups'] = [
+                {k: group[k] for k in known}
+                | {'bias_correction': True, 'step': UPDATES if early else 0}
+                for group in optimizer['param_groups']
+            ]
+            torch.save(content, file)
+        if early:
+            (file,) = copy.glob('*_model_states.pt')
+            torch.save({**torch.load(file, weights_only=False), 'ds_version': '0.8.3'}, file)
+    torch.distributed.barrier()
+    return {**saved, 'path': str(copy)}
+
+
 def save_tags(root: str) -> dict[str, Any]:
     """A tag of every form."""
+    half = save_as_intern_image(root, 1, 'bf16')
     return {
-        'bf16': save_as_intern_image(root, 1, 'bf16'),
+        'bf16': half,
+        'fused': as_fused_adam(half, 'fused', early=False),
+        'early fused': as_fused_adam(half, 'early', early=True),
         'fp16': save_as_intern_image(root, 2, 'fp16'),
         'linear': save_as_intern_image(root, 2, 'fp32', 'linear', model_ema=None),
         'others': save_as_others(root, 2),
