@@ -148,9 +148,9 @@ def load_checkpoint(
             restore_loss_scale(engine, state.get('loss_scale'))
             restored = restore_schedule(config, state, lr_scheduler, scaler, path, logger)
             position = restore_schedule_position(engine, state.get('schedule'), restored)
-            if not restored or not shards.has_manifest:  # else the lr is in the shards
+            own = lr_scheduler is scheduler_of(engine)
+            if not restored or (own and not shards.has_manifest):  # else the lr is in the shards
                 groups = engine.basic_optimizer.param_groups
-                own = lr_scheduler is scheduler_of(engine)
                 set_lr_of_schedule(lr_scheduler, groups, position if own else shards.updates)
         else:
             load_other_layout(
