@@ -4,8 +4,6 @@ import json
 
 import pytest
 import torch
-from timm.scheduler import CosineLRScheduler, StepLRScheduler
-from torch import nn
 
 from internvl_ds.checkpoint.client_state import (
     average_of,
@@ -22,6 +20,7 @@ from tests.workers.intern_image import (
     ACCUMULATION,
     ACCURACY,
     DECAY,
+    PER_EPOCH,
     UPDATES,
     Net,
     groups_of,
@@ -114,7 +113,8 @@ class TestState:
 
         assert saved_state(shards) == {
             'epoch': 4, 'max_accuracy': 61.5, 'max_accuracy_ema': None, 'ema_decay': 0.75,
-            'lr_scheduler': None, 'scaler': None, 'loss_scale': None, 'config': config.dump(),
+            'lr_scheduler': None, 'schedule': None, 'scaler': None, 'loss_scale': None,
+            'config': config.dump(),
         }  # fmt: skip
         assert unread_keys(shards) == ['step', 'best_top5']
         assert shards.updates == 3
@@ -127,31 +127,38 @@ class TestState:
     def test_an_epoch_that_is_no_number_is_none(self, tmp_path, epoch):
         assert saved_state(tag(tmp_path, epoch=epoch))['epoch'] is None
 
-    @pytest.mark.parametrize('kind', ['cosine', 'step'])
-    @pytest.mark.parametrize('accumulation', [1, 4, 7])
-    def test_a_schedule_of_micro_batches_becomes_one_of_updates(self, tmp_path, kind, accumulation):
-        def schedule(length):
-            optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
-            warmup = {'warmup_t': length // 5, 'warmup_lr_init': 0.01, 't_in_epochs': False}
-            if kind == 'cosine':
-                return CosineLRScheduler(optimizer, length, lr_min=0.001, **warmup)
-            return StepLRScheduler(optimizer, length // 4, **warmup)
+    @pytest.mark.parametrize(
+        ('accumulation', 'epochs', 'expected'),
+        [
+            (1, 10, None),
+            # 40 of 100 micro-batches; the last whole update of epoch 3 ended with number 39
+            (2, 10, {'position': 40, 'moved': 39, 'group': 2}),
+            # an epoch of 10 is 3 updates of 3, and one that is left
+            (3, 10, {'position': 40, 'moved': 38, 'group': 3}),
+            # of an unknown length: 5 updates were made
+            (2, 0, {'position': 10, 'moved': 9, 'group': 2}),
+        ],
+    )
+    def test_intern_images_schedule_counts_micro_batches(
+        self, tmp_path, accumulation, epochs, expected
+    ):
+        config = default_config()
+        config.TRAIN.EPOCHS = epochs
+        schedule = {'t_initial': 100, 't_in_epochs': False}
+        state = saved_state(
+            tag(tmp_path, accumulation=accumulation, custom_lr_scheduler=schedule, epoch=3,
+                config=config)
+        )  # fmt: skip
 
-        micro, updates = schedule(accumulation * 20), schedule(20)
-        kept = {'custom_lr_scheduler': micro.state_dict()}
-        state = saved_state(tag(tmp_path, accumulation=accumulation, **kept))['lr_scheduler']
-        updates.load_state_dict(state)
+        assert state['lr_scheduler'] == schedule
+        assert state['schedule'] == (expected and {'counts': 'micro-batches', **expected})
 
-        for update in range(25):
-            expected = micro._get_lr(update * accumulation)
-            # a rate of the warm-up is divided and multiplied again
-            assert updates._get_lr(update) == pytest.approx(expected, rel=1e-15)
-
-    def test_a_schedule_by_our_name_counts_updates_already(self, tmp_path):
+    def test_a_schedule_by_our_name_counts_what_this_runs_does(self, tmp_path):
         state = {'t_initial': 20, 'warmup_t': 4, 'warmup_steps': [0.1], 't_in_epochs': False}
-        shards = tag(tmp_path, accumulation=4, lr_scheduler=state)
+        kept = saved_state(tag(tmp_path, accumulation=4, lr_scheduler=state))
 
-        assert saved_state(shards)['lr_scheduler'] == state
+        assert kept['lr_scheduler'] == state
+        assert kept['schedule'] is None
 
 
 @pytest.fixture(scope='module')
@@ -182,38 +189,47 @@ def averaged(got, was):
     return True
 
 
-def lrs_of(kind):
-    """What the configured schedule gives after the updates that were made."""
+def lrs_of(kind, position, per_update=1):
+    """What a schedule gives at a position: built over micro-batches, or over updates of so many."""
     optimizer = torch.optim.AdamW(groups_of(Net()))
-    make_schedule(optimizer, kind, ACCUMULATION).step_update(UPDATES)
+    make_schedule(optimizer, kind, per_update).step_update(position)
     return {group['name']: group['lr'] for group in optimizer.param_groups}
+
+
+# InternImage's loop moves its schedule when an update is made, before it counts the micro-batch.
+MOVED, NEXT = PER_EPOCH - 1, PER_EPOCH + ACCUMULATION
 
 
 @pytest.mark.ranks
 @pytest.mark.slow
 def test_a_scripts_tag_goes_on_in_engines_of_this_package(saved, tmp_path):
-    cosine = lrs_of('cosine')
     cases = [
-        ('bf16', 1, 'bf16', 'cosine'),
-        ('bf16', 3, 'fp32', 'cosine'),
-        ('fp16', 2, 'fp16', 'cosine'),
-        ('fp16', 1, 'fp16', 'cosine'),
-        ('linear', 2, 'fp32', 'linear'),
-        ('linear', 0, 'fp32', 'cosine'),
-        ('others', 2, 'fp32', 'cosine'),
-        ('others', 3, 'bf16', 'cosine'),
-        ('exported', 1, 'bf16', 'cosine'),
+        ('bf16', 1, 'bf16', 'cosine', 'updates'),
+        ('bf16', 3, 'fp32', 'cosine', 'micro-batches'),
+        ('fused', 2, 'bf16', 'cosine', 'micro-batches'),
+        ('early fused', 1, 'bf16', 'cosine', 'micro-batches'),
+        ('fp16', 2, 'fp16', 'cosine', 'micro-batches'),
+        ('fp16', 1, 'fp16', 'cosine', 'updates'),
+        ('linear', 2, 'fp32', 'linear', 'micro-batches'),
+        ('linear', 0, 'fp32', 'cosine', 'updates'),
+        ('others', 2, 'fp32', 'cosine', 'updates'),
+        ('others', 3, 'bf16', 'cosine', 'updates'),
+        ('exported', 1, 'bf16', 'cosine', 'micro-batches'),
     ]
     loads = [(saved[form]['path'], *rest) for form, *rest in cases]
     for results in run_ranks('tests.workers.intern_image:load_tags', 2, tmp_path, loads=loads):
-        for (form, _, precision, kind), got in zip(cases, results, strict=True):
+        for (form, _, precision, kind, _), got in zip(cases, results, strict=True):
             was, path = saved[form], saved[form]['path']
-            scale = 512.0 if precision == 'fp16' else None
-            same(got, was, lrs=lrs_of(kind), scale=scale)
+            if form == 'others' or (form, kind) == ('linear', 'cosine'):  # which is not taken over
+                lrs = [lrs_of(kind, UPDATES + n, ACCUMULATION) for n in (0, 1)]
+            else:
+                lrs = [lrs_of(kind, position) for position in (MOVED, NEXT)]
+            same(got, was, lrs=lrs[0], scale=512.0 if precision == 'fp16' else None)
+            assert got['next'] == pytest.approx(lrs[1], rel=1e-12)
             unverified = [f'{path} has no manifest: it could not be verified']
             assert [t for t in got['said'] if 'manifest' in t] == unverified * (form != 'exported')
             numbers = got['average']['numbers']
-            if form in ('bf16', 'fp16', 'exported'):
+            if form in ('bf16', 'fused', 'early fused', 'fp16', 'exported'):
                 assert numbers == [ACCURACY + 1, DECAY, UPDATES]
                 assert averaged(got, was)
             elif form == 'others':
@@ -225,10 +241,7 @@ def test_a_scripts_tag_goes_on_in_engines_of_this_package(saved, tmp_path):
                 assert (
                     f'{path} has no EMA: starting from the loaded weights' in got['average']['said']
                 )
-            if form != 'linear':
-                assert got['lrs'] == pytest.approx(cosine, rel=1e-12)
-                assert not any('schedule' in text for text in got['said'])
-            elif kind == 'cosine':
+            if (form, kind) == ('linear', 'cosine'):
                 (line,) = (text for text in got['said'] if 'schedule' in text)
                 assert 'of another kind than the configured CosineLRScheduler' in line
                 assert 'it has lr_min_rate' in line
@@ -239,6 +252,8 @@ def test_a_scripts_tag_goes_on_in_engines_of_this_package(saved, tmp_path):
 def test_a_scripts_tag_goes_on_in_the_scripts_own_engine(saved, tmp_path):
     cases = [
         ('bf16', 1, 'bf16'),
+        ('fused', 1, 'bf16'),
+        ('early fused', 1, 'bf16'),
         ('fp16', 2, 'fp16'),
         ('others', 2, 'fp32'),
         ('others 0', 0, 'fp32'),
@@ -249,12 +264,15 @@ def test_a_scripts_tag_goes_on_in_the_scripts_own_engine(saved, tmp_path):
     ):
         for (form, _, precision), got in zip(cases, results, strict=True):
             scale = 512.0 if precision == 'fp16' else None
-            same(got, saved[form], lrs=lrs_of('cosine'), scale=scale)
+            # each has the lr that it had: the script steps its schedule
+            own = ('cosine', MOVED) if 'others' not in form else ('cosine', UPDATES, ACCUMULATION)
+            same(got, saved[form], lrs=lrs_of(*own), scale=scale)
             assert averaged(got, saved[form])
             assert got['average']['numbers'][2] == UPDATES
             count = f'does not say how often its average was updated: counted as {UPDATES}'
             assert [t for t in got['average']['said'] if count in t]
-            assert not [t for t in got['said'] if ': from ' in t]  # DeepSpeed loaded it
+            by_name = [t for t in got['said'] if ': from ' in t]  # else DeepSpeed loaded it
+            assert bool(by_name) == (form == 'early fused')
 
 
 @pytest.mark.ranks

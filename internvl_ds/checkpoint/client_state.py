@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from yacs.config import CfgNode
 
+from internvl_ds.checkpoint.original import schedule_of_original
 from internvl_ds.checkpoint.shards import TagShards
 from internvl_ds.checkpoint.state import state_of
 from internvl_ds.errors import CheckpointMismatch, few
+from internvl_ds.lr_schedule import MICRO_BATCHES
 
 # What DeepSpeed 0.19 and earlier versions put there themselves.
 _DEEPSPEEDS = frozenset(
@@ -41,8 +43,6 @@ _FORMS: tuple[Callable[[str], str], ...] = (
     lambda name: name.replace('.', ''),
     lambda name: f'module{name.replace(".", "")}',
 )
-# In a schedule that counts something else: what is a time, and what is a rate.
-_TIMES, _RATES = ('t_initial', 'warmup_t', 'decay_t'), ('warmup_steps',)
 
 
 def saved_state(shards: TagShards) -> dict[str, Any]:
@@ -116,6 +116,7 @@ def _in_own_words(shards: TagShards) -> dict[str, Any]:
     head = shards.head
     config = _config_in(head.get('config'))
     state: dict[str, Any] = {key: _number(head.get(key)) for key in _NUMBERS}
+    state['schedule'] = None
     epoch = _number(head.get('epoch'))
     state['epoch'] = int(epoch) if epoch is not None and epoch == int(epoch) else None
     state['config'] = None if config is None else config.dump()
@@ -125,8 +126,8 @@ def _in_own_words(shards: TagShards) -> dict[str, Any]:
     if state['lr_scheduler'] is not None and 'last_batch_iteration' in state['lr_scheduler']:
         state['lr_scheduler'] = None  # of a schedule of DeepSpeed's own, which its engine restores
     if isinstance(head.get(_INTERN_IMAGES_SCHEDULE), Mapping):
-        micro_batches = int(shards.ds_config.get('gradient_accumulation_steps') or 1)
-        state['lr_scheduler'] = _counting_updates(head[_INTERN_IMAGES_SCHEDULE], micro_batches)
+        state['lr_scheduler'] = dict(head[_INTERN_IMAGES_SCHEDULE])
+        state['schedule'] = _position(shards, state, config)
     if state['ema_decay'] is None and config is not None and holds_average(shards):
         average = (config.get('TRAIN') or {}).get('EMA') or {}
         state['ema_decay'] = _number(average.get('DECAY'))
@@ -150,19 +151,23 @@ def _loss_scale(shards: TagShards) -> dict[str, Any] | None:
     }
 
 
-def _counting_updates(schedule: Mapping[str, Any], micro_batches: int) -> dict[str, Any]:
-    """A schedule of timm's that counts micro-batches, as one that counts updates."""
-    state = dict(schedule)
-    if micro_batches == 1 or state.get('t_in_epochs'):
-        return state
-    for key in _TIMES:
-        if isinstance(state.get(key), int | float):
-            exact = state[key] / micro_batches
-            state[key] = int(exact) if exact == int(exact) else exact
-    for key in _RATES:
-        if state.get('warmup_t') and isinstance(state.get(key), list):
-            state[key] = [rate * micro_batches for rate in state[key]]
-    return state
+def _position(shards: TagShards, state: Mapping[str, Any], config: Any) -> dict[str, Any] | None:
+    """Where InternImage's schedule stands, as `LrSchedule.restore` takes it.
+
+    It is built over TRAIN.EPOCHS epochs of micro-batches, and moved when all but the last of a
+    whole update are counted. None where these are updates.
+    """
+    group = int(shards.ds_config.get('gradient_accumulation_steps') or 1)
+    if group == 1:
+        return None
+    found = schedule_of_original({**state, 'config': config})
+    if found is None:
+        position, rest = shards.global_steps * group, 0
+    else:
+        position = found['position']
+        rest = position // (state['epoch'] + 1) % group  # of an epoch, after its last whole update
+    moved = position - rest - 1
+    return {'counts': MICRO_BATCHES, 'position': position, 'moved': moved, 'group': group}
 
 
 def _config_in(value: Any) -> CfgNode | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+import deepspeed
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from internvl_ds.checkpoint.lookup import read_header
@@ -37,6 +38,18 @@ def layout_of_tag(tag: Path) -> TagLayout:
         return TagLayout(header.zero_stage, header.world_size, header.precision)
     shards = TagShards(tag)
     return TagLayout(shards.zero_stage, shards.world_size, precision_of(shards.ds_config))
+
+
+def of_this_deepspeed(tag: Path) -> bool:
+    """Whether DeepSpeed may load a tag itself: one of ours, or of the minor version that runs.
+
+    What earlier versions wrote differs in details: before 0.10 FusedAdam counted its updates in the
+    parameter groups, which no other optimizer of today would find.
+    """
+    if read_header(tag) is not None:
+        return True
+    saved = str(TagShards(tag).head.get('ds_version')).split('.')
+    return saved[:2] == deepspeed.__version__.split('.')[:2]
 
 
 def layout_of_engine(engine: DeepSpeedEngine) -> TagLayout:

@@ -22,7 +22,12 @@ from internvl_ds.checkpoint.choice import choose
 from internvl_ds.checkpoint.classes import require_same_classes
 from internvl_ds.checkpoint.client_state import saved_state, unread_keys
 from internvl_ds.checkpoint.ema_files import EmaFiles
-from internvl_ds.checkpoint.layout import layout_of_engine, layout_of_tag, same_groups
+from internvl_ds.checkpoint.layout import (
+    layout_of_engine,
+    layout_of_tag,
+    of_this_deepspeed,
+    same_groups,
+)
 from internvl_ds.checkpoint.loop_state import read_loop, restore_loop
 from internvl_ds.checkpoint.manifest import LOOP_FILE, STATE_FILE, Manifest, file_rank
 from internvl_ds.checkpoint.optimizer_state import require_optimizer
@@ -143,9 +148,9 @@ def load_checkpoint(
             restore_loss_scale(engine, state.get('loss_scale'))
             restored = restore_schedule(config, state, lr_scheduler, scaler, path, logger)
             position = restore_schedule_position(engine, state.get('schedule'), restored)
-            if not restored or not shards.has_manifest:  # else the lr is in the shards
+            own = lr_scheduler is scheduler_of(engine)
+            if not restored or (own and not shards.has_manifest):  # else the lr is in the shards
                 groups = engine.basic_optimizer.param_groups
-                own = lr_scheduler is scheduler_of(engine)
                 set_lr_of_schedule(lr_scheduler, groups, position if own else shards.updates)
         else:
             load_other_layout(
@@ -322,7 +327,8 @@ def _fits_directly(engine: DeepSpeedEngine, path: Path, timeout: float, io_timeo
     """Whether DeepSpeed can load a tag by itself. Verifies what will be read, either way."""
 
     def same_layout() -> bool:
-        return layout_of_tag(path) == layout_of_engine(engine)
+        same = layout_of_tag(path) == layout_of_engine(engine)
+        return same and of_this_deepspeed(path)
 
     def groups_fit() -> bool:
         shards = TagShards(path)

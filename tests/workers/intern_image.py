@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from internvl_ds import (
+    NativeScalerWithGradNormCount,
     initialize,
     load_checkpoint,
     load_ema_checkpoint,
@@ -149,7 +151,9 @@ def plain_engine(stage: int, precision: str, seed: int = 0, config: Any = None) 
     return engine
 
 
-def train(engine: Any, precision: str, schedule: Scheduler, average: Average) -> None:
+def train(
+    engine: Any, precision: str, schedule: Scheduler, average: Average, in_updates: bool = False
+) -> None:
     """An epoch of InternImage's loop, whose schedule counts micro-batches."""
     for index in range(PER_EPOCH):
         x, y = micro_batch(index // ACCUMULATION, index % ACCUMULATION, ACCUMULATION, rank(), 2)
@@ -158,7 +162,8 @@ def train(engine: Any, precision: str, schedule: Scheduler, average: Average) ->
         engine.step()
         average(engine)
         if (index + 1) % ACCUMULATION == 0:
-            schedule.step_update(EPOCH * PER_EPOCH + index)
+            micro = EPOCH * PER_EPOCH + index
+            schedule.step_update((micro + 1) // ACCUMULATION if in_updates else micro)
 
 
 def save_as_intern_image(
@@ -169,7 +174,7 @@ def save_as_intern_image(
     schedule, average = make_schedule(engine.optimizer, kind, 1), Average(engine, DECAY)
     train(engine, precision, schedule, average)
     config = default_config()
-    config.TRAIN.EMA.DECAY = DECAY
+    config.TRAIN.EPOCHS, config.TRAIN.EMA.DECAY = EPOCHS, DECAY
     config.TRAIN.ACCUMULATION_STEPS = ACCUMULATION
     config.freeze()
     output = f'{root}/{precision}{stage}{kind}'
@@ -200,7 +205,7 @@ def save_as_others(root: str, stage: int) -> dict[str, Any]:
         make_schedule(engine.optimizer, 'cosine', ACCUMULATION),
         Average(engine, DECAY),
     )
-    train(engine, 'fp32', schedule, average)
+    train(engine, 'fp32', schedule, average, in_updates=True)
     averaged = dict(average.named_buffers())
     whole = {
         name: averaged.get(f'module{name.replace(".", "")}', tensor)
@@ -234,10 +239,45 @@ def _contents(engine: Any, path: str, average: Average) -> dict[str, Any]:
     return found
 
 
+def as_fused_adam(saved: dict[str, Any], name: str, early: bool) -> dict[str, Any]:
+    """A tag's copy with its optimizer as FusedAdam keeps it, which needs a GPU.
+
+    Args:
+        saved: what `save_as_intern_image` returned.
+        name: of the copy.
+        early: as before DeepSpeed 0.10, the step in the parameter groups only.
+    """
+    path, copy = Path(saved['path']), Path(saved['path']).with_name(name)
+    if rank() == 0:
+        shutil.copytree(path, copy)
+        for file in copy.glob('*_optim_states.pt'):
+            content = torch.load(file, weights_only=False)
+            optimizer = content['optimizer_state_dict']['base_optimizer_state']
+            for state in optimizer['state'].values():
+                state['step'] = int(state['step'])
+                if early:
+                    del state['step']
+            known = ('lr', 'betas', 'eps', 'weight_decay', 'name', 'params')
+            optimizer['param_groups'] = [
+                {k: group[k] for k in known}
+                | {'bias_correction': True, 'step': UPDATES if early else 0}
+                for group in optimizer['param_groups']
+            ]
+            torch.save(content, file)
+        if early:
+            (file,) = copy.glob('*_model_states.pt')
+            torch.save({**torch.load(file, weights_only=False), 'ds_version': '0.8.3'}, file)
+    torch.distributed.barrier()
+    return {**saved, 'path': str(copy)}
+
+
 def save_tags(root: str) -> dict[str, Any]:
     """A tag of every form."""
+    half = save_as_intern_image(root, 1, 'bf16')
     return {
-        'bf16': save_as_intern_image(root, 1, 'bf16'),
+        'bf16': half,
+        'fused': as_fused_adam(half, 'fused', early=False),
+        'early fused': as_fused_adam(half, 'early', early=True),
         'fp16': save_as_intern_image(root, 2, 'fp16'),
         'linear': save_as_intern_image(root, 2, 'fp32', 'linear', model_ema=None),
         'others': save_as_others(root, 2),
@@ -252,7 +292,10 @@ def _values(tensors: Any) -> dict[str, list[float]]:
 class Run:
     """An engine of this package for the same model."""
 
-    def __init__(self, stage: int, precision: str, kind: str = 'cosine') -> None:
+    def __init__(
+        self, stage: int, precision: str, kind: str = 'cosine', schedule_in: str = 'updates'
+    ) -> None:
+        self.dtype = module_dtype(precision)
         self.config = make_config(
             '', DATA__BATCH_SIZE=16 // ACCUMULATION // world_size(),
             TRAIN__ACCUMULATION_STEPS=ACCUMULATION, **precision_values(precision),
@@ -260,11 +303,12 @@ class Run:
         torch.manual_seed(9)
         model = Net()
         client = torch.optim.AdamW(groups_of(model))
-        self.schedule = make_schedule(client, kind, ACCUMULATION)
+        self.schedule = make_schedule(client, kind, ACCUMULATION if schedule_in == 'updates' else 1)
         zero = {'zero_optimization': {'stage': stage}, 'zero_force_ds_cpu_optimizer': False}
         self.engine, self.optimizer = initialize(
-            self.config, model, client, zero, lr_scheduler=self.schedule
+            self.config, model, client, zero, lr_scheduler=self.schedule, schedule_in=schedule_in
         )
+        self.scaler = NativeScalerWithGradNormCount()
 
     def load(self, path: str, **values: Any) -> dict[str, Any]:
         config = self.config.clone()
@@ -282,7 +326,6 @@ class Run:
             'state': full_state(self.engine, ADAM) if not values else None,
             'updates': self.engine.global_steps,
             'lrs': self.lrs(),
-            'schedule': {k: v for k, v in self.schedule.state_dict().items() if k in _TIMES},
             'scale': None if (s := loss_scale_of(self.engine)) is None else s.scale,
             'said': lines,
         }
@@ -294,6 +337,14 @@ class Run:
             for name in group.get('param_names') or [group['name']]
         }
 
+    def update(self) -> dict[str, float]:
+        """One update; the lrs after it."""
+        for micro in range(ACCUMULATION):
+            x, y = micro_batch(UPDATES, micro, ACCUMULATION, rank(), world_size())
+            loss = nn.functional.cross_entropy(self.engine(x.to(self.dtype)).float(), y)
+            self.scaler(loss / ACCUMULATION, self.optimizer, update_grad=micro == ACCUMULATION - 1)
+        return self.lrs()
+
     def load_average(self, path: str, warmup: bool = False) -> dict[str, Any]:
         ema = ShardedEma(self.engine, 0.5, warmup)
         self.config.defrost()
@@ -303,9 +354,6 @@ class Run:
         values = _values(ema.state_dict().items())
         numbers = [accuracy, ema.decay, ema.num_updates]
         return {'values': values, 'numbers': numbers, 'said': lines}
-
-
-_TIMES = ('t_initial', 'warmup_t', 'warmup_steps', 'lr_min', 'base_values')
 
 
 @contextmanager
@@ -324,12 +372,13 @@ def said() -> Iterator[list[str]]:
         logger.setLevel(before)
 
 
-def load_tags(loads: list[tuple[str, int, str, str]]) -> list[Any]:
-    """Each of (tag, stage, precision, kind of schedule) into an engine of `initialize`."""
+def load_tags(loads: list[tuple[str, int, str, str, str]]) -> list[Any]:
+    """Each of (tag, stage, precision, schedule, what it counts) into an engine of `initialize`."""
     found = []
-    for path, stage, precision, kind in loads:
-        run = Run(stage, precision, kind)
-        found.append({**run.load(path), 'average': run.load_average(path)})
+    for path, *rest in loads:
+        run = Run(*rest)
+        got = {**run.load(path), 'average': run.load_average(path)}
+        found.append({**got, 'next': run.update()})
         run.engine.destroy()
     return found
 
@@ -342,7 +391,7 @@ def load_in_own_engines(loads: list[tuple[str, int, str]]) -> list[Any]:
         run.config = make_config('', TRAIN__ACCUMULATION_STEPS=ACCUMULATION)
         run.engine = register(plain_engine(stage, precision, 9))
         run.optimizer = run.engine.optimizer
-        run.schedule = make_schedule(run.engine.optimizer, 'cosine', ACCUMULATION)
+        run.schedule = make_schedule(run.engine.optimizer, 'cosine', 1)
         found.append({**run.load(path), 'average': run.load_average(path, warmup=True)})
         run.engine.destroy()
     return found
