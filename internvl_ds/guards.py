@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,7 +26,9 @@ _INSTEAD = (
     'NativeScalerWithGradNormCount(), in fp32 (AMP_OPT_LEVEL O0) too; or engine.backward(loss) and '
     'engine.step()'
 )
-_BARE = 'give initialize the bare module: the engine averages the gradients over the ranks itself'
+_BARE = (
+    'give initialize the bare module, and call the engine: it averages the gradients over the ranks'
+)
 _AVERAGE = (
     "keep an average with internvl_ds.ema.ShardedEma(engine, decay); at ZeRO stages 0 to 2 timm's "
     'ModelEma*(engine.module, decay) and update(engine.module) will do too'
@@ -34,6 +37,7 @@ _AVERAGE = (
 # Optimizer of a client -> its engine. Weak on both sides, as the registry.
 _guarded: weakref.WeakKeyDictionary[Any, weakref.ref[DeepSpeedEngine]] = weakref.WeakKeyDictionary()
 _zero_engines: weakref.WeakSet[DeepSpeedEngine] = weakref.WeakSet()
+_modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def require_bare(model: nn.Module) -> None:
@@ -66,7 +70,9 @@ def require_real(model: nn.Module) -> None:
 def guard(engine: DeepSpeedEngine) -> None:
     """Makes an engine refuse what it would answer wrongly; once for each engine."""
     ref = weakref.ref(engine)
-    engine.register_forward_pre_hook(_before_forward)
+    engine.register_forward_pre_hook(_require_own_precision)
+    _modules.add(engine.module)
+    engine.module.register_forward_pre_hook(_require_unwrapped)
     # What DistributedDataParallel, DataParallel and copy.deepcopy ask a module for first.
     engine._ddp_params_and_buffers_to_ignore = _Refusal(f'DistributedDataParallel(engine): {_BARE}')
     engine._replicate_for_data_parallel = _Refusal(f'DataParallel(engine): {_BARE}')
@@ -107,10 +113,15 @@ class _Refusal:
     __iter__ = __call__
 
 
-def _before_forward(engine: DeepSpeedEngine, _: Any) -> None:
+def _require_unwrapped(module: nn.Module, _: Any) -> None:
     active = DistributedDataParallel._get_active_ddp_module()
-    if active is not None and any(module is engine for module in active.modules()):
-        raise ConfigError(f'an engine inside a DistributedDataParallel: {_BARE}')
+    if active is None or module not in _modules:  # a copy has the hook, too
+        return
+    if any(inner is module for inner in active.modules()):
+        raise ConfigError(f"an engine's module inside a DistributedDataParallel: {_BARE}")
+
+
+def _require_own_precision(engine: DeepSpeedEngine, _: Any) -> None:
     device = engine.device.type
     if not torch.is_autocast_enabled(device):
         return
@@ -213,7 +224,7 @@ class _Clipping:
 
 def _kept_by_zero(parameter: torch.Tensor) -> bool:
     """Whether the gradient of a parameter is ZeRO's; the same on all ranks."""
-    if hasattr(parameter, 'ds_id'):
+    if hasattr(parameter, 'ds_id') or any(parameter is flat for flat in _flat_partitions()):
         return True
     if not hasattr(parameter, '_hp_mapping'):
         return False
@@ -221,3 +232,10 @@ def _kept_by_zero(parameter: torch.Tensor) -> bool:
     engine = next((e for e in _zero_engines if parameter in e.param_names), None)
     parts = engine.module.parameters() if engine is not None else ()
     return any(getattr(part, '_hp_mapping', None) is not None for part in parts)
+
+
+def _flat_partitions() -> Iterator[torch.Tensor]:
+    """What optimizer.param_groups of ZeRO engines hold in place of the model's parameters."""
+    for engine in _zero_engines:
+        for group in engine.basic_optimizer.param_groups:
+            yield from group['params']

@@ -166,7 +166,7 @@ class LrSchedule:
         length = getattr(self.scheduler, names[0])
         planned, done = length / all_epochs, updates / epochs
         # A schedule over updates has as many, one over micro-batches ``per_update`` times as many.
-        if planned / done < (1 + self.per_update) / 2:
+        if not (1 + self.per_update) / 2 <= planned / done <= 2 * self.per_update:
             return None
         return (
             f'the lr schedule is too slow: {names[0]} {length} over {all_epochs} epochs is '

@@ -63,7 +63,13 @@ def test_a_step_of_someone_else_is_seen(kind):
 
 @pytest.mark.parametrize(
     ('counts', 'group', 'updates', 'found'),
-    [(None, 4, 10, True), (None, 4, 39, False), ('updates', 4, 10, False), (None, 1, 10, False)],
+    [
+        (None, 4, 10, True),
+        (None, 4, 39, False),
+        (None, 4, 2, False),  # of earlier epochs there is no count
+        ('updates', 4, 10, False),
+        (None, 1, 10, False),
+    ],
 )
 def test_a_schedule_longer_than_the_training(counts, group, updates, found):
     schedule, _ = make(counts=counts, group=group)

@@ -124,6 +124,10 @@ def clip_by_hand(stages: list[int]) -> dict[str, Any]:
         engine.step()
         train_step(engine, optimizer, NativeScalerWithGradNormCount(), 1)
         # Of ZeRO only one rank owns it.
+        flats = [p for group in optimizer.param_groups for p in group['params']]
+        if flats:  # at stages 1 and 2 the ranks' own parts, at stage 3 none
+            said = message_of(lambda f=flats: nn.utils.clip_grad_norm_(f, 1.0))
+            assert said.startswith('ConfigError' if stage else 'no error'), said
         after = message_of(lambda e=engine: nn.utils.clip_grad_norm_(e.module.head.bias, 0.05))
         found[str(stage)] = [between, after, masters(engine)]
         engine.destroy()
@@ -217,6 +221,15 @@ def _wrapped(stage: int) -> dict[str, str]:
     if stage < 3:  # torch refuses to wrap what is partitioned
         found['DDP around'] = message_of(lambda: DistributedDataParallel(outer)(torch.ones(2, 12)))
     engine.destroy()
+    # The original's name for the wrapped model, called on after the port.
+    model = make_model()
+    before = DistributedDataParallel(model)
+    initialize(make_config(DATA__BATCH_SIZE=8), model, make_sgd(model), zero_json(stage))
+    found['DDP before'] = message_of(lambda: before(torch.ones(2, 12)))
+    # A copy is a module of its own, with the ranks to itself.
+    if stage < 3:
+        copied = DistributedDataParallel(copy.deepcopy(model))
+        found['copy'] = message_of(lambda: copied(torch.ones(2, 12)).sum().backward())
     return found
 
 
