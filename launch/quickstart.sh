@@ -162,8 +162,9 @@ log          {run}/log_rank0.txt, numbers in {run}/metrics.jsonl
 plot         {run}/curves.png
 ''')
 if last['acc1'] < enough:
-    sys.exit(f'quickstart.sh: error: the accuracy is under {enough:g} %; train longer (--epochs N), '
-             'or start again with --fresh')
+    # --fresh, because a resumed run goes on with the lr schedule of its first start
+    sys.exit(f'quickstart.sh: error: the accuracy is under {enough:g} %; start again with --fresh, '
+             'and with more epochs (--epochs N)')
 PYTHON
 }
 
