@@ -144,7 +144,7 @@ def _draw_layout(rng: random.Random, sizes: tuple[int, ...], pythons: int) -> Se
         ranks=sizes[int(rng.random() * len(sizes))],
         stage=stage,
         zero=zero,
-        precision=rng.choice(('fp32', 'fp32', 'fp32', 'bf16')),
+        precision=rng.choice(('fp32', 'fp32', 'fp32', 'bf16', 'autocast_bf16')),
         accumulation=rng.choice((1, 1, 2)),
         python=int(rng.random() * pythons),
         seed=rng.randrange(1000),

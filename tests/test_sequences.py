@@ -22,6 +22,10 @@ SIZES = tuple(map(int, os.environ.get('INTERNVL_DS_SEQUENCE_RANKS', '1 2').split
 PYTHONS = [sys.executable, *filter(None, os.environ.get('INTERNVL_DS_PYTHONS', '').split(':'))]
 
 
+class _Wrong(Exception):
+    """Two states differ; says in what."""
+
+
 @pytest.mark.ranks
 @pytest.mark.slow
 @pytest.mark.timeout(300 + 5 * COUNT)
@@ -80,7 +84,7 @@ def _problem(sequence: Sequence, found: list[Any]) -> str | None:
                     saved[wanted.saved] = looks
                 if wanted.source:
                     _same(looks, saved[wanted.source])
-            except AssertionError as error:
+            except _Wrong as error:
                 said = looks[0].get('said', '')
                 return f'segment {index}, {words}: {error}. {said}'
         last = segment.expected[-1]
@@ -111,11 +115,11 @@ def _near(
     _equal(norms, pytest.approx(wanted, rel=tolerance), said + 'the norms')
     for key in ('counts', 'requires', 'lrs'):
         _equal(got[key], plain[key], said + key)
-    assert got['rounded'], f'{said}the module computes with other weights than its masters, rounded'
+    _require(got['rounded'], f'{said}the module does not compute with its masters, rounded')
     _equal(got['buffers'], plain['buffers'], said + 'buffers')
     for key in ('masters', 'frozen'):
         off, _ = _distance(got[key], plain[key], said + key)
-        assert off <= drift, f'{said}{key} are off by {off}, and may be by {drift}'
+        _require(off <= drift, f'{said}{key} are off by {off}, and may be by {drift}')
     _equal(got['moments'].keys(), plain['moments'].keys(), said + 'what is trained')
     for name, kept in plain['moments'].items():
         own = got['moments'][name]
@@ -125,7 +129,7 @@ def _near(
                 _equal(own[key], kept[key], f'{said}{key} of {name}')
     for key in {key for kept in plain['moments'].values() for key in kept}:
         off, size = _distance(_of(got, key), _of(plain, key), said + key)
-        assert off <= tolerance * size, f'{said}{key} is off by {off} of {size}'
+        _require(off <= tolerance * size, f'{said}{key} is off by {off} of {size}')
     _equal(got['ema'] is None, plain['ema'] is None, said + 'whether there is an average')
     if plain['ema'] is not None:
         _equal(got['ema']['of'], plain['ema']['of'], said + "the average's decay and count")
@@ -133,7 +137,7 @@ def _near(
         average = {n: t for n, t in plain['ema']['tensors'].items() if n != 'offset'}
         tensors = {n: got['ema']['tensors'].get(n) for n in average}
         off, _ = _distance(tensors, average, said + 'the average')
-        assert off <= drift, f'{said}the average is off by {off}, and may be by {drift}'
+        _require(off <= drift, f'{said}the average is off by {off}, and may be by {drift}')
 
 
 def _of(state: dict[str, Any], key: str) -> dict[str, torch.Tensor]:
@@ -165,14 +169,19 @@ def _same(looks: list[Any], saved: list[Any]) -> None:
 
 def _equal(got: Any, wanted: Any, said: str) -> None:
     if isinstance(wanted, dict) and isinstance(got, dict):
-        _equal(list(got), list(wanted), said)
+        _equal(sorted(got), sorted(wanted), said)
         for key in wanted:
             _equal(got[key], wanted[key], f'{said} {key}')
     elif isinstance(wanted, torch.Tensor) and isinstance(got, torch.Tensor):
         same = got.dtype == wanted.dtype and torch.equal(got, wanted)
-        assert same, f'{said}: {got.flatten()[:3]}, not {wanted.flatten()[:3]}'
+        _require(same, f'{said}: {got.flatten()[:3]}, not {wanted.flatten()[:3]}')
     else:
-        assert got == wanted, f'{said}: {got}, not {wanted}'
+        _require(got == wanted, f'{said}: {got}, not {wanted}')
+
+
+def _require(right: bool, said: str) -> None:
+    if not right:
+        raise _Wrong(said)
 
 
 def _distance(got: dict[str, Any], wanted: dict[str, Any], said: str) -> tuple[float, float]:
