@@ -11,15 +11,16 @@ from typing import Any
 import pytest
 import torch
 
+from tests.pythons import sharing
 from tests.ranks import RankFailed, run_ranks
 from tests.sequences import Seen, Sequence, draw
 
-# Another seed draws others, and more of them; a number runs that one alone.
-SEED = int(os.environ.get('INTERNVL_DS_SEQUENCE_SEED', '20261128'))
-COUNT = int(os.environ.get('INTERNVL_DS_SEQUENCES', '200'))
+# tests/conftest.py has the defaults. A number runs that sequence alone.
+SEED = int(os.environ['INTERNVL_DS_SEQUENCE_SEED'])
+COUNT = int(os.environ['INTERNVL_DS_SEQUENCES'])
 ONLY = os.environ.get('INTERNVL_DS_SEQUENCE', '')
 SIZES = tuple(map(int, os.environ.get('INTERNVL_DS_SEQUENCE_RANKS', '1 2').split()))
-PYTHONS = [sys.executable, *filter(None, os.environ.get('INTERNVL_DS_PYTHONS', '').split(':'))]
+PYTHONS = list(filter(None, os.environ.get('INTERNVL_DS_PYTHONS', '').split(os.pathsep)))
 
 
 class _Wrong(Exception):
@@ -31,14 +32,14 @@ class _Wrong(Exception):
 @pytest.mark.timeout(300 + 5 * COUNT)
 def test_what_comes_back_is_what_was_saved_and_what_a_plain_loop_has(tmp_path):
     numbers = [int(ONLY)] if ONLY else range(COUNT)
-    print(f'INTERNVL_DS_SEQUENCE_SEED={SEED} INTERNVL_DS_SEQUENCES={COUNT}')
-    sequences = [draw(SEED, number, SIZES, len(PYTHONS)) for number in numbers]
-    found = _run(sequences, tmp_path)
+    pythons = [sys.executable, *(PYTHONS or sharing(tmp_path))]
+    sequences = [draw(SEED, number, SIZES, len(pythons)) for number in numbers]
+    found = _run(sequences, pythons, tmp_path)
     wrong = [f'{said}\n{s.text()}' for s in sequences if (said := _problem(s, found[s.number]))]
     assert not wrong, f'{len(wrong)} of {len(sequences)} sequences\n' + '\n\n'.join(wrong[:3])
 
 
-def _run(sequences: list[Sequence], folder: Path) -> dict[int, list[Any]]:
+def _run(sequences: list[Sequence], pythons: list[str], folder: Path) -> dict[int, list[Any]]:
     """Runs all, segment by segment; number of a sequence -> segment -> rank -> looks."""
     found: dict[int, list[Any]] = {s.number: [] for s in sequences}
     for index in range(max(len(s.segments) for s in sequences)):
@@ -55,7 +56,7 @@ def _run(sequences: list[Sequence], folder: Path) -> dict[int, list[Any]]:
             try:
                 results = run_ranks(
                     'tests.workers.sequences:run_segments', ranks, folder, env=env,
-                    timeout=60 + 5 * len(own), python=PYTHONS[python],
+                    timeout=60 + 5 * len(own), python=pythons[python],
                     folder=folder, work=work, states=states,
                 )  # fmt: skip
             except RankFailed as error:
