@@ -19,7 +19,7 @@ from torch.distributed import distributed_c10d
 from yacs.config import CfgNode
 
 from internvl_ds import launchers, mpi
-from internvl_ds.config import default_config, get_option
+from internvl_ds.config import default_config, default_of, get_option
 from internvl_ds.errors import RankError
 from internvl_ds.last_words import speak_on_exceptions
 from internvl_ds.liveness import Liveness
@@ -133,7 +133,7 @@ def limit_collectives(config: CfgNode | None = None) -> None:
         config: COMM.TIMEOUT (seconds) is read; None for what was said last.
     """
     global _limit
-    default = default_config().COMM.TIMEOUT
+    default = default_of('COMM.TIMEOUT')
     seconds = get_option(config, 'COMM.TIMEOUT', default) if config is not None else _limit
     if _limit is not None or seconds != default:
         _limit = seconds

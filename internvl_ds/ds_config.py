@@ -221,10 +221,11 @@ def precision_of(resolved: Any) -> str:
     tree = resolved if isinstance(resolved, Mapping) else {}
     return precision(
         {**{b: {'enabled': False} for b in ('fp16', 'bf16', 'torch_autocast')}, **tree},
-        default_config(),
+        _DEFAULTS,
     )
 
 
+_DEFAULTS = default_config()
 _BLOCK_OF = {
     FP16: 'fp16',
     BF16: 'bf16',

@@ -22,7 +22,7 @@ from yacs.config import CfgNode
 from internvl_ds import ds_config as ds
 from internvl_ds.accumulation import Accumulation, watch_zero_grad
 from internvl_ds.comm import init_distributed, limit_collectives
-from internvl_ds.config import checkpoint_option, default_config, get_option
+from internvl_ds.config import checkpoint_option, default_of, get_option
 from internvl_ds.counts import require_counts
 from internvl_ds.ds_bridge import bridge_findings
 from internvl_ds.ds_check import check, refuse, require_right
@@ -187,7 +187,7 @@ def register(
         _refuse_fused(engine)
         if engine.global_steps == 0:
             _undo_dummy_step(engine.optimizer)
-        limit = get_option(default_config(), _LIMIT_KEY, 0)
+        limit = default_of(_LIMIT_KEY)
         limit_collectives()  # of the groups that DeepSpeed has just made
         registration = _Registration(loss_scale=attach(engine), overflow_limit=limit)
         _registrations[engine] = registration

@@ -19,7 +19,7 @@ from types import FrameType, TracebackType
 
 from yacs.config import CfgNode
 
-from internvl_ds.config import checkpoint_option, default_config, get_option
+from internvl_ds.config import checkpoint_option, default_of, get_option
 from internvl_ds.errors import RankError
 from internvl_ds.files import write_text
 from internvl_ds.meetings import (
@@ -75,7 +75,7 @@ class Preemption:
                 need longer than another to come to a boundary) are read.
         """
         self._minutes = get_option(
-            config, 'TRAIN.SAVE_MINUTES', default_config().TRAIN.SAVE_MINUTES
+            config, 'TRAIN.SAVE_MINUTES', default_of('TRAIN.SAVE_MINUTES')
         )
         self._timeout = checkpoint_option(config, 'RENDEZVOUS_TIMEOUT')
         result = os.environ.get('INTERNVL_DS_RESULT')

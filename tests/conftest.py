@@ -1,12 +1,23 @@
 """The order of the test files, and an end that leaves no shared memory of killed ranks behind."""
 
+import os
 from pathlib import Path
+
+# Of test_sequences.py, here so that every run says them: another seed draws other sequences.
+_SEQUENCES = {'INTERNVL_DS_SEQUENCES': '200', 'INTERNVL_DS_SEQUENCE_SEED': '20261128'}
+for _name, _default in _SEQUENCES.items():
+    os.environ.setdefault(_name, _default)
 
 # Those that take longest come first, and none is left to the end.
 _FIRST = ('test_preemption.py', 'test_faults.py', 'test_every_launcher.py', 'test_launch_jobs.py')
 
 # What MPICH, Open MPI and DeepSpeed leave in /dev/shm when a rank is killed.
 _SHARED = ('mpich_shm_*', 'sm_segment.*', 'deepspeed_allreduce_buffer_*')
+
+
+def pytest_report_header():
+    """The seed of the random sequences."""
+    return ' '.join(f'{name}={os.environ[name]}' for name in _SEQUENCES)
 
 
 def pytest_collection_modifyitems(items):

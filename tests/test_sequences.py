@@ -11,15 +11,20 @@ from typing import Any
 import pytest
 import torch
 
+from tests.pythons import sharing
 from tests.ranks import RankFailed, run_ranks
 from tests.sequences import Seen, Sequence, draw
 
-# Another seed draws others, and more of them; a number runs that one alone.
-SEED = int(os.environ.get('INTERNVL_DS_SEQUENCE_SEED', '20261128'))
-COUNT = int(os.environ.get('INTERNVL_DS_SEQUENCES', '200'))
+# tests/conftest.py has the defaults. A number runs that sequence alone.
+SEED = int(os.environ['INTERNVL_DS_SEQUENCE_SEED'])
+COUNT = int(os.environ['INTERNVL_DS_SEQUENCES'])
 ONLY = os.environ.get('INTERNVL_DS_SEQUENCE', '')
 SIZES = tuple(map(int, os.environ.get('INTERNVL_DS_SEQUENCE_RANKS', '1 2').split()))
-PYTHONS = [sys.executable, *filter(None, os.environ.get('INTERNVL_DS_PYTHONS', '').split(':'))]
+PYTHONS = list(filter(None, os.environ.get('INTERNVL_DS_PYTHONS', '').split(os.pathsep)))
+
+
+class _Wrong(Exception):
+    """Two states differ; says in what."""
 
 
 @pytest.mark.ranks
@@ -27,14 +32,14 @@ PYTHONS = [sys.executable, *filter(None, os.environ.get('INTERNVL_DS_PYTHONS', '
 @pytest.mark.timeout(300 + 5 * COUNT)
 def test_what_comes_back_is_what_was_saved_and_what_a_plain_loop_has(tmp_path):
     numbers = [int(ONLY)] if ONLY else range(COUNT)
-    print(f'INTERNVL_DS_SEQUENCE_SEED={SEED} INTERNVL_DS_SEQUENCES={COUNT}')
-    sequences = [draw(SEED, number, SIZES, len(PYTHONS)) for number in numbers]
-    found = _run(sequences, tmp_path)
+    pythons = [sys.executable, *(PYTHONS or sharing(tmp_path))]
+    sequences = [draw(SEED, number, SIZES, len(pythons)) for number in numbers]
+    found = _run(sequences, pythons, tmp_path)
     wrong = [f'{said}\n{s.text()}' for s in sequences if (said := _problem(s, found[s.number]))]
     assert not wrong, f'{len(wrong)} of {len(sequences)} sequences\n' + '\n\n'.join(wrong[:3])
 
 
-def _run(sequences: list[Sequence], folder: Path) -> dict[int, list[Any]]:
+def _run(sequences: list[Sequence], pythons: list[str], folder: Path) -> dict[int, list[Any]]:
     """Runs all, segment by segment; number of a sequence -> segment -> rank -> looks."""
     found: dict[int, list[Any]] = {s.number: [] for s in sequences}
     for index in range(max(len(s.segments) for s in sequences)):
@@ -51,7 +56,7 @@ def _run(sequences: list[Sequence], folder: Path) -> dict[int, list[Any]]:
             try:
                 results = run_ranks(
                     'tests.workers.sequences:run_segments', ranks, folder, env=env,
-                    timeout=60 + 5 * len(own), python=PYTHONS[python],
+                    timeout=60 + 5 * len(own), python=pythons[python],
                     folder=folder, work=work, states=states,
                 )  # fmt: skip
             except RankFailed as error:
@@ -80,7 +85,7 @@ def _problem(sequence: Sequence, found: list[Any]) -> str | None:
                     saved[wanted.saved] = looks
                 if wanted.source:
                     _same(looks, saved[wanted.source])
-            except AssertionError as error:
+            except _Wrong as error:
                 said = looks[0].get('said', '')
                 return f'segment {index}, {words}: {error}. {said}'
         last = segment.expected[-1]
@@ -111,11 +116,11 @@ def _near(
     _equal(norms, pytest.approx(wanted, rel=tolerance), said + 'the norms')
     for key in ('counts', 'requires', 'lrs'):
         _equal(got[key], plain[key], said + key)
-    assert got['rounded'], f'{said}the module computes with other weights than its masters, rounded'
+    _require(got['rounded'], f'{said}the module does not compute with its masters, rounded')
     _equal(got['buffers'], plain['buffers'], said + 'buffers')
     for key in ('masters', 'frozen'):
         off, _ = _distance(got[key], plain[key], said + key)
-        assert off <= drift, f'{said}{key} are off by {off}, and may be by {drift}'
+        _require(off <= drift, f'{said}{key} are off by {off}, and may be by {drift}')
     _equal(got['moments'].keys(), plain['moments'].keys(), said + 'what is trained')
     for name, kept in plain['moments'].items():
         own = got['moments'][name]
@@ -125,7 +130,7 @@ def _near(
                 _equal(own[key], kept[key], f'{said}{key} of {name}')
     for key in {key for kept in plain['moments'].values() for key in kept}:
         off, size = _distance(_of(got, key), _of(plain, key), said + key)
-        assert off <= tolerance * size, f'{said}{key} is off by {off} of {size}'
+        _require(off <= tolerance * size, f'{said}{key} is off by {off} of {size}')
     _equal(got['ema'] is None, plain['ema'] is None, said + 'whether there is an average')
     if plain['ema'] is not None:
         _equal(got['ema']['of'], plain['ema']['of'], said + "the average's decay and count")
@@ -133,7 +138,7 @@ def _near(
         average = {n: t for n, t in plain['ema']['tensors'].items() if n != 'offset'}
         tensors = {n: got['ema']['tensors'].get(n) for n in average}
         off, _ = _distance(tensors, average, said + 'the average')
-        assert off <= drift, f'{said}the average is off by {off}, and may be by {drift}'
+        _require(off <= drift, f'{said}the average is off by {off}, and may be by {drift}')
 
 
 def _of(state: dict[str, Any], key: str) -> dict[str, torch.Tensor]:
@@ -165,14 +170,19 @@ def _same(looks: list[Any], saved: list[Any]) -> None:
 
 def _equal(got: Any, wanted: Any, said: str) -> None:
     if isinstance(wanted, dict) and isinstance(got, dict):
-        _equal(list(got), list(wanted), said)
+        _equal(sorted(got), sorted(wanted), said)
         for key in wanted:
             _equal(got[key], wanted[key], f'{said} {key}')
     elif isinstance(wanted, torch.Tensor) and isinstance(got, torch.Tensor):
         same = got.dtype == wanted.dtype and torch.equal(got, wanted)
-        assert same, f'{said}: {got.flatten()[:3]}, not {wanted.flatten()[:3]}'
+        _require(same, f'{said}: {got.flatten()[:3]}, not {wanted.flatten()[:3]}')
     else:
-        assert got == wanted, f'{said}: {got}, not {wanted}'
+        _require(got == wanted, f'{said}: {got}, not {wanted}')
+
+
+def _require(right: bool, said: str) -> None:
+    if not right:
+        raise _Wrong(said)
 
 
 def _distance(got: dict[str, Any], wanted: dict[str, Any], said: str) -> tuple[float, float]:

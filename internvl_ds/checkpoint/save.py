@@ -48,7 +48,7 @@ from internvl_ds.checkpoint.snapshot import tensor_bytes
 from internvl_ds.checkpoint.space import state_size
 from internvl_ds.checkpoint.state import state_text
 from internvl_ds.checkpoint.writer import ShardWriter, install_writer
-from internvl_ds.config import checkpoint_option, default_config, get_option
+from internvl_ds.config import checkpoint_option, default_of, get_option
 from internvl_ds.ds_config import precision_of
 from internvl_ds.engine import (
     accumulation_of,
@@ -248,7 +248,7 @@ def _header(
 
 
 def _policies(config: CfgNode) -> list[Policy]:
-    count = get_option(config, 'SAVE_CKPT_NUM', default_config().SAVE_CKPT_NUM)
+    count = get_option(config, 'SAVE_CKPT_NUM', default_of('SAVE_CKPT_NUM'))
     steps = checkpoint_option(config, 'KEEP_STEPS')
     # Without auto resume a run that goes back to an older tag was told to.
     rewound = not get_option(config, 'TRAIN.AUTO_RESUME', True)

@@ -19,7 +19,7 @@ from yacs.config import CfgNode
 from internvl_ds.checkpoint.lookup import is_tag, read_manifest
 from internvl_ds.checkpoint.verify import damage, share_of, weight_files
 from internvl_ds.comm import init_distributed
-from internvl_ds.config import checkpoint_option, default_config, get_option
+from internvl_ds.config import checkpoint_option, default_of, get_option
 from internvl_ds.errors import ConfigError, PretrainedError, RankError
 from internvl_ds.meetings import agree, exchange, from_rank_0, rank, world_size
 from internvl_ds.pretrained import apply, head, transforms
@@ -182,7 +182,7 @@ def _adapt(config: CfgNode, path: str, source: State, model: nn.Module) -> _Plan
         unexpected=tuple(key for key in state if key not in specs),
         matched=_matched(model, state, rescale),
     )
-    default = default_config().MODEL.PRETRAINED_MIN_MATCH
+    default = default_of('MODEL.PRETRAINED_MIN_MATCH')
     report.require(float(get_option(config, 'MODEL.PRETRAINED_MIN_MATCH', default)))
     return _Plan({key: state[key] for key in report.loaded}, rescale, report)
 

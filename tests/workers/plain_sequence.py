@@ -23,7 +23,7 @@ from tests.workers.sequence_model import (
 # micro-batches and ranks that are made in another order. In bf16 a gradient is rounded (2**-8) on
 # its way here and not there, or the other way round, at most eight times: in two micro-batches,
 # their sum, the ranks' two, theirs, the mean, and the loss's division.
-TOLERANCES = {'fp32': 1e-5, 'bf16': 8 * 2.0**-8}
+TOLERANCES = {'fp32': 1e-5, 'bf16': 8 * 2.0**-8, 'autocast_bf16': 8 * 2.0**-8}
 
 
 @dataclass
@@ -103,6 +103,7 @@ class Plain:
         """Makes the model; ``kind`` is the optimizer's."""
         self.segment, self.kind = segment, kind
         self.dtype = module_dtype(segment.precision)
+        self.autocast = segment.precision == 'autocast_bf16'
         self.net = make_net(segment.seed, segment.trained)
         self.updates = self.epoch = self.done = 0
         self.accuracy, self.rewound = 0.0, False
@@ -133,7 +134,9 @@ class Plain:
         before, accumulation = _flat(self.masters), self.segment.accumulation
         for micro in range(accumulation):
             x, y = micro_batch(self.updates, micro, accumulation, 0, 1)
-            loss = nn.functional.cross_entropy(self.net(x.to(self.dtype)).float(), y)
+            with torch.autocast('cpu', torch.bfloat16, enabled=self.autocast):
+                logits = self.net(x.to(self.dtype))
+            loss = nn.functional.cross_entropy(logits.float(), y)
             (loss / accumulation).backward()
         for name, p in self.low.items():
             if self.masters[name] is not p:
@@ -148,7 +151,9 @@ class Plain:
         self._average()
         tolerance = TOLERANCES[self.segment.precision]
         self.tolerance = max(self.tolerance, tolerance)
-        self.drift += tolerance * float((_flat(self.masters) - before).norm())
+        after = _flat(self.masters)
+        # A step's share, and the last bit of each weight.
+        self.drift += float(tolerance * (after - before).norm() + 2.0**-23 * after.norm())
         return norm
 
     def _round_masters(self) -> None:
@@ -169,7 +174,7 @@ class Plain:
 
     def refuses_to_train(self) -> bool:
         """Whether a trained parameter is frozen, and it is not torch that would skip it."""
-        skips = self.segment.stage == 0 and self.segment.precision == 'fp32'
+        skips = self.segment.stage == 0 and self.dtype == torch.float32
         return not skips and not all(p.requires_grad for p in self.low.values())
 
     def state(self) -> dict[str, Any]:
@@ -242,6 +247,7 @@ class Plain:
         self.updates = saved['counts'][0]
         self.scheduler.step_update(self.updates)
         self.tolerance, self.drift = saved['off']
+        self._add_rounding({n: values[n] for n in saved['masters'] if n not in self.masters})
         self.epoch, self.done = tag.epoch + (tag.step is None), tag.step or 0
         self.accuracy = tag.accuracy
 
@@ -262,6 +268,13 @@ class Plain:
             p.copy_(values[name].float())
         self.net.seen.copy_(tag.state['buffers']['seen'])
         self.tolerance, self.drift = tag.state['off']
+        self._add_rounding(values)
+
+    def _add_rounding(self, values: dict[str, torch.Tensor]) -> None:
+        """Masters that are a little off may be rounded to neighbours: one in four, at most."""
+        dtypes = {self.dtype, *(t.dtype for t in values.values())}
+        if values and dtypes != {torch.float32}:
+            self.drift += 2.0**-8 * float(_flat(values).norm())
 
 
 def _kept(state: Any) -> dict[str, Any]:

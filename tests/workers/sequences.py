@@ -10,6 +10,7 @@ from typing import Any
 import deepspeed
 import torch
 from torch import nn
+from yacs.config import CfgNode
 
 from internvl_ds import (
     NativeScalerWithGradNormCount,
@@ -25,11 +26,32 @@ from internvl_ds.ema import ShardedEma
 from internvl_ds.errors import InternvlDsError
 from internvl_ds.meetings import rank, world_size
 from tests.sequences import shows_state
-from tests.workers.model import make_config, micro_batch, module_dtype, precision_values
+from tests.workers.model import micro_batch, module_dtype, precision_values
 from tests.workers.sequence_model import CLIP, make_client, make_net, make_scheduler, toggle
 from tests.workers.whole_state import whole_state
 
 logger = logging.getLogger('test')
+
+
+def make_config(output: str, orders: dict[str, Any]) -> CfgNode:
+    """As of a script that has no other keys, which takes less time than a whole tree."""
+    newest, best, every, steps = orders['keep']
+    tree = {
+        'OUTPUT': output,
+        'SAVE_CKPT_NUM': newest,
+        'DATA': {'BATCH_SIZE': 16 // orders['accumulation'] // world_size()},
+        'MODEL': {'RESUME': '', 'PRETRAINED': ''},
+        'TRAIN': {'START_EPOCH': 0, 'ACCUMULATION_STEPS': orders['accumulation']},
+        'CHECKPOINT': {
+            'ASYNC': orders['background'],
+            'KEEP_BEST': best,
+            'KEEP_EVERY': every,
+            'KEEP_STEPS': steps,
+            'RENDEZVOUS_TIMEOUT': 30,
+        },
+        **precision_values(orders['precision']),
+    }
+    return CfgNode(tree)
 
 
 class Position:
@@ -50,19 +72,7 @@ class Run:
 
     def __init__(self, orders: dict[str, Any], kind: str, output: str) -> None:
         self.orders = orders
-        newest, best, every, steps = orders['keep']
-        self.config = make_config(
-            output,
-            DATA__BATCH_SIZE=16 // orders['accumulation'] // world_size(),
-            TRAIN__ACCUMULATION_STEPS=orders['accumulation'],
-            SAVE_CKPT_NUM=newest,
-            CHECKPOINT__KEEP_BEST=best,
-            CHECKPOINT__KEEP_EVERY=every,
-            CHECKPOINT__KEEP_STEPS=steps,
-            CHECKPOINT__ASYNC=orders['background'],
-            **precision_values(orders['precision']),
-        )
-        self.config.defrost()
+        self.config = make_config(output, orders)
         self.dtype = module_dtype(orders['precision'])
         self.net = make_net(orders['seed'], orders['trained'])
         if orders['begin'][:1] == ['pretrained']:
@@ -88,7 +98,8 @@ class Run:
         seen = self.attempt(self.orders['begin'])
         if self.orders['decay'] is not None:
             self.ema = ShardedEma(self.engine, self.orders['decay'], self.orders['warmup'])
-        return self.look(self.load_average(seen))
+        seen = self.load_average(seen)
+        return self.look(seen) if self.orders['begin'] else seen
 
     def do(self, words: list[Any], last: bool) -> dict[str, Any]:
         """An operation of the sequence."""
