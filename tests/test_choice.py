@@ -8,7 +8,7 @@ import torch
 from yacs.config import CfgNode
 
 from internvl_ds import auto_resume_helper
-from internvl_ds.checkpoint.choice import choose
+from internvl_ds.checkpoint.choice import choose, newer_than_best
 from internvl_ds.errors import CheckpointError, CheckpointNotFound
 from tests.tags import SHARD, save_tag
 from tests.workers.model import make_config
@@ -198,3 +198,14 @@ def test_auto_resume_takes_the_limits_of_a_configuration(output):
     assert auto_resume_helper(str(output), config=make_config('')) is None
     assert auto_resume_helper(str(output), config=CfgNode()) is None
     assert auto_resume_helper(str(save_tag(output, 0).parent)) == str(output / 'ckpt_epoch_0')
+
+
+def test_a_best_of_output_is_taken_as_asked_by_a_load_and_not_by_a_run_started_again(output):
+    best = save_tag(output, 3, best='best')
+    config = _config(output, best)
+    assert newer_than_best(config) is None
+    newer = save_tag(output, 4)
+    assert choose(config, logger) == best
+    assert newer_than_best(config) == str(newer)
+    assert newer_than_best(_config(output, newer)) is None
+    assert newer_than_best(_config(output.with_name('another'), best)) is None

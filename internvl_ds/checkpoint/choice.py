@@ -65,7 +65,8 @@ def choose(config: CfgNode, logger: logging.Logger, *, as_before: bool = False) 
     where a run trains (no EVAL_MODE) with TRAIN.AUTO_RESUME, a newer tag in OUTPUT goes before it:
     the same command, started again, goes on where it was. Newer is, of two tags in one directory,
     the one saved later; else one whose run went on from this same MODEL.RESUME, or one further in
-    training. Without TRAIN.AUTO_RESUME it is MODEL.RESUME, and a run can be rewound. Either way a
+    training; a tag of OUTPUT that was saved as ``best`` is taken as it was asked for. Without
+    TRAIN.AUTO_RESUME it is MODEL.RESUME, and a run can be rewound. Either way a
     warning says what was taken in place of what.
 
     Args:
@@ -92,6 +93,34 @@ def choose(config: CfgNode, logger: logging.Logger, *, as_before: bool = False) 
     path = _choose(*asked, timeout, checkpoint_option(config, 'IO_TIMEOUT'), logger)
     _last = asked, path
     return path
+
+
+def newer_than_best(config: CfgNode) -> str | None:
+    """What a run that is started again goes on from, where MODEL.RESUME is its own OUTPUT's best.
+
+    A meeting of all ranks.
+
+    Returns:
+        The newest tag of OUTPUT where it was saved after that best; else None.
+    """
+    output, timeout = Path(config.OUTPUT), checkpoint_option(config, 'RENDEZVOUS_TIMEOUT')
+    asked = Path(config.MODEL.RESUME)
+
+    def sequence_of_best() -> int | None:
+        header = lookup.header_or_none(lookup.present(asked))
+        inside = os.path.realpath(asked.parent) == os.path.realpath(output)
+        return header.sequence if header and inside and epoch_of(asked.name) is None else None
+
+    best = from_rank_0('look at MODEL.RESUME', sequence_of_best, timeout)
+    if best is None:
+        return None
+    found = auto_resume_helper(str(output), config=config)
+
+    def is_newer() -> bool:
+        header = lookup.header_or_none(Path(found or ''))
+        return header is not None and header.sequence > best
+
+    return found if found and from_rank_0('compare with best', is_newer, timeout) else None
 
 
 def _choose(
@@ -156,7 +185,8 @@ def _is_newer(own: Path, resume: str) -> bool:
     ours, theirs = lookup.header_or_none(own), lookup.header_or_none(asked)
     output = os.path.realpath(own.parent)
     if ours and theirs and os.path.realpath(asked.parent) == output:
-        return ours.sequence > theirs.sequence
+        # Who names a tag that was saved as best means that one.
+        return ours.sequence > theirs.sequence and epoch_of(asked.name) is not None
     began_from = _resumed_from(own)
     if began_from == _place(resume):
         return True

@@ -114,6 +114,8 @@ def load_checkpoint(
     where = str(path or config.MODEL.RESUME)
     logger.info('==============> Resuming from %s....................', where)
     eval_mode = get_option(config, 'EVAL_MODE', False)
+    if not eval_mode:
+        logger.info('resuming from %s', where)
     if class_names is not None:
         agree(
             'compare classes',

@@ -19,6 +19,7 @@ from torch import nn
 from yacs.config import CfgNode
 
 from internvl_ds import ds_config as ds
+from internvl_ds.checkpoint.choice import newer_than_best
 from internvl_ds.checkpoint.classes import require_same_classes, saved_classes
 from internvl_ds.counts import require_counts
 from internvl_ds.ds_check import check, errors_of, refuse
@@ -248,12 +249,18 @@ def _compare_pretrained_classes(
 
 def _choose_resume(config: CfgNode, logger: logging.Logger) -> None:
     """Sets MODEL.RESUME where it is not; where it is, `load_checkpoint` looks into OUTPUT."""
-    if config.MODEL.RESUME or not config.TRAIN.AUTO_RESUME:
+    if not config.TRAIN.AUTO_RESUME:
         return
-    found = auto_resume_helper(config.OUTPUT, config=config)
-    if found is None:
-        logger.info('no checkpoint in %s: starting anew', config.OUTPUT)
-        return
+    if config.MODEL.RESUME:
+        found = None if config.EVAL_MODE else newer_than_best(config)
+        if found is None:
+            return
+        logger.warning('%s goes before MODEL.RESUME %s, as the newer', found, config.MODEL.RESUME)
+    else:
+        found = auto_resume_helper(config.OUTPUT, config=config)
+        if found is None:
+            logger.info('no checkpoint in %s: starting anew', config.OUTPUT)
+            return
     config.defrost()
     config.MODEL.RESUME = found
     config.freeze()

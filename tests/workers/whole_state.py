@@ -73,14 +73,19 @@ def _own_pieces(engine: Any) -> list[Piece]:
 
 def _piece(engine: Any, name: str, start: int, flat: Any, at: int, size: int) -> Piece:
     state = engine.basic_optimizer.state.get(flat, {})
-    held = {'master': flat, **{k: v for k, v in state.items() if _per_element(v)}}
+    held = {'master': flat, **{k: v for k, v in state.items() if _per_element(v, flat)}}
     tensors = {k: t.detach().float().reshape(-1)[at : at + size].clone() for k, t in held.items()}
-    numbers = {k: float(v) for k, v in state.items() if k not in held and v is not None}
+    numbers = {k: float(v) for k, v in state.items() if k not in held and _is_number(v)}
     return name, start, tensors, numbers
 
 
-def _per_element(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.dim() > 0
+def _per_element(value: Any, master: torch.Tensor) -> bool:
+    """Adafactor's rows and columns are none."""
+    return isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape == master.shape
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) or (isinstance(value, torch.Tensor) and not value.dim())
 
 
 def _master_at_stage_0(optimizer: Any, p: Any) -> Any:
