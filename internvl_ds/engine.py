@@ -36,7 +36,12 @@ from internvl_ds.lr_schedule import LrSchedule, require_unit
 from internvl_ds.meetings import rank, world_size
 from internvl_ds.module_state import remember_buffers, require_plain_state, require_sendable
 from internvl_ds.monitors import drop_unwritable_monitors, guard_monitors
-from internvl_ds.param_groups import MergedGroups, merge_param_groups, remap_scheduler
+from internvl_ds.param_groups import (
+    MergedGroups,
+    merge_param_groups,
+    remap_scheduler,
+    require_trained_groups,
+)
 from internvl_ds.scaling import attach, pull, push
 
 logger = logging.getLogger(__name__)
@@ -130,6 +135,8 @@ def initialize(
         names = {p: name for name, p in model.named_parameters()}
         merged = merge_param_groups(optimizer, names)
         origins = merged.origins
+        if value_at(resolved, 'zero_optimization', 'stage') in (1, 2):
+            require_trained_groups(optimizer)
         if lr_scheduler is not None:
             remap_scheduler(lr_scheduler, origins, before)
         elif origins != list(range(before)) and _has_scheduler(optimizer):
