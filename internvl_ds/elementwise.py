@@ -20,37 +20,47 @@ _UPDATES = 3
 _SHAPES = ((128, 130), (130, 160))
 
 
-def require_elementwise(optimizer: torch.optim.Optimizer) -> None:
+def require_own_adagrad(optimizer: torch.optim.Optimizer) -> None:
+    """Refuses, for ZeRO stages 1 to 3, the one class that DeepSpeed replaces.
+
+    Raises:
+        ConfigError: for torch's Adagrad.
+    """
+    if isinstance(optimizer, torch.optim.Adagrad):
+        raise ConfigError(
+            'Adagrad at ZeRO stages 1 to 3: DeepSpeed makes another one of its defaults in its '
+            'place, which no parameter group and no lr schedule reaches: use stage 0, or AdamW'
+        )
+
+
+def require_elementwise(optimizer: Any, device: torch.device) -> None:
     """Refuses, for ZeRO stages 1 to 3, an optimizer that needs its tensors whole.
 
     There it gets flat pieces in which many tensors lie, or parts of them: LAMB's and LARS's norms,
     Adafactor's rows and columns would be others, and training would go on with wrong numbers.
 
+    Args:
+        optimizer: the client's, or the one that the ds_config names; it stays as it is.
+        device: where it is tried.
+
     Raises:
         ConfigError: names its class.
     """
-    name = type(optimizer).__name__
-    if isinstance(optimizer, torch.optim.Adagrad):
-        raise ConfigError(
-            f'{name} at ZeRO stages 1 to 3: DeepSpeed makes another one of its defaults in its '
-            'place, which no parameter group and no lr schedule reaches: use stage 0, or AdamW'
-        )
     if type(optimizer).__module__.startswith('deepspeed.'):
         return
     for group in optimizer.param_groups:
-        if not _is_elementwise(optimizer, group):
+        if not _is_elementwise(optimizer, group, device):
             raise ConfigError(
-                f'{name} at ZeRO stages 1 to 3: its update of an element depends on the tensor '
-                'that it is in, and ZeRO gives it flat pieces of many: use stage 0, or an '
-                'optimizer such as AdamW, SGD or Lion'
+                f'{type(optimizer).__name__} at ZeRO stages 1 to 3: its update of an element '
+                'depends on the tensor that it is in, and ZeRO gives it flat pieces of many: use '
+                'stage 0, or an optimizer such as AdamW, SGD or Lion'
             )
 
 
-def _is_elementwise(optimizer: torch.optim.Optimizer, settings: Mapping[str, Any]) -> bool:
+def _is_elementwise(
+    optimizer: torch.optim.Optimizer, settings: Mapping[str, Any], device: torch.device
+) -> bool:
     """Whether whole tensors and one flat tensor of them come out alike; True if not known."""
-    if not settings['params']:
-        return True
-    device = settings['params'][0].device
     devices = [] if device.type == 'cpu' else [device]
     whole = _weights_and_gradients(device)
     flat = [[torch.cat([tensor.flatten() for tensor in tensors])] for tensors in whole]

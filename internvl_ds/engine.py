@@ -27,7 +27,7 @@ from internvl_ds.counts import require_counts
 from internvl_ds.ds_bridge import bridge_findings
 from internvl_ds.ds_check import check, refuse, require_right
 from internvl_ds.ds_findings import value_at
-from internvl_ds.elementwise import require_elementwise
+from internvl_ds.elementwise import require_elementwise, require_own_adagrad
 from internvl_ds.errors import ConfigError, EngineNotFound
 from internvl_ds.files import for_show, write_text
 from internvl_ds.guards import guard, require_bare, require_real
@@ -129,7 +129,7 @@ def initialize(
     if optimizer is None and lr_scheduler is not None:
         raise ConfigError('lr_scheduler= needs the optimizer it was built over: pass both')
     if optimizer is not None and value_at(resolved, 'zero_optimization', 'stage'):
-        require_elementwise(optimizer)
+        require_own_adagrad(optimizer)
     if optimizer is not None:
         before = len(optimizer.param_groups)
         names = {p: name for name, p in model.named_parameters()}
@@ -199,6 +199,8 @@ def register(
         require_plain_state(engine.module)
         _refuse_unsupported(ds_config_of(engine))
         _refuse_fused(engine)
+        if engine.zero_optimization_stage() and engine.basic_optimizer is not None:
+            require_elementwise(engine.basic_optimizer, engine.device)
         if engine.global_steps == 0:
             _undo_dummy_step(engine.optimizer)
         limit = default_of(_LIMIT_KEY)
