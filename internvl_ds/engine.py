@@ -27,14 +27,21 @@ from internvl_ds.counts import require_counts
 from internvl_ds.ds_bridge import bridge_findings
 from internvl_ds.ds_check import check, refuse, require_right
 from internvl_ds.ds_findings import value_at
+from internvl_ds.elementwise import require_elementwise, require_own_adagrad
 from internvl_ds.errors import ConfigError, EngineNotFound
 from internvl_ds.files import for_show, write_text
 from internvl_ds.guards import guard, require_bare, require_real
 from internvl_ds.loss_scale import LossScale
 from internvl_ds.lr_schedule import LrSchedule, require_unit
 from internvl_ds.meetings import rank, world_size
+from internvl_ds.module_state import remember_buffers, require_plain_state, require_sendable
 from internvl_ds.monitors import drop_unwritable_monitors, guard_monitors
-from internvl_ds.param_groups import MergedGroups, merge_param_groups, remap_scheduler
+from internvl_ds.param_groups import (
+    MergedGroups,
+    merge_param_groups,
+    remap_scheduler,
+    require_trained_groups,
+)
 from internvl_ds.scaling import attach, pull, push
 
 logger = logging.getLogger(__name__)
@@ -100,6 +107,8 @@ def initialize(
     require_counts(config, ('SAVE_CKPT_NUM', 'CHECKPOINT'))
     require_bare(model)
     require_real(model)
+    require_sendable(model)
+    require_plain_state(model)
     require_unit(lr_scheduler, schedule_in)
     init_distributed(config)
     tree = ds.load_ds_config(ds_config)
@@ -119,11 +128,15 @@ def initialize(
     _refuse_fp16(resolved)
     if optimizer is None and lr_scheduler is not None:
         raise ConfigError('lr_scheduler= needs the optimizer it was built over: pass both')
+    if optimizer is not None and value_at(resolved, 'zero_optimization', 'stage'):
+        require_own_adagrad(optimizer)
     if optimizer is not None:
         before = len(optimizer.param_groups)
         names = {p: name for name, p in model.named_parameters()}
         merged = merge_param_groups(optimizer, names)
         origins = merged.origins
+        if value_at(resolved, 'zero_optimization', 'stage') in (1, 2):
+            require_trained_groups(optimizer)
         if lr_scheduler is not None:
             remap_scheduler(lr_scheduler, origins, before)
         elif origins != list(range(before)) and _has_scheduler(optimizer):
@@ -183,8 +196,11 @@ def register(
     require_unit(lr_scheduler, schedule_in)
     if engine not in _registrations:
         require_bare(engine.module)
+        require_plain_state(engine.module)
         _refuse_unsupported(ds_config_of(engine))
         _refuse_fused(engine)
+        if engine.zero_optimization_stage() and engine.basic_optimizer is not None:
+            require_elementwise(engine.basic_optimizer, engine.device)
         if engine.global_steps == 0:
             _undo_dummy_step(engine.optimizer)
         limit = default_of(_LIMIT_KEY)
@@ -194,6 +210,7 @@ def register(
         if engine.basic_optimizer is not None:
             watch_zero_grad(engine, registration.accumulation)
         guard(engine)
+        remember_buffers(engine)
     for part in (engine, engine.module, engine.optimizer, getattr(engine, 'basic_optimizer', None)):
         if part is not None:
             _engines[part] = weakref.ref(engine)

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from internvl_ds.errors import ConfigError, few
+
 # Which tensors a group holds, as opposed to how they are trained.
 _MEMBERSHIP = frozenset({'params', 'param_names', 'names', 'name'})
 
@@ -63,6 +65,24 @@ def merge_param_groups(optimizer: torch.optim.Optimizer, names: Mapping[Any, str
         merged[key]['param_names'] += before[index]
     optimizer.param_groups[:] = merged.values()
     return MergedGroups(before, origins, became)
+
+
+def require_trained_groups(optimizer: torch.optim.Optimizer) -> None:
+    """Refuses, for ZeRO stages 1 and 2, groups of which nothing is trained: they are cut by group.
+
+    Args:
+        optimizer: after `merge_param_groups`.
+
+    Raises:
+        ConfigError: names what is in the first of them.
+    """
+    for group in optimizer.param_groups:
+        if not any(p.requires_grad for p in group['params']):
+            raise ConfigError(
+                f'a parameter group holds only frozen parameters ({few(group["param_names"])}), '
+                'which ZeRO stages 1 and 2 cannot cut up: build the groups of parameters that '
+                'require a gradient only, or use ZeRO stage 0 or 3'
+            )
 
 
 def remap_scheduler(lr_scheduler: Any, origins: list[int], groups_before: int) -> None:

@@ -5,7 +5,8 @@ import torch
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
-from internvl_ds.param_groups import merge_param_groups, remap_scheduler
+from internvl_ds.errors import ConfigError
+from internvl_ds.param_groups import merge_param_groups, remap_scheduler, require_trained_groups
 from tests.ranks import run_ranks
 
 
@@ -94,3 +95,17 @@ def test_fifty_steps_of_lr_per_parameter_equal_a_plain_loop(tmp_path):
             assert got['lrs'] == result['expected'], stage
             assert got['weight_decay'] == result['weight_decay'], stage
             assert got['skipped'] == 1
+
+
+def test_a_group_of_frozen_parameters_only_is_refused_by_name():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].requires_grad_(False)
+    names = {p: name for name, p in model.named_parameters()}
+    groups = [{'params': [p], 'weight_decay': 0.1 * (p in set(model[0].parameters()))}
+              for p in model.parameters()]  # fmt: skip
+    optimizer = torch.optim.AdamW(groups)
+    merge_param_groups(optimizer, names)
+    with pytest.raises(ConfigError, match=r'only frozen parameters \(0\.weight, 0\.bias\)'):
+        require_trained_groups(optimizer)
+    model[0].bias.requires_grad_(True)
+    require_trained_groups(optimizer)

@@ -172,7 +172,7 @@ def _stepped(
     }
     own = copy.deepcopy({key: value for key, value in settings.items() if key != 'params'}, memo)
     group = {**own, 'params': [parameter]}
-    trial = _apart(optimizer, [group], memo)
+    trial = apart(optimizer, [group], memo)
     for _ in range(updates):
         parameter.grad = torch.ones_like(parameter)
         type(optimizer).step(trial)
@@ -184,15 +184,21 @@ def _stepped(
     return Kept(forms, numbers, True, frozenset(), counters)
 
 
-def _apart(optimizer: Any, groups: list[dict[str, Any]], memo: dict[int, Any]) -> Any:
-    """A copy of an optimizer for other groups, which shares nothing that a step could change."""
+def apart(optimizer: Any, groups: list[dict[str, Any]], memo: dict[int, Any]) -> Any:
+    """A copy of an optimizer for other groups, which shares nothing that a step could change.
+
+    Args:
+        optimizer: stays as it is.
+        groups: of the copy, parameters included.
+        memo: as of `copy.deepcopy`: the id of a parameter -> what stands for it in the copy.
+    """
     trial: Any = object.__new__(type(optimizer))
     memo[id(optimizer)] = trial
     for name, value in vars(optimizer).items():
         if name.endswith('_hooks'):
             trial.__dict__[name] = OrderedDict()
         elif isinstance(value, torch.optim.Optimizer):
-            trial.__dict__[name] = _apart(value, groups, memo)
+            trial.__dict__[name] = apart(value, groups, memo)
         elif isinstance(value, nn.Module):
             trial.__dict__[name] = value
         elif name not in ('state', 'param_groups', 'step'):  # a scheduler puts a step there

@@ -60,6 +60,7 @@ from internvl_ds.engine import (
 from internvl_ds.errors import CheckpointError, RankError, few
 from internvl_ds.masters import frozen_as_made, require_module_as_made, untrained_names
 from internvl_ds.meetings import exchange, from_rank_0, gather, rank, world_size
+from internvl_ds.module_state import every_name, require_buffers_as_made
 from internvl_ds.persistent import put_back
 from internvl_ds.scheduling import schedule_state, warn_of_slow_schedule
 
@@ -158,6 +159,7 @@ def save_checkpoint(
     background.wait()
     engine = engine_of(model)
     require_module_as_made(engine)
+    require_buffers_as_made(engine)
     loss_scale = loss_scale_of(engine)
     counted = best is None and isinstance(epoch, int)
     groups = None if engine.basic_optimizer is None else client_groups(engine).names
@@ -317,7 +319,7 @@ def _stage(
             'directory that all hosts share'
         )
     # Meets in barriers: every rank calls it, whatever has happened.
-    with put_back(engine), frozen_as_made(engine):
+    with put_back(engine), frozen_as_made(engine), every_name(engine):
         engine.save_checkpoint(str(save.output), tag=save.staging_path.name, save_latest=False)
     if average is not None:
         writer.save(average, save.staging_path / average.name)

@@ -8,6 +8,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from timm.optim import Lamb
 from timm.utils import ModelEma, ModelEmaV2, ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -275,3 +276,27 @@ def _averages(stage: int) -> dict[str, Any]:
     found['copy'] = [graded, copied.head.weight.grad is None]
     engine.destroy()
     return found
+
+
+def whole_tensors() -> dict[str, str]:
+    """Optimizers that ZeRO cannot give pieces, by all ways to an engine."""
+    config, told = make_config(DATA__BATCH_SIZE=8), {}
+
+    def lamb(model: nn.Module) -> Any:
+        return Lamb([p for p in model.parameters() if p.requires_grad], lr=0.01)
+
+    for stage in range(4):
+        model = make_model()
+        told[f'initialize {stage}'] = message_of(
+            lambda m=model, s=stage: initialize(config, m, lamb(m), zero_json(s))
+        )
+    model = make_model()
+    engine = deepspeed.initialize(
+        model=model, optimizer=lamb(model),
+        config={
+            **zero_json(1), 'train_micro_batch_size_per_gpu': 8,
+            'zero_allow_untested_optimizer': True,
+        },
+    )[0]  # fmt: skip
+    told['register'] = message_of(lambda: register(engine))
+    return told

@@ -1,0 +1,112 @@
+"""What a module has to be for a checkpoint of any ZeRO stage to hold all of it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import nn
+
+from internvl_ds.errors import CheckpointError, ConfigError, few
+
+# Engine -> name and shape of every buffer of its module's state dict, when it was registered.
+_buffers: weakref.WeakKeyDictionary[DeepSpeedEngine, dict[str, Any]] = weakref.WeakKeyDictionary()
+
+
+def require_plain_state(model: nn.Module) -> None:
+    """Refuses a module whose state dict is not its parameters and buffers under their own names.
+
+    Stage 3 keeps those alone, and training goes on in another layout from those alone: what
+    ``get_extra_state`` gives would be dropped, what a hook renames would not be found.
+
+    Raises:
+        ConfigError: names the first entries.
+    """
+    tensors: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
+    tensors.update(model.named_buffers(remove_duplicate=False))
+    state = model.state_dict(keep_vars=True)
+    other = [name for name, value in state.items() if tensors.get(name) is not value]
+    lacking = [n for n, _ in model.named_parameters(remove_duplicate=False) if n not in state]
+    if other or lacking:
+        raise ConfigError(
+            f'the state dict of the model has {len(other)} entries that are no parameters or '
+            f'buffers of these names ({few(other) or "none"}), and lacks {len(lacking)} parameters '
+            f'({few(lacking) or "none"}): no checkpoint of every ZeRO stage could hold them. Keep '
+            'what get_extra_state gives in registered buffers, and leave names as they are (no '
+            'hooks of the state dict, no checkpoint_wrapper)'
+        )
+
+
+def require_sendable(model: nn.Module) -> None:
+    """Refuses parameters that DeepSpeed cannot send to the other ranks, or cut up.
+
+    Raises:
+        ConfigError: names the first of them.
+    """
+    whole = {n: p for n, p in model.named_parameters() if not hasattr(p, 'ds_id')}
+    wrong = {
+        'no dimension: declare them with the shape (1,)': [
+            n for n, p in whole.items() if not p.dim()
+        ],
+        'no elements: leave them out, with None in their place': [
+            n for n, p in whole.items() if not p.numel()
+        ],
+        'their elements in another order than a contiguous tensor: make them contiguous '
+        '(model.to(memory_format=torch.contiguous_format); the images may be channels_last)': [
+            n for n, p in whole.items() if p.dim() and p.numel() and p.stride(-1) != 1
+        ],
+    }
+    for what, names in wrong.items():
+        if names:
+            raise ConfigError(f'{few(names)}: {len(names)} parameters have {what}')
+
+
+def remember_buffers(engine: DeepSpeedEngine) -> None:
+    """Notes the buffers that the module has when its engine is made."""
+    _buffers[engine] = _shapes_of_buffers(engine.module)
+
+
+def require_buffers_as_made(engine: DeepSpeedEngine) -> None:
+    """Refuses to save buffers that a fresh model, made as this one was, would not have.
+
+    Raises:
+        CheckpointError: names the first of them.
+    """
+    made, now = _buffers[engine], _shapes_of_buffers(engine.module)
+    changed = [
+        f'{name} {made.get(name, "none")} -> {now.get(name, "none")}'
+        for name in sorted(made.keys() | now.keys())
+        if made.get(name) != now.get(name)
+    ]
+    if changed:
+        raise CheckpointError(
+            f'{len(changed)} buffers are not as they were when the engine was made: '
+            f'{few(changed)}. No fresh model could load them: register them in their final shape '
+            'before initialize, or with persistent=False'
+        )
+
+
+@contextmanager
+def every_name(engine: DeepSpeedEngine) -> Iterator[None]:
+    """Lets DeepSpeed's save note every further name of a shared parameter.
+
+    It misses those of a module, or of a parameter, that its parent has twice.
+    """
+    first: dict[int, str] = {}
+    further = {}
+    for name, parameter in engine.module.named_parameters(remove_duplicate=False):
+        if first.setdefault(id(parameter), name) != name:
+            further[name] = first[id(parameter)]
+    engine._get_shared_params = lambda: further
+    try:
+        yield
+    finally:
+        del engine._get_shared_params
+
+
+def _shapes_of_buffers(module: nn.Module) -> dict[str, Any]:
+    kept = module.state_dict(keep_vars=True)
+    return {n: tuple(b.shape) for n, b in module.named_buffers(remove_duplicate=False) if n in kept}
