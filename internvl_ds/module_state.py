@@ -56,7 +56,7 @@ def require_sendable(model: nn.Module) -> None:
         ],
         'their elements in another order than a contiguous tensor: make them contiguous '
         '(model.to(memory_format=torch.contiguous_format); the images may be channels_last)': [
-            n for n, p in whole.items() if p.dim() and p.numel() and p.stride(-1) != 1
+            n for n, p in whole.items() if not p.is_contiguous()
         ],
     }
     for what, names in wrong.items():
