@@ -18,6 +18,7 @@ from internvl_ds.checkpoint.manifest import FILE_NAME, Header, Identity, Manifes
 from internvl_ds.checkpoint.shards import TagShards
 from internvl_ds.checkpoint.state import state_of
 from internvl_ds.checkpoint.tag_files import model_names, optim_names, require_identity
+from internvl_ds.checkpoint.verify import damage_of_tag
 from internvl_ds.errors import CheckpointError, PretrainedError
 from tests.ranks import run_ranks
 from tests.tags import make_header
@@ -178,6 +179,8 @@ def test_files_of_another_rank_or_save_are_named_whatever_their_checksums(saved,
         for tag in tags:
             sign(tag)
             loads.append([tag, int(stage)])
+            assert 'belongs here' in '; '.join(damage_of_tag(tag))
+        assert damage_of_tag(newer) == []
         with pytest.raises(CheckpointError, match='save'):
             state_of(tags[3])
         with pytest.raises(CheckpointError, match='belongs here'):

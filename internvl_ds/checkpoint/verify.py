@@ -1,13 +1,18 @@
-"""Whether the contents of a tag's files are what was written. Files only; knows no ranks."""
+"""Whether the contents of a tag's files are what was written, there. Files only; knows no ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
 
+from internvl_ds.checkpoint.ema_files import identity_in, open_safetensors
 from internvl_ds.checkpoint.hashing import hash_file
 from internvl_ds.checkpoint.lookup import read_manifest
-from internvl_ds.checkpoint.manifest import STATE_FILE, Manifest, file_rank
+from internvl_ds.checkpoint.manifest import STATE_FILE, Identity, Manifest, file_rank
+from internvl_ds.checkpoint.outline import outline
+from internvl_ds.checkpoint.state import read_state
+from internvl_ds.checkpoint.tag_files import require_identity
+from internvl_ds.errors import CheckpointError
 
 
 def share_of(names: Iterable[str], rank: int, world_size: int) -> list[str]:
@@ -48,7 +53,29 @@ def damage(tag: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
                 f'{tag / name}: damaged: its xxh3-128 is {actual.digest}, and {entry.digest} was '
                 'written'
             )
+        else:
+            found += _foreign(tag / name, manifest)
     return found
+
+
+def _foreign(path: Path, manifest: Manifest) -> list[str]:
+    """Whether a file with the right checksum is of another save or rank."""
+    if not manifest.header.save:  # of an earlier version
+        return []
+    try:
+        if path.suffix == '.json':
+            said = read_state(path).get(Identity.KEY)
+        elif path.suffix == '.safetensors':
+            with open_safetensors(path) as file:
+                said = identity_in(file.metadata())
+        elif path.name.endswith('_states.pt'):
+            said = outline(path).get(Identity.KEY)
+        else:  # DeepSpeed's scripts
+            return []
+        require_identity(path, said, manifest.header)
+    except CheckpointError as error:
+        return [str(error)]
+    return []
 
 
 def damage_of_tag(tag: Path) -> list[str] | None:
