@@ -144,7 +144,7 @@ def _draw_layout(rng: random.Random, sizes: tuple[int, ...], pythons: int) -> Se
         ranks=sizes[int(rng.random() * len(sizes))],
         stage=stage,
         zero=zero,
-        precision=rng.choice(('fp32', 'fp32', 'fp32', 'bf16', 'autocast_bf16')),
+        precision=rng.choice(('fp32', 'fp32', 'fp32', 'fp32', 'bf16', 'autocast_bf16')),
         accumulation=rng.choice((1, 1, 2)),
         python=_other_python(rng.random(), pythons),
         seed=rng.randrange(1000),
@@ -208,7 +208,8 @@ def _run(rng: random.Random, segment: Segment, kind: str, output: Output) -> Non
     for words in _draw_operations(rng, output):
         segment.operations.append(words)
         segment.expected.append(_do(words, plain, output))
-    segment.expected[-1].state = plain.state()
+    if segment.operations:
+        segment.expected[-1].state = plain.state()
 
 
 def _do(words: list[Any], plain: Plain, output: Output) -> Seen:

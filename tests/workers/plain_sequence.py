@@ -22,8 +22,10 @@ from tests.workers.sequence_model import (
 # and of the norm of what an optimizer keeps. In fp32: 170 times the rounding (2**-24) of sums over
 # micro-batches and ranks that are made in another order. In bf16 a gradient is rounded (2**-8) on
 # its way here and not there, or the other way round, at most eight times: in two micro-batches,
-# their sum, the ranks' two, theirs, the mean, and the loss's division.
+# their sum, the ranks' two, theirs, the mean, and the loss's division; and what is off goes on in
+# momentum and weights.
 TOLERANCES = {'fp32': 1e-5, 'bf16': 8 * 2.0**-8, 'autocast_bf16': 8 * 2.0**-8}
+_LAST_BIT = 2.0**-23  # of a weight in fp32
 
 
 @dataclass
@@ -39,10 +41,11 @@ class Tag:
     state: dict[str, Any]
 
     @property
-    def position(self) -> tuple[int, int]:
-        """Epochs that are done, and updates in all where that epoch is under way."""
-        inside = self.step is not None
-        return self.epoch + (not inside), self.state['counts'][0] if inside else 0
+    def position(self) -> tuple[int, int, int]:
+        """Epochs that are done, and of one that is under way the updates in all, and in it."""
+        if self.step is None:
+            return self.epoch + 1, 0, 0
+        return self.epoch, self.state['counts'][0], self.step
 
     def is_uneven(self) -> bool:
         """Whether parameters have counted other steps, as after freezing at stage 0."""
@@ -125,6 +128,7 @@ class Plain:
         self.decay, self.warmup, self.averaged = self.segment.decay, self.segment.warmup, 0
         if self.decay is not None:
             self.ema = {n: t.detach().clone() for n, t in self._averaged().items()}
+        self.average_drift = self.drift
 
     def _averaged(self) -> dict[str, torch.Tensor]:
         return {**self.masters, **dict(self.net.named_buffers())}
@@ -148,12 +152,11 @@ class Plain:
         for p in (*self.net.parameters(), *self.masters.values()):
             p.grad = None
         self._round_masters()
-        self._average()
-        tolerance = TOLERANCES[self.segment.precision]
-        self.tolerance = max(self.tolerance, tolerance)
+        self.tolerance = max(self.tolerance, TOLERANCES[self.segment.precision])
         after = _flat(self.masters)
-        # A step's share, and the last bit of each weight.
-        self.drift += float(tolerance * (after - before).norm() + 2.0**-23 * after.norm())
+        # A share of the step, and the last bit of each weight.
+        self.drift += float(self.tolerance * (after - before).norm() + _LAST_BIT * after.norm())
+        self._average()
         return norm
 
     def _round_masters(self) -> None:
@@ -168,6 +171,8 @@ class Plain:
         rising = 1 - self.averaged ** (-2 / 3) if self.warmup else 1.0  # as timm's
         for name, now in self._averaged().items():
             self.ema[name].lerp_(now.float(), 1 - min(rising, self.decay))
+        most = max(self.average_drift, self.drift)
+        self.average_drift = most + _LAST_BIT * float(_flat(self.ema).norm())
 
     def toggle(self, part: str, on: bool) -> None:
         toggle(self.net, part, on)
@@ -183,7 +188,11 @@ class Plain:
         average = None
         if self.ema is not None:
             tensors = {n: t.clone() for n, t in self.ema.items()}
-            average = {'of': [self.decay, self.averaged, self.warmup], 'tensors': tensors}
+            average = {
+                'of': [self.decay, self.averaged, self.warmup],
+                'tensors': tensors,
+                'off': self.average_drift,
+            }
         return {
             'masters': {n: m.detach().clone() for n, m in self.masters.items()},
             'moments': {n: _kept(self.optimizer.state.get(m)) for n, m in self.masters.items()},
@@ -257,6 +266,7 @@ class Plain:
         if self.ema is None or average is None:
             return
         self.decay, self.averaged, self.warmup = average['of']
+        self.average_drift = average['off']
         for name, own in self.ema.items():
             own.copy_(average['tensors'][name])
 

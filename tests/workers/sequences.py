@@ -197,13 +197,21 @@ class Run:
             'masters': masters,
             'moments': moments,
             'frozen': {n: w for n, w in weights.items() if n not in masters},
-            'rounded': all(torch.equal(weights[n], m.to(self.dtype)) for n, m in masters.items()),
+            'other': [n for n, m in masters.items() if not self.is_of(weights[n], m)],
             'buffers': {n: b.clone() for n, b in self.net.named_buffers()},
             'requires': {n: p.requires_grad for n, p in named.items()},
             'lrs': {name: group['lr'] for group in groups for name in group['param_names']},
             'ema': average,
             'counts': [engine.global_steps - engine.skipped_steps, self.position.done],
         }
+
+    def is_of(self, weight: torch.Tensor, master: torch.Tensor) -> bool:
+        """Whether what the module computes with is a master, rounded to nearest."""
+        if torch.equal(weight, master.to(self.dtype)):
+            return True
+        # Under autocast stage 3 gathers what is small in bf16, and keeps it until the next step.
+        in_autocast = 'autocast' in self.orders['precision'] and self.orders['stage'] == 3
+        return in_autocast and torch.equal(weight, master.bfloat16().float())
 
 
 def tags_in(output: Path) -> dict[str, Any]:
