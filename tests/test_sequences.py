@@ -14,6 +14,7 @@ import torch
 from tests.pythons import sharing
 from tests.ranks import RankFailed, run_ranks
 from tests.sequences import Seen, Sequence, draw
+from tests.workers.model import module_dtype
 
 # tests/conftest.py has the defaults. A number runs that sequence alone.
 SEED = int(os.environ['INTERNVL_DS_SEQUENCE_SEED'])
@@ -85,6 +86,8 @@ def _problem(sequence: Sequence, found: list[Any]) -> str | None:
                     saved[wanted.saved] = looks
                 if wanted.source:
                     _same(looks, saved[wanted.source])
+                if words[:1] == ['pretrained']:
+                    _same_weights(looks, saved[words[1]], segment.precision)
             except _Wrong as error:
                 said = looks[0].get('said', '')
                 return f'segment {index}, {words}: {error}. {said}'
@@ -157,9 +160,9 @@ def _same(looks: list[Any], saved: list[Any]) -> None:
         trained = got['masters'].keys()
         for key in ('masters', 'moments', 'lrs'):
             _equal(got[key], {n: then[key].get(n) for n in trained}, said + key)
+        weights = {**then['frozen'], **then['masters']}
         for name, value in got['frozen'].items():
-            if name in then['frozen']:  # else the plain loop says what it is
-                _equal(value, then['frozen'][name].to(value.dtype), f'{said}frozen {name}')
+            _equal(value, weights[name].to(value.dtype), f'{said}frozen {name}')
         _equal(got['buffers'], then['buffers'], said + 'buffers')
         _equal(got['counts'][0], then['counts'][0], said + 'updates')
         if got['ema'] and then['ema']:
@@ -167,6 +170,17 @@ def _same(looks: list[Any], saved: list[Any]) -> None:
             for name in trained & then['masters'].keys() | got['buffers'].keys() - {'offset'}:
                 own, before = (state['ema']['tensors'].get(name) for state in (got, then))
                 _equal(own, before, f'{said}the average of {name}')
+
+
+def _same_weights(looks: list[Any], saved: list[Any], precision: str) -> None:
+    """What load_pretrained brought: what the module of the tag had, and at stage 3 its masters."""
+    tag, dtype = saved[0]['state'], module_dtype(precision)
+    weights = {**tag['frozen'], **(tag['masters'] if tag['stage'] == 3 else tag['rounded'])}
+    for rank, look in enumerate(looks):
+        got = {**look['state']['frozen'], **look['state']['masters']}
+        for name, value in got.items():
+            wanted = weights[name].to(dtype).to(value.dtype)
+            _equal(value, wanted, f'rank {rank}, since the save: {name}')
 
 
 def _equal(got: Any, wanted: Any, said: str) -> None:

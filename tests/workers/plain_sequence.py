@@ -238,12 +238,10 @@ class Plain:
 
     @torch.no_grad()
     def restore(self, tag: Tag) -> None:
-        saved, values = tag.state, _weights(tag.state)
+        saved = tag.state
+        values = {**saved['frozen'], **saved['masters']}
         for name, p in self.net.named_parameters():
-            if name in self.masters:
-                self.masters[name].copy_(saved['masters'][name])
-            else:
-                p.copy_(values[name])
+            self.masters.get(name, p).copy_(values[name])
         self._round_masters()
         self.net.seen.copy_(saved['buffers']['seen'])
         for name, master in self.masters.items():

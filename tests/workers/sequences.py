@@ -197,6 +197,8 @@ class Run:
             'masters': masters,
             'moments': moments,
             'frozen': {n: w for n, w in weights.items() if n not in masters},
+            'stage': engine.zero_optimization_stage(),
+            'rounded': {n: m.to(self.dtype) for n, m in masters.items()},
             'other': [n for n, m in masters.items() if not self.is_of(weights[n], m)],
             'buffers': {n: b.clone() for n, b in self.net.named_buffers()},
             'requires': {n: p.requires_grad for n, p in named.items()},
