@@ -74,12 +74,12 @@ class Output:
             self.gone.append(name)
 
     def chosen(self, how: str, name: str) -> Tag | None:
-        """What a resume takes: 'rewind' the tag of that name, the others the newest, if newer."""
-        newest = self.latest or next(reversed(self.tags), '')
-        order = list(self.tags)
-        if how == 'rewind' or (how == 'tag' and order.index(name) > order.index(newest)):
-            return self.tags.get(name)
-        return self.tags[newest]
+        """What a resume takes: the newest, but 'rewind' and a best the tag of that name."""
+        newest = self.tags[self.latest or next(reversed(self.tags))]
+        named = self.tags.get(name)
+        if how == 'rewind' or (how == 'tag' and named is not None and named.best):
+            return named
+        return newest
 
 
 def _retained(
