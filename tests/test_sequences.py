@@ -35,9 +35,30 @@ def test_what_comes_back_is_what_was_saved_and_what_a_plain_loop_has(tmp_path):
     numbers = [int(ONLY)] if ONLY else range(COUNT)
     pythons = [sys.executable, *(PYTHONS or sharing(tmp_path))]
     sequences = [draw(SEED, number, SIZES, len(pythons)) for number in numbers]
+    if len(sequences) >= 200:
+        _require_all_kinds(sequences)
     found = _run(sequences, pythons, tmp_path)
     wrong = [f'{said}\n{s.text()}' for s in sequences if (said := _problem(s, found[s.number]))]
     assert not wrong, f'{len(wrong)} of {len(sequences)} sequences\n' + '\n\n'.join(wrong[:3])
+
+
+def _require_all_kinds(sequences: list[Sequence]) -> None:
+    """Or nothing is tested: loads from every stage into every other, freezing, all refusals."""
+    moves, done, refused = set(), set(), set()
+    for sequence in sequences:
+        saved_at: dict[str, int] = {}
+        for segment in sequence.segments:
+            steps = zip([segment.begin, *segment.operations], segment.expected, strict=True)
+            for words, expected in steps:
+                done.add(' '.join(map(str, words[:1] + words[-1:] * (words[:1] == ['toggle']))))
+                refused.add(expected.error)
+                if expected.saved:
+                    saved_at[expected.saved] = segment.stage
+                if expected.source:
+                    moves.add((saved_at[expected.source], segment.stage))
+    assert len(moves) == 16
+    assert done > {'train', 'toggle True', 'toggle False', 'save', 'resume', 'pretrained'}
+    assert refused == {None, 'CheckpointMismatch', 'CheckpointNotFound', 'ConfigError'}
 
 
 def _run(sequences: list[Sequence], pythons: list[str], folder: Path) -> dict[int, list[Any]]:
@@ -61,9 +82,9 @@ def _run(sequences: list[Sequence], pythons: list[str], folder: Path) -> dict[in
                     folder=folder, work=work, states=states,
                 )  # fmt: skip
             except RankFailed as error:
-                last = int(re.findall(r'sequence (\d+)', str(error))[-1])
-                (failed,) = (s for s in own if s.number == last)
-                raise AssertionError(f'{error}\n\n{failed.text()}') from None
+                last = re.findall(r'^sequence (\d+)$', str(error), re.MULTILINE)[-1:]
+                failed = [s.text() for s in own if [str(s.number)] == last]
+                raise AssertionError('\n\n'.join([str(error), *failed])) from None
             for rank, result in enumerate(results):
                 for looks, kept in zip(result, torch.load(f'{states}-{rank}.pt'), strict=True):
                     for look, state in zip(looks, kept, strict=True):

@@ -19,8 +19,9 @@ def whole_state(engine: Any) -> tuple[dict[str, torch.Tensor], dict[str, dict[st
     Every rank must call it, and gets all. The pieces come through DeepSpeed's own mappings, not
     through this package's.
     """
-    everyone: list[Any] = [None] * world_size()
-    distributed.all_gather_object(everyone, _own_pieces(engine))
+    everyone: list[Any] = [_own_pieces(engine)] * world_size()
+    if world_size() > 1:
+        distributed.all_gather_object(everyone, everyone[0])
     masters, moments = {}, {}
     for name, p in engine.module.named_parameters():
         shape = getattr(p, 'ds_shape', p.shape)
