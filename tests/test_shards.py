@@ -1,10 +1,13 @@
 """Shards read as parameters by name: tags written by hand, in DeepSpeed's layout. No processes."""
 
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
 
 from internvl_ds.checkpoint.shards import TagShards, read_shard
 from internvl_ds.errors import CheckpointError, CheckpointMismatch
@@ -190,3 +193,12 @@ def test_a_whole_state_of_stage_0_is_named_by_its_groups_or_by_the_running_ones(
         shards.named_state([['a', 'b']])
     with pytest.raises(CheckpointMismatch, match='the master of parameter 0 has shape'):
         shards.named_state([['a'], ['b']])
+
+
+def test_several_threads_read_at_a_time(tmp_path):
+    """torch's list of allowed classes is the process's: who leaves takes his away from all."""
+    path = tmp_path / 'shard.pt'
+    torch.save({'scaler': [LossScaler(1.0)] * 50, 'stage': ZeroStageEnum.weights}, path)
+    with ThreadPoolExecutor(8) as pool:
+        for found in pool.map(read_shard, [path] * 200):
+            assert found['stage'] is ZeroStageEnum.weights

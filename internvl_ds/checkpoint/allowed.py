@@ -11,10 +11,14 @@ import argparse
 import enum
 import pickle
 import re
+import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
+
+import torch
 
 # What `torch.serialization.safe_globals` takes.
 Allowed = list[Callable[..., Any] | tuple[Callable[..., Any], str]]
@@ -46,6 +50,20 @@ def allowed_globals() -> Allowed:
         # an OrderedDict: code of yacs never runs while a file is being read.
         (OrderedDict, 'yacs.config.CfgNode'),
     ]
+
+
+@contextmanager
+def allowing() -> Iterator[None]:
+    """Lets torch.load meet `allowed_globals` meanwhile.
+
+    torch keeps its list for the whole process, and a thread that leaves takes its entries away from
+    the others: one thread at a time reads, where several verify or save.
+    """
+    with _reading, torch.serialization.safe_globals(allowed_globals()):
+        yield
+
+
+_reading = threading.Lock()
 
 
 def refused_class(error: Exception) -> str | None:

@@ -84,10 +84,16 @@ _STORAGES = {
     'ComplexDoubleStorage': torch.complex128,
 }  # fmt: skip
 
+_DTYPES = frozenset({'float16', 'bfloat16', 'float32', 'float64'})
+
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        return _STORAGES[name] if module == 'torch' and name in _STORAGES else _KNOWN[module, name]
+        if module == 'torch' and name in _STORAGES:
+            return _STORAGES[name]
+        if module == 'torch' and name in _DTYPES:
+            return getattr(torch, name)
+        return _KNOWN[module, name]
 
     def persistent_load(self, entry: Any) -> torch.dtype:
         kind, dtype, *_ = entry

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from internvl_ds.checkpoint.allowed import allowed_globals, reason_of, refused_class
+from internvl_ds.checkpoint.allowed import allowing, reason_of, refused_class
 from internvl_ds.checkpoint.lookup import file_sizes, read_manifest
 from internvl_ds.checkpoint.manifest import Identity
 from internvl_ds.checkpoint.named import Flat, NamedState
@@ -45,13 +45,13 @@ _COUNTERS = ('global_steps', 'skipped_steps', 'global_samples')
 
 def read_shard(path: Path | str, *, mmap: bool = False) -> Any:
     """Reads one file that torch.save wrote, allowing only tensors, plain types and what
-    `allowed_globals` lists.
+    `allowed.allowed_globals` lists.
 
     Raises:
         CheckpointError: when the file cannot be read, or holds anything else (which is named).
     """
     try:
-        with torch.serialization.safe_globals(allowed_globals()):
+        with allowing():
             return torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         refused = refused_class(error)

@@ -23,7 +23,7 @@ import safetensors.torch
 import torch
 from yacs.config import CfgNode
 
-from internvl_ds.checkpoint.allowed import allowed_globals, reason_of, refused_class
+from internvl_ds.checkpoint.allowed import allowing, reason_of, refused_class
 from internvl_ds.checkpoint.lookup import is_tag
 from internvl_ds.errors import CheckpointError, PretrainedError, few
 
@@ -151,7 +151,7 @@ def _open_index(path: Path) -> dict[str, Any]:
 def _read(path: str, reader: Callable[[str], Any]) -> Any:
     """Runs a reader; whatever a broken or hostile file makes it raise becomes one error."""
     try:
-        with torch.serialization.safe_globals(allowed_globals()):
+        with allowing():
             return _restore_configs(reader(path))
     except pickle.UnpicklingError as error:
         refused = refused_class(error)
