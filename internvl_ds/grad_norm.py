@@ -21,8 +21,9 @@ def get_grad_norm(
 
     For parameters of a ZeRO engine (stages 1-3), where ``p.grad`` is None, each rank takes the
     part of the gradients that it owns, and one small all-gather adds them up: every rank must then
-    call it, between the backward of a boundary and the step, with the same parameters. An engine's
-    loss scale is divided out.
+    call it, between the backward of a boundary and the step, with the same parameters. Those that
+    the engine does not train, because they were unfrozen after it was made, do not count. An
+    engine's loss scale is divided out.
 
     Args:
         parameters: one tensor or several.
@@ -45,7 +46,7 @@ def get_grad_norm(
         return torch.zeros(())
     device = parameters[0].device
     partitioned = [p for p in parameters if p.requires_grad and _is_partitioned(p)]
-    whole = [p for p in parameters if not _is_partitioned(p)]
+    whole = [p for p in parameters if not _is_partitioned(p) and not _is_left_alone(p)]
     grads = [p.grad for p in whole if p.grad is not None]
     norm = _norm_of(grads, norm_type, device) / _scale_of(whole)
     if not partitioned:
@@ -125,6 +126,15 @@ def non_finite_flags(engine: DeepSpeedEngine) -> torch.Tensor:
 def _is_partitioned(parameter: torch.Tensor) -> bool:
     """Whether a ZeRO optimizer keeps the parameter's gradient in parts (stages 1-3)."""
     return hasattr(parameter, '_hp_mapping') or hasattr(parameter, 'ds_id')
+
+
+def _is_left_alone(parameter: torch.Tensor) -> bool:
+    """Whether a ZeRO engine has the parameter and does not train it: it was unfrozen since.
+
+    Its gradient is each rank's own, and every backward adds to it.
+    """
+    engine = engine_of_parameter(parameter) if parameter.grad is not None else None
+    return engine is not None and engine.zero_optimization_stage() > 0
 
 
 def _scale_of(parameters: list[torch.Tensor]) -> float:

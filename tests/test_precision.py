@@ -228,6 +228,16 @@ def test_grad_norm_before_the_step(tmp_path, precision):
 
 
 @pytest.mark.ranks
+def test_what_was_unfrozen_later_is_not_in_the_norm(tmp_path):
+    for result in run_ranks(
+        'tests.workers.stepping:norms_with_an_unfrozen_layer', 2, tmp_path, stages=[1, 2, 3]
+    ):
+        for stage, pairs in result.items():
+            for norm, wanted in pairs:
+                assert norm == pytest.approx(wanted, rel=1e-5), stage
+
+
+@pytest.mark.ranks
 @pytest.mark.parametrize('precision', PRECISIONS)
 @pytest.mark.parametrize('value', ['nan', 'inf'])
 def test_a_bad_gradient_on_one_rank_is_skipped_on_all(tmp_path, precision, value):

@@ -184,6 +184,25 @@ def norms_before_step(stages: list[int], precision: str) -> dict[str, Any]:
     return results
 
 
+def norms_with_an_unfrozen_layer(stages: list[int]) -> dict[str, Any]:
+    """(get_grad_norm of all parameters, the norm that DeepSpeed clips by) of three updates."""
+    results = {}
+    for stage in stages:
+        engine, _ = make_engine(stage, 'fp32')
+        engine.module.frozen.requires_grad_(True)
+        found = results[str(stage)] = []
+        for step in range(3):
+            x, y = micro_batch(step, 0, 1, rank(), world_size())
+            loss = nn.functional.cross_entropy(engine(x), y)
+            engine.set_gradient_accumulation_boundary(True)
+            engine.backward(loss, scale_wrt_gas=False)
+            norm = get_grad_norm(engine.module.parameters())
+            engine.step()
+            found.append([float(norm), float(engine.get_global_grad_norm())])
+        engine.destroy()
+    return results
+
+
 def non_finite(stages: list[int], precision: str, value: str) -> dict[str, Any]:
     """An inf or nan in one rank's loss only, in one update; what all ranks make of it."""
     results = {}
