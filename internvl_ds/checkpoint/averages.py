@@ -16,6 +16,7 @@ from internvl_ds.checkpoint.named import Flat
 from internvl_ds.checkpoint.restore import load_weights
 from internvl_ds.checkpoint.shards import TagShards
 from internvl_ds.ema import ShardedEma
+from internvl_ds.engine import applied_updates
 from internvl_ds.errors import CheckpointError
 from internvl_ds.meetings import rank, world_size
 from internvl_ds.pretrained.sources import open_source
@@ -143,8 +144,7 @@ def count_on(model_ema: Any, updates: int | None, where: object, logger: logging
         where: the checkpoint, for the log.
     """
     if isinstance(model_ema, ShardedEma):
-        engine = model_ema.engine
-        applied = engine.global_steps - engine.skipped_steps
+        applied = applied_updates(model_ema.engine)
         model_ema.num_updates = applied if updates is None else updates
         logger.log(
             logging.WARNING if model_ema.warmup else logging.INFO,
