@@ -57,4 +57,19 @@ case $version in
     ;;
   *) die "$(command -v mpirun) is of an MPI that is not known here: ${version%%$'\n'*}" ;;
 esac
-run_job "${command[@]}" "${PYTHON:-python}" -m internvl_ds.train "$@"
+
+# mpirun may end before it has passed on what ssh says of a host that it does not find.
+name_unknown_hosts() {
+  local host address
+  while read -r host _ || [[ -n $host ]]; do
+    host=${host%%:*}
+    [[ -n $host && $host != \#* ]] || continue
+    address=$(ssh -G "$host" 2>/dev/null | sed -n 's/^hostname //p')
+    timeout 10 getent ahosts "${address:-$host}" >/dev/null ||
+      say "no address is known here for host $host of $hostfile"
+  done <"$hostfile"
+}
+
+run_job "${command[@]}" "${PYTHON:-python}" -m internvl_ds.train "$@" && code=0 || code=$?
+((code == 0)) || [[ -z $hostfile ]] || name_unknown_hosts
+exit "$code"
