@@ -16,7 +16,7 @@ NAMED = {
     'stopped': r'rank 0 on \S+ ends the job: rank 1 on \S+ \(pid \d+\) has given no sign of life',
     'cut': r'rank [23] on host1 \(pid \d+\)|lost communication with a remote daemon',
     'unreachable': r'rank \d of 4 on host\d could not join the others at 10\.99\.0\.77:\d+ within',
-    'hostfile': r'no address is known here for host nowhere|nowhere: ssh: Could not resolve hostname',
+    'hostfile': r'no address is known here for host nowhere|nowhere: ssh: Could not resolve',
 }
 
 
