@@ -40,8 +40,9 @@ from tests.zygote import preload
 
 RANKS = 2
 LIFE_LIMIT = 120.0  # seconds of a life that nobody kills
-# Seconds from a kill to the end of a rank that is left to end by itself.
-ENDS_WITHIN = 40.0
+# Seconds from a kill to the end of a rank that is left to end by itself, whatever COMM.TIMEOUT and
+# CHECKPOINT.IO_TIMEOUT are: half an hour here.
+ENDS_WITHIN = 30.0
 CHAINS = [('script', 1), ('script', 3), ('program', 1), ('program', 3)]
 # What a user may have put into OUTPUT.
 USERS = {

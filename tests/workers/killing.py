@@ -34,12 +34,6 @@ from tests.workers.whole_state import whole_state
 
 UPDATES_PER_EPOCH = 3  # of the script
 SAVES = 2  # after which a life that is not killed ends
-# Seconds: what a dead rank is waited for, if a meeting does not know that it is dead.
-LIMITS = {
-    'CHECKPOINT__RENDEZVOUS_TIMEOUT': 20,
-    'CHECKPOINT__IO_TIMEOUT': 20,
-    'COMM__TIMEOUT': 20,
-}
 # Must be in no file of a tag.
 PASSWORD = 'hunter2'
 _ADDRESS = f'https://me:{PASSWORD}@127.0.0.1/w.pth?{PASSWORD}'
@@ -177,7 +171,7 @@ def script(output: str, stage: int, folder: Path, plan: dict[str, Any]) -> None:
     tell = Teller(folder, output, plan)
     run = Run(
         stage, 'fp32', output, CHECKPOINT__ASYNC=plan['async'], SAVE_CKPT_NUM=2,
-        MODEL__PRETRAINED=_ADDRESS, **LIMITS,
+        MODEL__PRETRAINED=_ADDRESS,
     )  # fmt: skip
     best = Path(output, 'ckpt_epoch_best')
     if plan['best'] and best.exists():
@@ -214,7 +208,7 @@ def program(output: str, stage: int, folder: Path, plan: dict[str, Any]) -> None
         TRAIN__EPOCHS=plan['epochs'], TRAIN__WARMUP_EPOCHS=0, TRAIN__BASE_LR=0.1,
         TRAIN__ACCUMULATION_STEPS=4, TRAIN__EMA__ENABLE=True, TRAIN__EMA__DECAY=0.5,
         AUG__REPROB=0.5, MODEL__DROP_PATH_RATE=0.2, SAVE_CKPT_NUM=2,
-        CHECKPOINT__ASYNC=plan['async'], TRAIN__SAVE_STEPS=int(plan['steps']), **LIMITS,
+        CHECKPOINT__ASYNC=plan['async'], TRAIN__SAVE_STEPS=int(plan['steps']),
     )  # fmt: skip
     save, train, passed = loop.save_checkpoint, loop._train, loop._pass_boundary
     state_of: list[Any] = []
