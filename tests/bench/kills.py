@@ -413,8 +413,10 @@ def _run_alone(chain: Chain) -> int:
         'hits': list(chain.hits.items()), 'longest': chain.longest, 'lives': chain.lives,
         'wrong': wrong,
     }  # fmt: skip
-    (chain.folder / 'told.json').write_text(json.dumps(told))
-    os._exit(0)
+    try:
+        (chain.folder / 'told.json').write_text(json.dumps(told))
+    finally:
+        os._exit(0)
 
 
 def table(chains: list[Chain]) -> str:
@@ -447,14 +449,17 @@ def main() -> int:
     parser.add_argument('--out', type=Path, help='a folder that stays; default: a temporary one')
     args = parser.parse_args()
     start = time.monotonic()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = args.out or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            chains = run(args.count, args.seed, folder)
-        except Wrong as error:
-            print(error)
-            return 1
+    # No TemporaryDirectory: the exit functions of a rank that ends by itself would remove it.
+    folder = args.out or Path(tempfile.mkdtemp())
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        chains = run(args.count, args.seed, folder)
+    except Wrong as error:
+        print(error)
+        return 1
+    finally:
+        if args.out is None:
+            shutil.rmtree(folder)
     print(table(chains), f'in {time.monotonic() - start:.0f} s, seed {args.seed}')
     return 0
 
