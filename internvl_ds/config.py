@@ -48,6 +48,9 @@ _C.MODEL.PRETRAINED_RENAME = []  # (new) pairs of a regular expression and its r
 _C.MODEL.PRETRAINED_MIN_MATCH = 0.5
 _C.MODEL.PRETRAINED_READERS = 'all'  # (new) or 'one': rank 0 reads, the others receive
 _C.MODEL.RESUME = ''
+# (new) Seconds within which a download of PRETRAINED or RESUME must bring 64 KiB more (10 MiB from
+# the Hugging Face Hub), or its rest.
+_C.MODEL.DOWNLOAD_TIMEOUT = 120
 _C.MODEL.NUM_CLASSES = 1000
 _C.MODEL.DROP_RATE = 0.0
 _C.MODEL.DROP_PATH_RATE = 0.1

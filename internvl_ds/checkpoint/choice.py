@@ -11,6 +11,7 @@ from pathlib import Path
 import yaml
 from yacs.config import CfgNode
 
+from internvl_ds.addresses import is_address, shown
 from internvl_ds.checkpoint import background, lookup, store
 from internvl_ds.checkpoint.manifest import epoch_of, step_of
 from internvl_ds.checkpoint.state import state_of
@@ -59,7 +60,7 @@ def auto_resume_helper(output_dir: str, *, config: CfgNode | None = None) -> str
 
 
 def choose(config: CfgNode, logger: logging.Logger, *, as_before: bool = False) -> Path | None:
-    """The tag or file to load, the same on all ranks; None for a URL. A meeting of all ranks.
+    """The tag or file to load, the same on all ranks; None for an address. A meeting of all ranks.
 
     It is what MODEL.RESUME names: a tag, a file, or the newest tag of an output directory. But
     where a run trains (no EVAL_MODE) with TRAIN.AUTO_RESUME, a newer tag in OUTPUT goes before it:
@@ -152,7 +153,7 @@ def _choose(
         try:
             own = _verified(find, timeout, io_timeout)
         except CheckpointNotFound as error:
-            logger.warning('%s It is set: %s is taken', error, resume)
+            logger.warning('%s It is set: %s is taken', error, shown(resume))
             own = None
         if own is not None:
             if own.warning:
@@ -161,7 +162,7 @@ def _choose(
                 '%s goes before MODEL.RESUME %s, as the newer (TRAIN.AUTO_RESUME False would keep '
                 'MODEL.RESUME)',
                 own.path,
-                resume,
+                shown(resume),
             )
             return own.path
     elif output and not evaluates:
@@ -169,7 +170,7 @@ def _choose(
         if newer is not None:
             logger.warning(
                 'MODEL.RESUME %s is taken, and not the newer %s: TRAIN.AUTO_RESUME is False',
-                resume,
+                shown(resume),
                 newer,
             )
     return _resolve(resume, timeout, io_timeout, logger)
@@ -221,7 +222,7 @@ def _resumed_from(tag: Path) -> str:
 
 
 def _place(resume: str) -> str:
-    return resume if resume.startswith('https://') else os.path.realpath(resume)
+    return shown(resume) if is_address(resume) else os.path.realpath(resume)
 
 
 def _sweep(output: Path) -> None:
@@ -273,8 +274,8 @@ def _damage_of_share(path: Path) -> list[str]:
 
 
 def _resolve(resume: str, timeout: float, io_timeout: float, logger: logging.Logger) -> Path | None:
-    """The tag or file that MODEL.RESUME names, the same on all ranks; None for a URL."""
-    if resume.startswith('https://'):
+    """The tag or file that MODEL.RESUME names, the same on all ranks; None for an address."""
+    if is_address(resume):
         return None
     path, is_tag = from_rank_0('resolve resume', lambda: _named(resume), timeout)
     if is_tag:

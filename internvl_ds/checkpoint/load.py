@@ -49,8 +49,9 @@ from internvl_ds.checkpoint.verify import damage, share_of
 from internvl_ds.config import checkpoint_option, get_option
 from internvl_ds.ema import ShardedEma
 from internvl_ds.engine import engine_of, find_engine, restore_loss_scale, scheduler_of
-from internvl_ds.errors import CheckpointError, few
+from internvl_ds.errors import CheckpointError, PretrainedError, few
 from internvl_ds.meetings import agree, from_rank_0, rank, world_size
+from internvl_ds.pretrained import downloads
 from internvl_ds.scheduling import restore_schedule_position
 
 
@@ -85,7 +86,7 @@ def load_checkpoint(
 
     Args:
         config: MODEL.RESUME is a tag directory, an output directory (its newest undamaged tag is
-            taken), an original's .pth file, or the https URL of one. OUTPUT, TRAIN.AUTO_RESUME,
+            taken), an original's .pth file, or the address of one. OUTPUT, TRAIN.AUTO_RESUME,
             EVAL_MODE, DATA.CHECK_CLASS_NAMES and CHECKPOINT are read too.
         model: the engine or its module; in EVAL_MODE also a plain module.
         optimizer: the engine's optimizer; not used in EVAL_MODE.
@@ -110,8 +111,8 @@ def load_checkpoint(
     background.wait()
     timeout = checkpoint_option(config, 'RENDEZVOUS_TIMEOUT')
     io_timeout = checkpoint_option(config, 'IO_TIMEOUT')
-    path = choose(config, logger)
-    where = str(path or config.MODEL.RESUME)
+    path = choose(config, logger) or _downloaded(config, io_timeout)
+    where = str(path)
     logger.info('==============> Resuming from %s....................', where)
     eval_mode = get_option(config, 'EVAL_MODE', False)
     if not eval_mode:
@@ -123,7 +124,7 @@ def load_checkpoint(
             io_timeout,
             CheckpointError,
         )
-    if path is None or path.is_file():
+    if path.is_file():
         if eval_mode:
             return _evaluate_file(where, model, logger)
         accuracy = train_from_file(config, where, model, lr_scheduler, scaler, logger)
@@ -189,9 +190,9 @@ def load_ema_checkpoint(config: CfgNode, model_ema: Any, logger: logging.Logger)
     background.wait()
     timeout = checkpoint_option(config, 'RENDEZVOUS_TIMEOUT')
     io_timeout = checkpoint_option(config, 'IO_TIMEOUT')
-    path, configured = choose(config, logger, as_before=True), model_ema.decay
-    where = str(path or config.MODEL.RESUME)
-    if path is None or path.is_file():
+    path = choose(config, logger, as_before=True) or _downloaded(config, io_timeout)
+    where, configured = str(path), model_ema.decay
+    if path.is_file():
         checkpoint = open_file(where)
         weights = checkpoint.get('model_ema')
         state: dict[str, Any] = {
@@ -315,6 +316,18 @@ def _share_of_weights(manifest: Manifest) -> list[str]:
 def _share_of_ema(manifest: Manifest) -> list[str]:
     """Of what `read_whole_ema` reads on every rank, the part that this one verifies for all."""
     return share_of(manifest.files, rank(), world_size())
+
+
+def _downloaded(config: CfgNode, io_timeout: float) -> Path:
+    """The file that MODEL.RESUME is the address of. A meeting of all ranks."""
+
+    def download() -> Path:
+        try:
+            return Path(downloads.local(str(config.MODEL.RESUME), config))
+        except PretrainedError as error:
+            raise CheckpointError(str(error)) from error
+
+    return agree('download', download, io_timeout, CheckpointError)
 
 
 def _evaluate_file(resume: str, model: Any, logger: logging.Logger) -> float:

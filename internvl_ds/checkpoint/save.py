@@ -19,6 +19,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from yacs.config import CfgNode
 
 import internvl_ds
+from internvl_ds.addresses import redacted
 from internvl_ds.checkpoint import background, store
 from internvl_ds.checkpoint.averages import ema_file
 from internvl_ds.checkpoint.ema_files import EmaFile
@@ -369,7 +370,7 @@ def _write_own_files(save: _Save) -> dict[str, Any]:
             _write_text(save, LOOP_FILE.format(rank()), state_text(save.own))
         if rank() == 0 and writer.error is None:
             # Here, because the YAML of a configuration takes longer than much of a copy.
-            text = state_text({**save.state, 'config': save.state['config'].dump()})
+            text = state_text({**save.state, 'config': redacted(save.state['config'].dump())})
             _write_text(save, STATE_FILE, text)
         if writer.error is None:
             prove(save.staging_path, _named(save), save.wanted)

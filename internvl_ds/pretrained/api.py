@@ -16,13 +16,14 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
+from internvl_ds.addresses import shown
 from internvl_ds.checkpoint.lookup import is_tag, read_manifest
 from internvl_ds.checkpoint.verify import damage, share_of, weight_files
 from internvl_ds.comm import init_distributed
 from internvl_ds.config import checkpoint_option, default_of, get_option
 from internvl_ds.errors import ConfigError, PretrainedError, RankError
 from internvl_ds.meetings import agree, exchange, from_rank_0, rank, world_size
-from internvl_ds.pretrained import apply, head, transforms
+from internvl_ds.pretrained import apply, downloads, head, transforms
 from internvl_ds.pretrained.known_formats import through_timm
 from internvl_ds.pretrained.report import PretrainedReport
 from internvl_ds.pretrained.sources import open_source
@@ -61,9 +62,9 @@ def load_pretrained(config: CfgNode, model: nn.Module, logger: logging.Logger) -
     gets its slices tensor by tensor, and no rank holds the whole.
 
     Args:
-        config: Reads MODEL.PRETRAINED (a file, a directory, a tag or an https URL),
+        config: Reads MODEL.PRETRAINED (a file, a directory, a tag or an address),
             MODEL.PRETRAINED_EMA, MODEL.PRETRAINED_RENAME, MODEL.PRETRAINED_MIN_MATCH,
-            MODEL.PRETRAINED_READERS and TRAIN.RAND_INIT_FT_HEAD.
+            MODEL.PRETRAINED_READERS, MODEL.DOWNLOAD_TIMEOUT and TRAIN.RAND_INIT_FT_HEAD.
         model: A module that belongs to no engine, on any device and of any dtype.
         logger: Gets a line per step that did something, and the missing and unexpected keys.
 
@@ -146,12 +147,13 @@ def convert_22k_head_to_1k(model: _M, logger: logging.Logger) -> _M:
 
 def _decide(config: CfgNode, path: str, model: nn.Module) -> _Plan:
     """Opens the weights and adapts them. Reads files; no rank speaks to another."""
+    name, path = shown(path), downloads.local(path, config)
     _verify_share(path)
     source = open_source(path, ema=bool(get_option(config, 'MODEL.PRETRAINED_EMA', False)))
     try:
-        return _adapt(config, path, source, model)
+        return _adapt(config, name, source, model)
     except PretrainedError as error:
-        raise PretrainedError(f'{path}: {error}') from error
+        raise PretrainedError(f'{name}: {error}') from error
 
 
 def _adapt(config: CfgNode, path: str, source: State, model: nn.Module) -> _Plan:
@@ -206,7 +208,7 @@ def _run(steps: Iterable[Step], state: State, specs: Specs) -> tuple[State, tupl
 
 def _verify_share(path: str) -> None:
     """Compares this rank's share of a tag's files with their checksums; others have none."""
-    if path.startswith('https://') or not (Path(path).is_dir() and is_tag(Path(path))):
+    if not (Path(path).is_dir() and is_tag(Path(path))):
         return
     manifest = read_manifest(Path(path))
     if manifest is None:

@@ -1,4 +1,4 @@
-"""Weights opened as mappings: files of PyTorch and safetensors, directories, tags, https URLs.
+"""Weights opened as mappings: files of PyTorch and safetensors, directories, tags, addresses.
 
 A value is a tensor mapped from its file, or a `Flat` that lies in the shards of a tag: it is read
 when it is used. Nothing in a file is ever run: PyTorch files go through ``weights_only``, which
@@ -16,16 +16,17 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import safetensors
 import safetensors.torch
 import torch
 from yacs.config import CfgNode
 
+from internvl_ds.addresses import is_address
 from internvl_ds.checkpoint.allowed import allowing, reason_of, refused_class
 from internvl_ds.checkpoint.lookup import is_tag
 from internvl_ds.errors import CheckpointError, PretrainedError, few
+from internvl_ds.pretrained import downloads
 
 _READABLE = (
     '.pth, .pt, .bin and .safetensors files are read, directories of them with an index, and tags'
@@ -44,8 +45,7 @@ def open_source(path: str, *, ema: bool = False) -> Mapping[str, Any]:
     Args:
         path: A file; a directory that holds an index (``*.index.json``) of .safetensors or .bin
             files, or a single one as Hugging Face names it; a tag directory of this package or of
-            DeepSpeed; or an ``https://`` URL. The hash that a URL's file name ends in
-            (``name-0123abcd.pth``) is checked when it is downloaded.
+            DeepSpeed; or an address, as `downloads.fetch` takes it.
         ema: take the averaged weights: of a tag, or under ``model_ema`` of a file.
 
     Returns:
@@ -58,14 +58,16 @@ def open_source(path: str, *, ema: bool = False) -> Mapping[str, Any]:
     """
     if not path:
         raise PretrainedError('the path of the weights is empty')
-    if path.startswith('https://'):
-        source = _read(path, _read_url)
-    elif path.startswith('http://'):
-        raise PretrainedError(f'{path}: plain http can be altered on its way; use https')
-    elif Path(path).is_dir():
+    if is_address(path):
+        path = str(downloads.fetch(path))
+    if Path(path).is_dir():
         return _open_directory(Path(path), ema)
-    else:
+    try:
         source = _open_file(path)
+    except PretrainedError as error:
+        if not downloads.is_kept(Path(path)):
+            raise
+        raise PretrainedError(f'{error}. Remove that file, and it is downloaded again') from error
     if not isinstance(source, Mapping):
         kind = type(source).__name__
         raise PretrainedError(f'{path}: holds a {kind}, not a mapping of names to tensors')
@@ -197,20 +199,6 @@ def _require_plain_zip(path: str) -> None:
 
 def _read_safetensors(path: str) -> Any:
     return safetensors.torch.load_file(path, device='cpu')
-
-
-def _read_url(url: str) -> Any:
-    """Downloads what is not in torch.hub's directory yet, and maps it as any file."""
-    name = Path(urlparse(url).path).name
-    found = torch.hub.HASH_REGEX.search(name)
-    if found is None:
-        _log.warning(f'{url}: its name ends in no hash, so what comes cannot be checked')
-    path = Path(torch.hub.get_dir(), 'checkpoints', name)
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        prefix = found.group(1) if found else None
-        torch.hub.download_url_to_file(url, str(path), prefix, progress=False)
-    return _read_by_suffix(str(path))
 
 
 def _restore_configs(source: Any) -> Any:

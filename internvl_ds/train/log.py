@@ -13,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 from yacs.config import CfgNode
 
+from internvl_ds.addresses import redacted
 from internvl_ds.files import write_text
 
 _FORMAT = '[%(asctime)s rank {rank}] %(levelname)s %(message)s'
@@ -74,7 +75,7 @@ def write_config(config: CfgNode, output: str | Path) -> Path:
     """Writes the resolved config to ``output/config.json``. Rank 0 alone calls it."""
     path = Path(output) / 'config.json'
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(_plain(config), indent=2) + '\n')
+    write_text(path, redacted(json.dumps(_plain(config), indent=2)) + '\n')
     return path
 
 

@@ -16,6 +16,7 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 from yacs.config import CfgNode
 
+from internvl_ds.addresses import shown
 from internvl_ds.checkpoint.restore import load_weights
 from internvl_ds.comm import how_started, reduce_tensor
 from internvl_ds.files import for_show
@@ -322,7 +323,8 @@ def _validate(state: Run, what: str) -> EvalResult:
 def _report_accuracy(state: Run) -> float:
     result = _validate(state, 'evaluation')
     if state.averaged_weights is not None:
-        load_weights(state.engine, state.averaged_weights, f'EMA of {state.config.MODEL.RESUME}')
+        where = f'EMA of {shown(state.config.MODEL.RESUME)}'
+        load_weights(state.engine, state.averaged_weights, where)
         _validate(state, 'evaluation, EMA')
     return result.acc1
 

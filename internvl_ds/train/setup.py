@@ -30,6 +30,7 @@ from internvl_ds.files import for_show
 from internvl_ds.meetings import exchange, from_rank_0, rank, world_size
 from internvl_ds.precision import NativeScalerWithGradNormCount
 from internvl_ds.preemption import Preemption
+from internvl_ds.pretrained.downloads import local
 from internvl_ds.train.data import Loaders, build_loaders, order_of, seed_everything
 from internvl_ds.train.log import write_config
 from internvl_ds.train.model import build_model
@@ -241,8 +242,9 @@ def _compare_pretrained_classes(
     """A head of as many classes is taken over, row by row; one of another number never is."""
 
     def compare() -> None:
-        if len(saved_classes(config.MODEL.PRETRAINED) or ()) == len(classes):
-            require_same_classes(config, classes, config.MODEL.PRETRAINED, logger)
+        weights = local(config.MODEL.PRETRAINED, config)
+        if len(saved_classes(weights) or ()) == len(classes):
+            require_same_classes(config, classes, weights, logger)
 
     from_rank_0('compare classes', compare, config.CHECKPOINT.IO_TIMEOUT)
 

@@ -49,15 +49,18 @@ def main(chain: Callable[..., list[dict[str, Any]]]) -> None:
     file.with_suffix('.result').write_text(json.dumps(results))
 
 
-def fork_ranks(ranks: int, folder: Path, action: Callable[[], object]) -> list[int]:
+def fork_ranks(
+    ranks: int, folder: Path, action: Callable[[], object], port: str | None = None
+) -> list[int]:
     """Has ``action`` run in new processes, as the ranks of a job with a port of its own.
 
-    Each prints into ``folder/log_RANK``, and ends with status 1 if it has not ended itself.
+    It is ``port`` where that is given. Each rank prints into ``folder/log_RANK``, and ends with
+    status 1 if it has not ended itself.
 
     Returns:
         Process ids, in rank order.
     """
-    port = str(free_port())
+    port = port or str(free_port())
     children = []
     for r in range(ranks):
         pid = os.fork()

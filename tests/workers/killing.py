@@ -1,19 +1,20 @@
-"""Kills ranks in the middle of saves, again and again, in one directory.
+"""Lives of a rank in test_checkpoint_kills.py: each resumes, trains, and saves until it is killed.
 
-One process imports everything once and forks the ranks of each trial. A trial resumes what the
-last one left, tells the digest of the state that it found, trains one update, and saves it as best
-and as an epoch while ranks are killed: at a random time, or at a random file system call.
+Two programs: a script's loop, and the training program. Both tell in a file of events, one JSON
+object a line, what they found, the digest of their state after every update, and when each save
+began and returned.
 """
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import os
-import random
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +22,27 @@ import torch
 
 from internvl_ds import auto_resume_helper, load_ema_checkpoint
 from internvl_ds.checkpoint import background
-from internvl_ds.checkpoint.lookup import read_header
-from internvl_ds.checkpoint.verify import damage_of_tag
+from internvl_ds.checkpoint.manifest import tag_name
 from internvl_ds.comm import init_distributed
 from internvl_ds.masters import master_weights
 from internvl_ds.meetings import rank
-from tests.workers.forking import fork_ranks, main
+from internvl_ds.train import loop
+from internvl_ds.train.log import MetricsLog
 from tests.workers.saving import Run, logger
+from tests.workers.training import small_config
+from tests.workers.whole_state import whole_state
 
-RANKS = 2
-TRIAL_LIMIT = 90.0  # seconds
+UPDATES_PER_EPOCH = 3  # of the script
+SAVES = 2  # after which a life that is not killed ends
+# Must be in no file of a tag.
+PASSWORD = 'hunter2'
+_ADDRESS = f'https://me:{PASSWORD}@127.0.0.1/w.pth?{PASSWORD}'
 _CALLS = ('open', 'os.mkdir', 'os.rename', 'os.remove', 'os.rmdir', 'os.chmod', 'shutil.rmtree')
 
+_write = os.write  # without the count
 
-def state_digest(run: Run) -> str:
+
+def state_digest(run: Any) -> str:
     """Of all that a resume has to bring back on this rank, bit for bit."""
     digest = hashlib.sha256()
     optimizer_state = [
@@ -55,6 +63,21 @@ def state_digest(run: Run) -> str:
             digest.update(value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         else:
             digest.update(repr(value).encode())
+    return digest.hexdigest()
+
+
+def whole_digest(run: Any) -> str:
+    """The same of all ranks, without padding, which is what memory held. Every rank calls it."""
+    masters, moments = whole_state(run.engine)
+    ema = run.ema
+    counts = [run.engine.global_steps, ema.num_updates, run.scheduler.state_dict()]
+    digest = hashlib.sha256(repr(counts).encode())
+    for part in (masters, *moments.values(), dict(ema.whole_tensors())):
+        for name, value in sorted(part.items()):
+            digest.update(name.encode())
+            if isinstance(value, torch.Tensor):
+                value = value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            digest.update(value if isinstance(value, bytes) else repr(value).encode())
     return digest.hexdigest()
 
 
@@ -85,133 +108,143 @@ class FileCalls:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def trial(output: str, stage: int, folder: Path, plan: dict[str, Any]) -> None:
-    """What one rank does; see the module."""
-    calls = FileCalls(output)
+class Teller:
+    """Writes the events of one rank, and arms what kills it.
+
+    Args:
+        folder: where the events go.
+        output: OUTPUT.
+        plan: ``save``: the number of the save to be killed in, from 1; ``victim``: a rank or
+            'all'; ``call``: the file call of that save that is the last, 0 for a kill from outside.
+    """
+
+    def __init__(self, folder: Path, output: str, plan: dict[str, Any]) -> None:
+        self.folder, self.plan, self.saves = folder, plan, 0
+        self.calls = FileCalls(output)
+        self.file = os.open(folder / f'events_{rank()}', os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def __call__(self, what: str, **values: Any) -> None:
+        event = {'what': what, 'calls': self.calls.count, 'at': time.monotonic(), **values}
+        _write(self.file, json.dumps(event).encode() + b'\n')
+
+    def save(self, call: Callable[[], Any], key: int, tag: str, counted: bool) -> Any:
+        """Runs a save, with its events; ends the life in place of one too many."""
+        self.saves += 1
+        if self.saves > SAVES:
+            self.end()
+        if self.saves == self.plan['save']:
+            if self.plan['call'] and self.plan['victim'] in (rank(), 'all'):
+                self.calls.fatal = self.calls.count + self.plan['call']
+            (self.folder / f'due_{rank()}').touch()
+        self.calls.on = True
+        self('begin', key=key, tag=tag, counted=counted)
+        result = call()
+        self('return', key=key, tag=tag, counted=counted)
+        return result
+
+    def end(self) -> None:
+        """Ends a life that nobody killed."""
+        background.wait()
+        self('waited')
+        os._exit(0)
+
+
+def live(action: Callable[[], object]) -> None:
+    """Ends a fork as the interpreter ends a program: its hooks run, and say what went wrong."""
+    status = 0
+    try:
+        action()
+    except BaseException:
+        status = 1
+        kind, value, traceback = sys.exc_info()
+        sys.last_type, sys.last_value, sys.last_traceback = kind, value, traceback
+        sys.excepthook(kind, value, traceback)  # type: ignore[arg-type]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def script(output: str, stage: int, folder: Path, plan: dict[str, Any]) -> None:
+    """A script's loop: resume what there is, then an update and a save, again and again."""
     init_distributed()
-    run = Run(stage, 'fp32', output, CHECKPOINT__ASYNC=plan['async'], SAVE_CKPT_NUM=2)
-    found: dict[str, Any] = {'step': 0, 'best': None}
-    resume = auto_resume_helper(output)
+    tell = Teller(folder, output, plan)
+    run = Run(
+        stage, 'fp32', output, CHECKPOINT__ASYNC=plan['async'], SAVE_CKPT_NUM=2,
+        MODEL__PRETRAINED=_ADDRESS,
+    )  # fmt: skip
     best = Path(output, 'ckpt_epoch_best')
-    if best.exists():
+    if plan['best'] and best.exists():
         run.load(str(best))
         load_ema_checkpoint(run.config, run.ema, logger)
-        found['best'] = run.engine.global_steps
-        found['best digest'] = state_digest(run)
-    if resume is not None:
-        header = read_header(Path(resume))
-        assert header is not None
-        run.load(resume)
+        tell('best', key=run.engine.global_steps, digest=whole_digest(run))
+    tag = auto_resume_helper(output, config=run.config)
+    if tag is not None:
+        run.load(tag)
         load_ema_checkpoint(run.config, run.ema, logger)
-        found.update(step=run.engine.global_steps, tag=Path(resume).name, digest=state_digest(run))
-    if rank() == 0:
-        tags = [p for p in Path(output).glob('*') if p.is_dir()] if Path(output).exists() else []
-        found['hidden'] = sorted(p.name for p in tags if p.name.startswith('.'))
-        found['damage'] = {p.name: damage_of_tag(p) for p in tags if not p.name.startswith('.')}
-    _tell(folder, 'found', found)
-    step = run.engine.global_steps
-    run.steps(step, step + 1)
-    _tell(folder, 'trained', {'step': run.engine.global_steps, 'digest': state_digest(run)})
-    torch.distributed.barrier()
-    calls.on = True
-    if plan['victim'] in (rank(), 'all'):
-        calls.fatal = plan['call']
-    (folder / f'saving_{rank()}').touch()
-    start = time.monotonic()
-    for best_name in ('best', None) if plan['best'] else (None,):
-        run.save(step, best=best_name)
-    _tell(folder, 'returned', {'step': step + 1})
-    if plan['async']:
-        run.steps(step + 1, step + 2)
-        background.wait()
-    calls.on = False
-    done = {'calls': calls.count, 'seconds': time.monotonic() - start, 'step': step + 1}
-    _tell(folder, 'committed', done)
-    os._exit(0)
+    first = run.engine.global_steps
+    tell('resumed', key=first, digest=whole_digest(run), tag=tag)
+    for key in range(first + 1, first + (plan.get('updates') or SAVES) + 1):
+        run.steps(key - 1, key)
+        tell('update', key=key, digest=whole_digest(run))
+        if plan.get('updates'):  # the run that is never interrupted, and saves nothing
+            continue
+        epoch, step = divmod(key, UPDATES_PER_EPOCH)
+        at: dict[str, Any] = {'epoch': epoch, 'step': step} if step else {'epoch': epoch - 1}
+        if plan['best']:
+            name = tag_name(at['epoch'], 'best', None)
+            tell.save(lambda: run.save(at['epoch'], best='best'), key, name, False)
+        name = tag_name(at['epoch'], None, at.get('step'))
+        tell.save(lambda: run.save(**at), key, name, True)
+    tell.end()
 
 
-def _tell(folder: Path, what: str, value: dict[str, Any]) -> None:
-    path = folder / f'{what}_{rank()}.json'
-    aside = path.with_suffix('.tmp')
-    aside.write_text(json.dumps(value))
-    aside.rename(path)
+def program(output: str, stage: int, folder: Path, plan: dict[str, Any]) -> None:
+    """The training program, which saves by its own rules: epochs, updates, what is best."""
+    init_distributed()
+    tell = Teller(folder, output, plan)
+    config = small_config(
+        Path(plan['data']), OUTPUT=output, DATA__BATCH_SIZE=2, DATA__NUM_WORKERS=plan['workers'],
+        TRAIN__EPOCHS=plan['epochs'], TRAIN__WARMUP_EPOCHS=0, TRAIN__BASE_LR=0.1,
+        TRAIN__ACCUMULATION_STEPS=4, TRAIN__EMA__ENABLE=True, TRAIN__EMA__DECAY=0.5,
+        AUG__REPROB=0.5, MODEL__DROP_PATH_RATE=0.2, SAVE_CKPT_NUM=2,
+        CHECKPOINT__ASYNC=plan['async'], TRAIN__SAVE_STEPS=int(plan['steps']),
+    )  # fmt: skip
+    save, train, passed = loop.save_checkpoint, loop._train, loop._pass_boundary
+    state_of: list[Any] = []
+
+    def save_and_tell(config: Any, epoch: int, engine: Any, *args: Any, **more: Any) -> str:
+        if plan.get('updates'):
+            return ''
+        best, step = more['best'], more['step']
+        return tell.save(
+            lambda: save(config, epoch, engine, *args, **more),
+            engine.global_steps, tag_name(epoch, best, step), best is None,
+        )  # fmt: skip
+
+    def train_and_tell(state: Any) -> float:
+        state_of.append(state)
+        tell(
+            'resumed', key=state.engine.global_steps, digest=whole_digest(state),
+            tag=state.config.MODEL.RESUME,
+        )  # fmt: skip
+        return train(state)
+
+    def pass_and_tell(state: Any, epoch: int, progress: Any) -> None:
+        records = MetricsLog(Path(output) / 'metrics.jsonl').read() if rank() == 0 else []
+        tell(
+            'update', key=state.engine.global_steps, digest=whole_digest(state), epoch=epoch,
+            records=[{k: v for k, v in r.items() if k not in _TIMES} for r in records],
+        )  # fmt: skip
+        passed(state, epoch, progress)
+
+    loop.save_checkpoint, loop._train = save_and_tell, train_and_tell  # type: ignore[assignment]
+    loop._pass_boundary = pass_and_tell
+    if plan.get('updates'):
+        loop.plot_curves = lambda *_: None  # type: ignore[assignment]
+    loop.run(config, {'zero_optimization': {'stage': stage}})
+    tell.end()
 
 
-def _heard(folder: Path, what: str) -> list[dict[str, Any] | None]:
-    paths = [folder / f'{what}_{r}.json' for r in range(RANKS)]
-    return [json.loads(p.read_text()) if p.exists() else None for p in paths]
-
-
-def _run_trial(output: str, stage: int, folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
-    folder.mkdir(parents=True)
-    children = fork_ranks(RANKS, folder, lambda: trial(output, stage, folder, plan))
-    start = time.monotonic()
-    statuses = _watch(children, folder, plan)
-    return {
-        'plan': plan,
-        'statuses': statuses,
-        'seconds': time.monotonic() - start,
-        **{k: _heard(folder, k) for k in ('found', 'trained', 'returned', 'committed')},
-        'logs': [(folder / f'log_{r}').read_text()[-3000:] for r in range(RANKS)],
-    }
-
-
-def _watch(children: list[int], folder: Path, plan: dict[str, Any]) -> list[int]:
-    """Kills as planned, and later whoever is left; returns wait statuses."""
-    statuses: dict[int, int] = {}
-    deadline = time.monotonic() + TRIAL_LIMIT
-    victims = children if plan['victim'] == 'all' else [children[plan['victim'] or 0]]
-    saving_since = None
-    while len(statuses) < RANKS:
-        for pid in set(children) - statuses.keys():
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
-                statuses[pid] = status
-                if status != 0:  # the others cannot go on: they get a moment, or none
-                    deadline = min(deadline, time.monotonic() + plan['grace'])
-        if saving_since is None and all((folder / f'saving_{r}').exists() for r in range(RANKS)):
-            saving_since = time.monotonic()
-        now = time.monotonic()
-        due = plan['after'] >= 0 and saving_since is not None and now > saving_since + plan['after']
-        # The deadline goes first: a rank whose peer is dead may wait for it for half an hour.
-        for pid in children if now > deadline else victims if due else ():
-            if pid not in statuses:
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(0.001)
-    return [statuses[pid] for pid in children]
-
-
-def chain(output: str, stage: int, seed: int, kills: int, folder: str) -> list[dict[str, Any]]:
-    """Trials until ``kills`` of them had a rank killed while it saved; returns what each told."""
-    chance = random.Random(seed)
-    trials: list[dict[str, Any]] = []
-    # How many file calls, and how long, a whole save takes: by (asynchronous, with best).
-    calls: dict[tuple[bool, bool], list[int]] = {}
-    seconds: dict[tuple[bool, bool], float] = {}
-    killed = 0
-    while killed < kills:
-        kind = (chance.random() < 0.5, chance.random() < 0.5)
-        plan: dict[str, Any] = {
-            'async': kind[0], 'best': kind[1], 'victim': None, 'call': -1, 'after': -1.0,
-            'grace': chance.choice([0.0, 0.3]),
-        }  # fmt: skip
-        if kind in calls:
-            plan['victim'] = chance.choice([0, 1, 'all'])
-            if chance.random() < 0.7:
-                plan['call'] = chance.randint(1, calls[kind][plan['victim'] == 1])
-            else:
-                plan['after'] = chance.uniform(0, seconds[kind])
-        result = _run_trial(output, stage, Path(folder, str(len(trials))), plan)
-        trials.append(result)
-        if plan['victim'] is None:
-            if result['committed'][0] is None or result['committed'][1] is None:
-                break  # it had to succeed: the test will say so
-            calls[kind] = [told['calls'] for told in result['committed']]
-            seconds[kind] = max(told['seconds'] for told in result['committed'])
-        elif any(os.WIFSIGNALED(status) for status in result['statuses']):
-            killed += 1
-    return trials
-
-
-if __name__ == '__main__':
-    main(chain)
+_TIMES = ('images_per_s', 'seconds')  # which depend on the clock alone
+PROGRAMS = {'script': script, 'program': program}
