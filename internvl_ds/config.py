@@ -143,6 +143,16 @@ _C.CHECKPOINT.KEEP_EVERY = 0
 # How many tags saved inside an epoch stay; the one saved last always does.
 _C.CHECKPOINT.KEEP_STEPS = 1
 
+# Let several jobs write into one OUTPUT, where tags, metrics and retention of all are then one.
+_C.CHECKPOINT.SHARED_OUTPUT = False
+# Seconds that a job waits for another one that still writes into its OUTPUT, before it is an error.
+_C.CHECKPOINT.LOCK_WAIT = 5.0
+# Seconds without a sign of life after which a job of another host, whose file locks cannot be seen,
+# no longer holds OUTPUT.
+_C.CHECKPOINT.LOCK_AGE = 60.0
+# Seconds without a write after which a save of such a job was left by a dead one, and is removed.
+_C.CHECKPOINT.LEFTOVER_AGE = 86400.0
+
 _C.BENCH = CN()  # (new)
 # Train so many updates, write how fast they were to OUTPUT/bench.json, and end without evaluating
 # or saving anything; 0: train as usual. EVAL_MODE and THROUGHPUT_MODE come first.

@@ -43,7 +43,7 @@ run_job() {
     printf '\n'
     return
   fi
-  local code=0 job guard='' asked=0 stopped_by='' result
+  local code=0 job guard='' asked=0 stopped_by='' result=''
   rm -f -- "$INTERNVL_DS_RESULT" "$INTERNVL_DS_RESULT.stop"
   trap 'asked=$((asked + 1)) stopped_by=TERM' TERM
   trap 'asked=$((asked + 1)) stopped_by=USR1' USR1
@@ -58,7 +58,7 @@ run_job() {
     if ((asked > 1)) || [[ ! -s $INTERNVL_DS_RESULT ]]; then
       end_group "$job"
     elif [[ -z $guard ]]; then
-      : >"$INTERNVL_DS_RESULT.stop"
+      (set -o noclobber && : >"$INTERNVL_DS_RESULT.stop") || true # never through a link
       say "asked the job to save and to stop; a second signal ends it at once"
       (sleep "${INTERNVL_DS_GRACE:-300}" && kill -TERM $$) &
       guard=$!
@@ -67,7 +67,7 @@ run_job() {
   trap '' TERM USR1 INT
   end_group "$job"
   [[ -z $guard ]] || kill -KILL -- "-$guard" 2>/dev/null || true
-  result=$(cat -- "$INTERNVL_DS_RESULT" 2>/dev/null || true)
+  [[ ! -f $INTERNVL_DS_RESULT || -L $INTERNVL_DS_RESULT ]] || result=$(<"$INTERNVL_DS_RESULT")
   rm -f -- "$INTERNVL_DS_RESULT" "$INTERNVL_DS_RESULT.stop"
   case $result in
     finished) ;;
@@ -99,4 +99,5 @@ end_group() {
 }
 
 export JOB_STOPPED_BY=''
-export INTERNVL_DS_RESULT=${INTERNVL_DS_RESULT:-$PWD/.internvl_ds-result-$HOSTNAME-$$}
+random=$(od -An -N8 -tx1 /dev/urandom | tr -d ' \n')
+export INTERNVL_DS_RESULT=${INTERNVL_DS_RESULT:-$PWD/.internvl_ds-result-$HOSTNAME-$$-$random}

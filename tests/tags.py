@@ -57,10 +57,7 @@ def save_tag(
     header = make_header(
         tag, epoch, store.next_sequence(output), max_accuracy=max_accuracy, step=step
     )
-    path = store.commit(staging, Manifest(header, files))
-    if best is None:
-        store.write_latest(output, tag)
-    return path
+    return store.commit(staging, Manifest(header, files), latest=best is None)
 
 
 def hidden(output: Path) -> list[str]:

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from internvl_ds.checkpoint.lookup import newest
+from internvl_ds.checkpoint.output_lock import _release_all, enter_output
 from internvl_ds.checkpoint.verify import damage_of_tag
+from internvl_ds.config import default_config
 from tests.ranks import run_ranks
 from tests.workers.failing import start_program
 
@@ -86,6 +88,43 @@ def test_a_rank_that_cannot_write_all_of_its_shard(tmp_path, stage, in_backgroun
         assert tags == ['ckpt_epoch_0', 'latest']
         assert result['latest'] == 'ckpt_epoch_3'
         assert not [name for name in result['after'] if name.startswith('.')]
+
+
+@pytest.mark.ranks
+def test_an_output_that_another_job_holds_or_that_vanished_is_an_error_on_all_ranks(tmp_path):
+    cfg = tmp_path / 'job.yaml'
+    cfg.write_text('MODEL: {TYPE: timm}\n')
+    taken = tmp_path / 'job'
+    enter_output(taken, default_config(), 30.0)
+    try:
+        results = run_ranks(
+            'tests.workers.failing:locked_and_vanished', 2, tmp_path, root=tmp_path, cfg=cfg
+        )
+    finally:
+        _release_all()
+    for result in results:
+        said = f'CheckpointError: {taken}: another job writes there: process {os.getpid()} on '
+        assert result['program'].startswith(said)
+        assert result['script'].startswith(said)
+        assert 'CHECKPOINT.SHARED_OUTPUT' in result['script']
+        assert result['left'] == []  # no tag, no log, nothing made before it was known
+        assert {'ckpt_epoch_0', 'latest'} <= set(result['shared'])
+        gone = f'CheckpointError: {tmp_path}/share/out: this run writes there, and it is gone'
+        assert result['vanished'].startswith(gone)
+        assert not result['made anew']
+        assert {'ckpt_epoch_1', 'latest'} <= set(result['after'])
+
+
+@pytest.mark.ranks
+def test_where_latest_cannot_be_written_the_tag_is_not_published(tmp_path):
+    root = tmp_path / 'out'
+    for result in run_ranks('tests.workers.failing:latest_in_the_way', 2, tmp_path, root=root):
+        said = f'CheckpointError: {root}/ckpt_epoch_1: not saved, and the earlier checkpoints stay'
+        assert result['error'].startswith(said)
+        assert f"{root}/latest'" in result['error']
+        assert 'ckpt_epoch_1' not in result['left']
+        assert result['found'] == f'{root}/ckpt_epoch_0'
+        assert {'ckpt_epoch_0', 'ckpt_epoch_1', 'latest'} <= set(result['after'])
 
 
 def _end(processes, timeout):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -15,9 +19,11 @@ import torch
 from internvl_ds.checkpoint import store
 from internvl_ds.checkpoint.hashing import write_hashed
 from internvl_ds.checkpoint.manifest import FORMAT, STATE_FILE, Header, Manifest, tag_name
+from internvl_ds.checkpoint.retention import KeepNewest
 from internvl_ds.checkpoint.state import state_text
 from internvl_ds.cli import main
 from internvl_ds.cli.tables import human_age, human_size, table
+from internvl_ds.files import write_text
 from tests.tags import save_tag
 
 SHARD = 'mp_rank_00_model_states.pt'
@@ -48,10 +54,7 @@ def save(output, epoch, best=None, accuracy=50.0, size=2000):
         global_steps=10, size=sum(entry.size for entry in files.values()),
         versions={'torch': '2.9'},
     )  # fmt: skip
-    path = store.commit(staging, Manifest(header, files))
-    if best is None:
-        store.write_latest(output, tag)
-    return path
+    return store.commit(staging, Manifest(header, files), latest=best is None)
 
 
 def plain(output, name='global_step5'):
@@ -435,7 +438,7 @@ class TestPrune:
         assert self.tags(output) == ['1', '2', 'best']
 
     def test_what_latest_names_stays(self, ckpt, output):
-        store.write_latest(output, 'ckpt_epoch_0')
+        write_text(output / 'latest', 'ckpt_epoch_0')
 
         assert ckpt('prune', output, '--keep', 1)[0] == 0
         assert self.tags(output) == ['0', '2', 'best']
@@ -597,3 +600,29 @@ def _last_words(code, output):
     command = [sys.executable, '-c', code, str(output)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     return done.stderr.strip()
+
+
+@pytest.mark.parametrize(
+    'words', [('prune', '--keep', '1'), ('verify', '--all'), ('list', '--verify')]
+)
+def test_beside_a_run_that_saves_and_prunes_nothing_is_called_damaged_or_failed(
+    ckpt, output, words
+):
+    child = os.fork()
+    if not child:
+        for epoch in itertools.count(10):
+            save(output, epoch, best='best')
+            save(output, epoch)
+            store.prune(output, [KeepNewest(2)])
+    try:
+        bad, end = [], time.monotonic() + 8
+        while time.monotonic() < end:
+            status, out = ckpt(words[0], output, *words[1:])
+            if status:
+                bad.append(out)
+        assert not os.waitpid(child, os.WNOHANG)[0], 'the run failed'
+        assert bad == []
+    finally:
+        os.kill(child, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(child, 0)

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from internvl_ds.checkpoint import lookup, store
+from internvl_ds.checkpoint import lookup
 from internvl_ds.checkpoint.manifest import FileEntry, Manifest
 from internvl_ds.checkpoint.retention import EpochTag
 from internvl_ds.errors import CheckpointError, CheckpointNotFound
+from internvl_ds.files import write_text
 from tests.tags import SHARD, make_header, save_tag
 
 
@@ -34,7 +35,7 @@ def test_nothing_there_is_a_fresh_start(tmp_path):
 def test_latest_decides(tmp_path):
     first, second = save_tag(tmp_path, 0), save_tag(tmp_path, 1)
     assert lookup.newest(tmp_path) == (second, None)
-    store.write_latest(tmp_path, first.name)
+    write_text(tmp_path / 'latest', first.name)
     assert lookup.newest(tmp_path) == (first, None)
 
 
@@ -170,7 +171,7 @@ def test_a_tag_of_plain_deepspeed_is_found_without_latest(tmp_path):
 def test_latest_may_name_a_tag_of_plain_deepspeed(tmp_path):
     save_tag(tmp_path, 0)
     plain = _plain(tmp_path)
-    store.write_latest(tmp_path, plain.name)
+    write_text(tmp_path / 'latest', plain.name)
     assert lookup.newest(tmp_path) == (plain, None)
 
 

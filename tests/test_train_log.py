@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-from pathlib import Path
+import resource
 
 import pytest
 import torch
@@ -136,17 +136,50 @@ def test_a_log_that_cannot_be_opened_is_a_warning(tmp_path, capsys):
     assert f'{tmp_path / "log_rank1.txt"}: cannot be written' in printed.err
 
 
-@pytest.mark.skipif(not Path('/dev/full').exists(), reason='no device that is always full here')
 def test_a_log_on_a_full_disk_is_told_once(tmp_path, capsys):
-    (tmp_path / 'log_rank0.txt').symlink_to('/dev/full')
     logger = open_log(tmp_path, 0)
-    for number in range(3):
-        logger.info('line %d', number)
-    close_log(logger)
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, most))  # as a full disk or a quota does
+    try:
+        for number in range(3):
+            logger.info('line %d', number)
+        close_log(logger)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
     printed = capsys.readouterr()
     assert [line.rpartition(' ')[2] for line in printed.out.splitlines()] == ['0', '1', '2']
-    assert printed.err.count('cannot be written ([Errno 28] No space left on device)') == 1
+    assert printed.err.count('cannot be written ([Errno 27] File too large)') == 1
     assert 'Traceback' not in printed.err
+
+
+def test_no_log_is_written_through_a_link(tmp_path, capsys):
+    victim, metrics = tmp_path / 'victim', tmp_path / 'metrics.jsonl'
+    victim.write_text('precious')
+    (tmp_path / 'log_rank0.txt').symlink_to(victim)
+    metrics.symlink_to(victim)
+    logger = open_log(tmp_path, 0)
+    logger.info('hello')
+    close_log(logger)
+    with pytest.raises(OSError, match='metrics'):
+        MetricsLog(metrics).append({'epoch': 0})
+    assert victim.read_text() == 'precious'
+    assert f'{tmp_path}/log_rank0.txt: cannot be written' in capsys.readouterr().out
+    MetricsLog(metrics).drop_from(0)  # as a run does that begins: the link goes
+    MetricsLog(metrics).append({'epoch': 0})
+    assert json.loads(metrics.read_text()) == {'epoch': 0}
+    assert victim.read_text() == 'precious'
+
+
+def test_curves_replace_a_link_and_leave_nothing_beside_them(tmp_path):
+    victim = tmp_path / 'victim'
+    victim.write_text('precious')
+    for name in ('.curves.tmp.png', 'curves.png'):
+        (tmp_path / name).symlink_to(victim)
+    plot_curves([{'epoch': 0, 'train_loss': 1.0}], tmp_path / 'curves.png')
+    assert victim.read_text() == 'precious'
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        '.curves.tmp.png', 'curves.png', 'victim',
+    ]  # fmt: skip
 
 
 def progress_lines(tmp_path, logger, steps, **values):

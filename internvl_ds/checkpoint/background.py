@@ -63,6 +63,11 @@ def start(name: str, action: Callable[[], None], limit: float) -> None:
     _pending.start()
 
 
+def is_pending() -> bool:
+    """Whether a save was started that nobody has waited for yet."""
+    return _pending is not None
+
+
 def wait(limit: float | None = None) -> None:
     """Waits until nothing is saved in the background; returns at once when nothing is.
 

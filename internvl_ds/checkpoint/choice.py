@@ -12,7 +12,7 @@ import yaml
 from yacs.config import CfgNode
 
 from internvl_ds.addresses import is_address, shown
-from internvl_ds.checkpoint import background, lookup, store
+from internvl_ds.checkpoint import background, leftovers, lookup
 from internvl_ds.checkpoint.manifest import epoch_of, step_of
 from internvl_ds.checkpoint.state import state_of
 from internvl_ds.checkpoint.verify import damage, share_of
@@ -50,7 +50,8 @@ def auto_resume_helper(output_dir: str, *, config: CfgNode | None = None) -> str
     background.wait()
     config = default_config() if config is None else config
     timeout = checkpoint_option(config, 'RENDEZVOUS_TIMEOUT')
-    from_rank_0('sweep', lambda: _sweep(Path(output_dir)), timeout)
+    age = checkpoint_option(config, 'LEFTOVER_AGE')
+    from_rank_0('sweep', lambda: _sweep(Path(output_dir), age), timeout)
     found = _newest(Path(output_dir), timeout, checkpoint_option(config, 'IO_TIMEOUT'))
     if found is None:
         return None
@@ -225,9 +226,9 @@ def _place(resume: str) -> str:
     return shown(resume) if is_address(resume) else os.path.realpath(resume)
 
 
-def _sweep(output: Path) -> None:
+def _sweep(output: Path, age: float) -> None:
     try:
-        store.sweep(output)
+        leftovers.sweep(output, age=age)
     except OSError as error:  # someone who may only read: it stays as it is
         _log.info('%s: leftovers of dead saves are not swept: %s', output, error)
 

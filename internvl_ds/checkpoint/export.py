@@ -5,13 +5,13 @@ Tensors are merged one at a time, straight into the file.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
-import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from yacs.config import CfgNode
@@ -22,7 +22,7 @@ from internvl_ds.checkpoint.ema_files import EmaFiles
 from internvl_ds.checkpoint.named import Flat, NamedState
 from internvl_ds.checkpoint.shards import TagShards
 from internvl_ds.errors import CheckpointError
-from internvl_ds.files import flush
+from internvl_ds.files import replacing
 from internvl_ds.param_groups import PER_GROUP_LISTS
 from internvl_ds.pretrained.sources import open_source
 
@@ -82,17 +82,16 @@ def write_original(tag: Path, target: Path) -> None:
     if saved_average:
         average = shards.in_order(ema_flats(saved_average))
         tree['model_ema'] = _blank_weights(average, saved.aliases, fillers)
-    aside = target.with_name(f'.{target.name}.tmp')
     try:
-        with torch.serialization.skip_data():
-            torch.save(tree, aside)
-        with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
-            _fill_tree(open_source(str(aside)), tree, fillers)
-        _publish([(aside, target)])
+        with replacing(target) as file:
+            # The file that is open, whatever its name is meanwhile: torch takes names only here.
+            opened = f'/proc/self/fd/{file.fileno()}'
+            with torch.serialization.skip_data():
+                torch.save(tree, opened)
+            with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
+                _fill_tree(open_source(opened), tree, fillers)
     except OSError as error:
         raise CheckpointError(f'{target}: cannot be written: {error}') from error
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def write_safetensors(
@@ -124,26 +123,23 @@ def write_safetensors(
     if len(parts) > 1:
         stem = target.name.removesuffix('.safetensors')
         names = [f'{stem}-{i + 1:05d}-of-{len(parts):05d}.safetensors' for i in range(len(parts))]
-    written = [(target.with_name(f'.{name}.tmp'), target.with_name(name)) for name in names]
+    paths = [target.with_name(name) for name in names]
     try:
-        for part, (aside, _) in zip(parts, written, strict=True):
-            _write_safetensors(aside, {name: flats[name] for name in part}, dtype, classes)
-        if len(parts) > 1:
-            index = target.with_name(f'{target.name}.index.json')
-            aside = target.with_name(f'.{index.name}.tmp')
-            where = {name: names[i] for i, part in enumerate(parts) for name in part}
-            total = sum(_size(flat, dtype) for flat in flats.values())
-            metadata = {'total_size': total, **({'class_names': classes} if classes else {})}
-            tree = {'metadata': metadata, 'weight_map': where}
-            aside.write_text(json.dumps(tree, indent=1) + '\n')
-            written.append((aside, index))
-        _publish(written)
+        with contextlib.ExitStack() as stack:  # left from the last to the first: the index last
+            if len(parts) > 1:
+                paths.append(target.with_name(f'{target.name}.index.json'))
+                where = {name: names[i] for i, part in enumerate(parts) for name in part}
+                total = sum(_size(flat, dtype) for flat in flats.values())
+                metadata = {'total_size': total, **({'class_names': classes} if classes else {})}
+                tree = {'metadata': metadata, 'weight_map': where}
+                index = stack.enter_context(replacing(paths[-1]))
+                index.write((json.dumps(tree, indent=1) + '\n').encode())
+            for part, name in zip(reversed(parts), reversed(names), strict=True):
+                file = stack.enter_context(replacing(target.with_name(name)))
+                _write_safetensors(file, {name: flats[name] for name in part}, dtype, classes)
     except OSError as error:
         raise CheckpointError(f'{target}: cannot be written: {error}') from error
-    finally:
-        for aside, _ in written:
-            aside.unlink(missing_ok=True)
-    return [path for _, path in written]
+    return paths
 
 
 def weights_of_tag(shards: TagShards) -> dict[str, Flat]:
@@ -244,7 +240,7 @@ def _size(flat: Flat, dtype: torch.dtype) -> int:
 
 
 def _write_safetensors(
-    path: Path, flats: Mapping[str, Flat], dtype: torch.dtype, classes: list[str] | None
+    file: IO[bytes], flats: Mapping[str, Flat], dtype: torch.dtype, classes: list[str] | None
 ) -> None:
     """The format is 8 bytes of length, a JSON header, and the tensors' bytes one after another."""
     named = {'class_names': json.dumps(classes)} if classes else {}  # metadata is text only
@@ -257,16 +253,8 @@ def _write_safetensors(
         offset = end
     text = json.dumps(header).encode()
     text += b' ' * (-len(text) % 8)
-    with path.open('wb') as file:
-        file.write(struct.pack('<Q', len(text)) + text)
-        for flat in flats.values():
-            if flat.numel:
-                tensor = flat.whole(_dtype_in_file(flat, dtype)).contiguous()
-                file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-
-
-def _publish(written: Iterable[tuple[Path, Path]]) -> None:
-    for aside, path in written:
-        flush(aside)
-        os.replace(aside, path)
-        flush(path.parent)
+    file.write(struct.pack('<Q', len(text)) + text)
+    for flat in flats.values():
+        if flat.numel:
+            tensor = flat.whole(_dtype_in_file(flat, dtype)).contiguous()
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)

@@ -51,7 +51,8 @@ def write_hashed(path: Path, write: Callable[[IO[bytes]], object]) -> FileEntry:
     Raises:
         OSError: with the path and how many bytes were already there.
     """
-    raw = _HashingFile(path, os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666))
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK
+    raw = _HashingFile(path, os.open(path, flags, 0o666))
     try:
         with io.BufferedWriter(raw, _PIECE) as file:
             write(file)

@@ -1,12 +1,13 @@
 """Finding checkpoints in an output directory. Reads only; knows no ranks.
 
-Names that begin with a dot are never checkpoints, but for ``.old-TAG``: the tag that stepped aside
-for a save of the same name, which stands in for it if that save died between its two renames.
+Names that begin with a dot are never checkpoints, but for ``.old-TAG-ID``: the tag that stepped
+aside for a save of the same name, which stands in for it if that save died between its two renames.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -143,7 +144,7 @@ def is_tag(path: Path) -> bool:
         return (path / FILE_NAME).exists() or any(
             name.endswith('_states.pt') for name in _file_names(path)
         )
-    except PermissionError:
+    except (PermissionError, FileNotFoundError):  # the latter: a run has just pruned it
         return False
 
 
@@ -239,14 +240,28 @@ def present(tag: Path) -> Path:
             return tag
     except OSError:  # no rights, or a name that no file can have
         return tag
-    aside = tag.with_name(f'{ASIDE}{tag.name}')
-    return aside if problem(aside) is None else tag
+    asides = [path for path in _asides(tag.parent) if tag_of_aside(path) == tag.name]
+    return next((path for path in asides if problem(path) is None), tag)
+
+
+def aside_of(tag: Path, save: str) -> Path:
+    """What a tag is called while the save of that id takes its name."""
+    return tag.with_name(f'{ASIDE}{tag.name}-{save}')
+
+
+def tag_of_aside(aside: Path) -> str:
+    """The tag that `aside_of` was given; earlier versions put no id behind it."""
+    return re.sub('-[0-9a-f]{16}$', '', aside.name.removeprefix(ASIDE))
+
+
+def _asides(output: Path) -> list[Path]:
+    return sorted(output.glob(f'{ASIDE}*'))
 
 
 def stand_ins(output: Path) -> list[Path]:
     """The tags that stepped aside and stand in for one of their name, which is missing."""
-    asides = (output / path.name.removeprefix(ASIDE) for path in output.glob(f'{ASIDE}*'))
-    return [path for tag in asides if (path := present(tag)) != tag]
+    names = dict.fromkeys(map(tag_of_aside, _asides(output)))
+    return [path for name in names if (path := present(output / name)) != output / name]
 
 
 def read_latest(output: Path) -> str | None:
@@ -268,7 +283,10 @@ def _newest_first(output: Path) -> list[Path]:
 
     def order(path: Path) -> tuple[int, float]:
         header = header_or_none(path)
-        return (header.sequence if header else 0, path.stat().st_mtime)
+        try:
+            return (header.sequence if header else 0, path.stat().st_mtime)
+        except FileNotFoundError:  # a run has just replaced it
+            return (0, 0.0)
 
     return epochs + sorted(others, key=order, reverse=True)
 

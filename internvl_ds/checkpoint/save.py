@@ -35,6 +35,7 @@ from internvl_ds.checkpoint.manifest import (
     tag_name,
 )
 from internvl_ds.checkpoint.optimizer_state import optimizer_name
+from internvl_ds.checkpoint.output_lock import enter_output, note_save
 from internvl_ds.checkpoint.proof import Wanted, prove, wanted_of
 from internvl_ds.checkpoint.retention import (
     KeepBest,
@@ -48,6 +49,7 @@ from internvl_ds.checkpoint.rng import rng_state
 from internvl_ds.checkpoint.snapshot import tensor_bytes
 from internvl_ds.checkpoint.space import state_size
 from internvl_ds.checkpoint.state import state_text
+from internvl_ds.checkpoint.trash import MARK
 from internvl_ds.checkpoint.writer import ShardWriter, install_writer
 from internvl_ds.config import checkpoint_option, default_of, get_option
 from internvl_ds.ds_config import precision_of
@@ -177,7 +179,7 @@ def save_checkpoint(
         wanted=wanted_of(engine, groups),
     )
     average = ema_file(model_ema)
-    _begin(save, engine, average, checkpoint_option(config, 'RENDEZVOUS_TIMEOUT'))
+    _begin(save, engine, average, config)
     logger.info('%s saving......', save.output / save.tag)
     untrained = untrained_names(engine)
     if untrained:
@@ -264,8 +266,9 @@ def _policies(config: CfgNode) -> list[Policy]:
     ]
 
 
-def _begin(save: _Save, engine: DeepSpeedEngine, average: EmaFile | None, timeout: float) -> None:
+def _begin(save: _Save, engine: DeepSpeedEngine, average: EmaFile | None, config: CfgNode) -> None:
     """Has rank 0 make the staging directory, if all ranks come with the same. A meeting of all."""
+    timeout = checkpoint_option(config, 'RENDEZVOUS_TIMEOUT')
     size = save.writer.last_size
     if size is None:
         size = state_size(engine) + tensor_bytes(average)
@@ -279,8 +282,10 @@ def _begin(save: _Save, engine: DeepSpeedEngine, average: EmaFile | None, timeou
 
     def make_staging() -> str:
         try:
+            enter_output(save.output, config, timeout)
             _require_space(save, [call[1] for call in calls])
-            save.staging = store.begin(save.output, save.tag)
+            age = checkpoint_option(config, 'LEFTOVER_AGE')
+            save.staging = store.begin(save.output, save.tag, age=age)
         except OSError as error:
             raise CheckpointError(
                 f'{save.output / save.tag}: rank 0 cannot begin to save: {error}'
@@ -292,7 +297,6 @@ def _begin(save: _Save, engine: DeepSpeedEngine, average: EmaFile | None, timeou
 
 
 def _require_space(save: _Save, sizes: list[int]) -> None:
-    save.output.mkdir(parents=True, exist_ok=True)
     needed, free = sum(sizes), shutil.disk_usage(save.output).free
     if needed > free:
         most = max(range(len(sizes)), key=sizes.__getitem__)
@@ -321,7 +325,11 @@ def _stage(
         )
     # Meets in barriers: every rank calls it, whatever has happened.
     with put_back(engine), frozen_as_made(engine), every_name(engine):
-        engine.save_checkpoint(str(save.output), tag=save.staging_path.name, save_latest=False)
+        writer.makes_directories = False
+        try:
+            engine.save_checkpoint(str(save.output), tag=save.staging_path.name, save_latest=False)
+        finally:
+            writer.makes_directories = True
     if average is not None:
         writer.save(average, save.staging_path / average.name)
     try:
@@ -408,7 +416,7 @@ def _commit(save: _Save, reports: list[dict[str, Any]] | None) -> None:
     try:
         sizes = file_sizes(save.staging_path)
         store.require_files(save.staging, files, sizes)
-        for name in sizes.keys() - files.keys():  # what DeepSpeed wrote by itself
+        for name in sizes.keys() - files.keys() - {MARK}:  # what DeepSpeed wrote by itself
             files[name] = flush_and_hash(save.staging_path / name)
         header = Header(
             tag=save.tag,
@@ -417,11 +425,16 @@ def _commit(save: _Save, reports: list[dict[str, Any]] | None) -> None:
             size=sum(entry.size for entry in files.values()),
             **save.header,
         )
-        store.commit(save.staging, Manifest(header, dict(sorted(files.items()))))
-        if save.policies is not None:
-            store.write_latest(save.output, save.tag)
-            store.prune(save.output, save.policies)
+        manifest = Manifest(header, dict(sorted(files.items())))
+        store.commit(save.staging, manifest, latest=save.policies is not None)
     except OSError as error:
         raise CheckpointError(
-            f'{save.output / save.tag}: rank 0 cannot commit it: {error}'
+            f'{save.output / save.tag}: not saved, and the earlier checkpoints stay: rank 0 cannot '
+            f'commit it: {error}'
         ) from error
+    note_save(save.output, save.tag, header.save)
+    if save.policies is not None:
+        try:
+            store.prune(save.output, save.policies)
+        except OSError as error:
+            save.logger.warning('%s: old tags stay for now: %s', save.output, error)

@@ -1,48 +1,43 @@
 """An output directory's saves: stage, commit, latest, prune, sweep. Files only; knows no ranks.
 
-A save is staged in ``.staging-TAG-*`` and becomes TAG by a rename once it is complete; ``latest``
-is replaced by a rename after that. What goes is renamed to ``.trash-*`` first, so that no reader
-ever meets a tag with half of its files.
+A save is staged in ``.staging-TAG-ID`` and becomes TAG by a rename once it is complete; ``latest``
+is replaced by a rename after that. What goes is renamed to ``.trash-TAG-ID`` first, so that no
+reader ever meets a tag with half of its files. An id is random.
 
-One process, rank 0's, owns a staging directory: it holds a lock (flock) on the file ``.lock-TAG-*``
-beside it, which the kernel releases when that process ends, however it ends.
+One process, rank 0's, owns a staging directory: it holds a lock on the file ``.lock-TAG-ID`` beside
+it, which names it (see `internvl_ds.checkpoint.owner`); a mark inside says the same.
 """
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import logging
 import os
-import secrets
 import shutil
-import socket
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from internvl_ds.checkpoint.leftovers import LOCK, STAGING, sweep
 from internvl_ds.checkpoint.lookup import (
-    ASIDE,
     LATEST,
+    aside_of,
     epoch_tags,
     header_or_none,
-    problem,
     tags,
 )
 from internvl_ds.checkpoint.manifest import FILE_NAME, FileEntry, Manifest, wrong_files
-from internvl_ds.checkpoint.retention import Policy, later_tags, tags_to_prune
+from internvl_ds.checkpoint.owner import (
+    let_go,
+    open_lock,
+    this_process,
+)
+from internvl_ds.checkpoint.retention import EpochTag, Policy, later_tags, tags_to_prune
+from internvl_ds.checkpoint.trash import MARK, discard, unlink
 from internvl_ds.errors import CheckpointError, few
-from internvl_ds.files import flush, write_text
+from internvl_ds.files import flush, replacing, write_text
 
 logger = logging.getLogger(__name__)
-
-STAGING = '.staging-'
-_LOCK = '.lock-'
-TRASH = '.trash-'
-
-# Seconds without a write after which a save is taken for dead where its lock cannot tell: another
-# host's, or on a file system without locks.
-_DEAD_AFTER = 24 * 3600.0
 
 
 @dataclass
@@ -52,10 +47,12 @@ class Staging:
     Attributes:
         path: the directory that is written into.
         tag: what it becomes.
+        save: the random id.
     """
 
     path: Path
     tag: str
+    save: str
     _lock: int
 
     @property
@@ -63,28 +60,51 @@ class Staging:
         """The directory of tags."""
         return self.path.parent
 
+    @property
+    def aside(self) -> Path:
+        """What an old tag of the name is called until the new one has it."""
+        return aside_of(self.output / self.tag, self.save)
+
     def release(self) -> None:
-        """Gives up the lock: nothing is written any more."""
+        """Gives up the lock: nothing is written any more. What is left is the next sweep's."""
         if self._lock >= 0:
-            _lock_of(self.path).unlink(missing_ok=True)
-            os.close(self._lock)
+            if not (self.path.exists() or self.aside.exists()):
+                unlink(_lock_of(self.path))
+            let_go(self._lock)
             self._lock = -1
 
 
-def begin(output: Path, tag: str) -> Staging:
+def begin(output: Path, tag: str, *, age: float | None = None) -> Staging:
     """Makes an empty staging directory, and sweeps away what dead saves left.
+
+    Args:
+        output: the directory of tags; made if it is not there.
+        tag: the name of what is saved.
+        age: see `sweep`.
 
     Raises:
         OSError: when it cannot be made.
     """
     output.mkdir(parents=True, exist_ok=True)
-    sweep(output)
-    path, lock = _lock_new_name(output, tag)
-    staging = Staging(path, tag, lock)
+    sweep(output, age=age)
+    while True:
+        owner = this_process()
+        path = output / f'{STAGING}{tag}-{owner.id}'
+        lock, held = open_lock(_lock_of(path))
+        if held is not False:
+            break
+        let_go(lock)  # another process looks whether it is dead: that is to remove it
+    staging = Staging(path, tag, owner.id, lock)
     try:
+        text = owner.to_text()
+        try:
+            os.pwrite(lock, text.encode(), 0)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(_lock_of(path))) from error
         path.mkdir()
+        write_text(path / MARK, text)
     except OSError:
-        staging.release()
+        abandon(staging)
         raise
     return staging
 
@@ -116,36 +136,59 @@ def require_files(
         )
 
 
-def commit(staging: Staging, manifest: Manifest) -> Path:
+def commit(staging: Staging, manifest: Manifest, *, latest: bool = False) -> Path:
     """Publishes a staged tag: manifest last, flushed, renamed; an old tag of that name goes after.
+
+    Args:
+        staging: all of the tag's files are in it, and flushed.
+        manifest: lists them.
+        latest: name the tag in ``latest``: it is published with that, or not at all.
 
     Returns:
         The tag's directory.
 
     Raises:
-        OSError: when it cannot; an old tag of that name is then where it was.
+        OSError: when it cannot; all is then as it was.
+        CheckpointError: when it is published, but ``latest`` cannot be made to name it.
     """
-    final = staging.output / staging.tag
-    aside = staging.output / f'{ASIDE}{staging.tag}'
+    output, final = staging.output, staging.output / staging.tag
     write_text(staging.path / FILE_NAME, manifest.to_text())
-    if final.exists():
-        _discard(aside)
-        final.rename(aside)
+    published = False
     try:
-        staging.path.rename(final)
-    except OSError:
-        if aside.exists() and not final.exists():
-            aside.rename(final)
+        with replacing(output / LATEST) if latest else contextlib.nullcontext() as file:
+            if file is not None:
+                # On disk before the tag has its name: what is left to do needs no space.
+                file.write(staging.tag.encode())
+                file.flush()
+                os.fsync(file.fileno())
+            (staging.path / MARK).unlink(missing_ok=True)
+            if final.exists():
+                final.rename(staging.aside)
+            staging.path.rename(final)
+            published = True
+            flush(output)
+    except OSError as error:
+        _take_back(staging, published, error)
         raise
-    flush(staging.output)
+    if staging.aside.exists():
+        discard(staging.aside)
     staging.release()
-    _discard(aside)
     return final
 
 
-def write_latest(output: Path, tag: str) -> None:
-    """Makes ``latest`` name a committed tag."""
-    write_text(output / LATEST, tag)
+def _take_back(staging: Staging, published: bool, cause: OSError) -> None:
+    final = staging.output / staging.tag
+    try:
+        if published:
+            final.rename(staging.path)
+        if staging.aside.exists() and not final.exists():
+            staging.aside.rename(final)
+    except OSError as error:
+        state = 'saved' if published else 'not saved'
+        raise CheckpointError(
+            f'{final}: {state}, but {staging.output / LATEST} may name another tag: {cause}; and '
+            f'what was there cannot be put back: {error}'
+        ) from cause
 
 
 def next_sequence(output: Path) -> int:
@@ -154,7 +197,7 @@ def next_sequence(output: Path) -> int:
     return 1 + max((header.sequence for header in headers if header), default=0)
 
 
-def prune(output: Path, policies: Sequence[Policy], *, quiet: bool = False) -> list[str]:
+def prune(output: Path, policies: Sequence[Policy]) -> list[str]:
     """Removes the epoch and step tags that no policy keeps; a warning where one cannot be removed.
 
     After the first save of a run that was rewound, a warning names what stays of later training.
@@ -162,7 +205,6 @@ def prune(output: Path, policies: Sequence[Policy], *, quiet: bool = False) -> l
     Args:
         output: the directory.
         policies: at least one.
-        quiet: leave that warning to the caller.
 
     Returns:
         The names of the tags that were removed.
@@ -171,7 +213,7 @@ def prune(output: Path, policies: Sequence[Policy], *, quiet: bool = False) -> l
     goes = tags_to_prune(found, policies)
     later = [tag.name for tag in later_tags(found)]
     # After the first save only: the save before it was the last one before the run was rewound.
-    if not quiet and later and found[-2].name in later:
+    if later and found[-2].name in later:
         logger.warning(
             '%s: %s was saved after tags of later training, of which %s stay until this run has '
             'come as far (internvl-ds ckpt prune --drop-later removes them) and %s go; auto resume '
@@ -181,107 +223,28 @@ def prune(output: Path, policies: Sequence[Policy], *, quiet: bool = False) -> l
             few([name for name in later if name not in goes]) or 'none',
             few([name for name in later if name in goes]) or 'none',
         )
-    return [name for name in goes if _discard(output / name)]
+    return remove(output, [tag for tag in found if tag.name in goes])[0]
 
 
-def sweep(output: Path) -> list[str]:
-    """Removes what dead processes left: stagings, and tags that were half removed.
+def remove(output: Path, goes: Sequence[EpochTag]) -> tuple[list[str], list[str]]:
+    """Removes tags; a warning where one cannot be removed.
 
-    A staging directory goes only when its owner is known to be dead. A tag that stepped aside for
-    a save that died before it took the name gets its name back.
-
-    Returns:
-        The names of the staging directories that were removed.
-    """
-    swept = []
-    for path in sorted(output.glob(f'{STAGING}*')):
-        if _is_dead(path):
-            logger.warning('%s: left by a save that died; removed', path)
-            _discard(path)
-            swept.append(path.name)
-    for lock in output.glob(f'{_LOCK}*'):
-        path = output / lock.name.replace(_LOCK, STAGING, 1)
-        if not path.exists() and _is_dead(path):
-            lock.unlink(missing_ok=True)
-    for path in output.glob(f'{TRASH}*'):
-        shutil.rmtree(path, ignore_errors=True)
-    for aside in output.glob(f'{ASIDE}*'):
-        tag = output / aside.name.removeprefix(ASIDE)
-        if any(output.glob(f'{STAGING}{tag.name}-*')):
-            continue  # its save is still alive
-        if tag.exists():
-            _discard(aside)
-        elif problem(aside) is None:
-            logger.warning('%s: the save that was to replace it died; it has its name again', tag)
-            aside.rename(tag)
-    return swept
-
-
-def _discard(path: Path) -> bool:
-    """Takes a directory's name away and then its files; what cannot be removed is a warning.
+    What another process has removed or replaced since it was found is neither.
 
     Returns:
-        Whether this call took the name away.
+        The names of those that were removed, and of those that could not be.
     """
-    trash = path.with_name(f'{TRASH}{path.name}-{secrets.token_hex(4)}')
-    try:
-        path.rename(trash)
-    except FileNotFoundError:
-        return False
-    except OSError as error:
-        logger.warning('could not remove %s: %s', path, error)
-        return False
-    try:
-        shutil.rmtree(trash)
-    except OSError as error:
-        logger.warning('could not remove all of %s: %s', trash, error)
-    return True
+    removed: list[str] = []
+    failed: list[str] = []
+    for tag in goes:
+        header = header_or_none(output / tag.name)
+        if header is not None and header.sequence != tag.sequence:
+            continue
+        done = discard(output / tag.name)
+        if done is not None:
+            (removed if done else failed).append(tag.name)
+    return removed, failed
 
 
 def _lock_of(staging: Path) -> Path:
-    return staging.with_name(staging.name.replace(STAGING, _LOCK, 1))
-
-
-def _lock_new_name(output: Path, tag: str) -> tuple[Path, int]:
-    """A staging path that nobody has, and the descriptor of its lock, held by this process."""
-    while True:
-        path = output / f'{STAGING}{tag}-{secrets.token_hex(4)}'
-        descriptor = os.open(_lock_of(path), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # another process looks whether it is dead: take another name
-            os.close(descriptor)
-            _lock_of(path).unlink(missing_ok=True)
-            continue
-        except OSError as error:
-            logger.info('%s: no file locks here (%s); leftovers go by their age', output, error)
-        os.write(descriptor, socket.gethostname().encode())
-        return path, descriptor
-
-
-def _is_dead(staging: Path) -> bool:
-    """Whether no process can be writing into a staging directory any more."""
-    try:
-        descriptor = os.open(_lock_of(staging), os.O_RDWR)
-    except OSError:
-        return _untouched_for_long(staging)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # On some network file systems a lock is seen on its own host only.
-        own = os.read(descriptor, 1024).decode(errors='replace') == socket.gethostname()
-    except BlockingIOError:
-        return False
-    except OSError:
-        own = False
-    finally:
-        os.close(descriptor)
-    return own or _untouched_for_long(staging)
-
-
-def _untouched_for_long(directory: Path) -> bool:
-    try:
-        with os.scandir(directory) as entries:
-            touched = [entry.stat().st_mtime for entry in entries]
-        return time.time() - max([directory.stat().st_mtime, *touched]) > _DEAD_AFTER
-    except OSError:  # just renamed or removed
-        return False
+    return staging.with_name(staging.name.replace(STAGING, LOCK, 1))

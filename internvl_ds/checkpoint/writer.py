@@ -30,6 +30,8 @@ class ShardWriter(CheckpointEngine):
         identity: what every file of this save says of itself.
         written: path -> size and digest, of the files of this save.
         error: the first failure of this save.
+        makes_directories: whether DeepSpeed's saves make the directories that they go to. Not a
+            save of ours: rank 0 has made them, and a host that does not see OUTPUT is to say so.
         last_size: bytes that this rank wrote in its last whole save; None before one.
     """
 
@@ -39,6 +41,7 @@ class ShardWriter(CheckpointEngine):
         self.identity = Identity('', '', 0)
         self.written: dict[Path, FileEntry] = {}
         self.error: Exception | None = None
+        self.makes_directories = True
         self.last_size: int | None = None
         self._in_background = False
         self._copies: list[tuple[Path, Any]] = []
@@ -61,6 +64,11 @@ class ShardWriter(CheckpointEngine):
             self._snapshot.begin()
         else:
             self._snapshot = Snapshot()  # lets go of its memory
+
+    def makedirs(self, path: str | Path, exist_ok: bool = False) -> None:
+        """Makes a directory; see ``makes_directories``."""
+        if self.makes_directories:
+            super().makedirs(path, exist_ok=exist_ok)
 
     def create(self, info: CheckpointCommitInfo) -> None:
         """Nothing to do: the caller has made the staging directory."""

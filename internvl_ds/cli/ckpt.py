@@ -41,6 +41,7 @@ diff: ``a`` and ``b``, paths; ``tensors``, how many each has; ``found``, each wi
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -48,6 +49,7 @@ from pathlib import Path
 from typing import Any
 
 from internvl_ds.checkpoint import store
+from internvl_ds.checkpoint.leftovers import STAGING
 from internvl_ds.checkpoint.lookup import epoch_tags, file_sizes, newest, read_latest, read_manifest
 from internvl_ds.checkpoint.manifest import STATE_FILE
 from internvl_ds.checkpoint.retention import (
@@ -61,13 +63,13 @@ from internvl_ds.checkpoint.retention import (
     later_tags,
     tags_to_prune,
 )
+from internvl_ds.checkpoint.trash import TRASH
 from internvl_ds.cli import diff, export
 from internvl_ds.cli.tables import human_age, human_size, json_text, say, table
 from internvl_ds.cli.tags import (
     Examined,
-    choose,
-    examine,
     examine_all,
+    examine_chosen,
     find_tags,
     tree_of,
 )
@@ -167,8 +169,8 @@ def _list(args: argparse.Namespace) -> int:
         taken, warning = (resume.path.name, resume.warning) if resume else (None, None)
     except CheckpointNotFound as error:
         taken, warning = None, str(error)
-    stagings = sorted(path.name for path in output.glob(f'{store.STAGING}*'))
-    trash = sorted(path.name for path in output.glob(f'{store.TRASH}*'))
+    stagings = sorted(path.name for path in output.glob(f'{STAGING}*'))
+    trash = sorted(path.name for path in output.glob(f'{TRASH}*'))
     if args.json:
         tree = {'output': str(output), 'latest': latest, 'resume': taken, 'warning': warning}
         rest = {'stagings': stagings, 'trash': trash, 'tags': list(map(tree_of, found))}
@@ -183,11 +185,6 @@ def _list(args: argparse.Namespace) -> int:
     if warning:
         say(f'auto resume: {warning}')
     return _status(found)
-
-
-def _left(output: Path, name: str) -> bool:
-    """Whether a tag, or some of its files on the way out, is still there."""
-    return (output / name).exists() or any(output.glob(f'{store.TRASH}{name}-*'))
 
 
 def _row(examined: Examined, latest: str | None) -> tuple[str, ...]:
@@ -214,8 +211,7 @@ def _verify(args: argparse.Namespace) -> int:
     if args.all:
         found = examine_all(args.path, contents=True)
     else:
-        paths, warning = choose(args.path, args.tag)
-        found = [examine(path, contents=True) for path in paths]
+        found, warning = examine_chosen(args.path, args.tag, contents=True)
     if args.json:
         tags = list(map(tree_of, found))
         say(json_text({'output': str(args.path), 'warning': warning, 'tags': tags}))
@@ -233,8 +229,8 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
-    path = choose(args.path, args.tag)[0][0]
-    examined = examine(path, contents=False)
+    examined = examine_chosen(args.path, args.tag, contents=False)[0][0]
+    path = examined.path
     state: dict[str, Any] | None = None
     try:
         state = _kept(path, examined)
@@ -325,10 +321,13 @@ def _prune(args: argparse.Namespace) -> int:
     ]
     tags = sorted(epoch_tags(output), key=lambda tag: tag[:3])
     goes = tags_to_prune(tags, policies)
-    sizes = {name: sum(file_sizes(output / name).values()) for name in goes}
-    gone = goes if args.dry_run else store.prune(output, policies, quiet=True)
-    failed = [] if args.dry_run else [name for name in goes if _left(output, name)]
-    gone = [name for name in gone if name not in failed]
+    sizes = {}
+    for name in goes:
+        with contextlib.suppress(FileNotFoundError):  # a run that saves meanwhile has pruned it
+            sizes[name] = sum(file_sizes(output / name).values())
+    gone, failed = list(sizes), list[str]()
+    if not args.dry_run:
+        gone, failed = store.remove(output, [tag for tag in tags if tag.name in sizes])
     kept = [tag.name for tag in tags if tag.name not in goes]
     pruned = [{'tag': name, 'size': sizes.get(name, 0)} for name in gone]
     total = sum(sizes.get(name, 0) for name in gone)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
@@ -19,11 +22,14 @@ from internvl_ds.checkpoint.lookup import (
     read_latest,
     read_manifest,
     stand_ins,
+    tag_of_aside,
     tags,
 )
 from internvl_ds.checkpoint.manifest import Header, Manifest, epoch_of
 from internvl_ds.errors import CheckpointError, CheckpointNotFound
 
+_REPLACED = 10  # times that a tag is examined again which a run replaces meanwhile
+_BETWEEN = 0.01  # seconds: longer than a tag takes to get its name
 _READERS = 4  # files read at once: enough for a disk array, and few enough for a single disk
 # Of a header: said elsewhere, or of use to a load only.
 _NOT_SHOWN = ('tag', 'size', 'format', 'save')
@@ -52,15 +58,43 @@ class Examined:
     @property
     def name(self) -> str:
         """The tag; a directory that stepped aside for a save that died stands in for it."""
-        return self.path.name.removeprefix(ASIDE)
+        name = self.path.name
+        return tag_of_aside(self.path) if name.startswith(ASIDE) else name
 
 
 def examine(path: Path, contents: bool) -> Examined:
     """Checks that a tag's files are there with their sizes and, if asked to, their checksums.
 
+    A tag that a run replaces meanwhile is examined again: it is not damaged.
+
     Raises:
+        FileNotFoundError: when the tag has gone meanwhile.
         OSError: when the directory cannot be read.
     """
+    for _ in range(_REPLACED):
+        before = _identity(path)
+        try:
+            found = _examine(path, contents)
+        except FileNotFoundError:
+            if before is not None and _identity(path) == before:
+                raise
+            time.sleep(_BETWEEN)
+            continue
+        if not found.problems or _identity(path) == before:
+            return found
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+
+
+def _identity(path: Path) -> tuple[int, int, str] | None:
+    """Of the directory that has the name now; None where none has."""
+    try:
+        status, header = path.stat(), header_or_none(path)
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino, header.save if header else ''
+
+
+def _examine(path: Path, contents: bool) -> Examined:
     problems: list[str] = []
     header = None
     try:
@@ -88,14 +122,18 @@ def examine_all(output: Path, contents: bool) -> list[Examined]:
     Raises:
         CheckpointNotFound: when there is none.
     """
-    found = []
-    for path in find_tags(output):
-        try:
-            found.append(examine(path, contents))
-        except FileNotFoundError:
-            if path.exists():
-                raise
-            # a run that saves meanwhile has pruned it
+    found: list[Examined] = []
+    for _ in range(_REPLACED):
+        paths = find_tags(output)
+        for path in paths:
+            try:
+                found.append(examine(path, contents))
+            except FileNotFoundError:
+                if path.exists():
+                    raise
+                # a run that saves meanwhile has pruned it
+        if found or not paths:
+            break
     if not found:
         raise CheckpointNotFound(f'{output}: no checkpoint tag in it')
     return sorted(found, key=_recency, reverse=True)
@@ -128,6 +166,20 @@ def choose(path: Path, tag: str | None) -> tuple[list[Path], str | None]:
         raise CheckpointNotFound(f'{path}: no checkpoint tag in it')
     also = [latest] if latest in there and latest != resume.path else []
     return [resume.path, *also], resume.warning
+
+
+def examine_chosen(
+    path: Path, tag: str | None, contents: bool
+) -> tuple[list[Examined], str | None]:
+    """Examines what `choose` chooses, anew where a run has pruned that meanwhile."""
+    for left in reversed(range(_REPLACED)):
+        paths, warning = choose(path, tag)
+        try:
+            return [examine(path, contents) for path in paths], warning
+        except FileNotFoundError:
+            if tag or not left:
+                raise
+    raise AssertionError
 
 
 def find_tags(output: Path) -> list[Path]:

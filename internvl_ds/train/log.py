@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +16,7 @@ from tqdm import tqdm
 from yacs.config import CfgNode
 
 from internvl_ds.addresses import redacted
-from internvl_ds.files import write_text
+from internvl_ds.files import open_own, write_text
 
 _FORMAT = '[%(asctime)s rank {rank}] %(levelname)s %(message)s'
 
@@ -115,7 +117,7 @@ class MetricsLog:
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Adds one epoch's record; values that JSON has no word for (nan, inf) become null."""
-        with self.path.open('a', encoding='utf-8') as file:
+        with os.fdopen(open_own(self.path, os.O_APPEND), 'a', encoding='utf-8') as file:
             file.write(_line(record))
 
 
@@ -123,6 +125,10 @@ class _LogFile(logging.FileHandler):
     """Says once, on stderr, that it cannot be written, where logging would print each time."""
 
     _told = False
+
+    def _open(self) -> io.TextIOWrapper:
+        descriptor = open_own(Path(self.baseFilename), os.O_APPEND)
+        return os.fdopen(descriptor, 'a', encoding=self.encoding)
 
     def handleError(self, record: logging.LogRecord | None) -> None:
         if not self._told:

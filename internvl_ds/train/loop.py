@@ -29,7 +29,7 @@ from internvl_ds.train.model import input_dtype, set_train_mode
 from internvl_ds.train.optim import accumulation_steps, updates_per_epoch
 from internvl_ds.train.plot import plot_curves
 from internvl_ds.train.progress import Progress
-from internvl_ds.train.setup import DsConfig, Run, setup
+from internvl_ds.train.setup import DsConfig, Run, enter_output, setup
 from internvl_ds.train.stopwatch import Stopwatch, TimeTaken
 from internvl_ds.utils import save_checkpoint
 
@@ -49,6 +49,7 @@ def run(config: CfgNode, ds_config: DsConfig = None) -> float:
     Raises:
         Preempted: on all ranks, when training was asked to stop, and has saved.
     """
+    enter_output(config)
     logger = open_log(config.OUTPUT, rank())
     logger.info(how_started())
     try:

@@ -11,6 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from internvl_ds.files import replacing
+
 # Key in metrics.jsonl -> legend; the colours are the Okabe-Ito ones, told apart by every eye.
 _LOSSES = {'train_loss': ('training', '#0072B2'), 'val_loss': ('validation', '#D55E00')}
 _ACCURACIES = {
@@ -38,12 +40,8 @@ def plot_curves(records: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     best = max((r['acc1'] for r in records if r.get('acc1') is not None), default=None)
     if best is not None:
         accuracy.set_title(f'best top-1 {best:.2f} %', fontsize=10)
-    aside = path.with_name(f'.{path.stem}.tmp.png')
-    try:
-        figure.savefig(aside)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with replacing(path) as file:
+        figure.savefig(file, format='png')
     return path
 
 

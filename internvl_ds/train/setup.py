@@ -19,6 +19,7 @@ from torch import nn
 from yacs.config import CfgNode
 
 from internvl_ds import ds_config as ds
+from internvl_ds.checkpoint import output_lock
 from internvl_ds.checkpoint.choice import newer_than_best
 from internvl_ds.checkpoint.classes import require_same_classes, saved_classes
 from internvl_ds.counts import require_counts
@@ -147,7 +148,6 @@ def _setup_training(
             'each rank; lower one of the two'
         )
     timeout = config.CHECKPOINT.RENDEZVOUS_TIMEOUT
-    from_rank_0('look at OUTPUT', lambda: _require_writable(config.OUTPUT), timeout)
     if rank() == 0:
         with for_show(Path(config.OUTPUT) / 'config.json', logger):
             logger.info('configuration, resolved: %s', write_config(config, config.OUTPUT))
@@ -227,13 +227,31 @@ def _share_cores(config: CfgNode) -> None:
         torch.set_num_threads(max(1, cores // hosts.count(socket.gethostname())))
 
 
-def _require_writable(output: str) -> None:
-    """On rank 0: refuses before training what would fail after an epoch of it."""
-    try:
-        Path(output).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=output).close()
-    except OSError as error:
-        raise ConfigError(f'OUTPUT {output}: no checkpoint can be saved there: {error}') from error
+def enter_output(config: CfgNode) -> None:
+    """Locks OUTPUT for a run that saves there; refuses what would fail after an epoch of training.
+
+    Collective: every rank calls it.
+
+    Raises:
+        ConfigError: when OUTPUT cannot be written.
+        CheckpointError: when another job writes there.
+    """
+    if config.EVAL_MODE or config.THROUGHPUT_MODE:
+        return
+    output, timeout = Path(config.OUTPUT), config.CHECKPOINT.RENDEZVOUS_TIMEOUT
+
+    def enter() -> None:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=output).close()
+            if not config.BENCH.UPDATES:
+                output_lock.enter_output(output, config, timeout)
+        except OSError as error:
+            raise ConfigError(
+                f'OUTPUT {output}: no checkpoint can be saved there: {error}'
+            ) from error
+
+    from_rank_0('enter OUTPUT', enter, timeout)
 
 
 def _compare_pretrained_classes(

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from internvl_ds.files import replacing
 from internvl_ds.tune.finals import frontier
 from internvl_ds.tune.records import FINAL, OK, Row
 
@@ -61,9 +62,8 @@ def plot_trials(
     axes.grid(alpha=0.3)
     figure.legend(loc='outside lower center', ncols=4, fontsize=9, frameon=False, markerscale=0.5)
     axes.set_title(f'the result: {names[winner]}\n{_counts(rows)}', fontsize=10)
-    aside = path.with_name(f'.{path.stem}.tmp.png')
-    figure.savefig(aside)
-    aside.replace(path)
+    with replacing(path) as file:
+        figure.savefig(file, format='png')
     return path
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from internvl_ds.errors import ConfigError
-from internvl_ds.files import write_text
+from internvl_ds.files import open_own, write_text
 
 # How a trial ended. NO_ROOM and REFUSED were never started, and do not count as trials.
 OK, MEMORY, CRASH, HANG = 'ok', 'out of memory', 'crash', 'hang'
@@ -98,7 +98,7 @@ class Records:
 
     def append(self, row: Row) -> None:
         """Adds a row, on disk when this returns."""
-        with self._path.open('a', encoding='utf-8') as file:
+        with os.fdopen(open_own(self._path, os.O_APPEND), 'a', encoding='utf-8') as file:
             file.write(json.dumps(asdict(row)) + '\n')
             file.flush()
             os.fsync(file.fileno())

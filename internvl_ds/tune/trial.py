@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from internvl_ds.files import open_own
 from internvl_ds.tune.records import CRASH, HANG, MEMORY, OK
 
 # In the environment of every process of a trial: the trial's folder.
@@ -73,7 +74,7 @@ def run_trial(
     more = {MARK: str(folder), 'INTERNVL_DS_RESULT': str(folder / 'result')}
     log = folder / 'log.txt'
     start = time.monotonic()
-    with log.open('wb') as stream:
+    with os.fdopen(open_own(log, os.O_TRUNC), 'wb') as stream:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,

@@ -9,14 +9,19 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from internvl_ds.checkpoint import background
+from internvl_ds.checkpoint.lookup import newest
+from internvl_ds.checkpoint.output_lock import LOCK
 from internvl_ds.comm import free_port, init_distributed, shutdown
+from internvl_ds.config import get_config, merge_opts
 from internvl_ds.meetings import rank
+from internvl_ds.train.loop import run as run_program
 from tests.workers.calls import message_of, on_rank_0
 from tests.workers.killing import state_digest
 from tests.workers.saving import Run
@@ -27,7 +32,9 @@ def _size(directory: str) -> int:
 
 
 def _left(root: str) -> list[str]:
-    return sorted(p.name for p in Path(root).iterdir() if p.name != 'ds_config.json')
+    """What is there, but for what a run keeps as long as it lasts."""
+    kept = ('ds_config.json', LOCK)
+    return sorted(p.name for p in Path(root).iterdir() if p.name not in kept)
 
 
 def full_disk(stage: int, root: str, in_background: bool) -> dict[str, Any]:
@@ -72,10 +79,14 @@ def read_only(root: str) -> dict[str, Any]:
     run = Run(1, 'fp32', root)
     run.steps(0, 1)
     run.save(0)
-    on_rank_0(lambda: subprocess.run(['mount', '-o', 'remount,ro', root], check=True))
-    error = message_of(lambda: run.save(1))
-    run.steps(1, 2)
-    on_rank_0(lambda: subprocess.run(['mount', '-o', 'remount,rw', root], check=True))
+    # Mounted once more over itself: the run has a file open there, so that the first mount stays.
+    on_rank_0(lambda: subprocess.run(['mount', '--bind', root, root], check=True))
+    try:
+        on_rank_0(lambda: subprocess.run(['mount', '-o', 'remount,bind,ro', root], check=True))
+        error = message_of(lambda: run.save(1))
+        run.steps(1, 2)
+    finally:
+        on_rank_0(lambda: subprocess.run(['umount', root], check=True))
     left = _left(root)
     run.save(1)
     return {'error': error, 'left': left, 'after': _left(root)}
@@ -172,3 +183,41 @@ def start_program(root: Path, how: str) -> list[subprocess.Popen]:
                 )
             )
     return processes
+
+
+def locked_and_vanished(root: str, cfg: str) -> dict[str, Any]:
+    """Another job holds one OUTPUT, for a script and the training program; another one vanishes."""
+    config = get_config(Namespace(cfg=cfg, output=root, opts=['CHECKPOINT.LOCK_WAIT', '0']))
+    program = message_of(lambda: run_program(config))
+    taken, shared = Run(1, 'fp32', config.OUTPUT), Path(config.OUTPUT)
+    merge_opts(taken.config, ['CHECKPOINT.LOCK_WAIT', '0'])
+    script, left = message_of(lambda: taken.save(0)), _left(config.OUTPUT)
+    merge_opts(taken.config, ['CHECKPOINT.SHARED_OUTPUT', 'True'])
+    taken.save(0)
+    results = {'program': program, 'script': script, 'left': left, 'shared': _left(str(shared))}
+    taken.close()
+    run = Run(1, 'fp32', f'{root}/share/out')
+    run.save(0)
+    on_rank_0(lambda: Path(root, 'share').rename(f'{root}/away'))
+    results['vanished'] = message_of(lambda: run.save(1))
+    results['made anew'] = Path(root, 'share').exists()
+    on_rank_0(lambda: Path(root, 'away').rename(f'{root}/share'))
+    run.steps(0, 1)
+    run.save(1)
+    results['after'] = _left(f'{root}/share/out')
+    run.close()
+    return results
+
+
+def latest_in_the_way(root: str) -> dict[str, Any]:
+    """`latest` cannot be written: something else has the name."""
+    run = Run(1, 'fp32', root, SAVE_CKPT_NUM=5)
+    run.save(0)
+    latest = Path(root, 'latest')
+    on_rank_0(lambda: (latest.unlink(), latest.mkdir()))
+    error, left = message_of(lambda: run.save(1)), _left(root)
+    found = newest(Path(root))
+    on_rank_0(latest.rmdir)
+    run.save(1)
+    run.close()
+    return {'error': error, 'left': left, 'found': str(found and found.path), 'after': _left(root)}

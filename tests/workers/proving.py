@@ -24,6 +24,7 @@ from internvl_ds.checkpoint import background
 from internvl_ds.checkpoint.averages import read_whole_ema
 from internvl_ds.checkpoint.ema_files import EmaFiles
 from internvl_ds.checkpoint.export import weights_of_tag
+from internvl_ds.checkpoint.output_lock import LOCK
 from internvl_ds.checkpoint.shards import TagShards
 from internvl_ds.ema import ShardedEma
 from internvl_ds.errors import InternvlDsError
@@ -151,7 +152,7 @@ def refuse(root: str, stages: list[int], in_background: bool) -> dict[str, Any]:
             'replaced', lambda m=module: setattr(m, 'head', nn.Linear(13, 5)),
             lambda m=module, h=head: setattr(m, 'head', h), report, run,
         )  # fmt: skip
-        report['tags'] = sorted(path.name for path in Path(output).iterdir())
+        report['tags'] = sorted(p.name for p in Path(output).iterdir() if p.name != LOCK)
         report['latest'] = (Path(output) / 'latest').read_text()
         run.steps(1, 2)
         report['then'] = Path(save(run, 1, None)).name

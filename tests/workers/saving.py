@@ -24,6 +24,7 @@ from internvl_ds import (
     load_ema_checkpoint,
     save_checkpoint,
 )
+from internvl_ds.checkpoint.output_lock import LOCK
 from internvl_ds.ema import ShardedEma
 from internvl_ds.meetings import rank, world_size
 from tests.workers.model import (
@@ -377,7 +378,7 @@ def retain(root: str, runs: list[Any]) -> dict[str, Any]:
         'epoch_tags': listings,
         'others': sorted(p.name for p in Path(root).glob('ckpt_epoch_*best')),
         'latest': Path(root, 'latest').read_text(),
-        'hidden': sorted(p.name for p in Path(root).glob('.*')),
+        'hidden': sorted(p.name for p in Path(root).glob('.*') if p.name != LOCK),
     }
 
 

@@ -20,6 +20,7 @@ from yacs.config import CfgNode
 
 from internvl_ds import engine as internvl_engine
 from internvl_ds import initialize
+from internvl_ds.checkpoint.output_lock import LOCK
 from internvl_ds.config import default_config, get_config, merge_opts
 from internvl_ds.errors import RankError
 from internvl_ds.meetings import rank, world_size
@@ -188,7 +189,7 @@ def train_on_ranks(cfg: str, output: str, opts: list[str], ds_config: str | None
     return {
         'best': best,
         'metrics': [json.loads(line) for line in lines],
-        'files': sorted(path.name for path in folder.iterdir()),
+        'files': sorted(path.name for path in folder.iterdir() if path.name != LOCK),
     }
 
 

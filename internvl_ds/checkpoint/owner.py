@@ -1,0 +1,178 @@
+"""The process that owns something in an output directory, and whether it still lives.
+
+It holds a lock (flock) that the kernel releases when the process ends, however it ends. Where locks
+say nothing, the process's number and start time do on its own machine; elsewhere only an age does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import json
+import os
+import secrets
+import socket
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import NamedTuple
+
+from internvl_ds.files import open_own
+
+_LONGEST = 4096  # bytes of a record
+
+# Descriptors of locks, which a forked child must not hold on to: see `open_lock`.
+_locks: set[int] = set()
+
+
+class Owner(NamedTuple):
+    """What a lock and a mark say: text only, as JSON.
+
+    Attributes:
+        id: random; names what is owned.
+        host, pid: of the process.
+        machine: this boot of the host, and the space of its process numbers (a container's).
+        started: when the process started, in clock ticks since that boot.
+        since: when it took what it owns, UTC, ISO 8601.
+    """
+
+    id: str
+    host: str
+    pid: str
+    machine: str
+    started: str
+    since: str
+
+    def __str__(self) -> str:
+        return f'process {self.pid} on {self.host}, since {self.since}'
+
+    def to_text(self) -> str:
+        """As it stands in a file."""
+        return json.dumps(self._asdict()) + '\n'
+
+
+def this_process() -> Owner:
+    """An owner with an id that nobody has."""
+    now = datetime.now(timezone.utc).isoformat(timespec='seconds')
+    pid = os.getpid()
+    started = _started(pid) or ''
+    return Owner(secrets.token_hex(8), socket.gethostname(), str(pid), _machine(), started, now)
+
+
+def read_owner(place: Path | int) -> Owner | None:
+    """The record in a file, by its path (no link) or descriptor; None where there is none."""
+    try:
+        if isinstance(place, int):
+            text = os.pread(place, _LONGEST, 0)
+        else:
+            descriptor = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                text = os.read(descriptor, _LONGEST)
+            finally:
+                os.close(descriptor)
+        tree = json.loads(text)
+        whole = set(tree) == set(Owner._fields) and all(isinstance(v, str) for v in tree.values())
+        return Owner(**tree) if whole else None
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return None  # not there, or not ours
+
+
+def has_ended(owner: Owner | None, held: bool | None) -> bool | None:
+    """Whether the process that a record names is gone.
+
+    Args:
+        owner: the record; None where there is none.
+        held: what `open_lock` said of its lock; None where there is no lock.
+
+    Returns:
+        None where nothing here can tell: of another machine, or without a record.
+    """
+    if held is False:
+        return False
+    if owner is None:
+        return None
+    here = owner.machine == _machine()
+    if held and (here or owner.host == socket.gethostname()):
+        return True
+    return not _is_alive(owner) if here else None
+
+
+def _is_alive(owner: Owner) -> bool:
+    with contextlib.suppress(PermissionError):  # another user's
+        try:
+            os.kill(int(owner.pid), 0)
+        except (ProcessLookupError, OverflowError, ValueError):
+            return False
+    started = _started(int(owner.pid))
+    return started is None or started == owner.started
+
+
+def open_lock(path: Path, *, make: bool = True) -> tuple[int, bool | None]:
+    """Opens the file of a lock and tries to take the lock. `let_go` gives it up.
+
+    Children of this process do not hold it: of a fork they close it, and no other program gets it.
+
+    Args:
+        path: the file; no link is followed.
+        make: make it where it is not there.
+
+    Returns:
+        The descriptor, and whether this process holds the lock now: False where another one does,
+        None where the file system has no locks.
+
+    Raises:
+        OSError: with the path.
+    """
+    while True:
+        descriptor = open_own(path, os.O_RDWR, make=make)
+        _closed_by_children()
+        _locks.add(descriptor)
+        held: bool | None = True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            held = False
+        except OSError:
+            held = None
+        if not held or _is_still(path, descriptor):
+            return descriptor, held
+        let_go(descriptor)  # its owner removed it just now
+
+
+def let_go(descriptor: int) -> None:
+    """Closes what `open_lock` opened."""
+    _locks.discard(descriptor)
+    os.close(descriptor)
+
+
+def _is_still(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.lstat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+@functools.cache
+def _closed_by_children() -> None:
+    os.register_at_fork(after_in_child=_close_all)
+
+
+def _close_all() -> None:
+    while _locks:
+        os.close(_locks.pop())
+
+
+@functools.cache
+def _machine() -> str:
+    boot = Path('/proc/sys/kernel/random/boot_id').read_text(encoding='ascii').strip()
+    return f'{boot} {Path("/proc/self/ns/pid").readlink()}'
+
+
+def _started(pid: int) -> str | None:
+    """When a process started, in ticks since the boot; '' of one that has ended; None: unknown."""
+    try:
+        text = Path(f'/proc/{pid}/stat').read_text(encoding='utf-8', errors='replace')
+    except OSError:
+        return None
+    fields = text.rpartition(')')[2].split()
+    return '' if fields[0] in 'ZX' else fields[19]
