@@ -42,9 +42,10 @@ def damage(tag: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
             found.append(f'{tag / name}: not a file of this checkpoint')
             continue
         try:
-            actual = hash_file(tag / name)
-        except OSError as error:
-            found.append(f'{tag / name}: cannot be read: {error.strerror}')
+            actual = hash_file(tag / name, entry.size)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            found.append(f'{tag / name}: cannot be read: {reason}')
             continue
         if actual.size != entry.size:
             found.append(f'{tag / name}: has {actual.size} bytes, not {entry.size}')

@@ -12,6 +12,7 @@ from typing import Any
 
 from internvl_ds.errors import ConfigError
 from internvl_ds.files import write_text
+from internvl_ds.reading import read_json
 
 
 @contextlib.contextmanager
@@ -52,10 +53,13 @@ def same_settings(folder: Path, settings: Mapping[str, Any]) -> None:
         ConfigError: names each setting that differs, and both values.
     """
     path = folder / 'settings.json'
-    if not path.exists():
+    if not os.path.lexists(path):
         write_text(path, json.dumps(settings, indent=2) + '\n')
         return
-    before = json.loads(path.read_text(encoding='utf-8'))
+    try:
+        before = read_json(path, ours=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f'{path}: cannot be read: {error}') from error
     differing = list(_differences('', before, json.loads(json.dumps(settings))))
     if differing:
         raise ConfigError(
