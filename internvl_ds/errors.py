@@ -13,14 +13,18 @@ _CONTROL = re.compile(
 )
 
 
+_LONGEST = 10_000  # characters of an error
+
+
 class InternvlDsError(Exception):
     """Base of every error that this package raises on purpose.
 
-    Its text is `printable`: names of files, and what stood in them, are in it.
+    Its text is `printable` and not endless: names of files, and what stood in them, are in it.
     """
 
     def __str__(self) -> str:
-        return printable(super().__str__())
+        text = super().__str__()
+        return printable(text if len(text) <= _LONGEST else f'{text[:_LONGEST]} ...')
 
 
 class ConfigError(InternvlDsError, ValueError):

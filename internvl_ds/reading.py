@@ -23,7 +23,7 @@ from internvl_ds.errors import InternvlDsError
 
 # The longest file of each kind, bytes. The largest in use are a manifest of 60,000 files, and the
 # position of a loop that keeps the order of a million images.
-NAME_BYTES, YAML_BYTES, JSON_BYTES, LOG_BYTES = 4096, 1 << 18, 32 << 20, 64 << 20
+NAME_BYTES, YAML_BYTES, JSON_BYTES, LOG_BYTES = 4096, 1 << 18, 32 << 20, 4 << 20
 # How deep containers may be nested, and how many values they may have once references are followed.
 DEPTH, VALUES, YAML_VALUES = 64, 5_000_000, 20_000
 # What a parsed JSON may take, bytes: an empty list takes 64, for two characters.
@@ -126,25 +126,41 @@ def parse_json(text: str, pairs: Callable[[list[tuple[str, Any]]], Any] | None =
     return tree
 
 
-def require_bounded(tree: Any, values: int = VALUES) -> None:
+def require_bounded(tree: Any, values: int = VALUES) -> list[Any]:
     """Refuses nested containers that are too deep, or too many once references are followed.
 
+    Returns:
+        What is in them and is neither a container nor a number or text; each once in each.
+
     Raises:
-        Unreadable: for these, and for an integer that no float can hold.
+        Unreadable: for these, for one inside itself, and for an integer that no float can hold.
     """
-    level, count = [tree], 1
-    for _ in range(DEPTH):
-        huge = (v for v in level if isinstance(v, int) and v.bit_length() > _INT_BITS)
-        if (number := next(huge, None)) is not None:
-            raise Unreadable(f'holds an integer of {number.bit_length()} bits')
-        inner = [v for v in level if isinstance(v, Mapping | list | tuple | set)]
-        count += sum(map(len, inner))
-        if count > values:
+    others: list[Any] = []
+    sizes: dict[int, int | None] = {}  # of a container, all that is in it; None: not yet known
+
+    def size_of(container: Any, depth: int) -> int:
+        if (size := sizes.get(id(container), 0)) != 0:
+            if size is None:
+                raise Unreadable('holds a container inside itself')
+            return size
+        if depth > DEPTH:
+            raise Unreadable(f'is nested deeper than {DEPTH} levels')
+        sizes[id(container)], size = None, 1 + len(container)
+        for value in container.values() if isinstance(container, Mapping) else container:
+            if isinstance(value, int):
+                if value.bit_length() > _INT_BITS:
+                    raise Unreadable(f'holds an integer of {value.bit_length()} bits')
+            elif isinstance(value, Mapping | list | tuple | set):
+                size += size_of(value, depth + 1)
+            elif value is not None and not isinstance(value, str | float):
+                others.append(value)
+        if size > values:
             raise Unreadable(f'holds more than {values} values, references followed')
-        level = [v for c in inner for v in (c.values() if isinstance(c, Mapping) else c)]
-        if not level:
-            return
-    raise Unreadable(f'is nested deeper than {DEPTH} levels')
+        sizes[id(container)] = size
+        return size
+
+    size_of([tree], 0)
+    return others
 
 
 def parse_yaml(text: str) -> Any:
@@ -206,7 +222,7 @@ def interpreting(where: object, error_type: type[InternvlDsError]) -> Iterator[N
     """
     try:
         yield
-    except (InternvlDsError, MemoryError):
+    except (InternvlDsError, OSError):
         raise
     except Exception as error:
         reason = f'{type(error).__name__}: {error}'[:300]

@@ -12,7 +12,7 @@ import os
 import pickletools
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,8 +56,16 @@ def load_torch(path: Path | str, *, mapped: bool | None = None) -> Any:
         content = torch.load(
             path, map_location='cpu', weights_only=True, mmap=is_zip if mapped is None else mapped
         )
-    require_bounded(content)
-    _require_own_memory(content, size)
+    others = require_bounded(content)
+    tensors = {
+        id(v): v for v in others if isinstance(v, torch.Tensor) and v.layout is torch.strided
+    }
+    # To copy an expanded tensor would make all of it.
+    more = sum(
+        max(0, t.numel() * t.itemsize - t.untyped_storage().nbytes()) for t in tensors.values()
+    )
+    if more > size + _REPEATED_BYTES:
+        raise Unreadable(f'has tensors of {more} bytes more than it holds')
     return content
 
 
@@ -211,16 +219,3 @@ def require_bounded_steps(data: Any, start: int = 0) -> int:
         if isinstance(error, Unreadable):
             raise
         return start  # cut off or damaged: torch says how
-
-
-def _require_own_memory(content: Any, size: int) -> None:
-    """Refuses tensors that stand for much more than their memory: to copy one would make it."""
-    more, level = 0, [content]
-    while level:
-        for tensor in level:
-            if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided:
-                more += max(0, tensor.numel() * tensor.itemsize - tensor.untyped_storage().nbytes())
-        containers = [v for v in level if isinstance(v, Mapping | list | tuple)]
-        level = [v for c in containers for v in (c.values() if isinstance(c, Mapping) else c)]
-    if more > size + _REPEATED_BYTES:
-        raise Unreadable(f'has tensors of {more} bytes more than it holds')

@@ -13,6 +13,7 @@ from internvl_ds.checkpoint.outline import outline
 from internvl_ds.checkpoint.state import read_state
 from internvl_ds.checkpoint.tag_files import require_identity
 from internvl_ds.errors import CheckpointError
+from internvl_ds.reading import interpreting
 
 
 def share_of(names: Iterable[str], rank: int, world_size: int) -> list[str]:
@@ -70,7 +71,8 @@ def _foreign(path: Path, manifest: Manifest) -> list[str]:
             with open_safetensors(path) as file:
                 said = identity_in(file.metadata())
         elif path.name.endswith('_states.pt'):
-            said = outline(path).get(Identity.KEY)
+            with interpreting(path, CheckpointError):
+                said = outline(path).get(Identity.KEY)
         else:  # DeepSpeed's scripts
             return []
         require_identity(path, said, manifest.header)

@@ -199,4 +199,4 @@ def _restore_configs(source: Any) -> Any:
 
 
 def _unreadable(path: str, reason: str) -> str:
-    return f'{path}: cannot be read ({reason}); {_READABLE}'
+    return f'{path}: cannot be read ({reason[:500]}); {_READABLE}'

@@ -93,7 +93,7 @@ class MetricsLog:
         records = []
         for line in read_text(self.path, LOG_BYTES, ours=True).splitlines():
             try:
-                record = parse_json(line)
+                record = parse_json(line) if line.startswith('{') else None
             except ValueError:
                 continue
             if isinstance(record, dict) and isinstance(record.get('epoch'), int):

@@ -74,4 +74,4 @@ def _differences(where: str, before: Any, now: Any) -> Iterator[str]:
             inner = f'{where}/{key}' if where else str(key)
             yield from _differences(inner, before.get(key), now.get(key))
     elif before != now:
-        yield f'{where} was {json.dumps(before)} and is {json.dumps(now)}'
+        yield f'{where} was {json.dumps(before)[:200]} and is {json.dumps(now)[:200]}'
