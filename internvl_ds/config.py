@@ -13,10 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from yacs.config import CfgNode as CN
 
-from internvl_ds.errors import ConfigError
+from internvl_ds.errors import ConfigError, brief
+from internvl_ds.reading import YAML_BYTES, parse_yaml, read_text
 
 _C = CN()
 _C.BASE = ['']
@@ -179,6 +179,9 @@ _C.THROUGHPUT_MODE = False
 _C.LOCAL_RANK = 0
 _C.EVAL_22K_TO_1K = False
 
+# Files that one configuration may consist of: each may name the others more than once.
+_MOST_FILES = 100
+
 # Flag of the training program (attribute of args) -> key that it sets.
 _FLAGS = {
     'batch_size': 'DATA.BATCH_SIZE',
@@ -224,7 +227,7 @@ def get_config(args: Namespace) -> CN:
     """
     config = default_config()
     path = find_config_file(args.cfg)
-    _merge_file(config, path, seen=())
+    _merge_file(config, path, seen=(), files=[])
     opts = getattr(args, 'opts', None)
     if opts:
         merge_opts(config, opts)
@@ -243,7 +246,7 @@ def find_config_file(name: str) -> Path:
     """Finds a YAML file by path, or by name among those that ship with the package."""
     shipped = Path(__file__).parent / 'configs'
     for candidate in (Path(name), shipped / name, shipped / f'{name}.yaml'):
-        if candidate.is_file():
+        if os.path.exists(candidate) and not os.path.isdir(candidate):
             return candidate
     have = ', '.join(sorted(p.stem for p in shipped.glob('*.yaml')))
     raise ConfigError(f'--cfg {name}: no such file; configurations that ship by name: {have}')
@@ -287,8 +290,8 @@ def _parse_opt(config: CN, key: str, text: Any) -> Any:
         return text
     takes_text = isinstance(get_option(config, key, None), str)
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        value = parse_yaml(text)
+    except ValueError as error:
         if takes_text:
             return text
         raise ConfigError(f'--opts: {key} {text!r} cannot be read as YAML: {error}') from error
@@ -296,25 +299,30 @@ def _parse_opt(config: CN, key: str, text: Any) -> Any:
     return text if takes_text and not isinstance(value, str) else value
 
 
-def _merge_file(config: CN, path: Path, seen: tuple[Path, ...]) -> None:
+def _merge_file(config: CN, path: Path, seen: tuple[Path, ...], files: list[Path]) -> None:
     resolved = path.resolve()
+    files.append(path)
+    if len(files) > _MOST_FILES:
+        raise ConfigError(f'{files[0]}: its BASE files lead to more than {_MOST_FILES} files')
     if resolved in seen:
         chain = ' -> '.join(str(p) for p in (*seen, resolved))
         raise ConfigError(f'BASE files include each other in a circle: {chain}')
     try:
-        tree = yaml.safe_load(path.read_text(encoding='utf-8')) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        tree = parse_yaml(read_text(path, YAML_BYTES)) or {}
+    except (OSError, ValueError) as error:
         raise ConfigError(f'{path}: cannot be read as YAML: {error}') from error
     if not isinstance(tree, dict):
         raise ConfigError(f'{path}: holds a {type(tree).__name__}, not a mapping of keys')
     if isinstance(tree.get('BASE'), str):
         tree['BASE'] = [tree['BASE']]
+    if not isinstance(tree.get('BASE') or [], list):
+        raise ConfigError(f'{path}: BASE is {brief(tree["BASE"])}, and not a list of files')
     for name in tree.get('BASE') or []:
         if name:
             base = path.parent / str(name)
-            if not base.is_file():
+            if not os.path.exists(base):
                 raise ConfigError(f'{path}: BASE names {name}, and there is no file {base}')
-            _merge_file(config, base, (*seen, resolved))
+            _merge_file(config, base, (*seen, resolved), files)
     _merge_tree(config, tree, source=str(path))
 
 
@@ -323,8 +331,9 @@ def _merge_tree(config: CN, tree: Mapping[str, Any], source: str) -> None:
     fitted = _fit(config, tree, '', known, source)
     try:
         config.merge_from_other_cfg(CN(fitted))
-    except (AssertionError, KeyError, ValueError) as error:
-        raise ConfigError(f'{source}: {error.args[0]}') from error
+    except (AssertionError, KeyError, ValueError, RecursionError, MemoryError) as error:
+        reason = error.args[0] if error.args else type(error).__name__
+        raise ConfigError(f'{source}: {reason}') from error
 
 
 def _fit(node: CN, tree: Mapping[str, Any], prefix: str, known: set[str], source: str) -> dict:
@@ -333,18 +342,19 @@ def _fit(node: CN, tree: Mapping[str, Any], prefix: str, known: set[str], source
     for key, value in tree.items():
         name = f'{prefix}{key}'
         if not isinstance(key, str):
-            raise ConfigError(f'{source}: key {name} is a {type(key).__name__} to YAML; quote it')
+            kind = type(key).__name__
+            raise ConfigError(f'{source}: key {name[:200]} is a {kind} to YAML; quote it')
         if key not in node:
             if node.is_new_allowed():
                 fitted[key] = value
                 continue
             near = _nearest(name, known)
             hint = f'; the nearest known key is {near}' if near else ''
-            raise ConfigError(f'{source}: unknown key {name}{hint}')
+            raise ConfigError(f'{source}: unknown key {name[:200]}{hint}')
         default = node[key]
         if isinstance(default, CN):
             if not isinstance(value, Mapping):
-                raise ConfigError(f'{source}: {name} is a section, not a value ({value!r})')
+                raise ConfigError(f'{source}: {name} is a section, not a value ({brief(value)})')
             fitted[key] = _fit(default, value, f'{name}.', known, source)
         elif isinstance(value, Mapping):
             raise ConfigError(f'{source}: {name} is a value ({default!r}), not a section')
@@ -356,7 +366,10 @@ def _fit(node: CN, tree: Mapping[str, Any], prefix: str, known: set[str], source
 def _as_type_of(default: Any, value: Any, where: str) -> Any:
     """Turns what YAML parsed into the default's type: 5e-4 and (1, 2) are text to it, 0 an int."""
     if isinstance(value, str):
-        literal = CN._decode_cfg_value(value)
+        try:
+            literal = CN._decode_cfg_value(value)
+        except (RecursionError, MemoryError) as error:  # of Python's parser, of a strange text
+            raise ConfigError(f'{where}: cannot be read as a value: {brief(value)}') from error
         if not isinstance(default, str):
             value = literal
         elif literal is not None:
@@ -370,7 +383,7 @@ def _as_type_of(default: Any, value: Any, where: str) -> Any:
         return value
     raise ConfigError(
         f'{where} takes a value of type {type(default).__name__}, such as {default!r}, '
-        f'and {value!r} is of type {type(value).__name__}'
+        f'and {brief(value)} is of type {type(value).__name__}'
     )
 
 
@@ -383,6 +396,8 @@ def _dotted_keys(node: CN, prefix: str = '') -> Iterator[str]:
 
 def _nearest(name: str, known: set[str]) -> str | None:
     """The known key most like ``name``: by its whole path, else by its last part alone."""
+    if len(name) > 100:
+        return None
     whole = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
     if whole:
         return whole[0]

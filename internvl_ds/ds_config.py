@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import difflib
-import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from internvl_ds.ds_fill import (
     fill_optimizer,
     fill_scheduler,
 )
-from internvl_ds.errors import ConfigError
+from internvl_ds.errors import ConfigError, few
+from internvl_ds.reading import parse_json, read_text
 
 FP32, FP16, BF16 = 'fp32', 'fp16', 'bf16'
 AUTOCAST_FP16, AUTOCAST_BF16 = 'torch_autocast float16', 'torch_autocast bfloat16'
@@ -45,6 +46,7 @@ OF_PARTITIONED_UPDATES = (
     ('bf16', 'bf16_optimizer_states'),
 )
 
+_JSON_BYTES = 1 << 20
 _BLOCKS = ('fp16', 'bf16', 'torch_autocast')
 
 
@@ -71,15 +73,16 @@ def load_ds_config(source: str | Path | Mapping[str, Any] | None) -> dict[str, A
     path = _find(source)
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        twice = sorted({key for key in keys if keys.count(key) > 1})
+        twice = sorted(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)
         if twice:
-            raise ConfigError(f'{path}: key stated twice: {", ".join(twice)}')
+            raise ConfigError(f'{path}: key stated twice: {few(twice)}')
         return dict(pairs)
 
     try:
-        tree = json.loads(path.read_text(encoding='utf-8'), object_pairs_hook=no_duplicates)
-    except (OSError, json.JSONDecodeError) as error:
+        tree = parse_json(read_text(path, _JSON_BYTES), no_duplicates)
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:
         raise ConfigError(f'{path}: cannot be read as JSON: {error}') from error
     if not isinstance(tree, dict):
         raise ConfigError(f'{path}: holds a {type(tree).__name__}, not a JSON object')
@@ -310,7 +313,7 @@ def _find(source: str | Path) -> Path:
     shipped = shipped_dir()
     for candidate in (Path(source), shipped / source, shipped / f'{source}.json'):
         try:
-            if candidate.is_file():
+            if candidate.exists() and not candidate.is_dir():
                 return candidate
         except OSError as error:  # a name that is too long
             raise ConfigError(f'ds_config {str(source)[:60]}...: {error.strerror}') from error

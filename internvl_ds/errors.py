@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import re
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
+# C0 and C1 controls, lone surrogates (bytes that are no UTF-8), and what turns or hides text.
+_CONTROL = re.compile(
+    '[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]'
+)
+
+
+_LONGEST = 10_000  # characters of an error
+
 
 class InternvlDsError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base of every error that this package raises on purpose.
+
+    Its text is `printable` and not endless: names of files, and what stood in them, are in it.
+    """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return printable(text if len(text) <= _LONGEST else f'{text[:_LONGEST]} ...')
 
 
 class ConfigError(InternvlDsError, ValueError):
@@ -66,3 +83,22 @@ class PretrainedError(InternvlDsError, RuntimeError):
 def few(values: Sequence[Any], most: int = 5) -> str:
     """The first few of many, for a message."""
     return ', '.join(map(str, values[:most])) + (', ...' if len(values) > most else '')
+
+
+def printable(text: object) -> str:
+    """``text`` with what a terminal would obey, and cannot show, escaped; lines and tabs stay."""
+    return _CONTROL.sub(lambda m: m[0].encode('unicode_escape').decode(), str(text))
+
+
+def shown(name: object) -> str:
+    """A name for one line of a message: `printable`, without line breaks."""
+    return printable(name).replace('\n', '\\n').replace('\t', '\\t')
+
+
+def brief(value: Any) -> str:
+    """The repr of a value from a file, a line at most, however large the value is."""
+    return printable(_repr.repr(value))
+
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = _repr.maxlong = 120

@@ -19,6 +19,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import _weights_only_unpickler
 
 # What `torch.serialization.safe_globals` takes.
 Allowed = list[Callable[..., Any] | tuple[Callable[..., Any], str]]
@@ -54,16 +55,41 @@ def allowed_globals() -> Allowed:
 
 @contextmanager
 def allowing() -> Iterator[None]:
-    """Lets torch.load meet `allowed_globals` meanwhile.
+    """Lets torch.load meet `allowed_globals` meanwhile, and nothing that makes bytes of any number.
 
     torch keeps its list for the whole process, and a thread that leaves takes its entries away from
     the others: one thread at a time reads, where several verify or save.
     """
-    with _reading, torch.serialization.safe_globals(allowed_globals()):
+    with _reading, torch.serialization.safe_globals(allowed_globals()), _bounded():
         yield
 
 
 _reading = threading.Lock()
+
+
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """Puts functions that copy in the place of two of torch's own list that can grow."""
+    known = _weights_only_unpickler._get_allowed_globals()
+    bounded = {'builtins.bytearray': _bytearray, '_codecs.encode': _encode}
+    before = {name: known[name] for name in bounded.keys() & known.keys()}
+    known.update({name: bounded[name] for name in before})
+    try:
+        yield
+    finally:
+        known.update(before)
+
+
+def _bytearray(data: bytes | str = b'', encoding: str = '') -> bytearray:
+    """Stands for ``bytearray`` in a file, which makes any number of zeros of an int."""
+    return bytearray(_encode(data, encoding) if isinstance(data, str) else memoryview(data))
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    """Stands for ``_codecs.encode`` in a file, as pickle writes bytes by it."""
+    if not isinstance(text, str) or encoding not in ('latin1', 'latin-1'):
+        raise pickle.UnpicklingError(f'unrecognized function encode to {str(encoding)[:30]}')
+    return text.encode('latin-1')
 
 
 def refused_class(error: Exception) -> str | None:

@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import yaml
 from yacs.config import CfgNode
 
 from internvl_ds.addresses import is_address, shown
@@ -20,6 +19,7 @@ from internvl_ds.config import checkpoint_option, default_config, get_option
 from internvl_ds.errors import CheckpointError, CheckpointNotFound, PretrainedError
 from internvl_ds.meetings import exchange, from_rank_0, rank, world_size
 from internvl_ds.pretrained.sources import open_source
+from internvl_ds.reading import parse_yaml
 
 _log = logging.getLogger(__name__)
 
@@ -215,8 +215,8 @@ def _position(path: Path) -> tuple[int, int] | None:
 def _resumed_from(tag: Path) -> str:
     """The MODEL.RESUME of the run that saved a tag, from the configuration that it keeps; or ''."""
     try:
-        tree = yaml.safe_load(state_of(tag).get('config') or '')
-    except (CheckpointError, yaml.YAMLError):  # told when it is loaded
+        tree = parse_yaml(state_of(tag).get('config') or '')
+    except (CheckpointError, ValueError):  # told when it is loaded
         return ''
     resume = get_option(tree, 'MODEL.RESUME', '')
     return _place(str(resume)) if resume else ''

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from yacs.config import CfgNode
 
 from internvl_ds.checkpoint import lookup
 from internvl_ds.checkpoint.manifest import STATE_FILE
 from internvl_ds.checkpoint.state import state_of
+from internvl_ds.checkpoint.tensor_files import open_safetensors
 from internvl_ds.checkpoint.verify import damage
 from internvl_ds.config import get_option
-from internvl_ds.errors import CheckpointError, CheckpointMismatch, PretrainedError, few
+from internvl_ds.errors import CheckpointError, CheckpointMismatch, PretrainedError, brief, few
 from internvl_ds.pretrained.sources import open_source
+from internvl_ds.reading import parse_json, read_json
 
 
 def require_same_classes(
@@ -85,12 +86,12 @@ def _in_file(where: str) -> Any:
     if path.is_dir():
         path = min(path.glob('*.index.json'))
     if path.name.endswith('.index.json'):
-        return json.loads(path.read_text(encoding='utf-8'))['metadata']['class_names']
+        return read_json(path)['metadata']['class_names']
     if path.suffix == '.safetensors' and path.is_file():
-        with safe_open(path, 'pt') as file:
-            return json.loads(file.metadata()['class_names'])
+        with open_safetensors(path) as file:
+            return parse_json(file.metadata()['class_names'])
     return open_source(where).get('class_names')
 
 
 def _quoted(name: str | None) -> str:
-    return 'none' if name is None else repr(name)
+    return 'none' if name is None else brief(name)

@@ -16,9 +16,10 @@ from yacs.config import CfgNode
 
 from internvl_ds.checkpoint.original import schedule_of_original
 from internvl_ds.checkpoint.shards import TagShards
-from internvl_ds.checkpoint.state import state_of
-from internvl_ds.errors import CheckpointMismatch, few
+from internvl_ds.checkpoint.state import require_state, state_of
+from internvl_ds.errors import CheckpointError, CheckpointMismatch, few
 from internvl_ds.lr_schedule import MICRO_BATCHES
+from internvl_ds.reading import YAML_VALUES, interpreting, require_bounded
 
 # What DeepSpeed 0.19 and earlier versions put there themselves.
 _DEEPSPEEDS = frozenset(
@@ -51,7 +52,12 @@ def saved_state(shards: TagShards) -> dict[str, Any]:
     Raises:
         CheckpointError: when it cannot be read.
     """
-    return state_of(shards.tag) or _in_own_words(shards)
+    state = state_of(shards.tag)
+    if not state:
+        with interpreting(shards.tag, CheckpointError):
+            state = _in_own_words(shards)
+        require_state(state, shards.tag)
+    return state
 
 
 def unread_keys(shards: TagShards) -> list[str]:
@@ -173,6 +179,7 @@ def _position(shards: TagShards, state: Mapping[str, Any], config: Any) -> dict[
 def _config_in(value: Any) -> CfgNode | None:
     """A CfgNode, which is read as an OrderedDict that has its marks."""
     if type(value) is OrderedDict and CfgNode.IMMUTABLE in vars(value):
+        require_bounded(value, YAML_VALUES)
         return CfgNode(value)
     return None
 

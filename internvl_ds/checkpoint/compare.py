@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from internvl_ds.checkpoint.shards import TagShards
 from internvl_ds.checkpoint.torch_state import state_by_order
 from internvl_ds.errors import CheckpointError, CheckpointMismatch, PretrainedError
 from internvl_ds.pretrained.sources import open_source
+from internvl_ds.reading import interpreting
 
 _NUMBERS = ('epoch', 'max_accuracy', 'max_accuracy_ema', 'ema_decay')
 _PIECE = 1 << 24  # elements compared at a time
@@ -60,14 +60,14 @@ def contents_of(path: Path) -> Contents:
         CheckpointError: when it is none of these, or cannot be read.
     """
     if path.is_dir():
-        return _contents_of_tag(path)
-    if path.name.endswith('.safetensors.index.json'):
-        return Contents(_prefixed('model', _indexed(path)), {})
+        with interpreting(path, CheckpointError):
+            return _contents_of_tag(path)
     try:
         source = open_source(str(path))
     except PretrainedError as error:
         raise CheckpointError(str(error)) from error
-    return _contents_of_file(source, str(path))
+    with interpreting(path, CheckpointError):
+        return _contents_of_file(source, str(path))
 
 
 def differences(a: Contents, b: Contents) -> Iterator[Difference]:
@@ -181,15 +181,6 @@ def _group_names(optimizer: Mapping[str, Any], weights: Mapping[str, Any]) -> li
             found.append(name)
         groups.append(found)
     return groups
-
-
-def _indexed(path: Path) -> dict[str, Flat]:
-    try:
-        where = json.loads(path.read_text())['weight_map']
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f'{path}: is no index of safetensors files: {error}') from error
-    files = {name: open_source(str(path.with_name(name))) for name in set(where.values())}
-    return {n: Flat.of(f'{path}: {n}', files[name][n]) for n, name in where.items()}
 
 
 def _stripped(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
+from internvl_ds.checkpoint import tensor_files
 from internvl_ds.checkpoint.client_state import holds_average
 from internvl_ds.checkpoint.lookup import read_manifest
 from internvl_ds.checkpoint.manifest import Identity
 from internvl_ds.checkpoint.shards import TagShards
 from internvl_ds.checkpoint.tag_files import require_identity
-from internvl_ds.errors import CheckpointError
+from internvl_ds.errors import CheckpointError, InternvlDsError, brief
+from internvl_ds.reading import interpreting, parse_json
 
 WHOLE = 'ema.safetensors'
 _SHARD = 'ema_rank_{}.safetensors'
@@ -75,7 +77,13 @@ class EmaFiles:
             CheckpointError: when it cannot be read.
         """
         with self.open(shard_name(0)) as file:
-            return file.metadata()
+            header = file.metadata() or {}
+        with interpreting(self.tag / shard_name(0), CheckpointError):
+            decay, warmup = float(header['decay']), parse_json(header.get('warmup', 'null'))
+            numbers = [int(header[k]) for k in ('num_updates', 'zero_stage', 'world_size')]
+            if not 0 <= decay <= 1 or min(numbers) < 0 or not isinstance(warmup, dict | None):
+                raise ValueError(f'decay {decay}, numbers {numbers}, warmup {brief(warmup)}')
+        return header
 
     def names(self, rank: int = 0) -> list[str]:
         """The names of the tensors in one rank's part, ``shard/...`` and ``buffer/...``, in order.
@@ -119,11 +127,12 @@ def open_safetensors(path: Path) -> Iterator[Any]:
         CheckpointError: when it cannot be read.
     """
     try:
-        file = safe_open(path, 'pt')
-    except (OSError, SafetensorError) as error:
+        with tensor_files.open_safetensors(path) as file:
+            yield file
+    except (OSError, ValueError, SafetensorError) as error:
+        if isinstance(error, InternvlDsError):
+            raise
         raise CheckpointError(f'{path}: cannot be read: {error}') from error
-    with file as opened:
-        yield opened
 
 
 def with_identity(metadata: Mapping[str, str] | None, identity: Identity) -> dict[str, str]:
@@ -134,6 +143,6 @@ def with_identity(metadata: Mapping[str, str] | None, identity: Identity) -> dic
 def identity_in(metadata: Mapping[str, str] | None) -> Any:
     """What a header says of whose file it is; None where it says nothing."""
     try:
-        return json.loads((metadata or {}).get(Identity.KEY, 'null'))
+        return parse_json((metadata or {}).get(Identity.KEY, 'null'))
     except ValueError:
         return None

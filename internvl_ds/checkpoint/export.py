@@ -25,6 +25,7 @@ from internvl_ds.errors import CheckpointError
 from internvl_ds.files import replacing
 from internvl_ds.param_groups import PER_GROUP_LISTS
 from internvl_ds.pretrained.sources import open_source
+from internvl_ds.reading import parse_yaml
 
 # What torch.amp.GradScaler starts with: for runs in fp32 and bf16, which have no loss scale.
 _GRAD_SCALER = {
@@ -71,7 +72,7 @@ def write_original(tag: Path, target: Path) -> None:
         'schedule': kept.get('schedule'),  # what it counts, for a load of ours
         'max_accuracy': kept.get('max_accuracy') or 0.0,
         'epoch': kept.get('epoch'),
-        'config': CfgNode.load_cfg(kept['config']) if kept.get('config') else None,
+        'config': CfgNode(parse_yaml(kept['config'])) if kept.get('config') else None,
         'amp': {key: scale.get(key, value) for key, value in _GRAD_SCALER.items()},
         'max_accuracy_ema': kept.get('max_accuracy_ema'),
         'ema_decay': kept.get('ema_decay'),

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from internvl_ds.checkpoint.allowed import PortablePickle
 from internvl_ds.checkpoint.manifest import FileEntry
 from internvl_ds.files import flush
+from internvl_ds.reading import open_data
 
 # Hashed and written piece by piece: a piece is still in the CPU's cache when it is copied.
 _PIECE = 1 << 20
@@ -102,15 +103,22 @@ def flush_and_hash(path: Path) -> FileEntry:
     return hash_file(path)
 
 
-def hash_file(path: Path) -> FileEntry:
+def hash_file(path: Path, expected: int | None = None) -> FileEntry:
     """The size and digest of a file as it is.
+
+    Args:
+        path: the file.
+        expected: its size, bytes; a file of another one is not read, and its digest is ''.
 
     Raises:
         OSError: when it cannot be read; a sector that cannot be is no end of the process.
+        ValueError: when it is no regular file.
     """
     digest = xxhash.xxh3_128()
-    with path.open('rb', buffering=0) as file:
+    with open_data(path) as file:
         size = os.fstat(file.fileno()).st_size
+        if expected not in (None, size):
+            return FileEntry(size, '')
         # Twice as fast as reading, in the page cache.
         if not size or not _hash_mapped(file.fileno(), size, digest):
             size = _hash_read(file, digest)

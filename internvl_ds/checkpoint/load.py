@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from yacs.config import CfgNode
 
@@ -28,7 +29,7 @@ from internvl_ds.checkpoint.layout import (
     of_this_deepspeed,
     same_groups,
 )
-from internvl_ds.checkpoint.loop_state import read_loop, restore_loop
+from internvl_ds.checkpoint.loop_state import SavedLoop
 from internvl_ds.checkpoint.manifest import LOOP_FILE, STATE_FILE, Manifest, file_rank
 from internvl_ds.checkpoint.optimizer_state import require_optimizer
 from internvl_ds.checkpoint.original import weights_of_file
@@ -40,6 +41,7 @@ from internvl_ds.checkpoint.resume import (
     train_from_file,
 )
 from internvl_ds.checkpoint.schedule import (
+    require_schedule,
     restore_engines_own,
     restore_schedule,
     set_lr_of_schedule,
@@ -52,6 +54,7 @@ from internvl_ds.engine import engine_of, find_engine, restore_loss_scale, sched
 from internvl_ds.errors import CheckpointError, PretrainedError, few
 from internvl_ds.meetings import agree, from_rank_0, rank, world_size
 from internvl_ds.pretrained import downloads
+from internvl_ds.reading import interpreting
 from internvl_ds.scheduling import restore_schedule_position
 
 
@@ -134,20 +137,34 @@ def load_checkpoint(
         _verify(path, _share_of_weights, io_timeout)
         shards = agree('find shards', lambda: _shards_of(path, logger), timeout, CheckpointError)
         state = agree('read state', lambda: saved_state(shards), timeout, CheckpointError)
-        weights = agree('read weights', shards.weights, io_timeout, CheckpointError)
+
+        def read_weights() -> dict[str, torch.Tensor]:
+            with interpreting(path, CheckpointError):
+                return shards.weights()
+
+        weights = agree('read weights', read_weights, io_timeout, CheckpointError)
         load_weights(find_engine(model) or model, weights, str(path))
     else:
         engine = engine_of(model)
         require_optimizer(engine)
         direct = _fits_directly(engine, path, timeout, io_timeout)
         shards = agree('find shards', lambda: _shards_of(path, logger), timeout, CheckpointError)
-        agree('read loop', lambda: read_loop(path, shards.world_size), timeout, CheckpointError)
-        state = agree('read state', lambda: saved_state(shards), timeout, CheckpointError)
-        if lr_scheduler is None and engine.lr_scheduler is not None and not shards.has_manifest:
-            state['lr_scheduler'] = None  # it is restored with the engine
+
+        def read_state() -> tuple[SavedLoop, dict[str, Any]]:
+            state = saved_state(shards)
+            if lr_scheduler is None and engine.lr_scheduler is not None and not shards.has_manifest:
+                state['lr_scheduler'] = None  # it is restored with the engine
+            require_schedule(state, lr_scheduler, path)
+            return SavedLoop(path, shards.world_size), state
+
+        saved_loop, state = agree('read state', read_state, timeout, CheckpointError)
+
+        def ready() -> None:  # all is checked, and the engine about to be changed
+            saved_loop.restore_loop(loop, timeout)
+
         if direct:
             saved_by = str(state.get('optimizer_class') or '')
-            load_same_layout(engine, shards, saved_by, io_timeout, logger)
+            load_same_layout(engine, shards, saved_by, ready, io_timeout, logger)
             restore_loss_scale(engine, state.get('loss_scale'))
             restored = restore_schedule(config, state, lr_scheduler, scaler, path, logger)
             position = restore_schedule_position(engine, state.get('schedule'), restored)
@@ -157,11 +174,11 @@ def load_checkpoint(
                 set_lr_of_schedule(lr_scheduler, groups, position if own else shards.updates)
         else:
             load_other_layout(
-                config, engine, shards, state, lr_scheduler, scaler, io_timeout, logger
+                config, engine, shards, state, lr_scheduler, scaler, ready, io_timeout, logger
             )
             saved = shards.head.get('lr_scheduler')
             restore_engines_own(engine, lr_scheduler, saved, path, logger)
-        restore_loop(path, state, shards.world_size, loop, timeout, logger)
+        saved_loop.restore_generators(state, logger)
         if get_option(config, 'TRAIN.EMA.ENABLE', None) is False and EmaFiles(path):
             logger.info(
                 '%s holds an EMA: load_ema_checkpoint goes on with it, and TRAIN.EMA.ENABLE True '
@@ -248,7 +265,9 @@ def _load_ema_of_tag(model_ema: Any, saved: EmaFiles, timeout: float, io_timeout
 
 
 def _shards_of(path: Path, logger: logging.Logger) -> TagShards:
-    shards = TagShards(path)
+    with interpreting(path, CheckpointError):
+        shards = TagShards(path)
+        _ = shards.world_size, shards.shapes()
     _warn_unverified(shards, logger)
     if shards.unused:
         logger.warning(
@@ -285,7 +304,7 @@ def _verify(path: Path, choose: Callable[[Manifest], list[str]], timeout: float)
 
 
 def _own_shards(manifest: Manifest) -> list[str]:
-    """What DeepSpeed and `restore_loop` read on this rank, and state.json."""
+    """What DeepSpeed and `SavedLoop` read on this rank, and state.json."""
     loop = LOOP_FILE.format(rank())
     own = [loop] if loop in manifest.files else []
     shards = [n for n in manifest.files if n.endswith('_states.pt')]
@@ -300,9 +319,8 @@ def _own_ema(manifest: Manifest) -> list[str]:
 
 def _share_of_shards(manifest: Manifest) -> list[str]:
     """Of all that any rank may read, the part that this one verifies for all."""
-    loops = [LOOP_FILE.format(r) for r in range(manifest.header.world_size)]
-    read = {STATE_FILE, *loops}
-    names = [n for n in manifest.files if n.endswith('_states.pt') or n in read]
+    names = [n for n in manifest.files if n.endswith('_states.pt') or n == STATE_FILE]
+    names += [n for n in manifest.files if n == LOOP_FILE.format(file_rank(n))]
     return share_of(names, rank(), world_size())
 
 
@@ -332,23 +350,27 @@ def _downloaded(config: CfgNode, io_timeout: float) -> Path:
 
 def _evaluate_file(resume: str, model: Any, logger: logging.Logger) -> float:
     checkpoint = open_file(resume)
-    weights = weights_of_file(checkpoint, resume)
+    with interpreting(resume, CheckpointError):
+        weights = weights_of_file(checkpoint, resume)
+        accuracy = float(checkpoint.get('max_accuracy') or 0.0)
     load_weights(find_engine(model) or model, weights, resume)
     logger.info('=> loaded the weights of %s', resume)
-    return float(checkpoint.get('max_accuracy') or 0.0)
+    return accuracy
 
 
 def _fits_directly(engine: DeepSpeedEngine, path: Path, timeout: float, io_timeout: float) -> bool:
     """Whether DeepSpeed can load a tag by itself. Verifies what will be read, either way."""
 
     def same_layout() -> bool:
-        same = layout_of_tag(path) == layout_of_engine(engine)
-        return same and of_this_deepspeed(path)
+        with interpreting(path, CheckpointError):
+            same = layout_of_tag(path) == layout_of_engine(engine)
+            return same and of_this_deepspeed(path)
 
     def groups_fit() -> bool:
-        shards = TagShards(path)
-        require_same_model(shards.shapes(), model_shapes(engine.module), str(path))
-        return same_groups(engine, shards)
+        with interpreting(path, CheckpointError):
+            shards = TagShards(path)
+            require_same_model(shards.shapes(), model_shapes(engine.module), str(path))
+            return same_groups(engine, shards)
 
     if from_rank_0('compare layouts', same_layout, timeout):
         _verify(path, _own_shards, io_timeout)

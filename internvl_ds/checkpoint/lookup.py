@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +26,14 @@ from internvl_ds.checkpoint.manifest import (
     wrong_files,
 )
 from internvl_ds.checkpoint.retention import EpochTag
-from internvl_ds.errors import CheckpointError, CheckpointNotFound
+from internvl_ds.errors import CheckpointError, CheckpointNotFound, brief, shown
+from internvl_ds.reading import (
+    JSON_BYTES,
+    NAME_BYTES,
+    Unreadable,
+    open_data,
+    read_text,
+)
 
 LATEST = 'latest'
 ASIDE = '.old-'
@@ -72,17 +80,18 @@ def newest(output: Path, damaged: Mapping[str, str] | None = None) -> Resume | N
             return Resume(named, None)
         broken.append(f'{latest_file} names {latest}, and {why}')
     elif latest == '':
-        broken.append(f'{latest_file} is empty')
+        broken.append(f'{latest_file} {_why_not_latest(output)}')
     for path in _newest_first(output):
         if path.name == latest:
             continue
         why = damaged.get(path.name) or problem(path)
         if why is None:
             reason = '; '.join(broken) or f'there is no {latest_file}'
-            return Resume(path, f'{reason}: resuming from {path.name} instead')
+            return Resume(path, f'{reason}: resuming from {shown(path.name)} instead')
         broken.append(why)
     if not broken:
-        files = sorted(output.glob('*.pth'), key=lambda path: path.stat().st_mtime)
+        originals = (path for path in output.glob('*.pth') if path.is_file())
+        files = sorted(originals, key=lambda path: path.stat().st_mtime)
         return Resume(files[-1], None) if files else None
     raise CheckpointNotFound(
         f'{output}: checkpoints were here, but no whole one is left ({"; ".join(broken)}). '
@@ -102,13 +111,13 @@ def resolve(resume: str) -> Path:
         CheckpointError: when a tag is there and is not whole.
     """
     path = present(Path(resume))
-    if path.is_file() or (path.is_dir() and not is_tag(path)):
+    # os.path's take a name that no file can have for one of nothing.
+    if os.path.isfile(path) or (os.path.isdir(path) and not is_tag(path)):
         return path
-    if not path.is_dir():
-        siblings = sorted(tag.name for tag in tags(path.parent)) if path.parent.is_dir() else []
-        raise CheckpointNotFound(
-            f'{path}: no such checkpoint; {path.parent} has {", ".join(siblings) or "none"}'
-        )
+    if not os.path.isdir(path):
+        there = tags(path.parent) if os.path.isdir(path.parent) else []
+        siblings = ', '.join(sorted(shown(tag.name) for tag in there)) or 'none'
+        raise CheckpointNotFound(f'{path}: no such checkpoint; {path.parent} has {siblings}')
     why = problem(path)
     if why is not None:
         raise CheckpointError(f'{why}; it cannot be loaded')
@@ -118,7 +127,8 @@ def resolve(resume: str) -> Path:
 def tags(output: Path) -> list[Path]:
     """Every directory below ``output`` that could be a tag, in no order."""
     with os.scandir(output) as entries:
-        return [Path(e.path) for e in entries if not e.name.startswith('.') and e.is_dir()]
+        names = [e.path for e in entries if not e.name.startswith('.')]
+    return [Path(name) for name in names if os.path.isdir(name)]  # a link to itself is none
 
 
 def epoch_tags(output: Path) -> list[EpochTag]:
@@ -141,10 +151,10 @@ def is_tag(path: Path) -> bool:
     One that may not be read, such as lost+found, holds none.
     """
     try:
-        return (path / FILE_NAME).exists() or any(
+        return os.path.lexists(path / FILE_NAME) or any(
             name.endswith('_states.pt') for name in _file_names(path)
         )
-    except (PermissionError, FileNotFoundError):  # the latter: a run has just pruned it
+    except OSError:
         return False
 
 
@@ -156,11 +166,14 @@ def read_manifest(tag: Path) -> Manifest | None:
     """
     path = tag / FILE_NAME
     try:
-        return parse_manifest(path.read_text(encoding='utf-8'), str(path))
-    except FileNotFoundError:
+        text = read_text(path, JSON_BYTES)
+    except FileNotFoundError as error:
+        if os.path.islink(path):
+            raise CheckpointError(f'{path}: is a link to nothing') from error
         return None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f'{path}: cannot be read: {error}') from error
+    return parse_manifest(text, str(path))
 
 
 def read_header(tag: Path) -> Header | None:
@@ -171,11 +184,11 @@ def read_header(tag: Path) -> Header | None:
     """
     path = tag / FILE_NAME
     try:
-        with path.open('rb', buffering=0) as file:
-            front = file.read(HEADER_BYTES) or b''
+        with open_data(path) as file:
+            front = file.read(HEADER_BYTES)
     except FileNotFoundError:
         return None
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f'{path}: cannot be read: {error}') from error
     header = parse_header(front.decode(errors='replace'), str(path))
     if header is not None:
@@ -193,18 +206,33 @@ def header_or_none(tag: Path) -> Header | None:
 
 
 def file_sizes(directory: Path) -> dict[str, int]:
-    """Relative name -> size in bytes of every file below a tag, the manifest left out."""
+    """Relative name -> size in bytes of every file below a tag, the manifest left out.
+
+    A link to a file is that file; what is no regular file, and leads to none, has size -1.
+    """
     sizes = {}
     pending = [(directory, '')]
     while pending:
         folder, prefix = pending.pop()
         with os.scandir(folder) as entries:
             for entry in entries:
-                if entry.is_dir():
+                if entry.is_dir(follow_symlinks=False):
                     pending.append((Path(entry.path), f'{prefix}{entry.name}/'))
                 elif entry.name != FILE_NAME:
-                    sizes[f'{prefix}{entry.name}'] = entry.stat().st_size
+                    sizes[f'{prefix}{entry.name}'] = _size(entry)
     return sizes
+
+
+def _size(entry: os.DirEntry[str]) -> int:
+    try:
+        status = entry.stat()
+    except FileNotFoundError:
+        if not entry.is_symlink():
+            raise  # removed meanwhile
+        return -1
+    except OSError:
+        return -1
+    return status.st_size if stat.S_ISREG(status.st_mode) else -1
 
 
 def problem(tag: Path) -> str | None:
@@ -222,7 +250,7 @@ def problem(tag: Path) -> str | None:
 
 def _problem(tag: Path) -> str | None:
     if not tag.is_dir():
-        return f'{tag} does not exist'
+        return f'{tag} is no directory' if os.path.lexists(tag) else f'{tag} does not exist'
     manifest = read_manifest(tag)
     if manifest is None:
         if (tag / STATE_FILE).exists():  # plain DeepSpeed writes none
@@ -267,11 +295,25 @@ def stand_ins(output: Path) -> list[Path]:
 def read_latest(output: Path) -> str | None:
     """The tag that `latest` names; None without that file, '' where it names none."""
     try:
-        return (output / LATEST).read_text(encoding='utf-8').strip()
+        return _named_by(output / LATEST)
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError):
+    except (OSError, ValueError):
         return ''  # there, and naming nothing
+
+
+def _named_by(latest_file: Path) -> str:
+    name = read_text(latest_file, NAME_BYTES, ours=True).strip()
+    if Path(name).name != name or name.startswith('.') or shown(name) != name or len(name) > 255:
+        raise Unreadable(f'names {brief(name)}, which is no tag beside it')
+    return name
+
+
+def _why_not_latest(output: Path) -> str:
+    try:
+        return 'is empty' if not _named_by(output / LATEST) else 'has changed meanwhile'
+    except (OSError, ValueError) as error:
+        return str(error)
 
 
 def _newest_first(output: Path) -> list[Path]:
@@ -285,7 +327,7 @@ def _newest_first(output: Path) -> list[Path]:
         header = header_or_none(path)
         try:
             return (header.sequence if header else 0, path.stat().st_mtime)
-        except FileNotFoundError:  # a run has just replaced it
+        except OSError:  # a run has just replaced it, or it is a link to itself
             return (0, 0.0)
 
     return epochs + sorted(others, key=order, reverse=True)

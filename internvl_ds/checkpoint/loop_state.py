@@ -8,66 +8,74 @@ from pathlib import Path
 from typing import Any
 
 from internvl_ds.checkpoint.manifest import LOOP_FILE
-from internvl_ds.checkpoint.rng import set_rng_state
+from internvl_ds.checkpoint.rng import require_rng_state, set_rng_state
 from internvl_ds.checkpoint.state import read_own
-from internvl_ds.errors import CheckpointError
+from internvl_ds.errors import CheckpointError, brief
 from internvl_ds.meetings import agree, rank, world_size
+from internvl_ds.reading import interpreting
 
 
-def read_loop(path: Path, saved_ranks: int) -> dict[str, Any] | None:
-    """What a tag keeps for this rank's loop; on other ranks than before, rank 0's.
+class SavedLoop:
+    """What a tag keeps for this rank's loop; on other ranks than before, rank 0's."""
 
-    Returns:
-        None for a tag of plain DeepSpeed, or of an earlier version.
+    def __init__(self, path: Path, saved_ranks: int) -> None:
+        """Reads it, where the tag has it: not one of plain DeepSpeed, or of an earlier version.
 
-    Raises:
-        CheckpointError: when the file cannot be read, or is another rank's or another save's.
-    """
-    return read_own(path, LOOP_FILE.format(rank() if saved_ranks == world_size() else 0))
+        Args:
+            path: the tag.
+            saved_ranks: how many ranks saved it.
 
+        Raises:
+            CheckpointError: when the file cannot be read, is another rank's or another save's, or
+                does not hold what belongs there.
+        """
+        self.path, self.saved_ranks, self.restored = path, saved_ranks, False
+        self.same = saved_ranks == world_size()
+        file = path / LOOP_FILE.format(rank() if self.same else 0)
+        self._saved = read_own(path, file.name)
+        if self._saved is not None:
+            with interpreting(file, CheckpointError):
+                if not isinstance(self._saved['loop'], Mapping | None):
+                    raise TypeError(f'loop is {brief(self._saved["loop"])}')
+                require_rng_state(self._saved['rng'])
 
-def restore_loop(
-    path: Path,
-    state: Mapping[str, Any],
-    saved_ranks: int,
-    loop: Any,
-    timeout: float,
-    logger: logging.Logger,
-) -> None:
-    """Restores this rank's generators and ``loop`` from a tag. A meeting of all ranks.
+    def restore_loop(self, loop: Any, timeout: float) -> None:
+        """Restores ``loop``, before anything else is changed. A meeting of all ranks.
 
-    Args:
-        path: the tag.
-        state: what its state.json says.
-        saved_ranks: how many ranks saved it. On another number of them the generators stay as they
-            are, and ``loop`` gets what rank 0's said.
-        loop: see `load_checkpoint`.
-        timeout: seconds that a rank may be late.
-        logger: told where the epoch cannot be gone on with.
+        Args:
+            loop: see `load_checkpoint`.
+            timeout: seconds that a rank may be late.
 
-    Raises:
-        CheckpointError: on all ranks, when one cannot read its file.
-    """
-    same = saved_ranks == world_size()
+        Raises:
+            CheckpointError: on all ranks, when the loop of one does not take what was saved.
+        """
 
-    def restore() -> bool:
-        saved = read_loop(path, saved_ranks)
-        if saved is None:
-            return False
-        if same:
-            set_rng_state(saved['rng'])
-        if loop is None or saved['loop'] is None:
-            return False
-        loop.load_state_dict(saved['loop'])
-        return True
+        def restore() -> None:
+            if self._saved is None or loop is None or self._saved['loop'] is None:
+                return
+            with interpreting(f'{self.path}: the state of the loop', CheckpointError):
+                loop.load_state_dict(self._saved['loop'])
+            self.restored = True
 
-    restored = agree('restore loop', restore, timeout, CheckpointError)
-    if state.get('step') is not None and not restored:
-        logger.warning(
-            '%s was saved inside epoch %s, and this loop does not restore its position (pass '
-            'loop= to save_checkpoint and load_checkpoint): the epoch is begun anew',
-            path,
-            state['epoch'],
-        )
-    elif not same:
-        logger.info('%s: saved by %d ranks; random numbers are drawn anew', path, saved_ranks)
+        agree('restore loop', restore, timeout, CheckpointError)
+
+    def restore_generators(self, state: Mapping[str, Any], logger: logging.Logger) -> None:
+        """Restores this rank's generators, at last; on other ranks than before they stay.
+
+        Args:
+            state: what the tag's state.json says.
+            logger: told where the epoch cannot be gone on with.
+        """
+        if self.same and self._saved is not None:
+            set_rng_state(self._saved['rng'])
+        if state.get('step') is not None and not self.restored:
+            logger.warning(
+                '%s was saved inside epoch %s, and this loop does not restore its position (pass '
+                'loop= to save_checkpoint and load_checkpoint): the epoch is begun anew',
+                self.path,
+                state['epoch'],
+            )
+        elif not self.same:
+            logger.info(
+                '%s: saved by %d ranks; random numbers are drawn anew', self.path, self.saved_ranks
+            )

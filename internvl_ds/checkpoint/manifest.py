@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, NamedTuple
 
 import xxhash
 
-from internvl_ds.errors import CheckpointError
+from internvl_ds.errors import CheckpointError, brief, shown
+from internvl_ds.reading import interpreting, parse_json
 
 FILE_NAME = 'manifest.json'
 STATE_FILE = 'state.json'
@@ -23,6 +24,7 @@ HEADER_BYTES = 4096
 _EPOCH_TAG = re.compile(r'ckpt_epoch_(0|[1-9]\d*)(?:_step_([1-9]\d*))?')
 _BEST_NAME = re.compile(r'[A-Za-z_][A-Za-z0-9_.-]*')
 _FILE_RANK = re.compile(r'(?:pp_rank|ema_rank|loop_rank)_(\d+)')
+_NAME_LENGTH = 255
 _FILES = ',\n "files": {'
 _DIGEST = ',\n "xxh3_128": "'
 # Fields of the header that the manifests of earlier versions lack.
@@ -96,7 +98,8 @@ class Identity:
     def describe(said: Any) -> str:
         """What a file says of itself, in words."""
         said = said if isinstance(said, Mapping) else {}
-        return f"rank {said.get('rank')}'s file of save {said.get('save')} of {said.get('tag')}"
+        rank, save, tag = (brief(said.get(key)).strip("'") for key in ('rank', 'save', 'tag'))
+        return f"rank {rank}'s file of save {save} of {tag}"
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ def parse_header(front: str, where: str) -> Header | None:
     if not found:
         return None
     try:
-        return _header(json.loads(head + '\n}'), where)
+        return _header(parse_json(head + '\n}'), where)
     except ValueError as error:
         raise CheckpointError(f'{where}: not a checkpoint manifest: {error}') from error
 
@@ -146,16 +149,48 @@ def parse_manifest(text: str, where: str) -> Manifest:
         CheckpointError: when it is no manifest, is damaged, or has another format.
     """
     try:
-        tree = json.loads(text)
+        tree = parse_json(text)
     except ValueError as error:
         raise CheckpointError(f'{where}: not a checkpoint manifest: {error}') from error
     header = _header(tree, where)
     if text != _with_digest(text.rpartition(_DIGEST)[0]):
         raise CheckpointError(f'{where}: damaged: its own xxh3-128 is another')
     try:
-        return Manifest(header, {n: FileEntry(*entry) for n, entry in tree['files'].items()})
+        files = {n: FileEntry(*entry) for n, entry in tree['files'].items()}
     except (KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f'{where}: the manifest has no list of files: {error}') from error
+    for name, (size, digest) in files.items():
+        inside = name and all(part not in ('', '.', '..') for part in name.split('/'))
+        if not inside or '\0' in name:
+            raise CheckpointError(f'{where}: lists {brief(name)}, which is no file of a tag')
+        if not (_is_count(size) and isinstance(digest, str)):
+            raise CheckpointError(f'{where}: {shown(name)} has {brief([size, digest])}')
+    return Manifest(header, files)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+# What the fields of a header may be: ranks are counted through, accuracies are printed.
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(('tag', 'saved_at', 'precision', 'save'), _is_text),
+    **dict.fromkeys(('sequence', 'global_steps', 'size', 'format'), _is_count),
+    'epoch': lambda v: v is None or _is_count(abs(v)),
+    'step': lambda v: v is None or _is_count(v),
+    'max_accuracy': _is_number,
+    'zero_stage': lambda v: _is_count(v) and v <= 3,
+    'world_size': lambda v: _is_count(v) and 0 < v <= 1 << 20,
+    'versions': lambda v: isinstance(v, dict) and all(map(_is_text, v.values())),
+}
 
 
 def _with_digest(body: str) -> str:
@@ -167,37 +202,43 @@ def _header(tree: Any, where: str) -> Header:
         raise CheckpointError(f'{where}: not a checkpoint manifest')
     if tree['format'] > FORMAT:
         raise CheckpointError(
-            f'{where}: manifest format {tree["format"]}, and this version reads up to {FORMAT}: '
+            f'{where}: manifest format {brief(tree["format"])}, and this version reads up to '
+            f'{FORMAT}: '
             'upgrade internvl_ds'
         )
     if tree['format'] < FORMAT:
         raise CheckpointError(
-            f'{where}: manifest format {tree["format"]}, of a development version without '
+            f'{where}: manifest format {brief(tree["format"])}, of a development version without '
             'checksums, and this version does not read it'
         )
     try:
-        return Header(
-            **{f.name: tree[f.name] for f in fields(Header) if f.name not in _LATER},
-            **{name: tree[name] for name in _LATER if name in tree},
-        )
+        held = {f.name: tree[f.name] for f in fields(Header) if f.name not in _LATER}
     except KeyError as error:
         raise CheckpointError(f'{where}: the manifest lacks {error}') from error
+    held |= {name: tree[name] for name in _LATER if name in tree}
+    for name, value in held.items():
+        with interpreting(f'{where}: {name} is {brief(value)}', CheckpointError):
+            if not _FIELDS[name](value):
+                raise TypeError('of another kind')
+    return Header(**held)
 
 
 def wrong_files(files: Mapping[str, FileEntry], sizes: Mapping[str, int]) -> list[str]:
-    """Names each of ``files`` that is missing or of another size."""
+    """Names each of ``files`` that is missing, no regular file (size -1) or of another size."""
     wrong = []
     for name, entry in sorted(files.items()):
         if name not in sizes:
-            wrong.append(f'{name} is missing')
+            wrong.append(f'{shown(name)} is missing')
+        elif sizes[name] < 0:
+            wrong.append(f'{shown(name)} is no regular file, nor a link to one')
         elif sizes[name] != entry.size:
-            wrong.append(f'{name} has {sizes[name]} bytes, not {entry.size}')
+            wrong.append(f'{shown(name)} has {sizes[name]} bytes, not {entry.size}')
     return wrong
 
 
 def file_rank(name: str) -> int:
     """The rank whose shard a file is; 0 for what belongs to none."""
-    match = _FILE_RANK.search(name)
+    match = _FILE_RANK.search(name[-_NAME_LENGTH:])
     return int(match.group(1)) if match else 0
 
 

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 
 from internvl_ds.checkpoint.shards import read_shard
+from internvl_ds.checkpoint.tensor_files import pickle_of
+from internvl_ds.reading import open_data
 
 
 def outline(path: Path) -> Any:
@@ -27,8 +29,8 @@ def outline(path: Path) -> Any:
         CheckpointError: as `read_shard`, for a file that it would refuse.
     """
     try:
-        reader = torch._C.PyTorchFileReader(str(path))
-        return _Unpickler(io.BytesIO(reader.get_record('data.pkl'))).load()
+        with open_data(path) as file:
+            return _Unpickler(io.BytesIO(pickle_of(file))).load()
     except Exception:  # whatever it is, the reader that counts has the last word
         return read_shard(path, mmap=True)
 

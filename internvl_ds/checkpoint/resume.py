@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,8 +23,14 @@ from internvl_ds.checkpoint.optimizer_state import (
 )
 from internvl_ds.checkpoint.optimizer_trial import NUMBER, Kept, forms_of, like, state_of_optimizer
 from internvl_ds.checkpoint.original import schedule_of_original, state_of_file
-from internvl_ds.checkpoint.schedule import fit_to_groups, restore_schedule, set_lr_of_schedule
+from internvl_ds.checkpoint.schedule import (
+    fit_to_groups,
+    require_schedule,
+    restore_schedule,
+    set_lr_of_schedule,
+)
 from internvl_ds.checkpoint.shards import TagShards
+from internvl_ds.checkpoint.state import require_state
 from internvl_ds.checkpoint.writer import install_writer
 from internvl_ds.config import checkpoint_option
 from internvl_ds.engine import (
@@ -40,6 +46,7 @@ from internvl_ds.meetings import agree, rank
 from internvl_ds.param_groups import MergedGroups
 from internvl_ds.persistent import gathered_together
 from internvl_ds.pretrained.sources import open_source
+from internvl_ds.reading import interpreting
 from internvl_ds.scheduling import restore_schedule_position, warn_of_slow_schedule
 
 
@@ -70,26 +77,31 @@ def train_from_file(
     merged = client_groups(engine)
     now = _names_of(merged)
 
-    def read() -> tuple[Mapping[str, Any], NamedState]:
+    def read() -> tuple[NamedState, dict[str, Any], dict[str, float]]:
         checkpoint = open_file(resume)
-        return checkpoint, state_of_file(checkpoint, resume, [merged.names, now])
+        with interpreting(resume, CheckpointError):
+            saved = state_of_file(checkpoint, resume, [merged.names, now])
+            schedule = checkpoint.get('lr_scheduler')
+            settings = checkpoint['optimizer']['param_groups']
+            groups = merged.names if len(merged.names) == len(settings) else now
+            if schedule is not None and lr_scheduler is not None:
+                schedule = fit_to_groups(schedule, groups, lr_scheduler.state_dict(), now)
+            state = {
+                'epoch': checkpoint.get('epoch'),
+                'lr_scheduler': schedule,
+                'schedule': checkpoint.get('schedule') or schedule_of_original(checkpoint),
+                'scaler': checkpoint.get('amp') or None,
+                'max_accuracy': float(checkpoint.get('max_accuracy') or 0.0),
+            }
+            require_state(state, resume)
+            require_schedule(state, lr_scheduler, resume)
+            return saved, state, _lrs(groups, settings)
 
-    checkpoint, saved = agree('read file', read, io_timeout, CheckpointError)
-    _restore(engine, saved, io_timeout, logger)
-    schedule, settings = checkpoint.get('lr_scheduler'), checkpoint['optimizer']['param_groups']
-    groups = merged.names if len(merged.names) == len(settings) else now
-    if schedule is not None and lr_scheduler is not None:
-        schedule = fit_to_groups(schedule, groups, lr_scheduler.state_dict(), now)
-    state = {
-        'epoch': checkpoint.get('epoch'),
-        'lr_scheduler': schedule,
-        'schedule': checkpoint.get('schedule') or schedule_of_original(checkpoint),
-        'scaler': checkpoint.get('amp') or None,
-    }
-    lrs = _lrs(groups, settings)
+    saved, state, lrs = agree('read file', read, io_timeout, CheckpointError)
+    _restore(engine, saved, lambda: None, io_timeout, logger)
     _finish_restoring(config, engine, state, lrs, lr_scheduler, scaler, resume, logger)
     logger.info('=> loaded successfully %s (epoch %s)', resume, state['epoch'])
-    return float(checkpoint.get('max_accuracy') or 0.0)
+    return state['max_accuracy']
 
 
 def load_other_layout(
@@ -99,19 +111,30 @@ def load_other_layout(
     state: dict[str, Any],
     lr_scheduler: Any,
     scaler: Any,
+    ready: Callable[[], None],
     io_timeout: float,
     logger: logging.Logger,
 ) -> None:
-    """Goes on from a tag that DeepSpeed itself could not load into this engine."""
+    """Goes on from a tag that DeepSpeed itself could not load into this engine.
+
+    Args:
+        ready: called on all ranks when all is checked, before anything is changed.
+    """
     now = _names_of(client_groups(engine))
 
-    def read() -> tuple[NamedState, list[dict[str, Any]]]:
+    def read() -> tuple[NamedState, dict[str, Any], dict[str, float]]:
         saved_by = str(state.get('optimizer_class') or '')
-        return dataclasses.replace(shards.named_state(now), optimizer=saved_by), shards.settings()
+        with interpreting(shards.tag, CheckpointError):
+            saved, settings = shards.named_state(now), shards.settings()
+            groups = [group['param_names'] for group in settings]
+            schedule = state.get('lr_scheduler')
+            if schedule is not None and lr_scheduler is not None and all(map(all, groups)):
+                schedule = fit_to_groups(schedule, groups, lr_scheduler.state_dict(), now)
+            fitted = {**state, 'lr_scheduler': schedule}
+            return dataclasses.replace(saved, optimizer=saved_by), fitted, _lrs(groups, settings)
 
-    saved, settings = agree('read shards', read, io_timeout, CheckpointError)
-    groups = [group['param_names'] for group in settings]
-    _restore(engine, saved, io_timeout, logger)
+    saved, state, lrs = agree('read shards', read, io_timeout, CheckpointError)
+    _restore(engine, saved, ready, io_timeout, logger)
     batch, own_batch = shards.ds_config.get('train_batch_size'), engine.train_batch_size()
     if isinstance(batch, int) and batch != own_batch:
         logger.warning(
@@ -122,25 +145,22 @@ def load_other_layout(
             batch,
             own_batch,
         )
-    schedule = state.get('lr_scheduler')
-    if schedule is not None and lr_scheduler is not None and all(map(all, groups)):
-        schedule = fit_to_groups(schedule, groups, lr_scheduler.state_dict(), now)
-    _finish_restoring(
-        config,
-        engine,
-        {**state, 'lr_scheduler': schedule},
-        _lrs(groups, settings),
-        lr_scheduler,
-        scaler,
-        shards.tag,
-        logger,
-    )
+    _finish_restoring(config, engine, state, lrs, lr_scheduler, scaler, shards.tag, logger)
 
 
 def _restore(
-    engine: DeepSpeedEngine, saved: NamedState, io_timeout: float, logger: logging.Logger
+    engine: DeepSpeedEngine,
+    saved: NamedState,
+    ready: Callable[[], None],
+    io_timeout: float,
+    logger: logging.Logger,
 ) -> None:
-    restorer = agree('check state', lambda: Restorer(engine, saved), io_timeout, CheckpointError)
+    def check() -> Restorer:
+        with interpreting(saved.where, CheckpointError):
+            return Restorer(engine, saved)
+
+    restorer = agree('check state', check, io_timeout, CheckpointError)
+    ready()
     for warning in restorer.warnings:
         logger.warning(warning)
     logger.info('%s: from %s to %s', saved.where, saved.layout, layout_of_engine(engine))
@@ -194,6 +214,7 @@ def load_same_layout(
     engine: DeepSpeedEngine,
     shards: TagShards,
     saved_by: str,
+    ready: Callable[[], None],
     io_timeout: float,
     logger: logging.Logger,
 ) -> None:
@@ -201,16 +222,18 @@ def load_same_layout(
 
     Args:
         saved_by: the class of the optimizer that it was saved with; '' where it does not say.
+        ready: called on all ranks when all is checked, before anything is changed.
     """
     writer, path = install_writer(engine), shards.tag
 
     def open_own_files() -> tuple[list[str], list[Kept | None]]:
         # Before any rank changes state or enters a collective: can this rank read its shards, and
         # are they the running optimizer's?
-        for files in (shards.model_files, shards.optim_files):
-            if files:
-                writer.open(files[min(rank(), len(files) - 1)], shards)
-        return _require_same_optimizer(engine, shards, saved_by)
+        with interpreting(path, CheckpointError):
+            for files in (shards.model_files, shards.optim_files):
+                if files:
+                    writer.open(files[min(rank(), len(files) - 1)], shards)
+            return _require_same_optimizer(engine, shards, saved_by)
 
     def load() -> None:
         with gathered_together(engine), frozen_as_made(engine), _reading(engine, shards):
@@ -233,6 +256,7 @@ def load_same_layout(
             parameter: dict(tensors)
             for parameter, tensors in state_of_optimizer(engine.basic_optimizer).items()
         }
+        ready()
         agree('load shards', load, io_timeout, CheckpointError)
     finally:
         writer.close()

@@ -12,6 +12,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from internvl_ds.errors import CheckpointError
+from internvl_ds.reading import interpreting
 
 
 def rng_state() -> dict[str, Any]:
@@ -37,6 +38,19 @@ def rng_state() -> dict[str, Any]:
     return state
 
 
+def require_rng_state(state: Any) -> None:
+    """Makes sure that `set_rng_state` will take a state, with generators made for it.
+
+    Raises:
+        Exception: of whatever kind, where it will not.
+    """
+    random.Random().setstate(state['python'])
+    np.random.RandomState().set_state(_of_numpy(state))
+    torch.Generator().set_state(_tensor(state['torch']))
+    if (saved := state['accelerator']) is not None:
+        _ = saved['name'].lower(), _tensor(saved['state'])
+
+
 def set_rng_state(state: Mapping[str, Any]) -> None:
     """Sets what `rng_state` told.
 
@@ -45,17 +59,18 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: for what is no such state.
     """
-    try:
-        kind, keys, position, has_gauss, gauss = state['numpy']
-        words = np.frombuffer(base64.b64decode(keys), '<u4')
+    with interpreting('no states of random number generators', CheckpointError):
         random.setstate(state['python'])
-        np.random.set_state((kind, words, position, has_gauss, gauss))
+        np.random.set_state(_of_numpy(state))
         torch.set_rng_state(_tensor(state['torch']))
         saved, accelerator = state['accelerator'], get_accelerator()
         if saved and saved['name'] == accelerator.device_name():
             accelerator.set_rng_state(_tensor(saved['state']))
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f'no states of random number generators: {error!r}') from error
+
+
+def _of_numpy(state: Mapping[str, Any]) -> Any:
+    kind, keys, position, has_gauss, gauss = state['numpy']
+    return kind, np.frombuffer(base64.b64decode(keys), '<u4'), position, has_gauss, gauss
 
 
 def _text(data: bytes) -> str:

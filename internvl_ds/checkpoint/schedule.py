@@ -9,8 +9,44 @@ from typing import Any
 from deepspeed.runtime.engine import DeepSpeedEngine
 from yacs.config import CfgNode
 
-from internvl_ds.errors import few
+from internvl_ds.errors import CheckpointError, brief, few
 from internvl_ds.param_groups import PER_GROUP_LISTS
+
+
+def require_schedule(state: Mapping[str, Any], lr_scheduler: Any, where: object) -> None:
+    """Makes sure that a saved schedule has values of the kinds that the running one has.
+
+    Args:
+        state: the saved one is its ``lr_scheduler``.
+        lr_scheduler: the running one, or None.
+        where: the checkpoint, for errors.
+
+    Raises:
+        CheckpointError: names the first value that is of another kind.
+    """
+    saved = state.get('lr_scheduler')
+    if saved is None or lr_scheduler is None:
+        return
+    built = lr_scheduler.state_dict()
+    for key in sorted(saved.keys() & built.keys()):
+        was, now = _kind(saved[key]), _kind(built[key])
+        if None not in (was, now) and was != now:
+            raise CheckpointError(
+                f'{where}: {key} of its lr schedule is {brief(saved[key])}, where the configured '
+                f'{type(lr_scheduler).__name__} has {brief(built[key])}'
+            )
+
+
+def _kind(value: Any) -> str | None:
+    """Roughly what a value is; None for what may stand in for anything."""
+    if isinstance(value, list | tuple):
+        kinds = sorted({kind for v in value if (kind := _kind(v))})
+        return f'list of {kinds}' if kinds else None
+    if isinstance(value, Mapping):
+        return 'mapping'
+    return (
+        'number' if isinstance(value, int | float) else 'text' if isinstance(value, str) else None
+    )
 
 
 def restore_schedule(

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from internvl_ds.checkpoint.allowed import allowing, reason_of, refused_class
+from internvl_ds.checkpoint.allowed import reason_of, refused_class
 from internvl_ds.checkpoint.lookup import file_sizes, read_manifest
 from internvl_ds.checkpoint.manifest import Identity
 from internvl_ds.checkpoint.named import Flat, NamedState
@@ -29,6 +29,7 @@ from internvl_ds.checkpoint.tag_files import (
     optim_names,
     require_identity,
 )
+from internvl_ds.checkpoint.tensor_files import load_torch
 from internvl_ds.checkpoint.torch_state import (
     KeptTensor,
     State,
@@ -51,8 +52,7 @@ def read_shard(path: Path | str, *, mmap: bool = False) -> Any:
         CheckpointError: when the file cannot be read, or holds anything else (which is named).
     """
     try:
-        with allowing():
-            return torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
+        return load_torch(path, mapped=mmap)
     except pickle.UnpicklingError as error:
         refused = refused_class(error)
         if refused is None:
@@ -60,8 +60,8 @@ def read_shard(path: Path | str, *, mmap: bool = False) -> Any:
         raise CheckpointError(
             f'{path}: refused, because it holds more than tensors and plain data: {refused}'
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
-        raise CheckpointError(f'{path}: cannot be read: {error}') from error
+    except Exception as error:  # a damaged pickle can raise nearly anything
+        raise CheckpointError(f'{path}: cannot be read: {error or repr(error)}') from error
 
 
 class TagShards:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,57 @@ import torch
 from internvl_ds.checkpoint.lookup import read_manifest
 from internvl_ds.checkpoint.manifest import STATE_FILE, Identity
 from internvl_ds.checkpoint.tag_files import require_identity
-from internvl_ds.errors import CheckpointError
+from internvl_ds.errors import CheckpointError, brief
+from internvl_ds.reading import interpreting, read_json
 
 # A dict with this single key stands for what JSON has no type for.
 _MARK = '__internvl_ds__'
+
+
+def _is(*kinds: type) -> Callable[[Any], bool]:
+    return lambda v: v is None or (isinstance(v, kinds) and not isinstance(v, bool))
+
+
+def _of_names(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(v, str) for v in value))
+
+
+def _is_number(value: Any, least: float) -> bool:
+    return _is(int, float)(value) and least <= value < math.inf
+
+
+def _is_position(value: Any) -> bool:
+    """Whether it is what `LrSchedule.state_dict` gave, or nothing."""
+    if value is None:
+        return True
+    known = value.get('counts', 'updates') in ('updates', 'micro-batches')
+    moved = value.get('moved', value['position'])
+    return known and _is_number(value['group'], 1) and _is_number(value['position'] + moved, -2)
+
+
+def _is_scale(value: Any) -> bool:
+    """Whether it is the state of a loss scaler, or nothing."""
+    if not value:
+        return value is None or value == {}
+    return value['scale'] > 0 and all(_is_number(v, 0) for v in value.values())
+
+
+# What state.json and loop_rank_*.json hold of each key, where they hold something.
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    'epoch': lambda v: _is(str)(v) or (_is_number(v, -1) and v < 1 << 53),
+    'step': lambda v: v is None or (_is(int)(v) and 0 < v < 1 << 53),
+    **dict.fromkeys(
+        ('max_accuracy', 'max_accuracy_ema', 'ema_decay'),
+        lambda v: v is None or isinstance(float(v), float),
+    ),
+    **dict.fromkeys(('config', 'optimizer_class'), _is(str)),
+    'lr_scheduler': _is(dict),
+    'scaler': lambda v: _is(dict)(v) and ('scale' not in (v or {}) or _is_scale(v)),
+    'loss_scale': _is_scale,
+    'schedule': _is_position,
+    'class_names': _of_names,
+    'optimizer_groups': lambda v: v is None or (isinstance(v, list) and all(map(_of_names, v))),
+}
 
 
 def state_text(state: dict[str, Any]) -> str:
@@ -35,9 +84,31 @@ def read_state(path: Path) -> dict[str, Any]:
         CheckpointError: when the file cannot be read.
     """
     try:
-        return _decode(json.loads(path.read_text(encoding='utf-8')))
+        tree = read_json(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f'{path}: cannot be read: {error}') from error
+    with interpreting(path, CheckpointError):
+        state = _decode(tree)
+        if not isinstance(state, dict):
+            raise TypeError(f'{brief(state)} is no object')
+    require_state(state, path)
+    return state
+
+
+def require_state(state: Mapping[str, Any], where: object) -> None:
+    """Makes sure that what training goes on with is of the kinds that it needs.
+
+    Args:
+        state: as state.json holds it; keys may be missing.
+        where: it comes from, for errors.
+
+    Raises:
+        CheckpointError: names the first key that is not.
+    """
+    for key, is_one in _KINDS.items():
+        with interpreting(f'{where}: {key} is {brief(state.get(key))}', CheckpointError):
+            if not is_one(state.get(key)):
+                raise TypeError('of another kind')
 
 
 def state_of(tag: Path) -> dict[str, Any]:
@@ -57,7 +128,7 @@ def read_own(tag: Path, name: str) -> dict[str, Any] | None:
     """
     manifest = read_manifest(tag)
     if manifest is None:
-        return read_state(tag / name) if (tag / name).is_file() else None
+        return read_state(tag / name) if (tag / name).exists() else None
     if name not in manifest.files:
         return None
     state = read_state(tag / name)

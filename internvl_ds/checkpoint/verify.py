@@ -13,6 +13,7 @@ from internvl_ds.checkpoint.outline import outline
 from internvl_ds.checkpoint.state import read_state
 from internvl_ds.checkpoint.tag_files import require_identity
 from internvl_ds.errors import CheckpointError
+from internvl_ds.reading import interpreting
 
 
 def share_of(names: Iterable[str], rank: int, world_size: int) -> list[str]:
@@ -42,9 +43,10 @@ def damage(tag: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
             found.append(f'{tag / name}: not a file of this checkpoint')
             continue
         try:
-            actual = hash_file(tag / name)
-        except OSError as error:
-            found.append(f'{tag / name}: cannot be read: {error.strerror}')
+            actual = hash_file(tag / name, entry.size)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            found.append(f'{tag / name}: cannot be read: {reason}')
             continue
         if actual.size != entry.size:
             found.append(f'{tag / name}: has {actual.size} bytes, not {entry.size}')
@@ -69,7 +71,8 @@ def _foreign(path: Path, manifest: Manifest) -> list[str]:
             with open_safetensors(path) as file:
                 said = identity_in(file.metadata())
         elif path.name.endswith('_states.pt'):
-            said = outline(path).get(Identity.KEY)
+            with interpreting(path, CheckpointError):
+                said = outline(path).get(Identity.KEY)
         else:  # DeepSpeed's scripts
             return []
         require_identity(path, said, manifest.header)

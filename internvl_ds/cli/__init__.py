@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with stdout_for_answers():
             status: int = args.run(args)
-    except InternvlDsError as error:
+    except InternvlDsError as error:  # whose text is printable
         print(f'internvl-ds {args.command}: error: {error}', file=sys.stderr)
         return USER_ERROR
     return status

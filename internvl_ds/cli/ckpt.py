@@ -42,6 +42,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -73,7 +74,13 @@ from internvl_ds.cli.tags import (
     find_tags,
     tree_of,
 )
-from internvl_ds.errors import CheckpointError, CheckpointNotFound, InternvlDsError, few
+from internvl_ds.errors import (
+    CheckpointError,
+    CheckpointNotFound,
+    InternvlDsError,
+    few,
+    shown,
+)
 
 OK, DAMAGED, UNVERIFIED = 0, 1, 3
 _FAILED = 2
@@ -164,6 +171,7 @@ def _list(args: argparse.Namespace) -> int:
     output: Path = args.path
     found = examine_all(output, args.verify)
     latest = read_latest(output) or None
+    resume = None
     try:
         resume = newest(output, {e.path.name: e.problems[0] for e in found if e.problems})
         taken, warning = (resume.path.name, resume.warning) if resume else (None, None)
@@ -222,9 +230,9 @@ def _verify(args: argparse.Namespace) -> int:
         verdict = {'checksums': 'all files are as written', 'damaged': 'DAMAGED'}
         no_manifest = 'no manifest, so nothing can be said of its files'
         size = human_size(examined.size)
-        say(f'{examined.path}: {verdict.get(examined.verified, no_manifest)} ({size})')
+        say(f'{shown(examined.path)}: {verdict.get(examined.verified, no_manifest)} ({size})')
         for problem in examined.problems:
-            say(f'  {problem}')
+            say(f'  {shown(problem)}')
     return _status(found)
 
 
@@ -249,8 +257,7 @@ def _show(args: argparse.Namespace) -> int:
         manifest = None  # said among the problems
     digests = {n: e.digest for n, e in manifest.files.items()} if manifest else {}
     files = [
-        {'name': n, 'size': s, 'xxh3_128': digests.get(n)}
-        for n, s in sorted(file_sizes(path).items())
+        {'name': n, 'size': s, 'xxh3_128': digests.get(n)} for n, s in sorted(_sizes(path).items())
     ]
     tree = tree_of(examined) | {'format': examined.header and examined.header.format}
     tree |= {'files': files, 'state': _summary(state)}
@@ -261,11 +268,18 @@ def _show(args: argparse.Namespace) -> int:
     return _status([examined])
 
 
+def _sizes(path: Path) -> dict[str, int]:
+    try:
+        return file_sizes(path)
+    except OSError:  # said among the problems
+        return {}
+
+
 def _kept(path: Path, examined: Examined) -> dict[str, Any] | None:
     """What a tag keeps beside its tensors."""
     from internvl_ds.checkpoint.state import read_state
 
-    if (path / STATE_FILE).exists():
+    if os.path.lexists(path / STATE_FILE):
         return read_state(path / STATE_FILE)
     if examined.verified != 'no manifest':
         return None
@@ -288,15 +302,15 @@ def _summary(state: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _say_tree(tree: dict[str, Any]) -> None:
-    shown = {key: tree[key] for key in tree if key not in ('files', 'state', 'versions')}
-    shown['size'] = f'{tree["size"]} ({human_size(tree["size"])})'
-    shown['versions'] = ', '.join(f'{n} {v}' for n, v in (tree['versions'] or {}).items()) or None
-    shown['problems'] = '; '.join(tree['problems']) or None
+    lines = {key: tree[key] for key in tree if key not in ('files', 'state', 'versions')}
+    lines['size'] = f'{tree["size"]} ({human_size(tree["size"])})'
+    lines['versions'] = ', '.join(f'{n} {v}' for n, v in (tree['versions'] or {}).items()) or None
+    lines['problems'] = '; '.join(tree['problems']) or None
     for key, value in (tree['state'] or {}).items():
-        shown[f'state: {key}'] = ', '.join(value) if isinstance(value, list) else value
-    width = max(map(len, shown))
-    for key, value in shown.items():
-        say(f'{key.ljust(width)}  {"-" if value is None else value}')
+        lines[f'state: {key}'] = ', '.join(value) if isinstance(value, list) else value
+    width = max(map(len, lines))
+    for key, value in lines.items():
+        say(f'{key.ljust(width)}  {"-" if value is None else shown(value)}')
     rows = [(file['name'], str(file['size']), human_size(file['size'])) for file in tree['files']]
     say('\n' + table(('file', 'bytes', ''), rows, right=('bytes', '')))
 
@@ -338,13 +352,13 @@ def _prune(args: argparse.Namespace) -> int:
         return status
     did, went = ('would remove', 'would go') if args.dry_run else ('removed', 'went')
     for name in gone:
-        say(f'{did} {name}  {human_size(sizes.get(name, 0))}')
+        say(f'{did} {shown(name)}  {human_size(sizes.get(name, 0))}')
     say(f'{len(gone)} tag(s) {went}, {human_size(total)}; {len(kept)} stay')
     later = [tag.name for tag in later_tags(tags) if tag.name in kept]
     if later and not args.drop_later:
         say(f'of later training than {tags[-1].name}: {few(later)} (--drop-later removes them too)')
     for name in failed:
-        say(f'could not remove {name}')
+        say(f'could not remove {shown(name)}')
     return status
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from internvl_ds.cli.tables import json_text, say, table
 from internvl_ds.cli.tags import choose
-from internvl_ds.errors import CheckpointNotFound
+from internvl_ds.errors import CheckpointError, CheckpointNotFound
+from internvl_ds.reading import interpreting
 
 SAME, DIFFERENT = 0, 1
 
@@ -26,7 +27,8 @@ def run(args: argparse.Namespace) -> int:
 
     paths = [_checkpoint(args.path), _checkpoint(args.other)]
     one, other = map(contents_of, paths)
-    found = list(differences(one, other))
+    with interpreting(f'{paths[0]} or {paths[1]}', CheckpointError):
+        found = list(differences(one, other))
     counts = [len(one.tensors), len(other.tensors)]
     if args.json:
         rows = [{'name': d.name, 'what': d.what, 'largest': d.largest} for d in found]

@@ -8,6 +8,7 @@ from pathlib import Path
 from internvl_ds.cli.tables import human_size, json_text, say
 from internvl_ds.cli.tags import choose
 from internvl_ds.errors import CheckpointError
+from internvl_ds.reading import interpreting
 
 _LARGEST_GIB = 5.0
 
@@ -56,17 +57,18 @@ def run(args: argparse.Namespace) -> int:
     damaged = damage_of_tag(tag)
     if damaged:
         raise CheckpointError('; '.join(damaged[:3]))
-    if target.suffix == '.pth':
-        write_original(tag, target)
-        written = [target]
-    else:
-        written = write_safetensors(
-            tag,
-            target,
-            torch.float32 if args.dtype == 'fp32' else torch.bfloat16,
-            ema=args.ema,
-            largest=int(args.max_shard_gib * 2**30),
-        )
+    written = [target]
+    with interpreting(tag, CheckpointError):
+        if target.suffix == '.pth':
+            write_original(tag, target)
+        else:
+            written = write_safetensors(
+                tag,
+                target,
+                torch.float32 if args.dtype == 'fp32' else torch.bfloat16,
+                ema=args.ema,
+                largest=int(args.max_shard_gib * 2**30),
+            )
     sizes = [path.stat().st_size for path in written]
     if args.json:
         files = [{'path': str(p), 'size': s} for p, s in zip(written, sizes, strict=True)]

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
+from internvl_ds.errors import printable, shown
+
 _SIZE_UNITS = ('kB', 'MB', 'GB', 'TB', 'PB')
 _AGE_UNITS = ((86400, 'd'), (3600, 'h'), (60, 'min'))
 
@@ -29,11 +31,14 @@ def stdout_for_answers() -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """Prints a line at once. When nobody reads any more (``| head``), it goes nowhere.
+    """Prints a line at once, `printable`. When nobody reads any more (``| head``), it goes nowhere.
 
     The program goes on, so that its exit status stays true.
     """
     stream = _answers or sys.stdout
+    text = printable(text)
+    if stream.encoding:  # a terminal may lack letters
+        text = text.encode(stream.encoding, 'backslashreplace').decode(stream.encoding)
     try:
         print(text, flush=True, file=stream)
     except BrokenPipeError:
@@ -78,7 +83,7 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[
         rows: of as many cells each.
         right: the titles of the columns that are aligned to the right.
     """
-    lines = [titles, *rows]
+    lines = [titles, *(list(map(shown, row)) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     aligned = []
     for line in lines:

@@ -26,7 +26,7 @@ from internvl_ds.checkpoint.lookup import (
     tags,
 )
 from internvl_ds.checkpoint.manifest import Header, Manifest, epoch_of
-from internvl_ds.errors import CheckpointError, CheckpointNotFound
+from internvl_ds.errors import CheckpointError, CheckpointNotFound, shown
 
 _REPLACED = 10  # times that a tag is examined again which a run replaces meanwhile
 _BETWEEN = 0.01  # seconds: longer than a tag takes to get its name
@@ -109,10 +109,13 @@ def _examine(path: Path, contents: bool) -> Examined:
         header, problems, verified = header_or_none(path), [str(error)], ''
     try:
         saved = datetime.fromisoformat(header.saved_at).timestamp() if header else None
-    except ValueError:
+    except (ValueError, OverflowError, OSError):  # no time, or none that the system can tell
         saved = None
-    saved = path.stat().st_mtime if saved is None else saved
-    size = sum(file_sizes(path).values())
+    saved = path.lstat().st_mtime if saved is None else saved
+    try:
+        size = sum(file_sizes(path).values())
+    except OSError as error:  # no rights, a link to nowhere, no directory
+        size, problems = 0, problems or [f'{path}: cannot be read: {error.strerror}']
     return Examined(path, header, size, saved, 'damaged' if problems else verified, problems)
 
 
@@ -129,7 +132,7 @@ def examine_all(output: Path, contents: bool) -> list[Examined]:
             try:
                 found.append(examine(path, contents))
             except FileNotFoundError:
-                if path.exists():
+                if os.path.lexists(path):
                     raise
                 # a run that saves meanwhile has pruned it
         if found or not paths:
@@ -149,10 +152,12 @@ def choose(path: Path, tag: str | None) -> tuple[list[Path], str | None]:
         CheckpointNotFound: when there is none.
     """
     target = present(path / tag if tag else path)
-    if target.is_dir() and (is_tag(target) or epoch_of(target.name) is not None):
+    if os.path.isdir(target) and (is_tag(target) or epoch_of(target.name) is not None):
+        return [target], None
+    if os.path.lexists(target) and _is_named_as_tag(target):
         return [target], None
     if tag:
-        have = ', '.join(sorted(p.name for p in find_tags(path))) or 'no tag'
+        have = ', '.join(sorted(shown(p.name) for p in find_tags(path))) or 'no tag'
         raise CheckpointNotFound(f'{target}: no such tag; {path} has {have}')
     there = find_tags(path)
     latest = present(path / (read_latest(path) or ''))
@@ -183,17 +188,24 @@ def examine_chosen(
 
 
 def find_tags(output: Path) -> list[Path]:
-    """The directories that hold, or by their name should hold, a tag; in no order.
+    """What holds, or by its name should hold, a tag; in no order.
 
     Raises:
         CheckpointNotFound: when there is no such directory, or it is a tag itself.
     """
-    if not output.is_dir():
+    if not os.path.isdir(output):
         raise CheckpointNotFound(f'{output}: no such directory')
     if is_tag(output):
         raise CheckpointNotFound(f'{output}: is a tag; name its output directory, {output.parent}')
-    found = [path for path in tags(output) if epoch_of(path.name) is not None or is_tag(path)]
-    return found + stand_ins(output)
+    there = tags(output)
+    found = [path for path in there if _is_named_as_tag(path) or is_tag(path)]
+    odd = {Path(output, name) for name in os.listdir(output)} - set(there)
+    return found + [path for path in odd if _is_named_as_tag(path)] + stand_ins(output)
+
+
+def _is_named_as_tag(path: Path) -> bool:
+    """Whether a name is one of our tags: of a file or a link to nowhere it is damage."""
+    return path.name.startswith('ckpt_epoch_') and not path.suffix
 
 
 def tree_of(examined: Examined) -> dict[str, Any]:

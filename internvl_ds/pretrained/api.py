@@ -28,6 +28,7 @@ from internvl_ds.pretrained.known_formats import through_timm
 from internvl_ds.pretrained.report import PretrainedReport
 from internvl_ds.pretrained.sources import open_source
 from internvl_ds.pretrained.transforms import Note, Specs, State, Step
+from internvl_ds.reading import interpreting
 
 _M = TypeVar('_M', bound=nn.Module)
 
@@ -149,9 +150,12 @@ def _decide(config: CfgNode, path: str, model: nn.Module) -> _Plan:
     """Opens the weights and adapts them. Reads files; no rank speaks to another."""
     name, path = shown(path), downloads.local(path, config)
     _verify_share(path)
-    source = open_source(path, ema=bool(get_option(config, 'MODEL.PRETRAINED_EMA', False)))
+    ema = bool(get_option(config, 'MODEL.PRETRAINED_EMA', False))
+    with interpreting(path, PretrainedError):
+        source = open_source(path, ema=ema)
     try:
-        return _adapt(config, name, source, model)
+        with interpreting('the file', PretrainedError):
+            return _adapt(config, name, source, model)
     except PretrainedError as error:
         raise PretrainedError(f'{name}: {error}') from error
 

@@ -8,30 +8,27 @@ checkpoints carry.
 
 from __future__ import annotations
 
-import json
 import logging
+import os
 import pickle
-import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
-import torch
 from yacs.config import CfgNode
 
 from internvl_ds.addresses import is_address
-from internvl_ds.checkpoint.allowed import allowing, reason_of, refused_class
+from internvl_ds.checkpoint.allowed import reason_of, refused_class
 from internvl_ds.checkpoint.lookup import is_tag
+from internvl_ds.checkpoint.tensor_files import load_safetensors, load_torch
 from internvl_ds.errors import CheckpointError, PretrainedError, few
 from internvl_ds.pretrained import downloads
+from internvl_ds.reading import YAML_VALUES, read_json, require_bounded
 
 _READABLE = (
     '.pth, .pt, .bin and .safetensors files are read, directories of them with an index, and tags'
 )
-_ZIP_MAGIC = b'PK\x03\x04'
 
 _log = logging.getLogger(__name__)
 
@@ -60,7 +57,7 @@ def open_source(path: str, *, ema: bool = False) -> Mapping[str, Any]:
         raise PretrainedError('the path of the weights is empty')
     if is_address(path):
         path = str(downloads.fetch(path))
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         return _open_directory(Path(path), ema)
     try:
         source = _open_file(path)
@@ -79,7 +76,7 @@ def open_source(path: str, *, ema: bool = False) -> Mapping[str, Any]:
 
 
 def _open_file(path: str) -> Any:
-    if not Path(path).is_file():
+    if not os.path.exists(path):
         raise PretrainedError(f'{path}: no such file')
     if path.endswith('.index.json'):
         return _open_index(Path(path))
@@ -97,7 +94,7 @@ def _open_directory(path: Path, ema: bool) -> Mapping[str, Any]:
     if indexes:
         return _open_index(indexes[0])
     for name in ('model.safetensors', 'pytorch_model.bin'):
-        if (path / name).is_file():
+        if (path / name).exists():
             return open_source(str(path / name))
     tags = [p.name for p in sorted(path.iterdir()) if p.is_dir() and is_tag(p)]
     raise PretrainedError(
@@ -129,7 +126,7 @@ def _open_tag(path: Path, ema: bool) -> Mapping[str, Any]:
 def _open_index(path: Path) -> dict[str, Any]:
     """The tensors of all the files that an index names, which must lie beside it."""
     try:
-        places = json.loads(path.read_text(encoding='utf-8'))['weight_map']
+        places = read_json(path)['weight_map']
         files = sorted({str(file) for file in places.values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise PretrainedError(f'{path}: is no index of weights: {error!r}') from error
@@ -153,8 +150,7 @@ def _open_index(path: Path) -> dict[str, Any]:
 def _read(path: str, reader: Callable[[str], Any]) -> Any:
     """Runs a reader; whatever a broken or hostile file makes it raise becomes one error."""
     try:
-        with allowing():
-            return _restore_configs(reader(path))
+        return _restore_configs(reader(path))
     except pickle.UnpicklingError as error:
         refused = refused_class(error)
         if refused is None:
@@ -171,34 +167,7 @@ def _read(path: str, reader: Callable[[str], Any]) -> Any:
 
 
 def _read_by_suffix(path: str) -> Any:
-    return _read_safetensors(path) if path.endswith('.safetensors') else _read_torch(path)
-
-
-def _read_torch(path: str) -> Any:
-    with open(path, 'rb') as file:  # noqa: PTH123
-        is_zip = file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
-    if is_zip:
-        _require_plain_zip(path)
-    # Files from before torch 1.6 are one pickle stream, which cannot be mapped.
-    return torch.load(path, map_location='cpu', weights_only=True, mmap=is_zip)
-
-
-def _require_plain_zip(path: str) -> None:
-    """Refuses an archive that unpacks to more than it is; torch.save compresses nothing."""
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-    packed = next((e for e in entries if e.compress_type != zipfile.ZIP_STORED), None)
-    if packed is not None:
-        raise ValueError(
-            f'{packed.filename} in it is compressed, and says that it has {packed.file_size} bytes'
-        )
-    size, total = Path(path).stat().st_size, sum(e.file_size for e in entries)
-    if total > size:
-        raise ValueError(f'its entries say that they have {total} bytes, and the file has {size}')
-
-
-def _read_safetensors(path: str) -> Any:
-    return safetensors.torch.load_file(path, device='cpu')
+    return load_safetensors(path) if path.endswith('.safetensors') else load_torch(path)
 
 
 def _restore_configs(source: Any) -> Any:
@@ -208,6 +177,7 @@ def _restore_configs(source: Any) -> Any:
     for key, value in source.items():
         state = getattr(value, '__dict__', {})
         if type(value) is OrderedDict and CfgNode.IMMUTABLE in state:
+            require_bounded(value, YAML_VALUES)  # each node is copied where it is named
             config = CfgNode(value)
             if state[CfgNode.IMMUTABLE]:
                 config.freeze()
@@ -216,4 +186,4 @@ def _restore_configs(source: Any) -> Any:
 
 
 def _unreadable(path: str, reason: str) -> str:
-    return f'{path}: cannot be read ({reason}); {_READABLE}'
+    return f'{path}: cannot be read ({reason[:500]}); {_READABLE}'

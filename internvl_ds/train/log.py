@@ -16,7 +16,9 @@ from tqdm import tqdm
 from yacs.config import CfgNode
 
 from internvl_ds.addresses import redacted
+from internvl_ds.errors import printable
 from internvl_ds.files import open_own, write_text
+from internvl_ds.reading import LOG_BYTES, parse_json, read_text
 
 _FORMAT = '[%(asctime)s rank {rank}] %(levelname)s %(message)s'
 
@@ -53,7 +55,7 @@ def open_log(output: str | Path, rank: int, console: bool | None = None) -> logg
     if rank == 0 if console is None else console:
         handlers.append(_ConsoleHandler())
     for handler in handlers:
-        handler.setFormatter(logging.Formatter(_FORMAT.format(rank=rank)))
+        handler.setFormatter(_Formatter(_FORMAT.format(rank=rank)))
         logger.addHandler(handler)
     if failure is not None:  # on a rank without a console logging itself writes it to stderr
         logger.warning('%s: cannot be written (%s): the run goes on without it', path, failure)
@@ -92,10 +94,10 @@ class MetricsLog:
         if not self.path.is_file():
             return []
         records = []
-        for line in self.path.read_text(encoding='utf-8').splitlines():
+        for line in read_text(self.path, LOG_BYTES, ours=True).splitlines():
             try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
+                record = parse_json(line) if line.startswith('{') else None
+            except ValueError:
                 continue
             if isinstance(record, dict) and isinstance(record.get('epoch'), int):
                 records.append(record)
@@ -119,6 +121,11 @@ class MetricsLog:
         """Adds one epoch's record; values that JSON has no word for (nan, inf) become null."""
         with os.fdopen(open_own(self.path, os.O_APPEND), 'a', encoding='utf-8') as file:
             file.write(_line(record))
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 class _LogFile(logging.FileHandler):

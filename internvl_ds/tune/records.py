@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from internvl_ds.errors import ConfigError
+from internvl_ds.errors import ConfigError, brief
 from internvl_ds.files import open_own, write_text
+from internvl_ds.reading import LOG_BYTES, parse_json, read_text
 
 # How a trial ended. NO_ROOM and REFUSED were never started, and do not count as trials.
 OK, MEMORY, CRASH, HANG = 'ok', 'out of memory', 'crash', 'hang'
@@ -72,6 +73,17 @@ class Row:
         return self.status not in (NO_ROOM, REFUSED)
 
 
+def _row(tree: dict[str, Any]) -> Row:
+    row, like = Row(**tree), Row(0, '', '', '', {}, {}, {}, '')
+    for name, value in asdict(like).items():
+        held = getattr(row, name)
+        kinds = (int, float) if isinstance(value, float) else type(value)
+        if not isinstance(held, kinds):
+            raise TypeError(f'{name} is {brief(held)}')
+    float(row.speed)
+    return row
+
+
 class Records:
     """The rows of a directory's trials.jsonl, which stay the truth when all else is lost."""
 
@@ -83,13 +95,17 @@ class Records:
         """
         self._path = folder / 'trials.jsonl'
         self.rows: list[Row] = []
-        if not self._path.exists():
+        if not os.path.lexists(self._path):
             return
-        whole, newline, half = self._path.read_text(encoding='utf-8').rpartition('\n')
+        try:
+            text = read_text(self._path, LOG_BYTES, ours=True)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f'{self._path}: cannot be read: {error}') from error
+        whole, newline, half = text.rpartition('\n')
         for number, line in enumerate(whole.splitlines(), 1):
             try:
-                self.rows.append(Row(**json.loads(line)))
-            except (ValueError, TypeError) as error:
+                self.rows.append(_row(parse_json(line)))
+            except (ValueError, TypeError, LookupError) as error:
                 raise ConfigError(
                     f'{self._path}, line {number}: is no trial ({error}); name another --output'
                 ) from error

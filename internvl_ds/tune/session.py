@@ -12,6 +12,7 @@ from typing import Any
 
 from internvl_ds.errors import ConfigError
 from internvl_ds.files import write_text
+from internvl_ds.reading import read_json
 
 
 @contextlib.contextmanager
@@ -52,10 +53,13 @@ def same_settings(folder: Path, settings: Mapping[str, Any]) -> None:
         ConfigError: names each setting that differs, and both values.
     """
     path = folder / 'settings.json'
-    if not path.exists():
+    if not os.path.lexists(path):
         write_text(path, json.dumps(settings, indent=2) + '\n')
         return
-    before = json.loads(path.read_text(encoding='utf-8'))
+    try:
+        before = read_json(path, ours=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f'{path}: cannot be read: {error}') from error
     differing = list(_differences('', before, json.loads(json.dumps(settings))))
     if differing:
         raise ConfigError(
@@ -70,4 +74,4 @@ def _differences(where: str, before: Any, now: Any) -> Iterator[str]:
             inner = f'{where}/{key}' if where else str(key)
             yield from _differences(inner, before.get(key), now.get(key))
     elif before != now:
-        yield f'{where} was {json.dumps(before)} and is {json.dumps(now)}'
+        yield f'{where} was {json.dumps(before)[:200]} and is {json.dumps(now)[:200]}'

@@ -31,13 +31,13 @@ they have to keep micro-batch x accumulation as it is configured.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from internvl_ds.errors import ConfigError
+from internvl_ds.reading import read_json
 
 Labels = Mapping[str, str]
 
@@ -201,7 +201,7 @@ def read_space(path: Path) -> Any:
         ConfigError: when it cannot be read.
     """
     try:
-        return json.loads(path.read_text(encoding='utf-8'))
+        return read_json(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f'--space {path}: cannot be read as JSON: {error}') from error
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import signal
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from internvl_ds.files import open_own
+from internvl_ds.reading import read_json
 from internvl_ds.tune.records import CRASH, HANG, MEMORY, OK
 
 # In the environment of every process of a trial: the trial's folder.
@@ -94,13 +94,22 @@ def run_trial(
     found = next(folder.glob('out/**/bench.json'), None)
     status = classify(code, text, found is not None)
     if status == OK and found is not None:
-        return Outcome(OK, seconds, json.loads(found.read_text(encoding='utf-8')))
+        try:
+            return Outcome(OK, seconds, _measured(found))
+        except (OSError, ValueError, LookupError, TypeError) as reason:
+            return Outcome(CRASH, seconds, error=f'{found}: cannot be read: {reason}')
     error = error_line(text)
     if status == HANG:
         error = f'no end within {limit:.0f} s; last line: {error}'
     elif code == 0:
         error = f'it returned 0, but there is no bench.json below {folder}; last line: {error}'
     return Outcome(status, seconds, error=error)
+
+
+def _measured(path: Path) -> dict[str, Any]:
+    tree = read_json(path, ours=True)
+    float(tree['images_per_s'])
+    return tree
 
 
 def classify(code: int | None, log: str, measured: bool) -> str:
