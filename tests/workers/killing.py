@@ -33,7 +33,7 @@ from tests.workers.training import small_config
 from tests.workers.whole_state import whole_state
 
 UPDATES_PER_EPOCH = 3  # of the script
-SAVES = 2  # after which a life that is not killed ends
+SAVES = 4  # after which a life that is not killed ends; best, ema_best and epoch are three
 # Must be in no file of a tag.
 PASSWORD = 'hunter2'
 _ADDRESS = f'https://me:{PASSWORD}@127.0.0.1/w.pth?{PASSWORD}'
