@@ -185,6 +185,8 @@ class Chain:
         events = [event for one in life['events'] for event in one]
         done = _done(life)
         # Where no tag was ever counted, one that was saved as best is better than none.
+        tag = found[0][0]['tag']
+        self.counted |= bool(tag) and not tag.endswith('best')
         self.counted |= any(e['counted'] for e in done)
         begun = {
             e['key'] for e in events
