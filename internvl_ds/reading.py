@@ -88,7 +88,8 @@ def read_bytes(path: str | Path, limit: int, *, ours: bool = False) -> bytes:
     """
     with open_data(path, ours=ours) as file:
         size = os.fstat(file.fileno()).st_size
-        data = b'' if size > limit else file.read(limit + 1)  # /proc says 0 of all of its files
+        # /proc says 0 of all of its files, and some have nothing yet
+        data = b'' if size > limit else file.read(limit + 1) or b''
     if max(size, len(data)) > limit:
         raise Unreadable(f'has {max(size, len(data))} bytes, and such a file has {limit} at most')
     return data

@@ -19,7 +19,7 @@ import torch
 
 from internvl_ds.checkpoint.shards import read_shard
 from internvl_ds.checkpoint.tensor_files import pickle_of
-from internvl_ds.reading import open_data
+from internvl_ds.reading import open_data, require_bounded
 
 
 def outline(path: Path) -> Any:
@@ -30,7 +30,9 @@ def outline(path: Path) -> Any:
     """
     try:
         with open_data(path) as file:
-            return _Unpickler(io.BytesIO(pickle_of(file))).load()
+            content = _Unpickler(io.BytesIO(pickle_of(file))).load()
+        require_bounded(content)
+        return content
     except Exception:  # whatever it is, the reader that counts has the last word
         return read_shard(path, mmap=True)
 

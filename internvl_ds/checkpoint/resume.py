@@ -40,7 +40,7 @@ from internvl_ds.engine import (
     restore_loss_scale,
     scheduler_of,
 )
-from internvl_ds.errors import CheckpointError, PretrainedError
+from internvl_ds.errors import CheckpointError, PretrainedError, brief
 from internvl_ds.masters import frozen_as_made
 from internvl_ds.meetings import agree, rank
 from internvl_ds.param_groups import MergedGroups
@@ -233,10 +233,18 @@ def load_same_layout(
             for files in (shards.model_files, shards.optim_files):
                 if files:
                     writer.open(files[min(rank(), len(files) - 1)], shards)
+            if shards.zero_stage:
+                own = shards.read(shards.optim_files[rank()])['optimizer_state_dict']
+                _require_like(own, engine.optimizer.state_dict(), 'its optimizer_state_dict')
             return _require_same_optimizer(engine, shards, saved_by)
 
     def load() -> None:
-        with gathered_together(engine), frozen_as_made(engine), _reading(engine, shards):
+        with (
+            interpreting(path, CheckpointError),
+            gathered_together(engine),
+            frozen_as_made(engine),
+            _reading(engine, shards),
+        ):
             loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name)
         if loaded is None:
             raise CheckpointError(f'{path}: DeepSpeed found nothing to load in it')
@@ -263,6 +271,31 @@ def load_same_layout(
     # Those of the running configuration hold; the lr is the scheduler's.
     for group, own in zip(engine.optimizer.param_groups, running, strict=True):
         group.update(own)
+
+
+def _require_like(saved: Any, running: Any, what: str) -> None:
+    """Makes sure that DeepSpeed will meet the kinds of values that it would save now.
+
+    Raises:
+        TypeError: names the first that is of another kind.
+    """
+    alike = True
+    if isinstance(running, Mapping):
+        alike = isinstance(saved, Mapping)
+        for key in running.keys() & saved.keys() if alike else ():
+            _require_like(saved[key], running[key], f'{what}/{key}')
+    elif isinstance(running, list | tuple):
+        alike = isinstance(saved, list | tuple) and len(saved) == len(running)
+        for index, pair in enumerate(zip(saved, running, strict=True) if alike else ()):
+            _require_like(*pair, f'{what}/{index}')
+    elif isinstance(running, torch.Tensor) and running.dim():
+        alike = isinstance(saved, torch.Tensor) and saved.shape == running.shape
+    elif isinstance(running, int | float | torch.Tensor):  # some count in tensors
+        alike = isinstance(saved, int | float) or getattr(saved, 'shape', None) == ()
+    elif isinstance(running, str):
+        alike = isinstance(saved, str)
+    if not alike:
+        raise TypeError(f'{what} is {brief(saved)}')
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from internvl_ds.reading import Unreadable, open_data, require_bounded
 _ZIP_MAGIC = b'PK\x03\x04'
 _LOCAL_HEADER = struct.Struct('<26xHH')
 # The largest pickle of a file, its steps (50,000 tensors have so many), the largest header.
-_PICKLE_BYTES, _PICKLE_STEPS, _HEADER_BYTES = 32 << 20, 2_000_000, 8 << 20
+_PICKLE_BYTES, _PICKLE_STEPS, _HEADER_BYTES = 32 << 20, 1_500_000, 8 << 20
 # How far tensors may repeat memory (expanded ones do), beyond the size of their file.
 _REPEATED_BYTES = 64 << 20
 # The weight of a tuple is that of its items, and 1.25 times that of the heaviest: a limit of both
@@ -50,8 +50,10 @@ def load_torch(path: Path | str, *, mapped: bool | None = None) -> Any:
         mapped: whether tensors are mapped; by default where they can be (files since torch 1.6).
     """
     with open_data(path) as file:
-        is_zip = _require_bounded_pickle(file)
         size = os.fstat(file.fileno()).st_size
+        if not size:  # /proc has such files, and some keep a reader waiting
+            raise Unreadable('is empty')
+        is_zip = _require_bounded_pickle(file)
     with allowing():
         content = torch.load(
             path, map_location='cpu', weights_only=True, mmap=is_zip if mapped is None else mapped
@@ -73,9 +75,9 @@ def load_torch(path: Path | str, *, mapped: bool | None = None) -> Any:
 def open_safetensors(path: Path | str) -> Iterator[Any]:
     """`safetensors.safe_open` of a file whose header is not out of proportion."""
     with open_data(path) as file:
-        length = int.from_bytes(file.read(8), 'little')
-        if length > min(_HEADER_BYTES, os.fstat(file.fileno()).st_size):
-            raise Unreadable(f'its header has {length} bytes, of {_HEADER_BYTES} at most')
+        length = int.from_bytes(file.read(8) or b'', 'little')
+        if not length or length > min(_HEADER_BYTES, os.fstat(file.fileno()).st_size):
+            raise Unreadable(f'its header has {length} bytes, and up to {_HEADER_BYTES} are read')
     with safe_open(path, 'pt') as opened:
         yield opened
 
@@ -91,7 +93,7 @@ def _require_bounded_pickle(file: Any) -> bool:
     is_zip = file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
     if is_zip:
         require_bounded_steps(_pickle_of_zip(file))
-    elif os.fstat(file.fileno()).st_size:
+    else:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
             start = 0
             for _ in range(5):  # magic, version, the system's sizes, the object, names of storages

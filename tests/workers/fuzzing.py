@@ -28,6 +28,7 @@ from internvl_ds.checkpoint.export import write_original
 from internvl_ds.checkpoint.rng import rng_state
 from internvl_ds.cli import main as command
 from internvl_ds.config import default_config, get_config
+from internvl_ds.ds_check import check, require_right
 from internvl_ds.ds_config import load_ds_config, resolve
 from internvl_ds.errors import InternvlDsError
 from internvl_ds.train.log import MetricsLog
@@ -37,6 +38,7 @@ from internvl_ds.tune.session import same_settings
 from internvl_ds.tune.space import parse_space, read_space
 from internvl_ds.tune.trial import _measured
 from tests import hostile
+from tests.hostile import peak, restart_peak
 from tests.workers.killing import state_digest
 from tests.workers.model import make_model
 from tests.workers.saving import Run, logger
@@ -91,7 +93,9 @@ def read_text_files(stage: int, work: Path) -> dict[str, Kind]:
     def resolved() -> None:
         config = default_config()
         config.DATA.BATCH_SIZE = 16
-        resolve(load_ds_config(ds), config, 1)
+        tree = load_ds_config(ds)
+        require_right(check(tree, config, 1))  # as `initialize` does
+        resolve(tree, config, 1)
 
     def trial() -> None:
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
@@ -359,18 +363,6 @@ def place_of(error: BaseException) -> str:
         places.append(f'{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}')
         trace = trace.tb_next
     return ' '.join(places[-6:])
-
-
-def restart_peak() -> int:
-    """Begins to count the most memory anew; tells what is in use, bytes."""
-    Path('/proc/self/clear_refs').write_text('5')
-    return peak()
-
-
-def peak() -> int:
-    """The most memory since `restart_peak`, bytes."""
-    status = Path('/proc/self/status').read_text()
-    return int(re.search(r'VmHWM:\s+(\d+) kB', status)[1]) << 10  # type: ignore[index]
 
 
 @contextlib.contextmanager
