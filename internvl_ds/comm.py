@@ -8,36 +8,38 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import deepspeed.comm as dist
 import torch
 import torch.distributed as torch_dist
-from torch.distributed import distributed_c10d
+from torch.distributed import TCPStore, distributed_c10d  # type: ignore[attr-defined]
 from yacs.config import CfgNode
 
 from internvl_ds import launchers, mpi
 from internvl_ds.config import default_config, default_of, get_option
+from internvl_ds.counts import require_counts
 from internvl_ds.errors import RankError
 from internvl_ds.last_words import speak_on_exceptions
-from internvl_ds.liveness import Liveness
-from internvl_ds.meetings import (
-    connect_peers,
-    forget_meetings,
-    wait_for_the_others,
+from internvl_ds.meetings import begin, forget_meetings, leave_meetings
+from internvl_ds.network import interface_towards, why_not_reached
+from internvl_ds.peers import (
+    current_group,
+    describe_silent,
+    limit_of,
+    set_limits,
     world_size,
 )
-from internvl_ds.network import interface_towards
+from internvl_ds.store_client import first_line, store_answers
 
 logger = logging.getLogger(__name__)
 
 # Seconds within which a collective must end, as `limit_collectives` was last told.
 _limit: float | None = None
-
-# This rank's signs of life; None where it is the only one.
-_liveness: Liveness | None = None
 
 # What was found at the start: see `how_started`.
 _start = ''
@@ -55,29 +57,33 @@ def init_distributed(config: CfgNode | None = None) -> None:
     address that all hosts reach. Without a launcher the process becomes rank 0 of 1.
 
     Args:
-        config: COMM.TIMEOUT, COMM.INIT_TIMEOUT (seconds) and COMM.INTERFACE are read.
+        config: COMM is read.
 
     Raises:
-        RankError: when mpi4py is of another MPI than the launcher, or rank 0 cannot be reached.
+        RankError: when mpi4py is of another MPI than the launcher, when rank 0 cannot be reached,
+            or when ranks have not come after COMM.INIT_TIMEOUT seconds; they are named.
         ConfigError: for incomplete variables of a launcher.
     """
-    global _limit, _liveness, _start
+    global _limit, _start
+    given = get_option(config, 'COMM', {}) if config is not None else {}
+    if config is not None:
+        require_counts(config, ('COMM',))
+        set_limits({key: value for key, value in given.items() if key != 'INTERFACE'})
     if dist.is_initialized():
         return
-    settings = {
-        **default_config().COMM,
-        **(get_option(config, 'COMM', {}) if config is not None else {}),
-    }
+    settings = {**default_config().COMM, **given}
     launch = launchers.detect(os.environ)
     local_rank, on_host, master = launch.local_rank or 0, None, launch.master
     end_job = None
     if launch.by in (launchers.OPEN_MPI, launchers.MPICH):
         communicator = mpi.world(launch)
-        end_job = functools.partial(mpi.abort, communicator)
+        end_job = functools.partial(mpi.abort, communicator, settings['ABORT_TIMEOUT'])
         speak_on_exceptions(launch.rank, afterwards=end_job)
         local_rank, on_host = mpi.local_rank(communicator)
         one_host = on_host == launch.world_size
-        master = master or mpi.agree_on_master(communicator, one_host, settings['INTERFACE'])
+        master = master or mpi.agree_on_master(
+            communicator, one_host, settings['INTERFACE'], settings['CONNECT_TIMEOUT']
+        )
     elif launch.by == launchers.SINGLE:
         master = master or ('127.0.0.1', free_port())
     if master is not None:
@@ -91,11 +97,7 @@ def init_distributed(config: CfgNode | None = None) -> None:
         RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), LOCAL_RANK=str(local_rank)
     )
     _join(launch, settings['INIT_TIMEOUT'])
-    silent = None
-    if peers := connect_peers():
-        _liveness = Liveness(peers.store, peers.rank, peers.world_size)
-        silent = _liveness.describe_silent
-    speak_on_exceptions(launch.rank, silent, end_job)
+    speak_on_exceptions(launch.rank, describe_silent, end_job)
     _limit = settings['TIMEOUT']
     limit_collectives()
     sharing = '' if on_host is None else f', {on_host} on its host'
@@ -111,16 +113,62 @@ def how_started() -> str:
 
 
 def _join(launch: launchers.Launch, limit: float) -> None:
-    try:
-        dist.init_distributed(
-            auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=limit)
+    deadline = time.monotonic() + limit
+    address, port = os.environ.get('MASTER_ADDR', ''), int(os.environ.get('MASTER_PORT') or 0)
+    where = f'{address}:{port}'
+
+    def connect() -> Any:
+        serves = launch.rank == 0 and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True'
+        return TCPStore(
+            address,
+            port,
+            is_master=serves,
+            timeout=timedelta(seconds=limit),
+            wait_for_workers=False,
+            multi_tenant=True,
         )
+
+    try:
+        client = None
+        if launch.world_size > 1 and port:
+            # All meet before torch's own start, which would not say who is missing, nor end in
+            # time: it tries again, each time for as long.
+            group = begin(connect, launch.rank, launch.world_size, where, 'start', limit)
+            client = group.peers.client
+        left = max(limit_of('SILENT_AFTER'), deadline - time.monotonic())
+        with store_answers(client, port, left):
+            dist.init_distributed(
+                auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=left)
+            )
     except (RuntimeError, ValueError) as error:
-        where = f'{os.environ.get("MASTER_ADDR")}:{os.environ.get("MASTER_PORT")}'
+        forget_meetings()
+        reason = why_not_reached(address, port, limit_of('CONNECT_TIMEOUT')) if port else None
         raise RankError(
             f'rank {launch.rank} of {launch.world_size} on {socket.gethostname()} could not join '
-            f'the others at {where} within {limit:g} s (COMM.INIT_TIMEOUT): {error}'
+            f'the others at {where} within {limit:g} s (COMM.INIT_TIMEOUT): {reason or ""}'
+            f'{"; " if reason else ""}{first_line(error)}'
         ) from error
+
+
+@contextmanager
+def making_groups() -> Iterator[None]:
+    """Bounds the making of process groups by COMM.TIMEOUT, and their collectives from the start.
+
+    torch waits for half an hour where a group is made without a limit, and for ever where the
+    process with the store stands still.
+    """
+    names = ('default_pg_timeout', 'default_pg_nccl_timeout') if _limit is not None else ()
+    before = {name: getattr(distributed_c10d, name) for name in names}
+    for name in names:
+        setattr(distributed_c10d, name, timedelta(seconds=_limit or 0))
+    group, port = current_group(), int(os.environ.get('MASTER_PORT') or 0)
+    client = group.peers.client if group is not None else None
+    try:
+        with store_answers(client, port, limit_of('TIMEOUT')):
+            yield
+    finally:
+        for name, value in before.items():
+            setattr(distributed_c10d, name, value)
 
 
 def limit_collectives(config: CfgNode | None = None) -> None:
@@ -164,11 +212,7 @@ def before_shutdown(action: Callable[[], None]) -> None:
 
 
 def _leave_group() -> None:
-    if _liveness is not None:
-        _liveness.stop()
-    if world_size() > 1:
-        wait_for_the_others()
-    forget_meetings()
+    leave_meetings()
     if dist.is_initialized():
         # DeepSpeed's own call also lets go of the groups that it keeps; left to the interpreter's
         # exit, their threads aborted 1 of some 400 processes after all work was done.

@@ -162,6 +162,13 @@ _C.BENCH.WARMUP = 3  # updates before them, which are not timed
 _C.COMM = CN()  # (new)
 _C.COMM.TIMEOUT = 1800  # seconds within which a collective must end, in every process group
 _C.COMM.INIT_TIMEOUT = 300  # seconds within which all ranks must have joined
+_C.COMM.EXIT_TIMEOUT = 60  # seconds that an ending rank waits for what others still need of it
+# Seconds after which a host that does not answer is taken for dead; a rank that ends is at once.
+_C.COMM.DEAD_AFTER = 10
+# Seconds without an answer after which a rank is called silent, which ends no wait.
+_C.COMM.SILENT_AFTER = 4
+_C.COMM.CONNECT_TIMEOUT = 3  # seconds for one try to reach an address
+_C.COMM.ABORT_TIMEOUT = 5  # seconds that aborting an MPI job may take
 _C.COMM.INTERFACE = ''  # the network interface of rank 0's address; '' finds one that works
 
 # '' is the original flag's default, O1, and lets a ds_config that sets a precision decide.

@@ -21,7 +21,7 @@ from yacs.config import CfgNode
 
 from internvl_ds import ds_config as ds
 from internvl_ds.accumulation import Accumulation, watch_zero_grad
-from internvl_ds.comm import init_distributed, limit_collectives
+from internvl_ds.comm import init_distributed, limit_collectives, making_groups
 from internvl_ds.config import checkpoint_option, default_of, get_option
 from internvl_ds.counts import require_counts
 from internvl_ds.ds_bridge import bridge_findings
@@ -146,12 +146,14 @@ def initialize(
             )
         logger.info('parameter groups: %d merged into %d', before, len(origins))
     drop_unwritable_monitors(resolved, checkpoint_option(config, 'RENDEZVOUS_TIMEOUT'))
-    engine, ds_optimizer, _, _ = deepspeed.initialize(
-        model=model,
-        optimizer=optimizer,
-        model_parameters=trained,
-        config=resolved,
-    )
+    limit_collectives(config)
+    with making_groups():
+        engine, ds_optimizer, _, _ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            model_parameters=trained,
+            config=resolved,
+        )
     guard_monitors(engine)
     register(engine, lr_scheduler=lr_scheduler, schedule_in=schedule_in)
     limit_collectives(config)

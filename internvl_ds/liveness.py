@@ -1,98 +1,264 @@
-"""Which ranks still answer: asked when a collective fails, to name the one that is gone.
+"""Which ranks are dead, and, on request, which do not answer.
 
-A thread of each rank counts up in rank 0's store. A rank that was killed or stopped, or whose host
-is cut off, does not; one that only computes for long does.
+Each rank holds a connection to rank 0. The kernel closes it when the process ends, however it ends,
+and when its host has not answered for COMM.DEAD_AFTER seconds; rank 0 tells the others. A rank that
+computes for long, or was stopped, is not dead.
 """
 
 from __future__ import annotations
 
-import atexit
-import json
+import contextlib
 import logging
 import os
+import secrets
+import selectors
 import socket
 import threading
 import time
-from typing import Any
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from internvl_ds.errors import few
 
 logger = logging.getLogger(__name__)
 
-_PERIOD = 1.0  # seconds between two signs of life
-_PATIENCE = 4.0  # seconds without one, after which a rank is silent
-_LIMIT = 15.0  # seconds that finding out may take
+
+class Offer(NamedTuple):
+    """Where rank 0 is reached, and what a rank says to be let in. JSON."""
+
+    addresses: list[str]
+    port: int
+    token: str
+
+
+class _Link:
+    """A connection to another rank."""
+
+    def __init__(self, connection: socket.socket, rank: int | None, dead_after: float) -> None:
+        self.connection, self.rank, self.received = connection, rank, b''
+        self.heard = -float('inf')  # when a question was answered last
+        seconds = {'TCP_KEEPIDLE': dead_after / 2, 'TCP_KEEPINTVL': dead_after / 6}
+        options = {name: min(max(1, round(value)), 32767) for name, value in seconds.items()}
+        options |= {'TCP_KEEPCNT': 3, 'TCP_USER_TIMEOUT': min(int(1000 * dead_after), 2**31 - 1)}
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in options.items():
+            if hasattr(socket, name):
+                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+    def tell(self, *words: object) -> None:
+        # A link that cannot be written to is found broken where it is read.
+        with contextlib.suppress(OSError):
+            self.connection.sendall(' '.join(map(str, words)).encode() + b'\n')
+
+
+def listen() -> tuple[socket.socket, Offer]:
+    """On rank 0: opens the port that the other ranks are to connect to."""
+    if socket.has_dualstack_ipv6():
+        listener = socket.create_server(('', 0), family=socket.AF_INET6, dualstack_ipv6=True)
+    else:
+        listener = socket.create_server(('', 0))
+    listener.listen(4096)
+    master = os.environ.get('MASTER_ADDR', '127.0.0.1')
+    addresses = [master]
+    # Under torchrun the master need not be rank 0's host: then the address towards it.
+    with contextlib.suppress(OSError):
+        family, *_, address = socket.getaddrinfo(master, 1, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)  # a datagram socket: nothing is sent
+            addresses.append(probe.getsockname()[0])
+    return listener, Offer(addresses, listener.getsockname()[1], secrets.token_hex(16))
 
 
 class Liveness:
-    """This rank's signs of life, and a look at those of the others."""
+    """This rank's connection to rank 0, or rank 0's to all others."""
 
-    def __init__(self, store: Any, rank: int, world_size: int) -> None:
-        """Starts to give them.
+    def __init__(
+        self,
+        rank: int,
+        names: Sequence[str],
+        offer: Offer,
+        listener: socket.socket | None,
+        limits: dict[str, float],
+    ) -> None:
+        """Connects, and answers from then on.
 
         Args:
-            store: a connection to the process group's store, used by nothing else.
             rank: this process's.
-            world_size: how many ranks there are.
+            names: "rank 1 on HOST (pid P)" of each rank.
+            offer: rank 0's, the same on all ranks.
+            listener: on rank 0 only: of this offer.
+            limits: CONNECT_TIMEOUT, DEAD_AFTER, SILENT_AFTER of COMM, seconds.
         """
-        self._store, self._rank, self._world_size = store, rank, world_size
-        self._lock = threading.Lock()
-        self._stopped = threading.Event()
-        self._give(0)
+        self._rank, self._names, self._token = rank, names, offer.token
+        self._limits, self._listener = limits, listener
+        self._dead: dict[int, float] = {}  # rank -> when that was noticed
+        self._links: list[_Link] = []
+        self._answer: list[int] | None = None
+        self._answered = threading.Event()
+        self._stopped = False
+        if listener is None:
+            self._connect(offer)
+        _close_in_forks(self)
         self._thread = threading.Thread(target=self._run, name='liveness', daemon=True)
         self._thread.start()
-        # A thread inside the store when the interpreter is torn down can abort the process.
-        atexit.register(self.stop)
 
-    def stop(self) -> None:
-        """Gives no more signs; before the process group is left."""
-        self._stopped.set()
-        self._thread.join(_PERIOD)
+    def dead(self, for_seconds: float = 0.0) -> list[int]:
+        """The ranks that are known to be dead for so long, in the order in which they died."""
+        now = time.monotonic()
+        return [rank for rank, since in list(self._dead.items()) if now - since >= for_seconds]
+
+    def describe_dead(self) -> str:
+        """A clause on the ranks that are dead; '' where none is known to be."""
+        names = [self._names[rank] for rank in self.dead()]
+        verb = 'is' if len(names) == 1 else 'are'
+        what = 'the process has ended or its host is cut off'
+        return f'{few(names)} {verb} dead ({what})' if names else ''
 
     def describe_silent(self) -> str:
-        """A sentence on the ranks that give no sign of life; '' where all do. Takes seconds."""
-        found: list[str] = []
-        looking = threading.Thread(target=lambda: found.append(self._look()), daemon=True)
-        looking.start()
-        looking.join(_LIMIT)
-        return found[0] if found else 'the store of rank 0 does not answer: its host is cut off'
+        """A clause on the ranks that are dead or do not answer; '' where all do. Takes seconds."""
+        dead = self.describe_dead()
+        silent = self._ask_rank_0() if self._listener is None else self._silent()
+        names = [self._names[rank] for rank in silent if rank not in self._dead]
+        if not names:
+            return self.describe_dead()
+        verb = 'has' if len(names) == 1 else 'have'
+        seconds = self._limits['SILENT_AFTER']
+        text = f'{few(names)} {verb} given no sign of life for {seconds:g} s'
+        return f'{dead}; {text}' if dead else text
+
+    def stop(self) -> None:
+        """Closes the connections: to the others this rank has ended."""
+        self._stopped = True
+        self.close()
+
+    def close(self) -> None:
+        """Closes this process's hold of the connections; for a fork, which must not keep them."""
+        for link in self._links:
+            with contextlib.suppress(OSError):
+                if self._stopped:
+                    link.connection.shutdown(socket.SHUT_RDWR)
+                link.connection.close()
+        if self._listener is not None:
+            self._listener.close()
+
+    def _connect(self, offer: Offer) -> None:
+        errors = []
+        for address in dict.fromkeys(offer.addresses):
+            try:
+                limit = self._limits['CONNECT_TIMEOUT']
+                connection = socket.create_connection((address, offer.port), limit)
+                link = _Link(connection, 0, self._limits['DEAD_AFTER'])
+                link.tell('hello', offer.token, self._rank)
+                if connection.recv(8) != b'welcome\n':
+                    raise OSError('it is another program that listens there')
+                connection.settimeout(None)
+            except OSError as error:
+                errors.append(f'{address}:{offer.port}: {error}')
+            else:
+                self._links.append(link)
+                return
+        logger.warning(
+            'rank %d cannot connect to rank 0 beside the store (%s): a rank that dies will be '
+            'missed only when a time limit is over',
+            self._rank,
+            '; '.join(errors),
+        )
 
     def _run(self) -> None:
-        count = 0
-        while not self._stopped.wait(_PERIOD):
-            count += 1
-            try:
-                self._give(count)
-            except RuntimeError as error:
-                logger.info('rank %d lost the store of rank 0: %s', self._rank, error)
-                return
+        with selectors.DefaultSelector() as selector:
+            for link in self._links:
+                selector.register(link.connection, selectors.EVENT_READ, link)
+            if self._listener is not None:
+                selector.register(self._listener, selectors.EVENT_READ)
+            while not self._stopped and selector.get_map():
+                for key, _ in selector.select(1.0):
+                    try:
+                        if key.data is None:
+                            self._let_in(selector)
+                        else:
+                            self._read(selector, key.data)
+                    except (OSError, ValueError, TypeError, IndexError):  # gone, or no rank
+                        if key.data is not None:
+                            self._lose(selector, key.data)
 
-    def _give(self, count: int) -> None:
-        sign = [count, socket.gethostname(), os.getpid()]
-        with self._lock:
-            self._store.set(_key(self._rank), json.dumps(sign))
+    def _let_in(self, selector: selectors.BaseSelector) -> None:
+        assert self._listener is not None
+        connection, _ = self._listener.accept()
+        link = _Link(connection, None, self._limits['DEAD_AFTER'])
+        self._links.append(link)
+        selector.register(connection, selectors.EVENT_READ, link)
 
-    def _look(self) -> str:
-        try:
-            first = self._signs()
-            time.sleep(_PATIENCE)
-            later = self._signs()
-        except RuntimeError as error:
-            return f'rank 0, which holds the store, is gone ({error})'
-        silent = [rank for rank in later if later[rank] == first.get(rank) and rank != self._rank]
-        names = [f'rank {rank} on {later[rank][1]} (pid {later[rank][2]})' for rank in silent]
-        if not names:
-            return ''
-        verb = 'has' if len(names) == 1 else 'have'
-        return f'{few(names)} {verb} given no sign of life for {_PATIENCE:g} s'
+    def _read(self, selector: selectors.BaseSelector, link: _Link) -> None:
+        data = link.connection.recv(4096)
+        if not data or len(link.received) > 1 << 20:
+            raise ConnectionError
+        *lines, link.received = (link.received + data).split(b'\n')
+        for line in lines:
+            self._hear(link, *line.decode().split())
 
-    def _signs(self) -> dict[int, list[Any]]:
-        with self._lock:
-            keys = [_key(rank) for rank in range(self._world_size)]
-            there = [rank for rank, key in enumerate(keys) if self._store.check([key])]
-            texts = self._store.multi_get([keys[rank] for rank in there])
-        return {rank: json.loads(text) for rank, text in zip(there, texts, strict=True)}
+    def _lose(self, selector: selectors.BaseSelector, link: _Link) -> None:
+        selector.unregister(link.connection)
+        self._links.remove(link)
+        link.connection.close()
+        if link.rank is None or self._stopped:
+            return
+        self._dead.setdefault(link.rank, time.monotonic())
+        for other in self._links:
+            other.tell('dead', link.rank)
+
+    def _hear(self, link: _Link, word: str, *values: Any) -> None:
+        if link.rank is None:  # rank 0 hears from someone new
+            if word != 'hello' or not secrets.compare_digest(values[0], self._token):
+                raise ConnectionError
+            link.rank = int(values[1])
+            link.tell('welcome')
+            for rank in self._dead:
+                link.tell('dead', rank)
+        elif word == 'ask':
+            link.tell('here')
+        elif word == 'here':
+            link.heard = time.monotonic()
+        elif word == 'dead':
+            self._dead.setdefault(int(values[0]), time.monotonic())
+        elif word == 'look':  # asks rank 0 who is silent, which takes a while
+            threading.Thread(
+                target=lambda: link.tell('silent', *self._silent()), daemon=True
+            ).start()
+        elif word == 'silent':
+            self._answer = list(map(int, values))
+            self._answered.set()
+
+    def _silent(self) -> list[int]:
+        """On rank 0: the ranks that do not answer it."""
+        start, links = time.monotonic(), [link for link in self._links if link.rank is not None]
+        for link in links:
+            link.tell('ask')
+        while time.monotonic() < start + self._limits['SILENT_AFTER']:
+            if all(link.heard >= start for link in links):
+                break
+            time.sleep(0.05)
+        return [link.rank for link in links if link.heard < start and link.rank is not None]
+
+    def _ask_rank_0(self) -> list[int]:
+        if not self._links:
+            return []
+        self._answered.clear()
+        self._links[0].tell('look')
+        if not self._answered.wait(2 * self._limits['SILENT_AFTER']):
+            return [0]
+        return self._answer or []
 
 
-def _key(rank: int) -> str:
-    return f'internvl_ds/alive/{rank}'
+# A fork keeps a copy of each connection, and the kernel closes one with its last copy only.
+_with_sockets: weakref.WeakSet[Liveness] = weakref.WeakSet()
+
+
+def _close_in_forks(liveness: Liveness) -> None:
+    def close_all() -> None:
+        for one in list(_with_sockets):
+            one.close()
+
+    if not _with_sockets:
+        os.register_at_fork(after_in_child=close_all)
+    _with_sockets.add(liveness)

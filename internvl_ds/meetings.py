@@ -8,45 +8,60 @@ from __future__ import annotations
 
 import json
 import logging
-import threading
+import os
+import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import timedelta
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
-import torch.distributed as torch_dist
 from torch.distributed import distributed_c10d
 
 from internvl_ds.errors import InternvlDsError, RankError
+from internvl_ds.liveness import Liveness, Offer, listen
+from internvl_ds.peers import (
+    Group,
+    Peers,
+    ask,
+    clear,
+    come,
+    current_group,
+    dead_holder,
+    dead_ranks,
+    join_group,
+    key_of,
+    leave_text,
+    limit_of,
+    missing_at,
+    named,
+    own_peers,
+    rank,
+    world_size,
+)
+from internvl_ds.store_client import StoreClient
+
+__all__ = [
+    'agree',
+    'begin',
+    'connect_peers',
+    'exchange',
+    'forget_meetings',
+    'from_rank_0',
+    'gather',
+    'leave_meetings',
+    'part_from',
+    'raise_request',
+    'rank',
+    'request_is_raised',
+    'world_size',
+]
 
 T = TypeVar('T')
 
 logger = logging.getLogger(__name__)
 
-# Seconds that rank 0 waits at the end for ranks that are still busy.
-_LAST_WAIT = 60
-
 # How many meetings of each name this rank has been through: part of the key that they meet under.
 _rounds: Counter[str] = Counter()
-
-# What a background thread meets the others through: see `background_meetings`.
-_thread = threading.local()
-
-
-def rank() -> int:
-    """This process's global rank; 0 without a process group."""
-    if peers := _peers():
-        return peers.rank
-    return torch_dist.get_rank() if torch_dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    """How many ranks there are; 1 without a process group."""
-    if peers := _peers():
-        return peers.world_size
-    return torch_dist.get_world_size() if torch_dist.is_initialized() else 1
 
 
 def exchange(what: str, value: Any, timeout: float) -> list[Any]:
@@ -58,70 +73,150 @@ def exchange(what: str, value: Any, timeout: float) -> list[Any]:
         timeout: seconds to wait for the others.
 
     Raises:
-        RankError: when a rank does not come in time; it names the ranks that are missing.
+        RankError: when a rank does not come in time, or is known to be dead; it is named.
     """
     if world_size() == 1:
         return [value]
-    store = _store()
     deadline = time.monotonic() + timeout
+    return _exchange(_peers(what, timeout), what, value, timeout, deadline)
+
+
+def _exchange(peers: Peers, what: str, value: Any, timeout: float, deadline: float) -> list[Any]:
     while True:
-        keys = [f'internvl_ds/{what}/{_rounds[what]}/{r}' for r in range(world_size())]
-        store.set(keys[rank()], json.dumps({'value': value}))
-        _wait_for_keys(store, keys, what, timeout, deadline)
-        brought = [json.loads(text) for text in store.multi_get(keys)]
+        place = key_of(f'{what}/{_rounds[what]}')
+        come(peers, place, json.dumps({'value': value}))
+        try:
+            missing = missing_at(peers, place, deadline, without_dead=False)
+            if missing:
+                raise RankError(_reproach(missing, peers.rank, timeout))
+        except RankError as error:
+            leave_text(peers, place, json.dumps({'gave up': peers.rank}))
+            _rounds[what] += 1
+            raise RankError(f'{what}: {error}') from None
+        keys = [f'{place}/{r}' for r in range(peers.world_size)]
+        brought = _read(peers, keys, deadline)
         if _rounds[what]:
             # Whoever came to this round is through with the one before.
-            store.delete_key(f'internvl_ds/{what}/{_rounds[what] - 1}/{rank()}')
+            clear(peers, key_of(f'{what}/{_rounds[what] - 1}'))
         _rounds[what] += 1
         if all('value' in item for item in brought):
-            _let_all_read(store, f'internvl_ds/{what}/{_rounds[what] - 1}')
+            _let_all_read(peers, f'{place}/read')
             return [item['value'] for item in brought]
         # Others gave this round up before this rank came: they meet in the next one, if at all.
 
 
-def _let_all_read(store: Any, name: str) -> None:
+def _reproach(missing: list[int], own: int, timeout: float) -> str:
+    dead = [r for r in missing if r in dead_ranks()]
+    if dead:
+        return (
+            f'{named(dead)} did not come and is dead: the process has ended, or its host '
+            'is cut off. Look in the output of that rank for the reason.'
+        )
+    return (
+        f'rank {own} waited {timeout:g} s and {named(missing)} did not come. Every rank '
+        'must make this call: remove an `if rank == 0` around it, and look in the output of the '
+        'missing rank for an error of its own.'
+    )
+
+
+def _read(peers: Peers, keys: list[str], deadline: float) -> list[Any]:
+    return [json.loads(text) for text in ask(peers, lambda s: s.multi_get(keys), deadline)]
+
+
+def _let_all_read(peers: Peers, place: str) -> None:
     """Has rank 0, which holds the store, go on (and perhaps end) after every rank has read."""
-    count, done = f'{name}/have read', f'{name}/all have read'
-    if rank() != 0:
-        if store.add(count, 1) == world_size() - 1:
-            store.set(done, '')
+    come(peers, place)
+    if peers.rank != 0:
         return
+    limit = limit_of('EXIT_TIMEOUT')
+    if late := missing_at(peers, place, time.monotonic() + limit, without_dead=True):
+        # This rank has what it needs; the next meeting names who is missing.
+        logger.warning('%s: %s has not read it after %g s', place, named(late), limit)
+    clear(peers, place, of_all=True)
+
+
+def begin(
+    connect: Callable[[], Any], own_rank: int, ranks: int, where: str, what: str, limit: float
+) -> Group:
+    """Meets all ranks for the first time, to learn their names and who dies. Every rank calls it.
+
+    Args:
+        connect: makes a connection to the store; on rank 0 the store itself, if need be.
+        own_rank: this process's rank.
+        ranks: how many there are, at least 2.
+        where: the store's address, for errors.
+        what: the name of the meeting, for errors.
+        limit: seconds.
+
+    Raises:
+        RankError: when a rank does not come in time, or the store cannot be reached.
+    """
+    client = StoreClient(connect, f'the store of rank 0 at {where}', dead_holder)
+    peers = Peers(client, own_rank, ranks)
+    listener, offer = listen() if own_rank == 0 else (None, None)
+    own = [socket.gethostname(), os.getpid(), offer]
     try:
-        store.wait([done], timedelta(seconds=_LAST_WAIT))
-    except RuntimeError:  # this rank has what it needs; the next meeting names who is missing
-        logger.warning('%s: not all ranks have read it after %d s', name, _LAST_WAIT)
-    store.delete_key(count)
-    store.delete_key(done)
+        brought = _exchange(peers, what, own, limit, time.monotonic() + limit)
+    except RankError:
+        client.close(0)
+        if listener is not None:
+            listener.close()
+        raise
+    names = [f'rank {r} on {host} (pid {pid})' for r, (host, pid, _) in enumerate(brought)]
+    if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
+        client.holder = f"the store of torchrun's agent at {where}"
+    else:
+        client.holder = f'{names[0]}, which holds the store,'
+    group = Group(peers, names)
+    join_group(group)
+    limits = {key: limit_of(key) for key in ('CONNECT_TIMEOUT', 'DEAD_AFTER', 'SILENT_AFTER')}
+    group.liveness = Liveness(own_rank, names, Offer(*brought[0][2]), listener, limits)
+    return group
 
 
-def _wait_for_keys(store: Any, keys: list[str], what: str, timeout: float, deadline: float) -> None:
-    try:
-        store.wait(keys, timedelta(seconds=max(0.1, deadline - time.monotonic())))
-    except RuntimeError as error:
-        mine = rank()
-        try:
-            missing = [r for r, key in enumerate(keys) if not store.check([key])]
-        except RuntimeError:
-            raise RankError(f'{what}: rank {mine} lost the store of rank 0: {error}') from error
-        if not missing:  # the last one came just now
-            return
-        store.set(keys[mine], json.dumps({'gave up': mine}))
-        _rounds[what] += 1
-        raise RankError(
-            f'{what}: rank {mine} waited {timeout:g} s and rank {_listed(missing)} did not come. '
-            'Every rank must make this call: remove an `if rank == 0` around it, and look in the '
-            'output of the missing rank for an error of its own.'
-        ) from error
+def _peers(what: str, limit: float) -> Peers:
+    """This thread's connection; the main thread's where it has none of its own."""
+    if own := own_peers():
+        return own
+    store, group = distributed_c10d._get_default_store(), current_group()
+    if group is not None and group.store is None:
+        group.store = store
+    if group is None or group.store is not store:  # one that the program made itself
+        if group is not None:
+            forget_meetings()
+        where = "torch's default store"
+        group = begin(store.clone, rank(), world_size(), where, what, limit)
+        group.store = store
+    return group.peers
 
 
-def raise_request(name: str) -> None:
+def connect_peers() -> Peers | None:
+    """A connection for a background thread; None where this is the only rank.
+
+    To be called in the main thread, on every rank that will use one. It connects when it is first
+    used, within the limit of that call.
+    """
+    if world_size() == 1:
+        return None
+    main = _peers('first meeting', limit_of('TIMEOUT')).client
+    client = StoreClient(lambda: main.store.clone(), main.holder, main.dead)
+    return Peers(client, rank(), world_size())
+
+
+def raise_request(name: str, peers: Peers) -> None:
     """Tells every rank that asks `request_is_raised`; any rank may call it. Not a meeting."""
-    _store().set(f'internvl_ds/request/{name}', '')
+    key = key_of(f'request/{name}')
+    peers.client.post(lambda store: store.set(key, ''))
 
 
-def request_is_raised(name: str) -> bool:
-    """Whether any rank has called `raise_request` with this name."""
-    return bool(_store().check([f'internvl_ds/request/{name}']))
+def request_is_raised(name: str, peers: Peers, limit: float) -> bool:
+    """Whether any rank has called `raise_request` with this name.
+
+    Raises:
+        RankError: when the store has not answered after ``limit`` seconds.
+    """
+    key = key_of(f'request/{name}')
+    return bool(peers.client.call(lambda store: store.check([key]), limit))
 
 
 def gather(what: str, value: Any, timeout: float) -> list[Any] | None:
@@ -137,69 +232,17 @@ def gather(what: str, value: Any, timeout: float) -> list[Any] | None:
     """
     if world_size() == 1:
         return [value]
-    store = _store()
+    peers, deadline = _peers(what, timeout), time.monotonic() + timeout
     # Under a name of its own: the next gathering may begin while rank 0 still reads this one.
     _rounds['gather'] += 1
-    own = f'internvl_ds/brought/{_rounds["gather"]}/{rank()}'
-    store.set(own, json.dumps(value))
+    own, text = key_of(f'brought/{_rounds["gather"]}/{peers.rank}'), json.dumps(value)
+    peers.client.post(lambda store: store.set(own, text))
     keys = exchange(what, own, timeout)
-    if rank() != 0:
+    if peers.rank != 0:
         return None
-    brought = [json.loads(text) for text in store.multi_get(keys)]
-    for key in keys:
-        store.delete_key(key)
+    brought = _read(peers, keys, deadline)
+    peers.client.post(lambda store: list(map(store.delete_key, keys)))
     return brought
-
-
-class Peers(NamedTuple):
-    """A connection to the other ranks for one background thread.
-
-    Attributes:
-        store: a further connection to the process group's store.
-        rank: this process's.
-        world_size: how many ranks there are.
-        group_store: the group's own connection, kept alive: rank 0's serves all others.
-    """
-
-    store: Any
-    rank: int
-    world_size: int
-    group_store: Any
-
-
-def connect_peers() -> Peers | None:
-    """Opens a connection for a background thread; None where this is the only rank.
-
-    To be called in the main thread, on every rank that will use one.
-    """
-    if world_size() == 1:
-        return None
-    store = distributed_c10d._get_default_store()
-    return Peers(store.clone(), rank(), world_size(), store)
-
-
-@contextmanager
-def background_meetings(peers: Peers | None) -> Iterator[None]:
-    """Lets this thread meet the other ranks' threads through a connection of its own.
-
-    The default connection serves one call at a time: a wait on it would keep the main thread from
-    using it. And the rank and world size stay what they were, should the main thread leave the
-    process group. The names of the meetings must not be in use by another thread meanwhile.
-    """
-    _thread.peers = peers
-    try:
-        yield
-    finally:
-        _thread.peers = None
-
-
-def _peers() -> Peers | None:
-    return getattr(_thread, 'peers', None)
-
-
-def _store() -> Any:
-    peers = _peers()
-    return peers.store if peers else distributed_c10d._get_default_store()
 
 
 def agree(
@@ -267,36 +310,33 @@ def _all_subclasses(base: type) -> list[type]:
     return found + [c for child in found for c in _all_subclasses(child)]
 
 
-def _listed(ranks: list[int], most: int = 16) -> str:
-    text = ', '.join(map(str, ranks[:most]))
-    return text if len(ranks) <= most else f'{text} and {len(ranks) - most} more'
-
-
 def part_from(peers: Peers) -> None:
-    """Has rank 0 wait, where `shutdown` is not called, until the others need its store no more.
+    """Has rank 0, whose store the others may still need, wait until all have come here.
 
-    Every rank that has these peers calls it at its end.
+    Every rank that has these peers calls it at its end; they are of no use afterwards.
     """
-    with background_meetings(peers):
-        try:
-            wait_for_the_others()
-        except RuntimeError as error:  # rank 0 is gone: then there is nothing left to wait for
-            logger.info('rank %d ends without rank 0: %s', rank(), error)
+    try:
+        place, limit = key_of('left'), limit_of('EXIT_TIMEOUT')
+        come(peers, place)
+        if peers.rank == 0:
+            late = missing_at(peers, place, time.monotonic() + limit, without_dead=True)
+            if late := [r for r in late if r not in dead_ranks()]:
+                logger.warning('rank 0 leaves; %s is not done yet', named(late))
+    except RankError as error:  # rank 0 is gone: then there is nothing left to wait for
+        logger.info('rank %d ends without rank 0: %s', peers.rank, error)
+    finally:
+        peers.client.close(limit_of('SILENT_AFTER'))
 
 
-def wait_for_the_others() -> None:
-    """Has rank 0, whose store the others may still read, wait until all have come here."""
-    store = _store()
-    keys = [f'internvl_ds/left/{r}' for r in range(world_size())]
-    store.set(keys[rank()], '')
-    if rank() == 0:
-        try:
-            store.wait(keys, timedelta(seconds=_LAST_WAIT))
-        except RuntimeError:
-            late = [r for r, key in enumerate(keys) if not store.check([key])]
-            logger.warning('rank 0 leaves; rank %s is not done yet', _listed(late))
+def leave_meetings() -> None:
+    """Parts from all ranks where they have met; every rank calls it."""
+    group = current_group()
+    if world_size() > 1 and group is not None:
+        part_from(group.peers)
+    forget_meetings()
 
 
 def forget_meetings() -> None:
     """Begins to count anew, for another process group."""
     _rounds.clear()
+    join_group(None)

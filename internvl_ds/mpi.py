@@ -11,7 +11,7 @@ from typing import Any
 
 from internvl_ds.errors import RankError
 from internvl_ds.launchers import Launch
-from internvl_ds.network import own_addresses, reaches
+from internvl_ds.network import own_addresses, why_not_reached
 
 logger = logging.getLogger(__name__)
 
@@ -20,8 +20,6 @@ _LAST_WORDS = 1.0
 # Seconds by which the ranks' aborts are apart, at most: where all fail at a time, one is enough to
 # end the others, and Open MPI's daemons (5.0.11) have hung over four at once on two hosts.
 _APART = 4
-# Seconds that an abort may take.
-_ABORT_LIMIT = 5
 
 
 def world(launch: Launch) -> Any:
@@ -58,13 +56,16 @@ def local_rank(communicator: Any) -> tuple[int, int]:
     return found
 
 
-def agree_on_master(communicator: Any, one_host: bool, interface: str) -> tuple[str, int]:
+def agree_on_master(
+    communicator: Any, one_host: bool, interface: str, limit: float
+) -> tuple[str, int]:
     """An address of rank 0 that all others reach, and a port that is free there. A collective.
 
     Args:
         communicator: of all ranks.
         one_host: whether all ranks share a host: then it is the loopback address.
         interface: the only network interface to use; '' for any.
+        limit: seconds for one try to reach an address.
 
     Raises:
         RankError: on all ranks, when no address of rank 0 is reached by all.
@@ -78,7 +79,7 @@ def agree_on_master(communicator: Any, one_host: bool, interface: str) -> tuple[
             listener.listen(communicator.Get_size())
             offer = addresses, listener.getsockname()[1], socket.gethostname()
         addresses, port, host = communicator.bcast(offer)
-        reached = addresses if first else [a for a in addresses if reaches(a, port)]
+        reached = [a for a in addresses if first or not why_not_reached(a, port, limit)]
         seen = communicator.allgather((reached, socket.gethostname()))
     common = [a for a in addresses if all(a in theirs for theirs, _ in seen)]
     if common:
@@ -92,12 +93,17 @@ def agree_on_master(communicator: Any, one_host: bool, interface: str) -> tuple[
     )
 
 
-def abort(communicator: Any) -> None:
-    """Ends all ranks of the job, which an exception on one would let hang when MPI is finalized."""
+def abort(communicator: Any, limit: int) -> None:
+    """Ends all ranks of the job, which an exception on one would let hang when MPI is finalized.
+
+    Args:
+        communicator: of all ranks.
+        limit: whole seconds that it may take.
+    """
     time.sleep(_LAST_WORDS + min(communicator.Get_rank(), _APART))
     # MPICH's waits for its daemon, which may be cut off: then the kernel ends this process.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.alarm(_ABORT_LIMIT)
+    signal.alarm(limit)
     communicator.Abort(1)
 
 

@@ -6,8 +6,6 @@ import fcntl
 import socket
 import struct
 
-# Seconds for one try to reach an address.
-_CONNECT = 3.0
 _SIOCGIFADDR = 0x8915
 _VIRTUAL = ('lo', 'docker', 'virbr', 'veth', 'br-')
 
@@ -37,13 +35,13 @@ def interface_towards(host: str) -> str | None:
     return None if name == 'lo' else name
 
 
-def reaches(address: str, port: int) -> bool:
-    """Whether a TCP connection to an address is accepted within a few seconds."""
+def why_not_reached(address: str, port: int, limit: float) -> str | None:
+    """Why no connection is accepted at an address within ``limit`` seconds; None if one is."""
     try:
-        with socket.create_connection((address, port), timeout=_CONNECT):
-            return True
-    except OSError:
-        return False
+        with socket.create_connection((address, port), timeout=limit):
+            return None
+    except OSError as error:
+        return f'no connection to {address}:{port} ({error})'
 
 
 def addresses() -> list[tuple[str, str]]:

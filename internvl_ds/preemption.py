@@ -23,13 +23,13 @@ from internvl_ds.config import checkpoint_option, default_of, get_option
 from internvl_ds.errors import RankError
 from internvl_ds.files import write_text
 from internvl_ds.meetings import (
-    background_meetings,
     connect_peers,
     exchange,
     raise_request,
     rank,
     request_is_raised,
 )
+from internvl_ds.peers import background_meetings
 
 logger = logging.getLogger(__name__)
 
@@ -170,6 +170,7 @@ class Preemption:
 
     def _watch(self) -> None:
         """The thread: answers one request after another."""
+        assert self._peers is not None
         requests = (f'boundary {self._number}.{count}' for count in itertools.count())
         request = next(requests)
         try:
@@ -177,8 +178,8 @@ class Preemption:
                 while not self._closing.wait(_INTERVAL):
                     wish = self._wish()
                     if wish is not None:
-                        raise_request(request)
-                    elif not request_is_raised(request):
+                        raise_request(request, self._peers)
+                    elif not request_is_raised(request, self._peers, self._timeout):
                         continue
                     if self._agree(request, wish) == STOP:
                         return

@@ -10,7 +10,8 @@ pytestmark = [pytest.mark.ranks, pytest.mark.slow]
 
 # What names the place and the reason; where a launcher ends the ranks at once, its own words.
 NAMED = {
-    'killed': r'rank 1 on \S+ \(pid \d+\) has given|process rank 1 .* on node|PID \d+ RUNNING AT|'
+    'killed': r'rank 1 on \S+ \(pid \d+\) (has given|is dead)|process rank 1 .* on node|'
+    r'PID \d+ RUNNING AT|'
     r'localhost: task 1: Killed',
     'crashed': r'rank 1 on \S+ ends the job: ValueError: a bad batch',
     'stopped': r'rank 0 on \S+ ends the job: rank 1 on \S+ \(pid \d+\) has given no sign of life',

@@ -2,7 +2,7 @@
 
 import socket
 
-from internvl_ds.network import interface_towards, own_addresses, reaches
+from internvl_ds.network import interface_towards, own_addresses, why_not_reached
 
 
 def test_loopback_is_named_only_when_asked_for():
@@ -24,6 +24,6 @@ def test_what_listens_is_reached():
     with socket.socket() as listener:
         listener.bind(('127.0.0.1', 0))
         port = listener.getsockname()[1]
-        assert not reaches('127.0.0.1', port)
+        assert 'no connection to' in why_not_reached('127.0.0.1', port, 3)
         listener.listen()
-        assert reaches('127.0.0.1', port)
+        assert why_not_reached('127.0.0.1', port, 3) is None

@@ -16,12 +16,10 @@ from collections.abc import Callable
 
 from internvl_ds.comm import before_shutdown
 from internvl_ds.errors import CheckpointError
-from internvl_ds.meetings import Peers, background_meetings, connect_peers, part_from
+from internvl_ds.meetings import connect_peers, part_from
+from internvl_ds.peers import Peers, background_meetings, limit_of
 
 logger = logging.getLogger(__name__)
-
-# Seconds that the end of a program waits which an exception ends: other ranks may be gone.
-_LIMIT_AFTER_ERROR = 60.0
 
 
 class _Save(threading.Thread):
@@ -101,7 +99,8 @@ def _finish_at_exit() -> None:
     # sys.last_type is set when an exception is about to end the program.
     failing = hasattr(sys, 'last_type')
     try:
-        wait(_LIMIT_AFTER_ERROR if failing else None)
+        # Other ranks may not come any more where an exception ends the program.
+        wait(limit_of('EXIT_TIMEOUT') if failing else None)
         if _peers is not None and not failing:
             part_from(_peers)
     except Exception:

@@ -21,7 +21,6 @@ from internvl_ds.engine import engine_of
 from internvl_ds.errors import CheckpointError, CheckpointNotFound
 from internvl_ds.meetings import (
     agree,
-    background_meetings,
     connect_peers,
     exchange,
     from_rank_0,
@@ -29,6 +28,7 @@ from internvl_ds.meetings import (
     rank,
     world_size,
 )
+from internvl_ds.peers import background_meetings
 from tests.workers.calls import message_of
 from tests.workers.model import make_config, make_model, make_optimizer, micro_batch, zero_json
 from tests.workers.stepping import masters
@@ -242,17 +242,13 @@ def rank_0_ends_at_once(folder: str) -> None:
         exchange('last', 0, 20)
         (next(Path(folder).glob('ranks-*')) / 'result_0.json').write_text('null')
         os._exit(0)
-    connection = torch.distributed.distributed_c10d._get_default_store()
+    read = meetings._read
 
-    class Slow:
-        def multi_get(self, keys: list[str]) -> Any:
-            time.sleep(1)
-            return connection.multi_get(keys)
+    def slow(*given: Any) -> Any:
+        time.sleep(1)
+        return read(*given)
 
-        def __getattr__(self, name: str) -> Any:
-            return getattr(connection, name)
-
-    meetings._store = Slow  # type: ignore[assignment]
+    meetings._read = slow
     brought = exchange('last', 1, 20)
     (next(Path(folder).glob('ranks-*')) / 'result_1.json').write_text(str(brought))
     os._exit(0)

@@ -1,0 +1,152 @@
+"""A connection to the process group's store whose every call ends in time.
+
+torch's own calls do not: where the process that holds the store stands still, or its host is cut
+off, none of them returns, neither a ``wait`` with a time limit nor a new connection. So a thread of
+each connection makes the calls, and who asked waits for that thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import socket
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from contextlib import contextmanager
+from typing import Any
+
+from internvl_ds.errors import RankError
+
+# Seconds between two looks whether the one who is to answer has died.
+_LOOK = 0.5
+
+
+class StoreClient:
+    """One connection. Its calls are made in the order in which they were asked for.
+
+    Once a call has not come back in time, the connection is given up: it is not known what of it
+    the store will still do. Every later call fails at once.
+
+    Attributes:
+        holder: who has the store, for errors.
+        dead: tells why the holder is known to be dead, or ''.
+        store: torch's own connection; None until the first call has made it.
+    """
+
+    def __init__(self, connect: Callable[[], Any], holder: str, dead: Callable[[], str]) -> None:
+        """Does not connect yet: the first call does, within its limit."""
+        self.holder, self.dead = holder, dead
+        self.store: Any = None
+        self._connect = connect
+        self._given_up = ''
+        self._calls: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._serve, name='store', daemon=True)
+        self._thread.start()
+
+    def call(self, action: Callable[[Any], Any], limit: float) -> Any:
+        """What ``action`` returns, which is called with torch's connection.
+
+        Args:
+            action: makes one call of the store, or several.
+            limit: seconds; negative for none at all.
+
+        Raises:
+            RankError: when the store has not answered by then, or its holder is dead.
+        """
+        future, deadline = self.post(action), time.monotonic() + limit
+        while True:
+            if self._given_up:
+                raise RankError(self._given_up)
+            try:
+                return future.result(max(0.0, min(_LOOK, deadline - time.monotonic())))
+            except futures.TimeoutError:
+                reason = self.dead()
+                if not reason and time.monotonic() >= deadline:
+                    reason = f'{self.holder} does not answer: waited {max(limit, 0):.3g} s'
+                self._give_up(reason)
+            except RuntimeError as error:
+                if isinstance(error, RankError):
+                    raise
+                self._give_up(self.dead() or f'{self.holder} is gone: {first_line(error)}')
+
+    def post(self, action: Callable[[Any], Any]) -> futures.Future:
+        """Has ``action`` called after the calls before it, and waits for nothing."""
+        future: futures.Future = futures.Future()
+        if not self._given_up:
+            self._calls.put((action, future))
+        return future
+
+    def close(self, limit: float) -> None:
+        """Ends the thread after the calls that were asked for; waits so many seconds for it."""
+        self._calls.put(None)
+        self._thread.join(limit)
+        self._give_up('the connection to the store was closed')
+
+    def _give_up(self, reason: str) -> None:
+        if reason and not self._given_up:
+            self._given_up = reason
+            self._calls.put(None)
+
+    def _serve(self) -> None:
+        while (call := self._calls.get()) is not None:
+            action, future = call
+            try:
+                if self.store is None:
+                    self.store = self._connect()
+                future.set_result(action(self.store))
+            except Exception as error:
+                future.set_exception(error)
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, without the C++ stack that torch puts under it."""
+    return str(error).strip().partition('\n')[0] or type(error).__name__
+
+
+@contextmanager
+def store_answers(client: StoreClient | None, port: int, limit: float) -> Iterator[None]:
+    """Bounds what torch itself asks the store, in calls that cannot be moved to another thread.
+
+    While the block runs the store is asked through ``client``. Where it does not answer, all
+    connections of this process to it are cut, which ends the call that torch waits in.
+
+    Args:
+        client: None for no bound.
+        port: the store's.
+        limit: seconds that the store may take to answer.
+
+    Raises:
+        RankError: when it did not answer; instead of torch's own error.
+    """
+    over, reasons = threading.Event(), []
+
+    def watch() -> None:
+        try:
+            while client is not None and not over.wait(_LOOK):
+                client.call(lambda store: store.check(['answers']), limit)
+        except RankError as error:
+            reasons.append(str(error))
+            _cut_connections(port)
+
+    threading.Thread(target=watch, name='store answers', daemon=True).start()
+    try:
+        yield
+    except RuntimeError as error:
+        if reasons:
+            raise RankError(reasons[0]) from error
+        raise
+    finally:
+        over.set()
+
+
+def _cut_connections(port: int) -> None:
+    for name in os.listdir('/proc/self/fd'):
+        with contextlib.suppress(OSError):
+            if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                with socket.socket(fileno=os.dup(int(name))) as connection:
+                    if connection.getpeername()[1:2] == (port,):
+                        connection.shutdown(socket.SHUT_RDWR)

@@ -1,0 +1,246 @@
+"""Ranks that wait for others which stand still, are dead, or never come."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from internvl_ds import initialize
+from internvl_ds.checkpoint import background
+from internvl_ds.comm import init_distributed, shutdown
+from internvl_ds.meetings import (
+    agree,
+    connect_peers,
+    exchange,
+    from_rank_0,
+    gather,
+    part_from,
+    raise_request,
+    rank,
+    request_is_raised,
+)
+from internvl_ds.peers import background_meetings, set_limits
+from internvl_ds.preemption import Preemption
+from tests.workers.calls import message_of
+from tests.workers.model import make_config, make_model, make_optimizer, zero_json
+from tests.workers.saving import Run
+
+
+def timed(action: Callable[[], Any]) -> list[Any]:
+    """[seconds, what it raised or 'no error']."""
+    start = time.monotonic()
+    message = message_of(action)
+    return [round(time.monotonic() - start, 1), message]
+
+
+def all_timed(actions: dict[str, Callable[[], Any]], most: float) -> dict[str, list[Any]]:
+    """`timed` of each, on a thread each; [None, ''] of those that are not done after ``most``."""
+    done: dict[str, list[Any]] = {}
+
+    def run(name: str) -> None:
+        done[name] = timed(actions[name])
+
+    threads = [threading.Thread(target=run, args=(name,), daemon=True) for name in actions]
+    deadline = time.monotonic() + most
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(0, deadline - time.monotonic()))
+    return {name: done.get(name, [None, '']) for name in actions}
+
+
+@contextmanager
+def away(pid: int, how: str, folder: str) -> Iterator[None]:
+    """Has a process stand still, or waits until the test has cut this host off."""
+    if how == 'cut':
+        Path(folder, 'ready').touch()
+        wait_for(Path(folder, 'cut'))
+        yield
+        return
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def wait_for(path: Path) -> None:
+    """Until it is there."""
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert time.monotonic() < deadline, path
+        time.sleep(0.05)
+
+
+def calls_of_the_store(limit: float) -> dict[str, Callable[[], Any]]:
+    """Every kind of call, through connections that were there before and through new ones."""
+    key = 'internvl_ds/test'
+    kinds: dict[str, Callable[[Any], Any]] = {
+        'set': lambda store: [store.set(key, '1'), store.check([key])],
+        'get': lambda store: store.get(key),
+        'add': lambda store: store.add(f'{key}/count', 1),
+        'check': lambda store: store.check([key]),
+        'delete_key': lambda store: store.delete_key(key),
+        'multi_get': lambda store: store.multi_get([key]),
+        'wait': lambda store: store.wait([f'{key}/never']),
+        'clone': lambda store: store.clone(),
+    }
+    calls: dict[str, Callable[[], Any]] = {}
+    for name, kind in kinds.items():
+        old, new = connect_peers(), connect_peers()
+        assert old is not None
+        assert new is not None
+        old.client.call(lambda store: store.set(key, '1'), limit)
+        calls[name] = lambda old=old, kind=kind: old.client.call(kind, limit)
+        calls[f'{name}, new connection'] = lambda new=new, kind=kind: new.client.call(kind, limit)
+    return calls
+
+
+def meetings_of_threads(limit: float) -> dict[str, Callable[[], Any]]:
+    """What goes through the store, each on a connection of its own."""
+    kinds: dict[str, Callable[[Any], Any]] = {
+        'exchange': lambda peers: exchange('t exchange', 1, limit),
+        'gather': lambda peers: gather('t gather', 1, limit),
+        'agree': lambda peers: agree('t agree', lambda: 1, limit),
+        'from_rank_0': lambda peers: from_rank_0('t from', lambda: 1, limit),
+        'request_is_raised': lambda peers: request_is_raised('t', peers, limit),
+        'raise_request': lambda peers: raise_request('t', peers),
+        'part_from': part_from,
+    }
+
+    def meet(peers: Any, kind: Callable[[Any], Any]) -> None:
+        with background_meetings(peers):
+            kind(peers)
+
+    made = {name: connect_peers() for name in kinds}
+    for peers in made.values():
+        assert peers is not None
+        peers.client.call(lambda store: store.check(['x']), limit)
+    return {name: lambda n=name: meet(made[n], kinds[n]) for name in kinds}
+
+
+def rank_0_is_away(limit: float, folder: str, how: str) -> None:
+    """What each of rank 1's calls does meanwhile, and at what time.
+
+    Args:
+        limit: seconds, of each.
+        folder: of both ranks.
+        how: 'stopped' or 'cut'.
+    """
+    set_limits({'EXIT_TIMEOUT': limit, 'TIMEOUT': limit})
+    pid = exchange('pid', os.getpid(), 30)[0]
+    found: dict[str, Any] = {}
+    preemption = Preemption(make_config('', CHECKPOINT__RENDEZVOUS_TIMEOUT=limit))
+    if rank() == 0:
+        if how == 'cut':
+            wait_for(Path(folder, 'cut'))
+            found['rank 0 waits'] = timed(lambda: exchange('rank 1 is cut off', None, 1800))
+        wait_for(Path(folder, 'over'))
+    else:
+        calls = {**calls_of_the_store(limit), **meetings_of_threads(limit)}
+
+        def boundaries() -> None:
+            while True:
+                preemption.reached()
+                time.sleep(0.1)
+
+        def engine() -> None:
+            model = make_model()
+            config = make_config('', DATA__BATCH_SIZE=8, COMM__TIMEOUT=int(limit))
+            initialize(config, model, make_optimizer(model), zero_json(1))
+
+        calls['preemption'] = boundaries
+        calls['main thread'] = lambda: exchange('main', 1, limit)
+        with away(pid, how, folder):
+            if how == 'stopped':
+                found['making an engine'] = timed(engine)
+            found.update(all_timed(calls, limit + 15))
+            found['again'] = timed(lambda: exchange('main', 1, limit))
+            found['shutdown'] = timed(shutdown)
+        Path(folder, 'over').touch()
+    leave_result(folder, found)
+    os._exit(0)
+
+
+def leave_result(folder: str, value: Any) -> None:
+    """As the harness does, for a rank that ends by itself."""
+    own = int(os.environ['RANK'])
+    (next(Path(folder).glob('ranks-*')) / f'result_{own}.json').write_text(json.dumps(value))
+
+
+def ranks_that_miss_each_other(limit: int) -> dict[str, Any]:
+    """Starts that fail, on three ranks; each at a port of its own."""
+    own, ports = rank(), []
+    for _ in range(4):
+        with socket.socket() as probe:
+            probe.bind(('127.0.0.1', 0))
+            ports.append(probe.getsockname()[1])
+    ports = exchange('ports', ports, 30)[0]
+    pid = exchange('pid', os.getpid(), 30)[0]
+    shutdown()
+    config = make_config('', COMM__INIT_TIMEOUT=limit)
+    found: dict[str, Any] = {}
+
+    def start(name: str, address: str, port: int, ranks: tuple[int, ...]) -> None:
+        began = time.monotonic()
+        if own in ranks:
+            os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
+            found[name] = timed(lambda: init_distributed(config))
+        time.sleep(max(0, limit + 6 - (time.monotonic() - began)))
+
+    start('rank 0 is missing', '127.0.0.1', ports[0], (1, 2))
+    start('rank 2 is missing', '127.0.0.1', ports[1], (0, 1))
+    start('no such host', '240.0.0.1', ports[2], (1, 2))
+    with socket.create_server(('127.0.0.1', 0)) as silent:  # accepts, and never answers
+        start('another program', '127.0.0.1', silent.getsockname()[1], (1, 2))
+    if own == 1:
+        threading.Timer(2, lambda: os.kill(pid, signal.SIGSTOP)).start()
+        threading.Timer(limit + 5, lambda: os.kill(pid, signal.SIGCONT)).start()
+    start('rank 0 stands still', '127.0.0.1', ports[3], (0, 1))
+    return found
+
+
+def a_rank_dies(how: str, dies: int, folder: str) -> None:
+    """A rank of three is killed while it writes; the others wait for it, with the longest limits.
+
+    Args:
+        how: 'sync' or 'async': in such a save.
+        dies: the rank.
+        folder: of all ranks.
+    """
+    run = Run(
+        1, 'fp32', f'{folder}/out', CHECKPOINT__ASYNC=how == 'async', CHECKPOINT__IO_TIMEOUT=1800,
+        CHECKPOINT__RENDEZVOUS_TIMEOUT=300,
+    )  # fmt: skip
+    run.steps(0, 1)
+    if rank() == dies:
+        os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore
+    else:  # nobody is done before that one is dead
+        fsync = os.fsync
+        os.fsync = lambda descriptor: [time.sleep(2), fsync(descriptor)][1]  # type: ignore
+    found = {}
+
+    def save() -> None:
+        run.save(0)
+        background.wait()
+
+    found['save'] = timed(save)
+    found['next save'] = timed(save)
+    found['a meeting'] = timed(lambda: exchange('x', 1, 1800))
+    found['shutdown'] = timed(shutdown)
+    leave_result(folder, found)
+    os._exit(0)
+
+
+if __name__ == '__main__':
+    init_distributed()
+    rank_0_is_away(float(sys.argv[1]), sys.argv[2], 'cut')
