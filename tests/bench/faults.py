@@ -347,7 +347,8 @@ def main() -> None:
         for what, output in outputs.items():
             (args.out / f'{what}.txt').write_text(output)
     print(table(cells))
-    print(f'{sum(not cell.ok for cell in ended)} of {len(ended)} places are not as they must be')
+    wrong = sum(not cell.is_right() for cell in ended)
+    print(f'{wrong} of {len(ended)} at places are not as they must be')
 
 
 if __name__ == '__main__':

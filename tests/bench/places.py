@@ -33,13 +33,14 @@ KILLED, STOPPED, CUT = 'killed', 'stopped', 'cut'
 FAULTS = (KILLED, STOPPED, CUT)
 
 LIMIT = 10.0  # seconds: every limit of a job in which a rank is stopped or cut off
+EXIT = 5.0  # seconds: COMM.EXIT_TIMEOUT there
 LONG = 600  # every limit of a job in which a rank is killed: it must not matter
 MARGIN = 5.0  # seconds that a wait may last longer than its limit
 DEAD = 15.0  # seconds within which the others of a dead rank end
 
 _START = 120.0  # seconds until a rank is at its place
 _PATIENCE = 30.0  # seconds beyond the limit, after which a job is ended
-_PROMPT = 5.0  # seconds: whoever ends so soon has waited for nobody
+_PROMPT = 8.0  # seconds: whoever ends so soon has waited for nobody
 
 # Jobs at a time: starting takes the CPU, and the rest of one is waiting.
 _AT_ONCE, _HOST_PAIRS = 16, 8
@@ -70,12 +71,17 @@ class Place:
     @property
     def joins(self) -> bool:
         """Whether the ranks are not together yet."""
-        return self.what.startswith(('before joining', 'connected'))
+        return self.what.startswith(('before joining', 'connected', 'start'))
 
     @property
-    def is_last(self) -> bool:
-        """Whether all work is done: a rank may then end without the other one."""
-        return self.what.startswith('last meeting') or self.what == 'end of training, inside'
+    def inside(self) -> bool:
+        """Whether this rank has brought to a meeting what the others wait for."""
+        return self.what.endswith(', inside')
+
+    @property
+    def may_be_last(self) -> bool:
+        """Whether the others may have no more to wait for, and end as if nothing was."""
+        return self.inside or self.what == 'last meeting'
 
 
 # Rank 0 has its store open, and the other one comes when rank 0 does not answer any more.
@@ -93,7 +99,10 @@ class Trial:
     @property
     def limit(self) -> float:
         """Seconds within which the others must end."""
-        return DEAD if self.fault == KILLED and not self.place.joins else LIMIT + MARGIN
+        if self.fault == KILLED and not self.place.joins:
+            return DEAD
+        # First they wait until it has read what they brought, and then in the next meeting.
+        return (EXIT if self.place.inside else 0) + LIMIT + MARGIN
 
     def limits(self) -> dict[str, Any]:
         """What the job is told."""
@@ -101,6 +110,7 @@ class Trial:
         return {
             'COMM__INIT_TIMEOUT': int(LIMIT) if self.place.joins else 120,
             'COMM__TIMEOUT': value,
+            'COMM__EXIT_TIMEOUT': LONG if self.fault == KILLED else int(EXIT),
             'CHECKPOINT__RENDEZVOUS_TIMEOUT': value,
             'CHECKPOINT__IO_TIMEOUT': value,
         }
@@ -127,14 +137,17 @@ class Ended:
     waits_in: str
     output: str
 
-    @property
-    def ok(self) -> bool:
-        """Whether it ended in time, failed, and said who is missing."""
+    def is_right(self, slack: float = 0.0) -> bool:
+        """Whether it ended in time, failed, and said who is missing.
+
+        Args:
+            slack: seconds more than the limit, for a machine that has other work.
+        """
         status = self.statuses[1 - self.trial.victim]
-        if self.trial.place.is_last and status == 0 and self.seconds < _PROMPT:
+        if self.trial.place.may_be_last and status == 0 and self.seconds < _PROMPT:
             return True
-        failed = self.trial.place.is_last or status != 0
-        return self.seconds <= self.trial.limit and failed and self.names
+        failed = self.trial.place.may_be_last or status != 0
+        return self.seconds <= self.trial.limit + slack and failed and self.names
 
 
 class Ranks:
@@ -257,7 +270,8 @@ def trials_of(places: Sequence[Sequence[Place]]) -> list[Trial]:
 
 # Of those, what is tried always: two at each of these, so that every fault meets either rank.
 CHOSEN = (
-    'before joining', 'connected to the store', 'before joining, late', 'collective broadcast',
+    'before joining', 'before joining, late', 'connected to the store',
+    'connected to the store, by torch', 'start', 'start, inside', 'collective broadcast',
     'save_checkpoint', 'begin save', 'collective barrier', 'write checkpoint',
     'write checkpoint, inside', 'commit', 'commit, inside', 'write checkpoint, save thread',
     'write checkpoint, save thread, inside', 'commit, save thread', 'verify newest', 'verify',
@@ -290,7 +304,6 @@ def measure(trial: Trial, folder: Path, shared: Path, two: hosts.Hosts | None = 
         came = ranks.comes()
         time.sleep(1.5 if late else 0.3)  # the other one is waiting by now
     try:
-        start = time.monotonic()
         ended = [0, 1] if trial.fault == CUT else [other]
         if trial.fault == CUT:
             assert two is not None
@@ -298,6 +311,7 @@ def measure(trial: Trial, folder: Path, shared: Path, two: hosts.Hosts | None = 
         elif came:
             number = signal.SIGKILL if trial.fault == KILLED else signal.SIGSTOP
             os.kill(ranks.processes[trial.victim].pid, number)
+        start = time.monotonic()
         if late or trial.fault == CUT:
             (folder / 'go').touch()
         if not came:
@@ -328,7 +342,7 @@ def _names(trial: Trial, missing: int, text: str, port: str) -> bool:
     _, _, said = _last_words(text).partition(' ends the job: ')
     if trial.place.joins and f':{port}' in _last_words(text):
         return True
-    if trial.place.is_last:
+    if trial.place.may_be_last:
         said = text
     who = rf'rank {missing} on \S+' if trial.fault == KILLED else rf'rank {missing}\b'
     return re.search(who, said) is not None
@@ -336,7 +350,9 @@ def _names(trial: Trial, missing: int, text: str, port: str) -> bool:
 
 def _last_words(text: str) -> str:
     lines = text.strip().splitlines() or ['']
-    spoken = [line for line in lines if ' ends the job: ' in line]
+    spoken = [
+        line for line in lines if re.search(r' ends the job: |^(\[rank|\w+\.)\S*Error: ', line)
+    ]
     return (spoken or lines)[-1]
 
 
@@ -380,7 +396,7 @@ def table(ended: Sequence[Ended]) -> str:
     head = '| rank | at | of the story | launcher | seconds | limit | exit status | says |'
     lines = [head, f'|{" --- |" * 8}']
     for cell in ended:
-        trial, mark = cell.trial, '' if cell.ok else '**'
+        trial, mark = cell.trial, '' if cell.is_right() else '**'
         says = (cell.waits_in or cell.says).replace('|', '\\|')[:200]
         cells = [
             f'{trial.victim} {words[trial.fault]}',
@@ -390,7 +406,7 @@ def table(ended: Sequence[Ended]) -> str:
             f'{mark}{cell.seconds:.1f}{mark}',
             f'{trial.limit:.0f}',
             str(cell.statuses[1 - trial.victim]),
-            f'{"" if cell.ok or cell.names else "**names nobody:** "}`{says}`',
+            f'{"" if cell.is_right() or cell.names else "**names nobody:** "}`{says}`',
         ]
         lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines)

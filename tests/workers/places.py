@@ -32,6 +32,7 @@ from internvl_ds import auto_resume_helper, load_ema_checkpoint, load_pretrained
 from internvl_ds import preemption as preemption_module
 from internvl_ds.comm import init_distributed, leave, shutdown
 from internvl_ds.preemption import Preemption
+from internvl_ds.store_client import StoreClient
 from internvl_ds.train import __main__ as program
 from internvl_ds.train import evaluate as train_evaluate
 from tests.workers import elastic, originals
@@ -43,7 +44,6 @@ COLLECTIVES = (
     'all_gather', 'all_gather_into_tensor', 'all_gather_object', 'all_reduce', 'barrier',
     'broadcast', 'broadcast_object_list', 'gather', 'reduce', 'reduce_scatter_tensor',
 )  # fmt: skip
-STORE_CALLS = ('set', 'get', 'add', 'wait', 'check', 'multi_get', 'delete_key')
 
 # Seconds that a rank stays at a place if nobody comes to inflict anything.
 _STAY = 300.0
@@ -51,8 +51,7 @@ _STAY = 300.0
 # What this thread is in: the name of a meeting, and how often it has called the store there.
 _inside = threading.local()
 
-BEFORE_JOINING, JOINING = 'before joining', 'connected to the store'
-WORK_DONE, LAST = 'all work done', 'last meeting'
+BEFORE_JOINING, JOINING, LAST = 'before joining', 'connected to the store', 'last meeting'
 
 
 class Places:
@@ -88,18 +87,17 @@ def install(places: Places) -> None:
     """Has every meeting, store call and collective of this process pass by ``places``."""
     for name in COLLECTIVES:
         _wrap_everywhere(getattr(dist, name), functools.partial(_collective, places, name), 'torch')
-    _wrap_everywhere(meetings.exchange, functools.partial(_meeting, places), 'internvl_ds')
+    _wrap_everywhere(meetings._exchange, functools.partial(_meeting, places), 'internvl_ds')
     last = functools.partial(_in_meeting, places, LAST)
-    _wrap_everywhere(meetings.wait_for_the_others, last, 'internvl_ds')
-    for kind in (dist.TCPStore, dist.PrefixStore):
-        for name in STORE_CALLS:
-            setattr(kind, name, _store_call(places, getattr(kind, name)))
+    _wrap_everywhere(meetings.part_from, last, 'internvl_ds')
+    StoreClient.post = _store_call(places, StoreClient.post)
     _wrap_everywhere(train_evaluate.evaluate, functools.partial(_evaluation, places), 'internvl_ds')
     joined = dist.TCPStore.__init__
 
     def join(self: Any, *args: Any, **kwargs: Any) -> None:
         joined(self, *args, **kwargs)
-        places.come(JOINING)
+        by_torch = threading.current_thread() is threading.main_thread()
+        places.come(f'{JOINING}, by torch' if by_torch else JOINING)
 
     dist.TCPStore.__init__ = join
 
@@ -124,35 +122,31 @@ def _evaluation(places: Places, original: Any, *args: Any, **kwargs: Any) -> Any
     return original(*args, **kwargs)
 
 
-def _meeting(places: Places, original: Any, what: str, *args: Any, **kwargs: Any) -> Any:
+def _meeting(places: Places, original: Any, peers: Any, what: str, *args: Any) -> Any:
     thread = threading.current_thread()
     behind = '' if thread is threading.main_thread() else f', {thread.name.split()[0]} thread'
-    return _in_meeting(places, f'{what}{behind}', original, what, *args, **kwargs)
+    return _in_meeting(places, f'{what}{behind}', original, peers, what, *args)
 
 
-def _in_meeting(places: Places, name: str, original: Any, *args: Any, **kwargs: Any) -> Any:
-    if meetings.world_size() == 1:
-        return original(*args, **kwargs)
+def _in_meeting(places: Places, name: str, original: Any, *args: Any) -> Any:
     places.come(name)
     _inside.name, _inside.calls = name, 0
     try:
-        return original(*args, **kwargs)
+        return original(*args)
     finally:
         _inside.name = None
 
 
 def _store_call(places: Places, original: Any) -> Any:
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def post(self: Any, *args: Any) -> Any:
         name = getattr(_inside, 'name', None)
         if name is not None:
             _inside.calls += 1
-            if _inside.calls > 1:  # it has brought what it brings
-                _inside.name = None  # a call of a PrefixStore may make another
+            if _inside.calls == 2:  # it has brought what it brings
                 places.come(f'{name}, inside')
-                _inside.name = name
-        return original(self, *args, **kwargs)
+        return original(self, *args)
 
-    return call
+    return post
 
 
 # What ranks do. ``shared`` holds what the stories `save` and `make_file` left in a normal run.
