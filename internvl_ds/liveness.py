@@ -2,7 +2,8 @@
 
 Each rank holds a connection to rank 0. The kernel closes it when the process ends, however it ends,
 and when its host has not answered for COMM.DEAD_AFTER seconds; rank 0 tells the others. A rank that
-computes for long, or was stopped, is not dead.
+computes for long, or was stopped, is not dead. All the while each asks rank 0 whether it is there,
+so that who was stopped is known as soon as a wait is over.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class _Link:
 
     def __init__(self, connection: socket.socket, rank: int | None, dead_after: float) -> None:
         self.connection, self.rank, self.received = connection, rank, b''
-        self.heard = -float('inf')  # when a question was answered last
+        self.heard = time.monotonic()  # when anything came last
         seconds = {'TCP_KEEPIDLE': dead_after / 2, 'TCP_KEEPINTVL': dead_after / 6}
         options = {name: min(max(1, round(value)), 32767) for name, value in seconds.items()}
         options |= {'TCP_KEEPCNT': 3, 'TCP_USER_TIMEOUT': min(int(1000 * dead_after), 2**31 - 1)}
@@ -171,16 +172,21 @@ class Liveness:
                 selector.register(link.connection, selectors.EVENT_READ, link)
             if self._listener is not None:
                 selector.register(self._listener, selectors.EVENT_READ)
+            period = self._limits['SILENT_AFTER'] / 4
             while not self._stopped and selector.get_map():
-                for key, _ in selector.select(1.0):
-                    try:
-                        if key.data is None:
-                            self._let_in(selector)
-                        else:
-                            self._read(selector, key.data)
-                    except (OSError, ValueError, TypeError, IndexError):  # gone, or no rank
-                        if key.data is not None:
-                            self._lose(selector, key.data)
+                if self._listener is None:
+                    self._links[0].tell('ask')
+                due = time.monotonic() + period
+                while not self._stopped and (left := due - time.monotonic()) > 0:
+                    for key, _ in selector.select(left):
+                        try:
+                            if key.data is None:
+                                self._let_in(selector)
+                            else:
+                                self._read(selector, key.data)
+                        except (OSError, ValueError, TypeError, IndexError):  # gone, or no rank
+                            if key.data is not None:
+                                self._lose(selector, key.data)
 
     def _let_in(self, selector: selectors.BaseSelector) -> None:
         assert self._listener is not None
@@ -193,6 +199,7 @@ class Liveness:
         data = link.connection.recv(4096)
         if not data or len(link.received) > 1 << 20:
             raise ConnectionError
+        link.heard = time.monotonic()
         *lines, link.received = (link.received + data).split(b'\n')
         for line in lines:
             self._hear(link, *line.decode().split())
@@ -217,8 +224,6 @@ class Liveness:
                 link.tell('dead', rank)
         elif word == 'ask':
             link.tell('here')
-        elif word == 'here':
-            link.heard = time.monotonic()
         elif word == 'dead':
             self._dead.setdefault(int(values[0]), time.monotonic())
         elif word == 'look':  # asks rank 0 who is silent, which takes a while
@@ -234,19 +239,24 @@ class Liveness:
         start, links = time.monotonic(), [link for link in self._links if link.rank is not None]
         for link in links:
             link.tell('ask')
-        while time.monotonic() < start + self._limits['SILENT_AFTER']:
-            if all(link.heard >= start for link in links):
-                break
+        while any(link.heard < start and not self._is_silent(link) for link in links):
             time.sleep(0.05)
         return [link.rank for link in links if link.heard < start and link.rank is not None]
+
+    def _is_silent(self, link: _Link) -> bool:
+        return time.monotonic() - link.heard > self._limits['SILENT_AFTER']
 
     def _ask_rank_0(self) -> list[int]:
         if not self._links:
             return []
+        link = self._links[0]
         self._answered.clear()
-        self._links[0].tell('look')
-        if not self._answered.wait(2 * self._limits['SILENT_AFTER']):
-            return [0]
+        link.tell('look')
+        while not self._answered.wait(0.05):
+            if 0 in self._dead:
+                return []
+            if self._is_silent(link):
+                return [0]
         return self._answer or []
 
 

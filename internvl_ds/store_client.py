@@ -131,6 +131,8 @@ def store_answers(client: StoreClient | None, port: int, limit: float) -> Iterat
         except RankError as error:
             reasons.append(str(error))
             _cut_connections(port)
+            while not over.wait(_LOOK):  # torch connects anew, and waits again
+                _cut_connections(port)
 
     threading.Thread(target=watch, name='store answers', daemon=True).start()
     try:

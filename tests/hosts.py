@@ -49,10 +49,25 @@ class Hosts(Bed):
         """The hosts as MPICH reads them, or as Open MPI and deepspeed do."""
         return self.folder / ('machinefile' if launcher == 'MPICH' else 'hostfile')
 
+    def pid(self, host: int) -> int:
+        """A process on a host, whose namespaces are the host's."""
+        return int((self.folder / f'pid{host}').read_text())
+
     def command(self, host: int, command: list[str], cwd: Path) -> list[str]:
         """What runs a command on a host."""
-        pid = (self.folder / f'pid{host}').read_text().strip()
-        return ['nsenter', '-t', pid, '-n', '-u', '-m', '--', 'env', '-C', str(cwd), *command]
+        return [
+            'nsenter',
+            '-t',
+            str(self.pid(host)),
+            '-n',
+            '-u',
+            '-m',
+            '--',
+            'env',
+            '-C',
+            str(cwd),
+            *command,
+        ]
 
     def run(
         self,

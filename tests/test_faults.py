@@ -4,7 +4,10 @@ import re
 
 import pytest
 
-from tests.bench.faults import CELLS, LAUNCHERS, WORST, measure_all, table, why_not
+from tests import hosts
+from tests.bench import places
+from tests.bench.faults import CELLS, LAUNCHERS, QUICK, WORST, measure_all, table, why_not
+from tests.ranks import ROOT
 
 pytestmark = [pytest.mark.ranks, pytest.mark.slow]
 
@@ -24,21 +27,52 @@ NAMED = {
 @pytest.fixture(scope='module')
 def cells(tmp_path_factory):
     folder = tmp_path_factory.mktemp('faults')
-    measured = measure_all(folder, launchers=[name for name in LAUNCHERS if name != 'Slurm'])
+    launchers = [name for name in LAUNCHERS if name != 'Slurm']
+    measured = measure_all(folder, launchers=launchers, at_places=QUICK)
     (folder / 'table.md').write_text(table(measured))
     return {(cell.launcher, cell.fault): cell for cell in measured}
 
 
 @pytest.mark.timeout(1200)
 # A Slurm of its own for each cell does not always start its job beside others: see test_slurm.py.
-@pytest.mark.parametrize(('fault', 'launcher'), [cell for cell in CELLS if cell[1] != 'Slurm'])
+@pytest.mark.parametrize(
+    ('fault', 'launcher'), [*(cell for cell in CELLS if cell[1] != 'Slurm'), *QUICK]
+)
 def test_a_fault_ends_the_job(cells, fault, launcher):
     if reason := why_not(fault, launcher):
         pytest.skip(f'cannot be tried here: {reason}')
     cell = cells[launcher, fault]
     assert cell.seconds < WORST, cell
     assert cell.status not in (0, None), cell
-    assert re.search(NAMED[fault], cell.output), cell
+    assert re.search(NAMED[fault.partition(' at ')[0]], cell.output), cell
     # MPICH's daemon on a host that is cut off, and ssh to it, stay until TCP gives up.
     daemons = ['hydra_pmi_proxy', 'ssh'] if (fault, launcher) == ('cut', 'MPICH') else []
     assert set(cell.left) <= set(daemons), cell
+
+
+@pytest.fixture(scope='module')
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('places')
+    return folder, *places.prepare(folder)
+
+
+def test_every_meeting_of_the_package_is_a_place(prepared):
+    _, _, found = prepared
+    known = {place.what.partition(',')[0] for own in found for place in own}
+    meeting = r"\b(?:exchange|gather|agree|from_rank_0)\(\s*'([^']+)'"
+    sources = [path.read_text() for path in (ROOT / 'internvl_ds').rglob('*.py')]
+    named = {name for text in sources for name in re.findall(meeting, text)}
+    assert len(named) > 30, named
+    assert named <= known, named - known
+
+
+@pytest.mark.timeout(600)
+def test_a_rank_that_is_gone_at_any_place_is_named_in_time(prepared):
+    folder, shared, found = prepared
+    trials = places.chosen(places.trials_of(found))
+    assert {trial.place.what for trial in trials} == set(places.CHOSEN)
+    if hosts.why_not():
+        trials = [trial for trial in trials if trial.fault != places.CUT]
+    ended = places.measure_all(folder, shared, trials)
+    wrong = [cell for cell in ended if not cell.is_right(slack=5.0)]  # other tests run beside these
+    assert not wrong, places.table(wrong)

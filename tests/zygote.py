@@ -16,7 +16,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,9 @@ _PRELOADED = (
 )
 
 _parents: dict[str, subprocess.Popen] = {}
+
+# Held for a question and its answer.
+_asking = threading.Lock()
 
 
 class Forked:
@@ -70,9 +75,15 @@ def preload() -> None:
 
 
 def fork(
-    name: str, words: list[str], env: dict[str, str], log: Path, cwd: Path, python: str
+    name: str,
+    words: list[str],
+    env: dict[str, str],
+    log: Path,
+    cwd: Path,
+    python: str,
+    main: str = 'tests.ranks:main',
 ) -> Forked:
-    """Starts the program of a rank, ``main(*words)`` of `tests.ranks`, as a fork.
+    """Starts the program of a rank, ``main(*words)``, as a fork. Any thread may call it.
 
     Args:
         name: of the parent, which is started with ``env`` where there is none of that name.
@@ -81,11 +92,13 @@ def fork(
         log: takes standard output and error.
         cwd: its directory.
         python: the interpreter of a parent that is started.
+        main: module and function.
     """
-    parent = _parents.get(name)
-    if parent is None or parent.poll() is not None:
-        parent = _parents[name] = _start(env, cwd, python)
-    request = {'words': words, 'env': env, 'log': str(log), 'cwd': str(cwd)}
+    with _asking:
+        parent = _parents.get(name)
+        if parent is None or parent.poll() is not None:
+            parent = _parents[name] = _start(env, cwd, python)
+    request = {'words': words, 'env': env, 'log': str(log), 'cwd': str(cwd), 'main': main}
     return Forked(_ask(parent, request), parent)
 
 
@@ -112,9 +125,10 @@ def _stop(parent: subprocess.Popen) -> None:
 def _ask(parent: subprocess.Popen, request: dict[str, Any]) -> Any:
     assert parent.stdin is not None
     assert parent.stdout is not None
-    parent.stdin.write(json.dumps(request) + '\n')
-    parent.stdin.flush()
-    answer = parent.stdout.readline()
+    with _asking:
+        parent.stdin.write(json.dumps(request) + '\n')
+        parent.stdin.flush()
+        answer = parent.stdout.readline()
     if not answer:
         raise RuntimeError(f'the process that forks ranks has ended (exit {parent.wait(30)})')
     return json.loads(answer)
@@ -139,8 +153,8 @@ def _serve() -> dict[str, Any]:
     sys.exit(0)
 
 
-def _become(request: dict[str, Any]) -> None:
-    """Has the fork be the process that was asked for."""
+def _become(request: dict[str, Any]) -> Callable[..., object]:
+    """Has the fork be the process that was asked for; returns what it is to do."""
     os.setsid()
     nothing = os.open(os.devnull, os.O_RDONLY)
     log = os.open(request['log'], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -150,11 +164,10 @@ def _become(request: dict[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(request['env'])
     os.chdir(request['cwd'])
-    sys.argv = ['tests.ranks', *request['words']]
+    module, _, name = request['main'].partition(':')
+    sys.argv = [module, *request['words']]
+    return getattr(importlib.import_module(module), name)
 
 
 if __name__ == '__main__':
-    _become(_serve())
-    from tests.ranks import main
-
-    main(*sys.argv[1:])
+    _become(_serve())(*sys.argv[1:])

@@ -1,21 +1,24 @@
-"""Every launcher meets every fault: seconds to the end of the job, exit status, and what it says.
+"""Every launcher meets every fault, at any place: seconds to the end of the job, and what it says.
 
-    python -m tests.bench.faults [--out FOLDER] [--only FAULT ...]     prints a Markdown table
+    python -m tests.bench.faults [--out FOLDER] [--only FAULT ...] [--places REGEX] [--quick]
 
-Real jobs of the launch scripts train until something happens to them, with limits of 10 s. Needs
-root for the cells with two hosts.
+prints two Markdown tables. For the first (`tests.bench.places`) there is no launcher, and every
+place of every rank is tried. For the second, real jobs of the launch scripts train until something
+happens to them, or a rank of theirs is at a place. Needs root for the rows with two hosts.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import math
 import os
 import re
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests import hosts, mpich, slurm
+from tests.bench import places
 from tests.ranks import (
     ROOT,
     base_env,
@@ -34,9 +38,13 @@ from tests.ranks import (
 from tests.starts import start_command
 from tests.workers.training import small_config, write_folder
 
-LIMIT = 15  # COMM.TIMEOUT, seconds; COMM.INIT_TIMEOUT too where ranks are to miss each other
+LIMIT = 10  # every limit, seconds; COMM.INIT_TIMEOUT too where ranks are to miss each other
 # A launcher needs up to 30 s more to end ranks by force, and starting takes some.
 WORST = 120.0
+
+# Starting takes the CPU, and the rest of a cell is waiting.
+_starting = threading.Semaphore(2)
+_AT_ONCE = 8
 
 LAUNCHERS = ('deepspeed', 'Open MPI', 'MPICH', 'Slurm', 'torchrun')
 FAULTS = {
@@ -55,6 +63,23 @@ CELLS = [
     for launcher in LAUNCHERS
     if not (fault in ON_TWO_HOSTS and launcher in ('Slurm', 'torchrun'))
     and (fault, launcher) != ('unreachable', 'deepspeed')
+]
+
+# Of `tests.workers.places`, in the training program: where rank 1, or 0, is when it is met.
+_PLACES = ('look at OUTPUT #1', 'evaluation #1', 'write checkpoint #1', 'end of training #1')
+AT_PLACES = [
+    (f'{fault} at {place}', launcher)
+    for place in _PLACES
+    for fault in ('killed', 'stopped')
+    for launcher in LAUNCHERS
+    if launcher != 'Slurm'
+]
+# One for each launcher, and each place.
+QUICK = [
+    ('stopped at look at OUTPUT #1', 'Open MPI'),
+    ('killed at evaluation #1', 'MPICH'),
+    ('killed at write checkpoint #1', 'torchrun'),
+    ('stopped at end of training #1', 'deepspeed'),
 ]
 
 
@@ -93,15 +118,21 @@ class Job:
         folder = self.folder
         data = write_folder(folder / 'images', classes=3, train=16, val=8)
         cfg = folder / 'small.yaml'
+        asked, (fault, _, place) = fault, fault.partition(' at ')
         never_meet = fault in ('unreachable', 'hostfile')
-        limits = {'COMM__TIMEOUT': LIMIT, 'COMM__INIT_TIMEOUT': LIMIT if never_meet else 120}
+        limits = {
+            'COMM__TIMEOUT': LIMIT, 'COMM__INIT_TIMEOUT': LIMIT if never_meet else 120,
+            'CHECKPOINT__RENDEZVOUS_TIMEOUT': LIMIT if place else 60,
+            'CHECKPOINT__IO_TIMEOUT': LIMIT if place else 1800,
+        }  # fmt: skip
         cfg.write_text(
             small_config(
-                data, TRAIN__EPOCHS=100000, TRAIN__WARMUP_EPOCHS=0, DATA__BATCH_SIZE=2,
-                SAVE_FREQ=100000, CHECKPOINT__RENDEZVOUS_TIMEOUT=60,
-                MODEL__FACTORY='tests.workers.faulty:model', **limits,
+                data, TRAIN__EPOCHS=1 if place else 100000, TRAIN__WARMUP_EPOCHS=0,
+                DATA__BATCH_SIZE=2, SAVE_FREQ=100000,
+                MODEL__FACTORY=f'tests.workers.{"places" if place else "faulty"}:model', **limits,
             ).dump()
         )  # fmt: skip
+        (folder / 'plan.json').write_text(json.dumps({'place': place, 'stays': 1}))
         port = str(free_port())
         two = fault in ON_TWO_HOSTS
         command = self._script(launcher, fault, folder, port)
@@ -114,29 +145,47 @@ class Job:
         if fault == 'unreachable':
             env.update(MASTER_ADDR='10.99.0.77', MASTER_PORT=port)
         log = folder / 'log'
-        with log.open('wb') as output:
-            job = subprocess.Popen(
-                command, env=env, cwd=ROOT if launcher == 'Slurm' else folder,
-                stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )  # fmt: skip
-        try:
-            trains = never_meet or wait_for_words('epoch 1:', log, 180, job)
+        with _starting:
+            with log.open('wb') as output:
+                job = subprocess.Popen(
+                    command, env=env, cwd=ROOT if launcher == 'Slurm' else folder,
+                    stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )  # fmt: skip
             start = time.monotonic()
-            if trains and not never_meet:
+            try:
+                ready = self._wait_until_ready(never_meet, place, log, job)
+            except BaseException:
+                self._clean(folder, two)
+                raise
+        try:
+            if ready and not never_meet:
+                start = time.monotonic()
                 self._inflict(fault, data)
             try:
                 status: int | None = job.wait(WORST)
             except subprocess.TimeoutExpired:
                 status = None
-            seconds = time.monotonic() - start if trains else math.inf
+            seconds = time.monotonic() - start if ready else math.inf
             left = self._left(folder, two)
         finally:
             self._clean(folder, two)
             job.wait(30)
             remove_shm_buffers(port)
         text = log.read_text(errors='replace')
-        return Cell(launcher, fault, seconds, status, _says(text), left, text)
+        return Cell(launcher, asked, seconds, status, _says(text), left, text)
+
+    def _wait_until_ready(
+        self, never_meet: bool, place: str, log: Path, job: subprocess.Popen
+    ) -> bool:
+        """Whether the job is where the fault is to meet it."""
+        if never_meet:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                job.wait(20)  # what starts is through with its imports by then
+            return True
+        if not place:
+            return wait_for_words('epoch 1:', log, 180, job)
+        return wait_for_words('', self.folder / 'here', 180, job)
 
     def _script(self, launcher: str, fault: str, folder: Path, port: str) -> list[str]:
         if launcher == 'Slurm':
@@ -160,15 +209,21 @@ class Job:
             assert self.hosts is not None
             self.hosts.plug(1, False)
         else:
-            pid = int((data / 'pid_1').read_text().split()[1])
-            os.kill(pid, signal.SIGKILL if fault == 'killed' else signal.SIGSTOP)
+            here = self.folder / 'here'
+            pid = here.read_text() if here.exists() else (data / 'pid_1').read_text().split()[1]
+            os.kill(int(pid), signal.SIGKILL if fault == 'killed' else signal.SIGSTOP)
 
     def _left(self, folder: Path, two: bool) -> list[str]:
         # What was told to end may need a moment; ranks that are cut off end by their own limits.
         deadline = time.monotonic() + (4 * LIMIT if two else 5)
-        while (pids := self._processes(folder, two)) and time.monotonic() < deadline:
+        while True:
+            left = []
+            for pid in self._processes(folder, two):
+                with contextlib.suppress(FileNotFoundError):
+                    left.append(Path(f'/proc/{pid}/comm').read_text().strip())
+            if set(left) <= set(_STAY) or time.monotonic() > deadline:
+                return left
             time.sleep(0.2)
-        return [Path(f'/proc/{pid}/comm').read_text().strip() for pid in pids]
 
     def _processes(self, folder: Path, two: bool) -> list[int]:
         if two:
@@ -183,6 +238,9 @@ class Job:
         if two and self.hosts is not None:
             self.hosts.plug(1, True)
 
+
+# MPICH's daemon on a host that is cut off, and ssh to it, stay until TCP gives up.
+_STAY = ('hydra_pmi_proxy', 'ssh')
 
 # What to quote of a job's output: the first of these that is found.
 _TELLING = (
@@ -208,18 +266,20 @@ def measure_all(
     folder: Path,
     faults: Sequence[str] = tuple(FAULTS),
     launchers: Sequence[str] = LAUNCHERS,
+    at_places: Sequence[tuple[str, str]] = (),
 ) -> list[Cell]:
-    """The cells of these faults that can be tried here, three at a time."""
+    """The cells of these faults that can be tried here, and those of ``at_places``."""
     mpich_env = mpich.make_environment(folder)
     cells = [
         (fault, launcher)
         for fault, launcher in CELLS
         if fault in faults and launcher in launchers and why_not(fault, launcher) is None
     ]
+    cells += [cell for cell in at_places if cell[1] in launchers]
 
     def measure(cell: tuple[str, str]) -> Cell:
         fault, launcher = cell
-        own = folder / f'{launcher}-{fault}'.replace(' ', '_')
+        own = folder / f'{launcher}-{fault}'.replace(' ', '_').replace('#', '')
         env = mpich_env if launcher == 'MPICH' else {}
         if fault in ON_TWO_HOSTS:
             with hosts.Hosts(2, own) as two:
@@ -231,12 +291,12 @@ def measure_all(
         return Job(own, env).measure(launcher, fault)
 
     # Several Slurms do not get on with each other on one host.
-    with ThreadPoolExecutor(2) as pool, ThreadPoolExecutor(1) as one_by_one:
-        futures = [
-            (one_by_one if launcher == 'Slurm' else pool).submit(measure, (fault, launcher))
-            for fault, launcher in cells
-        ]
-        return [future.result() for future in futures]
+    with ThreadPoolExecutor(_AT_ONCE) as pool, ThreadPoolExecutor(1) as one_by_one:
+        futures = {
+            cell: (one_by_one if cell[1] == 'Slurm' else pool).submit(measure, cell)
+            for cell in reversed(cells)  # those that take longest come first
+        }
+        return [futures[cell].result() for cell in cells]
 
 
 def why_not(fault: str, launcher: str) -> str | None:
@@ -248,12 +308,14 @@ def why_not(fault: str, launcher: str) -> str | None:
 
 def table(cells: list[Cell]) -> str:
     """The cells in Markdown."""
-    lines = ['| fault | launcher | seconds | exit status | says |', f'|{" --- |" * 5}']
+    head = '| fault | at | launcher | seconds | limit | exit status | says |'
+    lines = [head, f'|{" --- |" * 7}']
     for cell in cells:
         says = cell.says.replace('|', '\\|')[:160]
+        fault, _, place = cell.fault.partition(' at ')
         lines.append(
-            f'| {FAULTS[cell.fault]} | {cell.launcher} | {cell.seconds:.0f} | {cell.status} | '
-            f'`{says}` |'
+            f'| {FAULTS[fault]} | {place.rpartition(" #")[0] or "training"} | {cell.launcher} | '
+            f'{cell.seconds:.0f} | {WORST:.0f} | {cell.status} | `{says}` |'
         )
     return '\n'.join(lines)
 
@@ -262,15 +324,31 @@ def main() -> None:
     """Prints the table, and keeps what the jobs printed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else '')
     parser.add_argument('--out', type=Path, help='folder for what the jobs print')
-    parser.add_argument('--only', nargs='+', choices=FAULTS, default=tuple(FAULTS))
+    parser.add_argument('--only', nargs='*', choices=FAULTS, default=list(FAULTS))
+    parser.add_argument('--places', default='', help='of those without a launcher: a pattern')
+    parser.add_argument('--quick', action='store_true', help='at places: what CI tries')
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix='faults-') as folder:
-        cells = measure_all(Path(folder), args.only)
+    with tempfile.TemporaryDirectory(prefix='faults-') as name:
+        folder = Path(name)
+        shared, found = places.prepare(folder / 'places')
+        trials = places.trials_of(found)
+        trials = places.chosen(trials) if args.quick else trials
+        trials = [trial for trial in trials if re.search(args.places, trial.place.name)]
+        ended = places.measure_all(folder / 'places', shared, trials)
+        print(places.table(ended), end='\n\n', flush=True)
+        at_places = QUICK if args.quick else AT_PLACES
+        cells = measure_all(folder, args.only, at_places=at_places if args.only else ())
+    outputs = {f'{cell.launcher}-{cell.fault}': cell.output for cell in cells}
+    outputs |= {
+        f'{e.trial.fault} {e.trial.victim} at {e.trial.place.name}': e.output for e in ended
+    }
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-        for cell in cells:
-            (args.out / f'{cell.launcher}-{cell.fault}.txt').write_text(cell.output)
+        for what, output in outputs.items():
+            (args.out / f'{what}.txt').write_text(output)
     print(table(cells))
+    wrong = sum(not cell.is_right() for cell in ended)
+    print(f'{wrong} of {len(ended)} at places are not as they must be')
 
 
 if __name__ == '__main__':
