@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import logging
 import os
@@ -21,7 +22,7 @@ from yacs.config import CfgNode
 from internvl_ds import launchers, mpi
 from internvl_ds.config import default_config, default_of, get_option
 from internvl_ds.errors import RankError
-from internvl_ds.last_words import speak_on_exceptions
+from internvl_ds.last_words import speak_on_exceptions, trace_all
 from internvl_ds.liveness import Liveness
 from internvl_ds.meetings import (
     connect_peers,
@@ -55,13 +56,16 @@ def init_distributed(config: CfgNode | None = None) -> None:
     address that all hosts reach. Without a launcher the process becomes rank 0 of 1.
 
     Args:
-        config: COMM.TIMEOUT, COMM.INIT_TIMEOUT (seconds) and COMM.INTERFACE are read.
+        config: COMM.TIMEOUT, COMM.INIT_TIMEOUT (seconds), COMM.INTERFACE and TRAIN.TRACEBACK are
+            read.
 
     Raises:
         RankError: when mpi4py is of another MPI than the launcher, or rank 0 cannot be reached.
         ConfigError: for incomplete variables of a launcher.
     """
     global _limit, _liveness, _start
+    if config is not None:
+        trace_all(get_option(config, 'TRAIN.TRACEBACK', False))
     if dist.is_initialized():
         return
     settings = {
@@ -69,6 +73,7 @@ def init_distributed(config: CfgNode | None = None) -> None:
         **(get_option(config, 'COMM', {}) if config is not None else {}),
     }
     launch = launchers.detect(os.environ)
+    speak_on_exceptions(launch.rank)
     local_rank, on_host, master = launch.local_rank or 0, None, launch.master
     end_job = None
     if launch.by in (launchers.OPEN_MPI, launchers.MPICH):
@@ -91,11 +96,12 @@ def init_distributed(config: CfgNode | None = None) -> None:
         RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), LOCAL_RANK=str(local_rank)
     )
     _join(launch, settings['INIT_TIMEOUT'])
-    silent = None
     if peers := connect_peers():
         _liveness = Liveness(peers.store, peers.rank, peers.world_size)
-        silent = _liveness.describe_silent
-    speak_on_exceptions(launch.rank, silent, end_job)
+        silent, may_speak = _liveness.describe_silent, _liveness.may_speak
+        speak_on_exceptions(launch.rank, silent, may_speak, end_job or _liveness.let_all_hear)
+    else:
+        speak_on_exceptions(launch.rank, afterwards=end_job)
     _limit = settings['TIMEOUT']
     limit_collectives()
     sharing = '' if on_host is None else f', {on_host} on its host'
@@ -186,8 +192,9 @@ def leave(status: int = 0) -> NoReturn:
     shutdown()
     atexit._run_exitfuncs()
     mpi.finalize()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # the terminal is gone
+            stream.flush()
     os._exit(status)
 
 

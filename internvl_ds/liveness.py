@@ -23,6 +23,9 @@ _PERIOD = 1.0  # seconds between two signs of life
 _PATIENCE = 4.0  # seconds without one, after which a rank is silent
 _LIMIT = 15.0  # seconds that finding out may take
 
+# There once a rank has said why the job ends.
+_WORDS = 'internvl_ds/last words'
+
 
 class Liveness:
     """This rank's signs of life, and a look at those of the others."""
@@ -37,6 +40,7 @@ class Liveness:
         """
         self._store, self._rank, self._world_size = store, rank, world_size
         self._lock = threading.Lock()
+        self._told = False
         self._stopped = threading.Event()
         self._give(0)
         self._thread = threading.Thread(target=self._run, name='liveness', daemon=True)
@@ -57,12 +61,42 @@ class Liveness:
         looking.join(_LIMIT)
         return found[0] if found else 'the store of rank 0 does not answer: its host is cut off'
 
+    def may_speak(self, is_cause: bool) -> bool:
+        """Whether this rank is the first to say why the job ends; it then has to.
+
+        Args:
+            is_cause: not for what other ranks see of an error: once a rank has told a cause, they
+                have nothing to say.
+        """
+        found: list[bool] = []
+
+        def ask() -> None:
+            try:
+                with self._lock:
+                    first = self._store.add(_words_of(is_cause), 1) == 1
+                    found.append(first and (is_cause or not self._store.check([_words_of(True)])))
+                    self._store.set(_WORDS, '')
+            except RuntimeError as error:
+                logger.info('rank %d lost the store of rank 0: %s', self._rank, error)
+
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(_PATIENCE)
+        return found[0] if found else not self._told
+
+    def let_all_hear(self) -> None:
+        """Has rank 0, which holds the store, stay until the others have seen that it has spoken."""
+        if self._rank == 0:
+            time.sleep(2 * _PERIOD)
+
     def _run(self) -> None:
         count = 0
         while not self._stopped.wait(_PERIOD):
             count += 1
             try:
                 self._give(count)
+                with self._lock:
+                    self._told = self._store.check([_WORDS])
             except RuntimeError as error:
                 logger.info('rank %d lost the store of rank 0: %s', self._rank, error)
                 return
@@ -92,6 +126,10 @@ class Liveness:
             there = [rank for rank, key in enumerate(keys) if self._store.check([key])]
             texts = self._store.multi_get([keys[rank] for rank in there])
         return {rank: json.loads(text) for rank, text in zip(there, texts, strict=True)}
+
+
+def _words_of(is_cause: bool) -> str:
+    return f'{_WORDS}/{"cause" if is_cause else "effect"}'
 
 
 def _key(rank: int) -> str:
