@@ -23,7 +23,7 @@ _PERIOD = 1.0  # seconds between two signs of life
 _PATIENCE = 4.0  # seconds without one, after which a rank is silent
 _LIMIT = 15.0  # seconds that finding out may take
 
-# There once a rank has said why the job ends.
+# Holds, once a rank has said why the job ends, whether that was its cause or an effect of it.
 _WORDS = 'internvl_ds/last words'
 
 
@@ -40,7 +40,7 @@ class Liveness:
         """
         self._store, self._rank, self._world_size = store, rank, world_size
         self._lock = threading.Lock()
-        self._told = False
+        self._told = ''
         self._stopped = threading.Event()
         self._give(0)
         self._thread = threading.Thread(target=self._run, name='liveness', daemon=True)
@@ -73,16 +73,16 @@ class Liveness:
         def ask() -> None:
             try:
                 with self._lock:
-                    first = self._store.add(_words_of(is_cause), 1) == 1
-                    found.append(first and (is_cause or not self._store.check([_words_of(True)])))
-                    self._store.set(_WORDS, '')
+                    first = self._store.add(f'{_WORDS}/{_kind(is_cause)}', 1) == 1
+                    found.append(first and (is_cause or not self._store.check([_WORDS])))
+                    self._store.set(_WORDS, _kind(is_cause))
             except RuntimeError as error:
                 logger.info('rank %d lost the store of rank 0: %s', self._rank, error)
 
         asking = threading.Thread(target=ask, daemon=True)
         asking.start()
         asking.join(_PATIENCE)
-        return found[0] if found else not self._told
+        return found[0] if found else not self._told or (is_cause and self._told == _kind(False))
 
     def let_all_hear(self) -> None:
         """Has rank 0, which holds the store, stay until the others have seen that it has spoken."""
@@ -96,7 +96,8 @@ class Liveness:
             try:
                 self._give(count)
                 with self._lock:
-                    self._told = self._store.check([_WORDS])
+                    if self._store.check([_WORDS]):
+                        self._told = self._store.get(_WORDS).decode()
             except RuntimeError as error:
                 logger.info('rank %d lost the store of rank 0: %s', self._rank, error)
                 return
@@ -128,8 +129,8 @@ class Liveness:
         return {rank: json.loads(text) for rank, text in zip(there, texts, strict=True)}
 
 
-def _words_of(is_cause: bool) -> str:
-    return f'{_WORDS}/{"cause" if is_cause else "effect"}'
+def _kind(is_cause: bool) -> str:
+    return 'cause' if is_cause else 'effect'
 
 
 def _key(rank: int) -> str:
