@@ -12,7 +12,7 @@ from typing import Any
 
 import torch.distributed as torch_dist
 
-from internvl_ds.errors import InternvlDsError, Preempted, RankError
+from internvl_ds.errors import InternvlDsError, Preempted, RankError, printable
 
 logger = logging.getLogger('internvl_ds')
 
@@ -65,7 +65,7 @@ def speak_on_exceptions(
             text = '; '.join([others, reason] if others else [reason])
             with contextlib.suppress(OSError):  # the terminal is gone
                 where = f'rank {rank} on {socket.gethostname()}'
-                print(f'{where} ends the job: {text}', file=sys.stderr, flush=True)
+                print(f'{where} ends the job: {printable(text)}', file=sys.stderr, flush=True)
         if afterwards is not None:
             afterwards()
 
