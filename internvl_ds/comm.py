@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import logging
 import os
@@ -24,13 +25,14 @@ from internvl_ds import launchers, mpi
 from internvl_ds.config import default_config, default_of, get_option
 from internvl_ds.counts import require_counts
 from internvl_ds.errors import RankError
-from internvl_ds.last_words import speak_on_exceptions
+from internvl_ds.last_words import speak_on_exceptions, trace_all
 from internvl_ds.meetings import begin, forget_meetings, leave_meetings
 from internvl_ds.network import interface_towards, why_not_reached
 from internvl_ds.peers import (
     current_group,
     describe_silent,
     limit_of,
+    may_speak,
     set_limits,
     world_size,
 )
@@ -57,7 +59,7 @@ def init_distributed(config: CfgNode | None = None) -> None:
     address that all hosts reach. Without a launcher the process becomes rank 0 of 1.
 
     Args:
-        config: COMM is read.
+        config: COMM and TRAIN.TRACEBACK are read.
 
     Raises:
         RankError: when mpi4py is of another MPI than the launcher, when rank 0 cannot be reached,
@@ -67,12 +69,14 @@ def init_distributed(config: CfgNode | None = None) -> None:
     global _limit, _start
     given = get_option(config, 'COMM', {}) if config is not None else {}
     if config is not None:
+        trace_all(get_option(config, 'TRAIN.TRACEBACK', False))
         require_counts(config, ('COMM',))
         set_limits({key: value for key, value in given.items() if key != 'INTERFACE'})
     if dist.is_initialized():
         return
     settings = {**default_config().COMM, **given}
     launch = launchers.detect(os.environ)
+    speak_on_exceptions(launch.rank)
     local_rank, on_host, master = launch.local_rank or 0, None, launch.master
     end_job = None
     if launch.by in (launchers.OPEN_MPI, launchers.MPICH):
@@ -97,7 +101,7 @@ def init_distributed(config: CfgNode | None = None) -> None:
         RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), LOCAL_RANK=str(local_rank)
     )
     _join(launch, settings['INIT_TIMEOUT'])
-    speak_on_exceptions(launch.rank, describe_silent, end_job)
+    speak_on_exceptions(launch.rank, describe_silent, may_speak, end_job)
     _limit = settings['TIMEOUT']
     limit_collectives()
     sharing = '' if on_host is None else f', {on_host} on its host'
@@ -230,8 +234,9 @@ def leave(status: int = 0) -> NoReturn:
     shutdown()
     atexit._run_exitfuncs()
     mpi.finalize()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # the terminal is gone
+            stream.flush()
     os._exit(status)
 
 

@@ -81,8 +81,11 @@ _C.TRAIN.USE_CHECKPOINT = False  # activation checkpointing
 # that ends so many minutes after the last save; 0: not.
 _C.TRAIN.SAVE_STEPS = 0
 _C.TRAIN.SAVE_MINUTES = 0.0
-# (new) Exit status of a run that SIGTERM or SIGUSR1 had save and stop.
+# (new) Exit status of a run that SIGTERM, SIGUSR1, SIGHUP or Ctrl-C (SIGINT) had save and stop; a
+# second Ctrl-C, or one where nothing is trained yet, ends it at once with 130.
 _C.TRAIN.PREEMPT_EXIT_CODE = 0
+# (new) Print the traceback also of errors that this package raises on purpose (one line otherwise).
+_C.TRAIN.TRACEBACK = False
 
 _C.TRAIN.LR_SCHEDULER = CN()
 _C.TRAIN.LR_SCHEDULER.NAME = 'cosine'  # cosine, linear, step

@@ -80,6 +80,14 @@ class PretrainedError(InternvlDsError, RuntimeError):
     """Pretrained weights could not be read or do not fit the model."""
 
 
+class DataError(InternvlDsError, ValueError):
+    """An image cannot be read, or not be made into what the model takes; its file is named."""
+
+
+class Preempted(Exception):
+    """Not an error: every rank is to save here, and to end."""
+
+
 def few(values: Sequence[Any], most: int = 5) -> str:
     """The first few of many, for a message."""
     return ', '.join(map(str, values[:most])) + (', ...' if len(values) > most else '')

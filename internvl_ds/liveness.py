@@ -93,6 +93,7 @@ class Liveness:
         """
         self._rank, self._names, self._token = rank, names, offer.token
         self._limits, self._listener = limits, listener
+        self.told = ''  # what a rank has said of the end of the job: see `speak`
         self._dead: dict[int, float] = {}  # rank -> when that was noticed
         self._links: list[_Link] = []
         self._answer: list[int] | None = None
@@ -166,6 +167,12 @@ class Liveness:
             '; '.join(errors),
         )
 
+    def speak(self, kind: str) -> None:
+        """Lets all ranks know that this one says why the job ends: its 'cause', or an 'effect'."""
+        self.told = kind
+        for link in self._links:
+            link.tell('spoke', kind)
+
     def _run(self) -> None:
         with selectors.DefaultSelector() as selector:
             for link in self._links:
@@ -226,6 +233,11 @@ class Liveness:
             link.tell('here')
         elif word == 'dead':
             self._dead.setdefault(int(values[0]), time.monotonic())
+        elif word == 'spoke':
+            if self._listener is None:
+                self.told = values[0]
+            else:
+                self.speak(values[0])
         elif word == 'look':  # asks rank 0 who is silent, which takes a while
             threading.Thread(
                 target=lambda: link.tell('silent', *self._silent()), daemon=True

@@ -17,8 +17,12 @@ from typing import Any, NamedTuple
 import torch.distributed as torch_dist
 
 from internvl_ds.config import default_of
+from internvl_ds.errors import RankError
 from internvl_ds.liveness import Liveness
 from internvl_ds.store_client import StoreClient
+
+# Seconds for what rank 0 said last to be read here.
+_HEARD = 0.5
 
 # COMM's limits as they were last told; where they were not, the defaults hold.
 _limits: dict[str, float] = {}
@@ -150,6 +154,34 @@ def dead_holder() -> str:
 def describe_silent() -> str:
     """A clause on the ranks that are dead or do not answer, or ''. Takes seconds."""
     return _group.liveness.describe_silent() if _group and _group.liveness else ''
+
+
+def may_speak(is_cause: bool) -> bool:
+    """Whether this rank is the first to say why the job ends; it then has to.
+
+    Args:
+        is_cause: not for what other ranks see of an error: once a rank has told a cause, they have
+            nothing to say.
+    """
+    if _group is None or _group.liveness is None:
+        return True
+    kind, place = 'cause' if is_cause else 'effect', key_of('last words')
+
+    def first(store: Any) -> bool:
+        own = store.add(f'{place}/{kind}', 1) == 1
+        silent = not store.check([place])
+        store.set(place, kind)
+        return own and (is_cause or silent)
+
+    try:
+        speaks = bool(_group.peers.client.call(first, limit_of('SILENT_AFTER')))
+    except RankError:  # the words of rank 0 may have come before its end
+        time.sleep(_HEARD)
+        told = _group.liveness.told
+        speaks = not told or (is_cause and told == 'effect')
+    if speaks:
+        _group.liveness.speak(kind)
+    return speaks
 
 
 def ask(peers: Peers, action: Callable[[Any], Any], deadline: float) -> Any:

@@ -1,7 +1,8 @@
 """Saving, and stopping, at one and the same update on all ranks, when any of them is asked to.
 
 A scheduler that takes a host back sends SIGTERM or SIGUSR1, to some ranks or to all, at moments
-that differ between them. Ranks that stopped at different updates would wait for each other.
+that differ between them; Ctrl-C sends SIGINT, and a terminal that is closed SIGHUP. Ranks that
+stopped at different updates would wait for each other.
 """
 
 from __future__ import annotations
@@ -10,17 +11,17 @@ import atexit
 import itertools
 import logging
 import os
-import signal
 import socket
 import threading
 import time
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 
 from yacs.config import CfgNode
 
 from internvl_ds.config import checkpoint_option, default_of, get_option
-from internvl_ds.errors import RankError
+from internvl_ds.errors import Preempted as Preempted
+from internvl_ds.errors import RankError, few
 from internvl_ds.files import write_text
 from internvl_ds.meetings import (
     connect_peers,
@@ -30,11 +31,11 @@ from internvl_ds.meetings import (
     request_is_raised,
 )
 from internvl_ds.peers import background_meetings
+from internvl_ds.signals import Request
 
 logger = logging.getLogger(__name__)
 
 SAVE, STOP = 'save', 'stop'
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 # Seconds between two looks at what was asked for.
 _INTERVAL = 1.0
@@ -43,18 +44,16 @@ _INTERVAL = 1.0
 _instances = itertools.count()
 
 
-class Preempted(Exception):
-    """Every rank is to save here, and to end."""
-
-
 class Preemption:
     """Tells all ranks at the same boundary that they are to save, or to save and stop.
 
     A boundary is a place in the program that every rank passes in the same order: after an update,
-    or after a batch of an evaluation. Stopping is asked for by SIGTERM or SIGUSR1 to any rank, or
-    by the file that the launch scripts make (INTERNVL_DS_RESULT with ``.stop`` behind it); saving
-    by TRAIN.SAVE_MINUTES. No boundary costs a collective: a thread of each rank looks for a request
-    in rank 0's store, and only then do these threads agree on a boundary that no rank has passed.
+    or after a batch of an evaluation. Stopping is asked for by SIGTERM, SIGUSR1, SIGINT or SIGHUP
+    to any rank (the last two stay ignored where they were before), or by the file that the launch
+    scripts make (INTERNVL_DS_RESULT with ``.stop`` behind it); saving by TRAIN.SAVE_MINUTES. No
+    boundary costs a collective: a thread of each rank looks for a request in rank 0's store, and
+    only then do these threads agree on a boundary that no rank has passed. SIGINT to a rank that
+    was asked more than a second before ends it at once, with exit status 130.
 
         with Preemption(config) as preemption:
             for batch in loader:
@@ -64,11 +63,12 @@ class Preemption:
                     sys.exit(config.TRAIN.PREEMPT_EXIT_CODE)
 
     Every rank makes one, in its main thread, and leaves the ``with`` block; where no exception ends
-    it the ranks wait there for each other.
+    it the ranks wait there for each other. Whoever had the signals before has them after it, unless
+    the program is about to end (SystemExit): then a late one must not spoil that.
     """
 
     def __init__(self, config: CfgNode) -> None:
-        """Takes over SIGTERM and SIGUSR1.
+        """Takes the signals over.
 
         Args:
             config: TRAIN.SAVE_MINUTES and CHECKPOINT.RENDEZVOUS_TIMEOUT (seconds that a rank may
@@ -81,7 +81,6 @@ class Preemption:
         if result and rank() == 0:
             write_text(Path(result), 'training\n')
             self._file = Path(f'{result}.stop')
-        self._signal: int | None = None
         self._last_save = time.monotonic()
         self._changed = threading.Condition()
         # The following are about the request that is being agreed on.
@@ -93,7 +92,7 @@ class Preemption:
         self._number = next(_instances)
         self._closing = threading.Event()
         self._peers = connect_peers()
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        self._request = Request()
         self._thread = threading.Thread(target=self._watch, name='preemption', daemon=True)
         if self._peers is not None:
             self._thread.start()
@@ -113,9 +112,8 @@ class Preemption:
             # While one rank may still come to a boundary, the others' threads must answer it.
             exchange('end of training', None, self._timeout)
         self._stop_watching()
-        if kind is None:  # else a signal would spoil the save, or this rank's last words
-            for number, handler in self._before.items():
-                signal.signal(number, handler)
+        if kind is None or not issubclass(kind, Preempted | SystemExit):
+            self._request.release()
 
     def reached(self) -> str | None:
         """Passes a boundary: None, or SAVE or STOP, the same on all ranks.
@@ -127,7 +125,10 @@ class Preemption:
                 named.
         """
         if self._peers is None:
-            return self._wish()
+            action = self._wish()
+            if action == STOP:
+                self._announce([self._reason()])
+            return action
         with self._changed:
             self._passed += 1
             deadline = time.monotonic() + 2 * self._timeout
@@ -156,12 +157,9 @@ class Preemption:
         if self._thread.is_alive():
             self._thread.join(_INTERVAL)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self._signal = number
-
     def _wish(self) -> str | None:
         """What this rank itself is asked for."""
-        if self._signal is not None:
+        if self._request.signal is not None:
             return STOP
         if self._file is not None and self._file.exists():
             return STOP
@@ -199,9 +197,9 @@ class Preemption:
         who = self._reason() if wish == STOP else ''
         answers = exchange(request, [mine, wish, who], self._timeout)
         reasons = [reason for _, _, reason in answers if reason]
-        if reasons:
-            logger.info('all ranks save and stop at the next boundary: %s', '; '.join(reasons))
         action = STOP if any(theirs == STOP for _, theirs, _ in answers) else SAVE
+        if action == STOP:
+            self._announce(reasons)
         with self._changed:
             # No rank has passed this one: each waits for the answer at the first after its own.
             self._target, self._action = 1 + max(passed for passed, _, _ in answers), action
@@ -210,8 +208,15 @@ class Preemption:
                 self._changed.wait(1.0)
         return action
 
+    def _announce(self, reasons: list[str]) -> None:
+        logger.info(
+            'all ranks save and stop at the next boundary: %s; SIGINT (Ctrl-C) now ends at once',
+            few(reasons),
+        )
+        self._request.know()
+
     def _reason(self) -> str:
         what = 'the launch script was asked to stop'
-        if self._signal is not None:
-            what = f'{signal.Signals(self._signal).name}'
+        if self._request.signal is not None:
+            what = self._request.signal.name
         return f'rank {rank()} on {socket.gethostname()} ({what})'

@@ -32,42 +32,68 @@ set_variables() {
 # directory, which its host must see too), because some launchers return 0 for a job that failed:
 # "training", then "finished", or "preempted N" where N is to be the exit status.
 #
-# SIGTERM or SIGUSR1 has a job that is training save and stop, by a file beside that one. Signals to
-# launchers would not: deepspeed's dies alone and leaves its ranks training, Open MPI's kills them.
-# JOB_STOPPED_BY then names the signal; it stays empty where the ranks got one themselves. A second
-# signal, or INTERNVL_DS_GRACE seconds without an end, ends all processes of the job on this host; so
-# do SIGINT, and the first signal where nothing is training.
+# Ctrl-C (SIGINT), SIGTERM, SIGUSR1 or a terminal that is closed (SIGHUP) has a job that is training
+# save and stop, by a file beside that one. Signals to launchers would not: deepspeed's dies alone and
+# leaves its ranks training, Open MPI's kills them. JOB_STOPPED_BY then names the signal; it stays
+# empty where the ranks got one themselves. A second signal, or INTERNVL_DS_GRACE seconds without an
+# end, ends all processes of the job on this host; so does the first signal where nothing is training.
+# The exit status is then 128 and the signal's number.
 run_job() {
   if [[ ${DRY_RUN:-0} == 1 ]]; then
     printf '%q ' "$@"
     printf '\n'
     return
   fi
+<<<<<<< HEAD
   local code=0 job guard='' asked=0 stopped_by='' result=''
+=======
+  local code=0 job guard='' asked='' name stopped_by='' ended_by='' result
+>>>>>>> df6a838 (Ctrl-C and a closed terminal have all ranks save and stop; expected errors are one line from one rank; hooks are registered at first use)
   rm -f -- "$INTERNVL_DS_RESULT" "$INTERNVL_DS_RESULT.stop"
-  trap 'asked=$((asked + 1)) stopped_by=TERM' TERM
-  trap 'asked=$((asked + 1)) stopped_by=USR1' USR1
-  trap 'asked=2' INT
-  set -m # the job becomes a process group of its own
+  for name in INT TERM USR1 HUP; do # under nohup HUP stays ignored
+    # shellcheck disable=SC2064
+    trap "asked=$name" "$name"
+  done
+  set -m # the job becomes a process group of its own, which a terminal's signals do not reach
   "$@" &
   job=$!
   while :; do
-    wait "$job" && code=0 || code=$?
+    [[ -n $asked ]] || { wait "$job" && code=0 || code=$?; }
     kill -0 "$job" 2>/dev/null || break
     # A signal has ended the wait, not the job.
-    if ((asked > 1)) || [[ ! -s $INTERNVL_DS_RESULT ]]; then
+    name=$asked asked=''
+    if [[ -n $guard && -n $name && $name != HUP ]]; then # a shell sends HUP after its terminal
+      say 'a second signal, or no end in time: the job is ended at once'
+      ended_by=$name
+      end_group "$job" INT # which ends ranks at once that were asked to stop
+    elif [[ -n $guard || -z $name ]]; then
+      continue
+    elif [[ ! -s $INTERNVL_DS_RESULT ]]; then
+      say 'nothing was training yet: the job is ended at once'
+      ended_by=$name
       end_group "$job"
+<<<<<<< HEAD
     elif [[ -z $guard ]]; then
       (set -o noclobber && : >"$INTERNVL_DS_RESULT.stop") || true # never through a link
+=======
+    else
+      stopped_by=$name
+      : >"$INTERNVL_DS_RESULT.stop"
+>>>>>>> df6a838 (Ctrl-C and a closed terminal have all ranks save and stop; expected errors are one line from one rank; hooks are registered at first use)
       say "asked the job to save and to stop; a second signal ends it at once"
       (sleep "${INTERNVL_DS_GRACE:-300}" && kill -TERM $$) &
       guard=$!
     fi
   done
-  trap '' TERM USR1 INT
+  trap '' INT TERM USR1 HUP
   end_group "$job"
+<<<<<<< HEAD
   [[ -z $guard ]] || kill -KILL -- "-$guard" 2>/dev/null || true
   [[ ! -f $INTERNVL_DS_RESULT || -L $INTERNVL_DS_RESULT ]] || result=$(<"$INTERNVL_DS_RESULT")
+=======
+  [[ -z $guard ]] || { kill -KILL -- "-$guard" && wait "$guard"; } 2>/dev/null || true
+  result=$(cat -- "$INTERNVL_DS_RESULT" 2>/dev/null || true)
+>>>>>>> df6a838 (Ctrl-C and a closed terminal have all ranks save and stop; expected errors are one line from one rank; hooks are registered at first use)
   rm -f -- "$INTERNVL_DS_RESULT" "$INTERNVL_DS_RESULT.stop"
   case $result in
     finished) ;;
@@ -77,6 +103,7 @@ run_job() {
       say "saved and stopped, as asked; the same command goes on from there (exit status $code)"
       ;;
     *)
+      [[ -z $ended_by ]] || code=$((128 + $(kill -l "$ended_by")))
       ((code != 0)) || {
         say "error: $1 returned 0, but rank 0 did not reach the end of the program"
         code=1
@@ -87,15 +114,22 @@ run_job() {
 }
 
 say() {
-  printf '%s: %s\n' "$(basename -- "$0")" "$1" >&2
+  printf '%s: %s\n' "$(basename -- "$0")" "$1" >&2 || true # the terminal may be gone
 }
 
-# Ends what is left of a job, after 30 seconds by force.
+# Ends what is left of a job, after 30 seconds by force. $2: a signal for what SIGTERM has not ended
+# within a second. The shell's own words on it go nowhere.
 end_group() {
   local left=30
-  kill -TERM -- "-$1" 2>/dev/null || return 0
-  while ((left-- > 0)) && kill -0 -- "-$1" 2>/dev/null; do sleep 1; done
-  kill -KILL -- "-$1" 2>/dev/null || true
+  {
+    kill -TERM -- "-$1" || return 0
+    while ((left-- > 0)) && kill -0 -- "-$1"; do
+      sleep 1
+      [[ -z ${2-} ]] || kill "-$2" -- "-$1" || true
+    done
+    kill -KILL -- "-$1" || true
+    wait "$1" || true
+  } 2>/dev/null
 }
 
 export JOB_STOPPED_BY=''

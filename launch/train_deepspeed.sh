@@ -9,8 +9,8 @@
 #   --port N         rank 0's port (default: a free one on this host; 29500 with a hostfile)
 #   --dry-run        print the command, and run nothing
 #
-# What comes after -- goes to internvl_ds.train. SIGTERM and SIGINT reach the ranks, and the exit status
-# is 0 only when rank 0 has come to the end of the program.
+# What comes after -- goes to internvl_ds.train. Ctrl-C has the job save and stop; a second one ends it.
+# The exit status is 0 only when rank 0 has come to the end of the program.
 set -euo pipefail
 # shellcheck source=launch/job.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/job.sh"

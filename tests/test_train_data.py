@@ -11,7 +11,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from internvl_ds.checkpoint.rng import rng_state
 from internvl_ds.errors import ConfigError
-from internvl_ds.preemption import SIGNALS
+from internvl_ds.signals import SIGNALS
 from internvl_ds.train.data import (
     EvalSampler,
     build_loaders,

@@ -11,7 +11,6 @@ import logging
 import os
 import sys
 import threading
-import traceback
 from collections.abc import Callable
 
 from internvl_ds.comm import before_shutdown
@@ -44,6 +43,9 @@ _pending: _Save | None = None
 # Of the last save that was started, for the end of the program.
 _peers: Peers | None = None
 
+# Whether the end of the program waits for what is pending.
+_ends_in_order = False
+
 
 def start(name: str, action: Callable[[], None], limit: float) -> None:
     """Runs ``action`` in the background, where it may meet the other ranks' actions.
@@ -55,7 +57,11 @@ def start(name: str, action: Callable[[], None], limit: float) -> None:
         action: writes, meets, commits.
         limit: seconds after which a `wait` gives up.
     """
-    global _pending, _peers
+    global _pending, _peers, _ends_in_order
+    if not _ends_in_order:
+        before_shutdown(_finish_before_shutdown)
+        atexit.register(_finish_at_exit)
+        _ends_in_order = True
     _pending = _Save(name, action, limit)
     _peers = _pending.peers
     _pending.start()
@@ -105,12 +111,8 @@ def _finish_at_exit() -> None:
             part_from(_peers)
     except Exception:
         # An exception here would be printed, and the exit status still be 0.
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)
-
-
-before_shutdown(_finish_before_shutdown)
-atexit.register(_finish_at_exit)

@@ -8,13 +8,16 @@ torch, DeepSpeed or scikit-learn inside ``run`` only, so that ``internvl-ds --he
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
+import traceback
 from collections.abc import Sequence
 from types import ModuleType
 
 from internvl_ds.cli import ckpt, config, digits, doctor, plan, tune, version
 from internvl_ds.cli.tables import stdout_for_answers
 from internvl_ds.errors import InternvlDsError
+from internvl_ds.signals import INTERRUPTED
 
 # Name of the subcommand -> its module, in the order in which --help lists them.
 _COMMANDS: dict[str, ModuleType] = {
@@ -37,13 +40,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after the program's name; those of the command line when None.
 
     Returns:
-        The exit status: 0, or 2 for an error of the user's, told in one line on stderr.
+        The exit status: 0; 2 for an error of the user's, told in one line on stderr (after its
+        traceback where this package logs at DEBUG); 130 after Ctrl-C.
     """
     args = build_parser().parse_args(argv)
     try:
         with stdout_for_answers():
             status: int = args.run(args)
+    except KeyboardInterrupt:
+        print(f'internvl-ds {args.command}: interrupted', file=sys.stderr)
+        return INTERRUPTED
     except InternvlDsError as error:  # whose text is printable
+        if logging.getLogger('internvl_ds').isEnabledFor(logging.DEBUG):
+            traceback.print_exc()
         print(f'internvl-ds {args.command}: error: {error}', file=sys.stderr)
         return USER_ERROR
     return status

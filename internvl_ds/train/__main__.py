@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from internvl_ds.comm import init_distributed, leave, shutdown
-from internvl_ds.config import get_config
-from internvl_ds.errors import ConfigError
-from internvl_ds.files import write_text
-from internvl_ds.meetings import rank
-from internvl_ds.preemption import Preempted
-from internvl_ds.train.loop import run
+from internvl_ds.errors import ConfigError, Preempted, RankError
+from internvl_ds.signals import end_at_interrupt
+
+# Seconds within which ranks meet for one of them to tell what is wrong with the configuration.
+_JOIN_LIMIT = 20
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -56,10 +55,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, or TRAIN.PREEMPT_EXIT_CODE where a signal had it save and stop.
     """
     args = parse_args(argv)
+    # Not above: torch and DeepSpeed take seconds, in which Ctrl-C is to end this in one line.
+    from internvl_ds.comm import init_distributed, shutdown
+    from internvl_ds.config import get_config
+    from internvl_ds.files import write_text
+    from internvl_ds.meetings import rank
+    from internvl_ds.train.loop import run
+
     try:
         config = get_config(args)
-    except ConfigError as error:  # no other rank is there yet: the text is all that helps
-        raise SystemExit(f'error: {error}') from None
+    except ConfigError:
+        _join_to_fail()
+        raise
     init_distributed(config)
     status, result = 0, 'finished'
     try:
@@ -77,9 +84,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
+def _join_to_fail() -> None:
+    """Meets the other ranks, which have the same error, so that one of them alone tells it."""
+    from internvl_ds.comm import init_distributed
+    from internvl_ds.config import default_config
+
+    config = default_config()
+    config.COMM.INIT_TIMEOUT = _JOIN_LIMIT
+    with contextlib.suppress(RankError):
+        init_distributed(config)
+
+
 def _switch(text: str) -> dict[str, Any]:
     return {'action': 'store_true', 'default': None, 'help': text}
 
 
 if __name__ == '__main__':
-    leave(main())
+    end_at_interrupt()
+    status = main()
+    from internvl_ds.comm import leave
+
+    leave(status)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
-import multiprocessing
 import random
-import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +16,10 @@ from torch.utils.data import DataLoader, Sampler
 from torchvision.datasets import ImageFolder
 from yacs.config import CfgNode
 
-from internvl_ds.errors import ConfigError
-from internvl_ds.preemption import SIGNALS
+from internvl_ds.errors import ConfigError, DataError
 from internvl_ds.train.sampler import SeededImages, TrainSampler
 from internvl_ds.train.transforms import build_transform
+from internvl_ds.train.workers import Loader
 
 _CLASSES_22K = 21841
 _CLASSES_1K = 1000
@@ -64,12 +61,11 @@ def build_loaders(config: CfgNode, rank: int, world_size: int) -> Loaders:
         _check_same_classes(config, train_set, val_set)
         classes = train_set.classes
         train_loader = _train_loader(config, train_set, rank, world_size)
-    val_loader: DataLoader = DataLoader(
+    val_loader = Loader(
         val_set,
         batch_size=config.DATA.BATCH_SIZE,
         sampler=EvalSampler(len(val_set), world_size, rank),
         num_workers=config.DATA.NUM_WORKERS,
-        worker_init_fn=_ignore_signals,
         generator=torch.Generator(),
         pin_memory=_pin_memory(config),
     )
@@ -189,29 +185,24 @@ def start_epoch(
     loader.sampler.start(epoch, micro_batches * loader.batch_size)
 
 
-def _ignore_signals(worker: int) -> None:
-    """Leaves the signals that ask a run to save and stop to the rank, which still reads."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+class _Images(ImageFolder):
+    """An image folder whose errors name the file."""
 
-
-def _kill_workers() -> None:
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
-
-
-# The interpreter's own way is SIGTERM, and then to wait for ever.
-atexit.register(_kill_workers)
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return super().__getitem__(index)
+        except Exception as error:
+            path = self.samples[index][0]
+            reason = f'{type(error).__name__}: {error}'
+            raise DataError(f'{path} cannot be used as an image: {reason}') from error
 
 
 def _train_loader(config: CfgNode, dataset: ImageFolder, rank: int, world_size: int) -> DataLoader:
-    loader: DataLoader = DataLoader(
+    loader = Loader(
         SeededImages(dataset),
         batch_size=config.DATA.BATCH_SIZE,
         sampler=TrainSampler(len(dataset), world_size, rank, config.SEED),
         num_workers=config.DATA.NUM_WORKERS,
-        worker_init_fn=_ignore_signals,
         generator=torch.Generator(),  # else each epoch draws from the global one
         pin_memory=_pin_memory(config),
         drop_last=True,
@@ -233,7 +224,7 @@ def _open_folder(config: CfgNode, split: str) -> ImageFolder:
             f'`internvl-ds digits DIR` writes a small data set of that form'
         )
     try:
-        dataset = ImageFolder(str(root), build_transform(config, training=split == 'train'))
+        dataset = _Images(str(root), build_transform(config, training=split == 'train'))
     except FileNotFoundError as error:  # no class folders, or some of them without an image
         raise ConfigError(f'{root}: {error}') from error
     wanted, found = config.MODEL.NUM_CLASSES, len(dataset.classes)

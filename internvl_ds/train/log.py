@@ -163,7 +163,10 @@ class _ConsoleHandler(logging.StreamHandler):
         if not self._terminal:
             super().emit(record)
         elif not getattr(record, 'progress', False):
-            tqdm.write(self.format(record))
+            try:
+                tqdm.write(self.format(record))
+            except OSError:  # the terminal is gone
+                self.handleError(record)
 
 
 def _line(record: Mapping[str, Any]) -> str:
