@@ -26,6 +26,7 @@ from internvl_ds.checkpoint.original import schedule_of_original, state_of_file
 from internvl_ds.checkpoint.schedule import fit_to_groups, restore_schedule, set_lr_of_schedule
 from internvl_ds.checkpoint.shards import TagShards
 from internvl_ds.checkpoint.writer import install_writer
+from internvl_ds.comm import collectives_within
 from internvl_ds.config import checkpoint_option
 from internvl_ds.engine import (
     applied_updates,
@@ -144,7 +145,8 @@ def _restore(
     for warning in restorer.warnings:
         logger.warning(warning)
     logger.info('%s: from %s to %s', saved.where, saved.layout, layout_of_engine(engine))
-    agree('restore state', restorer.restore, io_timeout, CheckpointError)
+    with collectives_within(io_timeout):
+        agree('restore state', restorer.restore, io_timeout, CheckpointError)
 
 
 def _finish_restoring(
@@ -213,7 +215,12 @@ def load_same_layout(
         return _require_same_optimizer(engine, shards, saved_by)
 
     def load() -> None:
-        with gathered_together(engine), frozen_as_made(engine), _reading(engine, shards):
+        with (
+            gathered_together(engine),
+            frozen_as_made(engine),
+            _reading(engine, shards),
+            collectives_within(io_timeout),
+        ):
             loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name)
         if loaded is None:
             raise CheckpointError(f'{path}: DeepSpeed found nothing to load in it')
