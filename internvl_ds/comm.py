@@ -189,10 +189,29 @@ def limit_collectives(config: CfgNode | None = None) -> None:
     seconds = get_option(config, 'COMM.TIMEOUT', default) if config is not None else _limit
     if _limit is not None or seconds != default:
         _limit = seconds
-    if _limit is None or not torch_dist.is_initialized():
-        return
+    if _limit is not None and torch_dist.is_initialized():
+        _set_limit(_limit)
+
+
+def _set_limit(seconds: float) -> None:
     for group in list(distributed_c10d._world.pg_map):
-        torch_dist.set_timeout(timedelta(seconds=_limit), group)
+        torch_dist.set_timeout(timedelta(seconds=seconds), group)
+
+
+@contextmanager
+def collectives_within(seconds: float) -> Iterator[None]:
+    """Lets collectives take this long, where COMM.TIMEOUT is less: ranks read files in between.
+
+    Every rank must call it. Groups that the program made itself, with a limit of its own, keep it.
+    """
+    longer = _limit is not None and torch_dist.is_initialized() and seconds > _limit
+    if longer:
+        _set_limit(seconds)
+    try:
+        yield
+    finally:
+        if longer:
+            limit_collectives()
 
 
 def shutdown() -> None:

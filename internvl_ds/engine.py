@@ -33,7 +33,7 @@ from internvl_ds.files import for_show, write_text
 from internvl_ds.guards import guard, require_bare, require_real
 from internvl_ds.loss_scale import LossScale
 from internvl_ds.lr_schedule import LrSchedule, require_unit
-from internvl_ds.meetings import rank, world_size
+from internvl_ds.meetings import exchange, rank, world_size
 from internvl_ds.module_state import remember_buffers, require_plain_state, require_sendable
 from internvl_ds.monitors import drop_unwritable_monitors, guard_monitors
 from internvl_ds.param_groups import (
@@ -53,6 +53,7 @@ _LIMIT_KEY = 'TRAIN.MAX_CONSECUTIVE_OVERFLOWS'
 class _Registration:
     """What this package knows of an engine beside what the engine knows itself."""
 
+    config: CfgNode | None = None
     schedule: LrSchedule | None = None
     merged: MergedGroups | None = None
     loss_scale: LossScale | None = None
@@ -147,6 +148,8 @@ def initialize(
         logger.info('parameter groups: %d merged into %d', before, len(origins))
     drop_unwritable_monitors(resolved, checkpoint_option(config, 'RENDEZVOUS_TIMEOUT'))
     limit_collectives(config)
+    # Ranks may have read pretrained weights until now, which has a limit of its own.
+    exchange('initialize', None, checkpoint_option(config, 'IO_TIMEOUT'))
     with making_groups():
         engine, ds_optimizer, _, _ = deepspeed.initialize(
             model=model,
@@ -158,6 +161,7 @@ def initialize(
     register(engine, lr_scheduler=lr_scheduler, schedule_in=schedule_in)
     limit_collectives(config)
     registration = _registrations[engine]
+    registration.config = config
     logger.info(
         'trains in %s at ZeRO stage %d%s',
         ds.precision_of(resolved),
@@ -260,6 +264,12 @@ def ds_config_of(engine: DeepSpeedEngine) -> dict[str, Any]:
 def engine_of_parameter(parameter: torch.Tensor) -> DeepSpeedEngine | None:
     """The known engine that trains a parameter; None where there is none."""
     return next((e for e in _registrations if parameter in e.param_names), None)
+
+
+def last_config() -> CfgNode | None:
+    """What the last engine that lives was initialized with; None where there is none."""
+    configs = [r.config for r in _registrations.values() if r.config is not None]
+    return configs[-1] if configs else None
 
 
 def loss_scale_of(engine: DeepSpeedEngine) -> LossScale | None:

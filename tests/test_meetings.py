@@ -1,5 +1,6 @@
 """The named meetings, on real ranks."""
 
+import json
 import re
 
 import pytest
@@ -67,3 +68,21 @@ def test_threads_meet_after_the_process_group_is_gone(tmp_path):
         'tests.workers.talking:meet_after_the_group_is_gone', 2, tmp_path, timeout=30
     )
     assert results == [[0, 1], [0, 1]]
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+@pytest.mark.parametrize(('how', 'dies'), [('sync', 2), ('async', 2), ('async', 0)])
+def test_the_death_of_a_rank_ends_a_save_and_every_later_meeting(tmp_path, how, dies):
+    run_ranks(
+        'tests.workers.waiting:a_rank_dies', 3, tmp_path, expect_failure=True,
+        how=how, dies=dies, folder=tmp_path,
+    )  # fmt: skip
+    results = [json.loads(path.read_text()) for path in tmp_path.glob('ranks-*/result_*.json')]
+    assert len(results) == 2
+    for found in results:
+        for name, (seconds, message) in found.items():
+            assert seconds < 15, (name, seconds)
+            if name != 'shutdown':
+                dead = rf'RankError: .*rank {dies} on \S+ \(pid \d+\)[^;]* (is|are) (dead|gone)'
+                assert re.search(dead, message), (name, message)

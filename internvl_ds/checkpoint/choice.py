@@ -16,7 +16,9 @@ from internvl_ds.checkpoint.manifest import epoch_of, step_of
 from internvl_ds.checkpoint.state import state_of
 from internvl_ds.checkpoint.verify import damage, share_of
 from internvl_ds.config import checkpoint_option, default_config, get_option
-from internvl_ds.errors import CheckpointError, CheckpointNotFound, PretrainedError
+from internvl_ds.counts import require_counts
+from internvl_ds.engine import last_config
+from internvl_ds.errors import CheckpointError, CheckpointNotFound, ConfigError, PretrainedError
 from internvl_ds.meetings import exchange, from_rank_0, rank, world_size
 from internvl_ds.pretrained.sources import open_source
 from internvl_ds.reading import parse_yaml
@@ -39,7 +41,9 @@ def auto_resume_helper(output_dir: str, *, config: CfgNode | None = None) -> str
 
     Args:
         output_dir: the directory.
-        config: keyword-only; its CHECKPOINT time limits hold.
+        config: keyword-only; its CHECKPOINT time limits hold. Without it those of the environment
+            (INTERNVL_DS_RENDEZVOUS_TIMEOUT and INTERNVL_DS_IO_TIMEOUT, seconds), else those that
+            the last `internvl_ds.initialize` was given, else the defaults.
 
     Returns:
         A tag's path; None when there is no such directory, or no checkpoint was ever in it.
@@ -48,7 +52,7 @@ def auto_resume_helper(output_dir: str, *, config: CfgNode | None = None) -> str
         CheckpointNotFound: when checkpoints were there and no whole one is left.
     """
     background.wait()
-    config = default_config() if config is None else config
+    config = _limits_without_config() if config is None else config
     timeout = checkpoint_option(config, 'RENDEZVOUS_TIMEOUT')
     age = checkpoint_option(config, 'LEFTOVER_AGE')
     from_rank_0('sweep', lambda: _sweep(Path(output_dir), age), timeout)
@@ -58,6 +62,19 @@ def auto_resume_helper(output_dir: str, *, config: CfgNode | None = None) -> str
     if found.warning and rank() == 0:
         _log.warning(found.warning)
     return str(found.path)
+
+
+def _limits_without_config() -> CfgNode:
+    """The time limits of a call that has no config: see `auto_resume_helper`."""
+    config = default_config()
+    for key in ('RENDEZVOUS_TIMEOUT', 'IO_TIMEOUT'):
+        config.CHECKPOINT[key] = checkpoint_option(last_config() or config, key)
+        if given := os.environ.get(f'INTERNVL_DS_{key}'):
+            if not given.isdecimal():
+                raise ConfigError(f'INTERNVL_DS_{key} is {given!r}; it takes whole seconds')
+            config.CHECKPOINT[key] = int(given)
+    require_counts(config, ('CHECKPOINT',))
+    return config
 
 
 def choose(config: CfgNode, logger: logging.Logger, *, as_before: bool = False) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -48,6 +49,7 @@ from internvl_ds.checkpoint.schedule import (
 )
 from internvl_ds.checkpoint.shards import TagShards
 from internvl_ds.checkpoint.verify import damage, share_of
+from internvl_ds.comm import collectives_within
 from internvl_ds.config import checkpoint_option, get_option
 from internvl_ds.ema import ShardedEma
 from internvl_ds.engine import engine_of, find_engine, restore_loss_scale, scheduler_of
@@ -129,7 +131,9 @@ def load_checkpoint(
         )
     if path.is_file():
         if eval_mode:
-            return _evaluate_file(where, model, logger)
+            with collectives_within(io_timeout):
+                evaluate = functools.partial(_evaluate_file, where, model, logger)
+                return agree('read weights', evaluate, io_timeout, CheckpointError)
         accuracy = train_from_file(config, where, model, lr_scheduler, scaler, logger)
         restore_engines_own(engine_of(model), lr_scheduler, None, where, logger)
         return accuracy
@@ -143,7 +147,8 @@ def load_checkpoint(
                 return shards.weights()
 
         weights = agree('read weights', read_weights, io_timeout, CheckpointError)
-        load_weights(find_engine(model) or model, weights, str(path))
+        with collectives_within(io_timeout):
+            load_weights(find_engine(model) or model, weights, str(path))
     else:
         engine = engine_of(model)
         require_optimizer(engine)
@@ -210,26 +215,20 @@ def load_ema_checkpoint(config: CfgNode, model_ema: Any, logger: logging.Logger)
     path = choose(config, logger, as_before=True) or _downloaded(config, io_timeout)
     where, configured = str(path), model_ema.decay
     if path.is_file():
-        checkpoint = open_file(where)
-        weights = checkpoint.get('model_ema')
-        state: dict[str, Any] = {
-            key: checkpoint.get(key) for key in ('max_accuracy_ema', 'ema_decay')
-        }
-        if weights is not None:
-            load_whole_ema(model_ema, weights, where)
-            count_on(model_ema, None, where, logger)
+        load = functools.partial(_load_ema_of_file, model_ema, where, logger)
+        weights, state = agree('read EMA', load, io_timeout, CheckpointError)
     else:
-        weights = None
+        weights = False
         saved = agree('find EMA', lambda: EmaFiles(path), timeout, CheckpointError)
         if saved:
-            weights = {}
+            weights = True
             _load_ema_of_tag(model_ema, saved, timeout, io_timeout)
         shards = agree('find shards', lambda: TagShards(path), timeout, CheckpointError)
         state = agree('read state', lambda: saved_state(shards), timeout, CheckpointError)
         _warn_unverified(shards, logger)
         if saved and not saved.sharded:
             count_on(model_ema, shards.updates, where, logger)
-    if weights is None:
+    if not weights:
         logger.warning('%s has no EMA: starting from the loaded weights', where)
     else:
         logger.info('loaded the EMA of %s', where)
@@ -243,6 +242,19 @@ def load_ema_checkpoint(config: CfgNode, model_ema: Any, logger: logging.Logger)
             configured,
         )
     return float(state.get('max_accuracy_ema') or 0.0)
+
+
+def _load_ema_of_file(
+    model_ema: Any, where: str, logger: logging.Logger
+) -> tuple[bool, dict[str, Any]]:
+    """Whether the file has averaged weights, which are loaded; and what it says of them."""
+    checkpoint = open_file(where)
+    weights = checkpoint.get('model_ema')
+    if weights is not None:
+        load_whole_ema(model_ema, weights, where)
+        count_on(model_ema, None, where, logger)
+    state = {key: checkpoint.get(key) for key in ('max_accuracy_ema', 'ema_decay')}
+    return weights is not None, state
 
 
 def _load_ema_of_tag(model_ema: Any, saved: EmaFiles, timeout: float, io_timeout: float) -> None:
@@ -260,8 +272,11 @@ def _load_ema_of_tag(model_ema: Any, saved: EmaFiles, timeout: float, io_timeout
     if sharded:
         agree('read EMA', lambda: load_other_ema(model_ema, saved), io_timeout, CheckpointError)
         return
-    weights = agree('read EMA', lambda: read_whole_ema(saved), io_timeout, CheckpointError)
-    load_whole_ema(model_ema, weights, str(path))
+
+    def load() -> None:
+        load_whole_ema(model_ema, read_whole_ema(saved), str(path))
+
+    agree('read EMA', load, io_timeout, CheckpointError)
 
 
 def _shards_of(path: Path, logger: logging.Logger) -> TagShards:

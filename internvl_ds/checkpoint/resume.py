@@ -32,6 +32,7 @@ from internvl_ds.checkpoint.schedule import (
 from internvl_ds.checkpoint.shards import TagShards
 from internvl_ds.checkpoint.state import require_state
 from internvl_ds.checkpoint.writer import install_writer
+from internvl_ds.comm import collectives_within
 from internvl_ds.config import checkpoint_option
 from internvl_ds.engine import (
     applied_updates,
@@ -164,7 +165,8 @@ def _restore(
     for warning in restorer.warnings:
         logger.warning(warning)
     logger.info('%s: from %s to %s', saved.where, saved.layout, layout_of_engine(engine))
-    agree('restore state', restorer.restore, io_timeout, CheckpointError)
+    with collectives_within(io_timeout):
+        agree('restore state', restorer.restore, io_timeout, CheckpointError)
 
 
 def _finish_restoring(
@@ -244,6 +246,7 @@ def load_same_layout(
             gathered_together(engine),
             frozen_as_made(engine),
             _reading(engine, shards),
+            collectives_within(io_timeout),
         ):
             loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name)
         if loaded is None:

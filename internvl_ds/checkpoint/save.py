@@ -51,6 +51,7 @@ from internvl_ds.checkpoint.space import state_size
 from internvl_ds.checkpoint.state import state_text
 from internvl_ds.checkpoint.trash import MARK
 from internvl_ds.checkpoint.writer import ShardWriter, install_writer
+from internvl_ds.comm import collectives_within
 from internvl_ds.config import checkpoint_option, default_of, get_option
 from internvl_ds.ds_config import precision_of
 from internvl_ds.engine import (
@@ -61,7 +62,12 @@ from internvl_ds.engine import (
     loss_scale_of,
 )
 from internvl_ds.errors import CheckpointError, RankError, few
-from internvl_ds.masters import frozen_as_made, require_module_as_made, untrained_names
+from internvl_ds.masters import (
+    frozen_as_made,
+    kept_on_nvme,
+    require_module_as_made,
+    untrained_names,
+)
 from internvl_ds.meetings import exchange, from_rank_0, gather, rank, world_size
 from internvl_ds.module_state import every_name, require_buffers_as_made
 from internvl_ds.persistent import put_back
@@ -314,7 +320,7 @@ def _stage(
     state: Callable[[], dict[str, Any]],
     loop: Any,
 ) -> None:
-    """Writes or copies this rank's files. What fails is kept, for all ranks to hear of later."""
+    """Collects this rank's files. What fails is kept, for all ranks to hear of later."""
     writer = save.writer
     identity = Identity(save.tag, save.header['save'], rank())
     writer.begin(identity, in_background=save.in_background)
@@ -324,12 +330,14 @@ def _stage(
             'directory that all hosts share'
         )
     # Meets in barriers: every rank calls it, whatever has happened.
-    with put_back(engine), frozen_as_made(engine), every_name(engine):
-        writer.makes_directories = False
-        try:
-            engine.save_checkpoint(str(save.output), tag=save.staging_path.name, save_latest=False)
-        finally:
-            writer.makes_directories = True
+    with (
+        put_back(engine),
+        frozen_as_made(engine),
+        every_name(engine),
+        # What is on NVMe is copied to the tag between barriers.
+        collectives_within(save.io_timeout if kept_on_nvme(engine) else 0),
+    ):
+        engine.save_checkpoint(str(save.output), tag=save.staging_path.name, save_latest=False)
     if average is not None:
         writer.save(average, save.staging_path / average.name)
     try:
@@ -366,6 +374,7 @@ def _finish(save: _Save) -> None:
 
 
 def _abandon(save: _Save) -> None:
+    save.writer.forget()
     if save.staging is not None:
         store.abandon(save.staging)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,18 @@ from internvl_ds.errors import CheckpointError
 
 
 class ShardWriter(CheckpointEngine):
-    """Writes this rank's files of a save, flushed and hashed: at once, or from a copy later.
+    """Writes this rank's files of a save, flushed and hashed, once DeepSpeed is through.
 
-    ``engine.save_checkpoint`` meets in barriers after each rank has written: an exception in
-    between would leave the others waiting. ``error`` keeps it instead, for the caller to raise
-    once all ranks are through.
+    ``engine.save_checkpoint`` meets in barriers, which have the time limit of a collective, and a
+    disk may take longer. So it only collects what is to be written, and `finish` writes it; an
+    exception in between would leave the others waiting, and is kept in ``error``.
+
+    Outside of a save of this package, ``engine.save_checkpoint`` writes as DeepSpeed means it to.
 
     Attributes:
         identity: what every file of this save says of itself.
         written: path -> size and digest, of the files of this save.
         error: the first failure of this save.
-        makes_directories: whether DeepSpeed's saves make the directories that they go to. Not a
-            save of ours: rank 0 has made them, and a host that does not see OUTPUT is to say so.
         last_size: bytes that this rank wrote in its last whole save; None before one.
     """
 
@@ -41,63 +42,82 @@ class ShardWriter(CheckpointEngine):
         self.identity = Identity('', '', 0)
         self.written: dict[Path, FileEntry] = {}
         self.error: Exception | None = None
-        self.makes_directories = True
         self.last_size: int | None = None
-        self._in_background = False
-        self._copies: list[tuple[Path, Any]] = []
+        self._collects = self._in_background = False
+        self._collected: list[tuple[Path, Any]] = []
+        self._scripts: list[Callable[[], None]] = []
         self._snapshot = Snapshot()
         self._opened: dict[Path, Any] = {}
 
     def begin(self, identity: Identity, *, in_background: bool) -> None:
-        """Begins a save; with ``in_background``, files are copied now and written by `finish`.
+        """Begins a save, which `finish` or `forget` ends.
 
         Args:
             identity: goes into every file.
-            in_background: see above.
+            in_background: collect copies, for training to go on, and not the state itself.
         """
         self.identity = identity
         self.error = None
         self.written = {}
-        self._copies = []
-        self._in_background = in_background
+        self.forget()
+        self._collects, self._in_background = True, in_background
         if in_background:
             self._snapshot.begin()
         else:
             self._snapshot = Snapshot()  # lets go of its memory
 
-    def makedirs(self, path: str | Path, exist_ok: bool = False) -> None:
-        """Makes a directory; see ``makes_directories``."""
-        if self.makes_directories:
-            super().makedirs(path, exist_ok=exist_ok)
+    def forget(self) -> None:
+        """Ends a save without writing."""
+        self._collects, self._collected, self._scripts = False, [], []
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Nothing to do in a save of this package.
+
+        Rank 0 has made the staging directory; a host that does not see it is to say so.
+        """
+        if not self._collects:
+            super().makedirs(path, exist_ok)
 
     def create(self, info: CheckpointCommitInfo) -> None:
         """Nothing to do: the caller has made the staging directory."""
 
     def save(self, state_dict: Any, path: str | Path) -> None:
-        """Writes or copies one file; a failure is kept in ``error``.
+        """Collects one file; a failure is kept in ``error``.
 
         Args:
             state_dict: what torch.save is to write, or an `EmaFile`.
             path: where to.
         """
+        if not self._collects:
+            self._write(state_dict, Path(path))
+            return
         try:
             if self._in_background:
                 # An EmaFile is a tuple of a name, tensors and metadata: it is copied as one.
-                self._copies.append((Path(path), self._snapshot.copy(state_dict)))
-            else:
-                self._write(state_dict, Path(path))
+                state_dict = self._snapshot.copy(state_dict)
+            self._collected.append((Path(path), state_dict))
         except Exception as error:
             self.error = self.error or error
 
     def finish(self) -> None:
-        """Writes what `save` copied; a failure is kept in ``error``."""
+        """Writes what was collected; a failure is kept in ``error``."""
         try:
-            while self._copies and self.error is None:
-                path, copied = self._copies.pop(0)
-                self._write(copied, path)
+            while self._collected and self.error is None:
+                path, value = self._collected.pop(0)
+                self._write(value, path)
+                del value  # of the state that was made for the file nothing is kept
+            while self._scripts and self.error is None:
+                self._scripts.pop(0)()
         except Exception as error:
             self.error = error
-        self._copies = []
+        self.forget()
+
+    def copy_scripts(self, copy: Callable[[], None]) -> None:
+        """Copies DeepSpeed's recovery scripts: in a save of this package with the other files."""
+        if self._collects:
+            self._scripts.append(copy)
+        else:
+            copy()
 
     def _write(self, value: Any, path: Path) -> None:
         try:
@@ -139,14 +159,6 @@ def install_writer(engine: DeepSpeedEngine) -> ShardWriter:
     if not isinstance(engine.checkpoint_engine, ShardWriter):
         writer = ShardWriter()
         engine.checkpoint_engine = writer
-        copy_scripts = engine._copy_recovery_script
-
-        def copy_scripts_or_keep_error(save_path: str) -> None:
-            # On rank 0 only, and before a barrier: see ShardWriter.
-            try:
-                copy_scripts(save_path)
-            except OSError as error:
-                writer.error = writer.error or error
-
-        engine._copy_recovery_script = copy_scripts_or_keep_error
+        copy = engine._copy_recovery_script
+        engine._copy_recovery_script = lambda path: writer.copy_scripts(lambda: copy(path))
     return engine.checkpoint_engine

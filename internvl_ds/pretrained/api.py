@@ -19,7 +19,7 @@ from yacs.config import CfgNode
 from internvl_ds.addresses import shown
 from internvl_ds.checkpoint.lookup import is_tag, read_manifest
 from internvl_ds.checkpoint.verify import damage, share_of, weight_files
-from internvl_ds.comm import init_distributed
+from internvl_ds.comm import collectives_within, init_distributed
 from internvl_ds.config import checkpoint_option, default_of, get_option
 from internvl_ds.errors import ConfigError, PretrainedError, RankError
 from internvl_ds.meetings import agree, exchange, from_rank_0, rank, world_size
@@ -97,10 +97,11 @@ def load_pretrained(config: CfgNode, model: nn.Module, logger: logging.Logger) -
     plan.report.log(logger)
     if plan.rescale:
         apply.rescale_head(model)
-    if partitioned or readers == 'one' or not _all_tensors(plan.state):
-        apply.write(model, values)
-    else:
-        apply.load_state(model, plan.state)
+    with collectives_within(checkpoint_option(config, 'IO_TIMEOUT')):
+        if partitioned or readers == 'one' or not _all_tensors(plan.state):
+            apply.write(model, values)
+        else:
+            apply.load_state(model, plan.state)
     return plan.report
 
 

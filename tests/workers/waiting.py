@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import logging
 import os
 import signal
 import socket
@@ -14,9 +16,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from internvl_ds import initialize
-from internvl_ds.checkpoint import background
-from internvl_ds.comm import init_distributed, shutdown
+import torch
+from torch import nn
+
+from internvl_ds import load_pretrained
+from internvl_ds.checkpoint import background, elastic
+from internvl_ds.checkpoint.writer import ShardWriter
+from internvl_ds.comm import init_distributed, limit_collectives, making_groups, shutdown
 from internvl_ds.meetings import (
     agree,
     connect_peers,
@@ -30,9 +36,12 @@ from internvl_ds.meetings import (
 )
 from internvl_ds.peers import background_meetings, set_limits
 from internvl_ds.preemption import Preemption
+from internvl_ds.pretrained import transforms
 from tests.workers.calls import message_of
-from tests.workers.model import make_config, make_model, make_optimizer, zero_json
+from tests.workers.model import make_config, make_model
 from tests.workers.saving import Run
+
+_log = logging.getLogger('waiting')
 
 
 def timed(action: Callable[[], Any]) -> list[Any]:
@@ -153,17 +162,15 @@ def rank_0_is_away(limit: float, folder: str, how: str) -> None:
                 preemption.reached()
                 time.sleep(0.1)
 
-        def engine() -> None:
-            model = make_model()
-            config = make_config('', DATA__BATCH_SIZE=8, COMM__TIMEOUT=int(limit))
-            initialize(config, model, make_optimizer(model), zero_json(1))
+        def make_group() -> None:  # as deepspeed.initialize does
+            limit_collectives(make_config('', COMM__TIMEOUT=int(limit)))
+            with making_groups():
+                torch.distributed.new_group()
 
         calls['preemption'] = boundaries
-        calls['main thread'] = lambda: exchange('main', 1, limit)
         with away(pid, how, folder):
-            if how == 'stopped':
-                found['making an engine'] = timed(engine)
             found.update(all_timed(calls, limit + 15))
+            found['making a group'] = timed(make_group)
             found['again'] = timed(lambda: exchange('main', 1, limit))
             found['shutdown'] = timed(shutdown)
         Path(folder, 'over').touch()
@@ -226,7 +233,7 @@ def a_rank_dies(how: str, dies: int, folder: str) -> None:
         os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore
     else:  # nobody is done before that one is dead
         fsync = os.fsync
-        os.fsync = lambda descriptor: [time.sleep(2), fsync(descriptor)][1]  # type: ignore
+        os.fsync = lambda descriptor: [time.sleep(1), fsync(descriptor)][1]  # type: ignore
     found = {}
 
     def save() -> None:
@@ -239,6 +246,71 @@ def a_rank_dies(how: str, dies: int, folder: str) -> None:
     found['shutdown'] = timed(shutdown)
     leave_result(folder, found)
     os._exit(0)
+
+
+LIMIT, SLOW = 3, 4.5  # COMM.TIMEOUT, and how long a disk takes; seconds
+
+
+def slow_disk(root: str) -> dict[str, Any]:
+    """Rank 1's disk is slower than a collective may be: in a save, a load, and pretrained weights.
+
+    Returns:
+        For each stage: what save and load raised, whether the group works afterwards, and how many
+        bytes of memory the save held that were not there before.
+    """
+    found: dict[str, Any] = {}
+
+    def slow_once(owner: Any, name: str, who: int) -> None:
+        action, waits = getattr(owner, name), [SLOW] if rank() == who else []
+
+        def slowly(*given: Any, **named: Any) -> Any:
+            time.sleep(waits.pop() if waits else 0)
+            return action(*given, **named)
+
+        setattr(owner, name, slowly)
+
+    def run_of(stage: int, root: str) -> Run:
+        run = Run(stage, 'fp32', root, CHECKPOINT__IO_TIMEOUT=120, COMM__TIMEOUT=120)
+        run.steps(0, 1)
+        limit_collectives(make_config('', COMM__TIMEOUT=LIMIT))
+        return run
+
+    for stage in range(4):
+        run = run_of(stage, f'{root}/{stage}')
+        slow_once(os, 'fsync', 1)
+        before, held = _storages(gc.get_objects()), []
+        finish = ShardWriter.finish
+
+        def measured(writer: ShardWriter, finish: Any = finish) -> None:
+            now = _storages(gc.get_objects())
+            held.append(sum(size for pointer, size in now.items() if pointer not in before))
+            finish(writer)
+
+        ShardWriter.finish = measured  # type: ignore[method-assign]
+        own: dict[str, Any] = {'save': message_of(lambda: run.save(0)), 'held': held[0]}
+        ShardWriter.finish = finish  # type: ignore[method-assign]
+        # DeepSpeed's own load, and that of another layout, with collectives between reads.
+        slow_once(ShardWriter, 'load', 1)
+        own['load'] = message_of(lambda: run.load(f'{root}/{stage}/ckpt_epoch_0'))
+        if stage > 1:
+            slow_once(elastic, 'fill', 1)
+            other = f'{root}/{5 - stage}/ckpt_epoch_0' if stage == 3 else f'{root}/1/ckpt_epoch_0'
+            own['load other'] = message_of(lambda: run.load(other))
+        own['steps'] = len(run.steps(1, 2))
+        run.close()
+        found[str(stage)] = own
+    config = make_config(
+        '', MODEL__PRETRAINED=f'{root}/1/ckpt_epoch_0', MODEL__PRETRAINED_READERS='one',
+        COMM__TIMEOUT=LIMIT,
+    )  # fmt: skip
+    slow_once(transforms, 'read', 0)
+    found['pretrained'] = message_of(lambda: load_pretrained(config, make_model(), _log))
+    return found
+
+
+def _storages(objects: list[Any]) -> dict[int, int]:
+    storages = [o.untyped_storage() for o in objects if type(o) in (torch.Tensor, nn.Parameter)]
+    return {s.data_ptr(): s.nbytes() for s in storages}
 
 
 if __name__ == '__main__':
