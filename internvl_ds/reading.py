@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import os
 import stat
@@ -66,7 +67,7 @@ def open_data(path: str | Path, *, ours: bool = False) -> BinaryIO:
         raise
     try:
         _require_regular(os.fstat(descriptor))
-        return os.fdopen(descriptor, 'rb')
+        return io.BufferedReader(io.FileIO(descriptor))
     except BaseException:
         os.close(descriptor)
         raise
