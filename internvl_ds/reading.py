@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import os
 import stat
@@ -31,11 +32,6 @@ _PARSED_BYTES, _CONTAINER_BYTES, _VALUE_BYTES = 64 << 20, 64, 40
 # Integers are used as floats too.
 _INT_BITS = 256
 
-_KINDS = {
-    stat.S_IFIFO: 'a FIFO', stat.S_IFSOCK: 'a socket', stat.S_IFLNK: 'a symbolic link',
-    stat.S_IFCHR: 'a device', stat.S_IFBLK: 'a device',
-}  # fmt: skip
-
 
 class Unreadable(ValueError):
     """A file is not of a kind, size or depth that is read; the message does not name it."""
@@ -56,7 +52,6 @@ def open_data(path: str | Path, *, ours: bool = False) -> BinaryIO:
     path = os.fspath(path)
     if '\0' in path:
         raise Unreadable('a name cannot hold a NUL')
-    _require_regular(os.stat(path, follow_symlinks=not ours))  # to open a device may do something
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
     try:
         descriptor = os.open(path, flags | (os.O_NOFOLLOW if ours else 0))
@@ -66,7 +61,7 @@ def open_data(path: str | Path, *, ours: bool = False) -> BinaryIO:
         raise
     try:
         _require_regular(os.fstat(descriptor))
-        return os.fdopen(descriptor, 'rb')
+        return io.BufferedReader(io.FileIO(descriptor))
     except BaseException:
         os.close(descriptor)
         raise
@@ -76,7 +71,7 @@ def _require_regular(status: os.stat_result) -> None:
     if stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     if not stat.S_ISREG(status.st_mode):
-        kind = _KINDS.get(stat.S_IFMT(status.st_mode), 'no file')
+        kind = 'a FIFO' if stat.S_ISFIFO(status.st_mode) else 'a device'
         raise Unreadable(f'is {kind}, and only regular files are read')
 
 
