@@ -100,6 +100,7 @@ class Chain:
             'best': chance.random() < 0.5, 'save': 0, 'victim': None, 'call': 0, 'after': 0.0,
             'grace': chance.choice([0.0, 0.3, None, None]), 'epochs': self.epochs,
             'data': self.data, 'workers': int(self.stage == 3),
+            'plots': chance.random() < 0.1,  # which take longer than all else in an epoch
         }  # fmt: skip
         if not missing:
             calls, seconds = self.span[kind]
@@ -115,7 +116,7 @@ class Chain:
         """Runs the program without a save and without a kill, for what each state has to be."""
         plan = self.plan()
         updates = 2 * self.epochs
-        plan.update(updates=updates, steps=False, best=False, save=0, victim=None)
+        plan.update(updates=updates, steps=False, best=False, plots=False)
         self.output = self.folder / 'reference'
         life = self.live(plan)
         _require(life['statuses'] == [0, 0], 'the run that nobody kills failed', life)
