@@ -39,7 +39,8 @@ from tests.workers.training import write_folder
 from tests.zygote import preload
 
 RANKS = 2
-LIFE_LIMIT = 120.0  # seconds of a life that nobody kills
+EPOCHS = 10  # of two updates each; a chain that comes near the end begins anew
+LIFE_LIMIT = 240.0  # seconds of a life that nobody kills
 # Seconds from a kill to the end of a rank that is left to end by itself, whatever COMM.TIMEOUT and
 # CHECKPOINT.IO_TIMEOUT are: half an hour here.
 ENDS_WITHIN = 30.0
@@ -87,10 +88,6 @@ class Chain:
     hits: Counter = field(default_factory=Counter)
     longest: float = 0.0
 
-    @property
-    def epochs(self) -> int:
-        return min(self.kills, 25) + 4
-
     def plan(self) -> dict[str, Any]:
         """Draws what happens in a life; the first two measure how long a save takes."""
         chance, kind = self.chance, self.chance.random() < 0.5
@@ -98,8 +95,9 @@ class Chain:
         plan: dict[str, Any] = {
             'async': missing[0] if missing else kind, 'steps': chance.random() < 0.5,
             'best': chance.random() < 0.5, 'save': 0, 'victim': None, 'call': 0, 'after': 0.0,
-            'grace': chance.choice([0.0, 0.3, None, None]), 'epochs': self.epochs,
+            'grace': chance.choice([0.0, 0.3, None, None]), 'epochs': EPOCHS,
             'data': self.data, 'workers': int(self.stage == 3),
+            'plots': chance.random() < 0.1,  # which take longer than all else in an epoch
         }  # fmt: skip
         if not missing:
             calls, seconds = self.span[kind]
@@ -114,8 +112,8 @@ class Chain:
     def refer(self) -> None:
         """Runs the program without a save and without a kill, for what each state has to be."""
         plan = self.plan()
-        updates = 2 * self.epochs
-        plan.update(updates=updates, steps=False, best=False, save=0, victim=None)
+        updates = 2 * EPOCHS
+        plan.update(updates=updates, steps=False, best=False, plots=False)
         self.output = self.folder / 'reference'
         life = self.live(plan)
         _require(life['statuses'] == [0, 0], 'the run that nobody kills failed', life)
@@ -253,7 +251,7 @@ class Chain:
         """Lives until so many were killed as asked for."""
         self.refer()
         self.begin()
-        limit, killed, missed = 2 * self.epochs - 2 * killing.SAVES, 0, 0
+        limit, killed, missed = 2 * EPOCHS - 2 * killing.SAVES, 0, 0
         while killed < self.kills:
             if max(self.may_be) > limit:
                 self.begin()

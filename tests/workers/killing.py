@@ -240,7 +240,7 @@ def program(output: str, stage: int, folder: Path, plan: dict[str, Any]) -> None
 
     loop.save_checkpoint, loop._train = save_and_tell, train_and_tell  # type: ignore[assignment]
     loop._pass_boundary = pass_and_tell
-    if plan.get('updates'):
+    if not plan['plots']:
         loop.plot_curves = lambda *_: None  # type: ignore[assignment]
     loop.run(config, {'zero_optimization': {'stage': stage}})
     tell.end()
