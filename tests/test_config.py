@@ -212,7 +212,11 @@ def test_keys_that_the_original_lacks_are_these():
         'CHECKPOINT.KEEP_BEST',
         'CHECKPOINT.KEEP_EVERY',
         'CHECKPOINT.KEEP_STEPS',
+        'CHECKPOINT.LEFTOVER_AGE',
+        'CHECKPOINT.LOCK_AGE',
+        'CHECKPOINT.LOCK_WAIT',
         'CHECKPOINT.RENDEZVOUS_TIMEOUT',
+        'CHECKPOINT.SHARED_OUTPUT',
         'COMM.ABORT_TIMEOUT',
         'COMM.CONNECT_TIMEOUT',
         'COMM.DEAD_AFTER',
@@ -222,6 +226,7 @@ def test_keys_that_the_original_lacks_are_these():
         'COMM.SILENT_AFTER',
         'COMM.TIMEOUT',
         'DATA.CHECK_CLASS_NAMES',
+        'MODEL.DOWNLOAD_TIMEOUT',
         'MODEL.FACTORY',
         'MODEL.KWARGS',
         'MODEL.PRETRAINED_EMA',
@@ -234,6 +239,7 @@ def test_keys_that_the_original_lacks_are_these():
         'TRAIN.SAVE_MINUTES',
         'TRAIN.SAVE_ON_OVERFLOW',
         'TRAIN.SAVE_STEPS',
+        'TRAIN.TRACEBACK',
         'SAVE_CKPT_NUM',  # the original has it as a flag only
     }
 

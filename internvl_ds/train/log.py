@@ -20,6 +20,8 @@ from internvl_ds.errors import printable
 from internvl_ds.files import open_own, write_text
 from internvl_ds.reading import LOG_BYTES, parse_json, read_text
 
+_log = logging.getLogger(__name__)
+
 _FORMAT = '[%(asctime)s rank {rank}] %(levelname)s %(message)s'
 
 # Marks of records (``extra=``) that the console leaves out: those that a progress bar on it makes
@@ -91,10 +93,15 @@ class MetricsLog:
 
     def read(self) -> list[dict[str, Any]]:
         """The records, without a line that a killed run left half written."""
-        if not self.path.is_file():
+        try:
+            text = read_text(self.path, LOG_BYTES, ours=True)
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError) as error:  # only people read it: the run goes on
+            _log.warning('%s: cannot be read, and is begun anew: %s', self.path, error)
             return []
         records = []
-        for line in read_text(self.path, LOG_BYTES, ours=True).splitlines():
+        for line in text.splitlines():
             try:
                 record = parse_json(line) if line.startswith('{') else None
             except ValueError:
