@@ -149,7 +149,7 @@ _C.CHECKPOINT.KEEP_STEPS = 1
 # Let several jobs write into one OUTPUT, where tags, metrics and retention of all are then one.
 _C.CHECKPOINT.SHARED_OUTPUT = False
 # Seconds that a job waits for another one that still writes into its OUTPUT, before it is an error.
-_C.CHECKPOINT.LOCK_WAIT = 5.0
+_C.CHECKPOINT.LOCK_WAIT = 0.0
 # Seconds without a sign of life after which a job of another host, whose file locks cannot be seen,
 # no longer holds OUTPUT.
 _C.CHECKPOINT.LOCK_AGE = 60.0
