@@ -66,6 +66,7 @@ class Chain:
         records: that run's lines of metrics.jsonl, by epoch.
         may_be: the updates that the next life may go on from.
         counted, best: whether an epoch or step tag, and one saved as best, are there for good.
+        named: whether a save of a counted tag was told of, so that there is a ``latest``.
         span: how many file calls a save takes, by (asynchronous, rank), and seconds.
     """
 
@@ -80,6 +81,7 @@ class Chain:
     records: dict[int, Any] = field(default_factory=dict)
     may_be: set[int] = field(default_factory=lambda: {0})
     counted: bool = False
+    named: bool = False
     best: bool = False
     span: dict[bool, tuple[list[int], float]] = field(default_factory=dict)
     lives: int = 0
@@ -128,7 +130,7 @@ class Chain:
     def begin(self) -> None:
         """Takes a fresh OUTPUT, with a user's files in it."""
         self.output, self.may_be = self.folder / f'out{self.lives}', {0}
-        self.counted = self.best = False
+        self.counted = self.named = self.best = False
         for name, content in USERS.items():
             path = self.output / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -184,8 +186,8 @@ class Chain:
         done = _done(life)
         # Where no tag was ever counted, one that was saved as best is better than none.
         tag = found[0][0]['tag']
-        self.counted |= bool(tag) and not tag.endswith('best')
-        self.counted |= any(e['counted'] for e in done)
+        self.named |= any(e['counted'] for e in done)
+        self.counted |= self.named or (bool(tag) and not tag.endswith('best'))
         begun = {
             e['key'] for e in events
             if e['what'] == 'begin' and (e['counted'] or not self.counted)
@@ -219,7 +221,7 @@ class Chain:
             named = self.output / latest.read_text().strip()
             _require(named in tags, f'latest names {named.name}, which is not there', life)
         else:
-            _require(not self.counted, 'latest is gone', life)
+            _require(not self.named, 'latest is gone', life)
         if 0 not in self.may_be:
             resume = lookup.newest(self.output, {})
             _require(resume is not None and resume.path in tags, 'nothing to resume', life)
