@@ -234,6 +234,7 @@ def test_keys_that_the_original_lacks_are_these():
         'TRAIN.SAVE_MINUTES',
         'TRAIN.SAVE_ON_OVERFLOW',
         'TRAIN.SAVE_STEPS',
+        'TRAIN.TRACEBACK',
         'SAVE_CKPT_NUM',  # the original has it as a flag only
     }
 
