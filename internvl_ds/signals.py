@@ -31,6 +31,9 @@ _SAME_REQUEST = 1.0
 _active: list[Listener] = []
 _forks_are_watched = False
 
+# The signals that a thread which forks had blocked before.
+_masks = threading.local()
+
 
 class Listener:
     """Has some signals do nothing but be told of.
@@ -54,7 +57,9 @@ class Listener:
         """
         global _forks_are_watched
         if not _forks_are_watched:
-            os.register_at_fork(after_in_child=_release_in_child)
+            os.register_at_fork(
+                before=_block, after_in_parent=_unblock, after_in_child=_release_in_child
+            )
             _forks_are_watched = True
         self._hear = hear
         self._reader, self._writer = socket.socketpair()
@@ -144,7 +149,16 @@ def end_at_once(why: str) -> None:
     os._exit(INTERRUPTED)
 
 
+def _block() -> None:
+    _masks.before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS if _active else ())
+
+
+def _unblock() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _masks.before)
+
+
 def _release_in_child() -> None:
     """A child's signals are not its parent's: they would be told through the same socket."""
     for listener in reversed(_active.copy()):
         listener._restore()
+    _unblock()

@@ -44,11 +44,7 @@ run_job() {
     printf '\n'
     return
   fi
-<<<<<<< HEAD
-  local code=0 job guard='' asked=0 stopped_by='' result=''
-=======
-  local code=0 job guard='' asked='' name stopped_by='' ended_by='' result
->>>>>>> df6a838 (Ctrl-C and a closed terminal have all ranks save and stop; expected errors are one line from one rank; hooks are registered at first use)
+  local code=0 job guard='' asked='' name stopped_by='' ended_by='' result=''
   rm -f -- "$INTERNVL_DS_RESULT" "$INTERNVL_DS_RESULT.stop"
   for name in INT TERM USR1 HUP; do # under nohup HUP stays ignored
     # shellcheck disable=SC2064
@@ -72,14 +68,9 @@ run_job() {
       say 'nothing was training yet: the job is ended at once'
       ended_by=$name
       end_group "$job"
-<<<<<<< HEAD
-    elif [[ -z $guard ]]; then
-      (set -o noclobber && : >"$INTERNVL_DS_RESULT.stop") || true # never through a link
-=======
     else
       stopped_by=$name
-      : >"$INTERNVL_DS_RESULT.stop"
->>>>>>> df6a838 (Ctrl-C and a closed terminal have all ranks save and stop; expected errors are one line from one rank; hooks are registered at first use)
+      (set -o noclobber && : >"$INTERNVL_DS_RESULT.stop") || true # never through a link
       say "asked the job to save and to stop; a second signal ends it at once"
       (sleep "${INTERNVL_DS_GRACE:-300}" && kill -TERM $$) &
       guard=$!
@@ -87,13 +78,8 @@ run_job() {
   done
   trap '' INT TERM USR1 HUP
   end_group "$job"
-<<<<<<< HEAD
-  [[ -z $guard ]] || kill -KILL -- "-$guard" 2>/dev/null || true
-  [[ ! -f $INTERNVL_DS_RESULT || -L $INTERNVL_DS_RESULT ]] || result=$(<"$INTERNVL_DS_RESULT")
-=======
   [[ -z $guard ]] || { kill -KILL -- "-$guard" && wait "$guard"; } 2>/dev/null || true
-  result=$(cat -- "$INTERNVL_DS_RESULT" 2>/dev/null || true)
->>>>>>> df6a838 (Ctrl-C and a closed terminal have all ranks save and stop; expected errors are one line from one rank; hooks are registered at first use)
+  [[ ! -f $INTERNVL_DS_RESULT || -L $INTERNVL_DS_RESULT ]] || result=$(<"$INTERNVL_DS_RESULT")
   rm -f -- "$INTERNVL_DS_RESULT" "$INTERNVL_DS_RESULT.stop"
   case $result in
     finished) ;;

@@ -1,7 +1,9 @@
 """A run that is killed or stopped at any update goes on, and ends, as if nothing had been."""
 
+import contextlib
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,9 @@ from safetensors.torch import load_file
 
 from internvl_ds.checkpoint.shards import TagShards
 from internvl_ds.cli.digits import write_digits
+from internvl_ds.config import default_config
+from internvl_ds.preemption import STOP, Preemption
+from internvl_ds.signals import SIGNALS
 from tests.ranks import run_ranks
 from tests.workers.forking import run_chain
 from tests.workers.preempting import RANKS, STOPPED
@@ -55,6 +60,23 @@ def test_all_ranks_stop_at_the_same_boundary(tmp_path, ranks):
     assert len(stops) >= 5
     assert {action for _, action in stops} == {'stop'}
     assert len({index for index, _ in stops}) > 2
+
+
+def handlers():
+    return [signal.getsignal(number) for number in SIGNALS]
+
+
+@pytest.mark.parametrize('number', SIGNALS)
+@pytest.mark.parametrize('error', [None, ValueError])
+def test_a_signal_stops_a_scripts_loop_which_has_its_handlers_back_after_it(number, error):
+    before = handlers()
+    with contextlib.suppress(ValueError), Preemption(default_config()) as preemption:
+        assert preemption.reached() is None
+        os.kill(os.getpid(), number)
+        assert preemption.reached() == STOP
+        if error is not None:
+            raise error
+    assert handlers() == before
 
 
 @pytest.mark.ranks

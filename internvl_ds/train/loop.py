@@ -17,6 +17,7 @@ from torch import nn
 from yacs.config import CfgNode
 
 from internvl_ds.addresses import shown
+from internvl_ds.checkpoint import background
 from internvl_ds.checkpoint.restore import load_weights
 from internvl_ds.comm import how_started, reduce_tensor
 from internvl_ds.files import for_show
@@ -169,6 +170,7 @@ def _train(state: Run) -> float:
             except Preempted:
                 _save_step(state, epoch)
                 raise
+        background.wait()  # before signals mean something else again
     logger.info('trained in %.1f s; best top-1 %.2f %%', time.perf_counter() - start, state.best)
     return state.best
 
