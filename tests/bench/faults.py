@@ -269,13 +269,14 @@ def measure_all(
     at_places: Sequence[tuple[str, str]] = (),
 ) -> list[Cell]:
     """The cells of these faults that can be tried here, and those of ``at_places``."""
-    mpich_env = mpich.make_environment(folder)
     cells = [
         (fault, launcher)
         for fault, launcher in CELLS
         if fault in faults and launcher in launchers and why_not(fault, launcher) is None
     ]
     cells += [cell for cell in at_places if cell[1] in launchers]
+    with_mpich = any(launcher == 'MPICH' for _, launcher in cells)
+    mpich_env = mpich.make_environment(folder) if with_mpich else {}
 
     def measure(cell: tuple[str, str]) -> Cell:
         fault, launcher = cell
