@@ -22,6 +22,7 @@ from internvl_ds.errors import CheckpointError, InternvlDsError, brief
 from internvl_ds.reading import interpreting, parse_json
 
 WHOLE = 'ema.safetensors'
+_WARMUP = {'gamma', 'power', 'min_decay'}
 _SHARD = 'ema_rank_{}.safetensors'
 
 
@@ -81,7 +82,10 @@ class EmaFiles:
         with interpreting(self.tag / shard_name(0), CheckpointError):
             decay, warmup = float(header['decay']), parse_json(header.get('warmup', 'null'))
             numbers = [int(header[k]) for k in ('num_updates', 'zero_stage', 'world_size')]
-            if not 0 <= decay <= 1 or min(numbers) < 0 or not isinstance(warmup, dict | None):
+            known = warmup is None or (
+                warmup.keys() <= _WARMUP and all(float(v) >= 0 for v in warmup.values())
+            )
+            if not (known and 0 <= decay <= 1 and min(numbers) >= 0):
                 raise ValueError(f'decay {decay}, numbers {numbers}, warmup {brief(warmup)}')
         return header
 

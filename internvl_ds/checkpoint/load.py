@@ -262,19 +262,20 @@ def _load_ema_of_tag(model_ema: Any, saved: EmaFiles, timeout: float, io_timeout
     sharded, path = isinstance(model_ema, ShardedEma), saved.tag
 
     def fits() -> bool:
-        return sharded and saved.sharded and ema_fits_directly(model_ema, saved)
+        with interpreting(path, CheckpointError):
+            return sharded and saved.sharded and ema_fits_directly(model_ema, saved)
 
-    if from_rank_0('compare EMA', fits, timeout):
-        _verify(path, _own_ema, io_timeout)
-        agree('read EMA', lambda: model_ema.load_shard(path), io_timeout, CheckpointError)
-        return
-    _verify(path, _share_of_ema, io_timeout)
-    if sharded:
-        agree('read EMA', lambda: load_other_ema(model_ema, saved), io_timeout, CheckpointError)
-        return
+    direct = from_rank_0('compare EMA', fits, timeout)
+    _verify(path, _own_ema if direct else _share_of_ema, io_timeout)
 
     def load() -> None:
-        load_whole_ema(model_ema, read_whole_ema(saved), str(path))
+        with interpreting(path, CheckpointError):
+            if direct:
+                model_ema.load_shard(path)
+            elif sharded:
+                load_other_ema(model_ema, saved)
+            else:
+                load_whole_ema(model_ema, read_whole_ema(saved), str(path))
 
     agree('read EMA', load, io_timeout, CheckpointError)
 

@@ -34,6 +34,7 @@ from internvl_ds.config import default_of, get_option
 from internvl_ds.errors import ConfigError, PretrainedError
 from internvl_ds.files import flush
 from internvl_ds.pretrained import hub
+from internvl_ds.reading import open_data
 
 _T = TypeVar('_T')
 
@@ -105,7 +106,7 @@ def is_kept(path: Path) -> bool:
 def sha256(path: Path) -> str:
     """The hexadecimal digest of a file."""
     digest = hashlib.sha256()
-    with path.open('rb') as file:
+    with open_data(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from internvl_ds.errors import ConfigError
+from internvl_ds.reading import LOG_BYTES, open_data
 
 PROGRAM = 'internvl_ds.train'
 
@@ -114,4 +115,5 @@ def _script_names_program(word: str) -> bool:
     path = Path(word)
     if path.suffix not in ('.sh', '.sbatch', '.bash') or not path.is_file():
         return False
-    return PROGRAM in path.read_text(encoding='utf-8', errors='replace')
+    with open_data(path) as file:
+        return PROGRAM.encode() in file.read(LOG_BYTES)
