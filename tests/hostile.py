@@ -456,7 +456,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or '').splitlines()[0])
     parser.add_argument('--cases', type=int, default=2000)
     parser.add_argument('--seed', type=int, default=random.randrange(1 << 32))
-    parser.add_argument('--stage', type=int, default=1, choices=(0, 1, 2, 3))
+    parser.add_argument('--stage', type=int, default=1, choices=(1, 2, 3))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         (result,) = run_ranks(

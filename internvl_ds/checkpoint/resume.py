@@ -297,6 +297,9 @@ def _require_like(saved: Any, running: Any, what: str) -> None:
         alike = isinstance(saved, int | float) or getattr(saved, 'shape', None) == ()
     elif isinstance(running, str):
         alike = isinstance(saved, str)
+    elif running is not None:  # a loss scaler, of either class
+        plain = Mapping | list | tuple | torch.Tensor | int | float | str | None
+        alike = not isinstance(saved, plain)
     if not alike:
         raise TypeError(f'{what} is {brief(saved)}')
 

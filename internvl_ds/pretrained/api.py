@@ -18,6 +18,7 @@ from yacs.config import CfgNode
 
 from internvl_ds.addresses import shown
 from internvl_ds.checkpoint.lookup import is_tag, read_manifest
+from internvl_ds.checkpoint.named import Flat
 from internvl_ds.checkpoint.verify import damage, share_of, weight_files
 from internvl_ds.comm import collectives_within, init_distributed
 from internvl_ds.config import checkpoint_option, default_of, get_option
@@ -191,7 +192,11 @@ def _adapt(config: CfgNode, path: str, source: State, model: nn.Module) -> _Plan
     )
     default = default_of('MODEL.PRETRAINED_MIN_MATCH')
     report.require(float(get_option(config, 'MODEL.PRETRAINED_MIN_MATCH', default)))
-    return _Plan({key: state[key] for key in report.loaded}, rescale, report)
+    plan_state = {key: state[key] for key in report.loaded}
+    for value in plan_state.values():
+        if isinstance(value, Flat):
+            value.pieces(0, value.numel)  # opens the shards that it lies in
+    return _Plan(plan_state, rescale, report)
 
 
 def _all_tensors(state: State) -> bool:

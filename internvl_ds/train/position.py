@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from internvl_ds.errors import brief
+
 
 @dataclass
 class Position:
@@ -40,9 +42,17 @@ class Position:
         return asdict(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """For `load_checkpoint`; `fit` has to follow."""
-        for name in state.keys() & asdict(self).keys():  # earlier versions kept less
-            setattr(self, name, state[name])
+        """For `load_checkpoint`; `fit` has to follow.
+
+        Raises:
+            ValueError: for a value of another type, before anything is taken over.
+        """
+        own = asdict(self)
+        known = {name: state[name] for name in state.keys() & own.keys()}  # earlier ones kept less
+        for name, value in known.items():
+            if type(value) is not type(own[name]) or (type(value) is int and value < 0):
+                raise ValueError(f'{name} of a position is {brief(value)}')
+        vars(self).update(known)
 
     def fit(
         self,
