@@ -48,6 +48,7 @@ CHAINS = [('script', 1), ('script', 3), ('program', 1), ('program', 3)]
 # What a user may have put into OUTPUT.
 USERS = {
     'notes.txt': b'mine', 'plots/curve.bin': bytes(range(256)), '.hidden/keep': b'',
+    '.trash-ckpt_epoch_0/a': b'1', '.old-ckpt_epoch_best/a': b'2', '.staging-mine/a': b'3',
     'my.ckpt': b'x', 'ckpt_epoch_mine.txt': b'no tag', '.latest.mine': b'7',
 }  # fmt: skip
 
@@ -182,6 +183,8 @@ class Chain:
                 if 'records' in event and rank == 0:
                     epochs = [record['epoch'] for record in event['records']]
                     _require(epochs == list(range(event['epoch'])), 'epochs are missing', life)
+        # A kill between two renames leaves it aside, whence the next start brings it back.
+        _require(found[0][0]['best'] or not self.best, 'the best is gone', life)
         events = [event for one in life['events'] for event in one]
         done = _done(life)
         # Where no tag was ever counted, one that was saved as best is better than none.
@@ -225,8 +228,6 @@ class Chain:
         if 0 not in self.may_be:
             resume = lookup.newest(self.output, {})
             _require(resume is not None and resume.path in tags, 'nothing to resume', life)
-        if self.best:
-            _require(self.output / 'ckpt_epoch_best' in tags, 'the best is gone', life)
 
     def count(self, life: dict[str, Any]) -> None:
         """Notes what was hit: by asynchronous, kind of save, victim, inside a save or not."""

@@ -173,17 +173,17 @@ def script(output: str, stage: int, folder: Path, plan: dict[str, Any]) -> None:
         stage, 'fp32', output, CHECKPOINT__ASYNC=plan['async'], SAVE_CKPT_NUM=2,
         MODEL__PRETRAINED=_ADDRESS,
     )  # fmt: skip
+    tag = auto_resume_helper(output, config=run.config)  # which sweeps
     best = Path(output, 'ckpt_epoch_best')
     if plan['best'] and best.exists():
         run.load(str(best))
         load_ema_checkpoint(run.config, run.ema, logger)
         tell('best', key=run.engine.global_steps, digest=whole_digest(run))
-    tag = auto_resume_helper(output, config=run.config)
     if tag is not None:
         run.load(tag)
         load_ema_checkpoint(run.config, run.ema, logger)
     first = run.engine.global_steps
-    tell('resumed', key=first, digest=whole_digest(run), tag=tag)
+    tell('resumed', key=first, digest=whole_digest(run), tag=tag, best=best.exists())
     for key in range(first + 1, first + (plan.get('updates') or SAVES) + 1):
         run.steps(key - 1, key)
         tell('update', key=key, digest=whole_digest(run))
@@ -226,7 +226,7 @@ def program(output: str, stage: int, folder: Path, plan: dict[str, Any]) -> None
         state_of.append(state)
         tell(
             'resumed', key=state.engine.global_steps, digest=whole_digest(state),
-            tag=state.config.MODEL.RESUME,
+            tag=state.config.MODEL.RESUME, best=Path(output, 'ckpt_epoch_best').exists(),
         )  # fmt: skip
         return train(state)
 
