@@ -1,5 +1,6 @@
 """Ctrl-C and a closed terminal: all ranks save and stop, under every launcher and alone."""
 
+import re
 import shutil
 import signal
 import socket
@@ -26,10 +27,8 @@ def once(folder, launcher):
     command = start_command(launcher.removesuffix(' itself'), 2, port)
     if launcher == 'deepspeed itself':
         command = [*DEEPSPEED, port, '--module', 'internvl_ds.train']
-    if launcher.startswith('MPICH'):
+    if launcher == 'MPICH':
         env = mpich.make_environment(folder)
-    if launcher == 'MPICH itself':
-        command = ['mpirun', '-n', '2', 'python', '-m', 'internvl_ds.train']
     job = Interrupted(folder, command, port, **env)
     job.wait_until_it_trains()
     job.press_ctrl_c()
@@ -101,7 +100,7 @@ def waiting_for_a_rank(folder):
     return job.end()
 
 
-ONCE = ['deepspeed', 'deepspeed itself', 'torchrun', 'Open MPI', 'MPICH', 'MPICH itself']
+ONCE = ['deepspeed', 'deepspeed itself', 'torchrun', 'Open MPI', 'MPICH']
 
 
 @pytest.fixture(scope='module')
@@ -126,7 +125,8 @@ def check_saved(end):
     assert '_step_' in end.latest, end
     assert end.left == []
     assert 'save and stop at the next boundary: rank' in end.logged
-    assert 'internvl_ds' not in ''.join(end.output.rpartition('Traceback')[1:]), end.output
+    # deepspeed and torchrun print a traceback of their own, and no rank does.
+    assert not re.search(r'File ".*/internvl_ds/', end.output), end.output
 
 
 # What the launchers themselves make of it.
@@ -140,7 +140,7 @@ def test_all_ranks_save_and_stop_under(ends, launcher):
     end = ends[launcher]
     check_saved(end)
     assert end.status == STATUS.get(launcher, STOPPED), end
-    if launcher in ('deepspeed', 'Open MPI', 'MPICH', 'MPICH itself'):
+    if launcher in ('deepspeed', 'Open MPI', 'MPICH'):
         assert 'Traceback' not in end.output, end.output
 
 
@@ -164,7 +164,7 @@ def test_a_second_one_ends_it_at_once(ends):
     assert end.status == 130
     assert end.seconds < 5
     assert end.left == []
-    assert end.latest == ''
+    assert '_step_' not in end.latest
     assert 'Traceback' not in end.output
     assert end.output.splitlines()[-1].endswith('ends the job at once: a second signal')
 
