@@ -30,6 +30,9 @@ def test_a_rank_that_does_not_come_is_named(tmp_path, ranks):
     for got in results[:-1]:
         missing = rf'waited 2 s and rank {ranks - 1} on \S+ \(pid \d+\) did not come'
         assert re.search(missing, got['message']), got
+        # auto_resume_helper without a config: the limit of the engine's, or of the environment
+        assert re.search(missing.replace('2 s', '3 s'), got['engine']), got
+        assert re.search(missing.replace('2 s', '1 s'), got['environment']), got
     for got in results:
         assert got['later'] == list(range(ranks))
 

@@ -15,7 +15,14 @@ import torch
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
-from internvl_ds import NativeScalerWithGradNormCount, initialize, meetings, reduce_tensor, register
+from internvl_ds import (
+    NativeScalerWithGradNormCount,
+    auto_resume_helper,
+    initialize,
+    meetings,
+    reduce_tensor,
+    register,
+)
 from internvl_ds.comm import reduce_tensors
 from internvl_ds.engine import engine_of
 from internvl_ds.errors import CheckpointError, CheckpointNotFound
@@ -83,7 +90,25 @@ def missing() -> dict[str, Any]:
     if rank() != last:
         message = message_of(lambda: exchange('save', 'x', 2))
     torch.distributed.barrier()
-    return {'message': message, 'later': exchange('save', rank(), 20)}
+    later = exchange('save', rank(), 20)
+
+    def resume() -> str:
+        found = message_of(lambda: auto_resume_helper('/none')) if rank() != last else ''
+        torch.distributed.barrier()
+        return found
+
+    model = make_model()
+    config = make_config(DATA__BATCH_SIZE=4, CHECKPOINT__RENDEZVOUS_TIMEOUT=3)
+    engine = initialize(config, model, make_optimizer(model), zero_json(0))
+    of_engine = resume()
+    os.environ['INTERNVL_DS_RENDEZVOUS_TIMEOUT'] = '1'
+    return {
+        'message': message,
+        'later': later,
+        'engine': of_engine,
+        'environment': resume(),
+        'of': len(engine),
+    }
 
 
 def engine_from_any() -> dict[str, Any]:
