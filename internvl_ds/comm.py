@@ -18,7 +18,12 @@ from typing import Any, NoReturn
 import deepspeed.comm as dist
 import torch
 import torch.distributed as torch_dist
-from torch.distributed import TCPStore, distributed_c10d  # type: ignore[attr-defined]
+from torch.distributed import (  # type: ignore[attr-defined]
+    PrefixStore,
+    TCPStore,
+    distributed_c10d,
+    register_rendezvous_handler,
+)
 from yacs.config import CfgNode
 
 from internvl_ds import launchers, mpi
@@ -30,7 +35,9 @@ from internvl_ds.meetings import begin, forget_meetings, leave_meetings
 from internvl_ds.network import interface_towards, why_not_reached
 from internvl_ds.peers import (
     current_group,
+    describe_gone,
     describe_silent,
+    key_of,
     limit_of,
     may_speak,
     set_limits,
@@ -39,6 +46,9 @@ from internvl_ds.peers import (
 from internvl_ds.store_client import first_line, store_answers
 
 logger = logging.getLogger(__name__)
+
+# Of the address under which torch is given the store.
+_SCHEME = 'internvl-ds'
 
 # Seconds within which a collective must end, as `limit_collectives` was last told.
 _limit: float | None = None
@@ -135,14 +145,16 @@ def _join(launch: launchers.Launch, limit: float) -> None:
     try:
         client = None
         if launch.world_size > 1 and port:
-            # All meet before torch's own start, which would not say who is missing, nor end in
-            # time: it tries again, each time for as long.
+            # All meet before torch's own start, which would not say who is missing.
             group = begin(connect, launch.rank, launch.world_size, where, 'start', limit)
             client = group.peers.client
         left = max(limit_of('SILENT_AFTER'), deadline - time.monotonic())
-        with store_answers(client, port, left):
+        with store_answers(client, port, left, describe_gone):
             dist.init_distributed(
-                auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=left)
+                auto_mpi_discovery=False,
+                verbose=False,
+                timeout=timedelta(seconds=left),
+                init_method=f'{_SCHEME}://' if client is not None else None,
             )
     except (RuntimeError, ValueError) as error:
         forget_meetings()
@@ -152,6 +164,21 @@ def _join(launch: launchers.Launch, limit: float) -> None:
             f'the others at {where} within {limit:g} s (COMM.INIT_TIMEOUT): {reason or ""}'
             f'{"; " if reason else ""}{first_line(error)}'
         ) from error
+
+
+def _hand_over(url: str, timeout: timedelta, **_: Any) -> Iterator[tuple[Any, int, int]]:
+    """Gives torch the store where all have met: its own way to it tries twice, each time as long.
+
+    Under a prefix, because a store may outlive a process group and the addresses in it.
+    """
+    group = current_group()
+    assert group is not None
+    peers = group.peers
+    store = peers.client.call(lambda store: store.clone(), timeout.total_seconds())
+    yield PrefixStore(key_of('torch'), store), peers.rank, peers.world_size
+
+
+register_rendezvous_handler(_SCHEME, _hand_over)
 
 
 @contextmanager
@@ -168,7 +195,7 @@ def making_groups() -> Iterator[None]:
     group, port = current_group(), int(os.environ.get('MASTER_PORT') or 0)
     client = group.peers.client if group is not None else None
     try:
-        with store_answers(client, port, limit_of('TIMEOUT')):
+        with store_answers(client, port, limit_of('TIMEOUT'), describe_gone):
             yield
     finally:
         for name, value in before.items():

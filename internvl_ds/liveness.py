@@ -119,13 +119,20 @@ class Liveness:
 
     def describe_silent(self) -> str:
         """A clause on the ranks that are dead or do not answer; '' where all do. Takes seconds."""
-        dead = self.describe_dead()
         silent = self._ask_rank_0() if self._listener is None else self._silent()
+        return self._describe(silent, self._limits['SILENT_AFTER'])
+
+    def describe_gone(self, after: float) -> str:
+        """A clause on the ranks that are dead, or were last heard so many seconds ago, or ''."""
+        links = [link for link in list(self._links) if self._is_silent(link, after)]
+        return self._describe([link.rank for link in links if link.rank is not None], after)
+
+    def _describe(self, silent: list[int], seconds: float) -> str:
         names = [self._names[rank] for rank in silent if rank not in self._dead]
+        dead = self.describe_dead()
         if not names:
-            return self.describe_dead()
+            return dead
         verb = 'has' if len(names) == 1 else 'have'
-        seconds = self._limits['SILENT_AFTER']
         text = f'{few(names)} {verb} given no sign of life for {seconds:g} s'
         return f'{dead}; {text}' if dead else text
 
@@ -255,8 +262,9 @@ class Liveness:
             time.sleep(0.05)
         return [link.rank for link in links if link.heard < start and link.rank is not None]
 
-    def _is_silent(self, link: _Link) -> bool:
-        return time.monotonic() - link.heard > self._limits['SILENT_AFTER']
+    def _is_silent(self, link: _Link, after: float | None = None) -> bool:
+        limit = self._limits['SILENT_AFTER'] if after is None else after
+        return time.monotonic() - link.heard > limit
 
     def _ask_rank_0(self) -> list[int]:
         if not self._links:

@@ -100,7 +100,7 @@ def _exchange(peers: Peers, what: str, value: Any, timeout: float, deadline: flo
             clear(peers, key_of(f'{what}/{_rounds[what] - 1}'))
         _rounds[what] += 1
         if all('value' in item for item in brought):
-            _let_all_read(peers, f'{place}/read')
+            _let_all_read(peers, f'{place}/read', deadline)
             return [item['value'] for item in brought]
         # Others gave this round up before this rank came: they meet in the next one, if at all.
 
@@ -123,12 +123,14 @@ def _read(peers: Peers, keys: list[str], deadline: float) -> list[Any]:
     return [json.loads(text) for text in ask(peers, lambda s: s.multi_get(keys), deadline)]
 
 
-def _let_all_read(peers: Peers, place: str) -> None:
+def _let_all_read(peers: Peers, place: str, deadline: float) -> None:
     """Has rank 0, which holds the store, go on (and perhaps end) after every rank has read."""
     come(peers, place)
     if peers.rank != 0:
         return
     limit = limit_of('EXIT_TIMEOUT')
+    if current_group() is None:  # the first meeting: nobody would notice a death
+        limit = min(limit, max(limit_of('SILENT_AFTER'), deadline - time.monotonic()))
     if late := missing_at(peers, place, time.monotonic() + limit, without_dead=True):
         # This rank has what it needs; the next meeting names who is missing.
         logger.warning('%s: %s has not read it after %g s', place, named(late), limit)

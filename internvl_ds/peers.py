@@ -151,6 +151,11 @@ def dead_holder() -> str:
     return _group.liveness.describe_dead() if known else ''  # type: ignore[union-attr]
 
 
+def describe_gone(after: float) -> str:
+    """A clause on the ranks that are dead, or that this one has not heard for so long, or ''."""
+    return _group.liveness.describe_gone(after) if _group and _group.liveness else ''
+
+
 def describe_silent() -> str:
     """A clause on the ranks that are dead or do not answer, or ''. Takes seconds."""
     return _group.liveness.describe_silent() if _group and _group.liveness else ''

@@ -12,6 +12,7 @@ import os
 import queue
 import socket
 import stat
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,9 @@ from internvl_ds.errors import RankError
 
 # Seconds between two looks whether the one who is to answer has died.
 _LOOK = 0.5
+
+# How often the connections are cut before the process ends.
+_CUTS = 5
 
 
 class StoreClient:
@@ -108,19 +112,24 @@ def first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def store_answers(client: StoreClient | None, port: int, limit: float) -> Iterator[None]:
+def store_answers(
+    client: StoreClient | None, port: int, limit: float, gone: Callable[[float], str]
+) -> Iterator[None]:
     """Bounds what torch itself asks the store, in calls that cannot be moved to another thread.
 
-    While the block runs the store is asked through ``client``. Where it does not answer, all
-    connections of this process to it are cut, which ends the call that torch waits in.
+    While the block runs the store is asked through ``client``. Where it does not answer, or a rank
+    is gone whom torch would wait for, all connections of this process to it are cut, which ends the
+    call that torch waits in. Where torch waits for the rank itself, which nothing ends (gloo does
+    so for five times its limit), the process says why, and ends.
 
     Args:
         client: None for no bound.
         port: the store's.
         limit: seconds that the store may take to answer.
+        gone: a clause on the ranks that are dead, or do not answer for so many seconds, or ''.
 
     Raises:
-        RankError: when it did not answer; instead of torch's own error.
+        RankError: when it did not answer, or a rank is gone; instead of torch's own error.
     """
     over, reasons = threading.Event(), []
 
@@ -128,11 +137,16 @@ def store_answers(client: StoreClient | None, port: int, limit: float) -> Iterat
         try:
             while client is not None and not over.wait(_LOOK):
                 client.call(lambda store: store.check(['answers']), limit)
+                if reason := gone(limit):
+                    raise RankError(reason)
         except RankError as error:
             reasons.append(str(error))
-            _cut_connections(port)
-            while not over.wait(_LOOK):  # torch connects anew, and waits again
+            for _ in range(_CUTS):  # torch connects anew, and waits again
                 _cut_connections(port)
+                if over.wait(_LOOK):
+                    return
+            sys.excepthook(RankError, error, None)
+            os._exit(1)
 
     threading.Thread(target=watch, name='store answers', daemon=True).start()
     try:

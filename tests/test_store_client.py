@@ -153,7 +153,7 @@ def test_what_torch_waits_for_is_ended_when_the_store_does_not_answer(monkeypatc
             cut.wait(30)
 
     def call_of_torch():
-        with store_client.store_answers(client(Silent), 1, 0.5):
+        with store_client.store_answers(client(Silent), 1, 0.5, lambda _: ''):
             assert cut.wait(20)
             raise RuntimeError('Connection reset by peer')
 

@@ -33,7 +33,7 @@ KILLED, STOPPED, CUT = 'killed', 'stopped', 'cut'
 FAULTS = (KILLED, STOPPED, CUT)
 
 LIMIT = 10.0  # seconds: every limit of a job in which a rank is stopped or cut off
-EXIT = 5.0  # seconds: COMM.EXIT_TIMEOUT there
+EXIT = 5.0  # seconds: COMM.EXIT_TIMEOUT and COMM.DEAD_AFTER there
 LONG = 600  # every limit of a job in which a rank is killed: it must not matter
 MARGIN = 5.0  # seconds that a wait may last longer than its limit
 DEAD = 15.0  # seconds within which the others of a dead rank end
@@ -42,8 +42,9 @@ _START = 120.0  # seconds until a rank is at its place
 _PATIENCE = 30.0  # seconds beyond the limit, after which a job is ended
 _PROMPT = 8.0  # seconds: whoever ends so soon has waited for nobody
 
-# Jobs at a time: starting takes the CPU, and the rest of one is waiting.
-_AT_ONCE, _HOST_PAIRS = 16, 8
+_ABSENT = 'it did not come to the place'
+
+_HOST_PAIRS = 8
 _starting = threading.Semaphore(3)
 
 # The order of the normal runs, of which later ones read what the first ones leave.
@@ -71,7 +72,7 @@ class Place:
     @property
     def joins(self) -> bool:
         """Whether the ranks are not together yet."""
-        return self.what.startswith(('before joining', 'connected', 'start'))
+        return self.what.startswith(('before joining', 'connected', 'start', 'torch joins'))
 
     @property
     def inside(self) -> bool:
@@ -111,6 +112,7 @@ class Trial:
             'COMM__INIT_TIMEOUT': int(LIMIT) if self.place.joins else 120,
             'COMM__TIMEOUT': value,
             'COMM__EXIT_TIMEOUT': LONG if self.fault == KILLED else int(EXIT),
+            'COMM__DEAD_AFTER': int(EXIT),
             'CHECKPOINT__RENDEZVOUS_TIMEOUT': value,
             'CHECKPOINT__IO_TIMEOUT': value,
         }
@@ -271,12 +273,17 @@ def trials_of(places: Sequence[Sequence[Place]]) -> list[Trial]:
 # Of those, what is tried always: two at each of these, so that every fault meets either rank.
 CHOSEN = (
     'before joining', 'before joining, late', 'connected to the store',
-    'connected to the store, by torch', 'start', 'start, inside', 'collective broadcast',
+    'torch joins', 'torch makes a group', 'start', 'start, inside', 'collective broadcast',
     'save_checkpoint', 'begin save', 'collective barrier', 'write checkpoint',
     'write checkpoint, inside', 'commit', 'commit, inside', 'write checkpoint, save thread',
     'write checkpoint, save thread, inside', 'commit, save thread', 'verify newest', 'verify',
     'load shards', 'evaluation', 'boundary 0.0, preemption thread', 'end of training',
     'last meeting',
+)  # fmt: skip
+# And these, which torch by itself waits for, the longer or for ever.
+_ALSO = (
+    ('start, inside', KILLED, 1), ('start, inside', STOPPED, 0), ('torch joins', CUT, 0),
+    ('torch makes a group', KILLED, 1), ('torch makes a group', CUT, 0),
 )  # fmt: skip
 _TURNS = ((KILLED, 0), (STOPPED, 1), (CUT, 0), (KILLED, 1), (STOPPED, 0), (CUT, 1))
 
@@ -288,6 +295,7 @@ def chosen(trials: Sequence[Trial]) -> list[Trial]:
         for index, what in enumerate(CHOSEN)
         for more in range(2)
     ]
+    turns += _ALSO
     return [t for t in trials if (t.place.what, t.fault, t.victim) in turns]
 
 
@@ -315,7 +323,7 @@ def measure(trial: Trial, folder: Path, shared: Path, two: hosts.Hosts | None = 
         if late or trial.fault == CUT:
             (folder / 'go').touch()
         if not came:
-            waits_in = 'it did not come to the place'
+            waits_in = _ABSENT
         elif ranks.wait(ended, trial.limit + _PATIENCE):
             seconds = time.monotonic() - start
         else:
@@ -366,24 +374,28 @@ def _waits_in(text: str) -> str:
     return ', '.join(found)
 
 
-def measure_all(folder: Path, shared: Path, trials: Sequence[Trial]) -> list[Ended]:
-    """Several jobs at a time."""
+def measure_all(
+    folder: Path, shared: Path, trials: Sequence[Trial], at_once: int = 16
+) -> list[Ended]:
+    """So many jobs at a time: starting takes the CPU, and the rest of one is waiting."""
+    folder.mkdir(exist_ok=True)
     pairs: queue.SimpleQueue[hosts.Hosts] = queue.SimpleQueue()
-    with contextlib.ExitStack() as stack, ThreadPoolExecutor(_AT_ONCE) as pool:
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(at_once) as pool:
         cuts = sum(trial.fault == CUT for trial in trials)
         for index in range(min(cuts, _HOST_PAIRS)):
             pairs.put(stack.enter_context(hosts.Hosts(2, folder / f'pair_{index}')))
 
         def one(numbered: tuple[int, Trial]) -> Ended:
             index, trial = numbered
-            own = folder / f'trial_{index}'
-            if trial.fault != CUT:
-                return measure(trial, own, shared)
-            two = pairs.get()
+            two = pairs.get() if trial.fault == CUT else None
             try:
-                return measure(trial, own, shared, two)
+                ended = measure(trial, folder / f'trial_{index}', shared, two)
+                if ended.waits_in == _ABSENT:  # another program may have got its port
+                    ended = measure(trial, folder / f'trial_{index}_again', shared, two)
             finally:
-                pairs.put(two)
+                if two is not None:
+                    pairs.put(two)
+            return ended
 
         return list(pool.map(one, enumerate(trials)))
 

@@ -26,6 +26,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed import distributed_c10d
 from yacs.config import CfgNode
 
 from internvl_ds import auto_resume_helper, load_ema_checkpoint, load_pretrained, meetings
@@ -51,7 +52,8 @@ _STAY = 300.0
 # What this thread is in: the name of a meeting, and how often it has called the store there.
 _inside = threading.local()
 
-BEFORE_JOINING, JOINING, LAST = 'before joining', 'connected to the store', 'last meeting'
+BEFORE_JOINING, JOINING, TORCH_JOINS = 'before joining', 'connected to the store', 'torch joins'
+LAST = 'last meeting'
 
 
 class Places:
@@ -96,10 +98,11 @@ def install(places: Places) -> None:
 
     def join(self: Any, *args: Any, **kwargs: Any) -> None:
         joined(self, *args, **kwargs)
-        by_torch = threading.current_thread() is threading.main_thread()
-        places.come(f'{JOINING}, by torch' if by_torch else JOINING)
+        places.come(JOINING)
 
     dist.TCPStore.__init__ = join
+    making = distributed_c10d._new_process_group_helper
+    _wrap_everywhere(making, functools.partial(_group, places), 'torch')
 
 
 def _wrap_everywhere(original: Any, around: Callable[..., Any], package: str) -> None:
@@ -110,6 +113,11 @@ def _wrap_everywhere(original: Any, around: Callable[..., Any], package: str) ->
             for key, value in list(vars(module).items()):
                 if value is original:
                     setattr(module, key, wrapped)
+
+
+def _group(places: Places, original: Any, *args: Any, **kwargs: Any) -> Any:
+    places.come('torch makes a group' if dist.is_initialized() else TORCH_JOINS)
+    return original(*args, **kwargs)
 
 
 def _collective(places: Places, name: str, original: Any, *args: Any, **kwargs: Any) -> Any:
@@ -199,8 +207,8 @@ def resume_other(shared: Path, limits: dict[str, Any]) -> None:
 
 def resume_file(shared: Path, limits: dict[str, Any]) -> None:
     """From an original's file."""
+    elastic.make_config = functools.partial(make_config, **limits)
     run = elastic.Run(1, 'output', seed=1, kind='adamw')
-    run.config = make_config('output', DATA__BATCH_SIZE=8, **limits)
     run.load(str(shared / 'ckpt_epoch_0.pth'))
     shutdown()
 
