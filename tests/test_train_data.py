@@ -10,7 +10,7 @@ from PIL import Image
 from torch.utils.data.distributed import DistributedSampler
 
 from internvl_ds.checkpoint.rng import rng_state
-from internvl_ds.errors import ConfigError
+from internvl_ds.errors import ConfigError, DataError
 from internvl_ds.signals import SIGNALS
 from internvl_ds.train.data import (
     EvalSampler,
@@ -177,6 +177,15 @@ def test_a_class_folder_without_images_is_named(tmp_path):
     write_folder(tmp_path, classes=3, train=6, val=2)
     with pytest.raises(ConfigError, match='class_2'):
         build_loaders(small_config(tmp_path), 0, 1)
+
+
+def test_a_pipe_among_the_images_is_named_and_not_waited_for(tmp_path):
+    write_folder(tmp_path, classes=3, train=6, val=3)
+    pipe = tmp_path / 'val' / 'class_0' / 'pipe.jpg'
+    os.mkfifo(pipe)
+    images = build_loaders(small_config(tmp_path), 0, 1).val.dataset
+    with pytest.raises(DataError, match=f'{pipe} cannot be used as an image: OSError: .*regular'):
+        list(images)
 
 
 def test_another_number_of_classes_names_both(data):

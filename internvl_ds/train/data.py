@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -189,10 +190,12 @@ class _Images(ImageFolder):
     """An image folder whose errors name the file."""
 
     def __getitem__(self, index: int) -> Any:
+        path = self.samples[index][0]
         try:
+            if not os.path.isfile(path) and os.path.exists(path):  # a pipe would be waited for
+                raise OSError('it is no regular file')
             return super().__getitem__(index)
         except Exception as error:
-            path = self.samples[index][0]
             reason = f'{type(error).__name__}: {error}'
             raise DataError(f'{path} cannot be used as an image: {reason}') from error
 
