@@ -185,7 +185,7 @@ def read_header(tag: Path) -> Header | None:
     path = tag / FILE_NAME
     try:
         with open_data(path) as file:
-            front = file.read(HEADER_BYTES)
+            front = file.read(HEADER_BYTES) or b''
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
