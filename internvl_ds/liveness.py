@@ -219,14 +219,15 @@ class Liveness:
             self._hear(link, *line.decode().split())
 
     def _lose(self, selector: selectors.BaseSelector, link: _Link) -> None:
+        rank = None if self._stopped else link.rank
+        if rank is not None:  # before the link goes: whoever finds none must find its rank dead
+            self._dead.setdefault(rank, time.monotonic())
         selector.unregister(link.connection)
         self._links.remove(link)
         link.connection.close()
-        if link.rank is None or self._stopped:
-            return
-        self._dead.setdefault(link.rank, time.monotonic())
-        for other in self._links:
-            other.tell('dead', link.rank)
+        if rank is not None:
+            for other in self._links:
+                other.tell('dead', rank)
 
     def _hear(self, link: _Link, word: str, *values: Any) -> None:
         if link.rank is None:  # rank 0 hears from someone new

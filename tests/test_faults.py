@@ -70,7 +70,7 @@ def test_every_meeting_of_the_package_is_a_place(prepared):
 def test_a_rank_that_is_gone_at_any_place_is_named_in_time(prepared):
     folder, shared, found = prepared
     trials = places.chosen(places.trials_of(found))
-    assert {trial.place.what for trial in trials} == set(places.CHOSEN)
+    assert {trial.place.what for trial in trials} >= set(places.CHOSEN)
     if hosts.why_not():
         trials = [trial for trial in trials if trial.fault != places.CUT]
     ended = places.measure_all(folder, shared, trials)

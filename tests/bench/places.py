@@ -272,7 +272,7 @@ def trials_of(places: Sequence[Sequence[Place]]) -> list[Trial]:
 
 # Of those, what is tried always: two at each of these, so that every fault meets either rank.
 CHOSEN = (
-    'before joining', 'before joining, late', 'connected to the store',
+    'before joining', 'connected to the store',
     'torch joins', 'torch makes a group', 'start', 'start, inside', 'collective broadcast',
     'save_checkpoint', 'begin save', 'collective barrier', 'write checkpoint',
     'write checkpoint, inside', 'commit', 'commit, inside', 'write checkpoint, save thread',
@@ -282,7 +282,8 @@ CHOSEN = (
 )  # fmt: skip
 # And these, which torch by itself waits for, the longer or for ever.
 _ALSO = (
-    ('start, inside', KILLED, 1), ('start, inside', STOPPED, 0), ('torch joins', CUT, 0),
+    ('before joining, late', STOPPED, 0), ('start, inside', KILLED, 1),
+    ('start, inside', STOPPED, 0), ('torch joins', CUT, 0),
     ('torch makes a group', KILLED, 1), ('torch makes a group', CUT, 0),
 )  # fmt: skip
 _TURNS = ((KILLED, 0), (STOPPED, 1), (CUT, 0), (KILLED, 1), (STOPPED, 0), (CUT, 1))

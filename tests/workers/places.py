@@ -33,6 +33,7 @@ from internvl_ds import auto_resume_helper, load_ema_checkpoint, load_pretrained
 from internvl_ds import preemption as preemption_module
 from internvl_ds.comm import init_distributed, leave, shutdown
 from internvl_ds.preemption import Preemption
+from internvl_ds.pretrained import downloads
 from internvl_ds.store_client import StoreClient
 from internvl_ds.train import __main__ as program
 from internvl_ds.train import evaluate as train_evaluate
@@ -206,10 +207,12 @@ def resume_other(shared: Path, limits: dict[str, Any]) -> None:
 
 
 def resume_file(shared: Path, limits: dict[str, Any]) -> None:
-    """From an original's file."""
+    """From an original's file, at an address."""
+    file = str(shared / 'ckpt_epoch_0.pth')
+    downloads.local = lambda address, config: file  # in place of a server
     elastic.make_config = functools.partial(make_config, **limits)
     run = elastic.Run(1, 'output', seed=1, kind='adamw')
-    run.load(str(shared / 'ckpt_epoch_0.pth'))
+    run.load('https://example.org/ckpt_epoch_0.pth')
     shutdown()
 
 
