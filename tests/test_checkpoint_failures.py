@@ -127,6 +127,19 @@ def test_where_latest_cannot_be_written_the_tag_is_not_published(tmp_path):
         assert {'ckpt_epoch_0', 'ckpt_epoch_1', 'latest'} <= set(result['after'])
 
 
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_a_disk_may_be_slower_than_a_collective(tmp_path):
+    for result in run_ranks('tests.workers.waiting:slow_disk', 2, tmp_path, root=tmp_path / 'out'):
+        assert result.pop('pretrained') == 'no error'
+        assert len(result) == 4
+        for stage, got in result.items():
+            errors = {name: text for name, text in got.items() if 'load' in name or name == 'save'}
+            assert set(errors.values()) == {'no error'}, (stage, errors)
+            assert got['steps'] == 1
+            assert got['held'] < 20_000, (stage, got['held'])  # what is to be written is no copy
+
+
 def _end(processes, timeout):
     deadline = time.monotonic() + timeout
     try:
