@@ -215,7 +215,7 @@ class Job:
 
     def _left(self, folder: Path, two: bool) -> list[str]:
         # What was told to end may need a moment; ranks that are cut off end by their own limits.
-        deadline = time.monotonic() + (4 * LIMIT if two else 5)
+        deadline = time.monotonic() + (60 if two else 5)
         while True:
             left = []
             for pid in self._processes(folder, two):
