@@ -66,7 +66,7 @@ CELLS = [
 ]
 
 # Of `tests.workers.places`, in the training program: where rank 1, or 0, is when it is met.
-_PLACES = ('look at OUTPUT #1', 'evaluation #1', 'write checkpoint #1', 'end of training #1')
+_PLACES = ('find newest #1', 'evaluation #1', 'write checkpoint #1', 'end of training #1')
 AT_PLACES = [
     (f'{fault} at {place}', launcher)
     for place in _PLACES
@@ -76,7 +76,7 @@ AT_PLACES = [
 ]
 # One for each launcher, and each place.
 QUICK = [
-    ('stopped at look at OUTPUT #1', 'Open MPI'),
+    ('stopped at find newest #1', 'Open MPI'),
     ('killed at evaluation #1', 'MPICH'),
     ('killed at write checkpoint #1', 'torchrun'),
     ('stopped at end of training #1', 'deepspeed'),
@@ -215,7 +215,7 @@ class Job:
 
     def _left(self, folder: Path, two: bool) -> list[str]:
         # What was told to end may need a moment; ranks that are cut off end by their own limits.
-        deadline = time.monotonic() + (4 * LIMIT if two else 5)
+        deadline = time.monotonic() + (60 if two else 5)
         while True:
             left = []
             for pid in self._processes(folder, two):
