@@ -1,7 +1,12 @@
 """The order of the test files, and an end that leaves no shared memory of killed ranks behind."""
 
 import os
+import signal
 from pathlib import Path
+
+# Whoever starts the tests in the background, or with nohup, has these ignored, and so would ranks.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Of test_sequences.py, here so that every run says them: another seed draws other sequences.
 _SEQUENCES = {'INTERNVL_DS_SEQUENCES': '200', 'INTERNVL_DS_SEQUENCE_SEED': '20261128'}
