@@ -24,7 +24,7 @@ from internvl_ds.errors import InternvlDsError
 
 # The longest file of each kind, bytes. The largest in use are a manifest of 60,000 files, and the
 # position of a loop that keeps the order of a million images.
-NAME_BYTES, YAML_BYTES, JSON_BYTES, LOG_BYTES = 4096, 1 << 18, 32 << 20, 4 << 20
+NAME_BYTES, YAML_BYTES, JSON_BYTES, LOG_BYTES = 4096, 1 << 18, 32 << 20, 16 << 20
 # How deep containers may be nested, and how many values they may have once references are followed.
 DEPTH, VALUES, YAML_VALUES = 64, 5_000_000, 20_000
 # What a parsed JSON may take, bytes: an empty list takes 64, for two characters.

@@ -228,3 +228,11 @@ def test_a_loss_that_is_reused_for_the_next_step_is_read_in_time(tmp_path, logge
         norm.fill_(value)  # an engine may hand out the same tensor again
         progress.step(torch.tensor(0.0), norm, 0.0, 1.0, False)
     assert progress.norms.avg == 2.0
+
+
+def test_metrics_that_cannot_be_read_are_left_as_they_are(tmp_path):
+    path = tmp_path / 'metrics.jsonl'
+    path.write_bytes(b'{"epoch": 0}\n\xff\n')
+    with pytest.raises(ValueError, match='invalid start byte'):
+        MetricsLog(path).drop_from(1)
+    assert path.read_bytes() == b'{"epoch": 0}\n\xff\n'

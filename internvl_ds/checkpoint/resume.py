@@ -235,10 +235,11 @@ def load_same_layout(
             for files in (shards.model_files, shards.optim_files):
                 if files:
                     writer.open(files[min(rank(), len(files) - 1)], shards)
+            found = _require_same_optimizer(engine, shards, saved_by)
             if shards.zero_stage:
                 own = shards.read(shards.optim_files[rank()])['optimizer_state_dict']
                 _require_like(own, engine.optimizer.state_dict(), 'its optimizer_state_dict')
-            return _require_same_optimizer(engine, shards, saved_by)
+            return found
 
     def load() -> None:
         with (
@@ -294,9 +295,9 @@ def _require_like(saved: Any, running: Any, what: str) -> None:
     elif isinstance(running, torch.Tensor) and running.dim():
         alike = isinstance(saved, torch.Tensor) and saved.shape == running.shape
     elif isinstance(running, int | float | torch.Tensor):  # some count in tensors
-        alike = isinstance(saved, int | float) or getattr(saved, 'shape', None) == ()
+        alike = isinstance(saved, int | float | None) or getattr(saved, 'shape', None) == ()
     elif isinstance(running, str):
-        alike = isinstance(saved, str)
+        alike = isinstance(saved, str | None)
     elif running is not None:  # a loss scaler, of either class
         plain = Mapping | list | tuple | torch.Tensor | int | float | str | None
         alike = not isinstance(saved, plain)

@@ -89,7 +89,7 @@ def _identity(path: Path) -> tuple[int, int, str] | None:
     """Of the directory that has the name now; None where none has."""
     try:
         status, header = path.stat(), header_or_none(path)
-    except FileNotFoundError:
+    except OSError:  # a link to itself, too
         return None
     return status.st_dev, status.st_ino, header.save if header else ''
 

@@ -20,8 +20,6 @@ from internvl_ds.errors import printable
 from internvl_ds.files import open_own, write_text
 from internvl_ds.reading import LOG_BYTES, parse_json, read_text
 
-_log = logging.getLogger(__name__)
-
 _FORMAT = '[%(asctime)s rank {rank}] %(levelname)s %(message)s'
 
 # Marks of records (``extra=``) that the console leaves out: those that a progress bar on it makes
@@ -92,14 +90,14 @@ class MetricsLog:
         self.path = Path(path)
 
     def read(self) -> list[dict[str, Any]]:
-        """The records, without a line that a killed run left half written."""
-        try:
-            text = read_text(self.path, LOG_BYTES, ours=True)
-        except FileNotFoundError:
+        """The records, without a line that a killed run left half written.
+
+        Raises:
+            OSError, ValueError: when the file cannot be read; `drop_from` leaves it as it is then.
+        """
+        if self.path.is_symlink() or not self.path.exists():  # what is written replaces a link
             return []
-        except (OSError, ValueError) as error:  # only people read it: the run goes on
-            _log.warning('%s: cannot be read, and is begun anew: %s', self.path, error)
-            return []
+        text = read_text(self.path, LOG_BYTES, ours=True)
         records = []
         for line in text.splitlines():
             try:
