@@ -174,6 +174,10 @@ class Liveness:
             '; '.join(errors),
         )
 
+    def rank_0_is_silent(self) -> bool:
+        """Whether rank 0 has not answered this one for COMM.SILENT_AFTER seconds."""
+        return self._listener is None and any(map(self._is_silent, list(self._links)))
+
     def speak(self, kind: str) -> None:
         """Lets all ranks know that this one says why the job ends: its 'cause', or an 'effect'."""
         self.told = kind

@@ -178,8 +178,10 @@ def may_speak(is_cause: bool) -> bool:
         store.set(place, kind)
         return own and (is_cause or silent)
 
+    # A rank 0 that is silent already is not waited for.
+    limit = 0 if _group.liveness.rank_0_is_silent() else limit_of('SILENT_AFTER')
     try:
-        speaks = bool(_group.peers.client.call(first, limit_of('SILENT_AFTER')))
+        speaks = bool(_group.peers.client.call(first, limit))
     except RankError:  # the words of rank 0 may have come before its end
         time.sleep(_HEARD)
         told = _group.liveness.told

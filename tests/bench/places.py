@@ -102,8 +102,9 @@ class Trial:
         """Seconds within which the others must end."""
         if self.fault == KILLED and not self.place.joins:
             return DEAD
-        # First they wait until it has read what they brought, and then in the next meeting.
-        return (EXIT if self.place.inside else 0) + LIMIT + MARGIN
+        # Whoever has what it needs first waits until the other has read, and then for what is next.
+        twice = self.place.inside or self.fault == CUT
+        return (EXIT if twice else 0) + LIMIT + MARGIN
 
     def limits(self) -> dict[str, Any]:
         """What the job is told."""
