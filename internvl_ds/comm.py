@@ -111,7 +111,8 @@ def init_distributed(config: CfgNode | None = None) -> None:
         RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), LOCAL_RANK=str(local_rank)
     )
     _join(launch, settings['INIT_TIMEOUT'])
-    speak_on_exceptions(launch.rank, describe_silent, may_speak, end_job)
+    patience = mpi.PATIENCE if launch.by == launchers.OPEN_MPI else 0.0
+    speak_on_exceptions(launch.rank, describe_silent, may_speak, end_job, patience)
     _limit = settings['TIMEOUT']
     limit_collectives()
     sharing = '' if on_host is None else f', {on_host} on its host'

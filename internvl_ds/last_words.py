@@ -7,6 +7,7 @@ import itertools
 import logging
 import socket
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,7 @@ def speak_on_exceptions(
     silent: Callable[[], str] | None = None,
     may_speak: Callable[[bool], bool] | None = None,
     afterwards: Callable[[], None] | None = None,
+    patience: float = 0.0,
 ) -> None:
     """Has an exception that ends this process be told in one line, after its traceback.
 
@@ -45,6 +47,7 @@ def speak_on_exceptions(
         may_speak: whether no rank has said anything yet; told whether this one's is a cause, and
             not what other ranks see of it.
         afterwards: called last.
+        patience: seconds left to the launcher to end a job of which other ranks are gone.
     """
     global _outermost
     before = sys.excepthook
@@ -55,6 +58,7 @@ def speak_on_exceptions(
             before(kind, value, traceback)
             return
         follows = _follows(value)
+        time.sleep(patience if follows else 0.0)
         others = silent() if silent is not None and follows else ''
         speaks = not _over and (may_speak is None or may_speak(not follows))
         _over = True
