@@ -20,7 +20,7 @@ _LAST_WORDS = 1.0
 # Seconds by which the ranks' aborts are apart, at most: where all fail at a time, one is enough to
 # end the others, and Open MPI's daemons (5.0.11) have hung over four at once on two hosts.
 _APART = 4
-# Seconds that Open MPI's daemons need to find out that their link is cut. Where a rank says something
+# Seconds that Open MPI's daemons need to find out that their link is cut. Where a rank says a word
 # meanwhile its daemon, on the far side, waits a quarter of an hour for TCP to bring it home.
 PATIENCE = 6.0
 
