@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import gc
 import random
+import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -19,6 +21,15 @@ from torch import distributed
 
 ROUNDS = 9
 _WARM_UPS = 1
+
+
+def remove_tags(output: Path) -> None:
+    """Removes what was saved in a directory, and not its lock: a run keeps to its directory."""
+    for path in output.glob('[!.]*'):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
 
 
 def _nothing() -> None:

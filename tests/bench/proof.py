@@ -9,7 +9,6 @@ kernel for in `read` and its kin (rchar of /proc/self/io); tensors are mapped an
 from __future__ import annotations
 
 import argparse
-import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from typing import Any
 from internvl_ds.checkpoint import save
 from internvl_ds.meetings import rank
 from tests.bench.figures import Pair, ratios_report, table
-from tests.bench.harness import Contender, barrier, measure
+from tests.bench.harness import Contender, barrier, measure, remove_tags
 from tests.bench.subject import Subject
 from tests.ranks import run_ranks
 
@@ -48,7 +47,7 @@ def measure_proof(millions: float, stage: int, rounds: int, folder: str) -> dict
 
     def prepare() -> None:
         if rank() == 0:
-            shutil.rmtree(output, ignore_errors=True)
+            remove_tags(output)
         barrier()
 
     save.prove = timed

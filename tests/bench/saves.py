@@ -18,7 +18,7 @@ from internvl_ds.checkpoint.manifest import file_rank
 from internvl_ds.files import flush
 from internvl_ds.meetings import rank
 from tests.bench.figures import Pair
-from tests.bench.harness import Contender, barrier
+from tests.bench.harness import Contender, barrier, remove_tags
 from tests.bench.subject import Subject
 
 _WRITE_BACK = 8 << 20
@@ -152,10 +152,10 @@ def _write_raw(contents: list[bytes], output: Path, write_back: int | None = Non
 
 
 def _empty(path: Path) -> None:
-    """Makes the directory anew: what the last sample wrote goes before the clock starts."""
+    """Empties the directory: what the last sample wrote goes before the clock starts."""
     if rank() == 0:
-        shutil.rmtree(path, ignore_errors=True)
-        path.mkdir(parents=True)
+        path.mkdir(parents=True, exist_ok=True)
+        remove_tags(path)
     _settle()
 
 
