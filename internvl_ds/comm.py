@@ -149,6 +149,7 @@ def _join(launch: launchers.Launch, limit: float) -> None:
             # All meet before torch's own start, which would not say who is missing.
             group = begin(connect, launch.rank, launch.world_size, where, 'start', limit)
             client = group.peers.client
+            _make_known()
         left = max(limit_of('SILENT_AFTER'), deadline - time.monotonic())
         with store_answers(client, port, left, describe_gone):
             dist.init_distributed(
@@ -179,7 +180,9 @@ def _hand_over(url: str, timeout: timedelta, **_: Any) -> Iterator[tuple[Any, in
     yield PrefixStore(key_of('torch'), store), peers.rank, peers.world_size
 
 
-register_rendezvous_handler(_SCHEME, _hand_over)
+@functools.cache
+def _make_known() -> None:
+    register_rendezvous_handler(_SCHEME, _hand_over)
 
 
 @contextmanager
