@@ -47,7 +47,10 @@ def _is_scale(value: Any) -> bool:
     """Whether it is the state of a loss scaler, or nothing."""
     if not value:
         return value is None or value == {}
-    return value['scale'] > 0 and all(_is_number(v, 0) for v in value.values())
+    known = {
+        key: number for key, number in value.items() if (key, number) != ('micro_batches', None)
+    }
+    return value['scale'] > 0 and all(_is_number(number, 0) for number in known.values())
 
 
 # What state.json and loop_rank_*.json hold of each key, where they hold something.
