@@ -56,7 +56,7 @@ def _is_scale(value: Any) -> bool:
 # What state.json and loop_rank_*.json hold of each key, where they hold something.
 _KINDS: dict[str, Callable[[Any], bool]] = {
     'epoch': lambda v: _is(str)(v) or (_is_number(v, -1) and v < 1 << 53),
-    'step': lambda v: v is None or (_is(int)(v) and 0 < v < 1 << 53),
+    'step': lambda v: v is None or (_is(int)(v) and 0 <= v < 1 << 53),
     **dict.fromkeys(
         ('max_accuracy', 'max_accuracy_ema', 'ema_decay'),
         lambda v: v is None or isinstance(float(v), float),
