@@ -195,13 +195,15 @@ def _peers(what: str, limit: float) -> Peers:
 def connect_peers() -> Peers | None:
     """A connection for a background thread; None where this is the only rank.
 
-    To be called in the main thread, on every rank that will use one. It connects when it is first
-    used, within the limit of that call.
+    To be called in the main thread, on every rank that will use one. It connects meanwhile; the
+    first call waits for that, within its limit.
     """
     if world_size() == 1:
         return None
     main = _peers('first meeting', limit_of('TIMEOUT')).client
     client = StoreClient(lambda: main.store.clone(), main.holder, main.dead)
+    # Now: torch complains at length of an address that it cannot reach later, see mpi.PATIENCE.
+    client.post(lambda store: None)
     return Peers(client, rank(), world_size())
 
 
