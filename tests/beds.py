@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
+
+import pytest
 
 T = TypeVar('T', bound='Bed')
 
@@ -35,6 +42,19 @@ class Bed:
     def down(self) -> None:
         """Takes down what is there."""
         raise NotImplementedError
+
+
+@contextmanager
+def small_disk(path: Path, size: str) -> Iterator[Path]:
+    """Mounts a tmpfs of a size such as '2m' at a new directory; skips the test without root."""
+    if os.geteuid() != 0:
+        pytest.skip('mounting a small file system needs root')
+    path.mkdir()
+    subprocess.run(['mount', '-t', 'tmpfs', '-o', f'size={size}', 'none', str(path)], check=True)
+    try:
+        yield path
+    finally:
+        subprocess.run(['umount', '-l', str(path)], check=True)
 
 
 def missing(tools: tuple[str, ...], path: str | None = None) -> str | None:

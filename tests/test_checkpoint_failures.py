@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from internvl_ds.checkpoint.lookup import newest
 from internvl_ds.checkpoint.output_lock import _release_all, enter_output
 from internvl_ds.checkpoint.verify import damage_of_tag
 from internvl_ds.config import default_config
+from tests import beds
 from tests.ranks import run_ranks
 from tests.workers.failing import start_program
 
@@ -20,13 +20,8 @@ from tests.workers.failing import start_program
 @pytest.fixture
 def small_disk(tmp_path):
     """A tmpfs of 2 MiB of its own."""
-    if os.geteuid() != 0:
-        pytest.skip('mounting a small file system needs root')
-    path = tmp_path / 'disk'
-    path.mkdir()
-    subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=2m', 'none', str(path)], check=True)
-    yield path
-    subprocess.run(['umount', '-l', str(path)], check=True)
+    with beds.small_disk(tmp_path / 'disk', '2m') as path:
+        yield path
 
 
 @pytest.mark.ranks

@@ -14,6 +14,7 @@ from internvl_ds.checkpoint import lookup, store
 from internvl_ds.checkpoint.manifest import FileEntry, Manifest
 from internvl_ds.checkpoint.retention import KeepBest, KeepLater, KeepNewest
 from internvl_ds.errors import CheckpointError
+from tests import beds
 from tests.ranks import ROOT, base_env
 from tests.tags import SHARD, hidden, make_header, save_tag, stage_tag
 
@@ -55,15 +56,10 @@ sys.stdin.read()
 @pytest.fixture
 def full_disk(tmp_path):
     """A tmpfs with not a byte left."""
-    if os.geteuid() != 0:
-        pytest.skip('mounting a small file system needs root')
-    path = tmp_path / 'disk'
-    path.mkdir()
-    subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=64k', 'none', str(path)], check=True)
-    with pytest.raises(OSError, match='No space left'):
-        (path / 'filler').write_bytes(b'x' * (1 << 20))
-    yield path
-    subprocess.run(['umount', '-l', str(path)], check=True)
+    with beds.small_disk(tmp_path / 'disk', '64k') as path:
+        with pytest.raises(OSError, match='No space left'):
+            (path / 'filler').write_bytes(b'x' * (1 << 20))
+        yield path
 
 
 def _kill(process):

@@ -40,7 +40,7 @@ from internvl_ds.tune.trial import _measured
 from tests import hostile
 from tests.hostile import peak, restart_peak
 from tests.workers.killing import state_digest
-from tests.workers.model import make_model
+from tests.workers.model import make_model, set_values
 from tests.workers.saving import Run, logger
 
 SECONDS, MEGABYTES = 5.0, 300
@@ -257,13 +257,7 @@ class Fuzz:
     def config(self, **values: Any) -> Any:
         config = self.run.config.clone()
         config.defrost()
-        for key, value in values.items():
-            node = config
-            *sections, last = key.split('__')
-            for section in sections:
-                node = node[section]
-            node[last] = value
-        config.freeze()
+        set_values(config, values)
         return config
 
     def load(self, path: Path, **values: Any) -> None:

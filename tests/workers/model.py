@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -84,6 +85,12 @@ def make_config(output: str = '', **values: Any) -> CfgNode:
     config.OUTPUT = output
     config.AMP_OPT_LEVEL = 'O0'
     config.CHECKPOINT.RENDEZVOUS_TIMEOUT = 30
+    set_values(config, values)
+    return config
+
+
+def set_values(config: CfgNode, values: Mapping[str, Any]) -> None:
+    """Sets dotted keys (A__B for A.B) of a tree that is not frozen, and freezes it."""
     for key, value in values.items():
         node = config
         *sections, last = key.split('__')
@@ -91,7 +98,6 @@ def make_config(output: str = '', **values: Any) -> CfgNode:
             node = node[section]
         node[last] = value
     config.freeze()
-    return config
 
 
 def precision_values(precision: str) -> dict[str, Any]:
