@@ -11,7 +11,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -626,3 +628,22 @@ def test_beside_a_run_that_saves_and_prunes_nothing_is_called_damaged_or_failed(
         os.kill(child, signal.SIGKILL)
         with contextlib.suppress(ChildProcessError):
             os.waitpid(child, 0)
+
+
+def test_a_tag_that_is_being_marked_for_removal_is_not_called_damaged(ckpt, output):
+    save(output, 3)
+    tag, end = output / 'ckpt_epoch_3', threading.Event()
+
+    def mark():
+        while not end.is_set():
+            write_text(tag / store.MARK, '{}')
+
+    with ThreadPoolExecutor(1) as pool:
+        marking = pool.submit(mark)
+        try:
+            found = {ckpt('list', output)[0] for _ in range(300)}
+        finally:
+            end.set()
+        marking.result(timeout=30)
+
+    assert found == {0}

@@ -208,7 +208,8 @@ def header_or_none(tag: Path) -> Header | None:
 def file_sizes(directory: Path) -> dict[str, int]:
     """Relative name -> size in bytes of every file below a tag, the manifest left out.
 
-    A link to a file is that file; what is no regular file, and leads to none, has size -1.
+    A link to a file is that file; what is no regular file, and leads to none, has size -1. A file
+    that goes while this looks is left out: a mark is written into a tag before it is removed.
     """
     sizes = {}
     pending = [(directory, '')]
@@ -218,18 +219,16 @@ def file_sizes(directory: Path) -> dict[str, int]:
             for entry in entries:
                 if entry.is_dir(follow_symlinks=False):
                     pending.append((Path(entry.path), f'{prefix}{entry.name}/'))
-                elif entry.name != FILE_NAME:
-                    sizes[f'{prefix}{entry.name}'] = _size(entry)
+                elif entry.name != FILE_NAME and (size := _size(entry)) is not None:
+                    sizes[f'{prefix}{entry.name}'] = size
     return sizes
 
 
-def _size(entry: os.DirEntry[str]) -> int:
+def _size(entry: os.DirEntry[str]) -> int | None:
     try:
         status = entry.stat()
     except FileNotFoundError:
-        if not entry.is_symlink():
-            raise  # removed meanwhile
-        return -1
+        return -1 if entry.is_symlink() else None
     except OSError:
         return -1
     return status.st_size if stat.S_ISREG(status.st_mode) else -1

@@ -80,17 +80,18 @@ def examine(path: Path, contents: bool) -> Examined:
                 raise
             time.sleep(_BETWEEN)
             continue
-        if not found.problems or _identity(path) == before:
+        if found.verified in ('sizes', 'checksums') or before == _identity(path) is not None:
             return found
     raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
 
 
 def _identity(path: Path) -> tuple[int, int, str] | None:
-    """Of the directory that has the name now; None where none has."""
+    """Of what has the name now; None where nothing has."""
     try:
-        status, header = path.stat(), header_or_none(path)
-    except OSError:  # a link to itself, too
+        status = path.stat() if os.path.exists(path) else path.lstat()
+    except OSError:
         return None
+    header = header_or_none(path)
     return status.st_dev, status.st_ino, header.save if header else ''
 
 
