@@ -43,7 +43,9 @@ sys.stdin.read()
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=base_env(), cwd=ROOT,
         )  # fmt: skip
         started.append(process)
-        return process, Path(process.stdout.readline().strip())
+        line = process.stdout.readline().strip()
+        assert line, 'it died'  # an empty path would be the directory that the tests run in
+        return process, Path(line)
 
     yield start
     for process in started:
