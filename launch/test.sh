@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The checks of this repository: set up, then lint, format, types and tests.
-# Arguments go to pytest: bash launch/test.sh -m 'not slow' tests/test_config.py
+# Arguments go to pytest: bash launch/test.sh -m 'not slow' tests/config/test_tree.py
 # Without any, two files at a time are tested: much of a test of several processes is waiting.
 set -euo pipefail
 

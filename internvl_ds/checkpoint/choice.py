@@ -10,18 +10,20 @@ from pathlib import Path
 
 from yacs.config import CfgNode
 
-from internvl_ds.addresses import is_address, shown
-from internvl_ds.checkpoint import background, leftovers, lookup
-from internvl_ds.checkpoint.manifest import epoch_of, step_of
-from internvl_ds.checkpoint.state import state_of
-from internvl_ds.checkpoint.verify import damage, share_of
-from internvl_ds.config import checkpoint_option, default_config, get_option
-from internvl_ds.counts import require_counts
-from internvl_ds.engine import last_config
+from internvl_ds.checkpoint import async_save as background
+from internvl_ds.checkpoint.formats.state_json import state_of
+from internvl_ds.checkpoint.sources.weight_files import open_source
+from internvl_ds.checkpoint.tag import discovery as lookup
+from internvl_ds.checkpoint.tag import leftovers
+from internvl_ds.checkpoint.tag.manifest import epoch_of, step_of
+from internvl_ds.checkpoint.tag.verify import damage, share_of
+from internvl_ds.config.counts import require_counts
+from internvl_ds.config.tree import checkpoint_option, default_config, get_option
+from internvl_ds.dist.rendezvous import exchange, from_rank_0, rank, world_size
+from internvl_ds.engine.registry import last_config
 from internvl_ds.errors import CheckpointError, CheckpointNotFound, ConfigError, PretrainedError
-from internvl_ds.meetings import exchange, from_rank_0, rank, world_size
-from internvl_ds.pretrained.sources import open_source
-from internvl_ds.reading import parse_yaml
+from internvl_ds.files.addresses import is_address, shown
+from internvl_ds.files.reading import parse_yaml
 
 _log = logging.getLogger(__name__)
 

@@ -10,15 +10,15 @@ from typing import Any
 from safetensors import SafetensorError
 from yacs.config import CfgNode
 
-from internvl_ds.checkpoint import lookup
-from internvl_ds.checkpoint.manifest import STATE_FILE
-from internvl_ds.checkpoint.state import state_of
-from internvl_ds.checkpoint.tensor_files import open_safetensors
-from internvl_ds.checkpoint.verify import damage
-from internvl_ds.config import get_option
+from internvl_ds.checkpoint.formats.state_json import state_of
+from internvl_ds.checkpoint.formats.tensor_files import open_safetensors
+from internvl_ds.checkpoint.sources.weight_files import open_source
+from internvl_ds.checkpoint.tag import discovery as lookup
+from internvl_ds.checkpoint.tag.manifest import STATE_FILE
+from internvl_ds.checkpoint.tag.verify import damage
+from internvl_ds.config.tree import get_option
 from internvl_ds.errors import CheckpointError, CheckpointMismatch, PretrainedError, brief, few
-from internvl_ds.pretrained.sources import open_source
-from internvl_ds.reading import parse_json, read_json
+from internvl_ds.files.reading import parse_json, read_json
 
 
 def require_same_classes(

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from yacs.config import CfgNode
 
-from internvl_ds.checkpoint.original import schedule_of_original
-from internvl_ds.checkpoint.shards import TagShards
-from internvl_ds.checkpoint.state import require_state, state_of
+from internvl_ds.checkpoint.formats.pth_format import schedule_of_original
+from internvl_ds.checkpoint.formats.state_json import require_state, state_of
+from internvl_ds.checkpoint.formats.zero_shards import TagShards
+from internvl_ds.engine.lr_schedule import MICRO_BATCHES
 from internvl_ds.errors import CheckpointError, CheckpointMismatch, few
-from internvl_ds.lr_schedule import MICRO_BATCHES
-from internvl_ds.reading import YAML_VALUES, interpreting, require_bounded
+from internvl_ds.files.reading import YAML_VALUES, interpreting, require_bounded
 
 # What DeepSpeed 0.19 and earlier versions put there themselves.
 _DEEPSPEEDS = frozenset(

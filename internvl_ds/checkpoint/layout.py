@@ -8,12 +8,12 @@ from typing import NamedTuple
 import deepspeed
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from internvl_ds.checkpoint.lookup import read_header
-from internvl_ds.checkpoint.partition import describe
-from internvl_ds.checkpoint.shards import TagShards
-from internvl_ds.ds_config import precision_of
-from internvl_ds.engine import ds_config_of
-from internvl_ds.meetings import world_size
+from internvl_ds.checkpoint.formats.zero_shards import TagShards
+from internvl_ds.checkpoint.tag.discovery import read_header
+from internvl_ds.config.ds.resolve import precision_of
+from internvl_ds.dist.rendezvous import world_size
+from internvl_ds.engine.registry import ds_config_of
+from internvl_ds.zero.partition import describe
 
 
 class TagLayout(NamedTuple):

@@ -12,52 +12,53 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from yacs.config import CfgNode
 
-from internvl_ds.checkpoint import background, lookup
-from internvl_ds.checkpoint.averages import (
+from internvl_ds.checkpoint import async_save as background
+from internvl_ds.checkpoint.choice import choose
+from internvl_ds.checkpoint.classes import require_same_classes
+from internvl_ds.checkpoint.client_state import saved_state, unread_keys
+from internvl_ds.checkpoint.formats.ema_files import EmaFiles
+from internvl_ds.checkpoint.formats.ema_tensors import (
     count_on,
     ema_fits_directly,
     load_other_ema,
     load_whole_ema,
     read_whole_ema,
 )
-from internvl_ds.checkpoint.choice import choose
-from internvl_ds.checkpoint.classes import require_same_classes
-from internvl_ds.checkpoint.client_state import saved_state, unread_keys
-from internvl_ds.checkpoint.ema_files import EmaFiles
+from internvl_ds.checkpoint.formats.loop_json import SavedLoop
+from internvl_ds.checkpoint.formats.pth_format import weights_of_file
+from internvl_ds.checkpoint.formats.zero_shards import TagShards
 from internvl_ds.checkpoint.layout import (
     layout_of_engine,
     layout_of_tag,
     of_this_deepspeed,
     same_groups,
 )
-from internvl_ds.checkpoint.loop_state import SavedLoop
-from internvl_ds.checkpoint.manifest import LOOP_FILE, STATE_FILE, Manifest, file_rank
 from internvl_ds.checkpoint.optimizer_state import require_optimizer
-from internvl_ds.checkpoint.original import weights_of_file
 from internvl_ds.checkpoint.restore import load_weights, model_shapes, require_same_model
+from internvl_ds.checkpoint.restore_scheduler import (
+    require_schedule,
+    restore_engines_own,
+    restore_schedule,
+    set_lr_of_schedule,
+)
 from internvl_ds.checkpoint.resume import (
     load_other_layout,
     load_same_layout,
     open_file,
     train_from_file,
 )
-from internvl_ds.checkpoint.schedule import (
-    require_schedule,
-    restore_engines_own,
-    restore_schedule,
-    set_lr_of_schedule,
-)
-from internvl_ds.checkpoint.shards import TagShards
-from internvl_ds.checkpoint.verify import damage, share_of
-from internvl_ds.comm import collectives_within
-from internvl_ds.config import checkpoint_option, get_option
-from internvl_ds.ema import ShardedEma
-from internvl_ds.engine import engine_of, find_engine, restore_loss_scale, scheduler_of
+from internvl_ds.checkpoint.sources import downloads
+from internvl_ds.checkpoint.tag import discovery as lookup
+from internvl_ds.checkpoint.tag.manifest import LOOP_FILE, STATE_FILE, Manifest, file_rank
+from internvl_ds.checkpoint.tag.verify import damage, share_of
+from internvl_ds.config.tree import checkpoint_option, get_option
+from internvl_ds.dist.process_group import collectives_within
+from internvl_ds.dist.rendezvous import agree, from_rank_0, rank, world_size
+from internvl_ds.engine.ema import ShardedEma
+from internvl_ds.engine.registry import engine_of, find_engine, restore_loss_scale, scheduler_of
+from internvl_ds.engine.scheduling import restore_schedule_position
 from internvl_ds.errors import CheckpointError, PretrainedError, few
-from internvl_ds.meetings import agree, from_rank_0, rank, world_size
-from internvl_ds.pretrained import downloads
-from internvl_ds.reading import interpreting
-from internvl_ds.scheduling import restore_schedule_position
+from internvl_ds.files.reading import interpreting
 
 
 def load_checkpoint(

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from internvl_ds.checkpoint.optimizer_trial import (
+from internvl_ds.engine.optimizer_trial import (
     ELEMENTS,
     NOT_SETTINGS,
     NUMBER,

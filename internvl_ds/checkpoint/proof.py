@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from internvl_ds.checkpoint.ema_files import open_safetensors
-from internvl_ds.checkpoint.manifest import file_rank
-from internvl_ds.checkpoint.outline import outline
-from internvl_ds.checkpoint.partition import Layout
+from internvl_ds.checkpoint.formats.ema_files import open_safetensors
+from internvl_ds.checkpoint.formats.outline import outline
+from internvl_ds.checkpoint.formats.state_json import read_state
+from internvl_ds.checkpoint.formats.zero_shards import TagShards, masters_in
 from internvl_ds.checkpoint.restore import model_shapes
-from internvl_ds.checkpoint.shards import TagShards, masters_in
-from internvl_ds.checkpoint.state import read_state
+from internvl_ds.checkpoint.tag.manifest import file_rank
 from internvl_ds.errors import CheckpointError, few
-from internvl_ds.masters import kept_on_nvme, partitioning, trained_names
+from internvl_ds.zero.master_weights import kept_on_nvme, partitioning, trained_names
+from internvl_ds.zero.partition import Layout
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
-from internvl_ds.checkpoint.named import Flat
 from internvl_ds.errors import CheckpointMismatch, few
-from internvl_ds.persistent import gather_persistent
+from internvl_ds.zero.lazy_tensor import Flat
+from internvl_ds.zero.persistent_params import gather_persistent
 
 
 def model_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:

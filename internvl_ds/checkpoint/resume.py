@@ -12,43 +12,43 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from yacs.config import CfgNode
 
-from internvl_ds.checkpoint.elastic import Restorer
+from internvl_ds.checkpoint.checkpoint_engine import install_writer
+from internvl_ds.checkpoint.formats.pth_format import schedule_of_original, state_of_file
+from internvl_ds.checkpoint.formats.state_json import require_state
+from internvl_ds.checkpoint.formats.zero_shards import TagShards
 from internvl_ds.checkpoint.layout import layout_of_engine
-from internvl_ds.checkpoint.named import NamedState
 from internvl_ds.checkpoint.optimizer_state import (
     RunningOptimizer,
     SavedTensor,
     require_optimizer,
     slots_of,
 )
-from internvl_ds.checkpoint.optimizer_trial import NUMBER, Kept, forms_of, like, state_of_optimizer
-from internvl_ds.checkpoint.original import schedule_of_original, state_of_file
-from internvl_ds.checkpoint.schedule import (
+from internvl_ds.checkpoint.reshard import Restorer
+from internvl_ds.checkpoint.restore_scheduler import (
     fit_to_groups,
     require_schedule,
     restore_schedule,
     set_lr_of_schedule,
 )
-from internvl_ds.checkpoint.shards import TagShards
-from internvl_ds.checkpoint.state import require_state
-from internvl_ds.checkpoint.writer import install_writer
-from internvl_ds.comm import collectives_within
-from internvl_ds.config import checkpoint_option
-from internvl_ds.engine import (
+from internvl_ds.checkpoint.sources.weight_files import open_source
+from internvl_ds.config.tree import checkpoint_option
+from internvl_ds.dist.process_group import collectives_within
+from internvl_ds.dist.rendezvous import agree, rank
+from internvl_ds.engine.optimizer_trial import NUMBER, Kept, forms_of, like, state_of_optimizer
+from internvl_ds.engine.param_groups import MergedGroups
+from internvl_ds.engine.registry import (
     applied_updates,
     client_groups,
     engine_of,
     restore_loss_scale,
     scheduler_of,
 )
+from internvl_ds.engine.scheduling import restore_schedule_position, warn_of_slow_schedule
 from internvl_ds.errors import CheckpointError, PretrainedError, brief
-from internvl_ds.masters import frozen_as_made
-from internvl_ds.meetings import agree, rank
-from internvl_ds.param_groups import MergedGroups
-from internvl_ds.persistent import gathered_together
-from internvl_ds.pretrained.sources import open_source
-from internvl_ds.reading import interpreting
-from internvl_ds.scheduling import restore_schedule_position, warn_of_slow_schedule
+from internvl_ds.files.reading import interpreting
+from internvl_ds.zero.lazy_tensor import NamedState
+from internvl_ds.zero.master_weights import frozen_as_made
+from internvl_ds.zero.persistent_params import gathered_together
 
 
 def open_file(resume: str) -> Mapping[str, Any]:

@@ -19,13 +19,20 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from yacs.config import CfgNode
 
 import internvl_ds
-from internvl_ds.addresses import redacted
-from internvl_ds.checkpoint import background, store
-from internvl_ds.checkpoint.averages import ema_file
-from internvl_ds.checkpoint.ema_files import EmaFile
-from internvl_ds.checkpoint.hashing import flush_and_hash, write_hashed
-from internvl_ds.checkpoint.lookup import file_sizes
-from internvl_ds.checkpoint.manifest import (
+from internvl_ds.checkpoint import async_save as background
+from internvl_ds.checkpoint.checkpoint_engine import ShardWriter, install_writer
+from internvl_ds.checkpoint.formats.ema_files import EmaFile
+from internvl_ds.checkpoint.formats.ema_tensors import ema_file
+from internvl_ds.checkpoint.formats.rng import rng_state
+from internvl_ds.checkpoint.formats.snapshot import tensor_bytes
+from internvl_ds.checkpoint.formats.state_json import state_text
+from internvl_ds.checkpoint.optimizer_state import optimizer_name
+from internvl_ds.checkpoint.proof import Wanted, prove, wanted_of
+from internvl_ds.checkpoint.tag import commit as store
+from internvl_ds.checkpoint.tag.discovery import file_sizes
+from internvl_ds.checkpoint.tag.free_space import state_size
+from internvl_ds.checkpoint.tag.hashing import flush_and_hash, write_hashed
+from internvl_ds.checkpoint.tag.manifest import (
     LOOP_FILE,
     STATE_FILE,
     FileEntry,
@@ -34,10 +41,8 @@ from internvl_ds.checkpoint.manifest import (
     Manifest,
     tag_name,
 )
-from internvl_ds.checkpoint.optimizer_state import optimizer_name
-from internvl_ds.checkpoint.output_lock import enter_output, note_save
-from internvl_ds.checkpoint.proof import Wanted, prove, wanted_of
-from internvl_ds.checkpoint.retention import (
+from internvl_ds.checkpoint.tag.output_lock import enter_output, note_save
+from internvl_ds.checkpoint.tag.retention import (
     KeepBest,
     KeepEvery,
     KeepLater,
@@ -45,33 +50,29 @@ from internvl_ds.checkpoint.retention import (
     KeepSteps,
     Policy,
 )
-from internvl_ds.checkpoint.rng import rng_state
-from internvl_ds.checkpoint.snapshot import tensor_bytes
-from internvl_ds.checkpoint.space import state_size
-from internvl_ds.checkpoint.state import state_text
-from internvl_ds.checkpoint.trash import MARK
-from internvl_ds.checkpoint.writer import ShardWriter, install_writer
-from internvl_ds.comm import collectives_within
-from internvl_ds.config import checkpoint_option, default_of, get_option
-from internvl_ds.ds_config import precision_of
-from internvl_ds.engine import (
+from internvl_ds.checkpoint.tag.trash import MARK
+from internvl_ds.config.ds.resolve import precision_of
+from internvl_ds.config.tree import checkpoint_option, default_of, get_option
+from internvl_ds.dist.process_group import collectives_within
+from internvl_ds.dist.rendezvous import exchange, from_rank_0, gather, rank, world_size
+from internvl_ds.engine.registry import (
     accumulation_of,
     client_groups,
     ds_config_of,
     engine_of,
     loss_scale_of,
 )
+from internvl_ds.engine.scheduling import schedule_state, warn_of_slow_schedule
 from internvl_ds.errors import CheckpointError, RankError, few
-from internvl_ds.masters import (
+from internvl_ds.files.addresses import redacted
+from internvl_ds.zero.master_weights import (
     frozen_as_made,
     kept_on_nvme,
     require_module_as_made,
     untrained_names,
 )
-from internvl_ds.meetings import exchange, from_rank_0, gather, rank, world_size
-from internvl_ds.module_state import every_name, require_buffers_as_made
-from internvl_ds.persistent import put_back
-from internvl_ds.scheduling import schedule_state, warn_of_slow_schedule
+from internvl_ds.zero.module_state import every_name, require_buffers_as_made
+from internvl_ds.zero.persistent_params import put_back
 
 
 @dataclass
@@ -131,7 +132,7 @@ def save_checkpoint(
     that fails leaves all that was there. Every rank's random number generators are kept too.
 
     With CHECKPOINT.ASYNC it returns when the state is copied in memory, and the rest follows in the
-    background. The next save, a load, `internvl_ds.comm.shutdown` and the end of the program wait
+    background. The next save, a load, `internvl_ds.shutdown` and the end of the program wait
     for it; a failure is raised there.
 
     Args:

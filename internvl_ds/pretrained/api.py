@@ -16,20 +16,21 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from internvl_ds.addresses import shown
-from internvl_ds.checkpoint.lookup import is_tag, read_manifest
-from internvl_ds.checkpoint.named import Flat
-from internvl_ds.checkpoint.verify import damage, share_of, weight_files
-from internvl_ds.comm import collectives_within, init_distributed
-from internvl_ds.config import checkpoint_option, default_of, get_option
+from internvl_ds.checkpoint.sources import downloads
+from internvl_ds.checkpoint.sources.weight_files import open_source
+from internvl_ds.checkpoint.tag.discovery import is_tag, read_manifest
+from internvl_ds.checkpoint.tag.verify import damage, share_of, weight_files
+from internvl_ds.config.tree import checkpoint_option, default_of, get_option
+from internvl_ds.dist.process_group import collectives_within, init_distributed
+from internvl_ds.dist.rendezvous import agree, exchange, from_rank_0, rank, world_size
 from internvl_ds.errors import ConfigError, PretrainedError, RankError
-from internvl_ds.meetings import agree, exchange, from_rank_0, rank, world_size
-from internvl_ds.pretrained import apply, downloads, head, transforms
+from internvl_ds.files.addresses import shown
+from internvl_ds.files.reading import interpreting
+from internvl_ds.pretrained import apply, head, transforms
 from internvl_ds.pretrained.known_formats import through_timm
 from internvl_ds.pretrained.report import PretrainedReport
-from internvl_ds.pretrained.sources import open_source
 from internvl_ds.pretrained.transforms import Note, Specs, State, Step
-from internvl_ds.reading import interpreting
+from internvl_ds.zero.lazy_tensor import Flat
 
 _M = TypeVar('_M', bound=nn.Module)
 

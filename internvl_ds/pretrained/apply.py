@@ -9,10 +9,10 @@ import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
-from internvl_ds.checkpoint.named import Flat
 from internvl_ds.checkpoint.restore import copy_slice
 from internvl_ds.errors import PretrainedError, few
 from internvl_ds.pretrained.transforms import Specs, State, TensorSpec, is_weight, read
+from internvl_ds.zero.lazy_tensor import Flat
 
 _HEAD_SCALE = 0.001
 

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from internvl_ds.checkpoint.named import Flat
 from internvl_ds.errors import PretrainedError
+from internvl_ds.zero.lazy_tensor import Flat
 
 State = Mapping[str, Any]
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from internvl_ds.dist.signals import end_at_interrupt
 from internvl_ds.errors import ConfigError, Preempted, RankError
-from internvl_ds.signals import end_at_interrupt
 
 # Seconds within which ranks meet for one of them to tell what is wrong with the configuration.
 _JOIN_LIMIT = 20
@@ -56,10 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = parse_args(argv)
     # Not above: torch and DeepSpeed take seconds, in which Ctrl-C is to end this in one line.
-    from internvl_ds.comm import init_distributed, shutdown
-    from internvl_ds.config import get_config
+    from internvl_ds.config.tree import get_config
+    from internvl_ds.dist.process_group import init_distributed, shutdown
+    from internvl_ds.dist.rendezvous import rank
     from internvl_ds.files import write_text
-    from internvl_ds.meetings import rank
     from internvl_ds.train.loop import run
 
     try:
@@ -86,8 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _join_to_fail() -> None:
     """Meets the other ranks, which have the same error, so that one of them alone tells it."""
-    from internvl_ds.comm import init_distributed
-    from internvl_ds.config import default_config
+    from internvl_ds.config.tree import default_config
+    from internvl_ds.dist.process_group import init_distributed
 
     config = default_config()
     config.COMM.INIT_TIMEOUT = _JOIN_LIMIT
@@ -102,6 +102,6 @@ def _switch(text: str) -> dict[str, Any]:
 if __name__ == '__main__':
     end_at_interrupt()
     status = main()
-    from internvl_ds.comm import leave
+    from internvl_ds.dist.process_group import leave
 
     leave(status)

@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
+from internvl_ds.dist.rendezvous import world_size
 from internvl_ds.errors import RankError
-from internvl_ds.meetings import world_size
 from internvl_ds.pretrained.head import slice_22k_logits
 from internvl_ds.train.data import EvalSampler, evaluates_22k_as_1k
 from internvl_ds.train.model import input_dtype

@@ -15,10 +15,10 @@ from typing import Any
 from tqdm import tqdm
 from yacs.config import CfgNode
 
-from internvl_ds.addresses import redacted
 from internvl_ds.errors import printable
 from internvl_ds.files import open_own, write_text
-from internvl_ds.reading import LOG_BYTES, parse_json, read_text
+from internvl_ds.files.addresses import redacted
+from internvl_ds.files.reading import LOG_BYTES, parse_json, read_text
 
 _FORMAT = '[%(asctime)s rank {rank}] %(levelname)s %(message)s'
 

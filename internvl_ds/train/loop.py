@@ -16,13 +16,13 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 from yacs.config import CfgNode
 
-from internvl_ds.addresses import shown
-from internvl_ds.checkpoint import background
+from internvl_ds.checkpoint import async_save as background
 from internvl_ds.checkpoint.restore import load_weights
-from internvl_ds.comm import how_started, reduce_tensor
+from internvl_ds.dist.preemption import SAVE, STOP, Preempted, Preemption
+from internvl_ds.dist.process_group import how_started, reduce_tensor
+from internvl_ds.dist.rendezvous import rank, world_size
 from internvl_ds.files import for_show
-from internvl_ds.meetings import rank, world_size
-from internvl_ds.preemption import SAVE, STOP, Preempted, Preemption
+from internvl_ds.files.addresses import shown
 from internvl_ds.train.data import start_epoch
 from internvl_ds.train.evaluate import EvalResult, evaluate, measure_throughput
 from internvl_ds.train.log import FILE_ONLY, MetricsLog, close_log, open_log, shows_bar

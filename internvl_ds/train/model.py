@@ -15,7 +15,7 @@ from timm.models import is_model
 from torch import nn
 from yacs.config import CfgNode
 
-from internvl_ds.config import get_option
+from internvl_ds.config.tree import get_option
 from internvl_ds.errors import ConfigError
 
 _logger = logging.getLogger(__name__)

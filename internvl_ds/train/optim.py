@@ -19,7 +19,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from yacs.config import CfgNode
 
-from internvl_ds.config import scale_lr
+from internvl_ds.config.tree import scale_lr
 from internvl_ds.errors import ConfigError
 
 # Parameters of deformable convolutions, whose learning rate DCN_LR_MUL scales.

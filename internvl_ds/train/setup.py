@@ -18,20 +18,20 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from yacs.config import CfgNode
 
-from internvl_ds import ds_config as ds
-from internvl_ds.checkpoint import output_lock
 from internvl_ds.checkpoint.choice import newer_than_best
 from internvl_ds.checkpoint.classes import require_same_classes, saved_classes
-from internvl_ds.counts import require_counts
-from internvl_ds.ds_check import check, errors_of, refuse
-from internvl_ds.ema import ShardedEma
-from internvl_ds.engine import initialize
+from internvl_ds.checkpoint.sources.downloads import local
+from internvl_ds.checkpoint.tag import output_lock
+from internvl_ds.config.counts import require_counts
+from internvl_ds.config.ds import resolve as ds
+from internvl_ds.config.ds.check import check, errors_of, refuse
+from internvl_ds.dist.preemption import Preemption
+from internvl_ds.dist.rendezvous import exchange, from_rank_0, rank, world_size
+from internvl_ds.engine.ema import ShardedEma
+from internvl_ds.engine.grad_scaler import NativeScalerWithGradNormCount
+from internvl_ds.engine.registry import initialize
 from internvl_ds.errors import ConfigError
 from internvl_ds.files import for_show
-from internvl_ds.meetings import exchange, from_rank_0, rank, world_size
-from internvl_ds.precision import NativeScalerWithGradNormCount
-from internvl_ds.preemption import Preemption
-from internvl_ds.pretrained.downloads import local
 from internvl_ds.train.data import Loaders, build_loaders, order_of, seed_everything
 from internvl_ds.train.log import write_config
 from internvl_ds.train.model import build_model

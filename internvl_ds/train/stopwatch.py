@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from yacs.config import CfgNode
 
+from internvl_ds.dist.rendezvous import exchange, rank, world_size
 from internvl_ds.files import write_text
-from internvl_ds.meetings import exchange, rank, world_size
 from internvl_ds.train.optim import accumulation_steps
 from internvl_ds.train.progress import memory_mib
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from internvl_ds.signals import SIGNALS
+from internvl_ds.dist.signals import SIGNALS
 
 _PR_SET_PDEATHSIG = 1
 

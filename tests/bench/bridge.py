@@ -25,10 +25,10 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from internvl_ds import NativeScalerWithGradNormCount, initialize
-from internvl_ds.meetings import rank
+from internvl_ds.dist.rendezvous import rank
 from tests.bench.figures import Pair, ratios_report, ratios_table, seconds_report, seconds_table
 from tests.bench.harness import Contender, measure
-from tests.ranks import run_ranks
+from tests.harness.ranks import run_ranks
 from tests.workers.model import make_config, make_optimizer, module_dtype, precision_values
 
 PAIRS = (Pair('bridge', 'bare engine', 1.01),)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.figures import ratios_table, seconds_table, table
-from tests.ranks import run_ranks
+from tests.harness.ranks import run_ranks
 
 RANKS = 2
 # Targets were set for models of this size; the smaller one only shows what is constant.

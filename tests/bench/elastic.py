@@ -19,13 +19,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from internvl_ds.meetings import rank
+from internvl_ds.dist.rendezvous import rank
 from tests.bench.figures import Pair, ratios_report, ratios_table, seconds_report, seconds_table
 from tests.bench.harness import Contender, barrier, measure
 from tests.bench.loads import highest
 from tests.bench.memory import anonymous, peak_growth
 from tests.bench.subject import Subject
-from tests.ranks import run_ranks
+from tests.harness.ranks import run_ranks
 
 STAGE = 2
 PAIRS = (Pair('ours', 'convert and load', 0.2), Pair('ours', 'same layout'))

@@ -17,14 +17,14 @@ from typing import Any
 import deepspeed
 import torch
 
-from internvl_ds.ema import ShardedEma
-from internvl_ds.meetings import rank, world_size
+from internvl_ds.dist.rendezvous import rank, world_size
+from internvl_ds.engine.ema import ShardedEma
 from tests.bench.figures import Pair, ratios_report, ratios_table, seconds_report, seconds_table
 from tests.bench.harness import Contender, measure
 from tests.bench.loads import highest
 from tests.bench.memory import peak_growth
 from tests.bench.subject import Subject
-from tests.ranks import run_ranks
+from tests.harness.ranks import run_ranks
 
 PAIRS = (Pair('sharded', 'gather and average on rank 0', 0.2),)
 MEMORY_TARGET = 1.05

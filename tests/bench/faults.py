@@ -25,9 +25,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests import hosts, mpich, slurm
 from tests.bench import places
-from tests.ranks import (
+from tests.harness import hosts, mpich, slurm
+from tests.harness.ranks import (
     ROOT,
     base_env,
     free_port,
@@ -35,7 +35,7 @@ from tests.ranks import (
     remove_shm_buffers,
     wait_for_words,
 )
-from tests.starts import start_command
+from tests.harness.starts import start_command
 from tests.workers.training import small_config, write_folder
 
 LIMIT = 10  # every limit, seconds; COMM.INIT_TIMEOUT too where ranks are to miss each other

@@ -29,14 +29,14 @@ from typing import Any
 import deepspeed
 import torch
 
-from internvl_ds import ds_schema
-from internvl_ds.checkpoint import lookup
-from internvl_ds.checkpoint.verify import damage_of_tag
-from internvl_ds.comm import free_port
+from internvl_ds.checkpoint.tag import discovery as lookup
+from internvl_ds.checkpoint.tag.verify import damage_of_tag
+from internvl_ds.config.ds import schema as ds_schema
+from internvl_ds.dist.process_group import free_port
+from tests.harness.forkserver import preload
 from tests.workers import killing
 from tests.workers.forking import fork_ranks
 from tests.workers.training import write_folder
-from tests.zygote import preload
 
 RANKS = 2
 EPOCHS = 10  # of two updates each; a chain that comes near the end begins anew

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import distributed
 
-from internvl_ds.checkpoint.manifest import file_rank
-from internvl_ds.meetings import rank, world_size
+from internvl_ds.checkpoint.tag.manifest import file_rank
+from internvl_ds.dist.rendezvous import rank, world_size
 from tests.bench.figures import Pair, verdict
 from tests.bench.harness import Contender
 from tests.bench.memory import peak_growth

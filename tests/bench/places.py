@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests import hosts
-from tests.ranks import ROOT, base_env, free_port, run_ranks
+from tests.harness import hosts
+from tests.harness.forkserver import Forked, fork
+from tests.harness.ranks import ROOT, base_env, free_port, run_ranks
 from tests.workers.places import STORIES
 from tests.workers.training import write_folder
-from tests.zygote import Forked, fork
 
 KILLED, STOPPED, CUT = 'killed', 'stopped', 'cut'
 FAULTS = (KILLED, STOPPED, CUT)

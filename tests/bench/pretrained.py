@@ -23,13 +23,13 @@ import deepspeed
 import torch
 
 from internvl_ds import load_pretrained
-from internvl_ds.meetings import world_size
+from internvl_ds.dist.rendezvous import world_size
 from tests.bench.figures import Pair, ratios_report, ratios_table, seconds_report, seconds_table
 from tests.bench.harness import Contender, measure
 from tests.bench.loads import highest
 from tests.bench.memory import anonymous, peak_growth
 from tests.bench.subject import Stack
-from tests.ranks import run_ranks
+from tests.harness.ranks import run_ranks
 from tests.workers.model import make_config
 
 PAIRS = (Pair('load_pretrained', 'torch.load and load_state_dict', 0.5),)

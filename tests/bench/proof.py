@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from internvl_ds.checkpoint import save
-from internvl_ds.meetings import rank
+from internvl_ds.dist.rendezvous import rank
 from tests.bench.figures import Pair, ratios_report, table
 from tests.bench.harness import Contender, barrier, measure, remove_tags
 from tests.bench.subject import Subject
-from tests.ranks import run_ranks
+from tests.harness.ranks import run_ranks
 
 TARGET = 0.01
 PAIR = Pair('save: proof', 'save: whole', TARGET)

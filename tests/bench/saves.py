@@ -13,10 +13,11 @@ import torch
 from torch import distributed
 from torch.distributed import checkpoint as dcp
 
-from internvl_ds.checkpoint import background, hashing
-from internvl_ds.checkpoint.manifest import file_rank
+from internvl_ds.checkpoint import async_save as background
+from internvl_ds.checkpoint.tag import hashing
+from internvl_ds.checkpoint.tag.manifest import file_rank
+from internvl_ds.dist.rendezvous import rank
 from internvl_ds.files import flush
-from internvl_ds.meetings import rank
 from tests.bench.figures import Pair
 from tests.bench.harness import Contender, barrier, remove_tags
 from tests.bench.subject import Subject

@@ -21,8 +21,8 @@ from internvl_ds import (
     load_checkpoint,
     save_checkpoint,
 )
-from internvl_ds.checkpoint.writer import ShardWriter
-from internvl_ds.meetings import rank
+from internvl_ds.checkpoint.checkpoint_engine import ShardWriter
+from internvl_ds.dist.rendezvous import rank
 from tests.workers.model import make_config, make_optimizer, precision_values
 
 logger = logging.getLogger('bench')

@@ -19,11 +19,11 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-from internvl_ds.cli.digits import write_digits
-from internvl_ds.comm import free_port
-from internvl_ds.tune.command import complete, trial_words
-from internvl_ds.tune.records import BASE, OK, SHIPPED, Records
-from internvl_ds.tune.trial import run_trial
+from internvl_ds.dist.process_group import free_port
+from internvl_ds.tools.cli.digits import write_digits
+from internvl_ds.tools.tune.command import complete, trial_words
+from internvl_ds.tools.tune.records import BASE, OK, SHIPPED, Records
+from internvl_ds.tools.tune.trial import run_trial
 from tests.bench.figures import (
     Pair,
     ratios_report,
@@ -55,7 +55,8 @@ def main() -> None:
     start = time.monotonic()
     subprocess.run(
         [
-            sys.executable, '-m', 'internvl_ds.cli', 'tune', '--cfg', CFG, '--data-path', str(data),
+            sys.executable, '-m', 'internvl_ds.tools.cli', 'tune', '--cfg', CFG,
+            '--data-path', str(data),
             '--output', str(output / 'tune'), '--budget', f'{args.minutes:g}',
             '--trials', str(args.trials), '--', *args.launcher,
         ],

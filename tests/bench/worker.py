@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from internvl_ds.checkpoint import background
-from internvl_ds.meetings import rank, world_size
+from internvl_ds.checkpoint import async_save as background
+from internvl_ds.dist.rendezvous import rank, world_size
 from tests.bench import loads, saves
 from tests.bench.figures import ratios_report, seconds_report
 from tests.bench.harness import barrier, measure

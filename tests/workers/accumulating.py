@@ -15,7 +15,7 @@ from internvl_ds import (
     load_checkpoint,
     save_checkpoint,
 )
-from internvl_ds.meetings import rank, world_size
+from internvl_ds.dist.rendezvous import rank, world_size
 from tests.workers.calls import message_of
 from tests.workers.model import (
     batch,

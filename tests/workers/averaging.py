@@ -16,9 +16,9 @@ from internvl_ds import (
     load_ema_checkpoint,
     save_checkpoint,
 )
-from internvl_ds.checkpoint.export import write_safetensors
-from internvl_ds.ema import ShardedEma
-from internvl_ds.meetings import rank, world_size
+from internvl_ds.checkpoint.formats.export import write_safetensors
+from internvl_ds.dist.rendezvous import rank, world_size
+from internvl_ds.engine.ema import ShardedEma
 from tests.workers.model import batch, make_config, make_model, module_dtype
 from tests.workers.scaling import counted
 from tests.workers.stepping import make_engine, masters, train_step

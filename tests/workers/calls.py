@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from internvl_ds.meetings import rank
+from internvl_ds.dist.rendezvous import rank
 
 
 def message_of(action: Callable[[], Any]) -> str:

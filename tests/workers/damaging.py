@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from internvl_ds import auto_resume_helper, load_ema_checkpoint
-from internvl_ds.checkpoint.hashing import hash_file
-from internvl_ds.checkpoint.lookup import read_manifest
-from internvl_ds.checkpoint.manifest import Manifest
+from internvl_ds.checkpoint.tag.discovery import read_manifest
+from internvl_ds.checkpoint.tag.hashing import hash_file
+from internvl_ds.checkpoint.tag.manifest import Manifest
 from tests.workers.calls import message_of, on_rank_0
 from tests.workers.killing import state_digest
 from tests.workers.saving import Payload, Run, caught_warnings, logger

@@ -19,10 +19,10 @@ from internvl_ds import (
     reduce_tensor,
     save_checkpoint,
 )
-from internvl_ds.ema import ShardedEma
+from internvl_ds.dist.rendezvous import rank, world_size
+from internvl_ds.engine.ema import ShardedEma
 from internvl_ds.errors import InternvlDsError
-from internvl_ds.masters import master_weights
-from internvl_ds.meetings import rank, world_size
+from internvl_ds.zero.master_weights import master_weights
 from tests.workers.model import (
     CLASSES,
     FEATURES,

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from internvl_ds.comm import init_distributed
-from internvl_ds.config import default_config, get_config
+from internvl_ds.config.tree import default_config, get_config
+from internvl_ds.dist.process_group import init_distributed
+from internvl_ds.dist.rendezvous import exchange, rank
 from internvl_ds.errors import ConfigError
-from internvl_ds.meetings import exchange, rank
 from internvl_ds.train.data import build_loaders, start_epoch
 from internvl_ds.train.loop import run
 from tests.workers.training import small_config

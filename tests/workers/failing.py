@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from internvl_ds.checkpoint import background
-from internvl_ds.checkpoint.lookup import newest
-from internvl_ds.checkpoint.output_lock import LOCK
-from internvl_ds.comm import free_port, init_distributed, shutdown
-from internvl_ds.config import get_config, merge_opts
-from internvl_ds.meetings import rank
+from internvl_ds.checkpoint import async_save as background
+from internvl_ds.checkpoint.tag.discovery import newest
+from internvl_ds.checkpoint.tag.output_lock import LOCK
+from internvl_ds.config.tree import get_config, merge_opts
+from internvl_ds.dist.process_group import free_port, init_distributed, shutdown
+from internvl_ds.dist.rendezvous import rank
 from internvl_ds.train.loop import run as run_program
 from tests.workers.calls import message_of, on_rank_0
 from tests.workers.killing import state_digest
@@ -160,7 +160,7 @@ def _slow_down_writes() -> None:
 
 def start_program(root: Path, how: str) -> list[subprocess.Popen]:
     """Starts `program` on two ranks; returns their processes."""
-    from tests.ranks import ROOT, base_env
+    from tests.harness.ranks import ROOT, base_env
 
     port = str(free_port())
     code = f'from tests.workers.failing import program; program({str(root)!r}, {how!r})'

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from internvl_ds.cli import main
-from internvl_ds.plan import fit
+from internvl_ds.tools.cli import main
+from internvl_ds.tools.plan import memory_planner as fit
 from tests.workers.training import Brightness
 
 _TOO_MUCH = 2**36  # bytes: more than the test's ulimit

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from internvl_ds.meetings import rank, world_size
+from internvl_ds.dist.rendezvous import rank, world_size
 from tests.workers.training import Brightness
 
 

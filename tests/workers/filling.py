@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from internvl_ds import NativeScalerWithGradNormCount, initialize, save_checkpoint
-from internvl_ds.checkpoint.state import state_of
-from internvl_ds.engine import ds_config_of
-from internvl_ds.meetings import rank, world_size
+from internvl_ds.checkpoint.formats.state_json import state_of
+from internvl_ds.dist.rendezvous import rank, world_size
+from internvl_ds.engine.registry import ds_config_of
 from tests.workers.measuring import allocated
 from tests.workers.model import make_config, make_model, make_optimizer, micro_batch, zero_json
 

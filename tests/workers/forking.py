@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from internvl_ds.comm import free_port
-from tests.ranks import run_command
-from tests.zygote import preload
+from internvl_ds.dist.process_group import free_port
+from tests.harness.forkserver import preload
+from tests.harness.ranks import run_command
 
 
 def run_chain(

@@ -24,21 +24,21 @@ from safetensors.torch import save_file
 
 from internvl_ds import auto_resume_helper, load_checkpoint, load_ema_checkpoint, load_pretrained
 from internvl_ds.checkpoint.classes import saved_classes
-from internvl_ds.checkpoint.export import write_original
-from internvl_ds.checkpoint.rng import rng_state
-from internvl_ds.cli import main as command
-from internvl_ds.config import default_config, get_config
-from internvl_ds.ds_check import check, require_right
-from internvl_ds.ds_config import load_ds_config, resolve
+from internvl_ds.checkpoint.formats.export import write_original
+from internvl_ds.checkpoint.formats.rng import rng_state
+from internvl_ds.config.ds.check import check, require_right
+from internvl_ds.config.ds.resolve import load_ds_config, resolve
+from internvl_ds.config.tree import default_config, get_config
 from internvl_ds.errors import InternvlDsError
+from internvl_ds.tools.cli import main as command
+from internvl_ds.tools.tune.records import Records
+from internvl_ds.tools.tune.session import same_settings
+from internvl_ds.tools.tune.space import parse_space, read_space
+from internvl_ds.tools.tune.trial import _measured
 from internvl_ds.train.log import MetricsLog
 from internvl_ds.train.position import Position
-from internvl_ds.tune.records import Records
-from internvl_ds.tune.session import same_settings
-from internvl_ds.tune.space import parse_space, read_space
-from internvl_ds.tune.trial import _measured
-from tests import hostile
-from tests.hostile import peak, restart_peak
+from tests.harness import hostile
+from tests.harness.hostile import peak, restart_peak
 from tests.workers.killing import state_digest
 from tests.workers.model import make_model, set_values
 from tests.workers.saving import Run, logger

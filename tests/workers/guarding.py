@@ -15,7 +15,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from internvl_ds import NativeScalerWithGradNormCount, get_grad_norm, initialize, register
-from internvl_ds.meetings import rank, world_size
+from internvl_ds.dist.rendezvous import rank, world_size
 from tests.workers.calls import message_of
 from tests.workers.model import make_config, make_model, make_sgd, micro_batch, zero_json
 from tests.workers.stepping import make_engine, masters, train_step

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch.distributed import distributed_c10d
 
-from internvl_ds.meetings import rank
+from internvl_ds.dist.rendezvous import rank
 
 
 def fail_on_rank_1() -> None:

@@ -24,10 +24,10 @@ from internvl_ds import (
     load_pretrained,
     register,
 )
-from internvl_ds.config import default_config
-from internvl_ds.ema import ShardedEma
-from internvl_ds.engine import loss_scale_of
-from internvl_ds.meetings import rank, world_size
+from internvl_ds.config.tree import default_config
+from internvl_ds.dist.rendezvous import rank, world_size
+from internvl_ds.engine.ema import ShardedEma
+from internvl_ds.engine.registry import loss_scale_of
 from tests.workers.elastic import ADAM, full_state, logger
 from tests.workers.model import (
     CLASSES,

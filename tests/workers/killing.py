@@ -21,13 +21,13 @@ from typing import Any
 import torch
 
 from internvl_ds import auto_resume_helper, load_ema_checkpoint
-from internvl_ds.checkpoint import background
-from internvl_ds.checkpoint.manifest import tag_name
-from internvl_ds.comm import init_distributed
-from internvl_ds.masters import master_weights
-from internvl_ds.meetings import rank
+from internvl_ds.checkpoint import async_save as background
+from internvl_ds.checkpoint.tag.manifest import tag_name
+from internvl_ds.dist.process_group import init_distributed
+from internvl_ds.dist.rendezvous import rank
 from internvl_ds.train import loop
 from internvl_ds.train.log import MetricsLog
+from internvl_ds.zero.master_weights import master_weights
 from tests.workers.saving import Run, logger
 from tests.workers.training import small_config
 from tests.workers.whole_state import whole_state

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from yacs.config import CfgNode
 
 from internvl_ds import NativeScalerWithGradNormCount, initialize, save_checkpoint
-from internvl_ds.config import default_config, merge_opts
-from internvl_ds.ema import ShardedEma
+from internvl_ds.config.tree import default_config, merge_opts
+from internvl_ds.engine.ema import ShardedEma
 from internvl_ds.train.loop import build_criterion
 from internvl_ds.train.model import build_model, input_dtype
 from internvl_ds.train.optim import build_optimizer

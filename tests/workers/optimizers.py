@@ -19,9 +19,9 @@ from internvl_ds import (
     load_checkpoint,
     save_checkpoint,
 )
+from internvl_ds.dist.rendezvous import rank, world_size
 from internvl_ds.errors import InternvlDsError
-from internvl_ds.masters import master_weights
-from internvl_ds.meetings import rank, world_size
+from internvl_ds.zero.master_weights import master_weights
 from tests.workers.elastic import full_state, make_scheduler
 from tests.workers.model import CLASSES, FEATURES, make_config, micro_batch
 from tests.workers.saving import caught_warnings

@@ -29,12 +29,13 @@ from torch import nn
 from torch.distributed import distributed_c10d
 from yacs.config import CfgNode
 
-from internvl_ds import auto_resume_helper, load_ema_checkpoint, load_pretrained, meetings
-from internvl_ds import preemption as preemption_module
-from internvl_ds.comm import init_distributed, leave, shutdown
-from internvl_ds.preemption import Preemption
-from internvl_ds.pretrained import downloads
-from internvl_ds.store_client import StoreClient
+from internvl_ds import auto_resume_helper, load_ema_checkpoint, load_pretrained
+from internvl_ds.checkpoint.sources import downloads
+from internvl_ds.dist import preemption as preemption_module
+from internvl_ds.dist import rendezvous as meetings
+from internvl_ds.dist.preemption import Preemption
+from internvl_ds.dist.process_group import init_distributed, leave, shutdown
+from internvl_ds.dist.store_client import StoreClient
 from internvl_ds.train import __main__ as program
 from internvl_ds.train import evaluate as train_evaluate
 from tests.workers import elastic, originals

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from internvl_ds import preemption
-from internvl_ds.comm import init_distributed, leave
-from internvl_ds.config import get_config
-from internvl_ds.meetings import rank
+from internvl_ds.config.tree import get_config
+from internvl_ds.dist import preemption
+from internvl_ds.dist.process_group import init_distributed, leave
+from internvl_ds.dist.rendezvous import rank
 from internvl_ds.train import loop, progress
 from tests.workers.forking import fork_ranks, main
 

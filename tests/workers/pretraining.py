@@ -21,9 +21,9 @@ from internvl_ds import (
     load_pretrained,
     save_checkpoint,
 )
-from internvl_ds.comm import init_distributed
-from internvl_ds.ema import ShardedEma
-from internvl_ds.meetings import rank, world_size
+from internvl_ds.dist.process_group import init_distributed
+from internvl_ds.dist.rendezvous import rank, world_size
+from internvl_ds.engine.ema import ShardedEma
 from tests.workers.model import make_config, make_optimizer, zero_json
 
 _log = logging.getLogger('pretraining')

@@ -20,15 +20,15 @@ from internvl_ds import (
     load_ema_checkpoint,
     save_checkpoint,
 )
-from internvl_ds.checkpoint import background
-from internvl_ds.checkpoint.averages import read_whole_ema
-from internvl_ds.checkpoint.ema_files import EmaFiles
-from internvl_ds.checkpoint.export import weights_of_tag
-from internvl_ds.checkpoint.output_lock import LOCK
-from internvl_ds.checkpoint.shards import TagShards
-from internvl_ds.ema import ShardedEma
+from internvl_ds.checkpoint import async_save as background
+from internvl_ds.checkpoint.formats.ema_files import EmaFiles
+from internvl_ds.checkpoint.formats.ema_tensors import read_whole_ema
+from internvl_ds.checkpoint.formats.export import weights_of_tag
+from internvl_ds.checkpoint.formats.zero_shards import TagShards
+from internvl_ds.checkpoint.tag.output_lock import LOCK
+from internvl_ds.dist.rendezvous import rank, world_size
+from internvl_ds.engine.ema import ShardedEma
 from internvl_ds.errors import InternvlDsError
-from internvl_ds.meetings import rank, world_size
 from tests.workers.elastic import Run
 from tests.workers.model import CLASSES, FEATURES, make_config, micro_batch, zero_json
 from tests.workers.saving import caught_warnings

@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from tests.ranks import ROOT
+from tests.harness.ranks import ROOT
 
 
 def write_launcher(folder: Path) -> list[str]:

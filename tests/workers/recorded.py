@@ -1,4 +1,4 @@
-"""What ranks do for tests/recorded_tags.py: tags of each layout, with all that is in them."""
+"""What ranks do for tests/harness/recorded_tags.py: tags of each layout, with all in them."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from internvl_ds import (
     load_ema_checkpoint,
     save_checkpoint,
 )
-from internvl_ds.ema import ShardedEma
-from internvl_ds.engine import ds_config_of, loss_scale_of
-from internvl_ds.meetings import rank, world_size
+from internvl_ds.dist.rendezvous import rank, world_size
+from internvl_ds.engine.ema import ShardedEma
+from internvl_ds.engine.registry import ds_config_of, loss_scale_of
 from tests.workers.elastic import ADAM, full_state, logger
 from tests.workers.model import (
     CLASSES,

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from internvl_ds.config import get_config
-from internvl_ds.meetings import rank
+from internvl_ds.config.tree import get_config
+from internvl_ds.dist.rendezvous import rank
 from internvl_ds.train import loop
 
 

@@ -24,9 +24,9 @@ from internvl_ds import (
     load_ema_checkpoint,
     save_checkpoint,
 )
-from internvl_ds.checkpoint.output_lock import LOCK
-from internvl_ds.ema import ShardedEma
-from internvl_ds.meetings import rank, world_size
+from internvl_ds.checkpoint.tag.output_lock import LOCK
+from internvl_ds.dist.rendezvous import rank, world_size
+from internvl_ds.engine.ema import ShardedEma
 from tests.workers.model import (
     make_config,
     make_model,

@@ -22,11 +22,11 @@ from internvl_ds import (
     load_checkpoint,
     save_checkpoint,
 )
-from internvl_ds.checkpoint.export import write_original
-from internvl_ds.checkpoint.lookup import newest
-from internvl_ds.engine import loss_scale_of
+from internvl_ds.checkpoint.formats.export import write_original
+from internvl_ds.checkpoint.tag.discovery import newest
+from internvl_ds.dist.rendezvous import rank, world_size
+from internvl_ds.engine.registry import loss_scale_of
 from internvl_ds.errors import ConfigError, GradientOverflow
-from internvl_ds.meetings import rank, world_size
 from tests.workers.model import (
     make_config,
     make_model,

@@ -17,8 +17,8 @@ from internvl_ds import (
     register,
     save_checkpoint,
 )
-from internvl_ds.cli import main
-from internvl_ds.meetings import from_rank_0, rank
+from internvl_ds.dist.rendezvous import from_rank_0, rank
+from internvl_ds.tools.cli import main
 from tests.workers.model import make_config, make_model, micro_batch, zero_json
 from tests.workers.saving import caught_warnings
 

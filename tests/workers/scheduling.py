@@ -19,8 +19,8 @@ from internvl_ds import (
     load_checkpoint,
     save_checkpoint,
 )
-from internvl_ds.checkpoint.export import write_original
-from internvl_ds.meetings import rank, world_size
+from internvl_ds.checkpoint.formats.export import write_original
+from internvl_ds.dist.rendezvous import rank, world_size
 from tests.workers.calls import message_of
 from tests.workers.model import make_config, make_model, make_sgd, micro_batch, zero_json
 from tests.workers.stepping import masters

@@ -21,11 +21,11 @@ from internvl_ds import (
     load_pretrained,
     save_checkpoint,
 )
-from internvl_ds.checkpoint import background
-from internvl_ds.ema import ShardedEma
+from internvl_ds.checkpoint import async_save as background
+from internvl_ds.dist.rendezvous import rank, world_size
+from internvl_ds.engine.ema import ShardedEma
 from internvl_ds.errors import InternvlDsError
-from internvl_ds.meetings import rank, world_size
-from tests.sequences import shows_state
+from tests.harness.sequences import shows_state
 from tests.workers.model import micro_batch, module_dtype, precision_values
 from tests.workers.sequence_model import CLIP, make_client, make_net, make_scheduler, toggle
 from tests.workers.whole_state import whole_state

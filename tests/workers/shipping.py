@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from internvl_ds import NativeScalerWithGradNormCount, initialize
-from internvl_ds.meetings import world_size
+from internvl_ds.dist.rendezvous import world_size
 from tests.workers.model import make_config, make_model, make_optimizer, precision_values
 from tests.workers.stepping import masters, train_step
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from internvl_ds import preemption
-from internvl_ds.config import default_config
-from internvl_ds.meetings import rank, world_size
-from internvl_ds.preemption import SAVE, STOP, Preemption
+from internvl_ds.config.tree import default_config
+from internvl_ds.dist import preemption
+from internvl_ds.dist.preemption import SAVE, STOP, Preemption
+from internvl_ds.dist.rendezvous import rank, world_size
 
 
 def boundaries(seed: int, trials: int, count: int) -> list[list[tuple[int, str]]]:

@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 
-from internvl_ds.signals import Request, end_at_interrupt
+from internvl_ds.dist.signals import Request, end_at_interrupt
 
 
 def in_c_code() -> None:

@@ -10,9 +10,9 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import nn
 
 from internvl_ds import NativeScalerWithGradNormCount, get_grad_norm, initialize
+from internvl_ds.dist.rendezvous import rank, world_size
 from internvl_ds.errors import ConfigError
-from internvl_ds.meetings import rank, world_size
-from internvl_ds.scaling import scale_loss
+from internvl_ds.zero.loss_scale_sync import scale_loss
 from tests.workers.model import (
     make_config,
     make_model,

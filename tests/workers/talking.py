@@ -19,14 +19,13 @@ from internvl_ds import (
     NativeScalerWithGradNormCount,
     auto_resume_helper,
     initialize,
-    meetings,
     reduce_tensor,
     register,
 )
-from internvl_ds.comm import reduce_tensors
-from internvl_ds.engine import engine_of
-from internvl_ds.errors import CheckpointError, CheckpointNotFound
-from internvl_ds.meetings import (
+from internvl_ds.dist import rendezvous as meetings
+from internvl_ds.dist.peers import background_meetings
+from internvl_ds.dist.process_group import reduce_tensors
+from internvl_ds.dist.rendezvous import (
     agree,
     connect_peers,
     exchange,
@@ -35,7 +34,8 @@ from internvl_ds.meetings import (
     rank,
     world_size,
 )
-from internvl_ds.peers import background_meetings
+from internvl_ds.engine.registry import engine_of
+from internvl_ds.errors import CheckpointError, CheckpointNotFound
 from tests.workers.calls import message_of
 from tests.workers.model import make_config, make_model, make_optimizer, micro_batch, zero_json
 from tests.workers.stepping import masters

@@ -18,12 +18,12 @@ from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 from yacs.config import CfgNode
 
-from internvl_ds import engine as internvl_engine
 from internvl_ds import initialize
-from internvl_ds.checkpoint.output_lock import LOCK
-from internvl_ds.config import default_config, get_config, merge_opts
+from internvl_ds.checkpoint.tag.output_lock import LOCK
+from internvl_ds.config.tree import default_config, get_config, merge_opts
+from internvl_ds.dist.rendezvous import rank, world_size
+from internvl_ds.engine import registry as internvl_engine
 from internvl_ds.errors import RankError
-from internvl_ds.meetings import rank, world_size
 from internvl_ds.train.data import build_loaders, seed_everything, start_epoch
 from internvl_ds.train.evaluate import evaluate
 from internvl_ds.train.loop import build_criterion, run, train_one_epoch

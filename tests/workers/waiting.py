@@ -20,10 +20,18 @@ import torch
 from torch import nn
 
 from internvl_ds import load_pretrained
-from internvl_ds.checkpoint import background, elastic
-from internvl_ds.checkpoint.writer import ShardWriter
-from internvl_ds.comm import init_distributed, limit_collectives, making_groups, shutdown
-from internvl_ds.meetings import (
+from internvl_ds.checkpoint import async_save as background
+from internvl_ds.checkpoint import reshard as elastic
+from internvl_ds.checkpoint.checkpoint_engine import ShardWriter
+from internvl_ds.dist.peers import background_meetings, set_limits
+from internvl_ds.dist.preemption import Preemption
+from internvl_ds.dist.process_group import (
+    init_distributed,
+    limit_collectives,
+    making_groups,
+    shutdown,
+)
+from internvl_ds.dist.rendezvous import (
     agree,
     connect_peers,
     exchange,
@@ -34,8 +42,6 @@ from internvl_ds.meetings import (
     rank,
     request_is_raised,
 )
-from internvl_ds.peers import background_meetings, set_limits
-from internvl_ds.preemption import Preemption
 from internvl_ds.pretrained import transforms
 from tests.workers.calls import message_of
 from tests.workers.model import make_config, make_model

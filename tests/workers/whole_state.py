@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from internvl_ds.meetings import rank, world_size
+from internvl_ds.dist.rendezvous import rank, world_size
 
 # name, index of the first element, the tensors ('master' among them), the numbers
 Piece = tuple[str, int, dict[str, torch.Tensor], dict[str, float]]

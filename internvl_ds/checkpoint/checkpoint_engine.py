@@ -1,0 +1,164 @@
+"""The DeepSpeed CheckpointEngine of this package: how shards are written and read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import (
+    CheckpointCommitInfo,
+    CheckpointEngine,
+)
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+from internvl_ds.checkpoint.formats.ema_files import EmaFile, with_identity
+from internvl_ds.checkpoint.formats.snapshot import Snapshot, tensor_bytes
+from internvl_ds.checkpoint.formats.zero_shards import TagShards, read_shard
+from internvl_ds.checkpoint.tag.hashing import save_safetensors, save_tensors
+from internvl_ds.checkpoint.tag.manifest import FileEntry, Identity
+from internvl_ds.errors import CheckpointError
+
+
+class ShardWriter(CheckpointEngine):
+    """Writes this rank's files of a save, flushed and hashed, once DeepSpeed is through.
+
+    ``engine.save_checkpoint`` meets in barriers, which have the time limit of a collective, and a
+    disk may take longer. So it only collects what is to be written, and `finish` writes it; an
+    exception in between would leave the others waiting, and is kept in ``error``.
+
+    Outside of a save of this package, ``engine.save_checkpoint`` writes as DeepSpeed means it to.
+
+    Attributes:
+        identity: what every file of this save says of itself.
+        written: path -> size and digest, of the files of this save.
+        error: the first failure of this save.
+        last_size: bytes that this rank wrote in its last whole save; None before one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.name = 'internvl_ds'
+        self.identity = Identity('', '', 0)
+        self.written: dict[Path, FileEntry] = {}
+        self.error: Exception | None = None
+        self.last_size: int | None = None
+        self._collects = self._in_background = False
+        self._collected: list[tuple[Path, Any]] = []
+        self._scripts: list[Callable[[], None]] = []
+        self._snapshot = Snapshot()
+        self._opened: dict[Path, Any] = {}
+
+    def begin(self, identity: Identity, *, in_background: bool) -> None:
+        """Begins a save, which `finish` or `forget` ends.
+
+        Args:
+            identity: goes into every file.
+            in_background: collect copies, for training to go on, and not the state itself.
+        """
+        self.identity = identity
+        self.error = None
+        self.written = {}
+        self.forget()
+        self._collects, self._in_background = True, in_background
+        if in_background:
+            self._snapshot.begin()
+        else:
+            self._snapshot = Snapshot()  # lets go of its memory
+
+    def forget(self) -> None:
+        """Ends a save without writing."""
+        self._collects, self._collected, self._scripts = False, [], []
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Nothing to do in a save of this package.
+
+        Rank 0 has made the staging directory; a host that does not see it is to say so.
+        """
+        if not self._collects:
+            super().makedirs(path, exist_ok)
+
+    def create(self, info: CheckpointCommitInfo) -> None:
+        """Nothing to do: the caller has made the staging directory."""
+
+    def save(self, state_dict: Any, path: str | Path) -> None:
+        """Collects one file; a failure is kept in ``error``.
+
+        Args:
+            state_dict: what torch.save is to write, or an `EmaFile`.
+            path: where to.
+        """
+        if not self._collects:
+            self._write(state_dict, Path(path))
+            return
+        try:
+            if self._in_background:
+                # An EmaFile is a tuple of a name, tensors and metadata: it is copied as one.
+                state_dict = self._snapshot.copy(state_dict)
+            self._collected.append((Path(path), state_dict))
+        except Exception as error:
+            self.error = self.error or error
+
+    def finish(self) -> None:
+        """Writes what was collected; a failure is kept in ``error``."""
+        try:
+            while self._collected and self.error is None:
+                path, value = self._collected.pop(0)
+                self._write(value, path)
+                del value  # of the state that was made for the file nothing is kept
+            while self._scripts and self.error is None:
+                self._scripts.pop(0)()
+        except Exception as error:
+            self.error = error
+        self.forget()
+
+    def copy_scripts(self, copy: Callable[[], None]) -> None:
+        """Copies DeepSpeed's recovery scripts: in a save of this package with the other files."""
+        if self._collects:
+            self._scripts.append(copy)
+        else:
+            copy()
+
+    def _write(self, value: Any, path: Path) -> None:
+        try:
+            if isinstance(value, EmaFile):
+                metadata = with_identity(value.metadata, self.identity)
+                self.written[path] = save_safetensors(value.tensors, path, metadata)
+            else:
+                own = {**value, Identity.KEY: self.identity.to_dict()}
+                self.written[path] = save_tensors(own, path)
+        except Exception as error:
+            raise CheckpointError(f'{error}; the file needs {tensor_bytes(value)} bytes') from error
+
+    def open(self, path: Path, shards: TagShards) -> None:
+        """Reads one shard now for the loads until `close`, to see whether it can be read.
+
+        DeepSpeed asks for the model states twice; the pickle in them is read once.
+
+        Raises:
+            CheckpointError: when it cannot, or is no data.
+        """
+        self._opened[path] = shards.read(path)
+
+    def load(self, path: str | Path, map_location: Any = None) -> Any:
+        """Reads one shard as data, mapped into memory; what is no data is refused."""
+        opened = self._opened.get(Path(path))
+        return read_shard(path, mmap=True) if opened is None else opened
+
+    def close(self) -> None:
+        """Lets go of what was opened."""
+        self._opened = {}
+
+    def commit(self, info: CheckpointCommitInfo) -> bool:
+        """The caller commits, when every rank has reported."""
+        return True
+
+
+def install_writer(engine: DeepSpeedEngine) -> ShardWriter:
+    """Makes ``engine`` save and load through a `ShardWriter`, and returns it."""
+    if not isinstance(engine.checkpoint_engine, ShardWriter):
+        writer = ShardWriter()
+        engine.checkpoint_engine = writer
+        copy = engine._copy_recovery_script
+        engine._copy_recovery_script = lambda path: writer.copy_scripts(lambda: copy(path))
+    return engine.checkpoint_engine

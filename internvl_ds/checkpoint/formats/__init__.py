@@ -1,0 +1,1 @@
+"""The files in a tag, and the original's: how each is written and read. Knows no ranks."""

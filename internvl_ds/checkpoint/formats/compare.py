@@ -1,0 +1,199 @@
+"""Two checkpoints of any kind, tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from internvl_ds.checkpoint.client_state import saved_state
+from internvl_ds.checkpoint.formats.ema_files import EmaFiles
+from internvl_ds.checkpoint.formats.ema_tensors import ema_flats
+from internvl_ds.checkpoint.formats.export import weights_of_tag
+from internvl_ds.checkpoint.formats.optimizer_state import state_by_order
+from internvl_ds.checkpoint.formats.pth_format import weights_of_file
+from internvl_ds.checkpoint.formats.zero_shards import TagShards
+from internvl_ds.checkpoint.sources.weight_files import open_source
+from internvl_ds.errors import CheckpointError, CheckpointMismatch, PretrainedError
+from internvl_ds.files.reading import interpreting
+from internvl_ds.zero.lazy_tensor import Flat
+
+_NUMBERS = ('epoch', 'max_accuracy', 'max_accuracy_ema', 'ema_decay')
+_PIECE = 1 << 24  # elements compared at a time
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a checkpoint holds.
+
+    Attributes:
+        tensors: 'model/NAME', 'optimizer/NAME/KEY', 'ema/NAME' -> tensor.
+        numbers: 'epoch', 'optimizer/NAME/step', ... -> value.
+    """
+
+    tensors: dict[str, Flat]
+    numbers: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One entry that is not the same in both.
+
+    Attributes:
+        name: of the entry.
+        what: a sentence.
+        largest: the largest absolute difference of an element, where both are tensors of a shape.
+    """
+
+    name: str
+    what: str
+    largest: float | None = None
+
+
+def contents_of(path: Path) -> Contents:
+    """Opens a tag, an original's .pth, a .safetensors or its index. Nothing is read yet.
+
+    Raises:
+        CheckpointError: when it is none of these, or cannot be read.
+    """
+    if path.is_dir():
+        with interpreting(path, CheckpointError):
+            return _contents_of_tag(path)
+    try:
+        source = open_source(str(path))
+    except PretrainedError as error:
+        raise CheckpointError(str(error)) from error
+    with interpreting(path, CheckpointError):
+        return _contents_of_file(source, str(path))
+
+
+def differences(a: Contents, b: Contents) -> Iterator[Difference]:
+    """What is in one and not the other, of another shape, or of other values; in order of name."""
+    for name in sorted(a.tensors.keys() | b.tensors.keys()):
+        if name not in a.tensors or name not in b.tensors:
+            yield Difference(name, f'only in {"B" if name not in a.tensors else "A"}')
+            continue
+        one, other = a.tensors[name], b.tensors[name]
+        if one.shape != other.shape and not name.startswith('optimizer/'):
+            yield Difference(name, f'shape {tuple(one.shape)} and {tuple(other.shape)}')
+        elif one.numel != other.numel:
+            yield Difference(name, f'{one.numel} and {other.numel} elements')
+        elif (found := _compared(one, other)) is not None:
+            yield Difference(name, *found)
+    for name in sorted(a.numbers.keys() | b.numbers.keys()):
+        left, right = a.numbers.get(name), b.numbers.get(name)
+        if left != right:
+            yield Difference(name, f'{left} and {right}')
+
+
+def _compared(one: Flat, other: Flat) -> tuple[str, float] | None:
+    count, largest = 0, 0.0
+    for start in range(0, one.numel, _PIECE):
+        size = min(_PIECE, one.numel - start)
+        left, right = torch.empty(size, dtype=one.dtype), torch.empty(size, dtype=other.dtype)
+        one.copy_to(left, start)
+        other.copy_to(right, start)
+        unequal = (left != right) & ~((left != left) & (right != right))  # nan is nan
+        count += int(unequal.sum())
+        if unequal.any():
+            gap = (left.double() - right.double()).abs()[unequal].nan_to_num(nan=float('inf'))
+            largest = max(largest, float(gap.max()))
+    if count:
+        return f'{count} of {one.numel} elements differ, by up to {largest:.3g}', largest
+    if one.dtype != other.dtype:
+        return f'equal values, as {one.dtype} and {other.dtype}', 0.0
+    return None
+
+
+def _contents_of_tag(tag: Path) -> Contents:
+    shards = TagShards(tag)
+    state = saved_state(shards)
+    tensors = _prefixed('model', weights_of_tag(shards))
+    numbers = _known_numbers(state)
+    if shards.optim_files or shards.head.get('optimizer'):
+        saved = shards.named_state(state.get('optimizer_groups'))
+        saved.require_all_named()
+        tensors |= _moments(saved.moments)
+        numbers |= _steps(saved.steps)
+    average = EmaFiles(tag)
+    if average:
+        tensors |= _prefixed('ema', ema_flats(average))
+    return Contents(tensors, numbers)
+
+
+def _contents_of_file(source: Mapping[str, Any], where: str) -> Contents:
+    weights = _stripped(weights_of_file(source, where))
+    tensors = _prefixed('model', {n: Flat.of(f'{where}: {n}', t) for n, t in weights.items()})
+    numbers = _known_numbers(source)
+    optimizer = source.get('optimizer')
+    if isinstance(optimizer, Mapping) and 'param_groups' in optimizer:
+        groups = _group_names(optimizer, weights)
+        kept = state_by_order(where, optimizer, groups, weights)
+        if kept.unnamed:
+            raise CheckpointMismatch(f'{where}: {kept.unnamed}, and cannot be compared')
+        tensors |= _moments(kept.moments)
+        numbers |= _steps(kept.steps)
+    if isinstance(source.get('model_ema'), Mapping):
+        average = _stripped(source['model_ema'])
+        flats = {n: Flat.of(f'{where}: {n}', t) for n, t in average.items()}
+        tensors |= _prefixed('ema', flats)
+    return Contents(tensors, numbers)
+
+
+def _known_numbers(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that are there; an accuracy of 0 stands for none, as in what is loaded."""
+    numbers = {key: state.get(key) for key in _NUMBERS}
+    return {
+        key: value
+        for key, value in numbers.items()
+        if isinstance(value, int | float) and (value or not key.startswith('max_accuracy'))
+    }
+
+
+def _group_names(optimizer: Mapping[str, Any], weights: Mapping[str, Any]) -> list[list[str]]:
+    """The names of an optimizer's parameters: those that it keeps, or else found by their shapes.
+
+    The original numbers its parameters in the order of the model. Frozen parameters and buffers
+    are in between: the next tensor of the right shape is taken.
+    """
+    names = iter(weights)
+    groups = []
+    for group in optimizer['param_groups']:
+        if group.get('param_names'):
+            groups.append(list(group['param_names']))
+            continue
+        found = []
+        for key in group['params']:
+            held = [
+                t.shape
+                for t in optimizer['state'].get(key, {}).values()
+                if isinstance(t, torch.Tensor) and t.dim()
+            ]
+            name = next((n for n in names if not held or weights[n].shape == held[0]), None)
+            if name is None:
+                raise CheckpointMismatch(
+                    f'parameter {key} of its optimizer fits no tensor of its model in order: only '
+                    'checkpoints whose optimizer follows the order of the model can be compared'
+                )
+            found.append(name)
+        groups.append(found)
+    return groups
+
+
+def _stripped(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix('module.'): tensor for name, tensor in weights.items()}
+
+
+def _prefixed(prefix: str, flats: Mapping[str, Flat]) -> dict[str, Flat]:
+    return {f'{prefix}/{name}': flat for name, flat in flats.items()}
+
+
+def _moments(moments: Mapping[str, Mapping[str, Flat]]) -> dict[str, Flat]:
+    return {f'optimizer/{n}/{key}': f for n, kept in moments.items() for key, f in kept.items()}
+
+
+def _steps(steps: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    return {f'optimizer/{n}/{key}': v for n, kept in steps.items() for key, v in kept.items()}

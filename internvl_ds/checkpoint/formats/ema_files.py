@@ -1,0 +1,152 @@
+"""The files of an average in a tag: sharded as `ShardedEma` keeps it, or whole as timm does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+
+from internvl_ds.checkpoint.client_state import holds_average
+from internvl_ds.checkpoint.formats import tensor_files
+from internvl_ds.checkpoint.formats.zero_shards import TagShards
+from internvl_ds.checkpoint.tag.discovery import read_manifest
+from internvl_ds.checkpoint.tag.identity import require_identity
+from internvl_ds.checkpoint.tag.manifest import Identity
+from internvl_ds.errors import CheckpointError, InternvlDsError, brief
+from internvl_ds.files.reading import interpreting, parse_json
+
+WHOLE = 'ema.safetensors'
+_WARMUP = {'gamma', 'power', 'min_decay'}
+_SHARD = 'ema_rank_{}.safetensors'
+
+
+class EmaFile(NamedTuple):
+    """What one rank writes of an average.
+
+    Attributes:
+        name: of the file.
+        tensors: name -> values.
+        metadata: for the file's header.
+    """
+
+    name: str
+    tensors: dict[str, torch.Tensor]
+    metadata: dict[str, str] | None
+
+
+def shard_name(rank: int) -> str:
+    """The name of one rank's part of a sharded average."""
+    return _SHARD.format(rank)
+
+
+class EmaFiles:
+    """The average of a tag.
+
+    Attributes:
+        tag: the directory.
+        sharded, whole: whether it is kept in the one form or the other.
+        of_script: whether it is in the client_state of a tag of plain DeepSpeed.
+    """
+
+    def __init__(self, tag: Path) -> None:
+        """Finds it.
+
+        Raises:
+            CheckpointError: when the manifest cannot be read, or the states of a tag without one.
+        """
+        self.tag = tag
+        self._manifest = read_manifest(tag)
+        self.of_script = self._manifest is None and holds_average(TagShards(tag))
+        names = set() if self._manifest is None else self._manifest.files.keys()
+        self.sharded, self.whole = shard_name(0) in names, WHOLE in names
+
+    def __bool__(self) -> bool:
+        """Whether the tag holds an average."""
+        return self.sharded or self.whole or self.of_script
+
+    @cached_property
+    def header(self) -> dict[str, str]:
+        """Of a sharded average: decay, num_updates, warmup, zero_stage and world_size.
+
+        Raises:
+            CheckpointError: when it cannot be read.
+        """
+        with self.open(shard_name(0)) as file:
+            header = file.metadata() or {}
+        with interpreting(self.tag / shard_name(0), CheckpointError):
+            decay, warmup = float(header['decay']), parse_json(header.get('warmup', 'null'))
+            numbers = [int(header[k]) for k in ('num_updates', 'zero_stage', 'world_size')]
+            known = warmup is None or (
+                warmup.keys() <= _WARMUP and all(float(v) >= 0 for v in warmup.values())
+            )
+            if not (known and 0 <= decay <= 1 and min(numbers) >= 0):
+                raise ValueError(f'decay {decay}, numbers {numbers}, warmup {brief(warmup)}')
+        return header
+
+    def names(self, rank: int = 0) -> list[str]:
+        """The names of the tensors in one rank's part, ``shard/...`` and ``buffer/...``, in order.
+
+        Raises:
+            CheckpointError: when it cannot be read.
+        """
+        with self.open(shard_name(rank)) as file:
+            return sorted(file.keys())
+
+    def tensor(self, rank: int, name: str) -> torch.Tensor:
+        """One tensor of one rank's part.
+
+        Raises:
+            CheckpointError: when the rank's file or the tensor is missing.
+        """
+        with self.open(shard_name(rank)) as file:
+            if name not in file.keys():  # noqa: SIM118
+                raise CheckpointError(f'{self.tag / shard_name(rank)}: has no {name}')
+            return file.get_tensor(name)
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[Any]:
+        """Opens one of the files, and makes sure that it is this tag's.
+
+        Raises:
+            CheckpointError: when it cannot be read, or is another rank's or another save's.
+        """
+        path = self.tag / name
+        with open_safetensors(path) as file:
+            if self._manifest is not None:
+                require_identity(path, identity_in(file.metadata()), self._manifest.header)
+            yield file
+
+
+@contextmanager
+def open_safetensors(path: Path) -> Iterator[Any]:
+    """Opens a file of tensors.
+
+    Raises:
+        CheckpointError: when it cannot be read.
+    """
+    try:
+        with tensor_files.open_safetensors(path) as file:
+            yield file
+    except (OSError, ValueError, SafetensorError) as error:
+        if isinstance(error, InternvlDsError):
+            raise
+        raise CheckpointError(f'{path}: cannot be read: {error}') from error
+
+
+def with_identity(metadata: Mapping[str, str] | None, identity: Identity) -> dict[str, str]:
+    """A header that says whose file it is."""
+    return {**(metadata or {}), Identity.KEY: json.dumps(identity.to_dict())}
+
+
+def identity_in(metadata: Mapping[str, str] | None) -> Any:
+    """What a header says of whose file it is; None where it says nothing."""
+    try:
+        return parse_json((metadata or {}).get(Identity.KEY, 'null'))
+    except ValueError:
+        return None

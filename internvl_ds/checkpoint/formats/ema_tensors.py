@@ -1,0 +1,161 @@
+"""The averaged weights in a tag: sharded as `ShardedEma` keeps them, or whole as timm does."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+
+from internvl_ds.checkpoint.client_state import average_of
+from internvl_ds.checkpoint.formats.ema_files import WHOLE, EmaFile, EmaFiles
+from internvl_ds.checkpoint.formats.zero_shards import TagShards
+from internvl_ds.checkpoint.layout import same_groups
+from internvl_ds.checkpoint.restore import load_weights
+from internvl_ds.checkpoint.sources.weight_files import open_source
+from internvl_ds.dist.rendezvous import rank, world_size
+from internvl_ds.engine.ema import ShardedEma
+from internvl_ds.engine.registry import applied_updates
+from internvl_ds.errors import CheckpointError
+from internvl_ds.zero.lazy_tensor import Flat
+
+
+def ema_file(model_ema: Any) -> EmaFile | None:
+    """What this rank writes of an average: its part of a sharded one; rank 0 the whole of timm's.
+
+    Raises:
+        CheckpointError: for what is no average, or one that holds no values.
+    """
+    if model_ema is None:
+        return None
+    if isinstance(model_ema, ShardedEma):
+        return model_ema.shard_file()
+    module = _ema_module(model_ema)
+    empty = [name for name, p in module.named_parameters() if p.numel() == 0]
+    if empty:
+        raise CheckpointError(
+            f'{type(model_ema).__name__} holds no values of {empty[0]} and {len(empty) - 1} more: '
+            'it was copied from parameters that ZeRO-3 had partitioned; use '
+            'internvl_ds.ShardedEma(engine, decay)'
+        )
+    if rank() != 0:
+        return None
+    state = module.state_dict()
+    return EmaFile(WHOLE, {n.removeprefix('module.'): t for n, t in state.items()}, None)
+
+
+def _ema_module(model_ema: Any) -> nn.Module:
+    """The averaged module inside timm's ModelEma (``.ema``), ModelEmaV2 or V3 (``.module``)."""
+    for name in ('ema', 'module'):
+        module = getattr(model_ema, name, None)
+        if isinstance(module, nn.Module):
+            return module
+    raise CheckpointError(
+        f"model_ema is a {type(model_ema).__name__}; it can be a ShardedEma or timm's ModelEma, "
+        'ModelEmaV2 or ModelEmaV3'
+    )
+
+
+def ema_flats(saved: EmaFiles) -> dict[str, Flat]:
+    """Name -> averaged tensor of the model's state dict, from either kind of EMA in a tag.
+
+    Nothing is read yet.
+
+    Raises:
+        CheckpointError: when a file is missing or cannot be read.
+    """
+    flats = _all_flats(saved)
+    return {name: flats[name] for name in TagShards(saved.tag).shapes() if name in flats}
+
+
+def _all_flats(saved: EmaFiles) -> dict[str, Flat]:
+    """As `ema_flats`, with the buffers that are not persistent, where the average keeps them."""
+    path = saved.tag
+    if saved.whole:
+        with saved.open(WHOLE):
+            whole = open_source(str(path / WHOLE))
+        return {name: Flat.of(f'{path}: {name}', t) for name, t in whole.items()}
+    tag = TagShards(path)
+    if saved.of_script:
+        weights = tag.named_weights()
+        average = average_of(tag)
+        weights.update({n: Flat.of(f'{path}: {n}', t) for n, t in average.items()})
+        weights.update({alias: weights[name] for alias, name in tag.aliases().items()})
+        return weights
+    names = saved.names()
+    shards = [n for n in names if n.startswith('shard/')]
+    if tag.zero_stage:
+        read = functools.cache(lambda r, g: saved.tensor(r, shards[g]).reshape(-1))
+        averaged = tag.flats(read)
+    else:
+        averaged = {
+            n.removeprefix('shard/'): Flat.of(f'{path}: {n}', saved.tensor(0, n)) for n in shards
+        }
+    weights = tag.named_weights()
+    weights.update(averaged)
+    weights.update(
+        (n.removeprefix('buffer/'), Flat.of(f'{path}: {n}', saved.tensor(0, n)))
+        for n in names
+        if n.startswith('buffer/')
+    )
+    weights.update({alias: weights[name] for alias, name in tag.aliases().items()})
+    return weights
+
+
+def read_whole_ema(saved: EmaFiles) -> dict[str, torch.Tensor]:
+    """Name -> averaged tensor, from either kind of EMA that a tag can hold."""
+    return {name: flat.whole() for name, flat in ema_flats(saved).items()}
+
+
+def load_whole_ema(model_ema: Any, weights: Any, where: str) -> None:
+    """Copies whole averaged weights by name into any kind of average.
+
+    Raises:
+        CheckpointMismatch: for weights of another model.
+    """
+    stripped = {name.removeprefix('module.'): t for name, t in weights.items()}
+    if isinstance(model_ema, ShardedEma):
+        flats = {name: Flat.of(f'{where}: {name}', t) for name, t in stripped.items()}
+        model_ema.load_whole(flats, where)
+        return
+    module = _ema_module(model_ema)
+    wrapped = all(name.startswith('module.') for name in module.state_dict())
+    load_weights(module, {f'module.{n}' if wrapped else n: t for n, t in stripped.items()}, where)
+
+
+def ema_fits_directly(model_ema: ShardedEma, saved: EmaFiles) -> bool:
+    """Whether a tag's sharded average was cut as this one is."""
+    header, engine = saved.header, model_ema.engine
+    running = (engine.zero_optimization_stage(), world_size())
+    return (int(header['zero_stage']), int(header['world_size'])) == running and same_groups(
+        engine, TagShards(saved.tag)
+    )
+
+
+def count_on(model_ema: Any, updates: int | None, where: object, logger: logging.Logger) -> None:
+    """Gives an average whose checkpoint does not say how often it was updated a number of updates.
+
+    From that its warm-up goes on; from 0 it would forget what was loaded.
+
+    Args:
+        updates: of the weights; None for as many as the engine has applied.
+        where: the checkpoint, for the log.
+    """
+    if isinstance(model_ema, ShardedEma):
+        applied = applied_updates(model_ema.engine)
+        model_ema.num_updates = applied if updates is None else updates
+        logger.log(
+            logging.WARNING if model_ema.warmup else logging.INFO,
+            '%s does not say how often its average was updated: counted as %d, as its weights were',
+            where,
+            model_ema.num_updates,
+        )
+
+
+def load_other_ema(model_ema: ShardedEma, saved: EmaFiles) -> None:
+    """Takes this rank's part of an average that was cut in another way."""
+    model_ema.load_whole(_all_flats(saved), str(saved.tag))
+    if saved.sharded:
+        model_ema.take_header(saved.header)

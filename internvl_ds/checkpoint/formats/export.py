@@ -1,0 +1,261 @@
+"""A tag written as one file: the original's .pth, or weights as .safetensors. No process group.
+
+Tensors are merged one at a time, straight into the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from yacs.config import CfgNode
+
+from internvl_ds.checkpoint.client_state import saved_state
+from internvl_ds.checkpoint.formats.ema_files import EmaFiles
+from internvl_ds.checkpoint.formats.ema_tensors import ema_flats
+from internvl_ds.checkpoint.formats.zero_shards import TagShards
+from internvl_ds.checkpoint.sources.weight_files import open_source
+from internvl_ds.engine.param_groups import PER_GROUP_LISTS
+from internvl_ds.errors import CheckpointError
+from internvl_ds.files import replacing
+from internvl_ds.files.reading import parse_yaml
+from internvl_ds.zero.lazy_tensor import Flat, NamedState
+
+# What torch.amp.GradScaler starts with: for runs in fp32 and bf16, which have no loss scale.
+_GRAD_SCALER = {
+    'scale': 65536.0,
+    'growth_factor': 2.0,
+    'backoff_factor': 0.5,
+    'growth_interval': 2000,
+    '_growth_tracker': 0,
+}
+_SAFETENSORS_DTYPES = {
+    torch.float64: 'F64', torch.float32: 'F32', torch.float16: 'F16', torch.bfloat16: 'BF16',
+    torch.int64: 'I64', torch.int32: 'I32', torch.int16: 'I16', torch.int8: 'I8',
+    torch.uint8: 'U8', torch.bool: 'BOOL',
+}  # fmt: skip
+
+
+def write_original(tag: Path, target: Path) -> None:
+    """Writes what the original's ``save_checkpoint`` would have: its code can resume from it.
+
+    Args:
+        tag: a tag of ours, or of plain DeepSpeed with what its client_state says.
+        target: the .pth file; replaced when all of it is on disk.
+
+    Raises:
+        CheckpointError: when the tag cannot be read, or the file not be written.
+    """
+    shards = TagShards(tag)
+    kept = saved_state(shards)
+    scale = kept.get('loss_scale') or {}
+    settings = shards.settings()
+    merged = [list(group['param_names']) for group in settings]
+    groups = kept.get('optimizer_groups') or merged
+    index_of = {name: i for i, names in enumerate(merged) for name in names}
+    # Frozen parameters may be in the client's groups; an empty group has no settings of its own.
+    became = [next((index_of[n] for n in names if n in index_of), 0) for names in groups]
+    saved = shards.named_state(groups)
+    saved.require_all_named()
+    fillers: dict[int, Flat] = {}
+    tree: dict[str, Any] = {
+        'model': _blank_weights(shards.in_order(saved.weights()), saved.aliases, fillers),
+        'optimizer': _blank_optimizer(saved, groups, became, settings, fillers),
+        'optimizer_class': kept.get('optimizer_class'),
+        'lr_scheduler': _expanded(kept.get('lr_scheduler'), became, len(merged)),
+        'schedule': kept.get('schedule'),  # what it counts, for a load of ours
+        'max_accuracy': kept.get('max_accuracy') or 0.0,
+        'epoch': kept.get('epoch'),
+        'config': CfgNode(parse_yaml(kept['config'])) if kept.get('config') else None,
+        'amp': {key: scale.get(key, value) for key, value in _GRAD_SCALER.items()},
+        'max_accuracy_ema': kept.get('max_accuracy_ema'),
+        'ema_decay': kept.get('ema_decay'),
+    }
+    if kept.get('class_names'):
+        tree['class_names'] = kept['class_names']
+    saved_average = EmaFiles(tag)
+    if saved_average:
+        average = shards.in_order(ema_flats(saved_average))
+        tree['model_ema'] = _blank_weights(average, saved.aliases, fillers)
+    try:
+        with replacing(target) as file:
+            # The file that is open, whatever its name is meanwhile: torch takes names only here.
+            opened = f'/proc/self/fd/{file.fileno()}'
+            with torch.serialization.skip_data():
+                torch.save(tree, opened)
+            with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
+                _fill_tree(open_source(opened), tree, fillers)
+    except OSError as error:
+        raise CheckpointError(f'{target}: cannot be written: {error}') from error
+
+
+def write_safetensors(
+    tag: Path, target: Path, dtype: torch.dtype, *, ema: bool, largest: int
+) -> list[Path]:
+    """Writes weights only.
+
+    Args:
+        tag: a tag.
+        target: the .safetensors file, or what its parts are named after.
+        dtype: of floating-point tensors in the file.
+        ema: the averaged weights in place of the trained ones.
+        largest: bytes of a file; more are several files with an index beside them.
+
+    Returns:
+        The files, the index last.
+
+    Raises:
+        CheckpointError: when the tag holds no average, cannot be read, or a file not be written.
+    """
+    average = EmaFiles(tag)
+    if ema and not average:
+        raise CheckpointError(f'{tag}: holds no EMA')
+    shards = TagShards(tag)
+    flats = ema_flats(average) if ema else weights_of_tag(shards)
+    classes = saved_state(shards).get('class_names')
+    parts = _split(flats, dtype, largest)
+    names = [target.name]
+    if len(parts) > 1:
+        stem = target.name.removesuffix('.safetensors')
+        names = [f'{stem}-{i + 1:05d}-of-{len(parts):05d}.safetensors' for i in range(len(parts))]
+    paths = [target.with_name(name) for name in names]
+    try:
+        with contextlib.ExitStack() as stack:  # left from the last to the first: the index last
+            if len(parts) > 1:
+                paths.append(target.with_name(f'{target.name}.index.json'))
+                where = {name: names[i] for i, part in enumerate(parts) for name in part}
+                total = sum(_size(flat, dtype) for flat in flats.values())
+                metadata = {'total_size': total, **({'class_names': classes} if classes else {})}
+                tree = {'metadata': metadata, 'weight_map': where}
+                index = stack.enter_context(replacing(paths[-1]))
+                index.write((json.dumps(tree, indent=1) + '\n').encode())
+            for part, name in zip(reversed(parts), reversed(names), strict=True):
+                file = stack.enter_context(replacing(target.with_name(name)))
+                _write_safetensors(file, {name: flats[name] for name in part}, dtype, classes)
+    except OSError as error:
+        raise CheckpointError(f'{target}: cannot be written: {error}') from error
+    return paths
+
+
+def weights_of_tag(shards: TagShards) -> dict[str, Flat]:
+    """Name -> tensor of everything in a state dict; fp32 masters where the tag has them."""
+    weights = shards.named_weights()
+    if shards.optim_files and shards.zero_stage in (1, 2):
+        weights.update(shards.named_state().weights())
+    elif shards.zero_stage == 0 and 'fp32_groups' in (shards.head.get('optimizer') or {}):
+        groups = shards.groups()
+        if all(name for group in groups for name in group):
+            weights.update(shards.named_state().weights())
+    return shards.in_order(weights)
+
+
+def _blank_weights(
+    flats: Mapping[str, Flat], aliases: Mapping[str, str], fillers: dict[int, Flat]
+) -> dict[str, torch.Tensor]:
+    """Tensors whose memory is not touched, for the pickle; ``fillers`` says what is to be there."""
+    blank = {n: _blank(flat, fillers) for n, flat in flats.items() if n not in aliases}
+    return {name: blank[aliases.get(name, name)] for name in flats}
+
+
+def _blank(flat: Flat, fillers: dict[int, Flat]) -> torch.Tensor:
+    tensor = torch.empty(flat.shape, dtype=flat.dtype)
+    fillers[id(tensor)] = flat
+    return tensor
+
+
+def _blank_optimizer(
+    saved: NamedState,
+    groups: list[list[str]],
+    became: list[int],
+    settings: list[dict[str, Any]],
+    fillers: dict[int, Flat],
+) -> dict[str, Any]:
+    """A torch optimizer's state dict, its parameters numbered through the groups."""
+    state, param_groups, number = {}, [], 0
+    for names, index in zip(groups, became, strict=True):
+        own = {k: v for k, v in settings[index].items() if k != 'param_names'}
+        numbers = list(range(number, number + len(names)))
+        param_groups.append({**own, 'param_names': list(names), 'params': numbers})
+        for name in names:
+            entry: dict[str, Any] = {
+                key: _blank(flat, fillers) for key, flat in saved.moments.get(name, {}).items()
+            }
+            for key, value in saved.steps.get(name, {}).items():
+                entry[key] = _blank(Flat.of(key, torch.tensor(value)), fillers)
+            if entry:
+                state[number] = entry
+            number += 1
+    return {'state': state, 'param_groups': param_groups}
+
+
+def _expanded(schedule: Any, became: list[int], groups: int) -> Any:
+    """A scheduler's state for the client's groups: a value for each of them."""
+    if not isinstance(schedule, Mapping):
+        return schedule
+    return {
+        key: [value[i] for i in became]
+        if key in PER_GROUP_LISTS and isinstance(value, list) and len(value) == groups
+        else value
+        for key, value in schedule.items()
+    }
+
+
+def _fill_tree(written: Any, blank: Any, fillers: Mapping[int, Flat]) -> None:
+    if isinstance(blank, torch.Tensor):
+        if blank.numel():
+            fillers[id(blank)].copy_to(written.view(-1))
+    elif isinstance(blank, Mapping):
+        for key, value in blank.items():
+            _fill_tree(written[key], value, fillers)
+    elif isinstance(blank, list | tuple):
+        for item, value in zip(written, blank, strict=True):
+            _fill_tree(item, value, fillers)
+
+
+def _split(flats: Mapping[str, Flat], dtype: torch.dtype, largest: int) -> list[list[str]]:
+    """The names in each file: in order, none above ``largest`` but for a single tensor."""
+    parts: list[list[str]] = [[]]
+    size = 0
+    for name, flat in flats.items():
+        own = _size(flat, dtype)
+        if parts[-1] and size + own > largest:
+            parts.append([])
+            size = 0
+        parts[-1].append(name)
+        size += own
+    return parts
+
+
+def _dtype_in_file(flat: Flat, dtype: torch.dtype) -> torch.dtype:
+    return dtype if flat.dtype.is_floating_point else flat.dtype
+
+
+def _size(flat: Flat, dtype: torch.dtype) -> int:
+    return flat.numel * _dtype_in_file(flat, dtype).itemsize
+
+
+def _write_safetensors(
+    file: IO[bytes], flats: Mapping[str, Flat], dtype: torch.dtype, classes: list[str] | None
+) -> None:
+    """The format is 8 bytes of length, a JSON header, and the tensors' bytes one after another."""
+    named = {'class_names': json.dumps(classes)} if classes else {}  # metadata is text only
+    header: dict[str, Any] = {'__metadata__': {'format': 'pt', **named}}
+    offset = 0
+    for name, flat in flats.items():
+        end = offset + _size(flat, dtype)
+        kind = _SAFETENSORS_DTYPES[_dtype_in_file(flat, dtype)]
+        header[name] = {'dtype': kind, 'shape': list(flat.shape), 'data_offsets': [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b' ' * (-len(text) % 8)
+    file.write(struct.pack('<Q', len(text)) + text)
+    for flat in flats.values():
+        if flat.numel:
+            tensor = flat.whole(_dtype_in_file(flat, dtype)).contiguous()
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)

@@ -1,0 +1,131 @@
+"""A torch optimizer's state dict, whose keys are numbers, and the same by parameter name."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from internvl_ds.engine.optimizer_trial import NUMBER, form_of
+from internvl_ds.errors import CheckpointMismatch, few
+from internvl_ds.zero.lazy_tensor import Flat
+
+
+class State(NamedTuple):
+    """What an optimizer keeps, by the parameters' names; see `NamedState`."""
+
+    masters: dict[str, Flat]
+    moments: dict[str, dict[str, Flat]]
+    steps: dict[str, dict[str, float]]
+    settings: dict[str, Mapping[str, Any]]
+    unnamed: str = ''
+
+
+class KeptTensor(NamedTuple):
+    """What a state dict holds of one of its optimizer's tensors.
+
+    Attributes:
+        state: key -> value; empty where there is none.
+        settings: of the group that it was in.
+    """
+
+    state: Mapping[str, Any]
+    settings: Mapping[str, Any]
+
+
+def kept_tensors(optimizer: Mapping[str, Any]) -> list[KeptTensor]:
+    """What a torch optimizer's state dict holds, in the order of its groups."""
+    found = []
+    for group in optimizer.get('param_groups', []):
+        settings = {k: v for k, v in group.items() if k not in ('params', 'param_names')}
+        found += [KeptTensor(optimizer['state'].get(k, {}), settings) for k in group['params']]
+    return found
+
+
+def state_by_order(
+    where: str,
+    optimizer: Mapping[str, Any],
+    groups: Sequence[Sequence[str]],
+    weights: Mapping[str, torch.Tensor],
+    masters: Sequence[torch.Tensor] | None = None,
+) -> State:
+    """Names a torch optimizer's state, whose keys are numbers, by order and group as torch does.
+
+    Args:
+        where: the checkpoint's path, for errors.
+        optimizer: its state dict.
+        groups: the names of each group's parameters, in order.
+        weights: name -> weight.
+        masters: the fp32 weights in the same order, where ``weights`` are rounded.
+
+    Raises:
+        CheckpointMismatch: when the groups are others, or the parameters are in another order.
+    """
+    saved = [group['params'] for group in optimizer.get('param_groups', [])]
+    kept = kept_tensors(optimizer)
+    if [len(group) for group in saved] != [len(group) for group in groups]:
+        raise CheckpointMismatch(
+            f'{where}: its optimizer has {len(saved)} parameter groups with '
+            f'{few([len(g) for g in saved])} tensors, and this run has {len(groups)} with '
+            f'{few([len(g) for g in groups])}'
+        )
+    names = list(itertools.chain.from_iterable(groups))
+    absent = [name for name in names if name not in weights]
+    if absent:
+        raise CheckpointMismatch(
+            f'{where}: {len(absent)} parameters of the optimizer are not in it: {few(absent)}'
+        )
+    found, unnamed = State({}, {}, {}, {}), ''
+    for index, (name, (state, settings)) in enumerate(zip(names, kept, strict=True)):
+        found.masters[name] = Flat.of(
+            f'{where}: {name}', weights[name] if masters is None else masters[index].detach()
+        )
+        found.moments[name], found.steps[name], other = split(where, name, state)
+        unnamed = unnamed or other
+        found.settings[name] = settings
+    _require_same_order(where, found, weights)
+    return found._replace(unnamed=unnamed)
+
+
+def split(
+    where: str, name: str, state: Mapping[str, Any]
+) -> tuple[dict[str, Flat], dict[str, float], str]:
+    """The tensors and the numbers that an optimizer keeps for a parameter.
+
+    Args:
+        where, name: the checkpoint's path and the parameter, for errors.
+        state: key -> value.
+
+    Returns:
+        Tensors, numbers, and in words what is neither; '' for nothing.
+    """
+    tensors, numbers, other = {}, {}, ''
+    for key, value in state.items():
+        if isinstance(value, torch.Tensor) and value.dim():
+            tensors[key] = Flat.of(f'{where}: {key} of {name}', value)
+        elif value is not None and form_of(value) == NUMBER:
+            numbers[key] = float(value)
+        elif value is not None:
+            other = other or f'{key} of {name} is a {type(value).__name__}'
+    return tensors, numbers, other
+
+
+def _require_same_order(where: str, found: State, weights: Mapping[str, torch.Tensor]) -> None:
+    """Refuses parameters in another order, which shows in tensors of each other's shapes."""
+    shapes = {name: weights[name].shape for name in found.masters}
+    kept = {n: {flat.shape for flat in moments.values()} for n, moments in found.moments.items()}
+    one_each = all(len(own) <= 1 for own in kept.values())
+    held = Counter(shape for own in kept.values() for shape in own)
+    # Else the state has not a number for each element: Adafactor's, of rows and columns.
+    reordered = one_each and held <= Counter(shapes.values())
+    for index, (name, shape) in enumerate(shapes.items()):
+        tensors = found.moments[name] if reordered else {}
+        for what, flat in (('the master', found.masters[name]), *tensors.items()):
+            if flat.shape != shape:
+                raise CheckpointMismatch(
+                    f'{where}: {what} of parameter {index} has shape {tuple(flat.shape)}, and '
+                    f'{name} has {tuple(shape)}: the parameters are in another order'
+                )

@@ -1,0 +1,452 @@
+"""ZeRO shards of a tag, read as data: no code of the file runs, no process group is needed.
+
+Layouts are those of DeepSpeed 0.19 (see deepspeed/utils/zero_to_fp32.py for its own reader):
+stages 0-2 keep whole weights in ``mp_rank_00_model_states.pt``; at stage 3 every parameter is cut
+into one slice per rank, zero-padded to equal length, and the slices of a rank's trainable
+parameters follow each other in its flat fp32 groups.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from internvl_ds.checkpoint.formats.allowed import reason_of, refused_class
+from internvl_ds.checkpoint.formats.optimizer_state import (
+    KeptTensor,
+    State,
+    kept_tensors,
+    split,
+    state_by_order,
+)
+from internvl_ds.checkpoint.formats.tensor_files import load_torch
+from internvl_ds.checkpoint.tag.discovery import file_sizes, read_manifest
+from internvl_ds.checkpoint.tag.identity import (
+    is_first_optim,
+    model_names,
+    optim_names,
+    require_identity,
+)
+from internvl_ds.checkpoint.tag.manifest import Identity
+from internvl_ds.config.ds.resolve import precision_of
+from internvl_ds.errors import CheckpointError, few
+from internvl_ds.zero.lazy_tensor import Flat, NamedState
+from internvl_ds.zero.partition import Layout, Runs, Slices, describe, shapes_of
+
+_MASTERS = 'single_partition_of_fp32_groups'
+_COUNTERS = ('global_steps', 'skipped_steps', 'global_samples')
+
+
+def read_shard(path: Path | str, *, mmap: bool = False) -> Any:
+    """Reads one file that torch.save wrote, allowing only tensors, plain types and what
+    `allowed.allowed_globals` lists.
+
+    Raises:
+        CheckpointError: when the file cannot be read, or holds anything else (which is named).
+    """
+    try:
+        return load_torch(path, mapped=mmap)
+    except pickle.UnpicklingError as error:
+        refused = refused_class(error)
+        if refused is None:
+            raise CheckpointError(f'{path}: cannot be read: {reason_of(error)}') from error
+        raise CheckpointError(
+            f'{path}: refused, because it holds more than tensors and plain data: {refused}'
+        ) from error
+    except Exception as error:  # a damaged pickle can raise nearly anything
+        raise CheckpointError(f'{path}: cannot be read: {error or repr(error)}') from error
+
+
+class TagShards:
+    """The shards of one tag directory, of ours or of plain DeepSpeed."""
+
+    def __init__(self, tag: Path, opened: Mapping[Path, Any] | None = None) -> None:
+        """Finds the files of the tag.
+
+        Args:
+            tag: the directory.
+            opened: of a save under way, which no manifest lists yet: its files, and what they hold.
+
+        Raises:
+            CheckpointError: when it has no model states, or its manifest cannot be read.
+        """
+        self.tag = tag
+        manifest = None if opened else read_manifest(tag)
+        self._header = None if manifest is None else manifest.header
+        if opened:
+            self._names = sorted(path.name for path in opened)
+        else:
+            self._names = sorted(file_sizes(tag) if manifest is None else manifest.files)
+        self._opened = dict(opened or {})
+        self.model_files = [tag / name for name in model_names(tag, self._names, self._stage_in)]
+
+    @property
+    def has_manifest(self) -> bool:
+        """Whether this package wrote the tag; else it is plain DeepSpeed's."""
+        return self._header is not None
+
+    @cached_property
+    def optim_files(self) -> list[Path]:
+        """The files of the optimizer's states, in the order of the ranks."""
+        bf16 = bool((self.ds_config.get('bf16') or {}).get('enabled'))
+        return [self.tag / name for name in optim_names(self._names, self.world_size, bf16)]
+
+    @property
+    def unused(self) -> list[str]:
+        """Of a tag without a manifest: files of weights or states that are not of its layout."""
+        if self._header is not None:
+            return []
+        used = {path.name for path in (*self.model_files, *self.optim_files)}
+        kinds = ('.pt', '.pth', '.safetensors')
+        return [name for name in self._names if name.endswith(kinds) and name not in used]
+
+    @cached_property
+    def head(self) -> Mapping[str, Any]:
+        """The first rank's model states: what all ranks have in common is in it."""
+        head = self.read(self.model_files[0])
+        lacks = [k for k in ('module', 'dp_world_size', 'global_steps') if k not in head]
+        if lacks:
+            raise CheckpointError(
+                f'{self.model_files[0]}: not the model states of DeepSpeed: has no {few(lacks)}'
+            )
+        return head
+
+    def read(self, path: Path) -> Any:
+        """What one of the files holds, mapped into memory; each is read once.
+
+        Raises:
+            CheckpointError: as `read_shard`, and for a file of another rank or another save.
+        """
+        if path not in self._opened:
+            content = read_shard(path, mmap=True)
+            if not isinstance(content, Mapping):
+                raise CheckpointError(
+                    f'{path}: not the model states of DeepSpeed, nor its optimizer states'
+                )
+            if self._header is not None:
+                require_identity(path, content.get(Identity.KEY), self._header)
+            self._opened[path] = content
+        return self._opened[path]
+
+    def _stage_in(self, name: str) -> int:
+        return int(self.read(self.tag / name).get('optimizer_state_dict', {}).get('zero_stage', 0))
+
+    @property
+    def zero_stage(self) -> int:
+        """The ZeRO stage that the tag was saved at."""
+        zero = self.ds_config.get('zero_optimization') or {}
+        return int(zero.get('stage', 0))
+
+    @property
+    def world_size(self) -> int:
+        """The number of data-parallel ranks that saved it."""
+        return int(self.head['dp_world_size'])
+
+    @property
+    def global_steps(self) -> int:
+        """Updates counted by the engine that saved it."""
+        return int(self.head['global_steps'])
+
+    @property
+    def updates(self) -> int:
+        """Of these, those that were applied."""
+        return self.global_steps - int(self.head.get('skipped_steps') or 0)
+
+    @property
+    def fresh(self) -> bool:
+        """Whether it was saved before the first update."""
+        return not self.updates
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every parameter and buffer of the model that was saved."""
+        if self.zero_stage < 3:
+            return {name: tuple(t.shape) for name, t in self.head['module'].items()}
+        shapes = {name: tuple(t.shape) for name, t in self._buffers().items()}
+        for group in self.head['param_shapes']:
+            shapes.update({name: tuple(shape) for name, shape in group.items()})
+        frozen = self.head.get('frozen_param_shapes') or {}
+        shapes.update({name: tuple(shape) for name, shape in frozen.items()})
+        for alias, name in self.aliases().items():
+            shapes[alias] = shapes[name]
+        return shapes
+
+    def groups(self) -> list[list[str]]:
+        """The names of each parameter group's tensors; '' where the tag does not say them."""
+        if self.zero_stage:
+            return [list(group) for group in self.head['param_shapes'] or []]
+        groups = self.plain_optimizer().get('param_groups', [])
+        return [group.get('param_names') or [''] * len(group['params']) for group in groups]
+
+    @cached_property
+    def layout(self) -> Layout:
+        """How the masters are partitioned, stages 1 to 3.
+
+        Raises:
+            CheckpointError: when a rank's file is missing.
+        """
+        groups = self.head['param_shapes'] or []
+        if self.zero_stage == 3:
+            return Slices(groups, self.world_size)
+        first = self._optim(0)
+        masters, paddings = first[_MASTERS], first.get('group_paddings') or [0] * len(groups)
+        sizes = [part.numel() + pad for part, pad in zip(masters, paddings, strict=True)]
+        return Runs(groups, first.get('param_alignment_paddings'), sizes, self.world_size)
+
+    def flats(self, source: Callable[[int, int], torch.Tensor]) -> dict[str, Flat]:
+        """Parameter -> its elements in flat tensors that are partitioned as the masters are.
+
+        Args:
+            source: (rank, group) -> the flat tensor.
+        """
+        return {
+            name: Flat(f'{self.tag}: {name}', shape, list(self.layout.places(name)), source)
+            for name, shape in shapes_of(self.layout).items()
+        }
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Name -> whole tensor (on the CPU) of every parameter and buffer, for evaluation.
+
+        In the dtype of the model at stages 0-2; at stage 3 the fp32 masters, whose rounding is
+        what the model computed with.
+        """
+        if self.zero_stage < 3:
+            return dict(self.head['module'])
+        return {name: flat.whole() for name, flat in self.named_weights().items()}
+
+    def named_weights(self) -> dict[str, Flat]:
+        """As `weights`, with nothing read yet."""
+        if self.zero_stage < 3:
+            return {n: Flat.of(f'{self.tag}: {n}', t) for n, t in self.head['module'].items()}
+        weights = {**self.flats(self._stage_3_master), **self._frozen()}
+        weights.update({n: Flat.of(f'{self.tag}: {n}', t) for n, t in self._buffers().items()})
+        weights.update({alias: weights[name] for alias, name in self.aliases().items()})
+        return weights
+
+    def in_order(self, weights: Mapping[str, Flat]) -> dict[str, Flat]:
+        """Weights by name in the order of the model's state dict."""
+        return {name: weights[name] for name in self.head['module'] if name in weights}
+
+    def named_state(self, names: Sequence[Sequence[str]] | None = None) -> NamedState:
+        """What training goes on from, by parameter name; nothing but the pickles is read yet.
+
+        Args:
+            names: of each group's parameters, where a tag of stage 0 does not say them itself.
+
+        Raises:
+            CheckpointError: when a file is missing, or the tag holds no optimizer.
+        """
+        state = self._partitioned_state() if self.zero_stage else self._whole_state(names)
+        if self.zero_stage == 3:
+            fixed = {name: Flat.of(name, t) for name, t in self._buffers().items()}
+            fixed.update(self._frozen())
+        else:
+            rest = self.head['module'].keys() - state.masters.keys() - self.aliases().keys()
+            fixed = {name: Flat.of(name, self.head['module'][name]) for name in rest}
+        return NamedState(
+            where=str(self.tag),
+            layout=describe(self.zero_stage, self.world_size, precision_of(self.ds_config)),
+            masters=state.masters,
+            moments=state.moments,
+            steps=state.steps,
+            settings=state.settings,
+            fixed=fixed,
+            aliases=self.aliases(),
+            counters={k: int(self.head[k]) for k in _COUNTERS if self.head.get(k) is not None},
+            fresh=self.fresh,
+            unnamed=state.unnamed,
+        )
+
+    def settings(self) -> list[dict[str, Any]]:
+        """The hyperparameters of each parameter group, as the optimizer kept them, and its names.
+
+        Raises:
+            CheckpointError: when the tag holds no optimizer.
+        """
+        saved = self._optimizer_of(0) if self.zero_stage else self.plain_optimizer()
+        groups = saved.get('param_groups', [])
+        names = self.groups()
+        if self.zero_stage == 3:  # a group may be several sub-groups
+            parts = iter(names)
+            names = [[n for _ in group['params'] for n in next(parts)] for group in groups]
+        return [
+            {**{k: v for k, v in group.items() if k != 'params'}, 'param_names': group_names}
+            for group, group_names in zip(groups, names, strict=True)
+        ]
+
+    def optimizer_state(self, rank: int) -> list[KeptTensor]:
+        """What one rank's optimizer keeps, for each of its tensors in its order.
+
+        Raises:
+            CheckpointError: when the tag holds no optimizer.
+        """
+        found: Any = self.plain_optimizer()
+        if self.zero_stage:
+            optim = self._optim(rank)
+            found = optim.get('base_optimizer_state')
+            found = optim.get('optimizer_state_dict') if self.zero_stage == 3 else found
+        if isinstance(found, list):  # the elastic_checkpoint form: a state for each group
+            step = {'step': optim.get('base_optimizer_state_step')}
+            return [KeptTensor(state, step) for state in found]
+        if not found:
+            raise CheckpointError(f'{self.tag}: holds no state of an optimizer')
+        return kept_tensors(found)
+
+    def aliases(self) -> dict[str, str]:
+        """Further name of a tied parameter -> the name that it is saved under."""
+        if self.zero_stage or self.head.get('shared_params'):
+            return dict(_pairs(self.head.get('shared_params')))
+        # Stage 0 does not say; tensors that shared their memory still do.
+        first: dict[tuple[int, Any], str] = {}
+        found = {}
+        for name, tensor in self.head['module'].items():
+            key = (tensor.data_ptr(), tensor.shape)
+            if tensor.numel() and first.setdefault(key, name) != name:
+                found[name] = first[key]
+        return found
+
+    @cached_property
+    def ds_config(self) -> Mapping[str, Any]:
+        """The ds_config of the run that saved it; where that was a path, what its files show."""
+        said = self.head.get('ds_config')
+        if isinstance(said, Mapping):
+            return said
+        stages = [self._stage_in(n) for n in self._names if is_first_optim(n)]
+        dtypes = {tensor.dtype for tensor in self.head['module'].values()}
+        return {
+            'zero_optimization': {'stage': max(stages, default=0)},
+            'bf16': {'enabled': torch.bfloat16 in dtypes},
+            'fp16': {'enabled': torch.float16 in dtypes},
+        }
+
+    def _partitioned_state(self) -> State:
+        shapes = shapes_of(self.layout)
+        master = self._stage_3_master if self.zero_stage == 3 else self._run_master
+        moments: dict[str, dict[str, Flat]] = {name: {} for name in shapes}
+        steps: dict[str, dict[str, float]] = {}
+        settings: dict[str, Mapping[str, Any]] = {}
+        kept, unnamed = self.optimizer_state(0), ''
+        for index, group in enumerate(self.layout.groups):
+            state = self._group_state(0, index)
+            tensors, numbers, other = split(str(self.tag), f'group {index}', state)
+            unnamed = unnamed or other
+            for key, tensor in tensors.items():
+                if tensor.numel not in self._lengths(index):
+                    unnamed = f'{key} of group {index} has not a number for each element'
+                    continue
+                source = functools.partial(self._moment, key)
+                for name in group:
+                    places = list(self.layout.places(name))
+                    of = f'{self.tag}: {key} of {name}'
+                    moments[name][key] = Flat(of, shapes[name], places, source)
+            steps.update(dict.fromkeys(group, numbers))
+            settings.update(dict.fromkeys(group, kept[index].settings))
+        return State(self.flats(master), moments, steps, settings, unnamed)
+
+    def _lengths(self, group: int) -> list[int]:
+        """Of the first rank's part of a group, with and without its padding."""
+        optim = self._optim(0)
+        if self.zero_stage == 3:
+            return [optim['fp32_flat_groups'][group].numel()]
+        paddings = optim.get('group_paddings')
+        lean = optim[_MASTERS][group].numel()
+        return [lean, lean + (paddings[group] if paddings else 0)]
+
+    def _whole_state(self, names: Sequence[Sequence[str]] | None) -> State:
+        optimizer = self.plain_optimizer()
+        if not optimizer:
+            raise CheckpointError(f'{self.tag}: holds no state of an optimizer')
+        groups = self.groups()
+        if names is not None and not all(itertools.chain.from_iterable(groups)):
+            groups = [list(group) for group in names]
+        lows = self.head['optimizer'].get('fp32_groups')
+        return state_by_order(
+            str(self.tag), optimizer, groups, self.head['module'],
+            None if lows is None else list(itertools.chain.from_iterable(lows)),
+        )  # fmt: skip
+
+    def plain_optimizer(self) -> Mapping[str, Any]:
+        """Stage 0: the torch optimizer's state dict; empty where there was none."""
+        optimizer = self.head.get('optimizer') or {}
+        return optimizer.get('optimizer_state_dict', optimizer)
+
+    def _optim(self, rank: int) -> Mapping[str, Any]:
+        """One rank's optimizer shard, opened once."""
+        if len(self.optim_files) != self.world_size:
+            raise CheckpointError(
+                f'{self.tag}: saved by {self.world_size} ranks, but it has '
+                f'{len(self.optim_files)} *_optim_states.pt files'
+            )
+        state = self.read(self.optim_files[rank]).get('optimizer_state_dict')
+        if not isinstance(state, Mapping):
+            raise CheckpointError(f'{self.optim_files[rank]}: holds no state of an optimizer')
+        return state
+
+    def _optimizer_of(self, rank: int) -> Mapping[str, Any]:
+        """The state dict of the optimizer inside DeepSpeed's, in one rank's shard."""
+        optim = self._optim(rank)
+        found = optim.get(
+            'optimizer_state_dict' if self.zero_stage == 3 else 'base_optimizer_state'
+        )
+        if not isinstance(found, Mapping):
+            raise CheckpointError(
+                f'{self.optim_files[rank]}: its optimizer state is in the elastic_checkpoint form '
+                'of old DeepSpeed versions, which is not read'
+            )
+        return found
+
+    def _group_state(self, rank: int, group: int) -> Mapping[str, Any]:
+        optimizer = self._optimizer_of(rank)
+        keys = [key for g in optimizer['param_groups'] for key in g['params']]
+        state = dict(optimizer['state'].get(keys[group], {}))
+        if state and 'step' not in state:  # apex's way, of some fused optimizers
+            numbers = [g.get('step') for g in optimizer['param_groups'] for _ in g['params']]
+            state['step'] = numbers[group]
+        return state
+
+    def _moment(self, key: str, rank: int, group: int) -> torch.Tensor:
+        state = self._group_state(rank, group)
+        if key not in state:
+            raise CheckpointError(f'{self.optim_files[rank]}: group {group} has no {key}')
+        return state[key].reshape(-1)
+
+    def _stage_3_master(self, rank: int, group: int) -> torch.Tensor:
+        return self._optim(rank)['fp32_flat_groups'][group].detach().reshape(-1)
+
+    def _run_master(self, rank: int, group: int) -> torch.Tensor:
+        return self._optim(rank)[_MASTERS][group].detach().reshape(-1)
+
+    def _buffers(self) -> dict[str, torch.Tensor]:
+        names = set(self.head.get('buffer_names') or ())
+        return {name: t for name, t in self.head['module'].items() if name in names}
+
+    def _frozen(self) -> dict[str, Flat]:
+        """Stage 3: frozen parameters, cut into slices; each has a file's own tensor a rank."""
+        shapes = self.head.get('frozen_param_shapes') or {}
+        layout = Slices([{name: shape} for name, shape in shapes.items()], self.world_size)
+        names = list(shapes)
+
+        def fragment(rank: int, group: int) -> torch.Tensor:
+            content = self.read(self.model_files[rank])
+            return content['frozen_param_fragments'][names[group]].reshape(-1)
+
+        return {
+            name: Flat(f'{self.tag}: {name}', shape, list(layout.places(name)), fragment)
+            for name, shape in shapes.items()
+        }
+
+
+def _pairs(shared: Any) -> list[tuple[str, str]]:
+    return list(shared.items()) if isinstance(shared, Mapping) else [tuple(p) for p in shared or ()]
+
+
+def masters_in(state: Mapping[str, Any]) -> Sequence[torch.Tensor]:
+    """The flat masters in one rank's optimizer state, group by group, of stages 1 to 3."""
+    found: Sequence[torch.Tensor] = state.get(_MASTERS) or state.get('fp32_flat_groups') or ()
+    return found

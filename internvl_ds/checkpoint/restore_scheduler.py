@@ -1,0 +1,207 @@
+"""What a resumed run takes over beside its tensors: lr schedule, loss scale and epoch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from deepspeed.runtime.engine import DeepSpeedEngine
+from yacs.config import CfgNode
+
+from internvl_ds.engine.param_groups import PER_GROUP_LISTS
+from internvl_ds.errors import CheckpointError, brief, few
+
+
+def require_schedule(state: Mapping[str, Any], lr_scheduler: Any, where: object) -> None:
+    """Makes sure that a saved schedule has values of the kinds that the running one has.
+
+    Args:
+        state: the saved one is its ``lr_scheduler``.
+        lr_scheduler: the running one, or None.
+        where: the checkpoint, for errors.
+
+    Raises:
+        CheckpointError: names the first value that is of another kind.
+    """
+    saved = state.get('lr_scheduler')
+    if saved is None or lr_scheduler is None:
+        return
+    built = lr_scheduler.state_dict()
+    for key in sorted(saved.keys() & built.keys()):
+        was, now = _kind(saved[key]), _kind(built[key])
+        if None not in (was, now) and was != now:
+            raise CheckpointError(
+                f'{where}: {key} of its lr schedule is {brief(saved[key])}, where the configured '
+                f'{type(lr_scheduler).__name__} has {brief(built[key])}'
+            )
+
+
+def _kind(value: Any) -> str | None:
+    """Roughly what a value is; None for what may stand in for anything."""
+    if isinstance(value, list | tuple):
+        kinds = sorted({kind for v in value if (kind := _kind(v))})
+        return f'list of {kinds}' if kinds else None
+    if isinstance(value, Mapping):
+        return 'mapping'
+    return (
+        'number' if isinstance(value, int | float) else 'text' if isinstance(value, str) else None
+    )
+
+
+def restore_schedule(
+    config: CfgNode,
+    state: Mapping[str, Any],
+    lr_scheduler: Any,
+    scaler: Any,
+    path: object,
+    logger: logging.Logger,
+) -> bool:
+    """Restores scheduler and scaler, and sets TRAIN.START_EPOCH.
+
+    Returns:
+        Whether the schedule is the one that was saved.
+    """
+    restored = False
+    if state.get('lr_scheduler') is not None and lr_scheduler is not None:
+        restored = _restore_scheduler(lr_scheduler, state['lr_scheduler'], path, logger)
+    elif lr_scheduler is not None:
+        logger.warning('%s has no state of the lr scheduler: it goes on by itself', path)
+    elif state.get('lr_scheduler') is not None:
+        logger.warning('%s has the state of an lr scheduler, and this run has none', path)
+    if state.get('scaler') is not None and scaler is not None:
+        scaler.load_state_dict(state['scaler'])
+    if isinstance(state.get('epoch'), int):
+        frozen = config.is_frozen()
+        config.defrost()
+        # a tag saved inside an epoch goes on with that epoch
+        config.TRAIN.START_EPOCH = state['epoch'] + (state.get('step') is None)
+        if frozen:
+            config.freeze()
+    else:
+        logger.warning(
+            '%s does not say its epoch: TRAIN.START_EPOCH stays %s', path, config.TRAIN.START_EPOCH
+        )
+    return restored
+
+
+def restore_engines_own(
+    engine: DeepSpeedEngine, lr_scheduler: Any, saved: Any, where: object, logger: logging.Logger
+) -> None:
+    """Moves the schedule that DeepSpeed itself steps to where the engine is, its lr too.
+
+    It is the ds_config's ``/scheduler``, or what the client gave to ``deepspeed.initialize``.
+
+    Args:
+        engine: with its counters restored.
+        lr_scheduler: what is restored otherwise.
+        saved: the state of such a schedule in the checkpoint, or None.
+        where: the checkpoint, for the log.
+    """
+    own, updates = engine.lr_scheduler, engine.global_steps - engine.skipped_steps
+    if own is None or own is lr_scheduler or updates == 0:
+        return
+    if hasattr(own, 'last_batch_iteration'):  # DeepSpeed's kinds; the first update is 0
+        own.step(updates - 1)
+    elif isinstance(saved, Mapping) and saved.keys() == own.state_dict().keys():
+        own.load_state_dict(saved)
+        set_lr_of_schedule(own, engine.basic_optimizer.param_groups, updates)
+    else:
+        kind = type(own).__name__
+        logger.warning('%s has no state of %s, which DeepSpeed steps: begun anew', where, kind)
+
+
+def fit_to_groups(
+    saved: Mapping[str, Any],
+    saved_groups: Sequence[Sequence[str]],
+    own: Mapping[str, Any],
+    groups: Sequence[Sequence[str]],
+) -> dict[str, Any]:
+    """A scheduler's state whose lists have one entry per parameter group, for other groups.
+
+    A group takes a value over only where all its parameters had it; else it keeps its own.
+
+    Args:
+        saved: the scheduler's state dict in the checkpoint.
+        saved_groups: the names of the parameters of each group that it is about.
+        own: the state dict of the scheduler that runs.
+        groups: the names of the parameters of each group that runs.
+    """
+    fitted = dict(saved)
+    for key in PER_GROUP_LISTS & saved.keys():
+        values = saved[key]
+        if not isinstance(values, list):
+            continue
+        if len(values) != len(saved_groups):
+            fitted[key] = own.get(key, values)
+            continue
+        value_of = {
+            name: value for names, value in zip(saved_groups, values, strict=True) for name in names
+        }
+        kept = own.get(key)
+        fitted[key] = []
+        for index, names in enumerate(groups):
+            found = [value_of.get(name) for name in names]
+            same = bool(found) and found[0] is not None and all(v == found[0] for v in found)
+            own_value = kept[index] if isinstance(kept, list) and index < len(kept) else None
+            fitted[key].append(found[0] if same else own_value)
+    return fitted
+
+
+def set_lr_of_schedule(
+    lr_scheduler: Any, param_groups: Sequence[dict[str, Any]], position: float
+) -> None:
+    """Gives each group the lr that a restored schedule has at a position, in what it counts."""
+    if lr_scheduler is None:
+        return
+    if hasattr(lr_scheduler, 'step_update'):
+        lr_scheduler.step_update(position)  # timm's; one that counts epochs leaves the lr alone
+        return
+    lrs = getattr(lr_scheduler, '_last_lr', None) or []
+    if len(lrs) == len(param_groups):
+        for group, lr in zip(param_groups, lrs, strict=True):
+            group['lr'] = lr
+
+
+def _restore_scheduler(
+    lr_scheduler: Any, saved: Mapping[str, Any], path: object, logger: logging.Logger
+) -> bool:
+    """A schedule is restored as it was saved, as the original does; say so where it differs.
+
+    One of another kind is not: whether it was is returned.
+    """
+    built = lr_scheduler.state_dict()
+    more, less = sorted(saved.keys() - built.keys()), sorted(built.keys() - saved.keys())
+    if more and less:
+        logger.warning(
+            '%s: its lr schedule is of another kind than the configured %s (it has %s, and no %s), '
+            'which %s',
+            path,
+            type(lr_scheduler).__name__,
+            few(more),
+            few(less),
+            # timm's is told the number of updates, torch's counts for itself
+            'goes on by itself' if hasattr(lr_scheduler, 'step_update') else 'begins anew',
+        )
+        return False
+    if more or less:  # of another version of its library
+        logger.warning(
+            '%s: the lr schedule that was saved has %s', path,
+            f'{few(more)} more, which is not restored' if more
+            else f'no {few(less)}, which stays as configured',
+        )  # fmt: skip
+    # torch's schedulers keep their position with their settings; timm's keep none.
+    position = {'last_epoch', '_step_count', '_last_lr', '_get_lr_called_within_step', 'metric'}
+    differing = {
+        key: (saved[key], built[key])
+        for key in saved.keys() & built.keys() - position
+        if saved[key] != built[key]
+    }
+    if differing:
+        logger.warning(
+            '%s: the lr schedule goes on as it was saved; (saved, configured now) differ in %s',
+            path,
+            differing,
+        )
+    lr_scheduler.load_state_dict({key: saved[key] for key in saved if key in built})
+    return True

@@ -1,0 +1,1 @@
+"""Weights from outside a run: files, directories, tags, addresses."""

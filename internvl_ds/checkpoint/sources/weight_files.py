@@ -1,0 +1,189 @@
+"""Weights opened as mappings: files of PyTorch and safetensors, directories, tags, addresses.
+
+A value is a tensor mapped from its file, or a `Flat` that lies in the shards of a tag: it is read
+when it is used. Nothing in a file is ever run: PyTorch files go through ``weights_only``, which
+rebuilds tensors, plain containers and the two configuration classes that public classification
+checkpoints carry.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from yacs.config import CfgNode
+
+from internvl_ds.checkpoint.formats.allowed import reason_of, refused_class
+from internvl_ds.checkpoint.formats.tensor_files import load_safetensors, load_torch
+from internvl_ds.checkpoint.sources import downloads
+from internvl_ds.checkpoint.tag.discovery import is_tag
+from internvl_ds.errors import CheckpointError, PretrainedError, few
+from internvl_ds.files.addresses import is_address
+from internvl_ds.files.reading import YAML_VALUES, read_json, require_bounded
+
+_READABLE = (
+    '.pth, .pt, .bin and .safetensors files are read, directories of them with an index, and tags'
+)
+
+_log = logging.getLogger(__name__)
+
+
+def open_source(path: str, *, ema: bool = False) -> Mapping[str, Any]:
+    """Opens weights on the CPU and returns the whole top-level object, not unwrapped.
+
+    Zip-format PyTorch files and safetensors are mapped, not read: a tensor costs memory once it is
+    used. Every rank that calls this opens the files for itself.
+
+    Args:
+        path: A file; a directory that holds an index (``*.index.json``) of .safetensors or .bin
+            files, or a single one as Hugging Face names it; a tag directory of this package or of
+            DeepSpeed; or an address, as `downloads.fetch` takes it.
+        ema: take the averaged weights: of a tag, or under ``model_ema`` of a file.
+
+    Returns:
+        A mapping of tensors, of `Flat`, or of nested objects. A yacs CfgNode at its top level
+        (``config`` in the original's checkpoints) is a CfgNode again, frozen if it was saved so.
+
+    Raises:
+        PretrainedError: where there is no such file, or it cannot be read, or holds objects of a
+            class that is not allowed, or is not a mapping; the path and the reason are named.
+    """
+    if not path:
+        raise PretrainedError('the path of the weights is empty')
+    if is_address(path):
+        path = str(downloads.fetch(path))
+    if os.path.isdir(path):
+        return _open_directory(Path(path), ema)
+    try:
+        source = _open_file(path)
+    except PretrainedError as error:
+        if not downloads.is_kept(Path(path)):
+            raise
+        raise PretrainedError(f'{error}. Remove that file, and it is downloaded again') from error
+    if not isinstance(source, Mapping):
+        kind = type(source).__name__
+        raise PretrainedError(f'{path}: holds a {kind}, not a mapping of names to tensors')
+    if ema:
+        if not isinstance(source.get('model_ema'), Mapping):
+            raise PretrainedError(f'{path}: holds no averaged weights (no model_ema in it)')
+        return source['model_ema']
+    return source
+
+
+def _open_file(path: str) -> Any:
+    if not os.path.exists(path):
+        raise PretrainedError(f'{path}: no such file')
+    if path.endswith('.index.json'):
+        return _open_index(Path(path))
+    return _read(path, _read_by_suffix)
+
+
+def _open_directory(path: Path, ema: bool) -> Mapping[str, Any]:
+    if is_tag(path):
+        return _open_tag(path, ema)
+    if ema:
+        raise PretrainedError(f'{path}: holds no averaged weights: it is no tag directory')
+    indexes = sorted(path.glob('*.index.json'))
+    if len(indexes) > 1:  # the same weights in two formats
+        indexes = [p for p in indexes if 'safetensors' in p.name] or indexes
+    if indexes:
+        return _open_index(indexes[0])
+    for name in ('model.safetensors', 'pytorch_model.bin'):
+        if (path / name).exists():
+            return open_source(str(path / name))
+    tags = [p.name for p in sorted(path.iterdir()) if p.is_dir() and is_tag(p)]
+    raise PretrainedError(
+        f'{path}: is a directory without an index; '
+        + (f'name one of its tags: {few(tags)}' if tags else _READABLE)
+    )
+
+
+def _open_tag(path: Path, ema: bool) -> Mapping[str, Any]:
+    # The shards' own module reads files through this one.
+    from internvl_ds.checkpoint.formats.ema_files import EmaFiles
+    from internvl_ds.checkpoint.formats.ema_tensors import ema_flats
+    from internvl_ds.checkpoint.formats.zero_shards import TagShards
+
+    try:
+        if not ema:
+            shards = TagShards(path)
+            if shards.unused:
+                _log.warning(f'{path}: files of another layout are not read: {few(shards.unused)}')
+            return shards.named_weights()
+        saved = EmaFiles(path)
+        if not saved:
+            raise PretrainedError(f'{path}: holds no averaged weights')
+        return ema_flats(saved)
+    except CheckpointError as error:
+        raise PretrainedError(str(error)) from error
+
+
+def _open_index(path: Path) -> dict[str, Any]:
+    """The tensors of all the files that an index names, which must lie beside it."""
+    try:
+        places = read_json(path)['weight_map']
+        files = sorted({str(file) for file in places.values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PretrainedError(f'{path}: is no index of weights: {error!r}') from error
+    if not files:
+        raise PretrainedError(f'{path}: is no index of weights: its weight_map is empty')
+    refused = [f for f in files if Path(f).name != f or f in ('', '..') or f.endswith('.json')]
+    if refused:
+        raise PretrainedError(
+            f'{path}: names {refused[0]!r}, which is no file of weights beside it'
+        )
+    opened = {file: open_source(str(path.parent / file)) for file in files}
+    missing = [key for key, file in places.items() if key not in opened[file]]
+    if missing:
+        raise PretrainedError(
+            f'{path}: {len(missing)} of its keys are not where it says: {missing[0]} in '
+            f'{places[missing[0]]}'
+        )
+    return {key: opened[file][key] for key, file in places.items()}
+
+
+def _read(path: str, reader: Callable[[str], Any]) -> Any:
+    """Runs a reader; whatever a broken or hostile file makes it raise becomes one error."""
+    try:
+        return _restore_configs(reader(path))
+    except pickle.UnpicklingError as error:
+        refused = refused_class(error)
+        if refused is None:
+            raise PretrainedError(_unreadable(path, reason_of(error))) from error
+        raise PretrainedError(
+            f'{path}: holds an object of {refused}, which is refused: it could run code of its '
+            f'own when it is read. If you trust the file, read it once yourself and save the '
+            f'weights alone with torch.save'
+        ) from error
+    # A damaged legacy pickle can raise nearly anything (KeyError, struct.error, ...).
+    except Exception as error:
+        reason = f'{type(error).__name__}: {error}'
+        raise PretrainedError(_unreadable(path, reason)) from error
+
+
+def _read_by_suffix(path: str) -> Any:
+    return load_safetensors(path) if path.endswith('.safetensors') else load_torch(path)
+
+
+def _restore_configs(source: Any) -> Any:
+    """Makes the top-level values that were written as CfgNodes CfgNodes again."""
+    if not isinstance(source, dict):
+        return source
+    for key, value in source.items():
+        state = getattr(value, '__dict__', {})
+        if type(value) is OrderedDict and CfgNode.IMMUTABLE in state:
+            require_bounded(value, YAML_VALUES)  # each node is copied where it is named
+            config = CfgNode(value)
+            if state[CfgNode.IMMUTABLE]:
+                config.freeze()
+            source[key] = config
+    return source
+
+
+def _unreadable(path: str, reason: str) -> str:
+    return f'{path}: cannot be read ({reason[:500]}); {_READABLE}'

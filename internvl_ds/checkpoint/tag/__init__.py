@@ -1,0 +1,1 @@
+"""An output directory and its tags: found, published, kept, checked, removed. Knows no ranks."""

@@ -1,0 +1,250 @@
+"""An output directory's saves: stage, commit, latest, prune, sweep. Files only; knows no ranks.
+
+A save is staged in ``.staging-TAG-ID`` and becomes TAG by a rename once it is complete; ``latest``
+is replaced by a rename after that. What goes is renamed to ``.trash-TAG-ID`` first, so that no
+reader ever meets a tag with half of its files. An id is random.
+
+One process, rank 0's, owns a staging directory: it holds a lock on the file ``.lock-TAG-ID`` beside
+it, which names it (see `internvl_ds.checkpoint.tag.owner`); a mark inside says the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from internvl_ds.checkpoint.tag.discovery import (
+    LATEST,
+    aside_of,
+    epoch_tags,
+    header_or_none,
+    tags,
+)
+from internvl_ds.checkpoint.tag.leftovers import LOCK, STAGING, sweep
+from internvl_ds.checkpoint.tag.manifest import FILE_NAME, FileEntry, Manifest, wrong_files
+from internvl_ds.checkpoint.tag.owner import (
+    let_go,
+    open_lock,
+    this_process,
+)
+from internvl_ds.checkpoint.tag.retention import EpochTag, Policy, later_tags, tags_to_prune
+from internvl_ds.checkpoint.tag.trash import MARK, discard, unlink
+from internvl_ds.errors import CheckpointError, few
+from internvl_ds.files import flush, replacing, write_text
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Staging:
+    """A save under way; belongs to the process that began it.
+
+    Attributes:
+        path: the directory that is written into.
+        tag: what it becomes.
+        save: the random id.
+    """
+
+    path: Path
+    tag: str
+    save: str
+    _lock: int
+
+    @property
+    def output(self) -> Path:
+        """The directory of tags."""
+        return self.path.parent
+
+    @property
+    def aside(self) -> Path:
+        """What an old tag of the name is called until the new one has it."""
+        return aside_of(self.output / self.tag, self.save)
+
+    def release(self) -> None:
+        """Gives up the lock: nothing is written any more. What is left is the next sweep's."""
+        if self._lock >= 0:
+            if not (self.path.exists() or self.aside.exists()):
+                unlink(_lock_of(self.path))
+            let_go(self._lock)
+            self._lock = -1
+
+
+def begin(output: Path, tag: str, *, age: float | None = None) -> Staging:
+    """Makes an empty staging directory, and sweeps away what dead saves left.
+
+    Args:
+        output: the directory of tags; made if it is not there.
+        tag: the name of what is saved.
+        age: see `sweep`.
+
+    Raises:
+        OSError: when it cannot be made.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    sweep(output, age=age)
+    while True:
+        owner = this_process()
+        path = output / f'{STAGING}{tag}-{owner.id}'
+        lock, held = open_lock(_lock_of(path))
+        if held is not False:
+            break
+        let_go(lock)  # another process looks whether it is dead: that is to remove it
+    staging = Staging(path, tag, owner.id, lock)
+    try:
+        text = owner.to_text()
+        try:
+            os.pwrite(lock, text.encode(), 0)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(_lock_of(path))) from error
+        path.mkdir()
+        write_text(path / MARK, text)
+    except OSError:
+        abandon(staging)
+        raise
+    return staging
+
+
+def abandon(staging: Staging) -> None:
+    """Removes a staging directory whose save failed."""
+    shutil.rmtree(staging.path, ignore_errors=True)
+    staging.release()
+
+
+def require_files(
+    staging: Staging, files: Mapping[str, FileEntry], sizes: Mapping[str, int]
+) -> None:
+    """Checks that this process sees the files that the ranks say they wrote.
+
+    Args:
+        staging: where they are.
+        files: what the ranks say.
+        sizes: name -> bytes, of what is there.
+
+    Raises:
+        CheckpointError: names the first files that it does not see.
+    """
+    wrong = wrong_files(files, sizes)
+    if wrong:
+        raise CheckpointError(
+            f'{staging.path}: rank 0 does not see what the ranks wrote: {"; ".join(wrong[:3])}. '
+            'OUTPUT must be one directory that all hosts share.'
+        )
+
+
+def commit(staging: Staging, manifest: Manifest, *, latest: bool = False) -> Path:
+    """Publishes a staged tag: manifest last, flushed, renamed; an old tag of that name goes after.
+
+    Args:
+        staging: all of the tag's files are in it, and flushed.
+        manifest: lists them.
+        latest: name the tag in ``latest``: it is published with that, or not at all.
+
+    Returns:
+        The tag's directory.
+
+    Raises:
+        OSError: when it cannot; all is then as it was.
+        CheckpointError: when it is published, but ``latest`` cannot be made to name it.
+    """
+    output, final = staging.output, staging.output / staging.tag
+    write_text(staging.path / FILE_NAME, manifest.to_text())
+    published = False
+    try:
+        with replacing(output / LATEST) if latest else contextlib.nullcontext() as file:
+            if file is not None:
+                # On disk before the tag has its name: what is left to do needs no space.
+                file.write(staging.tag.encode())
+                file.flush()
+                os.fsync(file.fileno())
+            (staging.path / MARK).unlink(missing_ok=True)
+            if final.exists():
+                final.rename(staging.aside)
+            staging.path.rename(final)
+            published = True
+            flush(output)
+    except OSError as error:
+        _take_back(staging, published, error)
+        raise
+    if staging.aside.exists():
+        discard(staging.aside)
+    staging.release()
+    return final
+
+
+def _take_back(staging: Staging, published: bool, cause: OSError) -> None:
+    final = staging.output / staging.tag
+    try:
+        if published:
+            final.rename(staging.path)
+        if staging.aside.exists() and not final.exists():
+            staging.aside.rename(final)
+    except OSError as error:
+        state = 'saved' if published else 'not saved'
+        raise CheckpointError(
+            f'{final}: {state}, but {staging.output / LATEST} may name another tag: {cause}; and '
+            f'what was there cannot be put back: {error}'
+        ) from cause
+
+
+def next_sequence(output: Path) -> int:
+    """One more than the highest sequence number among the tags that exist."""
+    headers = map(header_or_none, tags(output))
+    return 1 + max((header.sequence for header in headers if header), default=0)
+
+
+def prune(output: Path, policies: Sequence[Policy]) -> list[str]:
+    """Removes the epoch and step tags that no policy keeps; a warning where one cannot be removed.
+
+    After the first save of a run that was rewound, a warning names what stays of later training.
+
+    Args:
+        output: the directory.
+        policies: at least one.
+
+    Returns:
+        The names of the tags that were removed.
+    """
+    found = sorted(epoch_tags(output), key=lambda tag: tag[:3])
+    goes = tags_to_prune(found, policies)
+    later = [tag.name for tag in later_tags(found)]
+    # After the first save only: the save before it was the last one before the run was rewound.
+    if later and found[-2].name in later:
+        logger.warning(
+            '%s: %s was saved after tags of later training, of which %s stay until this run has '
+            'come as far (internvl-ds ckpt prune --drop-later removes them) and %s go; auto resume '
+            'takes what was saved last',
+            output,
+            found[-1].name,
+            few([name for name in later if name not in goes]) or 'none',
+            few([name for name in later if name in goes]) or 'none',
+        )
+    return remove(output, [tag for tag in found if tag.name in goes])[0]
+
+
+def remove(output: Path, goes: Sequence[EpochTag]) -> tuple[list[str], list[str]]:
+    """Removes tags; a warning where one cannot be removed.
+
+    What another process has removed or replaced since it was found is neither.
+
+    Returns:
+        The names of those that were removed, and of those that could not be.
+    """
+    removed: list[str] = []
+    failed: list[str] = []
+    for tag in goes:
+        header = header_or_none(output / tag.name)
+        if header is not None and header.sequence != tag.sequence:
+            continue
+        done = discard(output / tag.name)
+        if done is not None:
+            (removed if done else failed).append(tag.name)
+    return removed, failed
+
+
+def _lock_of(staging: Path) -> Path:
+    return staging.with_name(staging.name.replace(STAGING, LOCK, 1))

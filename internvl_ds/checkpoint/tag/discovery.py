@@ -1,0 +1,338 @@
+"""Finding checkpoints in an output directory. Reads only; knows no ranks.
+
+Names that begin with a dot are never checkpoints, but for ``.old-TAG-ID``: the tag that stepped
+aside for a save of the same name, which stands in for it if that save died between its two renames.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from internvl_ds.checkpoint.tag.manifest import (
+    FILE_NAME,
+    HEADER_BYTES,
+    STATE_FILE,
+    Header,
+    Manifest,
+    epoch_of,
+    parse_header,
+    parse_manifest,
+    step_of,
+    wrong_files,
+)
+from internvl_ds.checkpoint.tag.retention import EpochTag
+from internvl_ds.errors import CheckpointError, CheckpointNotFound, brief, shown
+from internvl_ds.files.reading import (
+    JSON_BYTES,
+    NAME_BYTES,
+    Unreadable,
+    open_data,
+    read_text,
+)
+
+LATEST = 'latest'
+ASIDE = '.old-'
+
+
+class Resume(NamedTuple):
+    """Where to resume from, and what the user should be told about the choice (or None)."""
+
+    path: Path
+    warning: str | None
+
+
+def newest(output: Path, damaged: Mapping[str, str] | None = None) -> Resume | None:
+    """The newest checkpoint of an output directory, for auto resume.
+
+    ``latest`` decides where it names a tag whose files are all there with the right sizes. Where it
+    does not, the newest such epoch tag is taken, else any other such tag (one saved as best, one of
+    plain DeepSpeed), with a warning: never a silent restart from scratch. Without any trace of a
+    tag it is the newest .pth of the original, by the file's time.
+
+    Where ``latest`` is right this reads it, one manifest and one listing, however many tags there
+    are; else the front of every tag's manifest too.
+
+    Args:
+        output: the directory.
+        damaged: directory name -> what is wrong with it, of tags to pass over.
+
+    Returns:
+        None when there is no such directory, or nothing in it that a run left.
+
+    Raises:
+        CheckpointNotFound: when there are traces of checkpoints but no whole one.
+    """
+    if not output.is_dir():
+        return None
+    damaged = damaged or {}
+    latest_file = output / LATEST
+    latest = read_latest(output)
+    broken: list[str] = []
+    if latest:
+        named = present(output / latest)
+        why = damaged.get(named.name) or problem(named)
+        if why is None:
+            return Resume(named, None)
+        broken.append(f'{latest_file} names {latest}, and {why}')
+    elif latest == '':
+        broken.append(f'{latest_file} {_why_not_latest(output)}')
+    for path in _newest_first(output):
+        if path.name == latest:
+            continue
+        why = damaged.get(path.name) or problem(path)
+        if why is None:
+            reason = '; '.join(broken) or f'there is no {latest_file}'
+            return Resume(path, f'{reason}: resuming from {shown(path.name)} instead')
+        broken.append(why)
+    if not broken:
+        originals = (path for path in output.glob('*.pth') if path.is_file())
+        files = sorted(originals, key=lambda path: path.stat().st_mtime)
+        return Resume(files[-1], None) if files else None
+    raise CheckpointNotFound(
+        f'{output}: checkpoints were here, but no whole one is left ({"; ".join(broken)}). '
+        'Set MODEL.RESUME to a checkpoint, or give another OUTPUT (or remove the file '
+        f'{LATEST}) to start from scratch.'
+    )
+
+
+def resolve(resume: str) -> Path:
+    """Finds what MODEL.RESUME names: a tag directory, an output directory, or a file.
+
+    Returns:
+        The tag, whose files are all there with the right sizes; the file; or the output directory.
+
+    Raises:
+        CheckpointNotFound: when nothing is there; names the path and the tags beside it.
+        CheckpointError: when a tag is there and is not whole.
+    """
+    path = present(Path(resume))
+    # os.path's take a name that no file can have for one of nothing.
+    if os.path.isfile(path) or (os.path.isdir(path) and not is_tag(path)):
+        return path
+    if not os.path.isdir(path):
+        there = tags(path.parent) if os.path.isdir(path.parent) else []
+        siblings = ', '.join(sorted(shown(tag.name) for tag in there)) or 'none'
+        raise CheckpointNotFound(f'{path}: no such checkpoint; {path.parent} has {siblings}')
+    why = problem(path)
+    if why is not None:
+        raise CheckpointError(f'{why}; it cannot be loaded')
+    return path
+
+
+def tags(output: Path) -> list[Path]:
+    """Every directory below ``output`` that could be a tag, in no order."""
+    with os.scandir(output) as entries:
+        names = [e.path for e in entries if not e.name.startswith('.')]
+    return [Path(name) for name in names if os.path.isdir(name)]  # a link to itself is none
+
+
+def epoch_tags(output: Path) -> list[EpochTag]:
+    """The tags of epochs and of steps, with what retention decides by, in no order."""
+    found = []
+    for path in tags(output):
+        epoch = epoch_of(path.name)
+        if epoch is not None:
+            header, step = header_or_none(path), step_of(path.name)
+            sequence = header.sequence if header else 0
+            accuracy = header.max_accuracy if header else None
+            updates = header.global_steps if header and step is not None else None
+            found.append(EpochTag(sequence, epoch, path.name, accuracy, step, updates))
+    return found
+
+
+def is_tag(path: Path) -> bool:
+    """Whether a directory holds a checkpoint, whole or not, of ours or of plain DeepSpeed.
+
+    One that may not be read, such as lost+found, holds none.
+    """
+    try:
+        return os.path.lexists(path / FILE_NAME) or any(
+            name.endswith('_states.pt') for name in _file_names(path)
+        )
+    except OSError:
+        return False
+
+
+def read_manifest(tag: Path) -> Manifest | None:
+    """A tag's manifest; None for a tag that plain DeepSpeed wrote.
+
+    Raises:
+        CheckpointError: when there is one and it cannot be read.
+    """
+    path = tag / FILE_NAME
+    try:
+        text = read_text(path, JSON_BYTES)
+    except FileNotFoundError as error:
+        if os.path.islink(path):
+            raise CheckpointError(f'{path}: is a link to nothing') from error
+        return None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f'{path}: cannot be read: {error}') from error
+    return parse_manifest(text, str(path))
+
+
+def read_header(tag: Path) -> Header | None:
+    """The front of a tag's manifest, however many files it lists; None as `read_manifest`.
+
+    Raises:
+        CheckpointError: when there is one and it cannot be read.
+    """
+    path = tag / FILE_NAME
+    try:
+        with open_data(path) as file:
+            front = file.read(HEADER_BYTES) or b''
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f'{path}: cannot be read: {error}') from error
+    header = parse_header(front.decode(errors='replace'), str(path))
+    if header is not None:
+        return header
+    manifest = read_manifest(tag)
+    return manifest.header if manifest else None
+
+
+def header_or_none(tag: Path) -> Header | None:
+    """As `read_header`, with None where it cannot be read."""
+    try:
+        return read_header(tag)
+    except CheckpointError:
+        return None
+
+
+def file_sizes(directory: Path) -> dict[str, int]:
+    """Relative name -> size in bytes of every file below a tag, the manifest left out.
+
+    A link to a file is that file; what is no regular file, and leads to none, has size -1. A file
+    that goes while this looks is left out: a mark is written into a tag before it is removed.
+    """
+    sizes = {}
+    pending = [(directory, '')]
+    while pending:
+        folder, prefix = pending.pop()
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append((Path(entry.path), f'{prefix}{entry.name}/'))
+                elif entry.name != FILE_NAME and (size := _size(entry)) is not None:
+                    sizes[f'{prefix}{entry.name}'] = size
+    return sizes
+
+
+def _size(entry: os.DirEntry[str]) -> int | None:
+    try:
+        status = entry.stat()
+    except FileNotFoundError:
+        return -1 if entry.is_symlink() else None
+    except OSError:
+        return -1
+    return status.st_size if stat.S_ISREG(status.st_mode) else -1
+
+
+def problem(tag: Path) -> str | None:
+    """Why a tag cannot be resumed from, by its manifest and the sizes of its files; None if it can.
+
+    Contents are not read: `internvl_ds.checkpoint.tag.verify` does that.
+    """
+    try:
+        return _problem(tag)
+    except CheckpointError as error:
+        return str(error)
+    except OSError as error:  # no rights, a link to nowhere, a failing disk
+        return f'{tag}: cannot be read: {error}'
+
+
+def _problem(tag: Path) -> str | None:
+    if not tag.is_dir():
+        return f'{tag} is no directory' if os.path.lexists(tag) else f'{tag} does not exist'
+    manifest = read_manifest(tag)
+    if manifest is None:
+        if (tag / STATE_FILE).exists():  # plain DeepSpeed writes none
+            return f'{tag}: {FILE_NAME} is missing'
+        whole = any(name.endswith('_model_states.pt') for name in _file_names(tag))
+        return None if whole else f'{tag} holds no checkpoint'
+    wrong = wrong_files(manifest.files, file_sizes(tag))
+    return f'{tag}: {"; ".join(wrong[:3])}' if wrong else None
+
+
+def present(tag: Path) -> Path:
+    """The tag, or what stepped aside for a save of that name that died before its last rename."""
+    try:
+        if tag.exists():
+            return tag
+    except OSError:  # no rights, or a name that no file can have
+        return tag
+    asides = [path for path in _asides(tag.parent) if tag_of_aside(path) == tag.name]
+    return next((path for path in asides if problem(path) is None), tag)
+
+
+def aside_of(tag: Path, save: str) -> Path:
+    """What a tag is called while the save of that id takes its name."""
+    return tag.with_name(f'{ASIDE}{tag.name}-{save}')
+
+
+def tag_of_aside(aside: Path) -> str:
+    """The tag that `aside_of` was given; earlier versions put no id behind it."""
+    return re.sub('-[0-9a-f]{16}$', '', aside.name.removeprefix(ASIDE))
+
+
+def _asides(output: Path) -> list[Path]:
+    return sorted(output.glob(f'{ASIDE}*'))
+
+
+def stand_ins(output: Path) -> list[Path]:
+    """The tags that stepped aside and stand in for one of their name, which is missing."""
+    names = dict.fromkeys(map(tag_of_aside, _asides(output)))
+    return [path for name in names if (path := present(output / name)) != output / name]
+
+
+def read_latest(output: Path) -> str | None:
+    """The tag that `latest` names; None without that file, '' where it names none."""
+    try:
+        return _named_by(output / LATEST)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        return ''  # there, and naming nothing
+
+
+def _named_by(latest_file: Path) -> str:
+    name = read_text(latest_file, NAME_BYTES, ours=True).strip()
+    if Path(name).name != name or name.startswith('.') or shown(name) != name or len(name) > 255:
+        raise Unreadable(f'names {brief(name)}, which is no tag beside it')
+    return name
+
+
+def _why_not_latest(output: Path) -> str:
+    try:
+        return 'is empty' if not _named_by(output / LATEST) else 'has changed meanwhile'
+    except (OSError, ValueError) as error:
+        return str(error)
+
+
+def _newest_first(output: Path) -> list[Path]:
+    """Every tag of a directory: epoch tags from the newest on, then the others likewise."""
+    epochs = [output / t.name for t in sorted(epoch_tags(output), key=lambda t: t[:3])[::-1]]
+    known = {path.name for path in epochs}
+    others = [path for path in tags(output) if path.name not in known and is_tag(path)]
+    others += stand_ins(output)
+
+    def order(path: Path) -> tuple[int, float]:
+        header = header_or_none(path)
+        try:
+            return (header.sequence if header else 0, path.stat().st_mtime)
+        except OSError:  # a run has just replaced it, or it is a link to itself
+            return (0, 0.0)
+
+    return epochs + sorted(others, key=order, reverse=True)
+
+
+def _file_names(directory: Path) -> Iterator[str]:
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            yield entry.name

@@ -1,0 +1,237 @@
+"""Files written, flushed and read with their size and xxh3-128 digest. Files only; knows no ranks.
+
+xxh3-128 (the xxhash library) finds what disks, networks and hands do to a file. It is no defence
+against someone who means harm: shards are therefore read as data only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import io
+import mmap
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import xxhash
+from safetensors.torch import save_file
+
+from internvl_ds.checkpoint.formats.allowed import PortablePickle
+from internvl_ds.checkpoint.tag.manifest import FileEntry
+from internvl_ds.files import flush
+from internvl_ds.files.reading import open_data
+
+# Hashed and written piece by piece: a piece is still in the CPU's cache when it is copied.
+_PIECE = 1 << 20
+# After so many bytes the kernel is told to begin writing, so that the flush finds little left.
+_WRITE_BACK = 8 << 20
+_SYNC_FILE_RANGE_WRITE = 2
+# Hashed from a mapping part by part, whole pages each.
+_PART = 64 << 20
+_MADV_POPULATE_READ = 22
+
+# torch's CRC switch is global: one save at a time may turn it.
+_crc_switch = threading.Lock()
+
+
+def write_hashed(path: Path, write: Callable[[IO[bytes]], object]) -> FileEntry:
+    """Writes a file and flushes it to disk, hashing on the way.
+
+    Args:
+        path: the file; replaced if it exists.
+        write: given a binary file to write to, from front to back.
+
+    Returns:
+        The size and digest of what was written.
+
+    Raises:
+        OSError: with the path and how many bytes were already there.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK
+    raw = _HashingFile(path, os.open(path, flags, 0o666))
+    try:
+        with io.BufferedWriter(raw, _PIECE) as file:
+            write(file)
+            file.flush()
+            raw.sync()
+    finally:
+        raw.close()
+    return FileEntry(raw.size, raw.hash.hexdigest())
+
+
+def save_tensors(value: Any, path: Path) -> FileEntry:
+    """`torch.save` without the zip's CRC, which costs more than all the rest; see `write_hashed`.
+
+    ``torch.load`` does not look at the CRC; the ``unzip`` command complains of it.
+    """
+
+    def write(file: IO[bytes]) -> None:
+        with _without_crc():
+            torch.save(value, file, pickle_module=PortablePickle)
+
+    return write_hashed(path, write)
+
+
+def save_safetensors(
+    tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> FileEntry:
+    """Writes tensors of any device and layout, readable by whoever may read the directory.
+
+    The file is flushed to disk, and hashed from the page cache.
+    """
+    plain = {}
+    seen = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        memory = tensor.untyped_storage().data_ptr()
+        # safetensors refuses tensors that share memory
+        plain[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
+    save_file(plain, path, metadata)
+    path.chmod(path.parent.stat().st_mode & 0o666)  # save_file makes it private
+    return flush_and_hash(path)
+
+
+def flush_and_hash(path: Path) -> FileEntry:
+    """Flushes to disk what something else wrote, and hashes it."""
+    flush(path)
+    return hash_file(path)
+
+
+def hash_file(path: Path, expected: int | None = None) -> FileEntry:
+    """The size and digest of a file as it is.
+
+    Args:
+        path: the file.
+        expected: its size, bytes; a file of another one is not read, and its digest is ''.
+
+    Raises:
+        OSError: when it cannot be read; a sector that cannot be is no end of the process.
+        ValueError: when it is no regular file.
+    """
+    digest = xxhash.xxh3_128()
+    with open_data(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if expected not in (None, size):
+            return FileEntry(size, '')
+        # Twice as fast as reading, in the page cache.
+        if not size or not _hash_mapped(file.fileno(), size, digest):
+            size = _hash_read(file, digest)
+    return FileEntry(size, digest.hexdigest())
+
+
+def _hash_mapped(descriptor: int, size: int, digest: Any) -> bool:
+    """Hashes a file through memory; False, with nothing hashed, where the kernel cannot.
+
+    Each part is asked for before it is touched: what cannot be read is then an error (EFAULT) of
+    the asking, where the touch would end the process (SIGBUS). Linux 5.14 and newer.
+    """
+    with mmap.mmap(descriptor, size, prot=mmap.PROT_READ) as mapped, memoryview(mapped) as view:
+        for start in range(0, size, _PART):
+            length = min(_PART, size - start)
+            try:
+                mapped.madvise(_MADV_POPULATE_READ, start, length)
+            except OSError as error:
+                if start == 0 and error.errno == errno.EINVAL:
+                    return False
+                raise OSError(errno.EIO, os.strerror(errno.EIO)) from error
+            with view[start : start + length] as part:
+                digest.update(part)
+    return True
+
+
+def _hash_read(file: IO[bytes], digest: Any) -> int:
+    buffer, size = memoryview(bytearray(_PIECE)), 0
+    while count := file.readinto(buffer):  # type: ignore[attr-defined]
+        digest.update(buffer[:count])
+        size += count
+    return size
+
+
+@contextmanager
+def _without_crc() -> Iterator[None]:
+    with _crc_switch:
+        before = torch.serialization.get_crc32_options()
+        torch.serialization.set_crc32_options(False)
+        try:
+            yield
+        finally:
+            torch.serialization.set_crc32_options(before)
+
+
+class _HashingFile(io.RawIOBase):
+    """An unbuffered file that hashes what is written and keeps the disk busy meanwhile.
+
+    A failed write is raised by `sync`, not by `write`: torch.save writes from C++, which turns an
+    exception from here into another one that does not say why.
+    """
+
+    def __init__(self, path: Path, descriptor: int) -> None:
+        super().__init__()
+        self.path, self.size, self.hash = path, 0, xxhash.xxh3_128()
+        self._error: OSError | None = None
+        self._started = 0
+        self._descriptor = descriptor
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any, /) -> int:
+        view = memoryview(data).cast('B')
+        try:
+            for start in range(0, len(view), _PIECE):
+                if self._error is None:
+                    self._write_piece(view[start : start + _PIECE])
+        except OSError as error:
+            self._error = error
+        return len(view)
+
+    def _write_piece(self, piece: memoryview) -> None:
+        self.hash.update(piece)
+        while len(piece):
+            count = os.write(self._descriptor, piece)
+            piece = piece[count:]
+            self.size += count
+        if self.size - self._started >= _WRITE_BACK:
+            _start_write_back(self._descriptor, self._started, self.size - self._started)
+            self._started = self.size
+
+    def sync(self) -> None:
+        """Flushes to disk, or raises what went wrong since the file was opened."""
+        try:
+            if self._error is None:
+                os.fsync(self._descriptor)
+        except OSError as error:
+            self._error = error
+        if self._error is not None:
+            text = f'{self._error.strerror} after {self.size} bytes'
+            raise OSError(self._error.errno, text, str(self.path)) from self._error
+
+    def close(self) -> None:
+        if not self.closed:
+            super().close()
+            os.close(self._descriptor)
+
+
+def _load_sync_file_range() -> Any:
+    function = getattr(ctypes.CDLL(None), 'sync_file_range', None)
+    if function is not None:
+        function.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+    return function
+
+
+_sync_file_range = _load_sync_file_range()
+
+
+def _start_write_back(descriptor: int, start: int, count: int) -> None:
+    """Asks Linux to begin writing a range to disk; elsewhere the flush does all of it.
+
+    Only a hint: its result does not matter, fsync reports what fails.
+    """
+    if _sync_file_range is not None:
+        _sync_file_range(descriptor, start, count, _SYNC_FILE_RANGE_WRITE)

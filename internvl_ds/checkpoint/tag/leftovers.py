@@ -1,0 +1,151 @@
+"""Clearing up after processes that died in an output directory. Files only; knows no ranks.
+
+Only what this package has made is touched: it has a mark inside, or the lock of a save beside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from internvl_ds.checkpoint.tag.discovery import ASIDE, header_or_none, problem
+from internvl_ds.checkpoint.tag.owner import has_ended, let_go, open_lock, read_owner
+from internvl_ds.checkpoint.tag.trash import MARK, TRASH, discard, remove_marked, unlink
+from internvl_ds.config.tree import default_of
+
+logger = logging.getLogger(__name__)
+
+STAGING = '.staging-'
+LOCK = '.lock-'
+
+_OURS = re.compile(r'(\.(?:staging|lock|trash|old)-)((.+)-([0-9a-f]{16}))')
+
+# What looks like ours and is not known to be, and was said to be so already.
+_told: set[Path] = set()
+
+
+def sweep(output: Path, *, age: float | None = None) -> list[str]:
+    """Removes what dead processes left: stagings, and tags that were half removed.
+
+    A staging directory goes only when its owner is known to be dead. A tag that stepped aside for
+    a save that died before it took the name gets its name back.
+
+    Args:
+        output: the directory.
+        age: seconds without a write after which an owner is taken for dead that cannot be seen from
+            here; None for the default of CHECKPOINT.LEFTOVER_AGE.
+
+    Returns:
+        The names of the staging directories that were removed.
+    """
+    age = default_of('CHECKPOINT.LEFTOVER_AGE') if age is None else age
+    saves: dict[str, set[str]] = defaultdict(set)
+    strange = []
+    if not output.is_dir():
+        return []
+    with os.scandir(output) as entries:
+        names = sorted(entry.name for entry in entries if entry.name.startswith('.'))
+    for name in names:
+        if match := _OURS.fullmatch(name):
+            if match[1] == TRASH:
+                _sweep_trash(output / name)
+            else:
+                saves[match[2]].add(match[1])
+        elif name.startswith((STAGING, TRASH, ASIDE)):
+            strange.append(output / name)
+    swept = []
+    for key, there in saves.items():
+        if _sweep_save(output, key, there, age) and STAGING in there:
+            swept.append(f'{STAGING}{key}')
+    for path in strange:
+        # Of a version that left no marks: a tag that stepped aside for a save that died.
+        tag = output / path.name.removeprefix(ASIDE)
+        header = header_or_none(path) if path.name.startswith(ASIDE) else None
+        named = header is not None and header.tag == tag.name
+        if named and any(name.startswith(f'{STAGING}{tag.name}-') for name in os.listdir(output)):
+            continue  # its save may be alive
+        if not (named and _give_name_back(path, tag)):
+            _leave(path)
+    return swept
+
+
+def _sweep_save(output: Path, key: str, there: set[str], age: float) -> bool:
+    """Clears up after a save, if it was ours and is dead; whether it did."""
+    staging, lock, aside = (output / f'{prefix}{key}' for prefix in (STAGING, LOCK, ASIDE))
+    name, _, save = key.rpartition('-')
+    with contextlib.ExitStack() as stack:
+        held: bool | None = None
+        if LOCK in there:
+            try:
+                descriptor, held = open_lock(lock, make=False)
+            except OSError:  # just removed, or no file
+                return False
+            stack.callback(let_go, descriptor)
+        said = [read_owner(lock), read_owner(staging / MARK)]
+        owner = next((owner for owner in said if owner and owner.id == save), None)
+        if owner is None:
+            if held and not lock.stat().st_size:  # killed before it wrote a word
+                unlink(lock)
+            elif there != {LOCK}:
+                _leave(staging if STAGING in there else aside)
+            return False
+        ended = has_ended(owner, held)
+        places = [output / f'{prefix}{key}' for prefix in there]
+        if ended is False or (ended is None and time.time() - _last_write(places) <= age):
+            return False
+        if STAGING in there:
+            logger.warning('%s: left by a save that died; removed (it was of %s)', staging, owner)
+            discard(staging)
+        tag = output / name
+        if ASIDE in there and not _give_name_back(aside, tag) and tag.exists():
+            logger.warning('%s: left by a save that died; removed (it was of %s)', aside, owner)
+            discard(aside)
+        if not (staging.exists() or aside.exists()):
+            unlink(lock)
+        return True
+
+
+def _sweep_trash(trash: Path) -> None:
+    """What has the mark was on its way out, whoever began that; an empty one had it last."""
+    try:
+        if trash.is_symlink() or not trash.is_dir():
+            return
+        if read_owner(trash / MARK) is None and any(trash.iterdir()):
+            _leave(trash)
+            return
+        remove_marked(trash)
+        logger.info('%s: the rest of a tag that was being removed; removed', trash)
+    except FileNotFoundError:
+        return  # whoever began has just ended
+    except OSError as error:
+        logger.warning('could not remove all of %s: %s', trash, error)
+
+
+def _give_name_back(aside: Path, tag: Path) -> bool:
+    if tag.exists() or problem(aside) is not None:
+        return False
+    logger.warning('%s: the save that was to replace it died; it has its name again', tag)
+    aside.rename(tag)
+    return True
+
+
+def _leave(path: Path) -> None:
+    if path not in _told:
+        _told.add(path)
+        logger.info('%s: not known to be of this version of internvl_ds; left as it is', path)
+
+
+def _last_write(places: Sequence[Path]) -> float:
+    """When anything in them was written last, seconds since the epoch."""
+    newest = 0.0
+    for place in places:
+        for path in [place, *place.rglob('*')]:
+            with contextlib.suppress(FileNotFoundError):  # just renamed or removed
+                newest = max(newest, path.lstat().st_mtime)
+    return newest

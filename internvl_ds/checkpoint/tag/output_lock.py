@@ -1,0 +1,232 @@
+"""One job writes into an output directory, and it is the same directory from save to save.
+
+Rank 0 holds the lock, from the start of the training program or the first save of a script, until
+`internvl_ds.shutdown` or the end of the process. Its file says whose it is; its time, which a
+thread renews, is the sign of life for hosts that do not see the lock itself.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import logging
+import os
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from yacs.config import CfgNode
+
+from internvl_ds.checkpoint import async_save as background
+from internvl_ds.checkpoint.tag.discovery import header_or_none
+from internvl_ds.checkpoint.tag.owner import (
+    Owner,
+    has_ended,
+    let_go,
+    open_lock,
+    read_owner,
+    this_process,
+)
+from internvl_ds.config.tree import checkpoint_option
+from internvl_ds.dist.process_group import before_shutdown
+from internvl_ds.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+LOCK = '.internvl_ds.lock'
+
+# Signs of life within CHECKPOINT.LOCK_AGE.
+_BEATS = 6
+
+
+@dataclass
+class _Output:
+    """An output directory that this process writes into.
+
+    Attributes:
+        path: the directory.
+        place: device and inode; both may change when a share is mounted again.
+        saves: tag -> id of the save, of what this process saved there.
+        owner, descriptor: of the lock; None where several jobs share the directory.
+        ended: ends the signs of life.
+    """
+
+    path: Path
+    place: tuple[int, int]
+    saves: dict[str, str] = field(default_factory=dict)
+    owner: Owner | None = None
+    descriptor: int = -1
+    ended: threading.Event = field(default_factory=threading.Event)
+
+
+_outputs: dict[str, _Output] = {}
+
+
+def enter_output(output: Path, config: CfgNode, limit: float) -> None:
+    """Makes and locks a directory to save in; from then on, makes sure that it is still the same.
+
+    Rank 0 calls it before each save; the training program at its start too.
+
+    Args:
+        output: the directory.
+        config: CHECKPOINT.SHARED_OUTPUT, LOCK_WAIT and LOCK_AGE (seconds) are read.
+        limit: seconds after which it must be known whether a job of another host still lives.
+
+    Raises:
+        CheckpointError: when another job writes there, or the directory is not the one that this
+            process locked or saved in: that one is gone, as when a share is not mounted.
+        OSError: when it cannot be made or written.
+    """
+    key = os.path.abspath(output)
+    known = _outputs.get(key)
+    if known is None:
+        output.mkdir(parents=True, exist_ok=True)
+        known = _Output(output, _place_of(output))
+    else:
+        _require_same(known)
+    if not checkpoint_option(config, 'SHARED_OUTPUT'):
+        age, wait = checkpoint_option(config, 'LOCK_AGE'), checkpoint_option(config, 'LOCK_WAIT')
+        _lock(known, wait, age, limit)
+    _outputs[key] = known
+
+
+def note_save(output: Path, tag: str, save: str) -> None:
+    """Remembers a committed tag: a directory that holds it is the one that was saved in."""
+    if known := _outputs.get(os.path.abspath(output)):
+        known.saves[tag] = save
+
+
+def _place_of(output: Path) -> tuple[int, int]:
+    status = output.stat()
+    return status.st_dev, status.st_ino
+
+
+def _require_same(known: _Output) -> None:
+    try:
+        place = _place_of(known.path)
+    except OSError as error:
+        raise CheckpointError(
+            f'{known.path}: this run writes there, and it is gone ({error.strerror}): is the file '
+            'system still mounted? Nothing was written, and it is not made anew'
+        ) from error
+    if place == known.place:
+        return
+    mine = known.owner is not None and read_owner(known.path / LOCK) == known.owner
+    tags = known.saves.items()
+    headers = ((header_or_none(known.path / tag), save) for tag, save in tags)
+    if not mine and not any(header and header.save == save for header, save in headers):
+        raise CheckpointError(
+            f'{known.path}: is not the directory that this run has written in, neither its lock '
+            'nor its tags are there: is the file system still mounted? Nothing was written'
+        )
+    known.place = place
+    _give_up(known)  # of the old mount
+
+
+def _lock(known: _Output, wait: float, age: float, limit: float) -> None:
+    path = known.path / LOCK
+    there = read_owner(path)
+    if known.owner is not None:
+        if there == known.owner and known.descriptor >= 0:
+            return
+        if there not in (None, known.owner):
+            raise CheckpointError(
+                f'{known.path}: {there} took over while this process gave no sign of life for '
+                f'CHECKPOINT.LOCK_AGE {age:g} s; nothing was written'
+            )
+        _give_up(known)  # removed by someone, or given up at a shutdown: it is taken again
+    start, first_beat, told = time.monotonic(), None, False
+    while True:
+        descriptor, held = open_lock(path)
+        there, beat = read_owner(descriptor), os.fstat(descriptor).st_mtime
+        free = True if held is not False and there is None else has_ended(there, held)
+        silent = 0.0
+        if free is None:
+            first_beat = first_beat or beat
+            silent = _now_in(known.path) - beat
+            free = False if beat != first_beat else silent > age or None
+        if free and _take(known, descriptor, held, age):
+            return
+        let_go(descriptor)
+        waited = time.monotonic() - start
+        if waited >= (limit if free is None else wait):
+            unsure = f', silent for {silent:.0f} s and dead after LOCK_AGE {age:g} s'
+            raise CheckpointError(
+                f'{known.path}: another job writes there: {there or "a process that just began"}'
+                f'{unsure if free is None else ""}. Two jobs in one OUTPUT mix their tags: give '
+                'each its own, or set CHECKPOINT.SHARED_OUTPUT True if that is meant'
+            )
+        if not told:
+            logger.warning('%s: %s writes there; waiting for its end', known.path, there)
+            told = True
+        time.sleep(0.2)
+
+
+def _take(known: _Output, descriptor: int, held: bool | None, age: float) -> bool:
+    """Writes down whose the lock is; False where another process did so at the same time."""
+    path, owner = known.path / LOCK, this_process()
+    text = owner.to_text().encode()
+    try:
+        os.pwrite(descriptor, text, 0)
+        os.ftruncate(descriptor, len(text))
+        os.fsync(descriptor)
+    except OSError as error:
+        with contextlib.suppress(OSError):  # what went wrong is told, not this
+            path.unlink()
+        let_go(descriptor)
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    if held is None:  # only what was written last can tell
+        time.sleep(age / 60)
+        if read_owner(path) != owner:
+            return False
+    known.owner, known.descriptor, known.ended = owner, descriptor, threading.Event()
+    _registered()
+    beats = threading.Thread(
+        target=_beat, args=(path, owner, age / _BEATS, known.ended), name='lock', daemon=True
+    )
+    beats.start()
+    return True
+
+
+def _beat(path: Path, owner: Owner, interval: float, ended: threading.Event) -> None:
+    while not ended.wait(interval):
+        # Where it cannot, the next save finds out why, and says so.
+        with contextlib.suppress(OSError):
+            if read_owner(path) == owner:
+                os.utime(path, follow_symlinks=False)
+
+
+def _now_in(output: Path) -> float:
+    """The time by the clock that gives the directory's files theirs."""
+    with tempfile.TemporaryFile(dir=output) as file:
+        return os.fstat(file.fileno()).st_mtime
+
+
+def _give_up(known: _Output) -> None:
+    known.ended.set()
+    if known.descriptor >= 0:
+        let_go(known.descriptor)
+    known.descriptor = -1
+
+
+def _release_all() -> None:
+    if background.is_pending():  # it still writes there; then the kernel releases the locks
+        return
+    for known in _outputs.values():
+        path = known.path / LOCK
+        if known.descriptor >= 0 and read_owner(path) == known.owner:
+            try:
+                path.unlink()
+            except OSError as error:
+                logger.warning('%s: cannot be removed (%s); it holds no lock', path, error)
+        _give_up(known)
+
+
+@functools.cache
+def _registered() -> None:
+    atexit.register(_release_all)
+    before_shutdown(_release_all)
+    os.register_at_fork(after_in_child=_outputs.clear)

@@ -1,0 +1,94 @@
+"""Whether the contents of a tag's files are what was written, there. Files only; knows no ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from internvl_ds.checkpoint.formats.ema_files import identity_in, open_safetensors
+from internvl_ds.checkpoint.formats.outline import outline
+from internvl_ds.checkpoint.formats.state_json import read_state
+from internvl_ds.checkpoint.tag.discovery import read_manifest
+from internvl_ds.checkpoint.tag.hashing import hash_file
+from internvl_ds.checkpoint.tag.identity import require_identity
+from internvl_ds.checkpoint.tag.manifest import STATE_FILE, Identity, Manifest, file_rank
+from internvl_ds.errors import CheckpointError
+from internvl_ds.files.reading import interpreting
+
+
+def share_of(names: Iterable[str], rank: int, world_size: int) -> list[str]:
+    """The files that ``rank`` verifies when all ranks share the work: its own shards, if it can."""
+    return [name for name in names if file_rank(name) % world_size == rank]
+
+
+def weight_files(manifest: Manifest) -> list[str]:
+    """The files of a tag that hold its weights, averaged ones included, and state.json."""
+    ending = '_states.pt' if manifest.header.zero_stage == 3 else '_model_states.pt'
+    of_average = [n for n in manifest.files if n.startswith('ema')]
+    return [STATE_FILE, *(n for n in manifest.files if n.endswith(ending)), *of_average]
+
+
+def damage(tag: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
+    """Reads the named files whole, and says of each that differs from the manifest how it does.
+
+    Args:
+        tag: the directory.
+        manifest: what its files were when they were saved.
+        names: of files in the manifest; a name that it does not list is damage too.
+    """
+    found = []
+    for name in names:
+        entry = manifest.files.get(name)
+        if entry is None:
+            found.append(f'{tag / name}: not a file of this checkpoint')
+            continue
+        try:
+            actual = hash_file(tag / name, entry.size)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            found.append(f'{tag / name}: cannot be read: {reason}')
+            continue
+        if actual.size != entry.size:
+            found.append(f'{tag / name}: has {actual.size} bytes, not {entry.size}')
+        elif actual.digest != entry.digest:
+            found.append(
+                f'{tag / name}: damaged: its xxh3-128 is {actual.digest}, and {entry.digest} was '
+                'written'
+            )
+        else:
+            found += _foreign(tag / name, manifest)
+    return found
+
+
+def _foreign(path: Path, manifest: Manifest) -> list[str]:
+    """Whether a file with the right checksum is of another save or rank."""
+    if not manifest.header.save:  # of an earlier version
+        return []
+    try:
+        if path.suffix == '.json':
+            said = read_state(path).get(Identity.KEY)
+        elif path.suffix == '.safetensors':
+            with open_safetensors(path) as file:
+                said = identity_in(file.metadata())
+        elif path.name.endswith('_states.pt'):
+            with interpreting(path, CheckpointError):
+                said = outline(path).get(Identity.KEY)
+        else:  # DeepSpeed's scripts
+            return []
+        require_identity(path, said, manifest.header)
+    except CheckpointError as error:
+        return [str(error)]
+    return []
+
+
+def damage_of_tag(tag: Path) -> list[str] | None:
+    """What is wrong with any file of a tag; empty when all is as written.
+
+    Returns:
+        None for a tag without a manifest (plain DeepSpeed's): nothing can be said of it.
+
+    Raises:
+        CheckpointError: when the manifest cannot be read.
+    """
+    manifest = read_manifest(tag)
+    return None if manifest is None else damage(tag, manifest, manifest.files)

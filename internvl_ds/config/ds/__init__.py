@@ -1,0 +1,1 @@
+"""ds_config JSON: loaded, filled from the yacs tree, and checked."""

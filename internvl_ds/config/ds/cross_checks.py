@@ -1,0 +1,349 @@
+"""What contradicts itself, or trains wrongly, in a ds_config whose keys and types are right. Pure.
+
+Each rule is a function from `Facts` to findings. A rule that needs a value which an earlier check
+found wrong keeps silent: that fault was told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from yacs.config import CfgNode
+
+from internvl_ds.config.ds import resolve as ds
+from internvl_ds.config.ds.diagnostics import Finding, finding, nearest, pointer_of, shown, value_at
+from internvl_ds.config.ds.schema import (
+    Key,
+    find,
+    optimizer_params,
+    optimizer_types,
+    scheduler_params,
+    scheduler_types,
+)
+from internvl_ds.config.ds.unsupported import NAMES_OF_DTYPE, bridge_findings
+from internvl_ds.config.ds.validate_keys import Shape, check_shape
+from internvl_ds.errors import ConfigError
+
+_ZERO = 'zero_optimization'
+_PRECISIONS = ('fp16', 'bf16', 'torch_autocast')
+
+# Beside those that are called stage3_...: what DeepSpeed documents, or reads, for ZeRO-3 only.
+_STAGE_3_ONLY = (
+    'sub_group_size',
+    'zero_hpz_partition_size',
+    'zero_quantized_weights',
+    'zero_quantized_nontrainable_weights',
+    'zero_quantized_gradients',
+    'memory_efficient_linear',
+    'override_module_apply',
+    'pipeline_loading_checkpoint',
+    'log_trace_cache_warnings',
+    'save_muon_momentum_buffer_in_memory',
+    'leaf_module',
+)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the rules look at.
+
+    Attributes:
+        shape: what is left of the ds_config once all that is unknown or of a wrong type is out.
+        schema: what the installed DeepSpeed knows.
+        config: the yacs tree.
+        world_size: the number of data-parallel ranks.
+        optimizer_in_code, scheduler_in_code: whether the program makes one and passes it.
+        cpu_optimizer: whether that optimizer is one of DeepSpeed's for the CPU.
+    """
+
+    shape: Shape
+    schema: Key
+    config: CfgNode
+    world_size: int
+    optimizer_in_code: bool
+    scheduler_in_code: bool
+    cpu_optimizer: bool
+
+    @property
+    def tree(self) -> dict[str, Any]:
+        """The ds_config, as far as it is right."""
+        return self.shape.tree
+
+    @property
+    def zero(self) -> Mapping[str, Any]:
+        """Its block /zero_optimization."""
+        return self.tree.get(_ZERO, {})
+
+    @property
+    def stage(self) -> int | None:
+        """The ZeRO stage; None where what is stated is wrong."""
+        if self.shape.doubts(f'/{_ZERO}/stage'):
+            return None
+        stage = self.zero.get('stage', 0)
+        return 0 if stage == 'auto' else int(stage)
+
+    @property
+    def low(self) -> str | None:
+        """The block of the low-precision engine that trains; None for none, or where in doubt."""
+        try:
+            mode = ds.precision(self.tree, self.config)
+        except ConfigError:
+            return None
+        return {ds.FP16: 'fp16', ds.BF16: 'bf16'}.get(mode)
+
+
+def batch_rule(facts: Facts) -> Iterator[Finding]:
+    """Batch sizes and clipping against the yacs config, and the batch triple against itself."""
+    config = facts.config.clone()
+    config.defrost()
+    config.AMP_OPT_LEVEL, config.AMP_TYPE = 'O0', 'float16'  # not this rule's business
+    parts = ('train_micro_batch_size_per_gpu', 'gradient_accumulation_steps')
+    disagree = facts.shape.doubts(*map(pointer_of, [[part] for part in parts]))
+    for key in (*parts, 'gradient_clipping'):
+        if key in facts.tree:
+            error = _refusal({key: facts.tree[key]}, config, facts.world_size)
+            if error:
+                disagree = disagree or key in parts
+                yield finding(f'/{key}', error)
+    triple = {k: facts.tree[k] for k in (*parts, 'train_batch_size') if k in facts.tree}
+    if not disagree and 'train_batch_size' in triple:
+        error = _refusal(triple, config, facts.world_size)
+        if error:
+            yield finding('/train_batch_size', error)
+
+
+def precision_rule(facts: Facts) -> Iterator[Finding]:
+    """Precision blocks against each other and against AMP_OPT_LEVEL and AMP_TYPE."""
+    try:
+        ds.precision({}, facts.config)
+    except ConfigError as error:
+        key = 'AMP_TYPE' if str(error).startswith('AMP_TYPE') else 'AMP_OPT_LEVEL'
+        yield Finding('', str(error), yacs=key)
+        return
+    if facts.shape.doubts(*(f'/{block}/enabled' for block in _PRECISIONS)):
+        return
+    try:
+        ds.precision(facts.tree, facts.config)
+    except ConfigError as error:
+        stated = [b for b in _PRECISIONS if b in facts.tree]
+        on = [b for b in stated if facts.tree[b].get('enabled') is True]
+        if len(on) > 1:
+            yield finding(f'/{on[-1]}', str(error))
+        else:
+            yield finding(f'/{(on or stated)[0]}/enabled', str(error))
+        return
+    wanted = value_at(facts.tree, 'data_types', 'param_dtype')
+    names = NAMES_OF_DTYPE.get(facts.low or '', ('fp32', 'float32', 'float', 'torch.float32'))
+    if wanted not in (None, 'auto', *names):
+        yield finding(
+            '/data_types/param_dtype',
+            f'is {shown(wanted)}, but the model trains in {names[0]} (AMP_OPT_LEVEL and the '
+            'precision blocks): DeepSpeed refuses that; remove the key',
+            yacs='AMP_OPT_LEVEL',
+        )
+
+
+def old_names_rule(facts: Facts) -> Iterator[Finding]:
+    """DeepSpeed reads /bfloat16 for /bf16 still; what resolves a ds_config does not."""
+    if 'bfloat16' in facts.tree:
+        yield finding('/bfloat16', 'is the old name of /bf16; rename it', yacs='AMP_OPT_LEVEL')
+
+
+def stage_rule(facts: Facts) -> Iterator[Finding]:
+    """Options of ZeRO-3 below it, and others that the stage does not have."""
+    stage = facts.stage
+    if stage is None:
+        return
+    known = find(facts.schema, (_ZERO,))
+    for name, value in facts.zero.items():
+        key = (known.keys or {}).get(name) if known else None
+        only_3 = key is not None and (key.name.startswith('stage3_') or name in _STAGE_3_ONLY)
+        if only_3 and key is not None and not key.deprecated and stage < 3:
+            if value == 'auto' or value == key.default:
+                continue  # it changes nothing, at any stage
+            yield finding(
+                f'/{_ZERO}/{name}',
+                f'is an option of ZeRO stage 3, and /{_ZERO}/stage is {stage}: it would have no '
+                'effect; remove it, or set the stage to 3',
+            )
+    for block, name in ds.OF_PARTITIONED_UPDATES:
+        if stage == 0 and value_at(facts.tree, block, name) is True:
+            yield finding(
+                f'/{block}/{name}', f'needs ZeRO stage 1, 2 or 3, and /{_ZERO}/stage is 0'
+            )
+    if facts.zero.get('legacy_stage1') is True:
+        yield finding(f'/{_ZERO}/legacy_stage1', 'was removed from DeepSpeed; remove the key')
+    dividing = facts.tree.get('gradient_predivide_factor', 1) != 1
+    for name, stated in (
+        ('gradient_predivide_factor', dividing),
+        ('prescale_gradients', facts.tree.get('prescale_gradients') is True),
+    ):
+        if stage == 2 and stated and facts.zero.get('reduce_scatter', True) is True:
+            yield finding(
+                f'/{name}',
+                'is not supported by DeepSpeed at ZeRO stage 2 with '
+                f'/{_ZERO}/reduce_scatter; set that to false, or remove the key',
+            )
+            return
+
+
+def offload_rule(facts: Facts) -> Iterator[Finding]:
+    """Offload without the stage that it needs, or without what else it needs."""
+    stage, devices = facts.stage, {}
+    for name, old in (('offload_param', 'cpu_offload_param'), ('offload_optimizer', 'cpu_offload')):
+        device = value_at(facts.zero, name, 'device', default='none')
+        if device not in ('none', 'auto'):
+            devices[name] = device
+            path = f'/{_ZERO}/{name}/nvme_path'
+            nowhere = device == 'nvme' and not facts.zero[name].get('nvme_path')
+            if nowhere and not facts.shape.doubts(path):
+                yield finding(path, 'is missing: /device is "nvme"')
+        elif facts.zero.get(old) is True:
+            devices[old] = 'cpu'
+    if stage is None:
+        return
+    for name, device in devices.items():
+        least = 3 if 'param' in name or device == 'nvme' else 1
+        if stage < least:
+            what = 'offload to NVMe' if device == 'nvme' and 'param' not in name else name
+            at_least = 'stage 3' if least == 3 else 'stage 1, 2 or 3'
+            yield finding(
+                f'/{_ZERO}/{name}',
+                f'{what} needs ZeRO {at_least}, and /{_ZERO}/stage is {stage}',
+            )
+            if 'param' not in name:
+                return
+    name = next((n for n in ('offload_optimizer', 'cpu_offload') if n in devices), '')
+    if not name:
+        return
+    for option, off in (('super_offload', False), ('ratio', 1.0)):
+        value = value_at(facts.zero, name, option, default=off)
+        if value not in (off, 'auto') and stage < 3:
+            yield finding(
+                f'/{_ZERO}/{name}/{option}',
+                f'is {shown(value)}, which needs ZeRO stage 3, and /{_ZERO}/stage is {stage}',
+            )
+    foreign = facts.optimizer_in_code and not facts.cpu_optimizer
+    forced = facts.tree.get('zero_force_ds_cpu_optimizer', True) is True
+    if foreign and forced and not facts.shape.doubts('/zero_force_ds_cpu_optimizer'):
+        yield finding(
+            f'/{_ZERO}/{name}',
+            'DeepSpeed refuses to offload an optimizer that is none of its own for the CPU; set '
+            '/zero_force_ds_cpu_optimizer to false to have the one that the code makes',
+        )
+
+
+def optimizer_rule(facts: Facts) -> Iterator[Finding]:
+    """The optimizer that the JSON names: that it is the only one, and that it takes its params."""
+    section = facts.tree.get('optimizer')
+    if not isinstance(section, Mapping):
+        return
+    if facts.optimizer_in_code:
+        yield finding(
+            '/optimizer',
+            'the ds_config has an /optimizer section and an optimizer was passed as well: '
+            'DeepSpeed would ignore the section; remove it, or pass optimizer=None',
+        )
+        return
+    params = section.get('params', {})
+    if 'max_grad_norm' in params:
+        yield finding(
+            '/optimizer/params/max_grad_norm',
+            'clips a second time, and DeepSpeed refuses it; use /gradient_clipping alone',
+        )
+        params = {name: value for name, value in params.items() if name != 'max_grad_norm'}
+    name = yield from _type_of(facts, 'optimizer', optimizer_types())
+    if name is None:
+        return
+    on_cpu = value_at(facts.zero, 'offload_optimizer', 'device', default='none') != 'none'
+    key = optimizer_params(name, params, on_cpu)
+    if key is not None and isinstance(params, Mapping):
+        # torch_adam chooses the class, misspelt as well
+        key = optimizer_params(name, check_shape(params, key).tree, on_cpu)
+        yield from _params('optimizer', params, key)
+
+
+def scheduler_rule(facts: Facts) -> Iterator[Finding]:
+    """The scheduler that the JSON names: likewise."""
+    section = facts.tree.get('scheduler')
+    if not isinstance(section, Mapping):
+        return
+    if facts.scheduler_in_code:
+        yield finding(
+            '/scheduler',
+            'the ds_config has a /scheduler section and a scheduler was passed as well: both would '
+            'set the learning rate; remove the section, or pass none',
+        )
+        return
+    has_optimizer = facts.optimizer_in_code or 'optimizer' in facts.tree
+    if not has_optimizer and not facts.shape.doubts('/optimizer'):
+        yield finding('/scheduler', 'needs an optimizer: there is no /optimizer section')
+        return
+    name = yield from _type_of(facts, 'scheduler', scheduler_types())
+    params = section.get('params', {})
+    doubtful = facts.shape.doubts('/scheduler/params')
+    if name is not None and not doubtful and isinstance(params, Mapping):
+        yield from _params('scheduler', params, scheduler_params(name))
+
+
+def bridge_rule(facts: Facts) -> Iterator[Finding]:
+    """`bridge_findings` of the configuration at hand."""
+    if facts.stage is None:
+        return
+    zero = {**facts.zero, 'stage': facts.stage}
+    tree = {**facts.tree, _ZERO: zero}
+    yield from bridge_findings(tree, facts.low, optimizer=not facts.optimizer_in_code)
+
+
+RULES: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
+    batch_rule,
+    precision_rule,
+    old_names_rule,
+    stage_rule,
+    offload_rule,
+    optimizer_rule,
+    scheduler_rule,
+    bridge_rule,
+)
+
+
+def _refusal(tree: Mapping[str, Any], config: CfgNode, world_size: int) -> str:
+    """Why a part of a ds_config does not resolve; '' where it does."""
+    try:
+        ds.resolve(tree, config, world_size)
+    except ConfigError as error:
+        return str(error)
+    return ''
+
+
+def _type_of(
+    facts: Facts, section: str, known: list[str]
+) -> Iterator[Finding] | Any:  # a generator that returns the name, or None
+    """Tells where the type of a section is missing or unknown; else returns it."""
+    pointer = f'/{section}/type'
+    name = facts.tree[section].get('type')
+    if facts.shape.doubts(pointer):
+        return None
+    if name is None:
+        yield finding(pointer, f'is missing: DeepSpeed would train without this {section}')
+        return None
+    lower_case = {k for k in known if k == k.lower()}  # DeepSpeed's own optimizers, in any case
+    if name in known or name.lower() in lower_case:
+        return name
+    near = nearest(name, known, 0.6)
+    hint = f'the nearest is {near}' if near else f'known are {", ".join(known)}'
+    yield finding(pointer, f'is {shown(name)}, and DeepSpeed knows no such {section}; {hint}')
+    return None
+
+
+def _params(section: str, params: Mapping[str, Any], key: Key | None) -> Iterator[Finding]:
+    if key is None:
+        return
+    shape = check_shape(params, key, path=(section, 'params'))
+    yield from shape.findings
+    for name in key.required:
+        pointer = f'/{section}/params/{name}'
+        if name not in shape.tree and not shape.doubts(pointer):
+            yield finding(pointer, 'is missing, and has no default')

@@ -1,0 +1,220 @@
+"""The shape of a ds_config: its keys are known and its values of the right type. Pure.
+
+What is wrong is left out of the tree that goes on to the next checks, and what is misspelt goes on
+under the name that was probably meant: one fault shall not look like several.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import deepspeed
+
+from internvl_ds.config.ds.diagnostics import WARNING, Finding, finding, nearest, pointer_of, shown
+from internvl_ds.config.ds.introspect import Path
+from internvl_ds.config.ds.schema import (
+    BOOL,
+    INT,
+    LIST,
+    NULL,
+    NUMBER,
+    OBJECT,
+    TEXT,
+    Key,
+    Value,
+    walk,
+)
+
+_ALIKE = 0.6  # how like a known key one must be to be taken for a misspelling of it
+# And where it may well be something else: a key that DeepSpeed reads and nobody here knows of, or
+# one that is known elsewhere.
+_ALIKE_IN_DOUBT = 0.85
+_MANY = 3  # a name that is known in more places than this tells nothing of where it belongs
+
+
+@dataclass
+class Shape:
+    """What was found, and what is left to look at.
+
+    Attributes:
+        findings: of this tree, in the order of its keys.
+        tree: the tree without what is wrong.
+        doubtful: JSON pointers, rightly spelt, of values that are left out because they are wrong.
+    """
+
+    findings: list[Finding] = field(default_factory=list)
+    tree: dict[str, Any] = field(default_factory=dict)
+    doubtful: set[str] = field(default_factory=set)
+
+    def doubts(self, *pointers: str) -> bool:
+        """Whether any of these values is not known, or lies in a block that is not."""
+        return any(p == d or p.startswith(f'{d}/') for p in pointers for d in self.doubtful)
+
+
+def check_shape(
+    tree: Mapping[str, Any], key: Key, root: Key | None = None, path: Path = ()
+) -> Shape:
+    """Compares a block with what may stand in it.
+
+    Args:
+        tree: the block, as stated.
+        key: what DeepSpeed knows of it.
+        root: the whole schema, to look elsewhere for what is not known here.
+        path: of the block, from the top.
+    """
+    found = Shape()
+    found.tree = _Walk(found, root).block(tree, key, path, path)
+    return found
+
+
+@dataclass
+class _Walk:
+    found: Shape
+    root: Key | None
+
+    def block(self, tree: Mapping[str, Any], key: Key, path: Path, meant: Path) -> dict[str, Any]:
+        """Looks at a block's keys; ``meant`` is its path with every key rightly spelt."""
+        left: dict[str, Any] = {}
+        for name, value in tree.items():
+            known, here = (key.keys or {}).get(name), (*path, str(name))
+            right, misspelt = str(name), known is None
+            if known is None:
+                like = self._like(right, key)
+                if like is None and not key.complete:
+                    left[right] = value
+                    continue
+                self._unknown(right, like, key, path, meant)
+                if like is None or like in tree or like in left:
+                    continue
+                right, known = like, (key.keys or {})[like]
+            if known.refused:
+                self.found.findings.append(finding(pointer_of(here), known.refused))
+                continue
+            self.value(value, known, here, (*meant, right), left, silent=misspelt)
+            if known.deprecated and not misspelt and right in left:
+                self._deprecated(known, key, tree, here)
+        return left
+
+    def value(
+        self, value: Any, key: Key, path: Path, meant: Path, left: dict[str, Any], silent: bool
+    ) -> None:
+        """Puts a value that fits into ``left``; silent: a fault of its key was told already."""
+        if key.keys is not None and isinstance(value, Mapping):
+            left[meant[-1]] = self.block(value, key, path, meant)
+            return
+        # DeepSpeed takes 'auto' for 'left out' in some places; where not is known to `resolve`.
+        wrong = '' if value == 'auto' and key.keys is None else misfit(value, key.value)
+        if not wrong:
+            left[meant[-1]] = value
+            return
+        self.found.doubtful.add(pointer_of(meant))
+        if not silent:
+            told = finding(pointer_of(meant), '')  # for the yacs key
+            self.found.findings.append(finding(pointer_of(path), wrong, yacs=told.yacs))
+
+    def _like(self, name: str, key: Key) -> str | None:
+        """The key beside it that an unknown one is a misspelling of."""
+        doubtful = not key.complete or self._elsewhere(name, exactly=True) is not None
+        known = [k for k, below in (key.keys or {}).items() if not below.refused]
+        return nearest(name, known, _ALIKE_IN_DOUBT if doubtful else _ALIKE)
+
+    def _unknown(self, name: str, like: str | None, key: Key, path: Path, meant: Path) -> None:
+        where = self._elsewhere(name)
+        if like is not None:
+            where = pointer_of((*meant, (key.keys or {})[like].name or like))
+        hint = f'DeepSpeed {deepspeed.__version__} reads no such key'
+        hint = f'the nearest known key is {where}' if where else hint
+        self.found.findings.append(finding(pointer_of((*path, name)), f'unknown key; {hint}'))
+
+    def _elsewhere(self, name: str, exactly: bool = False) -> str | None:
+        """Where a key of that name, or one much like it, is known."""
+        if self.root is None:
+            return None
+        by_name: dict[str, list[Path]] = {}
+        for path, known in walk(self.root):
+            if not known.refused:
+                by_name.setdefault(path[-1], []).append(path)
+        like = nearest(name, by_name, 1.0 if exactly else _ALIKE_IN_DOUBT)
+        places = by_name[like] if like else []
+        if not 0 < len(places) <= _MANY:
+            return None
+        _, shortest = min((len(place), place) for place in places)
+        return pointer_of(shortest)
+
+    def _deprecated(self, known: Key, block: Key, tree: Mapping[str, Any], path: Path) -> None:
+        pointer, successor = pointer_of(path), known.successor
+        after = (block.keys or {}).get(successor)
+        names = {n for n, k in (block.keys or {}).items() if after is not None and k is after}
+        both = sorted(names & set(tree))
+        written = after.name if after is not None and after.name else successor
+        if both:
+            text = (
+                f'is deprecated, and its successor {both[0]} is stated as well; remove {path[-1]}'
+            )
+            self.found.findings.append(finding(pointer, text))
+        else:
+            text = f'is deprecated; use {written}' if successor else 'is deprecated'
+            self.found.findings.append(finding(pointer, text, WARNING))
+
+
+def misfit(value: Any, spec: Value) -> str:
+    """What is wrong with a value, in words that begin with 'is'; '' where nothing is."""
+    kinds = spec.kinds
+    if kinds and not any(_is_a(value, kind) for kind in kinds):
+        quoted = isinstance(value, str) and (
+            (_is_number(value) and bool({INT, NUMBER} & set(kinds)))
+            or (value.lower() in ('true', 'false') and BOOL in kinds)
+        )
+        hint = ' (without the quotation marks)' if quoted else ''
+        return f'is {shown(value)}; it takes {" or ".join(kinds)}{hint}'
+    if spec.choices and value is not None and value not in spec.choices:
+        texts = [choice for choice in spec.choices if isinstance(choice, str)]
+        near = nearest(value, texts, _ALIKE) if isinstance(value, str) else None
+        hint = f'; {near!r} is the nearest' if near else ''
+        return f'is {shown(value)}; it takes {", ".join(map(shown, spec.choices))}{hint}'
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return _out_of_limits(value, spec)
+    if spec.items is not None and isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            if wrong := misfit(item, spec.items):
+                return f'has entry {index}, which {wrong}'
+    return ''
+
+
+def _out_of_limits(value: float, spec: Value) -> str:
+    if not math.isfinite(value):
+        return f'is {shown(value)}, which is no finite number'
+    for limit, broken, words in (
+        (spec.least, lambda least: value < least, 'at least'),
+        (spec.most, lambda most: value > most, 'at most'),
+        (spec.above, lambda above: value <= above, 'more than'),
+        (spec.below, lambda below: value >= below, 'less than'),
+    ):
+        if limit is not None and broken(limit):
+            return f'is {shown(value)}; it must be {words} {limit:g}'
+    return ''
+
+
+def _is_a(value: Any, kind: str) -> bool:
+    if isinstance(value, bool):
+        return kind == BOOL
+    if isinstance(value, int):
+        return kind in (INT, NUMBER)
+    if isinstance(value, float):
+        return kind == NUMBER or (kind == INT and value.is_integer())
+    if kind == TEXT:
+        return isinstance(value, str)
+    if kind == LIST:
+        return isinstance(value, list | tuple)
+    return value is None if kind == NULL else kind == OBJECT and isinstance(value, Mapping)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

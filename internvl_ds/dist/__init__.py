@@ -1,0 +1,1 @@
+"""Ranks: the process group, meetings through its store, launchers, signals, preemption."""

@@ -1,0 +1,164 @@
+"""Signals that ask a process to stop, seen at once, also while its main thread is in C code."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any
+
+from internvl_ds.dist.launchers import detect
+from internvl_ds.errors import ConfigError
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+
+# The exit status of a process that SIGINT ended at once: what shells say of one that died of it.
+INTERRUPTED = 128 + signal.SIGINT
+
+# Whoever starts a process in the background, or with nohup, has these ignored: so they stay.
+_MAY_BE_IGNORED = (signal.SIGINT, signal.SIGHUP)
+
+# Seconds after a request within which a further signal belongs to it: a terminal signals ranks
+# that their launcher signals too.
+_SAME_REQUEST = 1.0
+
+# Those that have signals now, the innermost last: a forked child gives them back.
+_active: list[Listener] = []
+_forks_are_watched = False
+
+# The signals that a thread which forks had blocked before.
+_masks = threading.local()
+
+
+class Listener:
+    """Has some signals do nothing but be told of.
+
+    Python runs handlers in the main thread, between two of its instructions: never while it waits
+    for other ranks or for the device. A thread hears of the signals then.
+    """
+
+    def __init__(
+        self,
+        numbers: Sequence[signal.Signals],
+        hear: Callable[[int], None],
+        handle: Callable[[int, FrameType | None], None] = lambda number, frame: None,
+    ) -> None:
+        """Takes the signals over. To be called in the main thread.
+
+        Args:
+            numbers: of these, SIGINT and SIGHUP stay ignored where they are.
+            hear: called with each signal's number, in a thread, at once.
+            handle: called with it as well, in the main thread, when Python comes to it.
+        """
+        global _forks_are_watched
+        if not _forks_are_watched:
+            os.register_at_fork(
+                before=_block, after_in_parent=_unblock, after_in_child=_release_in_child
+            )
+            _forks_are_watched = True
+        self._hear = hear
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._before: dict[signal.Signals, Any] = {}
+        for number in numbers:
+            before = signal.getsignal(number)
+            if not (number in _MAY_BE_IGNORED and before is signal.SIG_IGN):
+                self._before[number] = before
+        _active.append(self)
+        self._fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        for number in self._before:
+            signal.signal(number, handle)
+        self._thread = threading.Thread(target=self._listen, name='signals', daemon=True)
+        self._thread.start()
+
+    def release(self) -> None:
+        """Gives the signals back to whoever had them; safe to call twice."""
+        if self not in _active:
+            return
+        self._restore()
+        self._writer.send(b'\0')
+        self._thread.join()
+        self._reader.close()
+        self._writer.close()
+
+    def _restore(self) -> None:
+        _active.remove(self)
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        signal.set_wakeup_fd(self._fd)
+
+    def _listen(self) -> None:
+        while number := self._reader.recv(1)[0]:
+            if number in self._before:
+                self._hear(number)
+
+
+class Request:
+    """Whether a signal has asked this process to stop; SIGINT after that ends it at once."""
+
+    def __init__(self) -> None:
+        """Takes over the signals of `SIGNALS`."""
+        self.signal: signal.Signals | None = None
+        self._since: float | None = None
+        self._listener = Listener(SIGNALS, self._hear, self._handle)
+
+    def know(self) -> None:
+        """Tells that another rank, or the launch script, was asked."""
+        if self._since is None:
+            self._since = time.monotonic()
+
+    def release(self) -> None:
+        """Gives the signals back."""
+        self._listener.release()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.signal = self.signal or signal.Signals(number)
+
+    def _hear(self, number: int) -> None:
+        if self._since is None or time.monotonic() - self._since < _SAME_REQUEST:
+            self._handle(number, None)
+            self.know()
+        elif number == signal.SIGINT or self._is_torchruns_second(number):
+            end_at_once('a second signal')
+
+    def _is_torchruns_second(self, number: int) -> bool:
+        """torchrun hands the first Ctrl-C on as SIGINT, and the second as SIGTERM."""
+        first = self.signal == signal.SIGINT and 'TORCHELASTIC_RUN_ID' in os.environ
+        return first and number == signal.SIGTERM
+
+
+def end_at_interrupt() -> None:
+    """Has SIGINT end this process at once, with one line and no traceback."""
+    Listener([signal.SIGINT], lambda number: end_at_once('SIGINT'))
+
+
+def end_at_once(why: str) -> None:
+    """Ends this process where it is; rank 0 says so. To be called in any thread."""
+    rank = 0
+    with contextlib.suppress(ConfigError):  # which the main thread is about to tell
+        rank = detect(os.environ).rank
+    if rank == 0:
+        line = f'rank 0 on {socket.gethostname()} ends the job at once: {why}\n'
+        with contextlib.suppress(OSError):  # the terminal is gone
+            os.write(2, line.encode())  # print may wait for a lock of the main thread
+    os._exit(INTERRUPTED)
+
+
+def _block() -> None:
+    _masks.before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS if _active else ())
+
+
+def _unblock() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _masks.before)
+
+
+def _release_in_child() -> None:
+    """A child's signals are not its parent's: they would be told through the same socket."""
+    for listener in reversed(_active.copy()):
+        listener._restore()
+    _unblock()

@@ -1,0 +1,1 @@
+"""The engine behind the original's names: registry, precision, gradient norm, average."""

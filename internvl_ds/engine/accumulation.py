@@ -1,0 +1,114 @@
+"""The micro-batches since an engine's last update, and the zero_grad that drops them."""
+
+from __future__ import annotations
+
+import types
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import nn
+
+from internvl_ds.errors import ConfigError
+from internvl_ds.zero.gradients import drop_gradients
+
+
+@dataclass
+class Accumulation:
+    """What has come since an engine's last update.
+
+    Attributes:
+        losses: of the micro-batches whose gradients are kept; 0-dim, this rank's, divided by the
+            caller, not read.
+        dropped: whether micro-batches were dropped since the last update.
+        last_group: micro-batches of the last update; None when it is not known.
+        micro_batches: how many have come in all, those of skipped updates and dropped ones too.
+    """
+
+    losses: list[torch.Tensor] = field(default_factory=list)
+    dropped: bool = False
+    last_group: int | None = None
+    micro_batches: int = 0
+
+    def add(self, loss: torch.Tensor) -> None:
+        """Takes note of a micro-batch that runs its backward now."""
+        self.losses.append(loss.detach())
+        self.micro_batches += 1
+
+    def drop(self) -> None:
+        """Forgets the micro-batches since the last update."""
+        self.losses, self.dropped = [], True
+
+    def finish(self, agreed: int) -> list[torch.Tensor]:
+        """Ends the update and returns its losses.
+
+        Args:
+            agreed: gradient_accumulation_steps.
+        """
+        losses, self.losses = self.losses, []
+        # What was dropped says nothing of the loop's setting.
+        self.last_group = agreed if self.dropped else len(losses)
+        self.dropped = False
+        return losses
+
+    def require_agreed(self, agreed: int, updates: int) -> None:
+        """Refuses a boundary at the next micro-batch that does not agree with the setting.
+
+        Args:
+            agreed: gradient_accumulation_steps.
+            updates: how many there have been.
+
+        Raises:
+            ConfigError: before anything is done.
+        """
+        came, last = len(self.losses) + 1, self.last_group
+        if updates and (last is None or last > agreed):
+            last = agreed  # a resumed run of which no more is known, or had another setting
+        # The last group of an epoch may be short, and then the one before it was full.
+        short = came < agreed and last != agreed and not self.dropped
+        if came > agreed or short:
+            raise ConfigError(
+                f'this update has {came} micro-batches (calls up to one with update_grad=True), '
+                f'and the one before it {last}, but gradient_accumulation_steps of the ds_config '
+                f'(TRAIN.ACCUMULATION_STEPS) is {agreed}, by which the loss is to be divided. Make '
+                "the loop and the setting agree; only an epoch's last update may have fewer. What "
+                'an epoch leaves over goes with optimizer.zero_grad() at the beginning of the next.'
+            )
+
+
+def watch_zero_grad(engine: DeepSpeedEngine, accumulation: Accumulation) -> None:
+    """Makes any zero_grad of an engine drop what ZeRO keeps, and the count of it.
+
+    That of the engine, of its module, of DeepSpeed's optimizer and of the client's own. By itself
+    only DeepSpeed's does, at stage 3 only.
+    """
+    for part in {engine, engine.module, engine.optimizer, engine.basic_optimizer}:
+        part.zero_grad = _ZeroGrad(part, engine, accumulation)
+
+
+class _ZeroGrad:
+    """Stands for the ``zero_grad`` of a part of an engine. Keeps neither alive."""
+
+    def __init__(self, part: Any, engine: DeepSpeedEngine, accumulation: Accumulation) -> None:
+        self._part, self._engine = weakref.ref(part), weakref.ref(engine)
+        self._accumulation = accumulation
+
+    def __call__(self, set_to_none: bool = True) -> None:
+        part, engine = self._part(), self._engine()
+        if part is None:
+            return
+        if engine is not None and part is engine.basic_optimizer:
+            part = engine.optimizer  # the client's own has no gradients but its partition's
+        own = nn.Module.zero_grad if part is engine else type(part).zero_grad
+        own(part, set_to_none=set_to_none)
+        in_step = engine is None or engine._running_engine_step
+        if self._accumulation.losses and not in_step:
+            self._accumulation.drop()
+            drop_gradients(engine)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy of the module is of no engine: it gets a zero_grad of its own."""
+        copied = memo[id(self._part())]
+        return types.MethodType(type(copied).zero_grad, copied)

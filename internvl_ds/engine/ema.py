@@ -1,0 +1,281 @@
+"""An exponential moving average of the weights that shards with the model.
+
+Each rank averages the fp32 masters that it owns (all of them at stage 0), so an update is local
+memory traffic only. To evaluate, average and masters change places and the masters are pushed to
+the module, as DeepSpeed does after a step.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import deepspeed.comm as dist
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+from internvl_ds.checkpoint.formats.ema_files import EmaFile, EmaFiles, shard_name
+from internvl_ds.dist.rendezvous import rank, world_size
+from internvl_ds.engine.registry import engine_of
+from internvl_ds.errors import CheckpointMismatch, few
+from internvl_ds.zero.lazy_tensor import Flat, fill
+from internvl_ds.zero.master_weights import master_weights, partitioning, push_masters
+from internvl_ds.zero.partition import owned, shapes_of
+
+
+@dataclass(frozen=True)
+class EmaWarmup:
+    """Lets the decay rise from 0, so that the first weights are soon forgotten; as timm does.
+
+    The decay of update n (the first is 1) is ``1 - (1 + (n - 1) / gamma) ** -power``, and 0 for the
+    first, within ``min_decay`` and the average's own decay (timm.utils.ModelEmaV3.get_decay).
+    """
+
+    gamma: float = 1.0
+    power: float = 2 / 3
+    min_decay: float = 0.0
+
+    def decay(self, update: int, most: float) -> float:
+        """The decay of an update.
+
+        Args:
+            update: its number, from 1.
+            most: what the decay rises to.
+        """
+        if update <= 1:
+            return 0.0
+        rising = 1 - (1 + (update - 1) / self.gamma) ** -self.power
+        return max(min(rising, most), self.min_decay)
+
+
+class ShardedEma:
+    """The average of a training engine's weights: ``ema = decay * ema + (1 - decay) * weights``.
+
+    It is kept in float32. Buffers are averaged where they are floating point and copied where not,
+    as timm's ModelEmaV3 does; frozen parameters are not kept.
+
+    Attributes:
+        decay: the share of the old average that stays in an update.
+        warmup: how the decay rises to that; None where it is the same from the start.
+        num_updates: how many updates have been made.
+    """
+
+    def __init__(
+        self, model: Any, decay: float = 0.9998, warmup: EmaWarmup | bool | None = None
+    ) -> None:
+        """Starts the average at the engine's present weights.
+
+        Args:
+            model: an engine, or a module or optimizer that belongs to one.
+            decay: in [0, 1].
+            warmup: True for timm's defaults.
+        """
+        self.engine: DeepSpeedEngine = engine_of(model)
+        self.decay = decay
+        self.warmup = EmaWarmup() if warmup is True else warmup or None
+        self.num_updates = 0
+        self._shards = {name: t.detach().clone() for name, t in master_weights(self.engine).items()}
+        self._buffers = {n: _kept(b) for n, b in self.engine.module.named_buffers()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Takes the weights after a step into the average; a skipped step changes nothing.
+
+        Call it on every rank after each boundary. It talks to no other rank.
+        """
+        if not self.engine.was_step_applied():
+            return
+        self.num_updates += 1
+        decay = self.warmup.decay(self.num_updates, self.decay) if self.warmup else self.decay
+        averages, weights = list(self._shards.values()), list(master_weights(self.engine).values())
+        for name, buffer in self.engine.module.named_buffers():
+            average = self._buffers[name]
+            if average.is_floating_point():
+                averages.append(average)
+                weights.append(buffer.to(average.dtype))
+            else:
+                average.copy_(buffer)
+        torch._foreach_lerp_(averages, weights, 1.0 - decay)
+
+    @contextmanager
+    def swapped_in(self, engine: DeepSpeedEngine | None = None) -> Iterator[None]:
+        """Lets the engine compute with the averaged weights; they are put back at the end.
+
+        Every rank must enter and leave it. The weights come back bit for bit, also after an
+        exception. No step may be made inside.
+
+        Args:
+            engine: accepted for symmetry; the engine of this average is used.
+        """
+        buffers = dict(self.engine.module.named_buffers())
+        kept = {name: buffer.detach().clone() for name, buffer in buffers.items()}
+        self._exchange_masters()
+        self._set_buffers(self._buffers)
+        try:
+            yield
+        finally:
+            self._exchange_masters()
+            self._set_buffers(kept)
+
+    def whole_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Key of the module's state dict, and averaged tensor, gathered one at a time.
+
+        Every rank must take all of them. Frozen parameters are the module's own. No rank holds
+        more than the tensor that it is at, which is on the engine's device.
+        """
+        layout, own = partitioning(self.engine)
+        shapes, shards = shapes_of(layout), list(self._shards.values())
+        names = self.engine.param_names
+        for key, target in self.engine.module.state_dict(keep_vars=True).items():
+            name = names.get(target, key) if isinstance(target, torch.nn.Parameter) else key
+            if key in self._buffers:
+                yield key, self._buffers[key]
+            elif name in shapes:
+                flat = torch.empty(math.prod(shapes[name]), device=self.engine.device)
+                for place in layout.places(name):
+                    piece = flat[place.start : place.stop]
+                    if place.rank == own:
+                        end = place.offset + piece.numel()
+                        piece.copy_(shards[place.group].view(-1)[place.offset : end])
+                    if layout.ranks > 1:
+                        dist.broadcast(piece, place.rank)
+                yield key, flat.view(shapes[name])
+            elif isinstance(target, torch.Tensor):
+                with deepspeed.zero.GatheredParameters([target], enabled=hasattr(target, 'ds_id')):
+                    yield key, target.detach().clone()
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The whole average on the CPU, by the keys of the module's state dict.
+
+        A collective: every rank must call it, and gets all of it. `whole_tensors` is for where that
+        is too much.
+        """
+        return {name: tensor.detach().cpu().clone() for name, tensor in self.whole_tensors()}
+
+    def shard_file(self) -> EmaFile:
+        """This rank's part, as it goes into a tag: views of the average, not copies."""
+        tensors = {f'shard/{n}': t for n, t in self._unpadded(self._shards).items()}
+        if rank() == 0:
+            tensors.update({f'buffer/{n}': t for n, t in self._buffers.items()})
+        metadata = {
+            'decay': repr(float(self.decay)),
+            'num_updates': str(self.num_updates),
+            'warmup': json.dumps(asdict(self.warmup) if self.warmup else None),
+            'zero_stage': str(self.engine.zero_optimization_stage()),
+            'world_size': str(world_size()),
+        }
+        return EmaFile(shard_name(rank()), tensors, metadata)
+
+    @torch.no_grad()
+    def load_shard(self, directory: Path) -> None:
+        """Reads this rank's part back from a tag of the same world size and ZeRO stage.
+
+        Raises:
+            CheckpointMismatch: when the tag was saved by another layout, or for another model.
+        """
+        stage, ranks = self.engine.zero_optimization_stage(), world_size()
+        saved = EmaFiles(directory)
+        header = saved.header
+        if (int(header['zero_stage']), int(header['world_size'])) != (stage, ranks):
+            raise CheckpointMismatch(
+                f'{directory}: its EMA was saved at ZeRO stage {header["zero_stage"]} on '
+                f'{header["world_size"]} ranks, and this run has stage {stage} on {ranks}; '
+                'load_ema_checkpoint loads it into any layout'
+            )
+        targets = {f'shard/{n}': t for n, t in self._unpadded(self._shards).items()}
+        own = saved.names(rank())
+        values = {name: saved.tensor(rank(), name) for name in own if name.startswith('shard/')}
+        _require_same(values, targets, directory / shard_name(rank()))
+        buffers = {f'buffer/{n}': b for n, b in self._buffers.items()}
+        held = [name for name in saved.names() if name.startswith('buffer/')]
+        kept = {name: saved.tensor(0, name) for name in held}
+        _require_same(kept, buffers, directory / shard_name(0))
+        for name, target in {**targets, **buffers}.items():
+            target.copy_(values[name] if name in values else kept[name])
+        self.take_header(header)
+
+    def take_header(self, saved: Mapping[str, str]) -> None:
+        """Goes on with the decay, warm-up and number of updates of a tag's average.
+
+        Args:
+            saved: `EmaFiles.header`.
+        """
+        self.decay, self.num_updates = float(saved['decay']), int(saved['num_updates'])
+        if 'warmup' in saved:
+            warmup = json.loads(saved['warmup'])
+            self.warmup = EmaWarmup(**warmup) if warmup else None
+
+    @torch.no_grad()
+    def load_whole(self, weights: Mapping[str, Flat], where: str) -> None:
+        """Takes this rank's part of averaged weights, whatever layout they come from.
+
+        Args:
+            weights: name -> tensor, of every trained parameter and persistent buffer at least.
+            where: the checkpoint's path, for errors.
+
+        Raises:
+            CheckpointMismatch: for weights of another model; before anything is changed.
+        """
+        layout, own = partitioning(self.engine)
+        # Buffers that are not persistent are in no state dict: the model has made its own.
+        persistent = self.engine.module.state_dict(keep_vars=True).keys()
+        buffers = {n: b for n, b in self._buffers.items() if n in weights or n in persistent}
+        shapes = {**shapes_of(layout), **{n: tuple(b.shape) for n, b in buffers.items()}}
+        wrong = [n for n, s in shapes.items() if n not in weights or tuple(weights[n].shape) != s]
+        if wrong:
+            raise CheckpointMismatch(
+                f'{where}: its EMA is of another model: {len(wrong)} of {len(shapes)} tensors are '
+                f'not in it or have another shape, {wrong[:5]} among them'
+            )
+        for shard, runs in zip(self._shards.values(), owned(layout, own), strict=True):
+            fill(shard, runs, weights)
+        for name, buffer in buffers.items():
+            buffer.copy_(weights[name].whole())
+
+    def _unpadded(self, shards: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Views without the alignment padding, in the layout in which DeepSpeed saves masters."""
+        if self.engine.zero_optimization_stage() in (1, 2):
+            strip = self.engine.optimizer._get_groups_without_padding
+            return dict(zip(shards, strip(list(shards.values())), strict=True))
+        return shards
+
+    @torch.no_grad()
+    def _exchange_masters(self) -> None:
+        for name, master in master_weights(self.engine).items():
+            _swap(self._shards[name], master)
+        push_masters(self.engine)
+
+    @torch.no_grad()
+    def _set_buffers(self, values: Mapping[str, torch.Tensor]) -> None:
+        for name, buffer in self.engine.module.named_buffers():
+            buffer.copy_(values[name])
+
+
+def _kept(buffer: torch.Tensor) -> torch.Tensor:
+    """A copy to average: in float32 where it is floating point."""
+    dtype = torch.float32 if buffer.is_floating_point() else buffer.dtype
+    return buffer.detach().to(dtype, copy=True)
+
+
+def _swap(a: torch.Tensor, b: torch.Tensor) -> None:
+    kept = a.detach().clone()
+    a.data.copy_(b.data)
+    b.data.copy_(kept)
+
+
+def _require_same(
+    saved: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], path: Path
+) -> None:
+    differing = [
+        name
+        for name in sorted(saved.keys() | own.keys())
+        if name not in saved or name not in own or saved[name].shape != own[name].shape
+    ]
+    if differing:
+        raise CheckpointMismatch(f'{path}: made for another model; differs in {few(differing)}')

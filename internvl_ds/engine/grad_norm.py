@@ -1,0 +1,155 @@
+"""The norm of gradients that ZeRO keeps in parts, and which parameters have them non-finite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import deepspeed.comm as dist
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+from internvl_ds.dist.rendezvous import world_size
+from internvl_ds.engine.registry import engine_of_parameter, loss_scale_of
+from internvl_ds.errors import EngineNotFound, InternvlDsError
+
+
+def get_grad_norm(
+    parameters: torch.Tensor | Iterable[torch.Tensor], norm_type: float = 2
+) -> torch.Tensor:
+    """The norm of the gradients that the parameters have, taken together as one vector.
+
+    For parameters of a ZeRO engine (stages 1-3), where ``p.grad`` is None, each rank takes the
+    part of the gradients that it owns, and one small all-gather adds them up: every rank must then
+    call it, between the backward of a boundary and the step, with the same parameters. Those that
+    the engine does not train, because they were unfrozen after it was made, do not count. An
+    engine's loss scale is divided out.
+
+    Args:
+        parameters: one tensor or several.
+        norm_type: any p > 0, or inf.
+
+    Returns:
+        0-dim float32 tensor on the parameters' device; 0 for plain parameters of which none has a
+        gradient.
+
+    Raises:
+        InternvlDsError: on all ranks, for parameters of a ZeRO engine whose gradients are not
+            there, as after a step: 0 would be no answer. Also for a norm_type that is none.
+        EngineNotFound: for parameters that a ZeRO engine partitions that is not registered.
+    """
+    parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+    norm_type = float(norm_type)
+    if not norm_type > 0:
+        raise InternvlDsError(f'get_grad_norm: norm_type is {norm_type}; any p > 0, or inf')
+    if not parameters:
+        return torch.zeros(())
+    device = parameters[0].device
+    partitioned = [p for p in parameters if p.requires_grad and _is_partitioned(p)]
+    whole = [p for p in parameters if not _is_partitioned(p) and not _is_left_alone(p)]
+    grads = [p.grad for p in whole if p.grad is not None]
+    norm = _norm_of(grads, norm_type, device) / _scale_of(whole)
+    if not partitioned:
+        return norm
+    engine = engine_of_parameter(partitioned[0])
+    if engine is None:
+        raise EngineNotFound(
+            'get_grad_norm: these parameters are of a ZeRO engine that is not known; call '
+            'internvl_ds.register(engine)'
+        )
+    owned = owned_gradients(engine)
+    fragments = [] if owned is None else [owned[p] for p in partitioned if p in owned]
+    own = _norm_of(fragments, norm_type, device) / _scale_of(partitioned)
+    # All ranks enter this, whether their gradients are there or not, and all learn the same.
+    report = torch.stack([own, torch.tensor(float(owned is not None), device=device)])
+    reports = report.new_empty(world_size() * 2)
+    dist.all_gather_into_tensor(reports, report)
+    norms, present = reports.view(-1, 2).unbind(1)
+    if not bool(present.all()):
+        raise InternvlDsError(
+            'get_grad_norm: no gradients are there. Under ZeRO they exist between backward and '
+            'step only; NativeScalerWithGradNormCount returns the norm of each step.'
+        )
+    return torch.linalg.vector_norm(torch.cat([norms, norm.view(1)]), norm_type)
+
+
+def owned_gradients(engine: DeepSpeedEngine) -> dict[torch.Tensor, torch.Tensor] | None:
+    """Parameter -> the part of its gradient that this rank owns, multiplied by the loss scale.
+
+    At stage 0 the whole gradient. Parameters without a part here are left out.
+
+    Returns:
+        None when there are no gradients, as after a step.
+    """
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    if not stage:
+        return {p: p.grad for p in engine.module.parameters() if p.grad is not None}
+    if stage == 3:
+        # The buffers keep an old gradient; these two say whether a backward came after the step.
+        if not (optimizer.micro_step_id > 0 or optimizer._epilogue_ran_this_backward):
+            return None
+        parameters = [p for group in optimizer.fp16_groups for p in group]
+        return {p: optimizer.get_local_fp32_grad_for_param(p) for p in parameters}
+    owned: dict[torch.Tensor, torch.Tensor] = {}
+    for index, parameters in enumerate(optimizer.params_in_partition):
+        if optimizer.cpu_offload:
+            # The buffers keep an old gradient; the norms of its parts go with the step.
+            if not optimizer.norm_for_param_grads and any(optimizer.params_in_partition):
+                return None
+            parts = optimizer.offload_gradient_dict[index]
+        else:
+            averaged = optimizer.averaged_gradients.get(index)
+            if averaged is None:
+                return None
+            parts = [part for part in averaged if not hasattr(part, '_zero_padding')]
+        owned.update(zip(parameters, parts, strict=False))  # padding may be the last part
+    return owned
+
+
+def non_finite_flags(engine: DeepSpeedEngine) -> torch.Tensor:
+    """Whether this rank sees a non-finite gradient, for each trained parameter of the module.
+
+    Returns:
+        1-dim float32 tensor of zeros and ones on the engine's device, not read on the host.
+    """
+    owned = owned_gradients(engine) or {}
+    trained = [p for p in engine.module.parameters() if p.requires_grad]
+    flags = [
+        (~torch.isfinite(owned[p]).all()).to(engine.device, torch.float32)
+        if p in owned
+        else torch.zeros((), device=engine.device)
+        for p in trained
+    ]
+    return torch.stack(flags)
+
+
+def _is_partitioned(parameter: torch.Tensor) -> bool:
+    """Whether a ZeRO optimizer keeps the parameter's gradient in parts (stages 1-3)."""
+    return hasattr(parameter, '_hp_mapping') or hasattr(parameter, 'ds_id')
+
+
+def _is_left_alone(parameter: torch.Tensor) -> bool:
+    """Whether a ZeRO engine has the parameter and does not train it: it was unfrozen since.
+
+    Its gradient is each rank's own, and every backward adds to it.
+    """
+    engine = engine_of_parameter(parameter) if parameter.grad is not None else None
+    return engine is not None and engine.zero_optimization_stage() > 0
+
+
+def _scale_of(parameters: list[torch.Tensor]) -> float:
+    """The loss scale that the gradients of an engine's parameters carry; 1.0 for plain ones."""
+    engine = engine_of_parameter(parameters[0]) if parameters else None
+    scale = loss_scale_of(engine) if engine is not None else None
+    return 1.0 if scale is None else scale.scale
+
+
+def _norm_of(tensors: list[torch.Tensor], norm_type: float, device: Any) -> torch.Tensor:
+    norms = [
+        torch.linalg.vector_norm(t.detach().float(), norm_type).to(device)
+        for t in tensors
+        if t.numel()
+    ]
+    if not norms:
+        return torch.zeros((), device=device)
+    return torch.linalg.vector_norm(torch.stack(norms), norm_type)

@@ -1,0 +1,225 @@
+"""Files from outside, opened and parsed within limits: what is no such file is an error at once.
+
+A name may be a FIFO, a device or a link to one; a file may be sparse, endless or made to grow when
+it is parsed. Everything that this package reads comes through here, or through
+`internvl_ds.checkpoint.formats.tensor_files`. All of it raises OSError or ValueError (`Unreadable`,
+without the path), which the caller turns into its own family of errors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import json
+import os
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import yaml
+
+from internvl_ds.errors import InternvlDsError
+
+# The longest file of each kind, bytes. The largest in use are a manifest of 60,000 files, and the
+# position of a loop that keeps the order of a million images.
+NAME_BYTES, YAML_BYTES, JSON_BYTES, LOG_BYTES = 4096, 1 << 18, 32 << 20, 16 << 20
+# How deep containers may be nested, and how many values they may have once references are followed.
+DEPTH, VALUES, YAML_VALUES = 64, 5_000_000, 20_000
+# What a parsed JSON may take, bytes: an empty list takes 64, for two characters.
+_PARSED_BYTES, _CONTAINER_BYTES, _VALUE_BYTES = 64 << 20, 64, 40
+# Integers are used as floats too.
+_INT_BITS = 256
+
+
+class Unreadable(ValueError):
+    """A file is not of a kind, size or depth that is read; the message does not name it."""
+
+
+def open_data(path: str | Path, *, ours: bool = False) -> BinaryIO:
+    """Opens a regular file to read, without waiting for anyone.
+
+    Args:
+        path: the file. Links are followed: users link weights and directories.
+        ours: of a file that this package writes under its own name and that nothing vouches for
+            (no size, no checksum): a link in its place is refused.
+
+    Raises:
+        Unreadable: for what is no regular file.
+        OSError: as `os.open`.
+    """
+    path = os.fspath(path)
+    if '\0' in path:
+        raise Unreadable('a name cannot hold a NUL')
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+    try:
+        descriptor = os.open(path, flags | (os.O_NOFOLLOW if ours else 0))
+    except OSError as error:
+        if ours and error.errno == errno.ELOOP:
+            raise Unreadable('is a symbolic link, and only regular files are read') from error
+        raise
+    try:
+        _require_regular(os.fstat(descriptor))
+        return io.BufferedReader(io.FileIO(descriptor))
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _require_regular(status: os.stat_result) -> None:
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(status.st_mode):
+        kind = 'a FIFO' if stat.S_ISFIFO(status.st_mode) else 'a device'
+        raise Unreadable(f'is {kind}, and only regular files are read')
+
+
+def read_bytes(path: str | Path, limit: int, *, ours: bool = False) -> bytes:
+    """A whole file of at most ``limit`` bytes; see `open_data`.
+
+    Raises:
+        Unreadable, OSError: as `open_data`; for a longer file before it is read.
+    """
+    with open_data(path, ours=ours) as file:
+        size = os.fstat(file.fileno()).st_size
+        # /proc says 0 of all of its files, and some have nothing yet
+        data = b'' if size > limit else file.read(limit + 1) or b''
+    if max(size, len(data)) > limit:
+        raise Unreadable(f'has {max(size, len(data))} bytes, and such a file has {limit} at most')
+    return data
+
+
+def read_text(path: str | Path, limit: int, *, ours: bool = False) -> str:
+    """As `read_bytes`, as UTF-8 text."""
+    return read_bytes(path, limit, ours=ours).decode('utf-8')
+
+
+def read_json(path: str | Path, limit: int = JSON_BYTES, *, ours: bool = False) -> Any:
+    """As `read_text`, and `parse_json` of it."""
+    return parse_json(read_text(path, limit, ours=ours))
+
+
+def parse_json(text: str, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """What JSON text says.
+
+    Args:
+        text: the JSON.
+        pairs: makes an object of its pairs; by default a dict.
+
+    Raises:
+        Unreadable: where it would take much memory, is nested deeply, or has a huge integer.
+        ValueError: where it is no JSON.
+    """
+    takes = _CONTAINER_BYTES * (text.count('[') + text.count('{')) + _VALUE_BYTES * text.count(',')
+    if takes > _PARSED_BYTES:
+        raise Unreadable(f'would take {takes >> 20} MiB when it is parsed')
+    try:
+        tree = json.loads(text, object_pairs_hook=pairs)
+    except RecursionError:
+        raise Unreadable(f'is nested deeper than {DEPTH} levels') from None
+    require_bounded(tree)
+    return tree
+
+
+def require_bounded(tree: Any, values: int = VALUES) -> list[Any]:
+    """Refuses nested containers that are too deep, or too many once references are followed.
+
+    Returns:
+        What is in them and is neither a container nor a number or text; each once in each.
+
+    Raises:
+        Unreadable: for these, for one inside itself, and for an integer that no float can hold.
+    """
+    others: list[Any] = []
+    sizes: dict[int, int | None] = {}  # of a container, all that is in it; None: not yet known
+
+    def size_of(container: Any, depth: int) -> int:
+        if (size := sizes.get(id(container), 0)) != 0:
+            if size is None:
+                raise Unreadable('holds a container inside itself')
+            return size
+        if depth > DEPTH:
+            raise Unreadable(f'is nested deeper than {DEPTH} levels')
+        sizes[id(container)], size = None, 1 + len(container)
+        for value in container.values() if isinstance(container, Mapping) else container:
+            if isinstance(value, int):
+                if value.bit_length() > _INT_BITS:
+                    raise Unreadable(f'holds an integer of {value.bit_length()} bits')
+            elif isinstance(value, Mapping | list | tuple | set):
+                size += size_of(value, depth + 1)
+            elif value is not None and not isinstance(value, str | float):
+                others.append(value)
+        if size > values:
+            raise Unreadable(f'holds more than {values} values, references followed')
+        sizes[id(container)] = size
+        return size
+
+    size_of([tree], 0)
+    return others
+
+
+def parse_yaml(text: str) -> Any:
+    """What YAML text says; aliases count as often as they are used.
+
+    Raises:
+        Unreadable: where it is no YAML, or too long, too deep or too large.
+    """
+    if len(text) > YAML_BYTES:
+        raise Unreadable(f'has {len(text)} characters, and YAML is read up to {YAML_BYTES}')
+    try:
+        return yaml.load(text, _YamlLoader)
+    # Beside its own errors the library raises those of int(), date() and others for odd values.
+    except Exception as error:
+        raise Unreadable(' '.join(str(error).split()) or type(error).__name__) from error
+
+
+class _YamlLoader(yaml.SafeLoader):
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth, self._count = 0, 0
+        self._sizes: dict[yaml.Node, int] = {}
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            node: Any = super().compose_node(parent, index)
+            if node not in self._sizes:
+                raise yaml.YAMLError('an alias stands inside of what it names')
+            self._count += self._sizes[node]
+            return node
+        self._depth, self._count, before = self._depth + 1, self._count + 1, self._count
+        if self._depth > DEPTH or self._count > YAML_VALUES:
+            raise yaml.YAMLError(
+                f'more than {DEPTH} levels, or than {YAML_VALUES} values with aliases followed'
+            )
+        node = super().compose_node(parent, index)
+        self._depth, self._sizes[node] = self._depth - 1, self._count - before
+        return node
+
+    def construct_yaml_int(self, node: Any) -> int:
+        if len(node.value) > _INT_BITS:
+            raise yaml.YAMLError(f'an integer of {len(node.value)} characters')
+        return int(super().construct_yaml_int(node))
+
+
+_YamlLoader.add_constructor('tag:yaml.org,2002:int', _YamlLoader.construct_yaml_int)
+
+
+@contextlib.contextmanager
+def interpreting(where: object, error_type: type[InternvlDsError]) -> Iterator[None]:
+    """Runs a block that takes apart what a file holds, and changes nothing.
+
+    A file that was read well may still hold anything, and the first to meet an odd value raises
+    whatever it raises: here it becomes one error that names the file.
+
+    Args:
+        where: the file or tag.
+        error_type: of that error.
+    """
+    try:
+        yield
+    except (InternvlDsError, OSError):
+        raise
+    except Exception as error:
+        reason = f'{type(error).__name__}: {error}'[:300]
+        raise error_type(f'{where}: does not hold what belongs there ({reason})') from error

@@ -1,0 +1,1 @@
+"""The `internvl-ds` command, and what its subcommands do."""

@@ -1,0 +1,384 @@
+"""List, verify, show, prune, export and compare checkpoints.
+
+    internvl-ds ckpt list OUTPUT [--verify]
+    internvl-ds ckpt verify OUTPUT [TAG] [--all]      (or the path of a tag)
+    internvl-ds ckpt show OUTPUT [TAG] [--config]     (or the path of a tag)
+    internvl-ds ckpt prune OUTPUT --keep N [--keep-steps N] [--keep-best N] [--keep-every K]
+        [--drop-later] [--dry-run]
+    internvl-ds ckpt export TAG OUT.pth
+    internvl-ds ckpt export TAG OUT.safetensors [--dtype bf16] [--ema] [--max-shard-gib GIB]
+    internvl-ds ckpt diff A B      (tags, .pth, .safetensors or its index)
+
+Exit statuses: 0 all is well; 1 something is damaged (``diff``: something differs); 2 wrong usage,
+or nothing there; 3 nothing is damaged, but something has no manifest (plain DeepSpeed wrote it) and
+could not be verified. What ``prune`` cannot remove is 2. It never removes what ``latest`` names or
+auto resume takes, nor a tag that is neither an epoch's nor a step's, nor, without --drop-later, one
+of later training than the tag saved last, which a rewound run left behind.
+
+With --json each prints one object. A key is always there; where nothing is known it is null.
+
+list: ``output``; ``latest``, the tag that the file of that name names; ``resume``, the tag that
+    auto resume would take, and ``warning``, what it would say to that; ``stagings`` and ``trash``,
+    the names of saves under way or dead, and of tags half removed; ``tags``, newest save first,
+    each with the keys of a tag.
+verify: ``output``; ``warning``; ``tags``, each with the keys of a tag.
+a tag: ``tag``, ``path``, ``size`` (bytes), ``epoch``, ``max_accuracy``, ``sequence``, ``saved_at``,
+    ``zero_stage``, ``world_size``, ``precision``, ``global_steps``, ``versions``, ``step``;
+    ``verified``, one of 'sizes', 'checksums', 'no manifest', 'damaged'; ``problems``, a list of
+    sentences.
+show: the keys of a tag; ``format`` of the manifest; ``files``, each with ``name``, ``size`` and
+    ``xxh3_128``; ``state``: ``epoch``, ``max_accuracy``, ``max_accuracy_ema``, ``ema_decay``, the
+    names that ``lr_scheduler`` and ``scaler`` hold, and ``classes``, how many class names it keeps;
+    with --config ``config``, YAML.
+prune: ``output``; ``dry_run``; ``pruned``, each with ``tag`` and ``size``; ``size``, their sum;
+    ``kept`` and ``failed``, names of epoch and step tags.
+export: ``tag``; ``verified``, whether its checksums could be compared; ``files``, each with
+    ``path`` and ``size``.
+diff: ``a`` and ``b``, paths; ``tensors``, how many each has; ``found``, each with ``name``,
+    ``what`` and ``largest``, the largest absolute difference of an element.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from internvl_ds.checkpoint.tag import commit as store
+from internvl_ds.checkpoint.tag.discovery import (
+    epoch_tags,
+    file_sizes,
+    newest,
+    read_latest,
+    read_manifest,
+)
+from internvl_ds.checkpoint.tag.leftovers import STAGING
+from internvl_ds.checkpoint.tag.manifest import STATE_FILE
+from internvl_ds.checkpoint.tag.retention import (
+    EpochTag,
+    KeepBest,
+    KeepEvery,
+    KeepLater,
+    KeepNewest,
+    KeepSteps,
+    Policy,
+    later_tags,
+    tags_to_prune,
+)
+from internvl_ds.checkpoint.tag.trash import TRASH
+from internvl_ds.errors import (
+    CheckpointError,
+    CheckpointNotFound,
+    InternvlDsError,
+    few,
+    shown,
+)
+from internvl_ds.tools.cli import diff, export
+from internvl_ds.tools.cli.tags import (
+    Examined,
+    examine_all,
+    examine_chosen,
+    find_tags,
+    tree_of,
+)
+from internvl_ds.tools.text import human_age, human_size, json_text, say, table
+
+OK, DAMAGED, UNVERIFIED = 0, 1, 3
+_FAILED = 2
+
+_EPILOG = """exit status:
+  0  all is well
+  1  something is damaged
+  2  wrong usage, or nothing there (prune: or something could not be removed)
+  3  nothing is damaged, but something has no manifest and could not be verified
+"""
+_STATE_VALUES = ('epoch', 'max_accuracy', 'max_accuracy_ema', 'ema_decay')
+_STATE_DICTS = ('lr_scheduler', 'scaler')
+
+
+@dataclass(frozen=True)
+class KeepNamed:
+    """Keeps the tags of these names: what a run would resume from never goes."""
+
+    names: frozenset[str]
+
+    def keeps(self, tags: Sequence[EpochTag]) -> set[str]:
+        """See `internvl_ds.checkpoint.tag.retention.Policy`."""
+        return {tag.name for tag in tags if tag.name in self.names}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the actions."""
+    parser.epilog, parser.formatter_class = _EPILOG, argparse.RawDescriptionHelpFormatter
+    actions = parser.add_subparsers(dest='action', metavar='ACTION', required=True)
+
+    def add(name: str, act: Any, text: str, what: str) -> argparse.ArgumentParser:
+        action = actions.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=_EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        action.add_argument('path', type=Path, metavar='OUTPUT', help=what)
+        action.add_argument('--json', action='store_true', help='print one JSON object')
+        action.set_defaults(act=act)
+        return action
+
+    output, either = 'the output directory', 'the output directory, or the path of a tag'
+    action = add('list', _list, 'one line per tag, newest save first', output)
+    action.add_argument('--verify', action='store_true', help='read all files, compare checksums')
+    action = add('verify', _verify, 'read every file and compare its checksum', either)
+    which = action.add_mutually_exclusive_group()
+    which.add_argument('tag', nargs='?', metavar='TAG', help='default: what auto resume takes')
+    which.add_argument('--all', action='store_true', help='every tag')
+    action = add('show', _show, 'what a tag is, its files and its state', either)
+    action.add_argument('tag', nargs='?', metavar='TAG', help='default: what auto resume takes')
+    action.add_argument('--config', action='store_true', help='print the saved config (YAML) only')
+    action = add('prune', _prune, 'remove tags that no option keeps nor auto resume takes', output)
+    for option, metavar, least, text in (
+        ('--keep', 'N', 1, 'keep the N epoch tags saved last'),
+        ('--keep-steps', 'N', 0, 'keep the N tags saved last inside an epoch too'),
+        ('--keep-best', 'N', 0, 'keep the N tags with the highest accuracy too'),
+        ('--keep-every', 'K', 0, 'keep the tags whose epoch is a multiple of K too'),
+    ):
+        action.add_argument(
+            option, type=_at_least(least), metavar=metavar, default=0, required=bool(least),
+            help=text,
+        )  # fmt: skip
+    text = 'remove tags of later training than the one saved last, too (of a run that was rewound)'
+    action.add_argument('--drop-later', action='store_true', help=text)
+    action.add_argument('--dry-run', action='store_true', help='remove nothing, say what would go')
+    for name, module in (('export', export), ('diff', diff)):
+        text = (module.__doc__ or '').strip()
+        action = actions.add_parser(name, help=text, description=text)
+        module.add_arguments(action)
+        action.set_defaults(act=module.run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the action; an error of the file system's is told as one of the user's."""
+    try:
+        status: int = args.act(args)
+    except InternvlDsError:
+        raise
+    except OSError as error:
+        where = error.filename or args.path
+        raise CheckpointError(f'{where}: cannot be read: {error.strerror}') from error
+    return status
+
+
+def _list(args: argparse.Namespace) -> int:
+    output: Path = args.path
+    found = examine_all(output, args.verify)
+    latest = read_latest(output) or None
+    resume = None
+    try:
+        resume = newest(output, {e.path.name: e.problems[0] for e in found if e.problems})
+        taken, warning = (resume.path.name, resume.warning) if resume else (None, None)
+    except CheckpointNotFound as error:
+        taken, warning = None, str(error)
+    stagings = sorted(path.name for path in output.glob(f'{STAGING}*'))
+    trash = sorted(path.name for path in output.glob(f'{TRASH}*'))
+    if args.json:
+        tree = {'output': str(output), 'latest': latest, 'resume': taken, 'warning': warning}
+        rest = {'stagings': stagings, 'trash': trash, 'tags': list(map(tree_of, found))}
+        say(json_text({**tree, **rest}))
+        return _status(found)
+    titles = ('tag', 'epoch', 'accuracy', 'size', 'age', 'stage x ranks', 'precision', 'verified')
+    say(table(titles, [_row(e, latest) for e in found], right=titles[1:5]))
+    if stagings:
+        say(f'{len(stagings)} save(s) under way, or left by a run that died (.staging-*)')
+    if trash:
+        say(f'{len(trash)} tag(s) half removed (.trash-*); the next save removes the rest')
+    if warning:
+        say(f'auto resume: {warning}')
+    return _status(found)
+
+
+def _row(examined: Examined, latest: str | None) -> tuple[str, ...]:
+    mark = ' (latest)' if examined.name == latest else ''
+    age = human_age(datetime.now(timezone.utc).timestamp() - examined.saved)
+    verified = examined.verified
+    if examined.problems:
+        # The path is in the line already, and only the first of several reasons is wanted.
+        reason = examined.problems[0].removeprefix(str(examined.path)).lstrip(':/ ')
+        verified = f'DAMAGED: {reason.partition("; ")[0]}'
+    header = examined.header
+    if header is None:
+        cells = ('-', '-', human_size(examined.size), age, '-', '-')
+    else:
+        epoch = '-' if header.epoch is None else str(header.epoch)
+        layout = f'{header.zero_stage} x {header.world_size}'
+        accuracy, size = f'{header.max_accuracy:.2f}', human_size(examined.size)
+        cells = (epoch, accuracy, size, age, layout, header.precision)
+    return (examined.name + mark, *cells, verified)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    warning = None
+    if args.all:
+        found = examine_all(args.path, contents=True)
+    else:
+        found, warning = examine_chosen(args.path, args.tag, contents=True)
+    if args.json:
+        tags = list(map(tree_of, found))
+        say(json_text({'output': str(args.path), 'warning': warning, 'tags': tags}))
+        return _status(found)
+    if warning:
+        say(f'auto resume: {warning}')
+    for examined in found:
+        verdict = {'checksums': 'all files are as written', 'damaged': 'DAMAGED'}
+        no_manifest = 'no manifest, so nothing can be said of its files'
+        size = human_size(examined.size)
+        say(f'{shown(examined.path)}: {verdict.get(examined.verified, no_manifest)} ({size})')
+        for problem in examined.problems:
+            say(f'  {shown(problem)}')
+    return _status(found)
+
+
+def _show(args: argparse.Namespace) -> int:
+    examined = examine_chosen(args.path, args.tag, contents=False)[0][0]
+    path = examined.path
+    state: dict[str, Any] | None = None
+    try:
+        state = _kept(path, examined)
+    except CheckpointError as error:
+        problems = [*examined.problems, str(error)]
+        examined = replace(examined, verified='damaged', problems=problems)
+    config = (state or {}).get('config')
+    if args.config and not isinstance(config, str):
+        raise CheckpointNotFound(f'{path}: keeps no config')
+    if args.config and not args.json:
+        say(str(config).rstrip())
+        return _status([examined])
+    try:
+        manifest = read_manifest(path)
+    except CheckpointError:
+        manifest = None  # said among the problems
+    digests = {n: e.digest for n, e in manifest.files.items()} if manifest else {}
+    files = [
+        {'name': n, 'size': s, 'xxh3_128': digests.get(n)} for n, s in sorted(_sizes(path).items())
+    ]
+    tree = tree_of(examined) | {'format': examined.header and examined.header.format}
+    tree |= {'files': files, 'state': _summary(state)}
+    if args.json:
+        say(json_text(tree | ({'config': config} if args.config else {})))
+    else:
+        _say_tree(tree)
+    return _status([examined])
+
+
+def _sizes(path: Path) -> dict[str, int]:
+    try:
+        return file_sizes(path)
+    except OSError:  # said among the problems
+        return {}
+
+
+def _kept(path: Path, examined: Examined) -> dict[str, Any] | None:
+    """What a tag keeps beside its tensors."""
+    from internvl_ds.checkpoint.formats.state_json import read_state
+
+    if os.path.lexists(path / STATE_FILE):
+        return read_state(path / STATE_FILE)
+    if examined.verified != 'no manifest':
+        return None
+    # They import DeepSpeed, which other tags can do without.
+    from internvl_ds.checkpoint.client_state import saved_state
+    from internvl_ds.checkpoint.formats.zero_shards import TagShards
+
+    return saved_state(TagShards(path))
+
+
+def _summary(state: dict[str, Any] | None) -> dict[str, Any] | None:
+    if state is None:
+        return None
+    kept: dict[str, Any] = {key: state.get(key) for key in _STATE_VALUES}
+    for key in _STATE_DICTS:
+        inner = state.get(key)
+        kept[key] = sorted(map(str, inner)) if isinstance(inner, dict) else None
+    names = state.get('class_names')
+    return kept | {'classes': None if names is None else len(names)}
+
+
+def _say_tree(tree: dict[str, Any]) -> None:
+    lines = {key: tree[key] for key in tree if key not in ('files', 'state', 'versions')}
+    lines['size'] = f'{tree["size"]} ({human_size(tree["size"])})'
+    lines['versions'] = ', '.join(f'{n} {v}' for n, v in (tree['versions'] or {}).items()) or None
+    lines['problems'] = '; '.join(tree['problems']) or None
+    for key, value in (tree['state'] or {}).items():
+        lines[f'state: {key}'] = ', '.join(value) if isinstance(value, list) else value
+    width = max(map(len, lines))
+    for key, value in lines.items():
+        say(f'{key.ljust(width)}  {"-" if value is None else shown(value)}')
+    rows = [(file['name'], str(file['size']), human_size(file['size'])) for file in tree['files']]
+    say('\n' + table(('file', 'bytes', ''), rows, right=('bytes', '')))
+
+
+def _prune(args: argparse.Namespace) -> int:
+    output: Path = args.path
+    find_tags(output)
+    try:
+        resume = newest(output)
+    except CheckpointNotFound as error:
+        raise CheckpointNotFound(f'nothing was removed: {error}') from error
+    if resume is None or resume.path.is_file():
+        raise CheckpointNotFound(f'{output}: no checkpoint tag in it')
+    names = frozenset({resume.path.name, read_latest(output) or ''})
+    policies: list[Policy] = [
+        KeepNewest(args.keep),
+        KeepSteps(args.keep_steps),
+        KeepBest(args.keep_best),
+        KeepEvery(args.keep_every),
+        KeepLater(0 if args.drop_later else None),
+        KeepNamed(names),  # a newest save that is damaged must not be all that stays
+    ]
+    tags = sorted(epoch_tags(output), key=lambda tag: tag[:3])
+    goes = tags_to_prune(tags, policies)
+    sizes = {}
+    for name in goes:
+        with contextlib.suppress(FileNotFoundError):  # a run that saves meanwhile has pruned it
+            sizes[name] = sum(file_sizes(output / name).values())
+    gone, failed = list(sizes), list[str]()
+    if not args.dry_run:
+        gone, failed = store.remove(output, [tag for tag in tags if tag.name in sizes])
+    kept = [tag.name for tag in tags if tag.name not in goes]
+    pruned = [{'tag': name, 'size': sizes.get(name, 0)} for name in gone]
+    total = sum(sizes.get(name, 0) for name in gone)
+    status = _FAILED if failed else OK
+    if args.json:
+        tree = {'output': str(output), 'dry_run': args.dry_run, 'pruned': pruned, 'size': total}
+        say(json_text({**tree, 'kept': kept, 'failed': failed}))
+        return status
+    did, went = ('would remove', 'would go') if args.dry_run else ('removed', 'went')
+    for name in gone:
+        say(f'{did} {shown(name)}  {human_size(sizes.get(name, 0))}')
+    say(f'{len(gone)} tag(s) {went}, {human_size(total)}; {len(kept)} stay')
+    later = [tag.name for tag in later_tags(tags) if tag.name in kept]
+    if later and not args.drop_later:
+        say(f'of later training than {tags[-1].name}: {few(later)} (--drop-later removes them too)')
+    for name in failed:
+        say(f'could not remove {shown(name)}')
+    return status
+
+
+def _status(found: Sequence[Examined]) -> int:
+    if any(examined.problems for examined in found):
+        return DAMAGED
+    return UNVERIFIED if any(e.verified == 'no manifest' for e in found) else OK
+
+
+def _at_least(least: int) -> Any:
+    def number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f'{value} is less than {least}')
+        return value
+
+    return number

@@ -1,0 +1,40 @@
+"""Say what of this machine and environment would bite a run: one screen.
+
+Each line has a verdict: ``ok``; ``note``, which may matter to some runs; or ``bites``, with what it
+would do to a run and what to do about it. The exit status is 0 when nothing bites, else 1.
+
+``--json`` prints one object: ``output``, the counts ``bites`` and ``notes``, and ``findings``, a
+list of objects with ``topic``, ``verdict``, ``found`` and ``advice`` ('' where there is none).
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from internvl_ds.tools.text import json_text, say
+
+_SOMETHING_BITES = 1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds --output and --json."""
+    parser.add_argument(
+        '--output',
+        type=Path,
+        default=Path('output'),
+        metavar='DIR',
+        help='where checkpoints go (default: output); 256 MiB are written there, and removed',
+    )
+    parser.add_argument('--json', action='store_true', help='print one JSON object')
+
+
+def run(args: argparse.Namespace) -> int:
+    """Looks at everything, says it, and returns the exit status."""
+    from internvl_ds.tools.doctor.examine import examine
+    from internvl_ds.tools.doctor.finding import BITES
+    from internvl_ds.tools.doctor.report import screen, tree
+
+    findings = examine(args.output)
+    say(json_text(tree(findings, str(args.output))) if args.json else screen(findings))
+    return _SOMETHING_BITES if any(f.verdict == BITES for f in findings) else 0

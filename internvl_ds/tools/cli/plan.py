@@ -1,0 +1,174 @@
+"""Tell what will fit: memory, largest micro-batch and checkpoint size at each ZeRO stage.
+
+    internvl-ds plan --cfg YAML --gpus 8 --gpu-mem 80GB [--cpu-mem 1TB] [--gpus-per-host 8]
+        [--disk-rate 2GB/s] [--deepspeed_config FILE] [--opts KEY VALUE ...] [--json]
+
+Nothing of the model is allocated: it takes seconds, also for 5.9 G parameters on a laptop.
+The memory of a GPU and of a host is planned with to 90 %: the rest is for the CUDA context, NCCL,
+fragmentation, and the system.
+
+Exit statuses: 0; 1 when nothing fits; 2 wrong usage, or a model that cannot be planned.
+
+With --json one object: ``model``: ``parameters``, ``trained``, ``moments`` (fp32 values of
+optimizer state for each trained one); ``precision``; ``micro_batch`` and ``accumulation`` as
+configured; ``machine``: ``gpus``, ``gpu_bytes``, ``gpus_per_host``, ``host_bytes`` (null: not
+looked at), ``disk_rate``, ``usable`` (the share planned with); ``options``, each with ``stage``,
+``offload`` ('none', 'optimizer', 'all'), ``recompute``, ``device`` and ``host`` (bytes of each part
+on a GPU, and of one rank in its host's memory, for the configured micro-batch), ``device_bytes``
+(the most), ``update_bytes`` (what the optimizer's update takes when the activations are gone),
+``host_bytes`` (of all ranks of a host, while the model is built or later), ``largest_micro_batch``
+(0: none fits), ``fits_host``, ``micro_batch`` and ``accumulation`` (to train with, at the
+configured batch), ``checkpoint_bytes``, ``save_seconds``, ``deepspeed_estimate`` (bytes of model
+states on a GPU by DeepSpeed's own estimator, which counts less; null where it has none);
+``choice``, the index of the option to take, or null; ``advice``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from internvl_ds.tools.cli.quantities import parse_rate, parse_size
+from internvl_ds.tools.text import human_size, json_text, say, table
+
+if TYPE_CHECKING:
+    from internvl_ds.tools.plan.options import Machine, Option
+
+NOTHING_FITS = 1
+
+_TITLES = (
+    'stage', 'offload', 'recompute', 'weights', 'gradients', 'optimizer', 'buffers', 'EMA',
+    'activations', 'GPU', 'images', 'host', 'checkpoint', 'save',
+)  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags: the training program's, and what the machine is."""
+    parser.epilog = 'exit status: 0; 1 when nothing fits; 2 wrong usage or an error'
+    add = parser.add_argument
+    add('--cfg', required=True, metavar='FILE', help='YAML file, or the name of one that ships')
+    add('--gpus', required=True, type=_positive, metavar='N', help='ranks, over all hosts')
+    add('--gpu-mem', required=True, type=parse_size, metavar='SIZE', help='80GB, or 80GiB')
+    add('--cpu-mem', type=parse_size, metavar='SIZE', help='memory of a host; not limited else')
+    add('--gpus-per-host', type=_positive, default=8, metavar='N', help='default: 8')
+    add(
+        '--disk-rate', type=parse_rate, default=parse_rate('1GB/s'), metavar='RATE',
+        help='what all ranks together write; default: 1GB/s',
+    )  # fmt: skip
+    add(
+        '--deepspeed_config', '--deepspeed-config', default='', metavar='FILE',
+        help='DeepSpeed JSON whose other settings are kept: buckets, precision, ...',
+    )  # fmt: skip
+    add('--opts', nargs='+', metavar='KEY VALUE', help='settings that win over the YAML file')
+    add('--json', action='store_true', help='one JSON object instead of the table')
+
+
+def run(args: argparse.Namespace) -> int:
+    """Plans every option, and says which to take."""
+    from internvl_ds.config.ds import resolve as ds
+    from internvl_ds.config.tree import get_config
+    from internvl_ds.tools.plan.advice import advice
+    from internvl_ds.tools.plan.memory_planner import Planner
+    from internvl_ds.tools.plan.options import Machine, choose, options
+
+    config = get_config(argparse.Namespace(cfg=args.cfg, opts=args.opts))
+    base = ds.load_ds_config(args.deepspeed_config or None)
+    machine = Machine(
+        gpus=args.gpus,
+        gpu_bytes=args.gpu_mem,
+        gpus_per_host=min(args.gpus, args.gpus_per_host),
+        host_bytes=args.cpu_mem,
+        disk_rate=args.disk_rate,
+    )
+    resolved = ds.resolve(base, config, machine.gpus)
+    planner = Planner(config)
+    found = options(planner, config, base, machine)
+    taken, words = choose(found), advice(found, config, base, args.deepspeed_config, machine)
+    if args.json:
+        tree = {
+            'model': {
+                'parameters': planner.sizes.parameters,
+                'trained': planner.sizes.trained,
+                'moments': planner.sizes.moments,
+            },
+            'precision': ds.precision_of(resolved),
+            'micro_batch': resolved['train_micro_batch_size_per_gpu'],
+            'accumulation': resolved['gradient_accumulation_steps'],
+            'machine': _machine_tree(machine),
+            'options': [_tree(option) for option in found],
+            'choice': found.index(taken) if taken else None,
+            'advice': words,
+        }
+        say(json_text(tree))
+    else:
+        millions = f'{planner.sizes.parameters / 1e6:.1f} M parameters'
+        say(
+            f'{config.MODEL.FACTORY or config.MODEL.NAME}: {millions}, '
+            f'{planner.sizes.trained / 1e6:.1f} M of them trained, in {ds.precision_of(resolved)}; '
+            f'bytes on each of {machine.gpus} GPUs at {resolved["train_micro_batch_size_per_gpu"]} '
+            'images a micro-batch, at the moment when a GPU needs most\n'
+        )
+        say(_table(found, taken))
+        say(f'\n{words}')
+    return 0 if taken else NOTHING_FITS
+
+
+def _table(found: Sequence[Option], taken: Option | None) -> str:
+    rows = []
+    for option in found:
+        parts = option.need.parts
+        sizes = (
+            parts.weights, parts.gradients, parts.optimizer, parts.buffers, parts.ema,
+            parts.activations, option.need.device,
+        )  # fmt: skip
+        rows.append(
+            [
+                f'{option.stage}{" <-" if option is taken else ""}',
+                '' if option.offload == 'none' else option.offload,
+                'yes' if option.recompute else '',
+                *map(human_size, sizes),
+                str(option.largest_micro_batch or '-'),
+                human_size(option.host_bytes) + ('' if option.fits_host else ' !'),
+                human_size(option.checkpoint_bytes),
+                f'{option.save_seconds:.3g} s',
+            ]
+        )
+    return table(_TITLES, rows, right=_TITLES[3:])
+
+
+def _machine_tree(machine: Machine) -> dict[str, Any]:
+    from internvl_ds.tools.plan.options import USABLE
+
+    return {**asdict(machine), 'usable': USABLE}
+
+
+def _tree(option: Option) -> dict[str, Any]:
+    return {
+        'stage': option.stage,
+        'offload': option.offload,
+        'recompute': option.recompute,
+        'device': asdict(option.need.parts),
+        'device_bytes': option.need.device,
+        'update_bytes': option.need.update,
+        'host': asdict(option.need.host_parts),
+        'host_bytes': option.host_bytes,
+        'fits_host': option.fits_host,
+        'largest_micro_batch': option.largest_micro_batch,
+        'micro_batch': option.micro_batch,
+        'accumulation': option.accumulation,
+        'checkpoint_bytes': option.checkpoint_bytes,
+        'save_seconds': option.save_seconds,
+        'deepspeed_estimate': option.deepspeed_estimate,
+    }
+
+
+def _positive(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a number above 0')
+    return number

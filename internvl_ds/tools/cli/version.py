@@ -1,0 +1,46 @@
+"""Print the versions of internvl_ds, PyTorch, DeepSpeed and timm."""
+
+from __future__ import annotations
+
+import argparse
+from importlib import metadata
+from typing import Any
+
+from internvl_ds.tools.text import say
+
+_DISTRIBUTIONS = ('internvl_ds', 'torch', 'torchvision', 'deepspeed', 'timm')
+
+
+class VersionAction(argparse.Action):
+    """``--version``: looks the versions up only when it is given, prints them and exits."""
+
+    def __init__(self, option_strings: list[str], dest: str, **kwargs: Any) -> None:
+        """Makes it an option without a value and without an attribute in the parsed arguments."""
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, **kwargs)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        """Prints the versions and ends the program with status 0."""
+        print(describe_versions())
+        parser.exit()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds nothing: the subcommand takes no argument."""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the versions."""
+    say(describe_versions())
+    return 0
+
+
+def describe_versions() -> str:
+    """One line ``name version`` per package, read from metadata: none of them is imported."""
+    return '\n'.join(f'{name} {_version_of(name)}' for name in _DISTRIBUTIONS)
+
+
+def _version_of(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return 'not installed'

@@ -1,0 +1,154 @@
+"""Limits of this shell and container: open files, processes, memory, cores."""
+
+from __future__ import annotations
+
+import os
+import resource
+from pathlib import Path
+
+from internvl_ds.tools.doctor.finding import Finding, bites, note, ok
+from internvl_ds.tools.text import human_size
+
+_CGROUP = Path('/sys/fs/cgroup')
+_FILES_NEEDED, _FILES_GOOD = 1024, 4096
+_THREADS_NEEDED = 512
+_MEMORY_NEEDED = 2e9  # bytes; two CPU ranks with a tiny model take 1.4 GB
+_UNLIMITED = 2**60  # what the kernel's older interface says for no limit is above it
+
+
+def probe() -> list[Finding]:
+    """One line each."""
+    return [_open_files(), _processes(), _memory(), _cores()]
+
+
+def _open_files() -> Finding:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    found = f'soft limit {_shown(soft)}, hard limit {_shown(hard)}'
+    raise_it = f'ulimit -n {min(65536, hard) if hard >= 0 else 65536}'
+    if 0 <= hard < _FILES_GOOD:
+        raise_it = 'Raise it in /etc/security/limits.conf, or by docker run --ulimit nofile=65536'
+    if 0 <= soft < _FILES_NEEDED:
+        return bites(
+            'open files',
+            found,
+            'workers, sockets and the files of a checkpoint take more: "Too many open files", '
+            f'often hours into a run. {raise_it}',
+        )
+    if 0 <= soft < _FILES_GOOD:
+        return note('open files', found, f'many ranks with many workers may take more: {raise_it}')
+    return ok('open files', found)
+
+
+def _processes() -> Finding:
+    """Threads count too, and a container's own limit is the one that is forgotten."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NPROC)
+    pids = _tightest('pids.max')
+    found = f'soft limit {_shown(soft)}, hard limit {_shown(hard)}'
+    left = None
+    if pids is not None:
+        used = _number(pids[1] / 'pids.current') or 0
+        left = pids[0] - used
+        found += f"; the container's: {pids[0]}, {used} in use"
+    # The kernel does not hold root to the soft limit.
+    if soft >= 0 and os.geteuid() != 0:
+        left = min(soft, left) if left is not None else soft
+    if left is not None and left < _THREADS_NEEDED:
+        return bites(
+            'processes',
+            found,
+            'ranks, their workers and threads take hundreds: "Resource temporarily unavailable". '
+            'Raise it: ulimit -u, or docker run --pids-limit',
+        )
+    return ok('processes', found)
+
+
+def _memory() -> Finding:
+    sizes = {}
+    for line in Path('/proc/meminfo').read_text().splitlines():
+        key, _, rest = line.partition(':')
+        sizes[key] = int(rest.split()[0]) * 1024
+    available = sizes['MemAvailable']
+    found = f'{human_size(available)} available of {human_size(sizes["MemTotal"])}'
+    limit = _tightest('memory.max') or _tightest('memory/memory.limit_in_bytes')
+    advice = ''
+    if limit is not None and limit[0] < sizes['MemTotal']:
+        used = _used(limit[1])
+        available = min(available, limit[0] - used)
+        found += f'; the container is limited to {human_size(limit[0])}, {human_size(used)} in use'
+        advice = 'over the limit the kernel kills a rank (signal 9, status 137) without a word'
+    if available < _MEMORY_NEEDED:
+        return bites(
+            'memory',
+            found,
+            f'two ranks with a tiny model take {human_size(1.4e9)}; {advice or "free some"}',
+        )
+    return note('memory', found, advice) if advice else ok('memory', found)
+
+
+def _used(group: Path) -> int:
+    """Bytes that a control group holds, without the file cache that it can let go of."""
+    total = _number(group / 'memory.current') or _number(group / 'memory.usage_in_bytes') or 0
+    try:
+        lines = (group / 'memory.stat').read_text().splitlines()
+    except OSError:
+        return total
+    cache = next((int(line.split()[1]) for line in lines if line.startswith('inactive_file')), 0)
+    return max(0, total - cache)
+
+
+def _cores() -> Finding:
+    """Cores that this process may run on, against the time that a container gives it."""
+    cores = len(os.sched_getaffinity(0))
+    quotas = []
+    for folder in _groups():
+        try:
+            quota, period = (folder / 'cpu.max').read_text().split()
+        except (OSError, ValueError):
+            continue
+        if quota != 'max':
+            quotas.append(int(quota) / int(period))
+    if quotas and min(quotas) < cores:
+        return note(
+            'cores',
+            f'{cores}, and the container gives the time of {min(quotas):g}',
+            'threads and workers are counted by cores, and stand still over that: set '
+            'OMP_NUM_THREADS and DATA.NUM_WORKERS by what is given',
+        )
+    return ok('cores', f'{cores} for this process')
+
+
+def _tightest(name: str) -> tuple[int, Path] | None:
+    """The smallest limit of this process's control groups, and the folder that has it.
+
+    Returns:
+        None where there is none, or where no control groups are mounted.
+    """
+    found = []
+    for folder in _groups():
+        limit = _number(folder / name)
+        if limit is not None and limit < _UNLIMITED:
+            found.append((limit, (folder / name).parent))
+    return min(found, key=lambda pair: pair[0], default=None)
+
+
+def _groups() -> list[Path]:
+    """This process's control group and those above it, as far as they are seen from here."""
+    try:
+        lines = Path('/proc/self/cgroup').read_text().splitlines()
+    except OSError:
+        return [_CGROUP]
+    own = next((line[3:] for line in lines if line.startswith('0::')), '/')
+    path = _CGROUP / own.lstrip('/')
+    return [folder for folder in (path, *path.parents) if folder.is_relative_to(_CGROUP)]
+
+
+def _number(path: Path) -> int | None:
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _shown(limit: int) -> str:
+    return 'unlimited' if limit < 0 else str(limit)

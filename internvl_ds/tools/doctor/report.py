@@ -1,0 +1,55 @@
+"""The findings as one screen of text, or as JSON's tree. Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+from internvl_ds.tools.doctor.finding import BITES, NOTE, Finding
+
+_WIDTH = 100
+_VERDICT, _TOPIC = 7, 18  # columns, with the space behind them
+
+
+def screen(findings: Sequence[Finding]) -> str:
+    """A line for each finding, with what to do below those that are not as they should be."""
+    lines = []
+    for finding in findings:
+        head = f'{finding.verdict:<{_VERDICT}}{finding.topic:<{_TOPIC}}'
+        lines += _wrapped(finding.found, head)
+        if finding.advice:
+            lines += _wrapped(f'-> {finding.advice}', ' ' * len(head))
+    return '\n'.join([*lines, summary(findings)])
+
+
+def summary(findings: Sequence[Finding]) -> str:
+    """What bites, in one sentence."""
+    topics = [finding.topic for finding in findings if finding.verdict == BITES]
+    notes = sum(finding.verdict == NOTE for finding in findings)
+    rest = f'{notes} note{"" if notes == 1 else "s"}'
+    if not topics:
+        return f'nothing bites ({rest})'
+    listed = textwrap.shorten(', '.join(topics), _WIDTH - 40, placeholder=', ...')
+    return f'{len(topics)} would bite: {listed} ({rest})'
+
+
+def tree(findings: Sequence[Finding], output: str) -> dict[str, Any]:
+    """What --json prints."""
+    return {
+        'output': output,
+        'bites': sum(finding.verdict == BITES for finding in findings),
+        'notes': sum(finding.verdict == NOTE for finding in findings),
+        'findings': [dataclasses.asdict(finding) for finding in findings],
+    }
+
+
+def _wrapped(text: str, head: str) -> list[str]:
+    return textwrap.wrap(
+        ' '.join(text.split()),
+        _WIDTH,
+        initial_indent=head,
+        subsequent_indent=' ' * len(head),
+        break_on_hyphens=False,
+    ) or [head.rstrip()]

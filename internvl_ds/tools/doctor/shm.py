@@ -1,0 +1,80 @@
+"""/dev/shm: its size, what is free, and what dead CPU runs of DeepSpeed left there."""
+
+from __future__ import annotations
+
+import os
+import pwd
+from collections import Counter
+from pathlib import Path
+
+from internvl_ds.tools.doctor.finding import Finding, bites, note, ok
+from internvl_ds.tools.text import human_size
+
+_BUFFERS = 'deepspeed_allreduce_buffer_*'
+# DeepSpeed's own report asks for this much; a batch of 128 images of 224 pixels is 77 MB, and every
+# worker of a DataLoader has two of them there.
+_ENOUGH = 512 * 2**20
+
+
+def probe(folder: Path = Path('/dev/shm')) -> list[Finding]:
+    """Room for data loader workers, NCCL and CPU collectives; then left-over buffers."""
+    try:
+        stats = os.statvfs(folder)
+    except OSError as error:
+        why = 'DataLoader workers and NCCL cannot pass data. Mount a tmpfs there'
+        return [bites('shared memory', f'{folder}: {error.strerror}', why)]
+    size, free = stats.f_frsize * stats.f_blocks, stats.f_frsize * stats.f_bavail
+    found = f'{human_size(free)} free of {human_size(size)} in {folder}'
+    room = ok('shared memory', found)
+    if free < _ENOUGH:
+        room = bites(
+            'shared memory',
+            found,
+            'DataLoader workers die of a bus error, and NCCL of "unhandled system error". docker '
+            'run --shm-size=16g (or --ipc=host), or remove what is left over there',
+        )
+    return [room, _left_over(folder)]
+
+
+def _left_over(folder: Path) -> Finding:
+    topic = 'left in /dev/shm'
+    files = []
+    for path in folder.glob(_BUFFERS):
+        try:
+            status = path.stat()
+        except OSError:  # a run has ended meanwhile
+            continue
+        files.append((path, status.st_blocks * 512, status.st_uid))
+    if not files:
+        return ok(topic, "no buffers of DeepSpeed's CPU collectives")
+    mapped = _mapped()
+    dead = [(size, uid) for path, size, uid in files if str(path) not in mapped]
+    if not dead:
+        return ok(topic, f'{len(files)} buffers, all in use by running processes')
+    owners = Counter(_user(uid) for _, uid in dead)
+    whose = ', '.join(f'{count} of {name}' for name, count in sorted(owners.items()))
+    return note(
+        topic,
+        f'{human_size(sum(size for size, _ in dead))} in {len(dead)} buffers that no process seen '
+        f'from here maps: {whose}',
+        f'memory that dead CPU runs keep; with no run under way: rm {folder}/{_BUFFERS}',
+    )
+
+
+def _mapped() -> set[str]:
+    """The files that processes map; of other users' processes root alone sees them."""
+    found: set[str] = set()
+    for maps in Path('/proc').glob('[0-9]*/maps'):
+        try:
+            words = maps.read_text().split()
+        except OSError:  # it has ended, or is not ours to look into
+            continue
+        found.update(word for word in words if 'deepspeed_allreduce_buffer' in word)
+    return found
+
+
+def _user(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f'user {uid}'

@@ -1,0 +1,135 @@
+"""What of a resolved ds_config decides where the states lie, and how many bytes each takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from internvl_ds.config.ds import resolve as ds
+from internvl_ds.config.ds.auto_values import reduce_bucket_of
+
+# DeepSpeed's defaults (deepspeed/runtime/zero/config.py of 0.19.8), in elements.
+_MAX_REUSE_DISTANCE = 1_000_000_000
+_MAX_LIVE = 1_000_000_000
+_PREFETCH_BUCKET = 50_000_000
+_PERSISTENCE_THRESHOLD = 100_000
+_SUB_GROUP = 1_000_000_000
+
+_BYTES = {'fp32': 4, 'float32': 4, 'fp16': 2, 'float16': 2, 'half': 2, 'bf16': 2, 'bfloat16': 2}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How DeepSpeed is to keep weights, gradients and optimizer state.
+
+    Attributes:
+        stage: of ZeRO, 0 to 3.
+        ranks: among which the states are divided.
+        precision: one of the constants of `ds_config`.
+        micro_batch: images, on each rank.
+        accumulation: micro-batches of an update.
+        optimizer_on_host: masters and moments are offloaded.
+        parameters_on_host: the weights' shards are, at stage 3.
+        optimizer_pinned: page-locked host memory for the former.
+        parameters_pinned: the same for the latter.
+        bucket: elements of a reduce bucket.
+        overlap: reduction beside the backward pass, with a second bucket at stages 1 and 2.
+        gradient_bytes: of an element of the accumulated gradients.
+        reuse_distance: elements; stage 3 keeps a weight whole that is used again within.
+        prefetch: elements that stage 3 gathers ahead.
+        persistence: elements below which a parameter is whole on every rank at stage 3.
+        sub_group: elements that stage 3 updates at a time.
+        on_gpu: whether the device is a GPU: torch's optimizers then work on lists of tensors, and
+            page-locked memory is rounded up.
+    """
+
+    stage: int
+    ranks: int
+    precision: str
+    micro_batch: int
+    accumulation: int
+    optimizer_on_host: bool
+    parameters_on_host: bool
+    optimizer_pinned: bool
+    parameters_pinned: bool
+    bucket: int
+    overlap: bool
+    gradient_bytes: int
+    reuse_distance: int
+    prefetch: int
+    persistence: int
+    sub_group: int
+    on_gpu: bool
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of an element of the weights that the module computes with."""
+        return 2 if self.precision in (ds.BF16, ds.FP16) else 4
+
+    @property
+    def in_autocast(self) -> bool:
+        """Whether torch autocast chooses the dtype of each operation."""
+        return self.precision in (ds.AUTOCAST_BF16, ds.AUTOCAST_FP16)
+
+
+def layout_of(resolved: Mapping[str, Any], ranks: int, trained: int, on_gpu: bool = True) -> Layout:
+    """Reads a ds_config.
+
+    Args:
+        resolved: as `ds_config.resolve` returns it.
+        ranks: the world size.
+        trained: elements of all trained parameters.
+        on_gpu: whether the device is a GPU.
+    """
+    zero = resolved.get('zero_optimization', {})
+    stage, precision = int(zero.get('stage', 0)), ds.precision_of(resolved)
+    host, pinned = _offload(zero, 'offload_optimizer')
+    parameters, parameters_pinned = _offload(zero, 'offload_param')
+    overlap = zero.get('overlap_comm')
+    low = 2 if precision in (ds.BF16, ds.FP16) else 4
+    dtype = resolved.get('data_types', {}).get('grad_accum_dtype')
+    live = _given(zero, 'max_live_parameters', _MAX_LIVE)
+    return Layout(
+        stage=stage,
+        ranks=ranks,
+        precision=precision,
+        micro_batch=int(resolved['train_micro_batch_size_per_gpu']),
+        accumulation=int(resolved['gradient_accumulation_steps']),
+        optimizer_on_host=host and stage > 0,
+        parameters_on_host=parameters and stage == 3,
+        optimizer_pinned=pinned,
+        parameters_pinned=parameters_pinned,
+        bucket=bucket_elements(resolved, trained),
+        overlap=stage == 3 if overlap is None else bool(overlap),
+        gradient_bytes=_BYTES.get(str(dtype), low),
+        reuse_distance=_given(zero, 'max_reuse_distance', _MAX_REUSE_DISTANCE),
+        prefetch=min(live, _given(zero, 'prefetch_bucket_size', _PREFETCH_BUCKET)),
+        persistence=_given(zero, 'param_persistence_threshold', _PERSISTENCE_THRESHOLD),
+        sub_group=int(zero.get('sub_group_size', _SUB_GROUP)),
+        on_gpu=on_gpu,
+    )
+
+
+def bucket_elements(resolved: Mapping[str, Any], trained: int) -> int:
+    """Elements of the reduce bucket that DeepSpeed makes, whatever the model's size; 0 at stage 0.
+
+    Where the ds_config leaves it open it is what `initialize` fills in.
+    """
+    zero = resolved.get('zero_optimization', {})
+    if not zero.get('stage', 0):
+        return 0
+    stated = zero.get('reduce_bucket_size', 'auto')
+    return reduce_bucket_of(trained) if stated == 'auto' else int(stated)
+
+
+def _given(zero: Mapping[str, Any], key: str, default: int) -> int:
+    """A setting of stage 3, by either of the two names that DeepSpeed takes."""
+    return int(zero.get(f'stage3_{key}', zero.get(key, default)))
+
+
+def _offload(zero: Mapping[str, Any], key: str) -> tuple[bool, bool]:
+    """Whether something is offloaded, and into page-locked memory."""
+    section = zero.get(key) or {}
+    on = section.get('device', 'none') not in (None, 'none')
+    return on, on and bool(section.get('pin_memory', False))

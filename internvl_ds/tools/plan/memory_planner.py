@@ -1,0 +1,200 @@
+"""What a configuration needs on each rank, and how much of it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from yacs.config import CfgNode
+
+from internvl_ds.config.ds import resolve as ds
+from internvl_ds.errors import ConfigError
+from internvl_ds.tools.plan.activations import Step, Timeline, watch_step
+from internvl_ds.tools.plan.layout import Layout, layout_of
+from internvl_ds.tools.plan.sizes import Sizes, meta_model, sizes_of
+from internvl_ds.tools.plan.static_memory import Parts, kept, kept_on_host
+from internvl_ds.tools.plan.transient_memory import in_backward, in_update, in_update_on_host
+from internvl_ds.train.data import build_mixup
+from internvl_ds.train.loop import build_criterion
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that one rank needs.
+
+    Attributes:
+        micro_batch: images that it is for.
+        device: at most, on the GPU.
+        host: under offload, in the host's memory, with what the optimizer takes there.
+        build: in the host's memory while the model is built, before there is an engine.
+        parts: of ``device``, at the moment in forward and backward when they are most.
+        kept: of them, those that stay from one update to the next.
+        host_parts: of ``host``, between two updates.
+        update: what the optimizer's update has on the device beside weights and states; it counts
+            where it is more than the gradients, buffers and activations of ``parts``.
+    """
+
+    micro_batch: int
+    device: int
+    host: int
+    build: int
+    parts: Parts
+    kept: Parts
+    host_parts: Parts
+    update: int
+
+
+class Planner:
+    """Tells what a configured run needs, without allocating any of it.
+
+    The model is measured when it is first asked for, once for each precision, with and without
+    activation checkpointing.
+    """
+
+    def __init__(self, config: CfgNode, *, gpu: bool = True) -> None:
+        """Remembers what is to be planned.
+
+        Args:
+            config: the yacs tree: MODEL, DATA.IMG_SIZE, TRAIN and AUG are read.
+            gpu: whether the run is to be on GPUs; False for ranks on CPUs.
+        """
+        self._config = config
+        self._on_gpu = gpu
+        self._steps: dict[tuple[bool, str], Step] = {}
+        self._sizes: Sizes | None = None
+
+    @property
+    def keeps_ema(self) -> bool:
+        """Whether the run averages its weights."""
+        return bool(self._config.TRAIN.EMA.ENABLE)
+
+    @property
+    def step_of_micro_batch(self) -> int:
+        """What a micro-batch is a multiple of: 2 with mixup, else 1."""
+        return 1 if build_mixup(self._config) is None else 2
+
+    @property
+    def can_recompute(self) -> bool:
+        """Whether the model has activation checkpointing.
+
+        Raises:
+            ConfigError: for a model that cannot be built without it either.
+        """
+        meta_model(self._with_recompute(False))
+        try:
+            meta_model(self._with_recompute(True))
+        except ConfigError:
+            return False
+        return True
+
+    @property
+    def sizes(self) -> Sizes:
+        """The model's elements.
+
+        Raises:
+            ConfigError: for a model or optimizer that cannot be built.
+        """
+        if self._sizes is None:
+            config = self._with_recompute(False)
+            self._sizes = sizes_of(meta_model(config), config)
+        return self._sizes
+
+    def need(self, resolved: Mapping[str, Any], ranks: int, *, recompute: bool) -> Need:
+        """What a ds_config needs on each rank.
+
+        Args:
+            resolved: as `ds_config.resolve` returns it.
+            ranks: the world size.
+            recompute: whether activations are recomputed (TRAIN.USE_CHECKPOINT), whatever the
+                config has.
+
+        Raises:
+            ConfigError: for a model that cannot be built, recomputed or run without data.
+        """
+        return self.need_of(self.layout(resolved, ranks), recompute=recompute)
+
+    def layout(self, resolved: Mapping[str, Any], ranks: int) -> Layout:
+        """How a ds_config has the states kept.
+
+        Args:
+            resolved: as `ds_config.resolve` returns it.
+            ranks: the world size.
+        """
+        return layout_of(resolved, ranks, self.sizes.trained, self._on_gpu)
+
+    def need_of(self, layout: Layout, *, recompute: bool) -> Need:
+        """As `need`, of a layout."""
+        sizes, ema = self.sizes, self.keeps_ema
+        step = self.step_of(layout, recompute=recompute)
+        stays, passes = kept(sizes, layout, ema), in_backward(sizes, layout, step)
+        update = in_update(sizes, layout)
+        host = kept_on_host(sizes, layout, ema)
+        parts = Parts(
+            *(getattr(stays, name) + getattr(passes, name) for name in Parts.__dataclass_fields__)
+        )
+        return Need(
+            micro_batch=layout.micro_batch,
+            device=stays.total + max(passes.total, update),
+            host=host.total + in_update_on_host(sizes, layout),
+            build=4 * (sizes.parameters + sizes.float_buffers) + sizes.other_buffers,
+            parts=parts,
+            kept=stays,
+            host_parts=host,
+            update=update,
+        )
+
+    def step_of(self, layout: Layout, *, recompute: bool) -> Timeline:
+        """What a training step of the layout's micro-batch and precision holds, over its course."""
+        return self._step(recompute, layout.precision).at(layout.micro_batch)
+
+    def largest_micro_batch(self, layout: Layout, device_bytes: float, *, recompute: bool) -> int:
+        """The most images of a micro-batch with which a rank fits; 0 where none does.
+
+        Args:
+            layout: its own micro-batch is not read.
+            device_bytes: what there is on the device.
+            recompute: as for `need`.
+        """
+
+        def fits(steps: int) -> bool:
+            tried = replace(layout, micro_batch=steps * step)
+            return self.need_of(tried, recompute=recompute).device <= device_bytes
+
+        step, most = self.step_of_micro_batch, 1
+        while most <= _MOST_IMAGES and fits(most):
+            most *= 2
+        least = most // 2
+        while most - least > 1:
+            middle = (least + most) // 2
+            least, most = (middle, most) if fits(middle) else (least, middle)
+        return least * step
+
+    def _step(self, recompute: bool, precision: str) -> Step:
+        # What fp16 and bf16 allocate is the same.
+        same = {ds.FP16: ds.BF16, ds.AUTOCAST_FP16: ds.AUTOCAST_BF16}.get(precision, precision)
+        if (recompute, same) not in self._steps:
+            model = meta_model(self._with_recompute(recompute))
+            self._steps[recompute, same] = watch_step(
+                model, self._config.DATA.IMG_SIZE, same, self._loss
+            )
+        return self._steps[recompute, same]
+
+    def _with_recompute(self, recompute: bool) -> CfgNode:
+        config = self._config.clone()
+        config.defrost()
+        config.TRAIN.USE_CHECKPOINT = recompute
+        return config
+
+    def _loss(self, logits: torch.Tensor) -> torch.Tensor:
+        """The training loss of the loop, with targets of its shape."""
+        soft = build_mixup(self._config) is not None
+        images, classes = logits.shape
+        targets = torch.zeros(images, classes) if soft else torch.zeros(images, dtype=torch.long)
+        criterion = build_criterion(self._config, soft_targets=soft)
+        loss: torch.Tensor = criterion(logits, targets)
+        return loss
+
+
+_MOST_IMAGES = 1 << 20  # no run has a larger micro-batch; where it would fit, memory is no limit

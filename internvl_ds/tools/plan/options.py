@@ -1,0 +1,200 @@
+"""The ways in which a model can be trained, what each needs, and which is the fastest that fits."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from yacs.config import CfgNode
+
+from internvl_ds.config.ds import resolve as ds
+from internvl_ds.tools.plan.estimators import deepspeed_estimate
+from internvl_ds.tools.plan.layout import Layout
+from internvl_ds.tools.plan.memory_planner import Need, Planner
+from internvl_ds.tools.plan.static_memory import checkpoint_bytes
+
+# The share of a memory that is planned with. The rest is for what is not counted: the CUDA context,
+# NCCL's buffers and fragmentation, or the system and the data loaders.
+USABLE = 0.9
+
+NONE, OPTIMIZER, ALL = 'none', 'optimizer', 'all'
+_OFFLOADS = {0: (NONE,), 1: (NONE, OPTIMIZER), 2: (NONE, OPTIMIZER), 3: (NONE, OPTIMIZER, ALL)}
+_TO_CPU = {'device': 'cpu', 'pin_memory': True}
+
+# A rule for choosing, no measurement: how much longer an update takes.
+_STAGE_COST = {0: 1.0, 1: 1.0, 2: 1.02, 3: 1.15}
+_OFFLOAD_COST = {NONE: 1.0, OPTIMIZER: 1.5, ALL: 2.0}
+_RECOMPUTE_COST = 1.3
+_IDLE_IMAGES = 2.0  # a GPU idles with micro-batches of few images as if it had these more
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is to train on.
+
+    Attributes:
+        gpus: data-parallel ranks.
+        gpu_bytes: memory of each.
+        gpus_per_host: of them that share a host.
+        host_bytes: memory of a host; None where it is not to be looked at.
+        disk_rate: bytes a second that all ranks together write.
+    """
+
+    gpus: int
+    gpu_bytes: int
+    gpus_per_host: int
+    host_bytes: int | None
+    disk_rate: float
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to train.
+
+    Attributes:
+        stage: of ZeRO.
+        offload: 'none', 'optimizer', or 'all' for the parameters too.
+        recompute: with activation checkpointing.
+        need: of the configured micro-batch.
+        largest_micro_batch: images that fit; 0 where none does.
+        host_bytes: on each host, at most.
+        fits_host: whether a host has that.
+        micro_batch: images to train with, so that the configured batch stays; 0 where none fits.
+        accumulation: micro-batches of an update with them.
+        checkpoint_bytes: of a tag.
+        save_seconds: to write it.
+        deepspeed_estimate: bytes of model states on a GPU by DeepSpeed's own estimator; None at
+            stages where it has none.
+    """
+
+    stage: int
+    offload: str
+    recompute: bool
+    need: Need
+    largest_micro_batch: int
+    host_bytes: int
+    fits_host: bool
+    micro_batch: int
+    accumulation: int
+    checkpoint_bytes: int
+    save_seconds: float
+    deepspeed_estimate: int | None
+
+    @property
+    def fits(self) -> bool:
+        """Whether it can be trained with at all."""
+        return self.micro_batch > 0 and self.fits_host
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        offload = {NONE: '', OPTIMIZER: ' with the optimizer offloaded', ALL: ' with offload'}
+        recompute = ' and activation checkpointing' if self.offload != NONE else ''
+        recompute = recompute or ' with activation checkpointing'
+        return f'ZeRO stage {self.stage}{offload[self.offload]}' + recompute * self.recompute
+
+
+def options(
+    planner: Planner, config: CfgNode, base: Mapping[str, Any], machine: Machine
+) -> list[Option]:
+    """Plans stages 0 to 3, with and without offload and activation checkpointing.
+
+    Args:
+        planner: of the config.
+        config: the yacs tree.
+        base: a ds_config, as `load_ds_config` returns it, whose other settings stay.
+        machine: what there is.
+
+    Raises:
+        ConfigError: for settings that disagree, or a model that cannot be planned.
+    """
+    found = []
+    recomputes = (False, True) if planner.can_recompute else (False,)
+    for stage, offloads in _OFFLOADS.items():
+        for offload in offloads:
+            resolved = ds.resolve(variant(base, stage, offload), config, machine.gpus)
+            found += [_option(planner, resolved, offload, again, machine) for again in recomputes]
+    return found
+
+
+def variant(base: Mapping[str, Any], stage: int, offload: str) -> dict[str, Any]:
+    """A ds_config with another stage and offload."""
+    tree = copy.deepcopy(dict(base))
+    zero = dict(tree.get('zero_optimization', {}))
+    for key in ('offload_optimizer', 'offload_param'):
+        zero.pop(key, None)
+    tree['zero_optimization'] = {**zero, **section(stage, offload)}
+    if offload != NONE:
+        tree['zero_force_ds_cpu_optimizer'] = False
+    return tree
+
+
+def section(stage: int, offload: str) -> dict[str, Any]:
+    """/zero_optimization of a stage and offload.
+
+    Args:
+        stage: 0 to 3.
+        offload: 'none', 'optimizer' or 'all'.
+    """
+    tree: dict[str, Any] = {'stage': stage}
+    if offload != NONE:
+        tree['offload_optimizer'] = dict(_TO_CPU)
+    if offload == ALL:
+        tree['offload_param'] = dict(_TO_CPU)
+    return tree
+
+
+def choose(found: Sequence[Option]) -> Option | None:
+    """The option to take: what fits and, by a rule of thumb, trains fastest; None if none fits."""
+    fitting = [option for option in found if option.fits]
+    return min(fitting, key=_cost) if fitting else None
+
+
+def _option(
+    planner: Planner, resolved: Mapping[str, Any], offload: str, recompute: bool, machine: Machine
+) -> Option:
+    layout = planner.layout(resolved, machine.gpus)
+    need = planner.need_of(layout, recompute=recompute)
+    room = USABLE * machine.gpu_bytes
+    largest = planner.largest_micro_batch(layout, room, recompute=recompute)
+    share = layout.micro_batch * layout.accumulation
+    micro = _micro_batch(planner, layout, min(share, largest), room, recompute)
+    on_host = machine.gpus_per_host * max(need.host, need.build)
+    saved = checkpoint_bytes(planner.sizes, layout, planner.keeps_ema)
+    return Option(
+        stage=layout.stage,
+        offload=offload,
+        recompute=recompute,
+        need=need,
+        largest_micro_batch=largest,
+        host_bytes=on_host,
+        fits_host=machine.host_bytes is None or on_host <= USABLE * machine.host_bytes,
+        micro_batch=micro,
+        accumulation=share // micro if micro else 0,
+        checkpoint_bytes=saved,
+        save_seconds=saved / machine.disk_rate,
+        deepspeed_estimate=deepspeed_estimate(planner.sizes, layout),
+    )
+
+
+def _micro_batch(planner: Planner, layout: Layout, most: int, room: float, recompute: bool) -> int:
+    """The largest micro-batch that divides a rank's share of the batch and fits; 0 if none does.
+
+    More micro-batches in an update keep more gradients between them, so each is looked at anew.
+    """
+    share, step = layout.micro_batch * layout.accumulation, planner.step_of_micro_batch
+    for images in range(most - most % step, 0, -step):
+        if share % images == 0:
+            tried = replace(layout, micro_batch=images, accumulation=share // images)
+            if planner.need_of(tried, recompute=recompute).device <= room:
+                return images
+    return 0
+
+
+def _cost(option: Option) -> tuple[float, int]:
+    cost = _STAGE_COST[option.stage] * _OFFLOAD_COST[option.offload]
+    if option.recompute:
+        cost *= _RECOMPUTE_COST
+    return cost * (1 + _IDLE_IMAGES / option.micro_batch), option.stage

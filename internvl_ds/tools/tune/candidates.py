@@ -1,0 +1,154 @@
+"""A configuration to try, and when two of them are the same one."""
+
+from __future__ import annotations
+
+import functools
+import json
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import xxhash
+from yacs.config import CfgNode
+
+from internvl_ds.config.ds import resolve as ds
+from internvl_ds.config.tree import get_config, get_option
+from internvl_ds.tools.tune.command import opt_words
+from internvl_ds.tools.tune.records import BASE, SEARCH, SHIPPED
+from internvl_ds.tools.tune.space import Choice, Labels, Space, batch_choice, merged
+
+# Those that ship and differ in more than the precision, which tuning leaves as it is.
+_SHIPPED = (
+    'zero0', 'zero1', 'zero2', 'zero3', 'zero2_offload', 'zero3_offload_optimizer', 'zero3_offload',
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A configuration, whole.
+
+    Attributes:
+        kind: where it is from: BASE, SHIPPED or SEARCH of `records`.
+        name: for people.
+        ds_config: what the training program is given.
+        opts: further yacs settings that it is given.
+        labels: of the search's proposal.
+        config: the yacs tree that it trains with.
+        resolved: the ds_config that it trains with; empty where it is not known how many ranks do.
+    """
+
+    kind: str
+    name: str
+    ds_config: Mapping[str, Any]
+    opts: Mapping[str, Any]
+    config: CfgNode
+    resolved: Mapping[str, Any]
+    labels: Labels = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Equal for two that train with the same settings, however these were said."""
+        # A section that is only switched off says what its absence does.
+        said = {key: value for key, value in self.resolved.items() if value != {'enabled': False}}
+        text = json.dumps(said, sort_keys=True) + self.config.dump()
+        return xxhash.xxh3_64_hexdigest(text.encode())
+
+
+def name_of(labels: Labels) -> str:
+    """Labels for people."""
+    return ' '.join(f'{axis}={label}' for axis, label in labels.items())
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is tuned: the configuration as the user gave it.
+
+    Attributes:
+        cfg, data_path, opts: as for the training program.
+        ds_config: that tuning starts from.
+        ranks: how many train; 0 while that is not known, and only `base` can be had.
+    """
+
+    cfg: str
+    data_path: str | None
+    opts: Sequence[str]
+    ds_config: Mapping[str, Any]
+    ranks: int
+
+    def configured(self, more: Mapping[str, Any] | None = None) -> CfgNode:
+        """The yacs tree, with further settings."""
+        words = [*self.opts, *opt_words(more or {})]
+        return get_config(Namespace(cfg=self.cfg, opts=words, data_path=self.data_path))
+
+    @functools.cached_property
+    def base(self) -> Candidate:
+        """The configuration as it was given."""
+        return self._settle(BASE, 'as configured', self.ds_config, {})
+
+    @functools.cached_property
+    def shipped(self) -> list[Candidate]:
+        """The ds_configs that ship, with the batch that is configured."""
+        batch = self._batch()
+        return [
+            self._settle(
+                SHIPPED,
+                name,
+                merged(ds.load_ds_config(name), batch.ds_config),
+                batch.opts,
+            )
+            for name in _SHIPPED
+        ]
+
+    def proposal(self, space: Space, labels: Labels) -> Candidate:
+        """What labels stand for.
+
+        Raises:
+            ConfigError: where their pieces contradict each other.
+        """
+        batch = self._batch()
+        ds_config, opts = space.build(merged(self.ds_config, batch.ds_config), labels)
+        opts = {**batch.opts, **opts}
+        return self._settle(SEARCH, name_of(labels), ds_config, opts, labels)
+
+    def images(self) -> int:
+        """Of one rank in one update."""
+        micro, accumulation = self._batch_numbers()
+        return micro * accumulation
+
+    def differing(self, candidate: Candidate) -> dict[str, Any]:
+        """The settings of a candidate that the configuration as given does not have already."""
+        config = self.configured()
+        configured_steps = config.TRAIN.ACCUMULATION_STEPS
+        return {
+            key: value
+            for key, value in candidate.opts.items()
+            if value != get_option(config, key, None)
+            # 0 and 1 are the same number of micro-batches
+            and not (key == 'TRAIN.ACCUMULATION_STEPS' and {value, configured_steps} == {0, 1})
+        }
+
+    def _batch(self) -> Choice:
+        return batch_choice(*self._batch_numbers())
+
+    def _batch_numbers(self) -> tuple[int, int]:
+        resolved = self.base.resolved
+        return (
+            resolved['train_micro_batch_size_per_gpu'],
+            resolved['gradient_accumulation_steps'],
+        )
+
+    def _settle(
+        self,
+        kind: str,
+        name: str,
+        ds_config: Mapping[str, Any],
+        opts: Mapping[str, Any],
+        labels: Labels | None = None,
+    ) -> Candidate:
+        config = self.configured(opts)
+        resolved: dict[str, Any] = {}
+        if self.ranks:
+            resolved = ds.resolve(ds_config, config, self.ranks)
+            ds.adopt(config, resolved)
+        return Candidate(kind, name, ds_config, opts, config, resolved, labels or {})

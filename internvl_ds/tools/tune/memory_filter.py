@@ -1,0 +1,92 @@
+"""Leaves out what the plan says cannot fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from yacs.config import CfgNode
+
+
+class Need(Protocol):
+    """Bytes of one rank."""
+
+    @property
+    def device(self) -> int: ...
+
+    @property
+    def host(self) -> int: ...
+
+
+class Planner(Protocol):
+    """Tells what a configuration needs, without allocating it."""
+
+    def need(self, resolved: Mapping[str, Any], ranks: int, *, recompute: bool) -> Need:
+        """Bytes of one rank under a resolved ds_config."""
+        ...
+
+
+class PlannerFactory(Protocol):
+    """Makes a planner; the class `internvl_ds.tools.plan.memory_planner.Planner` is one."""
+
+    def __call__(self, config: CfgNode, *, gpu: bool) -> Planner:
+        """For a yacs tree, and for GPUs or for ranks on CPUs."""
+        ...
+
+
+class Plans:
+    """A planner for every model that settings make, each made once."""
+
+    def __init__(self, make: PlannerFactory, gpu: bool) -> None:
+        self._make, self._gpu = make, gpu
+        self._made: dict[str, Planner] = {}
+
+    def of(self, config: CfgNode) -> Planner:
+        """The planner of this yacs tree; batch and recomputation are asked of it, not set in it."""
+        model = config.clone()
+        model.defrost()
+        model.DATA.BATCH_SIZE = model.TRAIN.ACCUMULATION_STEPS = 1
+        model.TRAIN.USE_CHECKPOINT = False
+        key = model.dump()
+        if key not in self._made:
+            self._made[key] = self._make(config, gpu=self._gpu)
+        return self._made[key]
+
+
+@dataclass(frozen=True)
+class Room:
+    """What one rank may have.
+
+    Attributes:
+        device, host: bytes.
+        on_cpu: whether both are the same memory.
+        baseline: bytes that a rank has taken before it builds a model; of the host's.
+    """
+
+    device: int
+    host: int
+    on_cpu: bool
+    baseline: int = 0
+
+    @classmethod
+    def of(cls, bench: Mapping[str, Any]) -> Room:
+        """What a trial's bench.json tells of it."""
+        on_cpu = bench['device'] == 'cpu'
+        baseline = bench['baseline_bytes'] if on_cpu else 0
+        return cls(bench['device_bytes'], bench['host_bytes'], on_cpu, baseline)
+
+    def lacks(self, need: Need) -> str:
+        """Why this does not fit, in one line; '' where it does."""
+        if self.on_cpu:
+            total = need.device + need.host + self.baseline
+            return _compare("a rank's", total, self.host)
+        return _compare("the device's", need.device, self.device) or _compare(
+            "a rank's host", need.host, self.host
+        )
+
+
+def _compare(whose: str, need: int, have: int) -> str:
+    if need <= have:
+        return ''
+    return f'needs {need / 1e9:.1f} GB of {whose} memory, and {have / 1e9:.1f} GB are there'

@@ -1,0 +1,135 @@
+"""What tuning found: ds_config.tuned.json, result.json, the plot, and the words to use it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from internvl_ds.files import write_text
+from internvl_ds.tools.tune.candidates import Candidate
+from internvl_ds.tools.tune.command import opt_words
+from internvl_ds.tools.tune.final_rounds import Standing
+from internvl_ds.tools.tune.plot import plot_trials
+from internvl_ds.tools.tune.records import FINAL, Row
+
+TUNED_FILE = 'ds_config.tuned.json'
+
+
+@dataclass(frozen=True)
+class Result:
+    """What tuning found.
+
+    Attributes:
+        winner: the row, of before the finals, of the configuration to take.
+        ds_config: it, as a file's content.
+        words: arguments of the training program that take it.
+        standings: the finalists, best first.
+        reference: key of the finalist that the others' ratios are against.
+        names: key -> name of each configuration.
+        shipped: keys of those that ship.
+        rows: of all trials.
+    """
+
+    winner: Row
+    ds_config: Mapping[str, Any]
+    words: Sequence[str]
+    standings: Sequence[Standing]
+    reference: str
+    names: Mapping[str, str]
+    shipped: Sequence[str]
+    rows: Sequence[Row]
+
+
+def make_result(
+    rows: Sequence[Row],
+    order: Sequence[Standing],
+    reference: str,
+    shipped: Mapping[str, str],
+    candidate: Candidate,
+    output: Path,
+    user_opts: Sequence[str],
+    opts: Mapping[str, Any],
+) -> Result:
+    """Puts a result together.
+
+    Args:
+        rows: of all trials.
+        order: the finalists, best first.
+        reference: key of the finalist that they were compared with.
+        shipped: key -> name of the ds_configs that ship.
+        candidate: the best one's configuration.
+        output: where ds_config.tuned.json will be, as it is to be shown.
+        user_opts: KEY VALUE words that the user gave.
+        opts: the settings that the candidate needs beyond them.
+    """
+    measured = {row.key: row for row in rows if row.kind != FINAL}
+    names = {key: row.name for key, row in measured.items()}
+    for key, name in shipped.items():
+        if names.get(key, name) != name:  # the configuration as given is one of those that ship
+            names[key] = f'{name}, {names[key]}'
+    words = ['--deepspeed_config', str(output / TUNED_FILE)]
+    if user_opts or opts:
+        words += ['--opts', *user_opts, *opt_words(opts)]
+    return Result(
+        measured[order[0].key],
+        candidate.ds_config,
+        words,
+        order,
+        reference,
+        names,
+        list(shipped),
+        list(rows),
+    )
+
+
+def write_result(result: Result, output: Path) -> None:
+    """Writes the files of the result into ``output``, each in one step."""
+    write_text(output / TUNED_FILE, json.dumps(result.ds_config, indent=2) + '\n')
+    write_text(output / 'result.json', json.dumps(as_json(result), indent=2) + '\n')
+    plot_trials(result.rows, result.names, result.shipped, result.winner.key, output / 'tuned.png')
+
+
+def as_json(result: Result) -> dict[str, Any]:
+    """The result as JSON values; the keys stay."""
+    winner = result.winner
+    return {
+        'winner': result.names[winner.key],
+        'labels': winner.labels,
+        'ds_config': result.ds_config,
+        'opts': winner.opts,
+        'words': list(result.words),
+        'reference': result.names[result.reference],
+        'finals': [
+            {
+                'name': result.names[standing.key],
+                'images_per_s': standing.speed,
+                'ratio': standing.median,
+                'ratios': list(standing.ratios),
+            }
+            for standing in result.standings
+        ],
+        'trials': dict(Counter(row.status for row in result.rows)),
+        'seconds': sum(row.seconds for row in result.rows),
+    }
+
+
+def table_rows(result: Result) -> list[tuple[str, ...]]:
+    """The finalists as cells: name, images per second, ratio and its range, memory in GB."""
+    measured = {row.key: row for row in result.rows if row.kind != FINAL}
+    cells: list[tuple[str, ...]] = []
+    for standing in result.standings:
+        ratios = standing.ratios or (0.0,)
+        cells.append(
+            (
+                result.names[standing.key],
+                f'{standing.speed:.1f}',
+                f'{standing.median:.2f}',
+                f'{min(ratios):.2f}-{max(ratios):.2f}',
+                f'{measured[standing.key].bench["peak_bytes"] / 1e9:.2f}',
+            )
+        )
+    return cells

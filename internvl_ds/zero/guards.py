@@ -1,0 +1,241 @@
+"""What an engine refuses of a script: calls after which it would train on with wrong numbers.
+
+Each is one of plain PyTorch that DeepSpeed takes, and answers with nothing or with half of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from deepspeed.runtime.engine import _ENGINE_BACKWARD_GRAPH_TRACKER, DeepSpeedEngine
+from deepspeed.utils.torch import is_functorch_transforming
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.utils import clip_grad
+
+from internvl_ds.errors import ConfigError, few
+from internvl_ds.zero.gradients import clear_buffers, complete_gradients
+
+_INSTEAD = (
+    'write grad_norm = loss_scaler(loss, optimizer, clip_grad=config.TRAIN.CLIP_GRAD, '
+    'parameters=engine.parameters(), update_grad=is_boundary), with loss_scaler = '
+    'NativeScalerWithGradNormCount(), in fp32 (AMP_OPT_LEVEL O0) too; or engine.backward(loss) and '
+    'engine.step()'
+)
+_BARE = (
+    'give initialize the bare module, and call the engine: it averages the gradients over the ranks'
+)
+_AVERAGE = (
+    "keep an average with internvl_ds.ShardedEma(engine, decay); at ZeRO stages 0 to 2 timm's "
+    'ModelEma*(engine.module, decay) and update(engine.module) will do too'
+)
+
+# Optimizer of a client -> its engine. Weak on both sides, as the registry.
+_guarded: weakref.WeakKeyDictionary[Any, weakref.ref[DeepSpeedEngine]] = weakref.WeakKeyDictionary()
+_zero_engines: weakref.WeakSet[DeepSpeedEngine] = weakref.WeakSet()
+_modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def require_bare(model: nn.Module) -> None:
+    """Refuses a model that something else trains or has wrapped.
+
+    Raises:
+        ConfigError: for an engine, DistributedDataParallel or DataParallel, also inside the model.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, DistributedDataParallel | DataParallel | DeepSpeedEngine):
+            where = f' ({name} of it)' if name else ''
+            raise ConfigError(f'the model is a {type(module).__name__}{where}: {_BARE}')
+
+
+def require_real(model: nn.Module) -> None:
+    """Refuses trained parameters of complex numbers, which DeepSpeed flattens and reduces wrongly.
+
+    Raises:
+        ConfigError: names the first of them.
+    """
+    names = [n for n, p in model.named_parameters() if p.requires_grad and p.is_complex()]
+    if names:
+        raise ConfigError(
+            f'{len(names)} trained parameters are complex, which DeepSpeed cannot train: '
+            f'{few(names)}. Keep their real view as the parameter (torch.view_as_real) and make it '
+            'complex in the forward pass (torch.view_as_complex), or freeze them.'
+        )
+
+
+def guard(engine: DeepSpeedEngine) -> None:
+    """Makes an engine refuse what it would answer wrongly; once for each engine."""
+    ref = weakref.ref(engine)
+    engine.register_forward_pre_hook(_require_own_precision)
+    _modules.add(engine.module)
+    engine.module.register_forward_pre_hook(_require_unwrapped)
+    # What DistributedDataParallel, DataParallel and copy.deepcopy ask a module for first.
+    engine._ddp_params_and_buffers_to_ignore = _Refusal(f'DistributedDataParallel(engine): {_BARE}')
+    engine._replicate_for_data_parallel = _Refusal(f'DataParallel(engine): {_BARE}')
+    engine.__deepcopy__ = _Refusal(f'an engine has no copies (ModelEma(engine), ...): {_AVERAGE}')
+    stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
+    if stage == 3:
+        engine.register_state_dict_pre_hook(_require_values)
+        engine.module.__deepcopy__ = _Refusal(
+            'a copy of a module of ZeRO stage 3 holds no values and cannot run (ModelEma*'
+            f'(engine.module), ...): {_AVERAGE}'
+        )
+    client = engine.basic_optimizer
+    if client is None:
+        return
+    engine._backward_prologue = functools.partial(_in_backward, ref, '_backward_prologue')
+    engine._backward_prologue_per_tensor = functools.partial(
+        _in_backward, ref, '_backward_prologue_per_tensor'
+    )
+    if client not in _guarded:
+        client.register_step_pre_hook(_before_client_step)
+    _guarded[client] = ref
+    if optimizer is not client:
+        optimizer.step = functools.partial(_step, ref)
+    if stage:
+        _zero_engines.add(engine)
+        _watch_clipping()
+
+
+class _Refusal:
+    """Raises when it is called or iterated over."""
+
+    def __init__(self, message: str) -> None:
+        self._message = message
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        raise ConfigError(self._message)
+
+    __iter__ = __call__
+
+
+def _require_unwrapped(module: nn.Module, _: Any) -> None:
+    active = DistributedDataParallel._get_active_ddp_module()
+    if active is None or module not in _modules:  # a copy has the hook, too
+        return
+    if any(inner is module for inner in active.modules()):
+        raise ConfigError(f"an engine's module inside a DistributedDataParallel: {_BARE}")
+
+
+def _require_own_precision(engine: DeepSpeedEngine, _: Any) -> None:
+    device = engine.device.type
+    if not torch.is_autocast_enabled(device):
+        return
+    wanted, own = torch.get_autocast_dtype(device), engine.torch_autocast_enabled()
+    if not own or engine.torch_autocast_dtype() != wanted:
+        precision = f'autocast {engine.torch_autocast_dtype()}' if own else f'{_dtype_of(engine)}'
+        raise ConfigError(
+            f'engine(...) inside torch.autocast({wanted}), and the engine computes in {precision} '
+            'as AMP_OPT_LEVEL, AMP_TYPE and the ds_config say: leave torch.autocast out of the '
+            'script (in bf16 and fp16 give the engine inputs of that dtype), or set AMP_OPT_LEVEL '
+            f'O1 and AMP_TYPE {str(wanted).removeprefix("torch.")}'
+        )
+
+
+def _dtype_of(engine: DeepSpeedEngine) -> torch.dtype:
+    return next((p.dtype for p in engine.module.parameters()), torch.float32)
+
+
+def _in_backward(ref: weakref.ref[DeepSpeedEngine], name: str, *args: Any) -> Any:
+    """Stands for what DeepSpeed calls when a backward comes to the engine's outputs."""
+    engine = ref()
+    assert engine is not None  # the graph keeps it
+    if not (
+        engine._running_engine_backward
+        or engine._manual_backward_expected  # engine.scale(loss).backward()
+        or _ENGINE_BACKWARD_GRAPH_TRACKER.is_current_graph_registered()  # another engine's
+        or is_functorch_transforming()
+    ):
+        raise ConfigError(
+            'loss.backward() through an engine: DeepSpeed reduces, clips and counts in '
+            f'engine.backward and engine.step. Instead of loss.backward(), clip_grad_norm_ and '
+            f'optimizer.step() {_INSTEAD}. For gradients of inputs call engine.module.'
+        )
+    return getattr(type(engine), name)(engine, *args)
+
+
+def _before_client_step(optimizer: Any, *_: Any) -> None:
+    engine = _guarded[optimizer]()
+    if engine is not None and engine.basic_optimizer is optimizer:
+        _require_engine_step(engine)
+
+
+def _step(ref: weakref.ref[DeepSpeedEngine], closure: Any = None) -> None:
+    """Stands for the step of DeepSpeed's optimizer."""
+    engine = ref()
+    if engine is None:
+        return
+    _require_engine_step(engine)
+    complete_gradients(engine)
+    type(engine.optimizer).step(engine.optimizer)
+    clear_buffers(engine)
+
+
+def _require_engine_step(engine: DeepSpeedEngine) -> None:
+    if not engine._running_engine_step:
+        raise ConfigError(
+            'optimizer.step() of an engine: neither reduces nor counts, and at ZeRO stages 1 to 3 '
+            f'has no gradients. Instead of loss.backward(), clip_grad_norm_ and optimizer.step() '
+            f'(or a GradScaler of the script) {_INSTEAD}'
+        )
+
+
+def _require_values(engine: DeepSpeedEngine, *_: Any) -> None:
+    if any(p.numel() != getattr(p, 'ds_numel', p.numel()) for p in engine.module.parameters()):
+        raise ConfigError(
+            'engine.state_dict() at ZeRO stage 3 holds no values: save with save_checkpoint, of '
+            f'which `ckpt export` makes one file; {_AVERAGE}'
+        )
+
+
+def _watch_clipping() -> None:
+    """Has torch's clip_grad_norm_ refuse parameters whose gradients ZeRO keeps; for the process.
+
+    It would find ``p.grad`` None and return 0, or clip a rank's own part of the gradients.
+    """
+    original = clip_grad._clip_grads_with_norm_
+    if isinstance(original, _Clipping):
+        return
+    clip_grad._clip_grads_with_norm_ = _Clipping(original)
+
+
+class _Clipping:
+    """Stands for what clip_grad_norm_ calls when it has the norm."""
+
+    def __init__(self, original: Any) -> None:
+        self._original = original
+
+    def __call__(self, parameters: Any, *args: Any, **kwargs: Any) -> Any:
+        for p in [parameters] if isinstance(parameters, torch.Tensor) else parameters:
+            if p.requires_grad and _kept_by_zero(p):
+                raise ConfigError(
+                    'clip_grad_norm_ of parameters of a ZeRO engine: their gradients are not in '
+                    'p.grad, so it would return 0 and clip nothing. Pass clip_grad= to '
+                    'loss_scaler(loss, optimizer, ...), which returns the norm, or set '
+                    'TRAIN.CLIP_GRAD (/gradient_clipping) for engine.step(); get_grad_norm reads '
+                    'the norm between engine.backward and engine.step'
+                )
+        return self._original(parameters, *args, **kwargs)
+
+
+def _kept_by_zero(parameter: torch.Tensor) -> bool:
+    """Whether the gradient of a parameter is ZeRO's; the same on all ranks."""
+    if hasattr(parameter, 'ds_id') or any(parameter is flat for flat in _flat_partitions()):
+        return True
+    if not hasattr(parameter, '_hp_mapping'):
+        return False
+    # Only ranks that own a part have a mapping, and nobody once the engine is destroyed.
+    engine = next((e for e in _zero_engines if parameter in e.param_names), None)
+    parts = engine.module.parameters() if engine is not None else ()
+    return any(getattr(part, '_hp_mapping', None) is not None for part in parts)
+
+
+def _flat_partitions() -> Iterator[torch.Tensor]:
+    """What optimizer.param_groups of ZeRO engines hold in place of the model's parameters."""
+    for engine in _zero_engines:
+        for group in engine.basic_optimizer.param_groups:
+            yield from group['params']

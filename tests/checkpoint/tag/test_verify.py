@@ -1,0 +1,116 @@
+"""Contents compared with what was written: a real tag, damaged for real."""
+
+import shutil
+
+import pytest
+
+from internvl_ds.checkpoint.tag import commit as store
+from internvl_ds.checkpoint.tag.discovery import problem, read_manifest
+from internvl_ds.checkpoint.tag.hashing import write_hashed
+from internvl_ds.checkpoint.tag.manifest import Manifest
+from internvl_ds.checkpoint.tag.verify import damage, damage_of_tag, share_of
+from internvl_ds.errors import CheckpointError
+from tests.harness.tags import make_header
+
+NAMES = ('zero_pp_rank_0_mp_rank_00_optim_states.pt', 'zero_pp_rank_1_mp_rank_00_optim_states.pt')
+SIZE = (1 << 20) + 100
+
+
+def _save(output, epoch):
+    """A tag of two files, whose contents no other tag has."""
+    staging = store.begin(output, f'ckpt_epoch_{epoch}')
+    files = {}
+    for number, name in enumerate(NAMES, 10 * epoch):
+        content = bytes([number]) * SIZE
+        files[name] = write_hashed(staging.path / name, lambda file: file.write(content))
+    return store.commit(staging, Manifest(make_header(staging.tag, epoch), files))
+
+
+@pytest.fixture
+def tag(tmp_path):
+    return _save(tmp_path, 1)
+
+
+def test_an_untouched_tag_has_no_damage(tag):
+    assert damage_of_tag(tag) == []
+
+
+@pytest.mark.parametrize('at', [0, SIZE // 2, SIZE - 1])
+def test_one_flipped_bit_is_found_and_the_file_named(tag, at):
+    path = tag / NAMES[1]
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+    (found,) = damage_of_tag(tag)
+    entry = read_manifest(tag).files[NAMES[1]]
+    assert found.startswith(f'{path}: damaged: its xxh3-128 is ')
+    assert f'{entry.digest} was written' in found
+    assert problem(tag) is None  # sizes alone do not tell
+
+
+def test_a_truncated_file_is_named_with_both_sizes(tag):
+    path = tag / NAMES[0]
+    path.write_bytes(path.read_bytes()[:-1])
+    assert damage_of_tag(tag) == [f'{path}: has {SIZE - 1} bytes, not {SIZE}']
+
+
+def test_a_missing_file_is_named(tag):
+    (tag / NAMES[0]).unlink()
+    (found,) = damage_of_tag(tag)
+    assert found == f'{tag / NAMES[0]}: cannot be read: No such file or directory'
+
+
+def test_a_file_of_another_tag_of_the_same_size_is_found(tag, tmp_path):
+    shutil.copyfile(_save(tmp_path, 2) / NAMES[0], tag / NAMES[0])
+    (found,) = damage_of_tag(tag)
+    assert found.startswith(f'{tag / NAMES[0]}: damaged')
+
+
+def test_two_files_that_changed_places_are_both_found(tag):
+    (tag / NAMES[0]).rename(tag / 'x')
+    (tag / NAMES[1]).rename(tag / NAMES[0])
+    (tag / 'x').rename(tag / NAMES[1])
+    assert [text.partition(': ')[0] for text in damage_of_tag(tag)] == [
+        str(tag / name) for name in NAMES
+    ]
+
+
+def test_a_file_that_cannot_be_read_is_named_with_the_reason(tag):
+    (tag / NAMES[0]).unlink()
+    (tag / NAMES[0]).mkdir()  # whoever runs this may read any file, but not a directory
+    (found,) = damage_of_tag(tag)
+    assert found == f'{tag / NAMES[0]}: cannot be read: Is a directory'
+
+
+def test_only_the_named_files_are_read(tag):
+    (tag / NAMES[0]).unlink()
+    assert damage(tag, read_manifest(tag), [NAMES[1]]) == []
+
+
+def test_a_file_that_the_manifest_does_not_list_is_damage(tag):
+    (tag / 'state.json').write_text('{}')
+    found = damage(tag, read_manifest(tag), ['state.json'])
+    assert found == [f'{tag / "state.json"}: not a file of this checkpoint']
+
+
+def test_nothing_can_be_said_of_a_tag_without_a_manifest(tmp_path):
+    plain = tmp_path / 'global_step100'
+    plain.mkdir()
+    (plain / 'mp_rank_00_model_states.pt').write_bytes(b'x')
+    assert damage_of_tag(plain) is None
+
+
+def test_a_damaged_manifest_is_an_error(tag):
+    path = tag / 'manifest.json'
+    path.write_text(path.read_text().replace('"epoch": 1', '"epoch": 2'))
+    with pytest.raises(CheckpointError, match=f'{path}: damaged'):
+        damage_of_tag(tag)
+
+
+@pytest.mark.parametrize('world_size', [1, 2, 3])
+def test_the_ranks_share_the_files_so_that_each_is_read_once(world_size):
+    names = [*NAMES, 'ema_rank_2.safetensors', 'mp_rank_00_model_states.pt', 'state.json']
+    shares = [share_of(names, rank, world_size) for rank in range(world_size)]
+    assert sorted(name for share in shares for name in share) == sorted(names)
+    if world_size > 1:
+        assert NAMES[1] in shares[1]  # its own

@@ -1,0 +1,184 @@
+"""The ds_configs and YAML files that ship: each has its row, resolves, and trains right."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from argparse import Namespace
+
+import pytest
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime import config as deepspeed_config
+
+from internvl_ds.config.ds import resolve as ds
+from internvl_ds.config.ds.check import check
+from internvl_ds.config.tree import find_config_file, get_config
+from internvl_ds.engine.registry import _refuse_unsupported
+from internvl_ds.errors import ConfigError
+from internvl_ds.pretrained.api import load_pretrained
+from internvl_ds.train.model import build_model
+from tests.engine.test_grad_scaler import tolerances
+from tests.harness.ranks import run_ranks
+from tests.workers.model import make_config, make_model
+from tests.workers.plain_loop import reference
+
+NAMES = sorted(path.stem for path in ds.shipped_dir().glob('*.json'))
+YAMLS = sorted(find_config_file('digits_quickstart').parent.glob('*.yaml'))
+
+# AMP_OPT_LEVEL and AMP_TYPE -> the precision that they ask for; '' leaves it to the ds_config.
+LEVELS = {
+    ('O0', 'float16'): 'fp32',
+    ('O1', 'float16'): 'autocast_fp16',
+    ('O1', 'bfloat16'): 'autocast_bf16',
+    ('O2', 'float16'): 'fp16',
+    ('O2', 'bfloat16'): 'bf16',
+}
+CONSTANTS = {
+    'fp32': ds.FP32,
+    'bf16': ds.BF16,
+    'fp16': ds.FP16,
+    'autocast_bf16': ds.AUTOCAST_BF16,
+    'autocast_fp16': ds.AUTOCAST_FP16,
+}
+RECIPES = ('intern_vit_6b_224_linear_probe', 'vit_intern300m_448_finetune')
+
+
+def stated(name: str) -> str | None:
+    """The precision that a file states, by its name; None where it leaves that open."""
+    if name in RECIPES:
+        return 'bf16'
+    match = re.fullmatch(r'zero\d_(fp32|bf16|fp16|autocast_bf16|autocast_fp16)', name)
+    return match[1] if match else None
+
+
+def stage(name: str) -> int:
+    return int(name[4]) if name.startswith('zero') else {RECIPES[0]: 1, RECIPES[1]: 2}[name]
+
+
+@pytest.fixture
+def fp16_engine(monkeypatch):
+    """Has DeepSpeed believe that this device has an fp16 engine, as GPUs do."""
+    monkeypatch.setattr(get_accelerator(), 'is_fp16_supported', lambda: True)
+
+
+def accept(monkeypatch, resolved: dict, world_size: int) -> None:
+    """Raises where the bridge, or DeepSpeed's own parser on so many ranks, refuses it."""
+    monkeypatch.setattr(deepspeed_config.dist, 'get_rank', lambda: 0)
+    monkeypatch.setattr(deepspeed_config.dist, 'get_world_size', lambda: world_size)
+    _refuse_unsupported(resolved)
+    parsed = deepspeed_config.DeepSpeedConfig(resolved)
+    assert parsed.world_size == world_size
+    assert parsed.train_batch_size == resolved['train_batch_size']
+
+
+def test_every_stage_has_every_precision():
+    wanted = {f'zero{n}_{precision}' for n in range(4) for precision in CONSTANTS}
+    assert wanted | {f'zero{n}' for n in range(4)} <= set(NAMES)
+
+
+def test_every_file_has_its_row_in_the_readme():
+    text = (ds.shipped_dir() / 'README.md').read_text()
+    rows = [line for line in text.splitlines() if line.startswith('|')]
+    named = [name for row in rows for name in re.findall(r'`([\w-]+)\.json`', row)]
+    assert sorted(named) == NAMES
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_file_resolves_at_every_level_that_it_supports(name, monkeypatch, fp16_engine):
+    tree = ds.load_ds_config(name)
+    for (level, amp_type), asked in LEVELS.items():
+        config = make_config(AMP_OPT_LEVEL=level, AMP_TYPE=amp_type, DATA__BATCH_SIZE=4)
+        # AMP_TYPE's default, float16, gives way to a bf16 that the ds_config states
+        wanted = {asked, asked.replace('fp16', 'bf16') if amp_type == 'float16' else asked}
+        if stated(name) is not None and stated(name) not in wanted:
+            with pytest.raises(ConfigError, match='asks for'):
+                ds.resolve(tree, config, 2)
+            continue
+        for world_size in (1, 2, 8):
+            resolved = ds.resolve(tree, config, world_size)
+            assert resolved['train_batch_size'] == 4 * world_size
+            assert resolved['zero_optimization']['stage'] == stage(name)
+            assert ds.precision_of(resolved) == CONSTANTS[stated(name) or asked]
+            accept(monkeypatch, resolved, world_size)
+            evaluating = ds.for_inference(resolved)
+            assert evaluating['zero_optimization']['stage'] in (0, 3)
+            assert check(evaluating, config, world_size, optimizer_in_code=False) == []
+
+
+@pytest.mark.parametrize('name', [name for name in NAMES if stated(name)])
+def test_a_file_that_states_its_precision_decides_where_yacs_leaves_it_open(name):
+    resolved = ds.resolve(ds.load_ds_config(name), make_config(AMP_OPT_LEVEL=''), 2)
+    assert ds.precision_of(resolved) == CONSTANTS[stated(name)]
+
+
+@pytest.mark.parametrize('path', YAMLS, ids=lambda path: path.stem)
+def test_a_yaml_goes_with_the_ds_config_that_it_names(path, monkeypatch):
+    (name,) = set(re.findall(r'--deepspeed_config (\w+)', path.read_text()))
+    config = get_config(Namespace(cfg=path.stem))
+    resolved = ds.resolve(ds.load_ds_config(name), config, 8)
+    assert ds.precision_of(resolved) == ds.BF16
+    accept(monkeypatch, resolved, 8)
+
+
+@pytest.mark.parametrize(
+    ('name', 'parameters', 'trained', 'images'),
+    [(RECIPES[0], 5_905_702_888, 3_201_000, 1024), (RECIPES[1], 305_037_288, 305_037_288, 1024)],
+)
+def test_a_recipe_builds_what_it_says(name, parameters, trained, images):
+    config = get_config(Namespace(cfg=name))
+    with torch.device('meta'):
+        model = build_model(config)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == trained
+    resolved = ds.resolve(ds.load_ds_config(name), config, 8)
+    assert resolved['train_batch_size'] == images
+
+
+def test_the_6b_recipe_takes_published_weights_without_the_norms_of_the_width(tmp_path):
+    sizes = {'embed_dim': 48, 'depth': 2, 'num_heads': 3}
+    opts = [word for key, size in sizes.items() for word in (f'MODEL.KWARGS.{key}', str(size))]
+    path = tmp_path / 'published.pth'
+    config = get_config(
+        Namespace(cfg=RECIPES[0], opts=[*opts, 'MODEL.NUM_CLASSES', '5'], pretrained=str(path))
+    )
+    source, model = build_model(config), build_model(config)
+    state = dict(source.state_dict())
+    for key in [key for key in state if '_norm.weight' in key and 'attn' in key]:
+        state[key] = torch.full((48,), 2.0)  # over the width, as the published ones
+    torch.save({'module': state}, path)
+
+    report = load_pretrained(config, model, logging.getLogger('test'))
+
+    assert torch.equal(model.blocks[1].mlp.fc1.weight, source.blocks[1].mlp.fc1.weight)
+    assert torch.equal(model.blocks[1].attn.q_norm.weight, torch.ones(16))
+    assert len(report.missing) == 4
+    assert torch.isfinite(model(torch.ones(1, 3, 224, 224))).all()
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_every_file_trains_right_on_two_ranks(tmp_path):
+    precisions = {name: stated(name) or 'bf16' for name in NAMES}
+    # One process trains with all: what it was told of an fp16 engine, and DeepSpeed of autocast,
+    # stays, so those that need neither come first.
+    order = sorted(NAMES, key=lambda name: list(CONSTANTS).index(precisions[name]))
+    results = run_ranks(
+        'tests.workers.shipping:train_with_each', 2, tmp_path,
+        names=order, precisions=precisions, steps=2, accumulation=2,
+    )  # fmt: skip
+    start = {n: p.detach().flatten() for n, p in make_model().named_parameters()}
+    expected = {precision: reference(precision, 2, None) for precision in CONSTANTS}
+    for result in results:
+        for name, got in result.items():
+            wanted = expected[precisions[name]]
+            norm, way = tolerances(precisions[name])
+            assert got['norms'] == pytest.approx(wanted['norms'], rel=norm), name
+            gone, off = 0.0, 0.0
+            for key, values in got['weights'].items():
+                reached = torch.tensor(wanted['weights'][key])
+                gone += float((reached - start[key]).square().sum())
+                off += float((reached - torch.tensor(values)).square().sum())
+            # one element whose gradient is near zero may go the other way: a step of Adam's
+            assert math.sqrt(off) <= way * math.sqrt(gone) + 1e-2, name

@@ -1,0 +1,43 @@
+"""The cells that the bridge cannot mend, in a ds_config of plain DeepSpeed."""
+
+from __future__ import annotations
+
+import pytest
+
+from internvl_ds.config.ds.unsupported import bridge_findings
+
+
+def zero(stage):
+    return {'zero_optimization': {'stage': stage}}
+
+
+ADAM = {'optimizer': {'type': 'Adam'}}
+IN_FP32 = {'data_types': {'grad_accum_dtype': 'fp32'}}
+
+
+@pytest.mark.parametrize(
+    ('tree', 'low', 'pointers'),
+    [
+        ({}, None, []),
+        ({'managed_gradient_accumulation': False}, None, ['/managed_gradient_accumulation']),
+        ({'bf16': {'check_grad_overflow': False}}, 'bf16', ['/bf16/check_grad_overflow']),
+        ({'bf16': {'check_grad_overflow': False}}, None, []),
+        ({'zero_optimization': {'stage': 2, 'compute_grad_norm': False}}, None,
+         ['/zero_optimization/compute_grad_norm']),
+        (IN_FP32, 'fp16', ['/data_types/grad_accum_dtype']),
+        ({**zero(1), **IN_FP32}, 'bf16', ['/data_types/grad_accum_dtype']),
+        ({**zero(1), **IN_FP32}, 'fp16', []),
+        ({**zero(2), **IN_FP32}, 'bf16', []),
+        (IN_FP32, None, []),
+        ({'data_types': {'grad_accum_dtype': 'bfloat16'}}, 'bf16', []),
+        (ADAM, 'bf16', ['/optimizer']),
+        (ADAM, None, []),
+        ({**zero(1), **ADAM}, 'bf16', []),
+    ],
+)  # fmt: skip
+def test_cells(tree, low, pointers):
+    assert [found.pointer for found in bridge_findings(tree, low)] == pointers
+
+
+def test_a_section_that_is_not_used_is_no_matter():
+    assert list(bridge_findings(ADAM, 'bf16', optimizer=False)) == []

@@ -1,0 +1,109 @@
+"""The averages, sharded and timm's, on 2 real ranks."""
+
+import pytest
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from internvl_ds.engine.ema import EmaWarmup
+from tests.harness.ranks import run_ranks
+from tests.workers.model import OFFLOAD, PERSISTENT
+
+STAGES = [0, 1, 2, 3, OFFLOAD, PERSISTENT]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize('precision', ['fp32', 'bf16'])
+def test_the_ema_is_the_average_and_evaluates_in_place(tmp_path, precision):
+    results = run_ranks(
+        'tests.workers.saving:ema_in_place', 2, tmp_path, stages=STAGES, precision=precision
+    )
+    for stage in map(str, STAGES):
+        for result in results:
+            got = result[stage]
+            # the same fp32 lerp, element by element, over another cut of the tensors
+            assert got['off'] <= 1e-7, stage
+            assert got['inside_differs'], stage
+            assert got['restored'], stage
+            assert got['inside'] == results[0][stage]['inside']
+            # `seen` counts forward passes in training: 2 an update, averaged with decay 0.9
+            assert got['seen'] == pytest.approx(_averaged_count(5), rel=1e-6)
+
+
+def _averaged_count(updates: int) -> float:
+    average = 0.0
+    for update in range(1, updates + 1):
+        average += 0.1 * (2 * update - average)
+    return average
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize('precision', ['fp32', 'bf16', 'fp16'])
+def test_fifty_updates_with_warm_up_are_timms(tmp_path, precision):
+    results = run_ranks(
+        'tests.workers.averaging:follow_timm', 2, tmp_path,
+        stages=[0, 1, 2, 3], precision=precision, updates=50,
+    )  # fmt: skip
+    for result in results:
+        for stage, got in result.items():
+            assert got['keys'], stage
+            # the same float32 lerps in another cut; of values under 4, but for `seen`, whose
+            # average is near 100: one rounding there is 2 ** -18
+            assert got['off'] <= 2.0**-17, stage
+            skipped = 50 - got['updates'][1]
+            assert got['updates'] == [50 - skipped] * 2
+            assert (skipped > 0) == (precision == 'fp16')
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize('precision', ['fp32', 'bf16', 'autocast_fp16'])
+def test_an_update_talks_to_nobody_and_reads_nothing(tmp_path, precision):
+    for result in run_ranks(
+        'tests.workers.averaging:count_update', 2, tmp_path, stages=[0, 1, 2, 3],
+        precision=precision,
+    ):  # fmt: skip
+        assert result == {str(s): {'collectives': 0, 'reads': 0} for s in range(4)}
+
+
+@pytest.mark.ranks
+def test_an_average_moves_to_other_ranks_and_stages_exactly(tmp_path):
+    path, wanted, root = None, None, str(tmp_path / 'out')
+    for epoch, (ranks, stage) in enumerate([(2, 1), (4, 3), (1, 0), (2, 2)]):
+        results = run_ranks(
+            'tests.workers.averaging:go_on', ranks, tmp_path,
+            root=root, stage=stage, resume=path, save_as=epoch,
+        )  # fmt: skip
+        for result in results:
+            wanted = wanted or result['state']
+            assert result['state'] == wanted, (ranks, stage)
+            assert result['of'][:2] == [0.97, 4]
+            assert result['of'][2].startswith('EmaWarmup(gamma=1.0, power=0.66')
+        path = results[0]['path']
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize('precision', ['fp32', 'bf16'])
+def test_evaluation_in_place_equals_a_plain_model_of_the_exported_average(tmp_path, precision):
+    for result in run_ranks(
+        'tests.workers.averaging:evaluate_export', 2, tmp_path,
+        root=str(tmp_path), stages=[0, 1, 2, 3], precision=precision,
+    ):  # fmt: skip
+        assert result == {str(stage): [True, True] for stage in range(4)}
+
+
+def test_warm_up_is_timms():
+    timms = ModelEmaV3(
+        nn.Linear(1, 1), 0.99, 0.1, use_warmup=True, warmup_gamma=2, warmup_power=0.7
+    )
+    ours = EmaWarmup(2, 0.7, 0.1)
+    wanted = [timms.get_decay(step) for step in range(1, 2000)]
+    assert [ours.decay(update, 0.99) for update in range(1, 2000)] == wanted
+
+
+@pytest.mark.ranks
+def test_timm_averages_are_saved_and_loaded(tmp_path):
+    for result in run_ranks('tests.workers.saving:timm_ema', 2, tmp_path, root=tmp_path):
+        assert result['ModelEma'] == [True, 0.75]
+        assert result['ModelEmaV2'] == [True, 0.75]
+        assert result['ModelEmaV3'] == [True, 0.75]
+        assert result['from shards'] <= 1e-7  # the same fp32 numbers, merged from 2 ranks
+        assert result['without'] == [0.0, 'has no EMA: starting from the loaded weights']

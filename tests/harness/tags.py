@@ -1,0 +1,65 @@
+"""Tags made without an engine, for tests of what reads and keeps directories of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from internvl_ds.checkpoint.formats.state_json import state_text
+from internvl_ds.checkpoint.tag import commit as store
+from internvl_ds.checkpoint.tag.hashing import write_hashed
+from internvl_ds.checkpoint.tag.manifest import STATE_FILE, FileEntry, Header, Manifest, tag_name
+
+SHARD = 'mp_rank_00_model_states.pt'
+
+
+def make_header(tag: str, epoch: int | None, sequence: int = 1, **more: Any) -> Header:
+    """A manifest's header in which only what a test is about has to be named."""
+    values: dict[str, Any] = {
+        'max_accuracy': 0.0,
+        'saved_at': '2024-01-01T00:00:00+00:00',
+        'zero_stage': 1,
+        'world_size': 1,
+        'precision': 'fp32',
+        'global_steps': 40,
+        'size': 0,
+    }
+    return Header(tag=tag, epoch=epoch, sequence=sequence, **{**values, **more})
+
+
+def stage_tag(
+    output: Path, tag: str, content: str = 'weights'
+) -> tuple[store.Staging, dict[str, FileEntry]]:
+    """Begins a save and writes its one shard."""
+    staging = store.begin(output, tag)
+    entry = write_hashed(staging.path / SHARD, lambda file: file.write(content.encode()))
+    return staging, {SHARD: entry}
+
+
+def save_tag(
+    output: Path,
+    epoch: int,
+    best: str | None = None,
+    content: str = 'weights',
+    max_accuracy: float = 0.0,
+    step: int | None = None,
+    state: dict[str, Any] | None = None,
+) -> Path:
+    """Saves a tag of one shard the way `save_checkpoint` does, ``latest`` included.
+
+    With ``state`` it has a state.json of that content.
+    """
+    tag = tag_name(epoch, best, step)
+    staging, files = stage_tag(output, tag, content)
+    if state is not None:
+        text = state_text(state).encode()
+        files[STATE_FILE] = write_hashed(staging.path / STATE_FILE, lambda file: file.write(text))
+    header = make_header(
+        tag, epoch, store.next_sequence(output), max_accuracy=max_accuracy, step=step
+    )
+    return store.commit(staging, Manifest(header, files), latest=best is None)
+
+
+def hidden(output: Path) -> list[str]:
+    """The names in a directory that begin with a dot."""
+    return sorted(path.name for path in output.iterdir() if path.name.startswith('.'))

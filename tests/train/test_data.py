@@ -1,0 +1,292 @@
+"""What the training program reads: exactly the images it says, in an order that repeats."""
+
+import multiprocessing
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data.distributed import DistributedSampler
+
+from internvl_ds.checkpoint.formats.rng import rng_state
+from internvl_ds.dist.signals import SIGNALS
+from internvl_ds.errors import ConfigError, DataError
+from internvl_ds.train.data import (
+    EvalSampler,
+    build_loaders,
+    build_mixup,
+    evaluates_22k_as_1k,
+    shard_indices,
+    start_epoch,
+)
+from internvl_ds.train.sampler import TrainSampler
+from internvl_ds.train.transforms import build_transform
+from tests.workers.training import small_config, write_folder
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp('images'), classes=3, train=25, val=7)
+
+
+def epoch_images(loader, epoch, rank=0, seed=0):
+    start_epoch(loader, seed, epoch, rank)
+    return torch.cat([images for images, _ in loader])
+
+
+@pytest.mark.parametrize('total', [1, 7, 797])
+@pytest.mark.parametrize('world', [1, 2, 3, 4])
+def test_every_validation_image_is_counted_once_on_equally_long_shares(total, world):
+    shares = [shard_indices(total, world, rank) for rank in range(world)]
+    counted = [index for indices, valid in shares for index in indices[:valid]]
+    assert sorted(counted) == list(range(total))
+    assert len({len(indices) for indices, _ in shares}) == 1
+    assert all(0 <= index < total for indices, _ in shares for index in indices)
+
+
+@pytest.mark.parametrize('batch_size', [1, 3, 64])
+@pytest.mark.parametrize(('total', 'world'), [(1, 4), (7, 2), (7, 3), (797, 4)])
+def test_every_rank_runs_the_same_batches(total, world, batch_size):
+    shapes = set()
+    for rank in range(world):
+        sampler = EvalSampler(total, world, rank)
+        loader = torch.utils.data.DataLoader(
+            torch.arange(total), batch_size=batch_size, sampler=sampler
+        )
+        shapes.add(tuple(len(batch) for batch in loader))
+        assert sampler.num_valid <= len(sampler)
+    assert len(shapes) == 1
+
+
+def test_training_images_are_dealt_out_without_overlap(data):
+    config = small_config(data, DATA__BATCH_SIZE=2)
+    loaders = [build_loaders(config, rank, 3).train for rank in range(3)]
+    assert len({len(loader) for loader in loaders}) == 1
+    for loader in loaders:
+        start_epoch(loader, 0, 0, 0)
+    seen = [draw.image for loader in loaders for draw in loader.sampler]
+    assert len(seen) == len(set(seen)) == 24  # 25 images, 8 for each rank
+
+
+@pytest.mark.parametrize('epoch', [0, 3])
+@pytest.mark.parametrize(('total', 'world'), [(25, 3), (24, 4), (7, 1)])
+def test_the_order_is_that_of_torchs_distributed_sampler(total, world, epoch):
+    for rank in range(world):
+        ours = TrainSampler(total, world, rank, seed=5)
+        ours.start(epoch)
+        theirs = DistributedSampler(range(total), world, rank, seed=5, drop_last=True)
+        theirs.set_epoch(epoch)
+        assert [draw.image for draw in ours] == list(theirs)
+        assert len(ours) == len(theirs)
+
+
+def test_an_image_is_augmented_alike_on_any_number_of_ranks():
+    shares = [TrainSampler(24, world, rank, 0) for world in (1, 2, 3) for rank in range(world)]
+    draws = [set(share) for share in shares]
+    assert draws[0] == draws[1] | draws[2] == draws[3] | draws[4] | draws[5]
+    assert len({draw.seed for draw in draws[0]}) == 24
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_an_epoch_goes_on_at_any_batch(data, workers):
+    config = small_config(data, DATA__IMG_SIZE=40, DATA__NUM_WORKERS=workers, AUG__REPROB=0.5)
+    whole = epoch_images(build_loaders(config, 1, 2).train, 2)
+    for done in (1, 2):
+        # The number of workers may be another one, too.
+        other = small_config(data, DATA__IMG_SIZE=40, DATA__NUM_WORKERS=1, AUG__REPROB=0.5)
+        rest = build_loaders(other, 1, 2).train
+        start_epoch(rest, 0, 2, 1, micro_batches=done)
+        images = torch.cat([images for images, _ in rest])
+        assert torch.equal(images, whole[4 * done :])
+
+
+def test_reading_images_leaves_the_generators_of_mixup_and_dropout_alone(data):
+    config = small_config(data, DATA__IMG_SIZE=40, AUG__REPROB=0.5)
+    loader = build_loaders(config, 0, 1).train
+    start_epoch(loader, 0, 0, 0)
+    before = rng_state()
+    assert len(list(loader)) == 6
+    assert rng_state() == before
+
+
+def test_workers_outlive_the_signals_that_stop_a_run(data):
+    config = small_config(data, DATA__NUM_WORKERS=2)
+    loader = build_loaders(config, 0, 1).train
+    start_epoch(loader, 0, 0, 0)
+    batches = iter(loader)
+    seen = [next(batches)]
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        for number in SIGNALS:
+            os.kill(worker.pid, number)
+    seen += list(batches)
+    assert len(seen) == 6
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_an_epoch_repeats_exactly_in_a_resumed_run(data, workers):
+    config = small_config(data, DATA__IMG_SIZE=40, DATA__NUM_WORKERS=workers, AUG__REPROB=0.5)
+    running = build_loaders(config, 0, 1).train
+    first, second = epoch_images(running, 0), epoch_images(running, 1)
+    resumed = build_loaders(config, 0, 1).train
+    np.random.seed(123)  # whatever a fresh process happens to have
+    assert torch.equal(epoch_images(resumed, 1), second)
+    assert not torch.equal(first, second)
+
+
+def test_augmentation_differs_between_epochs_and_seeds(data):
+    config = small_config(data, DATA__IMG_SIZE=40)
+    loader = build_loaders(config, 0, 1).train
+    same = [epoch_images(loader, 0) for _ in range(2)]
+    assert torch.equal(*same)
+    assert not torch.equal(same[0], epoch_images(loader, 1))
+    other = small_config(data, DATA__IMG_SIZE=40, SEED=1)
+    assert not torch.equal(same[0], epoch_images(build_loaders(other, 0, 1).train, 0))
+
+
+def test_mixup_repeats_with_the_epoch(data):
+    config = small_config(data, AUG__MIXUP=0.8, AUG__CUTMIX=1.0)
+    loader = build_loaders(config, 0, 1).train
+
+    def mixed(epoch):
+        mixup = build_mixup(config)
+        start_epoch(loader, 0, epoch, 0)
+        return torch.cat([mixup(images, labels)[1] for images, labels in loader])
+
+    assert torch.equal(mixed(3), mixed(3))
+    assert not torch.equal(mixed(3), mixed(4))
+
+
+def test_mixup_is_off_without_a_share(data):
+    assert build_mixup(small_config(data)) is None
+
+
+def test_mixup_wants_an_even_batch(data):
+    with pytest.raises(ConfigError, match=r'DATA\.BATCH_SIZE 5 is odd.*AUG\.CUTMIX 1\.0'):
+        build_loaders(small_config(data, AUG__CUTMIX=1.0, DATA__BATCH_SIZE=5), 0, 1)
+
+
+def test_a_missing_folder_is_named_with_a_way_to_get_data(tmp_path):
+    with pytest.raises(ConfigError, match=rf'{tmp_path}/val.*internvl-ds digits DIR'):
+        build_loaders(small_config(tmp_path), 0, 1)
+
+
+def test_a_class_folder_without_images_is_named(tmp_path):
+    write_folder(tmp_path, classes=3, train=6, val=2)
+    with pytest.raises(ConfigError, match='class_2'):
+        build_loaders(small_config(tmp_path), 0, 1)
+
+
+def test_a_pipe_among_the_images_is_named_and_not_waited_for(tmp_path):
+    write_folder(tmp_path, classes=3, train=6, val=3)
+    pipe = tmp_path / 'val' / 'class_0' / 'pipe.jpg'
+    os.mkfifo(pipe)
+    images = build_loaders(small_config(tmp_path), 0, 1).val.dataset
+    with pytest.raises(DataError, match=f'{pipe} cannot be used as an image: OSError: .*regular'):
+        list(images)
+
+
+def test_another_number_of_classes_names_both(data):
+    with pytest.raises(ConfigError, match=r'3 classes.*MODEL\.NUM_CLASSES 10'):
+        build_loaders(small_config(data, MODEL__NUM_CLASSES=10), 0, 1)
+
+
+def test_train_and_val_must_hold_the_same_classes(tmp_path):
+    write_folder(tmp_path, classes=3, train=6, val=3)
+    (tmp_path / 'val' / 'class_1').rename(tmp_path / 'val' / 'other')
+    with pytest.raises(ConfigError, match=r"'class_1'.*'class_2'"):
+        build_loaders(small_config(tmp_path), 0, 1)
+
+
+def test_fewer_images_than_one_global_batch_is_an_error_with_the_numbers(data):
+    with pytest.raises(ConfigError, match=r'25 images.*4 ranks x DATA\.BATCH_SIZE 8'):
+        build_loaders(small_config(data, DATA__BATCH_SIZE=8), 0, 4)
+
+
+@pytest.mark.parametrize(
+    ('key', 'value'),
+    [
+        ('DATA__ZIP_MODE', True),
+        ('DATA__CACHE_MODE', 'full'),
+        ('DATA__IMG_ON_MEMORY', True),
+        ('DATA__DATASET', 'imagenet_a'),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(data, key, value):
+    with pytest.raises(ConfigError, match=key.replace('__', '.')):
+        build_loaders(small_config(data, **{key: value}), 0, 1)
+
+
+@pytest.mark.parametrize('mode', ['EVAL_MODE', 'THROUGHPUT_MODE'])
+def test_without_training_no_training_images_are_needed(tmp_path, mode):
+    write_folder(tmp_path, classes=3, train=0, val=3)
+    loaders = build_loaders(small_config(tmp_path, **{mode: True}), 0, 1)
+    assert loaders.train is None
+    assert len(loaders.val.dataset) == 3
+
+
+def test_a_22k_head_is_measured_on_1000_classes_where_the_config_says_so(data):
+    config = small_config(data, MODEL__NUM_CLASSES=21841)
+    assert not evaluates_22k_as_1k(config, 1000)
+    config.EVAL_22K_TO_1K = True
+    assert evaluates_22k_as_1k(config, 1000)
+    config = small_config(data, MODEL__NUM_CLASSES=21841, DATA__DATASET='imagenet22K')
+    assert evaluates_22k_as_1k(config, 1000)
+    assert not evaluates_22k_as_1k(config, 21841)
+    config.EVAL_22K_TO_1K = True
+    with pytest.raises(ConfigError, match=r'3 classes.*tell 1000 apart'):
+        build_loaders(config, 0, 1)
+
+
+def gradient(width, height):
+    """Brightness rises from left to right."""
+    row = np.linspace(0, 255, width).astype(np.uint8)
+    return Image.fromarray(np.tile(row[None, :, None], (height, 1, 3)))
+
+
+def test_evaluation_crops_the_centre_or_squeezes_the_whole(data):
+    unit = {'DATA__IMG_SIZE': 48, 'AUG__MEAN': [0.0] * 3, 'AUG__STD': [1.0] * 3}
+    image = gradient(96, 48)
+    cropped = build_transform(small_config(data, **unit), training=False)(image)
+    whole = build_transform(small_config(data, TEST__CROP=False, **unit), training=False)(image)
+    assert cropped.shape == whole.shape == (3, 48, 48)
+    assert cropped[0, 0, 0] == pytest.approx(0.25, abs=0.02)
+    assert whole[0, 0, 0] == pytest.approx(0.0, abs=0.02)
+    assert whole[0, 0, -1] == pytest.approx(1.0, abs=0.02)
+
+
+def test_evaluation_on_random_crops_is_refused(data):
+    config = small_config(data, TEST__CROP=False, AUG__RANDOM_RESIZED_CROP=True)
+    with pytest.raises(ConfigError, match='RANDOM_RESIZED_CROP'):
+        build_transform(config, training=False)
+
+
+def test_small_images_are_shifted_not_scaled(data):
+    config = small_config(
+        data, DATA__IMG_SIZE=32, AUG__HFLIP=0.0, AUG__MEAN=[0.0] * 3, AUG__STD=[1.0] * 3
+    )
+    image = gradient(32, 32)
+    original = np.asarray(image)[0, :, 0] / 255
+    for _ in range(20):
+        row = build_transform(config, training=True)(image)[0, 16].numpy()
+        shift = next(s for s in range(-4, 5) if np.allclose(row[4:28], np.roll(original, s)[4:28]))
+        assert -4 <= shift <= 4
+
+
+@pytest.mark.parametrize('name', ['build_transform', 'build_transform_for_linear_probe'])
+def test_training_transforms_give_normalized_tensors_of_the_right_size(data, name):
+    config = small_config(
+        data, DATA__TRANSFORM=name, DATA__IMG_SIZE=48, AUG__AUTO_AUGMENT='rand-m9-mstd0.5-inc1',
+        AUG__COLOR_JITTER=0.4, AUG__REPROB=0.25,
+    )  # fmt: skip
+    tensor = build_transform(config, training=True)(gradient(96, 64))
+    assert tensor.shape == (3, 48, 48)
+    assert tensor.dtype == torch.float32
+    assert tensor.min() < 0
+
+
+def test_an_unknown_transform_is_named(data):
+    with pytest.raises(ConfigError, match=r"DATA\.TRANSFORM 'mine'"):
+        build_transform(small_config(data, DATA__TRANSFORM='mine'), training=True)

@@ -1,0 +1,28 @@
+"""Damaged, special and hostile files of every kind: each is refused by name, or harms nothing.
+
+More of them: ``python -m tests.harness.hostile --cases 20000``.
+"""
+
+import json
+import random
+
+import pytest
+
+from tests.harness.ranks import run_ranks
+
+CASES = 1000  # at each of two stages
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+@pytest.mark.parametrize('stage', [1, 3])
+def test_no_file_hangs_a_reader_fills_memory_runs_code_or_changes_what_refuses_it(tmp_path, stage):
+    seed = random.randrange(1 << 32)
+    print(f'python -m tests.harness.hostile --stage {stage} --cases {CASES} --seed {seed}')
+    (result,) = run_ranks(
+        'tests.workers.fuzzing:fuzz', 1, tmp_path, timeout=500,
+        root=tmp_path, stage=stage, cases=CASES, seed=seed,
+    )  # fmt: skip
+    assert not result['failures'], json.dumps(result, indent=1)
+    assert len(result['kinds']) >= 27
+    assert min(result['kinds'].values()) >= 30

@@ -1,0 +1,44 @@
+"""Gradients that ZeRO keeps: of parameters without a part in an update, and of several forwards."""
+
+import pytest
+
+from tests.harness.ranks import run_ranks
+from tests.workers.accumulating import DROP, plain_branches, plain_forwards_first
+
+LAYOUTS = ['zero0', 'zero1', 'zero2', 'zero3', 'zero1_offload', 'zero2_offload', 'zero3_offload']
+
+# One entry an update, one number a micro-batch: whether it takes the branch.
+PLANS = [
+    [[1], [0], [1]],
+    [[1, 1], [0, 1], [0, 0]],
+    [[1, 1], [1, 0], [0, 0]],
+    [[1, 1, 1], [0, 1, 0], [0, 0, 1]],
+    [[1, 1], [1, DROP, 0], [0, 1]],
+]
+
+
+def near(result):
+    """SGD in fp32 over a few updates: sums in another order."""
+    weights = {n: pytest.approx(w, rel=1e-5, abs=1e-6) for n, w in result['weights'].items()}
+    return {'norms': pytest.approx(result['norms'], rel=1e-5), 'weights': weights}
+
+
+@pytest.mark.ranks
+def test_a_parameter_without_a_part_in_an_update_stays(tmp_path):
+    for result in run_ranks(
+        'tests.workers.accumulating:branches', 2, tmp_path, layouts=LAYOUTS, plans=PLANS
+    ):
+        for plan in PLANS:
+            wanted = near(plain_branches(plan))
+            for layout in LAYOUTS:
+                assert result[f'{layout} {plan}'] == wanted, (layout, plan)
+
+
+@pytest.mark.ranks
+def test_losses_whose_forwards_came_first_or_were_the_modules_add_up(tmp_path):
+    wanted = near(plain_forwards_first())
+    for result in run_ranks(
+        'tests.workers.accumulating:forwards_first', 2, tmp_path, layouts=LAYOUTS
+    ):
+        for cell, got in result.items():
+            assert got == wanted, cell
