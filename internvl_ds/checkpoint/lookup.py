@@ -145,6 +145,11 @@ def epoch_tags(output: Path) -> list[EpochTag]:
     return found
 
 
+def removable_tags(output: Path) -> list[EpochTag]:
+    """As `epoch_tags`, oldest save first, without a user's directory that has such a name."""
+    return sorted(t for t in epoch_tags(output) if is_tag(output / t.name))
+
+
 def is_tag(path: Path) -> bool:
     """Whether a directory holds a checkpoint, whole or not, of ours or of plain DeepSpeed.
 

@@ -51,7 +51,13 @@ from typing import Any
 
 from internvl_ds.checkpoint import store
 from internvl_ds.checkpoint.leftovers import STAGING
-from internvl_ds.checkpoint.lookup import epoch_tags, file_sizes, newest, read_latest, read_manifest
+from internvl_ds.checkpoint.lookup import (
+    file_sizes,
+    newest,
+    read_latest,
+    read_manifest,
+    removable_tags,
+)
 from internvl_ds.checkpoint.manifest import STATE_FILE
 from internvl_ds.checkpoint.retention import (
     EpochTag,
@@ -333,7 +339,7 @@ def _prune(args: argparse.Namespace) -> int:
         KeepLater(0 if args.drop_later else None),
         KeepNamed(names),  # a newest save that is damaged must not be all that stays
     ]
-    tags = sorted(epoch_tags(output), key=lambda tag: tag[:3])
+    tags = removable_tags(output)
     goes = tags_to_prune(tags, policies)
     sizes = {}
     for name in goes:
