@@ -56,6 +56,7 @@ from internvl_ds.checkpoint.lookup import (
     newest,
     read_latest,
     read_manifest,
+    reading,
     removable_tags,
 )
 from internvl_ds.checkpoint.manifest import STATE_FILE
@@ -83,7 +84,6 @@ from internvl_ds.cli.tags import (
 from internvl_ds.errors import (
     CheckpointError,
     CheckpointNotFound,
-    InternvlDsError,
     few,
     shown,
 )
@@ -163,13 +163,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the action; an error of the file system's is told as one of the user's."""
-    try:
+    with reading(args.path):
         status: int = args.act(args)
-    except InternvlDsError:
-        raise
-    except OSError as error:
-        where = error.filename or args.path
-        raise CheckpointError(f'{where}: cannot be read: {error.strerror}') from error
     return status
 
 
