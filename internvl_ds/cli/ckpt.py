@@ -51,7 +51,14 @@ from typing import Any
 
 from internvl_ds.checkpoint import store
 from internvl_ds.checkpoint.leftovers import STAGING
-from internvl_ds.checkpoint.lookup import epoch_tags, file_sizes, newest, read_latest, read_manifest
+from internvl_ds.checkpoint.lookup import (
+    file_sizes,
+    newest,
+    read_latest,
+    read_manifest,
+    reading,
+    removable_tags,
+)
 from internvl_ds.checkpoint.manifest import STATE_FILE
 from internvl_ds.checkpoint.retention import (
     EpochTag,
@@ -77,7 +84,6 @@ from internvl_ds.cli.tags import (
 from internvl_ds.errors import (
     CheckpointError,
     CheckpointNotFound,
-    InternvlDsError,
     few,
     shown,
 )
@@ -157,13 +163,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the action; an error of the file system's is told as one of the user's."""
-    try:
+    with reading(args.path):
         status: int = args.act(args)
-    except InternvlDsError:
-        raise
-    except OSError as error:
-        where = error.filename or args.path
-        raise CheckpointError(f'{where}: cannot be read: {error.strerror}') from error
     return status
 
 
@@ -333,7 +334,7 @@ def _prune(args: argparse.Namespace) -> int:
         KeepLater(0 if args.drop_later else None),
         KeepNamed(names),  # a newest save that is damaged must not be all that stays
     ]
-    tags = sorted(epoch_tags(output), key=lambda tag: tag[:3])
+    tags = removable_tags(output)
     goes = tags_to_prune(tags, policies)
     sizes = {}
     for name in goes:
