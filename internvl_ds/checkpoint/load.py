@@ -272,7 +272,7 @@ def _load_ema_of_tag(model_ema: Any, saved: EmaFiles, timeout: float, io_timeout
     def load() -> None:
         with interpreting(path, CheckpointError):
             if direct:
-                model_ema.load_shard(path)
+                model_ema.load_shard(saved)
             elif sharded:
                 load_other_ema(model_ema, saved)
             else:

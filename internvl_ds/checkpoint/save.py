@@ -22,7 +22,6 @@ from yacs.config import CfgNode
 import internvl_ds
 from internvl_ds.checkpoint import async_save as background
 from internvl_ds.checkpoint.checkpoint_engine import ShardWriter, install_writer
-from internvl_ds.checkpoint.formats.ema_files import EmaFile
 from internvl_ds.checkpoint.formats.ema_tensors import ema_file
 from internvl_ds.checkpoint.formats.rng import rng_state
 from internvl_ds.checkpoint.formats.snapshot import tensor_bytes
@@ -56,6 +55,7 @@ from internvl_ds.config.ds.resolve import precision_of
 from internvl_ds.config.tree import checkpoint_option, default_of, get_option
 from internvl_ds.dist.process_group import collectives_within
 from internvl_ds.dist.rendezvous import exchange, from_rank_0, gather, rank, world_size
+from internvl_ds.engine.ema_shard import EmaFile
 from internvl_ds.engine.registry import (
     accumulation_of,
     client_groups,
