@@ -25,6 +25,7 @@ from internvl_ds.checkpoint.tag import output_lock
 from internvl_ds.config.counts import require_counts
 from internvl_ds.config.ds import resolve as ds
 from internvl_ds.config.ds.check import check, errors_of, refuse
+from internvl_ds.config.tree import set_options
 from internvl_ds.dist.preemption import Preemption
 from internvl_ds.dist.rendezvous import exchange, from_rank_0, rank, world_size
 from internvl_ds.engine.ema import ShardedEma
@@ -281,6 +282,4 @@ def _choose_resume(config: CfgNode, logger: logging.Logger) -> None:
         if found is None:
             logger.info('no checkpoint in %s: starting anew', config.OUTPUT)
             return
-    config.defrost()
-    config.MODEL.RESUME = found
-    config.freeze()
+    set_options(config, {'MODEL.RESUME': found})

@@ -23,7 +23,7 @@ from internvl_ds.config.ds.auto_values import (
     fill_optimizer,
     fill_scheduler,
 )
-from internvl_ds.config.tree import default_config, default_of, get_option
+from internvl_ds.config.tree import default_config, default_of, get_option, set_options
 from internvl_ds.errors import ConfigError, few
 from internvl_ds.files.reading import parse_json, read_text
 
@@ -155,13 +155,14 @@ def resolve_with_origins(
 
 def adopt(config: CfgNode, resolved: Mapping[str, Any]) -> None:
     """Writes into the yacs config what the JSON decided, so that loop and engine agree."""
-    frozen = config.is_frozen()
-    config.defrost()
-    config.DATA.BATCH_SIZE = resolved['train_micro_batch_size_per_gpu']
-    config.TRAIN.ACCUMULATION_STEPS = resolved['gradient_accumulation_steps']
-    config.TRAIN.CLIP_GRAD = resolved['gradient_clipping']
-    if frozen:
-        config.freeze()
+    set_options(
+        config,
+        {
+            'DATA.BATCH_SIZE': resolved['train_micro_batch_size_per_gpu'],
+            'TRAIN.ACCUMULATION_STEPS': resolved['gradient_accumulation_steps'],
+            'TRAIN.CLIP_GRAD': resolved['gradient_clipping'],
+        },
+    )
 
 
 def for_inference(resolved: Mapping[str, Any]) -> dict[str, Any]:

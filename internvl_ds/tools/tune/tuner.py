@@ -16,6 +16,7 @@ from tqdm import tqdm
 from yacs.config import CfgNode
 
 from internvl_ds.config.ds import resolve as ds
+from internvl_ds.config.tree import set_options
 from internvl_ds.dist.process_group import free_port
 from internvl_ds.errors import ConfigError, InternvlDsError
 from internvl_ds.files import write_text
@@ -85,11 +86,8 @@ def updates_for(seconds: float) -> int:
 
 def can_recompute(config: CfgNode) -> bool:
     """Whether the model can recompute activations; nothing is allocated for it."""
-    asking = config.clone()
-    asking.defrost()
-    asking.TRAIN.USE_CHECKPOINT = True
     try:
-        meta_model(asking)
+        meta_model(set_options(config.clone(), {'TRAIN.USE_CHECKPOINT': True}))
     except ConfigError:
         return False
     except Exception:  # a model of the user's own that cannot be built so: a trial will tell
