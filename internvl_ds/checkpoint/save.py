@@ -52,7 +52,7 @@ from internvl_ds.checkpoint.tag.retention import (
 )
 from internvl_ds.checkpoint.tag.trash import MARK
 from internvl_ds.config.ds.resolve import precision_of
-from internvl_ds.config.tree import checkpoint_option, default_of, get_option
+from internvl_ds.config.tree import checkpoint_option, get_option
 from internvl_ds.dist.process_group import collectives_within
 from internvl_ds.dist.rendezvous import exchange, from_rank_0, gather, rank, world_size
 from internvl_ds.engine.ema_shard import EmaFile
@@ -262,7 +262,7 @@ def _header(
 
 
 def _policies(config: CfgNode) -> list[Policy]:
-    count = get_option(config, 'SAVE_CKPT_NUM', default_of('SAVE_CKPT_NUM'))
+    count = get_option(config, 'SAVE_CKPT_NUM')
     steps = checkpoint_option(config, 'KEEP_STEPS')
     # Without auto resume a run that goes back to an older tag was told to.
     rewound = not get_option(config, 'TRAIN.AUTO_RESUME', True)
