@@ -16,11 +16,11 @@ import selectors
 import socket
 import threading
 import time
-import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from internvl_ds.errors import few
+from internvl_ds.files import forks
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +101,8 @@ class Liveness:
         self._stopped = False
         if listener is None:
             self._connect(offer)
-        _close_in_forks(self)
+        # A fork copies each connection, and the kernel closes one with its last copy only.
+        forks.at_fork(self, self._close)
         self._thread = threading.Thread(target=self._run, name='liveness', daemon=True)
         self._thread.start()
 
@@ -139,10 +140,10 @@ class Liveness:
     def stop(self) -> None:
         """Closes the connections: to the others this rank has ended."""
         self._stopped = True
-        self.close()
+        forks.forget(self)
+        self._close()
 
-    def close(self) -> None:
-        """Closes this process's hold of the connections; for a fork, which must not keep them."""
+    def _close(self) -> None:
         for link in self._links:
             with contextlib.suppress(OSError):
                 if self._stopped:
@@ -283,17 +284,3 @@ class Liveness:
             if self._is_silent(link):
                 return [0]
         return self._answer or []
-
-
-# A fork keeps a copy of each connection, and the kernel closes one with its last copy only.
-_with_sockets: weakref.WeakSet[Liveness] = weakref.WeakSet()
-
-
-def _close_in_forks(liveness: Liveness) -> None:
-    def close_all() -> None:
-        for one in list(_with_sockets):
-            one.close()
-
-    if not _with_sockets:
-        os.register_at_fork(after_in_child=close_all)
-    _with_sockets.add(liveness)

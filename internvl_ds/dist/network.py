@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import socket
-import struct
 
-_SIOCGIFADDR = 0x8915
+import psutil
+
 _VIRTUAL = ('lo', 'docker', 'virbr', 'veth', 'br-')
 
 
@@ -46,13 +45,5 @@ def why_not_reached(address: str, port: int, limit: float) -> str | None:
 
 def addresses() -> list[tuple[str, str]]:
     """(interface, IPv4 address) of this host, in the kernel's order."""
-    found = []
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            request = struct.pack('256s', name.encode()[:15])
-            try:
-                answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)
-            except OSError:  # an interface without an IPv4 address
-                continue
-            found.append((name, socket.inet_ntoa(answer[20:24])))
-    return found
+    every = [(name, a) for name, several in psutil.net_if_addrs().items() for a in several]
+    return [(name, a.address) for name, a in every if a.family == socket.AF_INET]
