@@ -18,18 +18,24 @@ def own_addresses(interface: str = '') -> list[str]:
     ]
 
 
+def address_towards(host: str, family: int = socket.AF_UNSPEC) -> str | None:
+    """The address by which this host reaches another; None where the other is not known."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, 1, family, socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)  # a datagram socket: nothing is sent
+            return str(probe.getsockname()[0])
+    except OSError:
+        return None
+
+
 def interface_towards(host: str) -> str | None:
     """The network interface by which this host reaches another, or itself by that address.
 
     Returns:
         None where the host is not known, or is reached over loopback.
     """
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((host, 1))  # a datagram socket: nothing is sent
-            own = probe.getsockname()[0]
-    except OSError:
-        return None
+    own = address_towards(host, socket.AF_INET)
     name = next((name for name, address in addresses() if address == own), None)
     return None if name == 'lo' else name
 
