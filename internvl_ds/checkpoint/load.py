@@ -12,7 +12,6 @@ from yacs.config import CfgNode
 
 from internvl_ds.checkpoint import async_save as background
 from internvl_ds.checkpoint.choice import choose, downloaded
-from internvl_ds.checkpoint.classes import require_same_classes
 from internvl_ds.checkpoint.direct_load import load_same_layout
 from internvl_ds.checkpoint.direct_or_reshard import fits_directly
 from internvl_ds.checkpoint.formats.client_state import saved_state, unread_keys
@@ -25,6 +24,7 @@ from internvl_ds.checkpoint.load_context import Load
 from internvl_ds.checkpoint.optimizer_state import require_optimizer
 from internvl_ds.checkpoint.restore import load_weights
 from internvl_ds.checkpoint.restore_scheduler import require_schedule
+from internvl_ds.checkpoint.sources.classes import require_same_classes
 from internvl_ds.checkpoint.tag.verify import weight_files
 from internvl_ds.config.tree import get_option
 from internvl_ds.dist.process_group import collectives_within
