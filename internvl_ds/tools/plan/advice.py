@@ -8,6 +8,7 @@ from typing import Any
 
 from yacs.config import CfgNode
 
+from internvl_ds.config.ds.load import load_ds_config, shipped_dir
 from internvl_ds.tools.plan.options import (
     ALL,
     NONE,
