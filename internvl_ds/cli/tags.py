@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from pathlib import Path
@@ -222,9 +222,19 @@ def _damage(path: Path, manifest: Manifest) -> list[str]:
     # imports torch, which the other actions can do without
     from internvl_ds.checkpoint.verify import damage
 
-    with ThreadPoolExecutor(_READERS) as pool:
-        parts = pool.map(lambda name: damage(path, manifest, [name]), sorted(manifest.files))
-        return [problem for part in parts for problem in part]
+    names, found = iter(manifest.files), dict[str, list[str]]()
+
+    def read() -> None:
+        for name in names:
+            found[name] = damage(path, manifest, [name])
+
+    # Daemons: Ctrl-C waits for no file.
+    threads = [threading.Thread(target=read, daemon=True) for _ in range(_READERS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [problem for name in sorted(manifest.files) for problem in found[name]]
 
 
 def _recency(examined: Examined) -> tuple[bool, int, float]:
