@@ -71,6 +71,7 @@ def examine(path: Path, contents: bool) -> Examined:
         FileNotFoundError: when the tag has gone meanwhile.
         OSError: when the directory cannot be read.
     """
+    last = None
     for _ in range(_REPLACED):
         before = _identity(path)
         try:
@@ -80,8 +81,11 @@ def examine(path: Path, contents: bool) -> Examined:
                 raise
             time.sleep(_BETWEEN)
             continue
-        if found.verified in ('sizes', 'checksums') or before == _identity(path) is not None:
+        if found.verified in ('sizes', 'checksums'):
             return found
+        if before is not None and before == _identity(path) and (before[2] or found == last):
+            return found  # without a header it is the same where twice the same was found
+        last = found
     raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
 
 
