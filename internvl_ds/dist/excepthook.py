@@ -28,7 +28,7 @@ _over = False
 
 
 def speak_on_exceptions(
-    rank: int,
+    rank: int | None,
     silent: Callable[[], str] | None = None,
     may_speak: Callable[[bool], bool] | None = None,
     afterwards: Callable[[], None] | None = None,
@@ -42,7 +42,7 @@ def speak_on_exceptions(
     those before, which keeps what they print until they return.
 
     Args:
-        rank: this process's.
+        rank: this process's; None where it is not known yet.
         silent: tells of ranks that do not answer, or ''; asked where a collective failed.
         may_speak: whether no rank has said anything yet; told whether this one's is a cause, and
             not what other ranks see of it.
@@ -68,7 +68,8 @@ def speak_on_exceptions(
             reason = f'{kind.__name__}: {one_line(value)}' if str(value) else kind.__name__
             text = '; '.join([others, reason] if others else [reason])
             with contextlib.suppress(OSError):  # the terminal is gone
-                where = f'rank {rank} on {socket.gethostname()}'
+                who = 'a rank' if rank is None else f'rank {rank}'
+                where = f'{who} on {socket.gethostname()}'
                 print(f'{where} ends the job: {printable(text)}', file=sys.stderr, flush=True)
         if afterwards is not None:
             afterwards()
