@@ -1,4 +1,4 @@
-"""The checks under each Python that is installed: ``nox``, ``nox -s tests-3.12 -- tests/config``."""
+"""The checks under each Python that is installed: ``nox -s tests-3.12 -- tests/config``."""
 
 import nox
 

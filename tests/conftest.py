@@ -1,7 +1,9 @@
 """The order of the test files, and an end that leaves no shared memory of killed ranks behind."""
 
+import contextlib
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -58,10 +60,12 @@ def pytest_sessionfinish(session):
     before = getattr(session.config, 'shared_before', None)
     if before is None:
         return
-    used = _mapped()
+    used, now = _mapped(), time.time()
     for path in _shared_files() - before:
-        if str(path) not in used:
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            # A younger one may be of another session's rank, which is about to map it.
+            if str(path) not in used and now - path.stat().st_mtime > 5:
+                path.unlink()
 
 
 def _shared_files():

@@ -152,7 +152,8 @@ _C.BENCH.UPDATES = 0
 _C.BENCH.WARMUP = 3  # updates before them, which are not timed
 
 _C.COMM = CN()  # (new)
-_C.COMM.TIMEOUT = 1800  # seconds within which a collective must end, in every process group
+# Seconds within which a collective must end, in every process group, and a batch be read.
+_C.COMM.TIMEOUT = 1800
 _C.COMM.INIT_TIMEOUT = 300  # seconds within which all ranks must have joined
 _C.COMM.EXIT_TIMEOUT = 60  # seconds that an ending rank waits for what others still need of it
 # Seconds after which a host that does not answer is taken for dead; a rank that ends is at once.

@@ -23,7 +23,7 @@ _HEARD = 0.5
 
 
 def speak_on_exceptions(
-    rank: int,
+    rank: int | None,
     afterwards: Callable[[], None] | None = None,
     patience: float = 0.0,
     *,
@@ -37,7 +37,7 @@ def speak_on_exceptions(
     those before, which keeps what they print until they return.
 
     Args:
-        rank: this process's.
+        rank: this process's; None where it is not known yet.
         afterwards: called last.
         patience: seconds left to the launcher to end a job of which other ranks are gone.
         joined: all ranks have met: one speaks for all, and names those that are gone.
@@ -61,7 +61,8 @@ def speak_on_exceptions(
             reason = f'{kind.__name__}: {one_line(value)}' if str(value) else kind.__name__
             text = '; '.join([others, reason] if others else [reason])
             with contextlib.suppress(OSError):  # the terminal is gone
-                where = f'rank {rank} on {socket.gethostname()}'
+                who = 'a rank' if rank is None else f'rank {rank}'
+                where = f'{who} on {socket.gethostname()}'
                 print(f'{where} ends the job: {printable(text)}', file=sys.stderr, flush=True)
         if afterwards is not None:
             afterwards()

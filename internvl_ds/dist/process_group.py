@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -67,8 +68,9 @@ def init_distributed(config: CfgNode | None = None) -> None:
     if dist.is_initialized():
         return
     settings = {**default_config().COMM, **given}
+    speak_on_exceptions(None)
     launch = launchers.detect(os.environ)
-    speak_on_exceptions(launch.rank)
+    speak_on_exceptions(launch.rank, afterwards=_end_while_connecting)
     local_rank, on_host, master = launch.local_rank or 0, None, launch.master
     end_job = None
     if launch.by in (launchers.OPEN_MPI, launchers.MPICH):
@@ -268,6 +270,16 @@ def leave(status: int = 0) -> NoReturn:
     torch and DeepSpeed can abort that, and a finished job would look failed.
     """
     shutdown()
+    _end(status)
+
+
+def _end_while_connecting() -> None:
+    """torch aborts a process where a connection fails while the interpreter is torn down."""
+    if any(thread.name == 'store' for thread in threading.enumerate()):
+        _end(1)
+
+
+def _end(status: int) -> NoReturn:
     atexit._run_exitfuncs()
     mpi.finalize()
     for stream in (sys.stdout, sys.stderr):

@@ -67,6 +67,7 @@ def build_loaders(config: CfgNode, rank: int, world_size: int) -> Loaders:
         batch_size=config.DATA.BATCH_SIZE,
         sampler=EvalSampler(len(val_set), world_size, rank),
         num_workers=config.DATA.NUM_WORKERS,
+        limit=config.COMM.TIMEOUT,
         generator=torch.Generator(),
         pin_memory=_pin_memory(config),
     )
@@ -206,6 +207,7 @@ def _train_loader(config: CfgNode, dataset: ImageFolder, rank: int, world_size: 
         batch_size=config.DATA.BATCH_SIZE,
         sampler=TrainSampler(len(dataset), world_size, rank, config.SEED),
         num_workers=config.DATA.NUM_WORKERS,
+        limit=config.COMM.TIMEOUT,
         generator=torch.Generator(),  # else each epoch draws from the global one
         pin_memory=_pin_memory(config),
         drop_last=True,

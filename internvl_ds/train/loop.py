@@ -170,6 +170,7 @@ def _train(state: Run) -> float:
                 _run_epoch(state, epoch, metrics)
             except Preempted:
                 _save_step(state, epoch)
+                background.wait()  # while the log is open
                 raise
         background.wait()  # before signals mean something else again
     logger.info('trained in %.1f s; best top-1 %.2f %%', time.perf_counter() - start, state.best)

@@ -36,7 +36,7 @@ def once(folder, launcher):
 
 
 def on_a_terminal(folder):
-    job = Interrupted(folder, ALONE, terminal=True)
+    job = Interrupted(folder, ALONE, terminal=True, opts=('CHECKPOINT.ASYNC', 'True'))
     job.wait_until_it_trains()
     job.press_ctrl_c()
     return job.end()
@@ -122,6 +122,7 @@ def ends(tmp_path_factory):
 def check_saved(end):
     assert '_step_' in end.latest, end
     assert end.left == []
+    assert end.logged.endswith(' saved !!!\n')
     assert 'save and stop at the next boundary: rank' in end.logged
     # deepspeed and torchrun print a traceback of their own, and no rank does.
     assert not re.search(r'File ".*/internvl_ds/', end.output), end.output

@@ -90,7 +90,8 @@ def begin(output: Path, tag: str, *, age: float | None = None) -> Staging:
     output.mkdir(parents=True, exist_ok=True)
     sweep(output, age=age)
     final = output / tag
-    if os.path.lexists(final) and not is_tag(final) and not _is_empty(final):
+    # Whether it is there last: another process may have removed it meanwhile.
+    if not is_tag(final) and not _is_empty(final) and os.path.lexists(final):
         text = 'is no tag, and is not removed for one: give it another name'
         raise FileExistsError(errno.EEXIST, text, str(final))
     while True:
