@@ -74,7 +74,7 @@ def get_config(args: Namespace) -> CN:
     for flag, key in _FLAGS.items():
         value = getattr(args, flag, None)
         if value is not None and value is not False and value != '':
-            _merge_tree(config, _nest(key, value), source=f'--{flag.replace("_", "-")}')
+            _merge_tree(config, nest(key.split('.'), value), source=f'--{flag.replace("_", "-")}')
     config.OUTPUT = os.path.join(config.OUTPUT or 'output', path.stem)
     if config.TAG != 'default':
         config.OUTPUT = os.path.join(config.OUTPUT, config.TAG)
@@ -97,7 +97,8 @@ def merge_opts(config: CN, opts: Sequence[str]) -> None:
     if len(opts) % 2:
         raise ConfigError(f'--opts takes KEY VALUE pairs, and {opts[-1]!r} has no value')
     for key, text in zip(opts[0::2], opts[1::2], strict=True):
-        _merge_tree(config, _nest(key, _parse_opt(config, key, text)), source='--opts')
+        value = _parse_opt(config, key, text)
+        _merge_tree(config, nest(key.split('.'), value), source='--opts')
 
 
 def checkpoint_option(config: CN, key: str) -> Any:
@@ -258,7 +259,8 @@ def _nearest(name: str, known: set[str]) -> str | None:
     return by_last[last[0]] if last else None
 
 
-def _nest(key: str, value: Any) -> dict[str, Any]:
-    for part in reversed(key.split('.')):
-        value = {part: value}
+def nest(path: Sequence[str], value: Any) -> Any:
+    """A value inside a mapping for each key of a path."""
+    for key in reversed(path):
+        value = {key: value}
     return value

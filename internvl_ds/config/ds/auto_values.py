@@ -10,7 +10,7 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from internvl_ds.config.ds.diagnostics import Diagnostic, diagnostic
+from internvl_ds.config.ds.diagnostics import Diagnostic, diagnostic, value_at
 from internvl_ds.config.ds.pairs import ARGUMENT, AUTO, PAIRS, Pair
 from internvl_ds.config.tree import default_of, get_option, scale_lr
 
@@ -47,12 +47,8 @@ class Filling:
 
     def stated(self, pointer: str) -> Any:
         """The value at a JSON pointer; None where it is absent or 'auto'."""
-        node: Any = self.tree
-        for key in pointer.split('/')[1:]:
-            if not isinstance(node, Mapping) or key not in node:
-                return None
-            node = node[key]
-        return None if node == 'auto' else node
+        value = value_at(self.tree, *pointer.split('/')[1:])
+        return None if value == 'auto' else value
 
     def put(self, pointer: str, value: Any, origin: str) -> None:
         """Sets a value; its origin stays the file where that states the same."""
@@ -99,7 +95,7 @@ def fill_buckets(filling: Filling, trained: int | None) -> None:
         filling.fill(REDUCE_BUCKET, size, f'the model: {trained} trained elements, at most 5e8')
     for pointer in filling.autos():
         if pointer in BUCKETS:
-            filling.put(pointer, _zero_default(pointer.rpartition('/')[2]), DEFAULT)
+            filling.put(pointer, default_at(pointer), DEFAULT)
 
 
 def fill_optimizer(filling: Filling, config: CfgNode, images: int) -> None:
@@ -175,11 +171,12 @@ def _arguments_of(optimizer: str) -> set[str]:
     return set(inspect.signature(made).parameters) if inspect.isclass(made) else set()
 
 
-def _zero_default(key: str) -> Any:
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+def default_at(pointer: str) -> Any:
+    """DeepSpeed's default of a key; None where it is not known."""
+    from internvl_ds.config.ds.schema import find, installed  # DeepSpeed with it
 
-    fields = DeepSpeedZeroConfig.model_fields
-    return next(f.default for n, f in fields.items() if key in (n, f.alias))
+    key = find(installed(), pointer.split('/')[1:])
+    return key.default if key else None
 
 
 def _leaves(node: Any, pointer: str = '') -> Iterator[tuple[str, Any]]:

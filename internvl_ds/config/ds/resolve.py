@@ -16,6 +16,7 @@ from internvl_ds.config.ds.auto_values import (
     BUCKETS,
     DEFAULT,
     Filling,
+    default_at,
     fill_buckets,
     fill_optimizer,
     fill_scheduler,
@@ -283,17 +284,9 @@ def _refuse_autos(filling: Filling, open_pointers: Collection[str]) -> None:
     """Refuses each 'auto' that nothing fills, but those that DeepSpeed itself reads."""
     known = {*open_pointers, *(finding.pointer for finding in filling.findings)}
     for pointer in filling.autos():
-        if pointer not in known and not _is_default_auto(pointer):
+        if pointer not in known and default_at(pointer) != 'auto':
             filling.refuse(
                 pointer,
                 "'auto' has no counterpart in the yacs config; give a value, or leave the key out "
                 "for DeepSpeed's default",
             )
-
-
-def _is_default_auto(pointer: str) -> bool:
-    """Whether DeepSpeed itself reads 'auto' there, by default."""
-    from internvl_ds.config.ds.schema import find, installed  # DeepSpeed with it
-
-    key = find(installed(), pointer.split('/')[1:])
-    return key is not None and key.default == 'auto'
