@@ -286,7 +286,7 @@ def _kept(path: Path, examined: Examined) -> dict[str, Any] | None:
     if examined.verified != 'no manifest':
         return None
     # They import DeepSpeed, which other tags can do without.
-    from internvl_ds.checkpoint.client_state import saved_state
+    from internvl_ds.checkpoint.formats.client_state import saved_state
     from internvl_ds.checkpoint.formats.zero_shards import TagShards
 
     return saved_state(TagShards(path))
