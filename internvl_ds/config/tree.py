@@ -24,24 +24,14 @@ _MOST_FILES = 100
 
 # Flag of the training program (attribute of args) -> key that it sets.
 _FLAGS = {
-    'batch_size': 'DATA.BATCH_SIZE',
-    'dataset': 'DATA.DATASET',
-    'data_path': 'DATA.DATA_PATH',
-    'zip': 'DATA.ZIP_MODE',
-    'cache_mode': 'DATA.CACHE_MODE',
-    'pretrained': 'MODEL.PRETRAINED',
-    'resume': 'MODEL.RESUME',
-    'accumulation_steps': 'TRAIN.ACCUMULATION_STEPS',
-    'use_checkpoint': 'TRAIN.USE_CHECKPOINT',
-    'amp_opt_level': 'AMP_OPT_LEVEL',
-    'output': 'OUTPUT',
-    'tag': 'TAG',
-    'eval': 'EVAL_MODE',
-    'throughput': 'THROUGHPUT_MODE',
-    'save_ckpt_num': 'SAVE_CKPT_NUM',
-    'use_zero': 'TRAIN.OPTIMIZER.USE_ZERO',
+    'batch_size': 'DATA.BATCH_SIZE', 'dataset': 'DATA.DATASET', 'data_path': 'DATA.DATA_PATH',
+    'zip': 'DATA.ZIP_MODE', 'cache_mode': 'DATA.CACHE_MODE', 'pretrained': 'MODEL.PRETRAINED',
+    'resume': 'MODEL.RESUME', 'accumulation_steps': 'TRAIN.ACCUMULATION_STEPS',
+    'use_checkpoint': 'TRAIN.USE_CHECKPOINT', 'amp_opt_level': 'AMP_OPT_LEVEL',
+    'output': 'OUTPUT', 'tag': 'TAG', 'eval': 'EVAL_MODE', 'throughput': 'THROUGHPUT_MODE',
+    'save_ckpt_num': 'SAVE_CKPT_NUM', 'use_zero': 'TRAIN.OPTIMIZER.USE_ZERO',
     'local_rank': 'LOCAL_RANK',
-}
+}  # fmt: skip
 
 
 def default_config() -> CN:

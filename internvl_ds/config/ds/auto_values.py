@@ -159,16 +159,15 @@ def _same(stated: Any, value: Any) -> bool:
         return False
 
 
-def _arguments_of(optimizer: str) -> set[str]:
-    """What the optimizer that DeepSpeed makes of a name takes."""
+def _arguments_of(name: str) -> set[str]:
+    """The arguments of the optimizer that DeepSpeed makes of a name."""
     import torch
 
     known = {'adam': 'Adam', 'adamw': 'AdamW', 'lamb': 'Adam', 'adagrad': 'Adagrad'}
-    name = known.get(optimizer.lower(), optimizer)
-    if optimizer.lower() == 'lion':
+    if name.lower() == 'lion':
         return {'lr', 'betas', 'weight_decay'}
-    made = getattr(torch.optim, name, None)
-    return set(inspect.signature(made).parameters) if inspect.isclass(made) else set()
+    optimizer = getattr(torch.optim, known.get(name.lower(), name), None)
+    return set(inspect.signature(optimizer).parameters) if inspect.isclass(optimizer) else set()
 
 
 def default_at(pointer: str) -> Any:

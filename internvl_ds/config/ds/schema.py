@@ -164,11 +164,11 @@ def optimizer_params(name: str, params: Mapping[str, Any], on_cpu: bool) -> Key 
     """
     from deepspeed.ops import adagrad, adam, lamb, lion
 
-    own = name.lower()
-    if own not in DEEPSPEED_OPTIMIZERS:
+    lower = name.lower()
+    if lower not in DEEPSPEED_OPTIMIZERS:
         return _key_of_signature(getattr(torch.optim, name))
     extra: list[str] = []
-    if own in ('adam', 'adamw'):
+    if lower in ('adam', 'adamw'):
         for function in (
             DeepSpeedEngine._configure_basic_optimizer,
             DeepSpeedEngine.get_optimizer_configuration,
@@ -180,15 +180,15 @@ def optimizer_params(name: str, params: Mapping[str, Any], on_cpu: bool) -> Key 
         'adagrad': (torch.optim.Adagrad, adagrad.DeepSpeedCPUAdagrad),
         'lamb': (lamb.FusedLamb, lamb.FusedLamb),
         'lion': (lion.FusedLion, lion.DeepSpeedCPULion),
-    }.get(own)
+    }.get(lower)
     if classes is None:
         return None
-    chosen = classes[1] if on_cpu else classes[0]
+    optimizer = classes[1] if on_cpu else classes[0]
     if 'torch_adam' in extra and params.get('torch_adam') is True:
-        chosen = torch.optim.AdamW
-    elif own in ('adam', 'adamw'):
+        optimizer = torch.optim.AdamW
+    elif lower in ('adam', 'adamw'):
         extra = [key for key in extra if key != 'foreach']  # read for torch's class only
-    key = _key_of_signature(chosen)
+    key = _key_of_signature(optimizer)
     assert key.keys is not None
     for known in extra:
         key.keys.setdefault(known, Key(known))
@@ -203,8 +203,8 @@ def scheduler_types() -> list[str]:
 
 def scheduler_params(name: str) -> Key:
     """What /scheduler/params takes, by the signature of the class of that name."""
-    own = getattr(lr_schedules, name, None)
-    return _key_of_signature(own or getattr(torch.optim.lr_scheduler, name))
+    scheduler = getattr(lr_schedules, name, None) or getattr(torch.optim.lr_scheduler, name)
+    return _key_of_signature(scheduler)
 
 
 def _subclasses(module: types.ModuleType, base: type) -> list[str]:

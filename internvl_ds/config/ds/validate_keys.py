@@ -85,38 +85,38 @@ class _Walk:
 
     def block(self, tree: Mapping[str, Any], key: Key, path: Path, meant: Path) -> dict[str, Any]:
         """Looks at a block's keys; ``meant`` is its path with every key rightly spelt."""
-        left: dict[str, Any] = {}
+        valid: dict[str, Any] = {}
         for name, value in tree.items():
             known, here = (key.keys or {}).get(name), (*path, str(name))
             right, misspelt = str(name), known is None
             if known is None:
                 like = self._like(right, key)
                 if like is None and not key.complete:
-                    left[right] = value
+                    valid[right] = value
                     continue
                 self._unknown(right, like, key, path, meant)
-                if like is None or like in tree or like in left:
+                if like is None or like in tree or like in valid:
                     continue
                 right, known = like, (key.keys or {})[like]
             if known.refused:
                 self.shape.findings.append(diagnostic(pointer_of(here), known.refused))
                 continue
-            self.value(value, known, here, (*meant, right), left, silent=misspelt)
-            if known.deprecated and not misspelt and right in left:
+            self.value(value, known, here, (*meant, right), valid, silent=misspelt)
+            if known.deprecated and not misspelt and right in valid:
                 self._deprecated(known, key, tree, here)
-        return left
+        return valid
 
     def value(
-        self, value: Any, key: Key, path: Path, meant: Path, left: dict[str, Any], silent: bool
+        self, value: Any, key: Key, path: Path, meant: Path, valid: dict[str, Any], silent: bool
     ) -> None:
-        """Puts a value that fits into ``left``; silent: its key has a finding already."""
+        """Puts a value that fits into ``valid``; silent: its key has a finding already."""
         if key.keys is not None and isinstance(value, Mapping):
-            left[meant[-1]] = self.block(value, key, path, meant)
+            valid[meant[-1]] = self.block(value, key, path, meant)
             return
         # DeepSpeed takes 'auto' for 'left out' in some places; where not is known to `resolve`.
         wrong = '' if value == 'auto' and key.keys is None else misfit(value, key.value)
         if not wrong:
-            left[meant[-1]] = value
+            valid[meant[-1]] = value
             return
         self.shape.doubtful.add(pointer_of(meant))
         if not silent:

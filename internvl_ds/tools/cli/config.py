@@ -57,23 +57,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    check.add_argument(
-        'files', nargs='+', metavar='FILE', help='a path, or the name of one that ships (zero2)'
-    )
-    check.add_argument('--cfg', required=True, metavar='YAML', help='the yacs configuration')
-    check.add_argument(
-        '--world-size', required=True, type=whole(1), metavar='N', help='the number of ranks'
-    )
-    check.add_argument(
-        '--opts', nargs='+', default=[], metavar='KEY VALUE', help='changes to the configuration'
-    )
-    check.add_argument(
-        '--optimizer-in-json',
-        action='store_true',
-        help='no optimizer and no scheduler are made in code (the training program makes both)',
-    )
-    check.add_argument('--show', action='store_true', help='print what each FILE resolves to')
-    check.add_argument('--json', action='store_true', help='print one JSON object')
+    add = check.add_argument
+    add('files', nargs='+', metavar='FILE', help='a path, or the name of one that ships (zero2)')
+    add('--cfg', required=True, metavar='YAML', help='the yacs configuration')
+    add('--world-size', required=True, type=whole(1), metavar='N', help='the number of ranks')
+    add('--opts', nargs='+', default=[], metavar='KEY VALUE', help='changes to the configuration')
+    text = 'no optimizer and no scheduler are made in code (the training program makes both)'
+    add('--optimizer-in-json', action='store_true', help=text)
+    add('--show', action='store_true', help='print what each FILE resolves to')
+    add('--json', action='store_true', help='print one JSON object')
     check.set_defaults(act=_check)
 
 
