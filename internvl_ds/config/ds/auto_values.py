@@ -11,7 +11,7 @@ from typing import Any
 from yacs.config import CfgNode
 
 from internvl_ds.config.ds.diagnostics import Diagnostic, diagnostic, value_at
-from internvl_ds.config.ds.pairs import ARGUMENT, AUTO, PAIRS, Pair
+from internvl_ds.config.ds.pairs import ARGUMENT, AUTO, BATCH, PAIRS, Pair
 from internvl_ds.config.tree import default_of, get_option, scale_lr
 
 DEFAULT = "DeepSpeed's default"
@@ -21,7 +21,7 @@ REDUCE_BUCKET = f'{_ZERO}/reduce_bucket_size'
 _REDUCE_BUCKET_MOST = 500_000_000  # elements: DeepSpeed's default
 
 # Sizes in elements that may stand at 'auto' until there is a model.
-BUCKETS = (
+_BUCKETS = (
     REDUCE_BUCKET,
     f'{_ZERO}/allgather_bucket_size',
     f'{_ZERO}/stage3_prefetch_bucket_size',
@@ -86,7 +86,7 @@ def fill_buckets(filling: Filling, trained: int | None) -> None:
     gigabyte in bf16. A bucket of all elements is the same single bucket, to the bit.
     """
     if trained is None:
-        open_ones = set(filling.autos()) & set(BUCKETS)
+        open_ones = set(filling.autos()) & set(_BUCKETS)
         filling.origins.update(dict.fromkeys(open_ones, 'the model, once there is one'))
         return
     stage = filling.stated(f'{_ZERO}/stage')
@@ -94,18 +94,30 @@ def fill_buckets(filling: Filling, trained: int | None) -> None:
         size = reduce_bucket_of(trained)
         filling.fill(REDUCE_BUCKET, size, f'the model: {trained} trained elements, at most 5e8')
     for pointer in filling.autos():
-        if pointer in BUCKETS:
+        if pointer in _BUCKETS:
             filling.put(pointer, default_at(pointer), DEFAULT)
 
 
-def fill_optimizer(filling: Filling, config: CfgNode, images: int) -> None:
-    """Fills /optimizer/params with the settings of TRAIN that the optimizer takes.
+def fill_open_values(filling: Filling, config: CfgNode, trained: int | None) -> None:
+    """Fills what is open once the batch is settled, and refuses each 'auto' that nothing fills."""
+    images = filling.stated(BATCH.pointer)
+    _fill_optimizer(filling, config, images)
+    _fill_scheduler(filling, config, images)
+    fill_buckets(filling, trained)
+    origin = "internvl_ds: timm's optimizers and SGD are meant under ZeRO"
+    filling.fill('/zero_allow_untested_optimizer', True, origin)
+    known = {*_BUCKETS, *(finding.pointer for finding in filling.findings)}
+    for pointer in filling.autos():
+        if pointer not in known and default_at(pointer) != 'auto':  # DeepSpeed reads some itself
+            filling.refuse(
+                pointer,
+                "'auto' has no counterpart in the yacs config; give a value, or leave the key out "
+                "for DeepSpeed's default",
+            )
 
-    Args:
-        filling: changed.
-        config: the yacs tree.
-        images: of a whole batch; learning rates are given for 512 of them.
-    """
+
+def _fill_optimizer(filling: Filling, config: CfgNode, images: int) -> None:
+    """Fills /optimizer/params with the settings of TRAIN that the optimizer takes."""
     name = filling.stated('/optimizer/type')
     takes = _arguments_of(name) if isinstance(name, str) else ()
     for pair in PAIRS:
@@ -119,7 +131,7 @@ def fill_optimizer(filling: Filling, config: CfgNode, images: int) -> None:
         _fill_argument(filling, pair, config, value, pair.origin(images))
 
 
-def fill_scheduler(filling: Filling, config: CfgNode, images: int) -> None:
+def _fill_scheduler(filling: Filling, config: CfgNode, images: int) -> None:
     """Fills learning rates of /scheduler/params that are 'auto'; numbers of steps are refused."""
     pairs = {pair.pointer: pair for pair in PAIRS if pair.rule == AUTO}
     base = scale_lr(get_option(config, 'TRAIN.BASE_LR'), images)
