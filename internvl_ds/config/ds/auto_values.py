@@ -17,12 +17,12 @@ from internvl_ds.config.tree import default_of, get_option, scale_lr
 DEFAULT = "DeepSpeed's default"
 _FILE = 'the ds_config'
 _ZERO = '/zero_optimization'
-REDUCE_BUCKET = f'{_ZERO}/reduce_bucket_size'
+_REDUCE_BUCKET = f'{_ZERO}/reduce_bucket_size'
 _REDUCE_BUCKET_MOST = 500_000_000  # elements: DeepSpeed's default
 
 # Sizes in elements that may stand at 'auto' until there is a model.
 _BUCKETS = (
-    REDUCE_BUCKET,
+    _REDUCE_BUCKET,
     f'{_ZERO}/allgather_bucket_size',
     f'{_ZERO}/stage3_prefetch_bucket_size',
     f'{_ZERO}/stage3_param_persistence_threshold',
@@ -92,7 +92,7 @@ def fill_buckets(filling: Filling, trained: int | None) -> None:
     stage = filling.stated(f'{_ZERO}/stage')
     if stage in (1, 2, 3):
         size = reduce_bucket_of(trained)
-        filling.fill(REDUCE_BUCKET, size, f'the model: {trained} trained elements, at most 5e8')
+        filling.fill(_REDUCE_BUCKET, size, f'the model: {trained} trained elements, at most 5e8')
     for pointer in filling.autos():
         if pointer in _BUCKETS:
             filling.put(pointer, default_at(pointer), DEFAULT)

@@ -1,4 +1,4 @@
-"""What contradicts itself, or trains wrongly, in a ds_config whose keys and types are right. Pure.
+"""Contradictions, and settings that train wrongly, in a ds_config of right keys and types. Pure.
 
 Each rule is a function from `Facts` to findings. A rule that needs a value which an earlier check
 found wrong keeps silent: that fault has its finding.
@@ -48,7 +48,7 @@ class Facts:
     """What the rules look at.
 
     Attributes:
-        shape: what is left of the ds_config once all that is unknown or of a wrong type is out.
+        shape: the ds_config without unknown keys and invalid values.
         schema: what the installed DeepSpeed knows.
         config: the yacs tree.
         world_size: the number of data-parallel ranks.
@@ -119,7 +119,7 @@ def precision_rule(facts: Facts) -> Iterator[Diagnostic]:
 
 
 def old_names_rule(facts: Facts) -> Iterator[Diagnostic]:
-    """DeepSpeed reads /bfloat16 for /bf16 still; what resolves a ds_config does not."""
+    """The old name /bfloat16: DeepSpeed still reads it, and `resolve` does not."""
     if 'bfloat16' in facts.tree:
         yield diagnostic('/bfloat16', 'is the old name of /bf16; rename it', yacs='AMP_OPT_LEVEL')
 

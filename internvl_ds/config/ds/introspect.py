@@ -129,7 +129,7 @@ def keys_read() -> dict[Path, Read]:
     of 1.
     """
     reads: dict[Path, Read] = {}
-    with quiet(), _models_telling(reads):
+    with quiet(), _models_recorded(reads):
         _run(reads, {})
         done: set[Path] = set()
         together: set[frozenset[Path]] = set()
@@ -149,7 +149,7 @@ def keys_read() -> dict[Path, Read]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps DeepSpeed's logger from speaking of configurations that nobody wrote."""
+    """Silences DeepSpeed's logger, while it reads configurations that nobody wrote."""
     logger = logging.getLogger('DeepSpeed')
     before = logger.disabled
     logger.disabled = True
@@ -180,7 +180,7 @@ def keys_in_source(function: Callable[..., Any], variable: str) -> list[str]:
                 continue
         match mapping:
             case ast.Call(func=ast.Attribute(value=mapping, attr='keys')):
-                pass
+                pass  # as in `key in mapping.keys()`
         if isinstance(mapping, ast.Name) and mapping.id == variable:
             name = key.value if isinstance(key, ast.Constant) else None
             name = names.get(key.id) if isinstance(key, ast.Name) else name
@@ -227,18 +227,18 @@ def _run(reads: dict[Path, Read], stated: dict[str, Any]) -> Exception | None:
 
 
 @contextlib.contextmanager
-def _models_telling(reads: dict[Path, Read]) -> Iterator[None]:
-    """Has each pydantic model that is made of a `_Probe` note that it is."""
+def _models_recorded(reads: dict[Path, Read]) -> Iterator[None]:
+    """Records the block of each pydantic model that is made of a `_Probe`."""
     before, before_comm = DeepSpeedConfigModel.__init__, ds_runtime_config.dist
 
-    def telling(self: DeepSpeedConfigModel, strict: bool = False, **data: Any) -> None:
+    def recording(self: DeepSpeedConfigModel, strict: bool = False, **data: Any) -> None:
         path = data.pop(_MARK, None)
         if path is not None:
             read = reads.setdefault(path, Read())
             read.model, read.is_block = type(self), True
         before(self, strict, **data)
 
-    DeepSpeedConfigModel.__init__ = telling
+    DeepSpeedConfigModel.__init__ = recording
     ds_runtime_config.dist = _ALONE
     try:
         yield
