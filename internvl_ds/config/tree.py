@@ -24,24 +24,14 @@ _MOST_FILES = 100
 
 # Flag of the training program (attribute of args) -> key that it sets.
 _FLAGS = {
-    'batch_size': 'DATA.BATCH_SIZE',
-    'dataset': 'DATA.DATASET',
-    'data_path': 'DATA.DATA_PATH',
-    'zip': 'DATA.ZIP_MODE',
-    'cache_mode': 'DATA.CACHE_MODE',
-    'pretrained': 'MODEL.PRETRAINED',
-    'resume': 'MODEL.RESUME',
-    'accumulation_steps': 'TRAIN.ACCUMULATION_STEPS',
-    'use_checkpoint': 'TRAIN.USE_CHECKPOINT',
-    'amp_opt_level': 'AMP_OPT_LEVEL',
-    'output': 'OUTPUT',
-    'tag': 'TAG',
-    'eval': 'EVAL_MODE',
-    'throughput': 'THROUGHPUT_MODE',
-    'save_ckpt_num': 'SAVE_CKPT_NUM',
-    'use_zero': 'TRAIN.OPTIMIZER.USE_ZERO',
+    'batch_size': 'DATA.BATCH_SIZE', 'dataset': 'DATA.DATASET', 'data_path': 'DATA.DATA_PATH',
+    'zip': 'DATA.ZIP_MODE', 'cache_mode': 'DATA.CACHE_MODE', 'pretrained': 'MODEL.PRETRAINED',
+    'resume': 'MODEL.RESUME', 'accumulation_steps': 'TRAIN.ACCUMULATION_STEPS',
+    'use_checkpoint': 'TRAIN.USE_CHECKPOINT', 'amp_opt_level': 'AMP_OPT_LEVEL',
+    'output': 'OUTPUT', 'tag': 'TAG', 'eval': 'EVAL_MODE', 'throughput': 'THROUGHPUT_MODE',
+    'save_ckpt_num': 'SAVE_CKPT_NUM', 'use_zero': 'TRAIN.OPTIMIZER.USE_ZERO',
     'local_rank': 'LOCAL_RANK',
-}
+}  # fmt: skip
 
 
 def default_config() -> CN:
@@ -74,7 +64,7 @@ def get_config(args: Namespace) -> CN:
     for flag, key in _FLAGS.items():
         value = getattr(args, flag, None)
         if value is not None and value is not False and value != '':
-            _merge_tree(config, _nest(key, value), source=f'--{flag.replace("_", "-")}')
+            _merge_tree(config, nest(key.split('.'), value), source=f'--{flag.replace("_", "-")}')
     config.OUTPUT = os.path.join(config.OUTPUT or 'output', path.stem)
     if config.TAG != 'default':
         config.OUTPUT = os.path.join(config.OUTPUT, config.TAG)
@@ -97,7 +87,8 @@ def merge_opts(config: CN, opts: Sequence[str]) -> None:
     if len(opts) % 2:
         raise ConfigError(f'--opts takes KEY VALUE pairs, and {opts[-1]!r} has no value')
     for key, text in zip(opts[0::2], opts[1::2], strict=True):
-        _merge_tree(config, _nest(key, _parse_opt(config, key, text)), source='--opts')
+        value = _parse_opt(config, key, text)
+        _merge_tree(config, nest(key.split('.'), value), source='--opts')
 
 
 def checkpoint_option(config: CN, key: str) -> Any:
@@ -258,7 +249,8 @@ def _nearest(name: str, known: set[str]) -> str | None:
     return by_last[last[0]] if last else None
 
 
-def _nest(key: str, value: Any) -> dict[str, Any]:
-    for part in reversed(key.split('.')):
-        value = {part: value}
+def nest(path: Sequence[str], value: Any) -> Any:
+    """A value inside a mapping for each key of a path."""
+    for key in reversed(path):
+        value = {key: value}
     return value

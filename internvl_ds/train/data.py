@@ -18,12 +18,10 @@ from torchvision.datasets import ImageFolder
 from yacs.config import CfgNode
 
 from internvl_ds.errors import ConfigError, DataError
+from internvl_ds.pretrained.head import CLASSES_1K, CLASSES_22K
 from internvl_ds.train.sampler import SeededImages, TrainSampler
 from internvl_ds.train.transforms import build_transform
 from internvl_ds.train.workers import Loader
-
-_CLASSES_22K = 21841
-_CLASSES_1K = 1000
 
 
 @dataclass(frozen=True)
@@ -234,7 +232,7 @@ def _open_folder(config: CfgNode, split: str) -> ImageFolder:
         raise ConfigError(f'{root}: {error}') from error
     wanted, found = config.MODEL.NUM_CLASSES, len(dataset.classes)
     if split == 'val' and evaluates_22k_as_1k(config, found):
-        wanted = _CLASSES_1K
+        wanted = CLASSES_1K
     if found != wanted:
         raise ConfigError(
             f'{root} has {found} classes, and the model is to tell {wanted} apart '
@@ -248,9 +246,9 @@ def evaluates_22k_as_1k(config: CfgNode, val_classes: int) -> bool:
 
     So EVAL_22K_TO_1K says, or DATA.DATASET 'imagenet22K' with a val folder of 1000 classes.
     """
-    if config.MODEL.NUM_CLASSES != _CLASSES_22K:
+    if config.MODEL.NUM_CLASSES != CLASSES_22K:
         return False
-    of_22k = config.DATA.DATASET == 'imagenet22K' and val_classes == _CLASSES_1K
+    of_22k = config.DATA.DATASET == 'imagenet22K' and val_classes == CLASSES_1K
     return bool(config.EVAL_22K_TO_1K or of_22k)
 
 

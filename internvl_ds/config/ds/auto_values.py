@@ -10,19 +10,19 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from internvl_ds.config.ds.diagnostics import Diagnostic, diagnostic
-from internvl_ds.config.ds.pairs import ARGUMENT, AUTO, PAIRS, Pair
+from internvl_ds.config.ds.diagnostics import Diagnostic, diagnostic, value_at
+from internvl_ds.config.ds.pairs import ARGUMENT, AUTO, BATCH, PAIRS, Pair
 from internvl_ds.config.tree import default_of, get_option, scale_lr
 
 DEFAULT = "DeepSpeed's default"
 _FILE = 'the ds_config'
 _ZERO = '/zero_optimization'
-REDUCE_BUCKET = f'{_ZERO}/reduce_bucket_size'
+_REDUCE_BUCKET = f'{_ZERO}/reduce_bucket_size'
 _REDUCE_BUCKET_MOST = 500_000_000  # elements: DeepSpeed's default
 
 # Sizes in elements that may stand at 'auto' until there is a model.
-BUCKETS = (
-    REDUCE_BUCKET,
+_BUCKETS = (
+    _REDUCE_BUCKET,
     f'{_ZERO}/allgather_bucket_size',
     f'{_ZERO}/stage3_prefetch_bucket_size',
     f'{_ZERO}/stage3_param_persistence_threshold',
@@ -47,12 +47,8 @@ class Filling:
 
     def stated(self, pointer: str) -> Any:
         """The value at a JSON pointer; None where it is absent or 'auto'."""
-        node: Any = self.tree
-        for key in pointer.split('/')[1:]:
-            if not isinstance(node, Mapping) or key not in node:
-                return None
-            node = node[key]
-        return None if node == 'auto' else node
+        value = value_at(self.tree, *pointer.split('/')[1:])
+        return None if value == 'auto' else value
 
     def put(self, pointer: str, value: Any, origin: str) -> None:
         """Sets a value; its origin stays the file where that states the same."""
@@ -90,26 +86,38 @@ def fill_buckets(filling: Filling, trained: int | None) -> None:
     gigabyte in bf16. A bucket of all elements is the same single bucket, to the bit.
     """
     if trained is None:
-        open_ones = set(filling.autos()) & set(BUCKETS)
+        open_ones = set(filling.autos()) & set(_BUCKETS)
         filling.origins.update(dict.fromkeys(open_ones, 'the model, once there is one'))
         return
     stage = filling.stated(f'{_ZERO}/stage')
     if stage in (1, 2, 3):
         size = reduce_bucket_of(trained)
-        filling.fill(REDUCE_BUCKET, size, f'the model: {trained} trained elements, at most 5e8')
+        filling.fill(_REDUCE_BUCKET, size, f'the model: {trained} trained elements, at most 5e8')
     for pointer in filling.autos():
-        if pointer in BUCKETS:
-            filling.put(pointer, _zero_default(pointer.rpartition('/')[2]), DEFAULT)
+        if pointer in _BUCKETS:
+            filling.put(pointer, default_at(pointer), DEFAULT)
 
 
-def fill_optimizer(filling: Filling, config: CfgNode, images: int) -> None:
-    """Fills /optimizer/params with the settings of TRAIN that the optimizer takes.
+def fill_open_values(filling: Filling, config: CfgNode, trained: int | None) -> None:
+    """Fills what is open once the batch is settled, and refuses each 'auto' that nothing fills."""
+    images = filling.stated(BATCH.pointer)
+    _fill_optimizer(filling, config, images)
+    _fill_scheduler(filling, config, images)
+    fill_buckets(filling, trained)
+    origin = "internvl_ds: timm's optimizers and SGD are meant under ZeRO"
+    filling.fill('/zero_allow_untested_optimizer', True, origin)
+    known = {*_BUCKETS, *(finding.pointer for finding in filling.findings)}
+    for pointer in filling.autos():
+        if pointer not in known and default_at(pointer) != 'auto':  # DeepSpeed reads some itself
+            filling.refuse(
+                pointer,
+                "'auto' has no counterpart in the yacs config; give a value, or leave the key out "
+                "for DeepSpeed's default",
+            )
 
-    Args:
-        filling: changed.
-        config: the yacs tree.
-        images: of a whole batch; learning rates are given for 512 of them.
-    """
+
+def _fill_optimizer(filling: Filling, config: CfgNode, images: int) -> None:
+    """Fills /optimizer/params with the settings of TRAIN that the optimizer takes."""
     name = filling.stated('/optimizer/type')
     takes = _arguments_of(name) if isinstance(name, str) else ()
     for pair in PAIRS:
@@ -123,7 +131,7 @@ def fill_optimizer(filling: Filling, config: CfgNode, images: int) -> None:
         _fill_argument(filling, pair, config, value, pair.origin(images))
 
 
-def fill_scheduler(filling: Filling, config: CfgNode, images: int) -> None:
+def _fill_scheduler(filling: Filling, config: CfgNode, images: int) -> None:
     """Fills learning rates of /scheduler/params that are 'auto'; numbers of steps are refused."""
     pairs = {pair.pointer: pair for pair in PAIRS if pair.rule == AUTO}
     base = scale_lr(get_option(config, 'TRAIN.BASE_LR'), images)
@@ -163,23 +171,23 @@ def _same(stated: Any, value: Any) -> bool:
         return False
 
 
-def _arguments_of(optimizer: str) -> set[str]:
-    """What the optimizer that DeepSpeed makes of a name takes."""
+def _arguments_of(name: str) -> set[str]:
+    """The arguments of the optimizer that DeepSpeed makes of a name."""
     import torch
 
     known = {'adam': 'Adam', 'adamw': 'AdamW', 'lamb': 'Adam', 'adagrad': 'Adagrad'}
-    name = known.get(optimizer.lower(), optimizer)
-    if optimizer.lower() == 'lion':
+    if name.lower() == 'lion':
         return {'lr', 'betas', 'weight_decay'}
-    made = getattr(torch.optim, name, None)
-    return set(inspect.signature(made).parameters) if inspect.isclass(made) else set()
+    optimizer = getattr(torch.optim, known.get(name.lower(), name), None)
+    return set(inspect.signature(optimizer).parameters) if inspect.isclass(optimizer) else set()
 
 
-def _zero_default(key: str) -> Any:
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+def default_at(pointer: str) -> Any:
+    """DeepSpeed's default of a key; None where it is not known."""
+    from internvl_ds.config.ds.schema import find, installed  # DeepSpeed with it
 
-    fields = DeepSpeedZeroConfig.model_fields
-    return next(f.default for n, f in fields.items() if key in (n, f.alias))
+    key = find(installed(), pointer.split('/')[1:])
+    return key.default if key else None
 
 
 def _leaves(node: Any, pointer: str = '') -> Iterator[tuple[str, Any]]:

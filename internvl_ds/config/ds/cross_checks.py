@@ -1,4 +1,4 @@
-"""What contradicts itself, or trains wrongly, in a ds_config whose keys and types are right. Pure.
+"""Contradictions, and settings that train wrongly, in a ds_config of right keys and types. Pure.
 
 Each rule is a function from `Facts` to findings. A rule that needs a value which an earlier check
 found wrong keeps silent: that fault has its finding.
@@ -36,18 +36,11 @@ _ZERO = 'zero_optimization'
 
 # Beside those that are called stage3_...: what DeepSpeed documents, or reads, for ZeRO-3 only.
 _STAGE_3_ONLY = (
-    'sub_group_size',
-    'zero_hpz_partition_size',
-    'zero_quantized_weights',
-    'zero_quantized_nontrainable_weights',
-    'zero_quantized_gradients',
-    'memory_efficient_linear',
-    'override_module_apply',
-    'pipeline_loading_checkpoint',
-    'log_trace_cache_warnings',
-    'save_muon_momentum_buffer_in_memory',
-    'leaf_module',
-)
+    'sub_group_size', 'zero_hpz_partition_size', 'zero_quantized_weights',
+    'zero_quantized_nontrainable_weights', 'zero_quantized_gradients', 'memory_efficient_linear',
+    'override_module_apply', 'pipeline_loading_checkpoint', 'log_trace_cache_warnings',
+    'save_muon_momentum_buffer_in_memory', 'leaf_module',
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,7 +48,7 @@ class Facts:
     """What the rules look at.
 
     Attributes:
-        shape: what is left of the ds_config once all that is unknown or of a wrong type is out.
+        shape: the ds_config without unknown keys and invalid values.
         schema: what the installed DeepSpeed knows.
         config: the yacs tree.
         world_size: the number of data-parallel ranks.
@@ -126,7 +119,7 @@ def precision_rule(facts: Facts) -> Iterator[Diagnostic]:
 
 
 def old_names_rule(facts: Facts) -> Iterator[Diagnostic]:
-    """DeepSpeed reads /bfloat16 for /bf16 still; what resolves a ds_config does not."""
+    """The old name /bfloat16: DeepSpeed still reads it, and `resolve` does not."""
     if 'bfloat16' in facts.tree:
         yield diagnostic('/bfloat16', 'is the old name of /bf16; rename it', yacs='AMP_OPT_LEVEL')
 
@@ -136,13 +129,11 @@ def stage_rule(facts: Facts) -> Iterator[Diagnostic]:
     stage = facts.stage
     if stage is None:
         return
-    known = find(facts.schema, (_ZERO,))
-    for name, value in facts.zero.items():
-        key = (known.keys or {}).get(name) if known else None
-        only_3 = key is not None and (key.name.startswith('stage3_') or name in _STAGE_3_ONLY)
-        if only_3 and key is not None and not key.deprecated and stage < 3:
-            if value == 'auto' or value == key.default:
-                continue  # it changes nothing, at any stage
+    for name, value in facts.zero.items() if stage < 3 else ():
+        key = find(facts.schema, (_ZERO, name))
+        if key is None or key.deprecated or value in ('auto', key.default):
+            continue  # a default changes nothing, at any stage
+        if key.name.startswith('stage3_') or name in _STAGE_3_ONLY:
             yield diagnostic(
                 f'/{_ZERO}/{name}',
                 f'is an option of ZeRO stage 3, and /{_ZERO}/stage is {stage}: it would have no '
@@ -156,17 +147,13 @@ def stage_rule(facts: Facts) -> Iterator[Diagnostic]:
     if facts.zero.get('legacy_stage1') is True:
         yield diagnostic(f'/{_ZERO}/legacy_stage1', 'was removed from DeepSpeed; remove the key')
     dividing = facts.tree.get('gradient_predivide_factor', 1) != 1
-    for name, stated in (
-        ('gradient_predivide_factor', dividing),
-        ('prescale_gradients', facts.tree.get('prescale_gradients') is True),
-    ):
-        if stage == 2 and stated and facts.zero.get('reduce_scatter', True) is True:
-            yield diagnostic(
-                f'/{name}',
-                'is not supported by DeepSpeed at ZeRO stage 2 with '
-                f'/{_ZERO}/reduce_scatter; set that to false, or remove the key',
-            )
-            return
+    prescaling = facts.tree.get('prescale_gradients') is True
+    if stage == 2 and (dividing or prescaling) and facts.zero.get('reduce_scatter', True) is True:
+        yield diagnostic(
+            '/gradient_predivide_factor' if dividing else '/prescale_gradients',
+            f'is not supported by DeepSpeed at ZeRO stage 2 with /{_ZERO}/reduce_scatter; set that '
+            'to false, or remove the key',
+        )
 
 
 def offload_rule(facts: Facts) -> Iterator[Diagnostic]:
@@ -278,15 +265,9 @@ def unsupported_rule(facts: Facts) -> Iterator[Diagnostic]:
 
 
 RULES: tuple[Callable[[Facts], Iterator[Diagnostic]], ...] = (
-    batch_rule,
-    precision_rule,
-    old_names_rule,
-    stage_rule,
-    offload_rule,
-    optimizer_rule,
-    scheduler_rule,
-    unsupported_rule,
-)
+    batch_rule, precision_rule, old_names_rule, stage_rule, offload_rule, optimizer_rule,
+    scheduler_rule, unsupported_rule,
+)  # fmt: skip
 
 
 def _type_of(

@@ -82,12 +82,9 @@ COUNTERPARTS = {pair.pointer: pair.yacs for pair in PAIRS if pair.rule != AUTO}
 
 # Open keys of /fp16: the loss scale of torch's GradScaler, in DeepSpeed's words.
 GRAD_SCALER = {
-    'loss_scale': 0,
-    'initial_scale_power': 16,
-    'loss_scale_window': 2000,
-    'hysteresis': 1,
+    'loss_scale': 0, 'initial_scale_power': 16, 'loss_scale_window': 2000, 'hysteresis': 1,
     'min_loss_scale': 1,
-}
+}  # fmt: skip
 
 
 def markdown() -> str:

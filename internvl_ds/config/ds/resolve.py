@@ -7,19 +7,12 @@ value in the JSON wins; 'auto' or an absent field takes the yacs value: `pairs` 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from yacs.config import CfgNode
 
-from internvl_ds.config.ds.auto_values import (
-    BUCKETS,
-    DEFAULT,
-    Filling,
-    fill_buckets,
-    fill_optimizer,
-    fill_scheduler,
-)
+from internvl_ds.config.ds.auto_values import DEFAULT, Filling, fill_buckets, fill_open_values
 from internvl_ds.config.ds.diagnostics import Diagnostic, diagnostic, refuse
 from internvl_ds.config.ds.pairs import (
     ACCUMULATION,
@@ -86,16 +79,7 @@ def resolve(
     else:
         _set_precision(filling, mode)
     if not filling.findings:
-        images = filling.stated(BATCH.pointer)
-        fill_optimizer(filling, config, images)
-        fill_scheduler(filling, config, images)
-        fill_buckets(filling, trained)
-        filling.fill(
-            '/zero_allow_untested_optimizer',
-            True,
-            "internvl_ds: timm's optimizers and SGD are meant under ZeRO",
-        )
-        _refuse_autos(filling, BUCKETS if trained is None else ())
+        fill_open_values(filling, config, trained)
     return Resolution(filling.tree, filling.origins, filling.findings)
 
 
@@ -277,23 +261,3 @@ def _settle_number(filling: Filling, pair: Pair, config: CfgNode) -> float:
             "agree, or set the JSON's to 'auto'",
         )
     return stated
-
-
-def _refuse_autos(filling: Filling, open_pointers: Collection[str]) -> None:
-    """Refuses each 'auto' that nothing fills, but those that DeepSpeed itself reads."""
-    known = {*open_pointers, *(finding.pointer for finding in filling.findings)}
-    for pointer in filling.autos():
-        if pointer not in known and not _is_default_auto(pointer):
-            filling.refuse(
-                pointer,
-                "'auto' has no counterpart in the yacs config; give a value, or leave the key out "
-                "for DeepSpeed's default",
-            )
-
-
-def _is_default_auto(pointer: str) -> bool:
-    """Whether DeepSpeed itself reads 'auto' there, by default."""
-    from internvl_ds.config.ds.schema import find, installed  # DeepSpeed with it
-
-    key = find(installed(), pointer.split('/')[1:])
-    return key is not None and key.default == 'auto'

@@ -11,6 +11,14 @@ NAMES_OF_DTYPE = {
     'fp16': ('fp16', 'float16', 'half', 'torch.float16'),
     'bf16': ('bf16', 'bfloat16', 'torch.bfloat16'),
 }
+# Switches that must stay on, as they are by default, and what happens otherwise.
+_NEEDED = {
+    '/managed_gradient_accumulation': 'NativeScalerWithGradNormCount marks the boundary by its '
+    'update_grad',
+    '/bf16/check_grad_overflow': 'DeepSpeed then applies updates that are not finite',
+    '/zero_optimization/compute_grad_norm': 'there is no gradient norm then to report, to clip '
+    'by, or to skip a non-finite update by',
+}
 
 
 def unsupported_settings(
@@ -23,26 +31,11 @@ def unsupported_settings(
         low: 'fp16' or 'bf16' where that engine trains, else None.
         optimizer: whether an /optimizer section would be used.
     """
-    zero = tree.get('zero_optimization', {})
-    stage = zero.get('stage', 0)
-    if not tree.get('managed_gradient_accumulation', True):
-        yield diagnostic(
-            '/managed_gradient_accumulation',
-            '/managed_gradient_accumulation is false: NativeScalerWithGradNormCount marks the '
-            'boundary by its update_grad; remove the key',
-        )
-    if low == 'bf16' and not value_at(tree, 'bf16', 'check_grad_overflow', default=True):
-        yield diagnostic(
-            '/bf16/check_grad_overflow',
-            '/bf16/check_grad_overflow is false: DeepSpeed then applies updates that are not '
-            'finite; remove the key',
-        )
-    if not zero.get('compute_grad_norm', True):
-        yield diagnostic(
-            '/zero_optimization/compute_grad_norm',
-            '/zero_optimization/compute_grad_norm is false: there is no gradient norm then to '
-            'report, to clip by, or to skip a non-finite update by; remove the key',
-        )
+    for pointer, otherwise in _NEEDED.items():
+        block, *rest = pointer.split('/')[1:]
+        if not value_at(tree, block, *rest, default=True) and (block != 'bf16' or low == block):
+            yield diagnostic(pointer, f'{pointer} is false: {otherwise}; remove the key')
+    stage = value_at(tree, 'zero_optimization', 'stage', default=0)
     dtype = value_at(tree, 'data_types', 'grad_accum_dtype')
     other = dtype not in (None, 'auto', *NAMES_OF_DTYPE.get(str(low), ()))
     if other and (stage, low) in ((0, 'fp16'), (0, 'bf16'), (1, 'bf16')):

@@ -14,6 +14,7 @@ from typing import Any
 import deepspeed
 
 from internvl_ds.config.ds.diagnostics import (
+    ERROR,
     WARNING,
     Diagnostic,
     diagnostic,
@@ -48,9 +49,9 @@ class Shape:
     """What the check of a tree's shape gives.
 
     Attributes:
-        findings: of this tree, in the order of its keys.
+        findings: in the order of the tree's keys.
         tree: the tree without its invalid values.
-        doubtful: JSON pointers, rightly spelt, of values that are left out because they are wrong.
+        doubtful: JSON pointers of the invalid values, with every key rightly spelt.
     """
 
     findings: list[Diagnostic] = field(default_factory=list)
@@ -58,7 +59,7 @@ class Shape:
     doubtful: set[str] = field(default_factory=set)
 
     def doubts(self, *pointers: str) -> bool:
-        """Whether any of these values is not known, or lies in a block that is not."""
+        """Whether any of these values is invalid, or lies in a block that is."""
         return any(p == d or p.startswith(f'{d}/') for p in pointers for d in self.doubtful)
 
 
@@ -85,38 +86,38 @@ class _Walk:
 
     def block(self, tree: Mapping[str, Any], key: Key, path: Path, meant: Path) -> dict[str, Any]:
         """Looks at a block's keys; ``meant`` is its path with every key rightly spelt."""
-        left: dict[str, Any] = {}
+        valid: dict[str, Any] = {}
         for name, value in tree.items():
             known, here = (key.keys or {}).get(name), (*path, str(name))
             right, misspelt = str(name), known is None
             if known is None:
                 like = self._like(right, key)
                 if like is None and not key.complete:
-                    left[right] = value
+                    valid[right] = value
                     continue
                 self._unknown(right, like, key, path, meant)
-                if like is None or like in tree or like in left:
+                if like is None or like in tree or like in valid:
                     continue
                 right, known = like, (key.keys or {})[like]
             if known.refused:
                 self.shape.findings.append(diagnostic(pointer_of(here), known.refused))
                 continue
-            self.value(value, known, here, (*meant, right), left, silent=misspelt)
-            if known.deprecated and not misspelt and right in left:
+            self.value(value, known, here, (*meant, right), valid, silent=misspelt)
+            if known.deprecated and not misspelt and right in valid:
                 self._deprecated(known, key, tree, here)
-        return left
+        return valid
 
     def value(
-        self, value: Any, key: Key, path: Path, meant: Path, left: dict[str, Any], silent: bool
+        self, value: Any, key: Key, path: Path, meant: Path, valid: dict[str, Any], silent: bool
     ) -> None:
-        """Puts a value that fits into ``left``; silent: its key has a finding already."""
+        """Puts a value that fits into ``valid``; silent: its key has a finding already."""
         if key.keys is not None and isinstance(value, Mapping):
-            left[meant[-1]] = self.block(value, key, path, meant)
+            valid[meant[-1]] = self.block(value, key, path, meant)
             return
         # DeepSpeed takes 'auto' for 'left out' in some places; where not is known to `resolve`.
         wrong = '' if value == 'auto' and key.keys is None else misfit(value, key.value)
         if not wrong:
-            left[meant[-1]] = value
+            valid[meant[-1]] = value
             return
         self.shape.doubtful.add(pointer_of(meant))
         if not silent:
@@ -153,19 +154,16 @@ class _Walk:
         return pointer_of(shortest)
 
     def _deprecated(self, known: Key, block: Key, tree: Mapping[str, Any], path: Path) -> None:
-        pointer, successor = pointer_of(path), known.successor
-        after = (block.keys or {}).get(successor)
-        names = {n for n, k in (block.keys or {}).items() if after is not None and k is after}
-        both = sorted(names & set(tree))
-        written = after.name if after is not None and after.name else successor
+        keys, text, severity = block.keys or {}, 'is deprecated', WARNING
+        successor = keys.get(known.successor)
+        both = sorted(n for n in tree if successor is not None and keys.get(n) is successor)
         if both:
-            text = (
-                f'is deprecated, and its successor {both[0]} is stated as well; remove {path[-1]}'
-            )
-            self.shape.findings.append(diagnostic(pointer, text))
-        else:
-            text = f'is deprecated; use {written}' if successor else 'is deprecated'
-            self.shape.findings.append(diagnostic(pointer, text, WARNING))
+            text += f', and its successor {both[0]} is stated as well; remove {path[-1]}'
+            severity = ERROR
+        elif known.successor:
+            name = successor.name if successor is not None else ''
+            text += f'; use {name or known.successor}'
+        self.shape.findings.append(diagnostic(pointer_of(path), text, severity))
 
 
 def misfit(value: Any, spec: Value) -> str:

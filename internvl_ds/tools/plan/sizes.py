@@ -68,10 +68,7 @@ def meta_model(config: CfgNode) -> nn.Module:
 
 def with_recompute(config: CfgNode, recompute: bool) -> CfgNode:
     """The yacs tree with another TRAIN.USE_CHECKPOINT."""
-    config = config.clone()
-    config.defrost()
-    config.TRAIN.USE_CHECKPOINT = recompute
-    return config
+    return set_options(config.clone(), {'TRAIN.USE_CHECKPOINT': recompute})
 
 
 def can_recompute(config: CfgNode) -> bool:

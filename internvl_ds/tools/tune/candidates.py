@@ -14,6 +14,7 @@ from yacs.config import CfgNode
 
 from internvl_ds.config.ds import resolve as ds
 from internvl_ds.config.ds.load import load_ds_config
+from internvl_ds.config.ds.pairs import ACCUMULATION, MICRO_BATCH
 from internvl_ds.config.tree import get_config, get_option
 from internvl_ds.tools.tune.command import opt_words
 from internvl_ds.tools.tune.records import BASE, SEARCH, SHIPPED
@@ -120,13 +121,12 @@ class Subject:
     def differing(self, candidate: Candidate) -> dict[str, Any]:
         """The settings of a candidate that the configuration as given does not have already."""
         config = self.configured()
-        configured_steps = config.TRAIN.ACCUMULATION_STEPS
+        alike = {ACCUMULATION.yacs: {*ACCUMULATION.alike}}
         return {
             key: value
             for key, value in candidate.opts.items()
-            if value != get_option(config, key, None)
-            # 0 and 1 are the same number of micro-batches
-            and not (key == 'TRAIN.ACCUMULATION_STEPS' and {value, configured_steps} == {0, 1})
+            if value != (configured := get_option(config, key, None))
+            and not (key in alike and {value, configured} <= alike[key])
         }
 
     def _batch(self) -> Choice:
@@ -134,10 +134,7 @@ class Subject:
 
     def _batch_numbers(self) -> tuple[int, int]:
         resolved = self.base.resolved
-        return (
-            resolved['train_micro_batch_size_per_gpu'],
-            resolved['gradient_accumulation_steps'],
-        )
+        return resolved[MICRO_BATCH.key], resolved[ACCUMULATION.key]
 
     def _settle(
         self,
