@@ -204,8 +204,8 @@ def _choose(
 def _is_newer(own: Path, resume: str) -> bool:
     """Whether a tag of OUTPUT goes before MODEL.RESUME: see `choose`."""
     asked = lookup.present(Path(resume))
-    if asked.is_dir() and not lookup.is_tag(asked):
-        with contextlib.suppress(CheckpointNotFound):  # told when it is loaded, if it is
+    if os.path.isdir(asked) and not lookup.is_tag(asked):
+        with contextlib.suppress(CheckpointError):  # told when it is loaded, if it is
             newest = lookup.newest(asked)
             asked = asked if newest is None else newest.path
     ours, theirs = lookup.header_or_none(own), lookup.header_or_none(asked)
@@ -230,7 +230,7 @@ def _position(path: Path) -> tuple[int, int] | None:
     epoch, step = epoch_of(path.name), step_of(path.name)
     if header := lookup.header_or_none(path):
         epoch, step = header.epoch, header.step
-    elif path.is_file():
+    elif os.path.isfile(path):
         with contextlib.suppress(PretrainedError):  # told when it is loaded
             epoch = open_source(str(path)).get('epoch')
     return (epoch + (step is None), step or 0) if isinstance(epoch, int) else None

@@ -6,6 +6,7 @@ import copy
 import functools
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -174,7 +175,8 @@ def save_checkpoint(
     counted = best is None and isinstance(epoch, int)
     groups = None if engine.basic_optimizer is None else client_groups(engine).names
     save = _Save(
-        output=Path(config.OUTPUT),
+        # Absolute: the program may change its directory before a save in the background is done.
+        output=Path(os.path.abspath(config.OUTPUT)),
         tag=tag_name(epoch, best, step),
         writer=install_writer(engine),
         staging_path=Path(),
@@ -237,7 +239,7 @@ def save_checkpoint(
         background.start(save.tag, finish, limit=3 * save.io_timeout)
     else:
         finish()
-    return str(save.output / save.tag)
+    return str(Path(config.OUTPUT) / save.tag)
 
 
 def _header(
@@ -279,7 +281,7 @@ def _begin(save: _Save, engine: DeepSpeedEngine, average: EmaFile | None, config
     size = save.writer.last_size
     if size is None:
         size = state_size(engine) + tensor_bytes(average)
-    own = [save.tag, save.header['epoch'], str(save.output), save.in_background]
+    own = [save.tag, save.header['epoch'], str(config.OUTPUT), save.in_background]
     calls = exchange('save_checkpoint', [own, size], timeout)
     if any(call[0] != calls[0][0] for call in calls):
         raise RankError(
@@ -297,9 +299,9 @@ def _begin(save: _Save, engine: DeepSpeedEngine, average: EmaFile | None, config
             raise CheckpointError(
                 f'{save.output / save.tag}: rank 0 cannot begin to save: {error}'
             ) from error
-        return str(save.staging.path)
+        return save.staging.path.name
 
-    save.staging_path = Path(from_rank_0('begin save', make_staging, timeout))
+    save.staging_path = save.output / from_rank_0('begin save', make_staging, timeout)
     save.header['save'] = save.staging_path.name.rpartition('-')[2]
 
 

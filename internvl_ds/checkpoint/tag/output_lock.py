@@ -85,7 +85,12 @@ def enter_output(output: Path, config: CfgNode, limit: float) -> None:
     known = _outputs.get(key)
     if known is None:
         output.mkdir(parents=True, exist_ok=True)
-        known = _Output(output, _place_of(output))
+        place = _place_of(output)
+        # Absolute: the program may change its directory. And it may have another name for one.
+        there = (
+            o for o in _outputs.values() if os.path.exists(o.path) and _place_of(o.path) == place
+        )
+        known = next(there, _Output(Path(key), place))
     else:
         _require_same(known)
     if not checkpoint_option(config, 'SHARED_OUTPUT'):

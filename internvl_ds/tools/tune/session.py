@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from internvl_ds.errors import ConfigError
-from internvl_ds.files import write_text
+from internvl_ds.files import open_own, write_text
 from internvl_ds.files.locks import try_lock
 from internvl_ds.files.reading import read_json
 
@@ -24,7 +24,7 @@ def alone(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / '.lock', os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = open_own(folder / '.lock', os.O_RDWR)
     except OSError as error:
         raise ConfigError(f'--output {folder}: cannot be written to: {error}') from error
     try:

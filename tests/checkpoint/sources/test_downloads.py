@@ -175,6 +175,31 @@ def test_an_error_of_the_server_is_named(server):
     refused(server.url('/none.pth'), '404')
 
 
+@pytest.mark.parametrize('code', [202, 206])
+def test_a_part_is_not_taken_for_the_whole(server, cache, code):
+    server.answers['/w.pth'] = lambda handler: reply(handler, torch_file(1)[:500], code)
+    refused(server.url('/w.pth'), f'its server answers {code}')
+    assert kept(cache) == []
+
+
+def test_a_long_name_in_letters_of_many_bytes(server):
+    path = f'/{"%E4%B8%AD" * 100}.pth'
+    server.answers[path] = torch_file(1)
+    assert fetch(server.url(path)).is_file()
+
+
+@pytest.mark.parametrize('made', [os.mkfifo, lambda path: path.symlink_to('/dev/zero')])
+def test_a_kept_file_that_is_none_is_downloaded_again(server, cache, made):
+    server.answers['/w.pth'] = torch_file(1)
+    path = fetch(server.url('/w.pth'))
+    path.unlink()
+    made(path)
+    mine = path.with_name('a-note')
+    mine.touch()
+    assert torch.load(fetch(server.url('/w.pth')))['a'] == 1
+    assert mine.exists()
+
+
 def test_a_password_goes_to_its_host_alone_and_is_never_seen(server, cache, caplog):
     caplog.set_level(logging.DEBUG)
     server.answers |= {

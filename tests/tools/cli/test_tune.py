@@ -151,8 +151,8 @@ def test_a_second_tuner_is_refused_and_sigterm_ends_the_first(tmp_path, capsys):
     waiting = tmp_path / 'wait.sh'
     waiting.write_text('# in place of internvl_ds.train\necho here\nsetsid sleep 300 & sleep 300\n')
     command = words(tmp_path, launcher=['bash', str(waiting)])
-    command = [sys.executable, '-m', 'internvl_ds.tools.cli', 'tune', *command]
-    job = start(command, tmp_path / 'log.txt')
+    program = [sys.executable, '-m', 'internvl_ds.tools.cli', 'tune']
+    job = start([*program, *command], tmp_path / 'log.txt')
     try:
         trial = tmp_path / LOG_OF_FIRST
         assert wait_for_words('here', trial, 60, job)
