@@ -55,7 +55,8 @@ def speak_on_exceptions(
         speaks = not group.over and (not joined or _may_speak(not follows))
         group.over = True
         traces = group.traces or logger.isEnabledFor(logging.DEBUG)
-        if traces or (speaks and not _is_expected(value)):
+        expected = isinstance(value, InternvlDsError | Preempted | KeyboardInterrupt)
+        if traces or (speaks and not expected):
             before(kind, value, traceback)
         if speaks:
             reason = f'{kind.__name__}: {one_line(value)}' if str(value) else kind.__name__
@@ -109,10 +110,6 @@ def one_line(error: BaseException) -> str:
         lines = list(itertools.dropwhile(lambda line: line.startswith(' '), lines))
         text = ' '.join(lines).partition(': ')[2] or text
     return ' '.join(text.split())
-
-
-def _is_expected(error: BaseException) -> bool:
-    return isinstance(error, InternvlDsError | Preempted | KeyboardInterrupt)
 
 
 def _follows(error: BaseException) -> bool:

@@ -104,11 +104,6 @@ def init_distributed(config: CfgNode | None = None) -> None:
         logger.info(group.start)
 
 
-def how_started() -> str:
-    """What `init_distributed` found and decided, in one line; '' before it."""
-    return current_group().start
-
-
 def _join(launch: launchers.Launch, limit: float) -> None:
     deadline = time.monotonic() + limit
     address, port = os.environ.get('MASTER_ADDR', ''), int(os.environ.get('MASTER_PORT') or 0)

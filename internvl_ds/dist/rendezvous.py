@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from torch.distributed import distributed_c10d
 
+from internvl_ds import errors
 from internvl_ds.dist.group import current_group
 from internvl_ds.dist.heartbeat import Liveness, Offer, listen
 from internvl_ds.dist.peers import Peers, thread_peers
@@ -192,13 +193,7 @@ def request_is_raised(name: str, peers: Peers, limit: float) -> bool:
 def gather(what: str, value: Any, timeout: float) -> list[Any] | None:
     """Meets all ranks and hands rank 0 alone what each of them brought, in rank order.
 
-    For values too large for every rank to read from every other, as `exchange` has it.
-
-    Args:
-        what, value, timeout: as in `exchange`.
-
-    Raises:
-        RankError: as `exchange` does.
+    As `exchange`, for values too large for every rank to read from every other.
     """
     if world_size() == 1:
         return [value]
@@ -237,12 +232,7 @@ def agree(
         Exception: this rank's own, as it was; or ``error_type``, naming the ranks that failed and
             why; or RankError when a rank does not come.
     """
-    result: T | None = None
-    own: Exception | None = None
-    try:
-        result = action()
-    except Exception as error:
-        own = error
+    result, own = _attempt(action)
     reports = exchange(what, None if own is None else f'{type(own).__name__}: {own}', timeout)
     if own is not None:
         raise own
@@ -259,26 +249,25 @@ def from_rank_0(what: str, action: Callable[[], Any], timeout: float) -> Any:
         Exception: rank 0's own there, and the same type with the same text on the other ranks
             where it is one of this package's errors; RankError when a rank does not come.
     """
-    answer: dict[str, Any] = {}
-    own: Exception | None = None
-    if rank() == 0:
-        try:
-            answer = {'result': action()}
-        except Exception as error:
-            own = error
-            answer = {'error': type(error).__name__, 'text': str(error)}
+    result, own = _attempt(action) if rank() == 0 else (None, None)
+    answer = {'result': result}
+    if own is not None:
+        answer = {'error': type(own).__name__, 'text': str(own)}
     answer = exchange(what, answer, timeout)[0]
     if own is not None:
         raise own
     if 'error' in answer:
-        known = {c.__name__: c for c in _all_subclasses(InternvlDsError)}
-        raise known.get(answer['error'], InternvlDsError)(answer['text'])
+        kind = getattr(errors, answer['error'], InternvlDsError)
+        known = isinstance(kind, type) and issubclass(kind, InternvlDsError)
+        raise (kind if known else InternvlDsError)(answer['text'])
     return answer['result']
 
 
-def _all_subclasses(base: type) -> list[type]:
-    found: list[type] = list(base.__subclasses__())
-    return found + [c for child in found for c in _all_subclasses(child)]
+def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return action(), None
+    except Exception as error:
+        return None, error
 
 
 def part_from(peers: Peers) -> None:

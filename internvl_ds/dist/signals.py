@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import Any
 
 from internvl_ds.dist.launchers import detect
 from internvl_ds.errors import ConfigError
@@ -52,14 +51,11 @@ class Listener:
         self._hear = hear
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
-        self._before: dict[signal.Signals, Any] = {}
-        for number in numbers:
-            before = signal.getsignal(number)
-            if not (number in _MAY_BE_IGNORED and before is signal.SIG_IGN):
-                self._before[number] = before
-        self._mask = threading.local()  # what a thread that forks had blocked before
+        handlers = {number: signal.getsignal(number) for number in numbers}
+        ignored = {n for n in _MAY_BE_IGNORED if handlers.get(n) is signal.SIG_IGN}
+        self._before = {n: handler for n, handler in handlers.items() if n not in ignored}
         # A child's signals are not its parent's: the same socket would report them.
-        forks.at_fork(self, self._release_in_child, self._block, self._unblock)
+        forks.at_fork(self, self._restore)
         self._fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         for number in self._before:
             signal.signal(number, handle)
@@ -80,16 +76,6 @@ class Listener:
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         signal.set_wakeup_fd(self._fd)
-
-    def _block(self) -> None:
-        self._mask.before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-
-    def _unblock(self) -> None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask.before)
-
-    def _release_in_child(self) -> None:
-        self._restore()
-        self._unblock()
 
     def _listen(self) -> None:
         while number := self._reader.recv(1)[0]:

@@ -11,7 +11,6 @@ import contextlib
 import os
 import queue
 import socket
-import stat
 import sys
 import threading
 import time
@@ -19,6 +18,8 @@ from collections.abc import Callable, Iterator
 from concurrent import futures
 from contextlib import contextmanager
 from typing import Any
+
+import psutil
 
 from internvl_ds.errors import RankError
 
@@ -160,9 +161,8 @@ def store_answers(
 
 
 def _cut_connections(port: int) -> None:
-    for name in os.listdir('/proc/self/fd'):
+    for known in psutil.Process().net_connections('tcp'):
         with contextlib.suppress(OSError):
-            if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
-                with socket.socket(fileno=os.dup(int(name))) as connection:
-                    if connection.getpeername()[1:2] == (port,):
-                        connection.shutdown(socket.SHUT_RDWR)
+            if known.raddr and known.raddr.port == port:
+                with socket.socket(fileno=os.dup(known.fd)) as connection:
+                    connection.shutdown(socket.SHUT_RDWR)
