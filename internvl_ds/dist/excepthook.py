@@ -51,7 +51,8 @@ def speak_on_exceptions(
             return
         follows = _follows(value)
         time.sleep(patience if follows else 0.0)
-        others = group.describe_silent() if joined and follows else ''
+        heartbeat = group.heartbeat if joined and follows else None
+        others = heartbeat.describe_silent() if heartbeat else ''
         speaks = not group.over and (not joined or _may_speak(not follows))
         group.over = True
         traces = group.traces or logger.isEnabledFor(logging.DEBUG)
@@ -60,10 +61,10 @@ def speak_on_exceptions(
             before(kind, value, traceback)
         if speaks:
             reason = f'{kind.__name__}: {one_line(value)}' if str(value) else kind.__name__
-            text = '; '.join([others, reason] if others else [reason])
+            text = printable('; '.join(filter(None, [others, reason])))
+            line = f'rank {rank} on {socket.gethostname()} ends the job: {text}'
             with contextlib.suppress(OSError):  # the terminal is gone
-                where = f'rank {rank} on {socket.gethostname()}'
-                print(f'{where} ends the job: {printable(text)}', file=sys.stderr, flush=True)
+                print(line, file=sys.stderr, flush=True)
         if afterwards is not None:
             afterwards()
 

@@ -181,9 +181,11 @@ def making_groups() -> Iterator[None]:
 
 
 def _store_answers(limit: float) -> AbstractContextManager[None]:
-    group, port = current_group(), int(os.environ.get('MASTER_PORT') or 0)
-    client = group.peers.client if group.peers else None
-    return store_answers(client, port, limit, group.describe_gone)
+    peers, heartbeat = current_group().peers, current_group().heartbeat
+    if peers is None or heartbeat is None:
+        return contextlib.nullcontext()
+    port = int(os.environ.get('MASTER_PORT') or 0)
+    return store_answers(peers.client, port, limit, heartbeat.describe_gone)
 
 
 def limit_collectives(config: CfgNode | None = None) -> None:

@@ -114,17 +114,17 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def store_answers(
-    client: StoreClient | None, port: int, limit: float, gone: Callable[[float], str]
+    client: StoreClient, port: int, limit: float, gone: Callable[[float], str]
 ) -> Iterator[None]:
     """Bounds what torch itself asks the store, in calls that cannot be moved to another thread.
 
-    While the block runs the store is asked through ``client``. Where it does not answer, or a rank
+    While the block runs another thread asks the store as well. Where it does not answer, or a rank
     is gone whom torch would wait for, all connections of this process to it are cut, which ends the
     call that torch waits in. Where torch waits for the rank itself, which nothing ends (gloo does
     so for five times its limit), the process says why, and ends.
 
     Args:
-        client: None for no bound.
+        client: asks the store.
         port: the store's.
         limit: seconds that the store may take to answer.
         gone: a clause on the ranks that are dead, or do not answer for so many seconds, or ''.
@@ -136,7 +136,7 @@ def store_answers(
 
     def watch() -> None:
         try:
-            while client is not None and not over.wait(_LOOK):
+            while not over.wait(_LOOK):
                 client.call(lambda store: store.check(['answers']), limit)
                 if reason := gone(limit):
                     raise RankError(reason)
@@ -162,7 +162,6 @@ def store_answers(
 
 def _cut_connections(port: int) -> None:
     for known in psutil.Process().net_connections('tcp'):
-        with contextlib.suppress(OSError):
-            if known.raddr and known.raddr.port == port:
-                with socket.socket(fileno=os.dup(known.fd)) as connection:
-                    connection.shutdown(socket.SHUT_RDWR)
+        if known.raddr and known.raddr.port == port:
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(known.fd)) as connection:
+                connection.shutdown(socket.SHUT_RDWR)
