@@ -212,7 +212,6 @@ class Preemption:
         self._request.know()
 
     def _reason(self) -> str:
-        what = 'the launch script was asked to stop'
-        if self._request.signal is not None:
-            what = self._request.signal.name
+        signal = self._request.signal
+        what = signal.name if signal is not None else 'the launch script was asked to stop'
         return f'rank {rank()} on {socket.gethostname()} ({what})'

@@ -124,7 +124,8 @@ def _join(launch: launchers.Launch, limit: float) -> None:
         if launch.world_size > 1 and port:
             # All meet before torch's own start, which would not say who is missing.
             begin(connect, launch.rank, launch.world_size, where, 'start', limit)
-            _make_known()
+            with contextlib.suppress(RuntimeError):  # torch knows it from an earlier start
+                register_rendezvous_handler(_SCHEME, _hand_over)
         left = max(group.limit('SILENT_AFTER'), deadline - time.monotonic())
         with _store_answers(left):
             dist.init_distributed(
@@ -153,11 +154,6 @@ def _hand_over(url: str, timeout: timedelta, **_: Any) -> Iterator[tuple[Any, in
     assert peers is not None
     store = peers.client.call(lambda store: store.clone(), timeout.total_seconds())
     yield PrefixStore(group.key('torch'), store), peers.rank, peers.world_size
-
-
-@functools.cache
-def _make_known() -> None:
-    register_rendezvous_handler(_SCHEME, _hand_over)
 
 
 @contextmanager
@@ -201,12 +197,12 @@ def limit_collectives(config: CfgNode | None = None) -> None:
     seconds = get_option(config, 'COMM.TIMEOUT', default) if config is not None else group.timeout
     if group.timeout is not None or seconds != default:
         group.timeout = seconds
-    if group.timeout is not None and torch_dist.is_initialized():
+    if group.timeout is not None:
         _set_limit(group.timeout)
 
 
 def _set_limit(seconds: float) -> None:
-    for group in list(distributed_c10d._world.pg_map):
+    for group in list(distributed_c10d._world.pg_map) if torch_dist.is_initialized() else ():
         torch_dist.set_timeout(timedelta(seconds=seconds), group)
 
 
@@ -217,7 +213,7 @@ def collectives_within(seconds: float) -> Iterator[None]:
     Every rank must call it. Groups that the program made itself, with a limit of its own, keep it.
     """
     timeout = current_group().timeout
-    longer = timeout is not None and torch_dist.is_initialized() and seconds > timeout
+    longer = timeout is not None and seconds > timeout
     if longer:
         _set_limit(seconds)
     try:

@@ -83,28 +83,24 @@ class Listener:
                 self._hear(number)
 
 
-class Request:
+class Request(Listener):
     """Whether a signal has asked this process to stop; SIGINT after that ends it at once."""
 
     def __init__(self) -> None:
         """Takes over the signals of `SIGNALS`."""
         self.signal: signal.Signals | None = None
         self._since: float | None = None
-        self._listener = Listener(SIGNALS, self._hear, self._handle)
+        super().__init__(SIGNALS, self._note, self._handle)
 
     def know(self) -> None:
         """Tells that another rank, or the launch script, was asked."""
         if self._since is None:
             self._since = time.monotonic()
 
-    def release(self) -> None:
-        """Gives the signals back."""
-        self._listener.release()
-
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.signal = self.signal or signal.Signals(number)
 
-    def _hear(self, number: int) -> None:
+    def _note(self, number: int) -> None:
         if self._since is None or time.monotonic() - self._since < _SAME_REQUEST:
             self._handle(number, None)
             self.know()
