@@ -2,7 +2,7 @@
 
 from internvl_ds.checkpoint.choice import auto_resume_helper as auto_resume_helper
 from internvl_ds.checkpoint.load import load_checkpoint as load_checkpoint
-from internvl_ds.checkpoint.load import load_ema_checkpoint as load_ema_checkpoint
+from internvl_ds.checkpoint.load_ema import load_ema_checkpoint as load_ema_checkpoint
 from internvl_ds.checkpoint.save import save_checkpoint as save_checkpoint
 from internvl_ds.config import get_config as get_config
 from internvl_ds.dist.preemption import Preemption as Preemption

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from yacs.config import CfgNode
 
-from internvl_ds.config.tree import checkpoint_option, default_of, get_option
+from internvl_ds.config.tree import checkpoint_option, get_option
 from internvl_ds.dist.group import current_group
 from internvl_ds.dist.peers import background_meetings
 from internvl_ds.dist.rendezvous import (
@@ -71,7 +71,7 @@ class Preemption:
             config: TRAIN.SAVE_MINUTES and CHECKPOINT.RENDEZVOUS_TIMEOUT (seconds that a rank may
                 need longer than another to come to a boundary) are read.
         """
-        self._minutes = get_option(config, 'TRAIN.SAVE_MINUTES', default_of('TRAIN.SAVE_MINUTES'))
+        self._minutes = get_option(config, 'TRAIN.SAVE_MINUTES')
         self._timeout = checkpoint_option(config, 'RENDEZVOUS_TIMEOUT')
         result = os.environ.get('INTERNVL_DS_RESULT')
         self._file: Path | None = None
