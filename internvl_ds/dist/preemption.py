@@ -155,9 +155,7 @@ class Preemption:
 
     def _wish(self) -> str | None:
         """What this rank itself is asked for."""
-        if self._request.signal is not None:
-            return STOP
-        if self._file is not None and self._file.exists():
+        if self._request.signal is not None or (self._file is not None and self._file.exists()):
             return STOP
         due = self._minutes > 0 and time.monotonic() - self._last_save > 60 * self._minutes
         return SAVE if due and rank() == 0 else None
