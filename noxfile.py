@@ -8,7 +8,7 @@ nox.options.error_on_missing_interpreters = False
 
 
 @nox.session(python=PYTHONS, venv_backend='venv')
-def tests(session):
+def tests(session: nox.Session) -> None:
     """All that launch/test.sh runs; arguments after -- go to it."""
     session.run(
         'bash', 'launch/test.sh', *session.posargs,

@@ -9,6 +9,11 @@ from internvl_ds.dist.preemption import Preemption as Preemption
 from internvl_ds.dist.process_group import init_distributed as init_distributed
 from internvl_ds.dist.process_group import shutdown as shutdown
 from internvl_ds.dist.reduce import reduce_tensor as reduce_tensor
+from internvl_ds.engine.ema import EmaWarmup as EmaWarmup
+from internvl_ds.engine.ema import ShardedEma as ShardedEma
+from internvl_ds.engine.grad_scaler import (
+    NativeScalerWithGradNormCount as NativeScalerWithGradNormCount,
+)
 from internvl_ds.engine.grad_scaler import get_grad_norm as get_grad_norm
 from internvl_ds.engine.registry import initialize as initialize
 from internvl_ds.engine.registry import register as register

@@ -29,7 +29,7 @@ def speak_on_exceptions(
     *,
     joined: bool = False,
 ) -> None:
-    """Makes an exception that ends this process end with one line, after its traceback.
+    """Makes an exception that ends this process print one line, after its traceback.
 
     Errors that this package raises on purpose, and Ctrl-C, have no traceback.
 
@@ -51,19 +51,21 @@ def speak_on_exceptions(
             return
         follows = _follows(value)
         time.sleep(patience if follows else 0.0)
-        others = group.describe_silent() if joined and follows else ''
+        heartbeat = group.heartbeat if joined and follows else None
+        others = heartbeat.describe_silent() if heartbeat else ''
         speaks = not group.over and (not joined or _may_speak(not follows))
         group.over = True
         traces = group.traces or logger.isEnabledFor(logging.DEBUG)
-        if traces or (speaks and not _is_expected(value)):
+        expected = isinstance(value, InternvlDsError | Preempted | KeyboardInterrupt)
+        if traces or (speaks and not expected):
             before(kind, value, traceback)
         if speaks:
             reason = f'{kind.__name__}: {one_line(value)}' if str(value) else kind.__name__
-            text = '; '.join([others, reason] if others else [reason])
+            text = printable('; '.join(filter(None, [others, reason])))
+            who = 'a rank' if rank is None else f'rank {rank}'
+            line = f'{who} on {socket.gethostname()} ends the job: {text}'
             with contextlib.suppress(OSError):  # the terminal is gone
-                who = 'a rank' if rank is None else f'rank {rank}'
-                where = f'{who} on {socket.gethostname()}'
-                print(f'{where} ends the job: {printable(text)}', file=sys.stderr, flush=True)
+                print(line, file=sys.stderr, flush=True)
         if afterwards is not None:
             afterwards()
 
@@ -74,28 +76,27 @@ def _may_speak(is_cause: bool) -> bool:
     """Whether this rank is the first to say why the job ends; it then has to.
 
     Args:
-        is_cause: not for what other ranks see of an error: once a rank has told a cause, they have
-            nothing to say.
+        is_cause: False for what other ranks see of an error: after a cause it is not said.
     """
     group = current_group()
     if group.peers is None or group.heartbeat is None:
         return True
     kind, place = 'cause' if is_cause else 'effect', group.key('last words')
 
-    def first(store: Any) -> bool:
-        own = store.add(f'{place}/{kind}', 1) == 1
+    def claim(store: Any) -> bool:
+        is_first = store.add(f'{place}/{kind}', 1) == 1
         silent = not store.check([place])
         store.set(place, kind)
-        return own and (is_cause or silent)
+        return is_first and (is_cause or silent)
 
     # A rank 0 that is silent already is not waited for.
     limit = 0 if group.heartbeat.rank_0_is_silent() else group.limit('SILENT_AFTER')
     try:
-        speaks = bool(group.peers.client.call(first, limit))
+        speaks = bool(group.peers.client.call(claim, limit))
     except RankError:  # the words of rank 0 may have come before its end
         time.sleep(_HEARD)
-        told = group.heartbeat.told
-        speaks = not told or (is_cause and told == 'effect')
+        words = group.heartbeat.words
+        speaks = not words or (is_cause and words == 'effect')
     if speaks:
         group.heartbeat.speak(kind)
     return speaks
@@ -110,10 +111,6 @@ def one_line(error: BaseException) -> str:
         lines = list(itertools.dropwhile(lambda line: line.startswith(' '), lines))
         text = ' '.join(lines).partition(': ')[2] or text
     return ' '.join(text.split())
-
-
-def _is_expected(error: BaseException) -> bool:
-    return isinstance(error, InternvlDsError | Preempted | KeyboardInterrupt)
 
 
 def _follows(error: BaseException) -> bool:

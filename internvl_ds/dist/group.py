@@ -81,16 +81,8 @@ class ProcessGroup:
 
     def dead_holder(self) -> str:
         """Why rank 0, with the store, will not answer any more; '' where nothing says so."""
-        known = self.heartbeat is not None and 0 in self.heartbeat.dead()
-        return self.heartbeat.describe_dead() if self.heartbeat and known else ''
-
-    def describe_gone(self, after: float) -> str:
-        """A clause on the ranks that are dead, or not heard for so many seconds, or ''."""
-        return self.heartbeat.describe_gone(after) if self.heartbeat else ''
-
-    def describe_silent(self) -> str:
-        """A clause on the ranks that are dead or do not answer, or ''. Takes seconds."""
-        return self.heartbeat.describe_silent() if self.heartbeat else ''
+        heartbeat = self.heartbeat
+        return heartbeat.describe_dead() if heartbeat and 0 in heartbeat.dead() else ''
 
     def disconnect(self) -> None:
         """Lets go of the other ranks; whoever is met next is met under other keys."""

@@ -88,7 +88,7 @@ class Liveness:
         self._rank, self._names, self._token = rank, names, offer.token
         self._limits, self._listener = limits, listener
         self._silent_after = limits['SILENT_AFTER']
-        self.told = ''  # what a rank has said of the end of the job: see `speak`
+        self.words = ''  # 'cause', 'effect' or '': see `speak`
         self._dead: dict[int, float] = {}  # rank -> when that was noticed
         self._links: list[_Link] = []
         self._answer: list[int] | None = None  # of rank 0: who is silent
@@ -171,7 +171,7 @@ class Liveness:
 
     def speak(self, kind: str) -> None:
         """Lets all ranks know that this one says why the job ends: its 'cause', or an 'effect'."""
-        self.told = kind
+        self.words = kind
         for link in self._links:
             link.tell('spoke', kind)
 
@@ -238,7 +238,7 @@ class Liveness:
             self._dead.setdefault(int(values[0]), time.monotonic())
         elif word == 'spoke':
             if self._listener is None:
-                self.told = values[0]
+                self.words = values[0]
             else:
                 self.speak(values[0])
         elif word == 'look':  # asks rank 0 who is silent, which takes a while

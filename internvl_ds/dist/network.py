@@ -35,8 +35,8 @@ def interface_towards(host: str) -> str | None:
     Returns:
         None where the host is not known, or is reached over loopback.
     """
-    own = address_towards(host, socket.AF_INET)
-    name = next((name for name, address in addresses() if address == own), None)
+    towards = address_towards(host, socket.AF_INET)
+    name = next((name for name, address in addresses() if address == towards), None)
     return None if name == 'lo' else name
 
 

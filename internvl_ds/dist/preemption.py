@@ -15,7 +15,6 @@ import socket
 import threading
 import time
 from pathlib import Path
-from types import TracebackType
 
 from yacs.config import CfgNode
 
@@ -103,12 +102,7 @@ class Preemption:
     def __enter__(self) -> Preemption:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None and self._peers is not None:
             # While one rank may still come to a boundary, the others' threads must answer it.
             exchange('end of training', None, self._timeout)
@@ -132,14 +126,11 @@ class Preemption:
             return action
         with self._changed:
             self._passed += 1
-            deadline = time.monotonic() + 2 * self._timeout
-            while self._limit == self._passed and self._target is None and self._error is None:
-                self._changed.wait(1.0)
-                if time.monotonic() > deadline:
-                    raise RankError(
-                        f'rank {rank()} waited {2 * self._timeout:g} s for the others to agree on '
-                        'where to save'
-                    )
+            if not self._changed.wait_for(self._may_pass, 2 * self._timeout):
+                raise RankError(
+                    f'rank {rank()} waited {2 * self._timeout:g} s for the others to agree on '
+                    'where to save'
+                )
             if self._error is not None:
                 raise self._error
             if self._target != self._passed:
@@ -148,6 +139,10 @@ class Preemption:
             self._last_save = time.monotonic()
             self._changed.notify_all()
         return action
+
+    def _may_pass(self) -> bool:
+        undecided = self._limit == self._passed and self._target is None
+        return not undecided or self._error is not None
 
     def saved(self) -> None:
         """Counts TRAIN.SAVE_MINUTES from now."""
@@ -160,9 +155,7 @@ class Preemption:
 
     def _wish(self) -> str | None:
         """What this rank itself is asked for."""
-        if self._request.signal is not None:
-            return STOP
-        if self._file is not None and self._file.exists():
+        if self._request.signal is not None or (self._file is not None and self._file.exists()):
             return STOP
         due = self._minutes > 0 and time.monotonic() - self._last_save > 60 * self._minutes
         return SAVE if due and rank() == 0 else None
@@ -217,7 +210,6 @@ class Preemption:
         self._request.know()
 
     def _reason(self) -> str:
-        what = 'the launch script was asked to stop'
-        if self._request.signal is not None:
-            what = self._request.signal.name
+        signal = self._request.signal
+        what = signal.name if signal is not None else 'the launch script was asked to stop'
         return f'rank {rank()} on {socket.gethostname()} ({what})'

@@ -106,11 +106,6 @@ def init_distributed(config: CfgNode | None = None) -> None:
         logger.info(group.start)
 
 
-def how_started() -> str:
-    """What `init_distributed` found and decided, in one line; '' before it."""
-    return current_group().start
-
-
 def _join(launch: launchers.Launch, limit: float) -> None:
     deadline = time.monotonic() + limit
     address, port = os.environ.get('MASTER_ADDR', ''), int(os.environ.get('MASTER_PORT') or 0)
@@ -131,7 +126,8 @@ def _join(launch: launchers.Launch, limit: float) -> None:
         if launch.world_size > 1 and port:
             # All meet before torch's own start, which would not say who is missing.
             begin(connect, launch.rank, launch.world_size, where, 'start', limit)
-            _make_known()
+            with contextlib.suppress(RuntimeError):  # torch knows it from an earlier start
+                register_rendezvous_handler(_SCHEME, _hand_over)
         left = max(group.limit('SILENT_AFTER'), deadline - time.monotonic())
         with _store_answers(left):
             dist.init_distributed(
@@ -162,11 +158,6 @@ def _hand_over(url: str, timeout: timedelta, **_: Any) -> Iterator[tuple[Any, in
     yield PrefixStore(group.key('torch'), store), peers.rank, peers.world_size
 
 
-@functools.cache
-def _make_known() -> None:
-    register_rendezvous_handler(_SCHEME, _hand_over)
-
-
 @contextmanager
 def making_groups() -> Iterator[None]:
     """Bounds the making of process groups by COMM.TIMEOUT, and their collectives from the start.
@@ -188,9 +179,11 @@ def making_groups() -> Iterator[None]:
 
 
 def _store_answers(limit: float) -> AbstractContextManager[None]:
-    group, port = current_group(), int(os.environ.get('MASTER_PORT') or 0)
-    client = group.peers.client if group.peers else None
-    return store_answers(client, port, limit, group.describe_gone)
+    peers, heartbeat = current_group().peers, current_group().heartbeat
+    if peers is None or heartbeat is None:
+        return contextlib.nullcontext()
+    port = int(os.environ.get('MASTER_PORT') or 0)
+    return store_answers(peers.client, port, limit, heartbeat.describe_gone)
 
 
 def limit_collectives(config: CfgNode | None = None) -> None:
@@ -206,12 +199,12 @@ def limit_collectives(config: CfgNode | None = None) -> None:
     seconds = get_option(config, 'COMM.TIMEOUT', default) if config is not None else group.timeout
     if group.timeout is not None or seconds != default:
         group.timeout = seconds
-    if group.timeout is not None and torch_dist.is_initialized():
+    if group.timeout is not None:
         _set_limit(group.timeout)
 
 
 def _set_limit(seconds: float) -> None:
-    for group in list(distributed_c10d._world.pg_map):
+    for group in list(distributed_c10d._world.pg_map) if torch_dist.is_initialized() else ():
         torch_dist.set_timeout(timedelta(seconds=seconds), group)
 
 
@@ -222,7 +215,7 @@ def collectives_within(seconds: float) -> Iterator[None]:
     Every rank must call it. Groups that the program made itself, with a limit of its own, keep it.
     """
     timeout = current_group().timeout
-    longer = timeout is not None and torch_dist.is_initialized() and seconds > timeout
+    longer = timeout is not None and seconds > timeout
     if longer:
         _set_limit(seconds)
     try:

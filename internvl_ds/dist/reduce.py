@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import deepspeed.comm as dist
 import torch
@@ -46,18 +46,3 @@ def reduce_tensors(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         mean.view(t.shape).to(t.dtype if t.is_floating_point() else torch.float32)
         for mean, t in zip(means, tensors, strict=True)
     ]
-
-
-def reduce_dict(values: Mapping[str, torch.Tensor | float]) -> dict[str, torch.Tensor]:
-    """Averages several numbers over all ranks in one collective.
-
-    Args:
-        values: name -> number or 0-dim tensor; the same names on every rank.
-
-    Returns:
-        Name -> mean, 0-dim float32, on the device of the first tensor (or the CPU).
-    """
-    tensors = [v for v in values.values() if isinstance(v, torch.Tensor)]
-    device = tensors[0].device if tensors else torch.device('cpu')
-    numbers = [torch.as_tensor(v, dtype=torch.float32, device=device) for v in values.values()]
-    return dict(zip(values, reduce_tensors(numbers), strict=True))

@@ -1,4 +1,4 @@
-"""Meetings of all ranks, named and with a time limit, to tell each other what they did or found.
+"""Meetings of all ranks, named and with a time limit: they exchange what they did or found.
 
 They go through the process group's store, not through a collective of the training group, so that a
 rank that does not come is named instead of waited for.
@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from torch.distributed import distributed_c10d
 
+from internvl_ds import errors
 from internvl_ds.dist.group import current_group
 from internvl_ds.dist.heartbeat import Liveness, Offer, listen
 from internvl_ds.dist.peers import Peers, thread_peers
@@ -30,7 +31,9 @@ logger = logging.getLogger(__name__)
 
 
 def exchange(what: str, value: Any, timeout: float) -> list[Any]:
-    """Meets all ranks and hands every rank what each of them brought, in rank order.
+    """Meets all ranks and hands every rank the value of each, in rank order.
+
+    Collective: every rank calls it.
 
     Args:
         what: the name of the meeting, the same on all ranks; it stands in the error.
@@ -59,17 +62,17 @@ def _exchange(peers: Peers, what: str, value: Any, timeout: float, deadline: flo
             peers.put(f'{place}/{peers.rank}', json.dumps({'gave up': peers.rank}))
             group.rounds[what] += 1
             raise RankError(f'{what}: {error}') from None
-        brought = _read(peers, [f'{place}/{r}' for r in range(peers.world_size)], deadline)
+        items = _read(peers, [f'{place}/{r}' for r in range(peers.world_size)], deadline)
         if turn:  # whoever came to this round is through with the one before
             peers.clear(group.key(f'{what}/{turn - 1}'))
         group.rounds[what] += 1
-        if all('value' in item for item in brought):
+        if all('value' in item for item in items):
             _let_all_read(peers, f'{place}/read', deadline)
-            return [item['value'] for item in brought]
+            return [item['value'] for item in items]
         # Others gave this round up before this rank came: they meet in the next one, if at all.
 
 
-def _reproach(missing: list[int], own: int, timeout: float) -> str:
+def _reproach(missing: list[int], own_rank: int, timeout: float) -> str:
     group = current_group()
     if dead := [r for r in missing if r in group.dead_ranks()]:
         return (
@@ -77,7 +80,7 @@ def _reproach(missing: list[int], own: int, timeout: float) -> str:
             'is cut off. Look in the output of that rank for the reason.'
         )
     return (
-        f'rank {own} waited {timeout:g} s and {group.named(missing)} did not come. Every rank '
+        f'rank {own_rank} waited {timeout:g} s and {group.named(missing)} did not come. Every rank '
         'must make this call: remove an `if rank == 0` around it, and look in the output of the '
         'missing rank for an error of its own.'
     )
@@ -105,7 +108,7 @@ def _let_all_read(peers: Peers, place: str, deadline: float) -> None:
 def begin(
     connect: Callable[[], Any], own_rank: int, ranks: int, where: str, what: str, limit: float
 ) -> Peers:
-    """Meets all ranks for the first time, to learn their names and who dies.
+    """Meets all ranks for the first time, and learns their names and, from then on, who dies.
 
     Collective: every rank calls it.
 
@@ -124,29 +127,28 @@ def begin(
     client = StoreClient(connect, f'the store of rank 0 at {where}', group.dead_holder)
     peers = Peers(client, own_rank, ranks)
     listener, offer = listen() if own_rank == 0 else (None, None)
-    own = [socket.gethostname(), os.getpid(), offer]
+    value = socket.gethostname(), os.getpid(), offer
     try:
-        brought = _exchange(peers, what, own, limit, time.monotonic() + limit)
+        values = _exchange(peers, what, value, limit, time.monotonic() + limit)
     except RankError:
         client.close(0)
         if listener is not None:
             listener.close()
         raise
-    names = [f'rank {r} on {host} (pid {pid})' for r, (host, pid, _) in enumerate(brought)]
+    names = [f'rank {r} on {host} (pid {pid})' for r, (host, pid, _) in enumerate(values)]
+    client.holder = f'{names[0]}, which holds the store,'
     if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
         client.holder = f"the store of torchrun's agent at {where}"
-    else:
-        client.holder = f'{names[0]}, which holds the store,'
     group.peers, group.names = peers, names
     limits = {key: group.limit(key) for key in ('CONNECT_TIMEOUT', 'DEAD_AFTER', 'SILENT_AFTER')}
-    group.heartbeat = Liveness(own_rank, names, Offer(*brought[0][2]), listener, limits)
+    group.heartbeat = Liveness(own_rank, names, Offer(*values[0][2]), listener, limits)
     return peers
 
 
 def _peers(what: str, limit: float) -> Peers:
     """This thread's connection; the main thread's where it has none of its own."""
-    if own := thread_peers.get():
-        return own
+    if peers := thread_peers.get():
+        return peers
     store, group = distributed_c10d._get_default_store(), current_group()
     if group.peers is not None and group.store in (None, store):
         group.store = store
@@ -162,8 +164,8 @@ def _peers(what: str, limit: float) -> Peers:
 def connect_peers() -> Peers | None:
     """A connection for a background thread; None where this is the only rank.
 
-    To be called in the main thread, on every rank that will use one. It connects meanwhile; the
-    first call waits for that, within its limit.
+    Collective: every rank that will use one calls it, in its main thread. It connects meanwhile;
+    the first call waits for that, within its limit.
     """
     if world_size() == 1:
         return None
@@ -175,7 +177,7 @@ def connect_peers() -> Peers | None:
 
 
 def raise_request(name: str, peers: Peers) -> None:
-    """Tells every rank that asks `request_is_raised`; any rank may call it. Not a meeting."""
+    """Makes `request_is_raised` true on every rank; any rank may call it. Not a meeting."""
     peers.put(current_group().key(f'request/{name}'), '')
 
 
@@ -190,30 +192,24 @@ def request_is_raised(name: str, peers: Peers, limit: float) -> bool:
 
 
 def gather(what: str, value: Any, timeout: float) -> list[Any] | None:
-    """Meets all ranks and hands rank 0 alone what each of them brought, in rank order.
+    """Meets all ranks and hands rank 0 alone the value of each, in rank order.
 
-    For values too large for every rank to read from every other, as `exchange` has it.
-
-    Args:
-        what, value, timeout: as in `exchange`.
-
-    Raises:
-        RankError: as `exchange` does.
+    As `exchange`, for values too large for every rank to read from every other.
     """
     if world_size() == 1:
         return [value]
     peers, deadline = _peers(what, timeout), time.monotonic() + timeout
-    # Under a name of its own: the next gathering may begin while rank 0 still reads this one.
+    # Under another name: the next gathering may begin while rank 0 still reads this one.
     group = current_group()
     group.rounds['gather'] += 1
-    own = group.key(f'brought/{group.rounds["gather"]}/{peers.rank}')
-    peers.put(own, json.dumps(value))
-    keys = exchange(what, own, timeout)
+    key = group.key(f'brought/{group.rounds["gather"]}/{peers.rank}')
+    peers.put(key, json.dumps(value))
+    keys = exchange(what, key, timeout)
     if peers.rank != 0:
         return None
-    brought = _read(peers, keys, deadline)
+    values = _read(peers, keys, deadline)
     peers.client.post(lambda store: list(map(store.delete_key, keys)))
-    return brought
+    return values
 
 
 def agree(
@@ -222,7 +218,9 @@ def agree(
     timeout: float,
     error_type: type[InternvlDsError] = InternvlDsError,
 ) -> T:
-    """Runs ``action`` on this rank, then lets all ranks go on only if it succeeded on every one.
+    """Runs ``action`` on this rank; returns only if it succeeded on every rank.
+
+    Collective: every rank calls it.
 
     Args:
         what: the name of the meeting, the same on all ranks.
@@ -237,52 +235,48 @@ def agree(
         Exception: this rank's own, as it was; or ``error_type``, naming the ranks that failed and
             why; or RankError when a rank does not come.
     """
-    result: T | None = None
-    own: Exception | None = None
-    try:
-        result = action()
-    except Exception as error:
-        own = error
-    reports = exchange(what, None if own is None else f'{type(own).__name__}: {own}', timeout)
-    if own is not None:
-        raise own
-    failed = {r: report for r, report in enumerate(reports) if report is not None}
-    if failed:
-        raise error_type(f'{what}: ' + '; '.join(f'rank {r}: {text}' for r, text in failed.items()))
+    result, failure = _attempt(action)
+    report = None if failure is None else f'{type(failure).__name__}: {failure}'
+    reports = exchange(what, report, timeout)
+    if failure is not None:
+        raise failure
+    if texts := [f'rank {r}: {text}' for r, text in enumerate(reports) if text is not None]:
+        raise error_type(f'{what}: {"; ".join(texts)}')
     return result  # type: ignore[return-value]
 
 
 def from_rank_0(what: str, action: Callable[[], Any], timeout: float) -> Any:
     """Runs ``action`` on rank 0 alone and hands its result (anything JSON can hold) to all ranks.
 
+    Collective: every rank calls it.
+
     Raises:
         Exception: rank 0's own there, and the same type with the same text on the other ranks
             where it is one of this package's errors; RankError when a rank does not come.
     """
-    answer: dict[str, Any] = {}
-    own: Exception | None = None
-    if rank() == 0:
-        try:
-            answer = {'result': action()}
-        except Exception as error:
-            own = error
-            answer = {'error': type(error).__name__, 'text': str(error)}
+    result, failure = _attempt(action) if rank() == 0 else (None, None)
+    answer = {'result': result}
+    if failure is not None:
+        answer = {'error': type(failure).__name__, 'text': str(failure)}
     answer = exchange(what, answer, timeout)[0]
-    if own is not None:
-        raise own
+    if failure is not None:
+        raise failure
     if 'error' in answer:
-        known = {c.__name__: c for c in _all_subclasses(InternvlDsError)}
-        raise known.get(answer['error'], InternvlDsError)(answer['text'])
+        kind = getattr(errors, answer['error'], InternvlDsError)
+        known = isinstance(kind, type) and issubclass(kind, InternvlDsError)
+        raise (kind if known else InternvlDsError)(answer['text'])
     return answer['result']
 
 
-def _all_subclasses(base: type) -> list[type]:
-    found: list[type] = list(base.__subclasses__())
-    return found + [c for child in found for c in _all_subclasses(child)]
+def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return action(), None
+    except Exception as error:
+        return None, error
 
 
 def part_from(peers: Peers) -> None:
-    """Has rank 0, whose store the others may still need, wait until all have come here.
+    """Blocks rank 0, whose store the others may still need, until all have come here.
 
     Every rank that has these peers calls it at its end; they are of no use afterwards.
     """

@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import Any
 
 from internvl_ds.dist.launchers import detect
 from internvl_ds.errors import ConfigError
@@ -52,14 +51,11 @@ class Listener:
         self._hear = hear
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
-        self._before: dict[signal.Signals, Any] = {}
-        for number in numbers:
-            before = signal.getsignal(number)
-            if not (number in _MAY_BE_IGNORED and before is signal.SIG_IGN):
-                self._before[number] = before
-        self._mask = threading.local()  # what a thread that forks had blocked before
+        handlers = {number: signal.getsignal(number) for number in numbers}
+        ignored = {n for n in _MAY_BE_IGNORED if handlers.get(n) is signal.SIG_IGN}
+        self._before = {n: handler for n, handler in handlers.items() if n not in ignored}
         # A child's signals are not its parent's: the same socket would report them.
-        forks.at_fork(self, self._release_in_child, self._block, self._unblock)
+        forks.at_fork(self, self._restore)
         self._fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         for number in self._before:
             signal.signal(number, handle)
@@ -81,44 +77,30 @@ class Listener:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         signal.set_wakeup_fd(self._fd)
 
-    def _block(self) -> None:
-        self._mask.before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-
-    def _unblock(self) -> None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask.before)
-
-    def _release_in_child(self) -> None:
-        self._restore()
-        self._unblock()
-
     def _listen(self) -> None:
         while number := self._reader.recv(1)[0]:
             if number in self._before:
                 self._hear(number)
 
 
-class Request:
+class Request(Listener):
     """Whether a signal has asked this process to stop; SIGINT after that ends it at once."""
 
     def __init__(self) -> None:
         """Takes over the signals of `SIGNALS`."""
         self.signal: signal.Signals | None = None
         self._since: float | None = None
-        self._listener = Listener(SIGNALS, self._hear, self._handle)
+        super().__init__(SIGNALS, self._note, self._handle)
 
     def know(self) -> None:
         """Tells that another rank, or the launch script, was asked."""
         if self._since is None:
             self._since = time.monotonic()
 
-    def release(self) -> None:
-        """Gives the signals back."""
-        self._listener.release()
-
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.signal = self.signal or signal.Signals(number)
 
-    def _hear(self, number: int) -> None:
+    def _note(self, number: int) -> None:
         if self._since is None or time.monotonic() - self._since < _SAME_REQUEST:
             self._handle(number, None)
             self.know()

@@ -4,56 +4,43 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
+import threading
 from collections.abc import Callable, Hashable
-from typing import NamedTuple
+
+_actions: dict[Hashable, Callable[[], object]] = {}
+
+_masks = threading.local()  # the signals that a thread which forks had blocked before
 
 
-class _Actions(NamedTuple):
-    in_child: Callable[[], object]
-    before: Callable[[], object]
-    in_parent: Callable[[], object]
+def at_fork(key: Hashable, action: Callable[[], object]) -> None:
+    """Calls ``action`` once in each child that is forked before `forget`; the last added first.
 
-
-_actions: dict[Hashable, _Actions] = {}
-
-
-def at_fork(
-    key: Hashable,
-    in_child: Callable[[], object],
-    before: Callable[[], object] = lambda: None,
-    in_parent: Callable[[], object] = lambda: None,
-) -> None:
-    """Registers functions for the forks of this process, until `forget` is called with ``key``.
-
-    Args:
-        key: names them; a second registration replaces the first.
-        in_child: called in the child, once: the last registered first.
-        before, in_parent: called in the parent, in the thread that forks, before and after.
+    The child handles no signal before that.
     """
     _watch_forks()
-    _actions[key] = _Actions(in_child, before, in_parent)
+    _actions[key] = action
 
 
 def forget(key: Hashable) -> bool:
-    """Removes the functions of ``key``; returns whether there were any."""
+    """Removes the action of ``key``; returns whether there was one."""
     return _actions.pop(key, None) is not None
 
 
 @functools.cache
 def _watch_forks() -> None:
-    os.register_at_fork(before=_before, after_in_parent=_in_parent, after_in_child=_in_child)
+    os.register_at_fork(before=_block, after_in_parent=_unblock, after_in_child=_give_up)
 
 
-def _before() -> None:
-    for actions in list(_actions.values()):
-        actions.before()
+def _block() -> None:
+    _masks.before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
 
 
-def _in_parent() -> None:
-    for actions in reversed(list(_actions.values())):
-        actions.in_parent()
+def _unblock() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _masks.before)
 
 
-def _in_child() -> None:
+def _give_up() -> None:
     while _actions:
-        _actions.popitem()[1].in_child()
+        _actions.popitem()[1]()
+    _unblock()

@@ -18,8 +18,8 @@ from yacs.config import CfgNode
 
 from internvl_ds.checkpoint import async_save as background
 from internvl_ds.checkpoint.restore import load_weights
+from internvl_ds.dist.group import current_group
 from internvl_ds.dist.preemption import SAVE, STOP, Preempted, Preemption
-from internvl_ds.dist.process_group import how_started
 from internvl_ds.dist.reduce import reduce_tensor
 from internvl_ds.dist.rendezvous import rank, world_size
 from internvl_ds.files import for_show
@@ -53,7 +53,7 @@ def run(config: CfgNode, ds_config: DsConfig = None) -> float:
     """
     enter_output(config)
     logger = open_log(config.OUTPUT, rank())
-    logger.info(how_started())
+    logger.info(current_group().start)
     try:
         stopwatch = Stopwatch(config)
         state = setup(config, ds_config, logger)

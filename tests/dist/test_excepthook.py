@@ -135,7 +135,8 @@ def _start(**env):
     """A process that joins the others; how it ends."""
     code = (
         'from internvl_ds.dist.process_group import init_distributed; '
-        'from internvl_ds.config.tree import default_config; config = default_config(); config.COMM.INIT_TIMEOUT = 2; '
+        'from internvl_ds.config.tree import default_config; config = default_config(); '
+        'config.COMM.INIT_TIMEOUT = 2; '
         'init_distributed(config)'
     )
     variables = {'WORLD_SIZE': '2', 'RANK': '1', 'LOCAL_RANK': '1', 'MASTER_ADDR': '127.0.0.1'}
