@@ -90,15 +90,8 @@ class Subject:
     def shipped(self) -> list[Candidate]:
         """The ds_configs that ship, with the batch that is configured."""
         batch = self._batch()
-        return [
-            self._settle(
-                SHIPPED,
-                name,
-                merged(ds.load_ds_config(name), batch.ds_config),
-                batch.opts,
-            )
-            for name in _SHIPPED
-        ]
+        trees = {name: merged(ds.load_ds_config(name), batch.ds_config) for name in _SHIPPED}
+        return [self._settle(SHIPPED, name, tree, batch.opts) for name, tree in trees.items()]
 
     def proposal(self, space: Space, labels: Labels) -> Candidate:
         """What labels stand for.
@@ -132,19 +125,11 @@ class Subject:
         return batch_choice(*self._batch_numbers())
 
     def _batch_numbers(self) -> tuple[int, int]:
-        resolved = self.base.resolved
-        return (
-            resolved['train_micro_batch_size_per_gpu'],
-            resolved['gradient_accumulation_steps'],
-        )
+        tree = self.base.resolved
+        return tree['train_micro_batch_size_per_gpu'], tree['gradient_accumulation_steps']
 
     def _settle(
-        self,
-        kind: str,
-        name: str,
-        ds_config: Mapping[str, Any],
-        opts: Mapping[str, Any],
-        labels: Labels | None = None,
+        self, kind: str, name: str, ds_config: Mapping, opts: Mapping, labels: Labels | None = None
     ) -> Candidate:
         config = self.configured(opts)
         resolved: dict[str, Any] = {}
