@@ -102,12 +102,9 @@ def load_other_layout(
     batch, own_batch = shards.ds_config.get('train_batch_size'), engine.train_batch_size()
     if isinstance(batch, int) and batch != own_batch:
         load.logger.warning(
-            '%s: saved with a global batch of %d, and this run has %d: an epoch has another number '
-            'of updates now, and the schedule counts updates. To keep the batch, change '
-            'DATA.BATCH_SIZE or TRAIN.ACCUMULATION_STEPS with the number of ranks.',
-            shards.tag,
-            batch,
-            own_batch,
+            f'{shards.tag}: saved with a global batch of {batch}, and this run has {own_batch}: an '
+            'epoch has another number of updates now, and the schedule counts updates. To keep the '
+            'batch, change DATA.BATCH_SIZE or TRAIN.ACCUMULATION_STEPS with the number of ranks.'
         )
     _finish_restoring(load, engine, state, lrs, shards.tag, shards.head.get('lr_scheduler'))
 

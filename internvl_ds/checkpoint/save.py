@@ -159,11 +159,9 @@ def _warn(save: Save, engine: DeepSpeedEngine, config: CfgNode) -> None:
     untrained = untrained_names(engine)
     if untrained:
         save.logger.warning(
-            '%d parameters require a gradient and no optimizer trains them, because they were '
-            'frozen when the engine was made: %s. They are saved as they are. To train them, make '
-            'the engine anew with an optimizer over them.',
-            len(untrained),
-            few(untrained),
+            f'{len(untrained)} parameters require a gradient and no optimizer trains them, because '
+            f'they were frozen when the engine was made: {few(untrained)}. They are saved as they '
+            'are. To train them, make the engine anew with an optimizer over them.'
         )
     if accumulation_of(engine).losses:
         save.logger.warning(

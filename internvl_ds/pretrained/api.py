@@ -58,26 +58,23 @@ class _Plan:
 
 
 def load_pretrained(config: CfgNode, model: nn.Module, logger: logging.Logger) -> PretrainedReport:
-    """Loads the weights at MODEL.PRETRAINED into a module, adapted to it.
+    """Loads the weights at MODEL.PRETRAINED into a module, adapted to it, before ``initialize``.
 
-    Call it before ``initialize``, on every rank. Everything is checked before the first tensor of
-    the model changes, and no random number is drawn. A module built under ``deepspeed.zero.Init``
-    gets its slices tensor by tensor, and no rank holds the whole.
+    Collective: every rank calls it. Everything is checked before the first tensor of the model
+    changes. A module built under ``deepspeed.zero.Init`` gets its slices tensor by tensor.
 
     Args:
-        config: Reads MODEL.PRETRAINED (a file, a directory, a tag or an address),
-            MODEL.PRETRAINED_EMA, MODEL.PRETRAINED_RENAME, MODEL.PRETRAINED_MIN_MATCH,
-            MODEL.PRETRAINED_READERS, MODEL.DOWNLOAD_TIMEOUT and TRAIN.RAND_INIT_FT_HEAD.
-        model: A module that belongs to no engine, on any device and of any dtype.
-        logger: Gets a line per step that did something, and the missing and unexpected keys.
+        config: MODEL.PRETRAINED (a file, a directory, a tag or an address) and its settings are
+            read, and TRAIN.RAND_INIT_FT_HEAD.
+        model: a module that belongs to no engine, on any device and of any dtype.
+        logger: gets a line per step that did something, and the missing and unexpected keys.
 
     Returns:
         What was done, the same on every rank.
 
     Raises:
         PretrainedError: where the file cannot be read, has nothing or too little in common with the
-            model, or does not fit it; and where the model belongs to an engine. Under zero.Init and
-            with one reader on all ranks alike.
+            model, or does not fit it; and where the model belongs to an engine.
     """
     apply.require_writable(model, 'load_pretrained')
     readers = str(get_option(config, 'MODEL.PRETRAINED_READERS', 'all'))
@@ -110,13 +107,12 @@ def load_pretrained(config: CfgNode, model: nn.Module, logger: logging.Logger) -
 def convert_22k_head_to_1k(model: _M, logger: logging.Logger) -> _M:
     """Cuts an ImageNet-22K head (``model.head``, 21841 rows) to the 1000 rows of ImageNet-1K.
 
-    The weight and bias become new parameters of the same dtype, device and requires_grad, so call
-    it before an optimizer or an engine takes the parameters. Every rank must call it where the head
-    was built under zero.Init: it is gathered, and its rows are partitioned again.
+    Weight and bias become new parameters, so call it before an optimizer or an engine takes them;
+    on every rank where the head was built under zero.Init.
 
     Args:
-        model: A module, or a wrapper that has it as ``.module``; changed in place.
-        logger: Told what was done, or, for a head of another length, that nothing was.
+        model: a module, or a wrapper that has it as ``.module``; changed in place.
+        logger: gets what was done, or, for a head of another length, that nothing was.
 
     Returns:
         The same object.

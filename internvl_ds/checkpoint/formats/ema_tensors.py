@@ -94,13 +94,9 @@ def _all_flats(saved: EmaFiles) -> dict[str, Flat]:
         averaged = {
             n.removeprefix('shard/'): Flat.of(f'{path}: {n}', saved.tensor(0, n)) for n in shards
         }
-    weights = tag.named_weights()
-    weights.update(averaged)
-    weights.update(
-        (n.removeprefix('buffer/'), Flat.of(f'{path}: {n}', saved.tensor(0, n)))
-        for n in names
-        if n.startswith('buffer/')
-    )
+    kept = {n.removeprefix('buffer/'): n for n in names if n.startswith('buffer/')}
+    buffers = {n: Flat.of(f'{path}: {key}', saved.tensor(0, key)) for n, key in kept.items()}
+    weights = {**tag.named_weights(), **averaged, **buffers}
     weights.update({alias: weights[name] for alias, name in tag.aliases().items()})
     return weights
 
@@ -147,11 +143,9 @@ def count_on(model_ema: Any, updates: int | None, where: object, logger: logging
     if isinstance(model_ema, ShardedEma):
         applied = applied_updates(model_ema.engine)
         model_ema.num_updates = applied if updates is None else updates
-        logger.log(
-            logging.WARNING if model_ema.warmup else logging.INFO,
-            '%s does not say how often its average was updated: counted as %d, as its weights were',
-            where,
-            model_ema.num_updates,
+        (logger.warning if model_ema.warmup else logger.info)(
+            f'{where} does not say how often its average was updated: counted as '
+            f'{model_ema.num_updates}, as its weights were'
         )
 
 
