@@ -55,7 +55,7 @@ from internvl_ds.config.tree import checkpoint_option, get_option
 from internvl_ds.dist.process_group import collectives_within
 from internvl_ds.dist.rendezvous import agree, from_rank_0, rank, world_size
 from internvl_ds.engine.ema import ShardedEma
-from internvl_ds.engine.registry import engine_of, find_engine, restore_loss_scale, scheduler_of
+from internvl_ds.engine.registry import engine_of, find_engine, registration_of
 from internvl_ds.engine.scheduling import restore_schedule_position
 from internvl_ds.errors import CheckpointError, PretrainedError, few
 from internvl_ds.files.reading import interpreting
@@ -152,7 +152,9 @@ def load_checkpoint(
             load_weights(find_engine(model) or model, weights, str(path))
     else:
         engine = engine_of(model)
-        require_optimizer(engine)
+        registration = registration_of(engine)
+        wrapper = registration.wrapper
+        require_optimizer(wrapper.client)
         direct = _fits_directly(engine, path, timeout, io_timeout)
         shards = agree('find shards', lambda: _shards_of(path, logger), timeout, CheckpointError)
 
@@ -171,12 +173,12 @@ def load_checkpoint(
         if direct:
             saved_by = str(state.get('optimizer_class') or '')
             load_same_layout(engine, shards, saved_by, ready, io_timeout, logger)
-            restore_loss_scale(engine, state.get('loss_scale'))
+            wrapper.restore_scale(state.get('loss_scale'))
             restored = restore_schedule(config, state, lr_scheduler, scaler, path, logger)
             position = restore_schedule_position(engine, state.get('schedule'), restored)
-            own = lr_scheduler is scheduler_of(engine)
+            own = lr_scheduler is registration.scheduler
             if not restored or (own and not shards.has_manifest):  # else the lr is in the shards
-                groups = engine.basic_optimizer.param_groups
+                groups = wrapper.client.param_groups
                 set_lr_of_schedule(lr_scheduler, groups, position if own else shards.updates)
         else:
             load_other_layout(

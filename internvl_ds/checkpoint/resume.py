@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +21,6 @@ from internvl_ds.checkpoint.optimizer_state import (
     RunningOptimizer,
     SavedTensor,
     require_optimizer,
-    slots_of,
 )
 from internvl_ds.checkpoint.reshard import Restorer
 from internvl_ds.checkpoint.restore_scheduler import (
@@ -38,17 +37,15 @@ from internvl_ds.engine.optimizer_trial import NUMBER, Kept, forms_of, like, sta
 from internvl_ds.engine.param_groups import MergedGroups
 from internvl_ds.engine.registry import (
     applied_updates,
-    client_groups,
     engine_of,
-    restore_loss_scale,
-    scheduler_of,
+    registration_of,
+    wrapper_of,
 )
 from internvl_ds.engine.scheduling import restore_schedule_position, warn_of_slow_schedule
 from internvl_ds.errors import CheckpointError, PretrainedError, brief
 from internvl_ds.files.reading import interpreting
 from internvl_ds.zero.lazy_tensor import NamedState
-from internvl_ds.zero.master_weights import frozen_as_made
-from internvl_ds.zero.persistent_params import gathered_together
+from internvl_ds.zero.wrapper import Wrapper
 
 
 def open_file(resume: str) -> Mapping[str, Any]:
@@ -73,9 +70,9 @@ def train_from_file(
 ) -> float:
     """Goes on from an original's .pth. Every rank reads its own part of it."""
     engine = engine_of(model)
-    require_optimizer(engine)
+    require_optimizer(wrapper_of(engine).client)
     io_timeout = checkpoint_option(config, 'IO_TIMEOUT')
-    merged = client_groups(engine)
+    merged = registration_of(engine).client_groups
     now = _names_of(merged)
 
     def read() -> tuple[NamedState, dict[str, Any], dict[str, float]]:
@@ -121,7 +118,7 @@ def load_other_layout(
     Args:
         ready: called on all ranks when all is checked, before anything is changed.
     """
-    now = _names_of(client_groups(engine))
+    now = _names_of(registration_of(engine).client_groups)
 
     def read() -> tuple[NamedState, dict[str, Any], dict[str, float]]:
         saved_by = str(state.get('optimizer_class') or '')
@@ -179,15 +176,18 @@ def _finish_restoring(
     path: object,
     logger: logging.Logger,
 ) -> None:
-    restore_loss_scale(engine, state.get('loss_scale') or state.get('scaler'))
+    registration = registration_of(engine)
+    wrapper, scheduler = registration.wrapper, registration.scheduler
+    wrapper.restore_scale(state.get('loss_scale') or state.get('scaler'))
     restored = restore_schedule(config, state, lr_scheduler, scaler, path, logger)
-    groups = engine.basic_optimizer.param_groups
+    groups = wrapper.client.param_groups
     position = restore_schedule_position(engine, state.get('schedule'), restored)
-    if lr_scheduler is None or lr_scheduler is scheduler_of(engine):
-        set_lr_of_schedule(scheduler_of(engine), groups, position)
+    if lr_scheduler is None or lr_scheduler is scheduler:
+        set_lr_of_schedule(scheduler, groups, position)
     else:  # the script steps it, and knows what it counts: each group has the lr that it had
         set_lr_of_schedule(lr_scheduler, groups, applied_updates(engine))
-        for group, names in zip(groups, _names_of(client_groups(engine)), strict=True):
+        present = _names_of(registration.client_groups)
+        for group, names in zip(groups, present, strict=True):
             had = {lrs.get(name) for name in names}
             group['lr'] = group['lr'] if len(had) > 1 or None in had else had.pop()
     if isinstance(state.get('epoch'), int) and state.get('step') is None:
@@ -226,7 +226,8 @@ def load_same_layout(
         saved_by: the class of the optimizer that it was saved with; '' where it does not say.
         ready: called on all ranks when all is checked, before anything is changed.
     """
-    writer, path = install_writer(engine), shards.tag
+    wrapper, path = wrapper_of(engine), shards.tag
+    writer, client = install_writer(engine), wrapper.client
 
     def open_own_files() -> tuple[list[str], list[Kept | None]]:
         # Before any rank changes state or enters a collective: can this rank read its shards, and
@@ -234,8 +235,8 @@ def load_same_layout(
         with interpreting(path, CheckpointError):
             for files in (shards.model_files, shards.optim_files):
                 if files:
-                    writer.open(files[min(rank(), len(files) - 1)], shards)
-            found = _require_same_optimizer(engine, shards, saved_by)
+                    writer.open(_own_file(files), shards)
+            found = _require_same_optimizer(wrapper, shards, saved_by)
             if shards.zero_stage:
                 own = shards.read(shards.optim_files[rank()])['optimizer_state_dict']
                 _require_like(own, engine.optimizer.state_dict(), 'its optimizer_state_dict')
@@ -244,17 +245,15 @@ def load_same_layout(
     def load() -> None:
         with (
             interpreting(path, CheckpointError),
-            gathered_together(engine),
-            frozen_as_made(engine),
-            _reading(engine, shards),
+            wrapper.loading(str(_own_file(shards.model_files))),
             collectives_within(io_timeout),
         ):
             loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name)
         if loaded is None:
             raise CheckpointError(f'{path}: DeepSpeed found nothing to load in it')
-        state = state_of_optimizer(engine.basic_optimizer)
+        state = state_of_optimizer(client)
         _into_buffers(state, buffers)
-        for (group, tensor), own in zip(slots_of(engine), kept, strict=True):
+        for (group, tensor), own in zip(wrapper.slots(), kept, strict=True):
             _in_own_form(state.get(tensor) or {}, group, own)
 
     try:
@@ -262,11 +261,10 @@ def load_same_layout(
         for warning in warnings:
             logger.warning(warning)
         counted = {key for own in kept if own for key in own.counters}
-        keys = engine.basic_optimizer.defaults.keys() - {'lr'} - counted
+        keys = client.defaults.keys() - {'lr'} - counted
         running = [{k: g[k] for k in keys & g.keys()} for g in engine.optimizer.param_groups]
         buffers = {
-            parameter: dict(tensors)
-            for parameter, tensors in state_of_optimizer(engine.basic_optimizer).items()
+            parameter: dict(tensors) for parameter, tensors in state_of_optimizer(client).items()
         }
         ready()
         agree('load shards', load, io_timeout, CheckpointError)
@@ -275,6 +273,11 @@ def load_same_layout(
     # Those of the running configuration hold; the lr is the scheduler's.
     for group, own in zip(engine.optimizer.param_groups, running, strict=True):
         group.update(own)
+
+
+def _own_file(files: Sequence[Path]) -> Path:
+    """Of one kind of shards, the file that this rank reads."""
+    return files[min(rank(), len(files) - 1)]
 
 
 def _require_like(saved: Any, running: Any, what: str) -> None:
@@ -305,30 +308,19 @@ def _require_like(saved: Any, running: Any, what: str) -> None:
         raise TypeError(f'{what} is {brief(saved)}')
 
 
-@contextmanager
-def _reading(engine: DeepSpeedEngine, shards: TagShards) -> Iterator[None]:
-    """Has DeepSpeed read this rank's model states, where it would take all files of such a name."""
-    own = str(shards.model_files[min(rank(), len(shards.model_files) - 1)])
-    engine._get_all_ckpt_names = lambda directory, tag: [own]
-    try:
-        yield
-    finally:
-        del engine._get_all_ckpt_names
-
-
 def _require_same_optimizer(
-    engine: DeepSpeedEngine, shards: TagShards, saved_by: str
+    wrapper: Wrapper, shards: TagShards, saved_by: str
 ) -> tuple[list[str], list[Kept | None]]:
     """Compares a tag of the same layout with the running optimizer; see `RunningOptimizer`.
 
     Returns:
         Warnings, and what the optimizer keeps for each of its tensors.
     """
-    optimizer, stage = RunningOptimizer(engine.basic_optimizer), shards.zero_stage
+    optimizer, stage = RunningOptimizer(wrapper.client), shards.zero_stage
     groups = shards.groups()
     names = groups if stage else [[name] for group in groups for name in group]
     found = []
-    slots = zip(slots_of(engine), shards.optimizer_state(rank()), names, strict=True)
+    slots = zip(wrapper.slots(), shards.optimizer_state(rank()), names, strict=True)
     for index, ((group, tensor), saved, own) in enumerate(slots):
         # A partition is flat whatever the parameters' shapes, and not here where it is on NVMe.
         shape = None if stage else tensor.shape

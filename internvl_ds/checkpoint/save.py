@@ -15,7 +15,6 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.runtime.engine import DeepSpeedEngine
 from yacs.config import CfgNode
 
 import internvl_ds
@@ -29,7 +28,6 @@ from internvl_ds.checkpoint.optimizer_state import optimizer_name
 from internvl_ds.checkpoint.proof import Wanted, prove, wanted_of
 from internvl_ds.checkpoint.tag import commit as store
 from internvl_ds.checkpoint.tag.discovery import file_sizes
-from internvl_ds.checkpoint.tag.free_space import state_size
 from internvl_ds.checkpoint.tag.hashing import flush_and_hash, write_hashed
 from internvl_ds.checkpoint.tag.manifest import (
     LOOP_FILE,
@@ -55,24 +53,12 @@ from internvl_ds.config.tree import checkpoint_option, default_of, get_option
 from internvl_ds.dist.process_group import collectives_within
 from internvl_ds.dist.rendezvous import exchange, from_rank_0, gather, rank, world_size
 from internvl_ds.engine.ema_shard import EmaFile
-from internvl_ds.engine.registry import (
-    accumulation_of,
-    client_groups,
-    ds_config_of,
-    engine_of,
-    loss_scale_of,
-)
+from internvl_ds.engine.registry import engine_of, registration_of
 from internvl_ds.engine.scheduling import schedule_state, warn_of_slow_schedule
 from internvl_ds.errors import CheckpointError, RankError, few
 from internvl_ds.files.addresses import redacted
-from internvl_ds.zero.master_weights import (
-    frozen_as_made,
-    kept_on_nvme,
-    require_module_as_made,
-    untrained_names,
-)
-from internvl_ds.zero.module_state import every_name, require_buffers_as_made
-from internvl_ds.zero.persistent_params import put_back
+from internvl_ds.zero.module_state import require_buffers_as_made, require_parameters_as_made
+from internvl_ds.zero.wrapper import Wrapper
 
 
 @dataclass
@@ -168,27 +154,28 @@ def save_checkpoint(
     """
     background.wait()
     engine = engine_of(model)
-    require_module_as_made(engine)
-    require_buffers_as_made(engine)
-    loss_scale = loss_scale_of(engine)
+    registration = registration_of(engine)
+    wrapper = registration.wrapper
+    require_parameters_as_made(engine.module, wrapper.names)
+    require_buffers_as_made(engine.module, wrapper.buffers)
     counted = best is None and isinstance(epoch, int)
-    groups = None if engine.basic_optimizer is None else client_groups(engine).names
+    groups = None if wrapper.client is None else registration.client_groups.names
     save = _Save(
         output=Path(config.OUTPUT),
         tag=tag_name(epoch, best, step),
         writer=install_writer(engine),
         staging_path=Path(),
-        header=_header(engine, epoch, step if counted else None, max_accuracy),
+        header=_header(wrapper, epoch, step if counted else None, max_accuracy),
         policies=_policies(config) if counted else None,
         in_background=bool(checkpoint_option(config, 'ASYNC')),
         io_timeout=checkpoint_option(config, 'IO_TIMEOUT'),
         logger=logger,
-        wanted=wanted_of(engine, groups),
+        wanted=wanted_of(wrapper, groups),
     )
     average = ema_file(model_ema)
-    _begin(save, engine, average, config)
+    _begin(save, wrapper, average, config)
     logger.info('%s saving......', save.output / save.tag)
-    untrained = untrained_names(engine)
+    untrained = wrapper.untrained_names()
     if untrained:
         logger.warning(
             '%d parameters require a gradient and no optimizer trains them, because they were '
@@ -197,7 +184,7 @@ def save_checkpoint(
             len(untrained),
             few(untrained),
         )
-    if accumulation_of(engine).losses:
+    if registration.accumulation.losses:
         logger.warning(
             'saving between two micro-batches of one update: what they have accumulated is not '
             'kept; save after a call with update_grad=True, or after optimizer.zero_grad() where '
@@ -216,19 +203,17 @@ def save_checkpoint(
             'lr_scheduler': None if lr_scheduler is None else lr_scheduler.state_dict(),
             'schedule': schedule_state(engine),
             'scaler': None if scaler is None else scaler.state_dict(),
-            'loss_scale': None if loss_scale is None else loss_scale.state_dict(),
+            'loss_scale': None if wrapper.scale is None else wrapper.scale.state_dict(),
             'class_names': None if class_names is None else list(map(str, class_names)),
             'config': config,
             # As text does: whatever DeepSpeed took of plain initialize, this keeps.
-            'ds_config': json.loads(json.dumps(ds_config_of(engine), default=str)),
-            'optimizer_class': None
-            if engine.basic_optimizer is None
-            else optimizer_name(engine.basic_optimizer),
+            'ds_config': json.loads(json.dumps(wrapper.ds_config, default=str)),
+            'optimizer_class': None if wrapper.client is None else optimizer_name(wrapper.client),
             'optimizer_groups': groups,
         }
 
     try:
-        _stage(save, engine, average, state, loop)
+        _stage(save, wrapper, average, state, loop)
     except BaseException:
         _abandon(save)
         raise
@@ -240,17 +225,15 @@ def save_checkpoint(
     return str(save.output / save.tag)
 
 
-def _header(
-    engine: DeepSpeedEngine, epoch: Any, step: int | None, max_accuracy: float
-) -> dict[str, Any]:
+def _header(wrapper: Wrapper, epoch: Any, step: int | None, max_accuracy: float) -> dict[str, Any]:
     return {
         'epoch': epoch if isinstance(epoch, int) else None,
         'step': step,
         'max_accuracy': float(max_accuracy),
-        'zero_stage': engine.zero_optimization_stage(),
+        'zero_stage': wrapper.stage,
         'world_size': world_size(),
-        'precision': precision_of(ds_config_of(engine)),
-        'global_steps': engine.global_steps,
+        'precision': precision_of(wrapper.ds_config),
+        'global_steps': wrapper.engine.global_steps,
         'versions': {
             'internvl_ds': internvl_ds.__version__,
             'torch': str(torch.__version__),
@@ -273,12 +256,12 @@ def _policies(config: CfgNode) -> list[Policy]:
     ]
 
 
-def _begin(save: _Save, engine: DeepSpeedEngine, average: EmaFile | None, config: CfgNode) -> None:
+def _begin(save: _Save, wrapper: Wrapper, average: EmaFile | None, config: CfgNode) -> None:
     """Has rank 0 make the staging directory, if all ranks come with the same. A meeting of all."""
     timeout = checkpoint_option(config, 'RENDEZVOUS_TIMEOUT')
     size = save.writer.last_size
     if size is None:
-        size = state_size(engine) + tensor_bytes(average)
+        size = tensor_bytes([*wrapper.saved_tensors(rank()), average])
     own = [save.tag, save.header['epoch'], str(save.output), save.in_background]
     calls = exchange('save_checkpoint', [own, size], timeout)
     if any(call[0] != calls[0][0] for call in calls):
@@ -316,7 +299,7 @@ def _require_space(save: _Save, sizes: list[int]) -> None:
 
 def _stage(
     save: _Save,
-    engine: DeepSpeedEngine,
+    wrapper: Wrapper,
     average: EmaFile | None,
     state: Callable[[], dict[str, Any]],
     loop: Any,
@@ -332,13 +315,13 @@ def _stage(
         )
     # Meets in barriers: every rank calls it, whatever has happened.
     with (
-        put_back(engine),
-        frozen_as_made(engine),
-        every_name(engine),
+        wrapper.saving(writer.defer),
         # What is on NVMe is copied to the tag between barriers.
-        collectives_within(save.io_timeout if kept_on_nvme(engine) else 0),
+        collectives_within(save.io_timeout if wrapper.kept_on_nvme() else 0),
     ):
-        engine.save_checkpoint(str(save.output), tag=save.staging_path.name, save_latest=False)
+        wrapper.engine.save_checkpoint(
+            str(save.output), tag=save.staging_path.name, save_latest=False
+        )
     if average is not None:
         writer.save(average, save.staging_path / average.name)
     try:
