@@ -6,6 +6,7 @@ import copy
 import functools
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -49,7 +50,7 @@ from internvl_ds.checkpoint.tag.retention import (
 )
 from internvl_ds.checkpoint.tag.trash import MARK
 from internvl_ds.config.ds.resolve import precision_of
-from internvl_ds.config.tree import checkpoint_option, default_of, get_option
+from internvl_ds.config.tree import checkpoint_option, get_option
 from internvl_ds.dist.process_group import collectives_within
 from internvl_ds.dist.rendezvous import exchange, from_rank_0, gather, rank, world_size
 from internvl_ds.engine.ema_shard import EmaFile
@@ -161,7 +162,8 @@ def save_checkpoint(
     counted = best is None and isinstance(epoch, int)
     groups = None if wrapper.client is None else registration.client_groups.names
     save = _Save(
-        output=Path(config.OUTPUT),
+        # Absolute: the program may change its directory before a save in the background is done.
+        output=Path(os.path.abspath(config.OUTPUT)),
         tag=tag_name(epoch, best, step),
         writer=install_writer(engine),
         staging_path=Path(),
@@ -222,7 +224,7 @@ def save_checkpoint(
         background.start(save.tag, finish, limit=3 * save.io_timeout)
     else:
         finish()
-    return str(save.output / save.tag)
+    return str(Path(config.OUTPUT) / save.tag)
 
 
 def _header(wrapper: Wrapper, epoch: Any, step: int | None, max_accuracy: float) -> dict[str, Any]:
@@ -243,7 +245,7 @@ def _header(wrapper: Wrapper, epoch: Any, step: int | None, max_accuracy: float)
 
 
 def _policies(config: CfgNode) -> list[Policy]:
-    count = get_option(config, 'SAVE_CKPT_NUM', default_of('SAVE_CKPT_NUM'))
+    count = get_option(config, 'SAVE_CKPT_NUM')
     steps = checkpoint_option(config, 'KEEP_STEPS')
     # Without auto resume a run that goes back to an older tag was told to.
     rewound = not get_option(config, 'TRAIN.AUTO_RESUME', True)
@@ -262,7 +264,7 @@ def _begin(save: _Save, wrapper: Wrapper, average: EmaFile | None, config: CfgNo
     size = save.writer.last_size
     if size is None:
         size = tensor_bytes([*wrapper.saved_tensors(rank()), average])
-    own = [save.tag, save.header['epoch'], str(save.output), save.in_background]
+    own = [save.tag, save.header['epoch'], str(config.OUTPUT), save.in_background]
     calls = exchange('save_checkpoint', [own, size], timeout)
     if any(call[0] != calls[0][0] for call in calls):
         raise RankError(
@@ -280,9 +282,9 @@ def _begin(save: _Save, wrapper: Wrapper, average: EmaFile | None, config: CfgNo
             raise CheckpointError(
                 f'{save.output / save.tag}: rank 0 cannot begin to save: {error}'
             ) from error
-        return str(save.staging.path)
+        return save.staging.path.name
 
-    save.staging_path = Path(from_rank_0('begin save', make_staging, timeout))
+    save.staging_path = save.output / from_rank_0('begin save', make_staging, timeout)
     save.header['save'] = save.staging_path.name.rpartition('-')[2]
 
 

@@ -18,8 +18,9 @@ from yacs.config import CfgNode
 
 from internvl_ds.config.counts import require_counts
 from internvl_ds.config.ds import resolve as ds
-from internvl_ds.config.ds.check import check, require_right
+from internvl_ds.config.ds.check import examine, require_right
 from internvl_ds.config.ds.diagnostics import value_at
+from internvl_ds.config.ds.load import load_ds_config
 from internvl_ds.config.tree import checkpoint_option, get_option
 from internvl_ds.dist.process_group import init_distributed, limit_collectives, making_groups
 from internvl_ds.dist.rendezvous import exchange, rank, world_size
@@ -46,7 +47,7 @@ def initialize(
     config: CfgNode,
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
-    ds_config: str | Path | Mapping[str, Any] | None = None,
+    ds_config: str | Path | Mapping[str, Any] | ds.Resolution | None = None,
     *,
     lr_scheduler: Any = None,
     schedule_in: str | None = None,
@@ -63,7 +64,7 @@ def initialize(
         optimizer: fresh, over ``model``'s parameters; None lets the ds_config's optimizer section
             make one.
         ds_config: a JSON path, the name of a shipped one, a mapping, or None (the yacs config
-            alone, ZeRO stage 0).
+            alone, ZeRO stage 0); a `Resolution` of `examine` is not checked again.
         lr_scheduler: keyword-only. A timm scheduler or a torch one, built over ``optimizer``. It is
             never given to DeepSpeed: `NativeScalerWithGradNormCount` steps it after each applied
             update, and nobody else may.
@@ -108,7 +109,7 @@ def _resolve(
     config: CfgNode,
     trained: list[nn.Parameter],
     optimizer: torch.optim.Optimizer | None,
-    ds_config: str | Path | Mapping[str, Any] | None,
+    ds_config: str | Path | Mapping[str, Any] | ds.Resolution | None,
     has_scheduler: bool,
 ) -> dict[str, Any]:
     """The ds_config to train with, once it is right for this model and optimizer.
@@ -116,17 +117,17 @@ def _resolve(
     Raises:
         ConfigError: names what is not.
     """
-    tree = ds.load_ds_config(ds_config)
-    findings = check(
-        tree,
-        config,
-        world_size(),
-        optimizer_in_code=optimizer is not None,
-        scheduler_in_code=has_scheduler,
-        cpu_optimizer=isinstance(optimizer, DeepSpeedCPUAdam | DeepSpeedCPULion),
-    )
-    require_right(findings)
-    resolved = ds.resolve(tree, config, world_size(), sum(map(whole_numel, trained)))
+    if not isinstance(ds_config, ds.Resolution):
+        ds_config = examine(
+            load_ds_config(ds_config),
+            config,
+            world_size(),
+            optimizer_in_code=optimizer is not None,
+            scheduler_in_code=has_scheduler,
+            cpu_optimizer=isinstance(optimizer, DeepSpeedCPUAdam | DeepSpeedCPULion),
+        )
+    require_right(ds_config.findings)
+    resolved = ds.size_buckets(ds_config, sum(map(whole_numel, trained))).tree
     require_fp16(resolved)
     return resolved
 

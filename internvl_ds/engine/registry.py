@@ -13,10 +13,9 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 from yacs.config import CfgNode
 
-from internvl_ds.config.ds.check import refuse
-from internvl_ds.config.ds.diagnostics import value_at
+from internvl_ds.config.ds.diagnostics import refuse, value_at
 from internvl_ds.config.ds.resolve import precision_of
-from internvl_ds.config.ds.unsupported import bridge_findings
+from internvl_ds.config.ds.unsupported import unsupported_settings
 from internvl_ds.config.tree import default_of, get_option
 from internvl_ds.dist.process_group import limit_collectives
 from internvl_ds.engine.accumulation import Accumulation, watch_zero_grad
@@ -214,4 +213,4 @@ def _refuse_unsupported(ds_config: Mapping[str, Any]) -> None:
     """The same for a configuration that `require_right` has not seen: of plain DeepSpeed."""
     require_fp16(ds_config)
     enabled = (name for name in ('bf16', 'fp16') if value_at(ds_config, name, 'enabled'))
-    refuse(list(bridge_findings(ds_config, next(enabled, None))))
+    refuse(list(unsupported_settings(ds_config, next(enabled, None))))

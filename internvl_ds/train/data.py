@@ -220,7 +220,7 @@ def _train_loader(config: CfgNode, dataset: ImageFolder, rank: int, world_size: 
 
 def _open_folder(config: CfgNode, split: str) -> ImageFolder:
     root = Path(config.DATA.DATA_PATH) / split
-    if not config.DATA.DATA_PATH or not root.is_dir():
+    if not config.DATA.DATA_PATH or not os.path.isdir(root):
         raise ConfigError(
             f'DATA.DATA_PATH {config.DATA.DATA_PATH!r}: there is no folder {root}. It must hold '
             f'train/<class>/*.png and val/<class>/*.png (or .jpeg ...); '
@@ -228,7 +228,7 @@ def _open_folder(config: CfgNode, split: str) -> ImageFolder:
         )
     try:
         dataset = _Images(str(root), build_transform(config, training=split == 'train'))
-    except FileNotFoundError as error:  # no class folders, or some of them without an image
+    except OSError as error:  # no class folders, or some of them without an image; no rights
         raise ConfigError(f'{root}: {error}') from error
     wanted, found = config.MODEL.NUM_CLASSES, len(dataset.classes)
     if split == 'val' and evaluates_22k_as_1k(config, found):

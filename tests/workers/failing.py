@@ -118,6 +118,16 @@ def one_rank_is_limited(stage: int, root: str, in_background: bool) -> dict[str,
     }
 
 
+def changes_its_directory(root: str) -> str:
+    """While a save in the background is under way, of an OUTPUT that is relative."""
+    os.chdir(root)
+    run = Run(1, 'fp32', 'out', CHECKPOINT__ASYNC=True)
+    path = run.save(0)
+    os.chdir('/')
+    background.wait()
+    return path
+
+
 def _limit_files(size: int | None) -> None:
     most = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     resource.setrlimit(resource.RLIMIT_FSIZE, (most if size is None else size, most))

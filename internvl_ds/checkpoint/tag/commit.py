@@ -11,6 +11,7 @@ it, which names it (see `internvl_ds.checkpoint.tag.owner`); a mark inside says 
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import shutil
@@ -21,8 +22,9 @@ from pathlib import Path
 from internvl_ds.checkpoint.tag.discovery import (
     LATEST,
     aside_of,
-    epoch_tags,
     header_or_none,
+    is_tag,
+    removable_tags,
     tags,
 )
 from internvl_ds.checkpoint.tag.leftovers import LOCK, STAGING, sweep
@@ -83,10 +85,14 @@ def begin(output: Path, tag: str, *, age: float | None = None) -> Staging:
         age: see `sweep`.
 
     Raises:
-        OSError: when it cannot be made.
+        OSError: when it cannot be made, or something of a user's has the name.
     """
     output.mkdir(parents=True, exist_ok=True)
     sweep(output, age=age)
+    final = output / tag
+    if os.path.lexists(final) and not is_tag(final) and not _is_empty(final):
+        text = 'is no tag, and is not removed for one: give it another name'
+        raise FileExistsError(errno.EEXIST, text, str(final))
     while True:
         owner = this_process()
         path = output / f'{STAGING}{tag}-{owner.id}'
@@ -209,7 +215,7 @@ def prune(output: Path, policies: Sequence[Policy]) -> list[str]:
     Returns:
         The names of the tags that were removed.
     """
-    found = sorted(epoch_tags(output), key=lambda tag: tag[:3])
+    found = removable_tags(output)
     goes = tags_to_prune(found, policies)
     later = [tag.name for tag in later_tags(found)]
     # After the first save only: the save before it was the last one before the run was rewound.
@@ -244,6 +250,10 @@ def remove(output: Path, goes: Sequence[EpochTag]) -> tuple[list[str], list[str]
         if done is not None:
             (removed if done else failed).append(tag.name)
     return removed, failed
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not os.listdir(path)
 
 
 def _lock_of(staging: Path) -> Path:

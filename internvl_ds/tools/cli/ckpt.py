@@ -51,11 +51,12 @@ from typing import Any
 
 from internvl_ds.checkpoint.tag import commit as store
 from internvl_ds.checkpoint.tag.discovery import (
-    epoch_tags,
     file_sizes,
     newest,
     read_latest,
     read_manifest,
+    reading,
+    removable_tags,
 )
 from internvl_ds.checkpoint.tag.leftovers import STAGING
 from internvl_ds.checkpoint.tag.manifest import STATE_FILE
@@ -74,7 +75,6 @@ from internvl_ds.checkpoint.tag.trash import TRASH
 from internvl_ds.errors import (
     CheckpointError,
     CheckpointNotFound,
-    InternvlDsError,
     few,
     shown,
 )
@@ -163,13 +163,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the action; an error of the file system's is told as one of the user's."""
-    try:
+    with reading(args.path):
         status: int = args.act(args)
-    except InternvlDsError:
-        raise
-    except OSError as error:
-        where = error.filename or args.path
-        raise CheckpointError(f'{where}: cannot be read: {error.strerror}') from error
     return status
 
 
@@ -339,7 +334,7 @@ def _prune(args: argparse.Namespace) -> int:
         KeepLater(0 if args.drop_later else None),
         KeepNamed(names),  # a newest save that is damaged must not be all that stays
     ]
-    tags = sorted(epoch_tags(output), key=lambda tag: tag[:3])
+    tags = removable_tags(output)
     goes = tags_to_prune(tags, policies)
     sizes = {}
     for name in goes:

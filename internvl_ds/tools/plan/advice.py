@@ -9,6 +9,7 @@ from typing import Any
 from yacs.config import CfgNode
 
 from internvl_ds.config.ds import resolve as ds
+from internvl_ds.config.ds.load import load_ds_config, shipped_dir
 from internvl_ds.errors import ConfigError
 from internvl_ds.tools.plan.options import (
     ALL,
@@ -106,14 +107,14 @@ def _words(taken: Option, config: CfgNode, base: Mapping[str, Any], named: str) 
 
 def _shipped(taken: Option, config: CfgNode) -> str:
     """The shortest name of a ds_config that ships and says just this; '' if there is none."""
-    names = sorted((p.stem for p in ds.shipped_dir().glob('*.json')), key=lambda n: (len(n), n))
-    wanted = ds.precision_of(ds.resolve({}, config, 1))
+    names = sorted((p.stem for p in shipped_dir().glob('*.json')), key=lambda n: (len(n), n))
+    wanted = ds.precision_of(ds.resolve_or_raise({}, config, 1))
     for name in names:
-        tree = ds.load_ds_config(name)
+        tree = load_ds_config(name)
         if not _is(tree, taken):
             continue
         try:
-            resolved = ds.resolve(tree, config, 1)
+            resolved = ds.resolve_or_raise(tree, config, 1)
         except ConfigError:  # another precision or batch: it is not for this config
             continue
         if ds.precision_of(resolved) == wanted:

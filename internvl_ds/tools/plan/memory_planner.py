@@ -10,6 +10,7 @@ import torch
 from yacs.config import CfgNode
 
 from internvl_ds.config.ds import resolve as ds
+from internvl_ds.config.tree import set_options
 from internvl_ds.errors import ConfigError
 from internvl_ds.tools.plan.activations import Step, Timeline, watch_step
 from internvl_ds.tools.plan.layout import Layout, layout_of
@@ -182,10 +183,7 @@ class Planner:
         return self._steps[recompute, same]
 
     def _with_recompute(self, recompute: bool) -> CfgNode:
-        config = self._config.clone()
-        config.defrost()
-        config.TRAIN.USE_CHECKPOINT = recompute
-        return config
+        return set_options(self._config.clone(), {'TRAIN.USE_CHECKPOINT': recompute})
 
     def _loss(self, logits: torch.Tensor) -> torch.Tensor:
         """The training loss of the loop, with targets of its shape."""

@@ -114,7 +114,7 @@ def options(
     recomputes = (False, True) if planner.can_recompute else (False,)
     for stage, offloads in _OFFLOADS.items():
         for offload in offloads:
-            resolved = ds.resolve(variant(base, stage, offload), config, machine.gpus)
+            resolved = ds.resolve_or_raise(variant(base, stage, offload), config, machine.gpus)
             found += [_option(planner, resolved, offload, again, machine) for again in recomputes]
     return found
 

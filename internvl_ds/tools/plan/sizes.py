@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
+from internvl_ds.config.tree import set_options
 from internvl_ds.train.model import build_model, set_train_mode
 from internvl_ds.train.optim import build_optimizer
 
@@ -99,9 +100,7 @@ def _moments(config: CfgNode) -> float:
     """
     probe = nn.Linear(_PROBE, 1, bias=False)
     probe.weight = nn.Parameter(torch.zeros(_PROBE))
-    plain = config.clone()
-    plain.defrost()
-    plain.TRAIN.LR_LAYER_DECAY = False
+    plain = set_options(config.clone(), {'TRAIN.LR_LAYER_DECAY': False})
     optimizer = build_optimizer(plain, probe, 1e-3)
     probe.weight.grad = torch.ones(_PROBE)
     optimizer.step()

@@ -15,7 +15,8 @@ from pathlib import Path
 from tqdm import tqdm
 from yacs.config import CfgNode
 
-from internvl_ds.config.ds import resolve as ds
+from internvl_ds.config.ds.load import load_ds_config
+from internvl_ds.config.tree import set_options
 from internvl_ds.dist.process_group import free_port
 from internvl_ds.errors import ConfigError, InternvlDsError
 from internvl_ds.files import write_text
@@ -85,11 +86,8 @@ def updates_for(seconds: float) -> int:
 
 def can_recompute(config: CfgNode) -> bool:
     """Whether the model can recompute activations; nothing is allocated for it."""
-    asking = config.clone()
-    asking.defrost()
-    asking.TRAIN.USE_CHECKPOINT = True
     try:
-        meta_model(asking)
+        meta_model(set_options(config.clone(), {'TRAIN.USE_CHECKPOINT': True}))
     except ConfigError:
         return False
     except Exception:  # a model of the user's own that cannot be built so: a trial will tell
@@ -102,7 +100,7 @@ class _Tuner:
         self._request, self._output = request, output
         self._planner = planner
         self._plans: Plans | None = None
-        ds_config = ds.load_ds_config(request.ds_config)
+        ds_config = load_ds_config(request.ds_config)
         self._subject = Subject(request.cfg, request.data_path, request.opts, ds_config, 0)
         self._space_file = read_space(request.space) if request.space else None
         settings = request.settings(self._subject.configured(), ds_config, self._space_file)

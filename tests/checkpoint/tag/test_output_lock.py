@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import time
+from pathlib import Path
 
 import pytest
 
@@ -195,6 +196,20 @@ def test_one_process_may_save_in_several_directories_and_twice_in_one(tmp_path):
     for name in ('a', 'b', 'a'):
         _enter(tmp_path / name)
         assert read_owner(tmp_path / name / LOCK).pid == str(os.getpid())
+
+
+def test_a_directory_is_the_same_by_another_name_and_from_another_directory(tmp_path, monkeypatch):
+    (tmp_path / 'link').symlink_to('out')
+    monkeypatch.chdir(tmp_path)
+    _enter(Path('out'), LOCK_AGE=0.3)
+    monkeypatch.chdir('/')
+    _enter(tmp_path / 'out')
+    _enter(tmp_path / 'link')
+    os.utime(tmp_path / 'out' / LOCK, (0, 0))
+    time.sleep(0.2)
+    assert (tmp_path / 'out' / LOCK).stat().st_mtime > 0  # a sign of life
+    output_lock._release_all()
+    assert list((tmp_path / 'out').iterdir()) == []
 
 
 def test_a_lock_that_someone_removed_is_taken_again(tmp_path, job):

@@ -3,7 +3,7 @@
 from internvl_ds.checkpoint.choice import auto_resume_helper
 from internvl_ds.checkpoint.load import load_checkpoint, load_ema_checkpoint
 from internvl_ds.checkpoint.save import save_checkpoint
-from internvl_ds.dist.process_group import reduce_tensor
+from internvl_ds.dist.reduce import reduce_tensor
 from internvl_ds.engine.grad_scaler import NativeScalerWithGradNormCount, get_grad_norm
 from internvl_ds.engine.initialize import initialize
 from internvl_ds.engine.registry import register
