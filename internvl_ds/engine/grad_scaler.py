@@ -151,8 +151,9 @@ class NativeScalerWithGradNormCount:
         self._loaded = {}
 
     def _update(self, engine: DeepSpeedEngine, clip_grad: float) -> torch.Tensor:
-        registration, wrapper = registration_of(engine), wrapper_of(engine)
-        scale, limit = wrapper.scale, registration.overflow_limit
+        registration = registration_of(engine)
+        wrapper, limit = registration.wrapper, registration.overflow_limit
+        scale = wrapper.scale
         factor = 1.0 if scale is None else scale.scale
         # Which parameters overflow is gone after the step, so it is looked at before.
         flags = self._flags(engine) if self._watch.would_stop(scale, limit) else None

@@ -224,9 +224,10 @@ def _verify_share(path: str) -> None:
     manifest = read_manifest(Path(path))
     if manifest is None:
         return
-    found = damage(Path(path), manifest, share_of(weight_files(manifest), rank(), world_size()))
-    if found:
-        raise PretrainedError('; '.join(found))
+    names = [*weight_files(manifest), *(name for name in manifest.files if name.startswith('ema'))]
+    damaged = damage(Path(path), manifest, share_of(names, rank(), world_size()))
+    if damaged:
+        raise PretrainedError('; '.join(damaged))
 
 
 def _decide_alike(decide: Any, config: CfgNode) -> _Plan:

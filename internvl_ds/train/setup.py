@@ -19,7 +19,7 @@ from torch import nn
 from yacs.config import CfgNode
 
 from internvl_ds.checkpoint.choice import newer_than_best
-from internvl_ds.checkpoint.classes import require_same_classes, saved_classes
+from internvl_ds.checkpoint.sources.classes import require_same_classes, saved_classes
 from internvl_ds.checkpoint.sources.downloads import local
 from internvl_ds.checkpoint.tag import output_lock
 from internvl_ds.config.counts import require_counts

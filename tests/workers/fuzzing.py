@@ -23,9 +23,9 @@ import torch
 from safetensors.torch import save_file
 
 from internvl_ds import auto_resume_helper, load_checkpoint, load_ema_checkpoint, load_pretrained
-from internvl_ds.checkpoint.classes import saved_classes
 from internvl_ds.checkpoint.formats.export import write_original
 from internvl_ds.checkpoint.formats.rng import rng_state
+from internvl_ds.checkpoint.sources.classes import saved_classes
 from internvl_ds.config.ds.check import check, require_right
 from internvl_ds.config.ds.load import load_ds_config
 from internvl_ds.config.ds.resolve import resolve_or_raise

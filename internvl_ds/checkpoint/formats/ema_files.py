@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from internvl_ds.checkpoint.client_state import holds_average
 from internvl_ds.checkpoint.formats import tensor_files
+from internvl_ds.checkpoint.formats.client_state import holds_average
 from internvl_ds.checkpoint.formats.zero_shards import TagShards
 from internvl_ds.checkpoint.tag.discovery import read_manifest
 from internvl_ds.checkpoint.tag.identity import require_identity

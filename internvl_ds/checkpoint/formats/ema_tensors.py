@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from internvl_ds.checkpoint.client_state import average_of
+from internvl_ds.checkpoint.direct_or_reshard import same_groups
+from internvl_ds.checkpoint.formats.client_state import average_of
 from internvl_ds.checkpoint.formats.ema_files import WHOLE, EmaFiles
 from internvl_ds.checkpoint.formats.zero_shards import TagShards
-from internvl_ds.checkpoint.layout import same_groups
 from internvl_ds.checkpoint.restore import load_weights
 from internvl_ds.checkpoint.sources.weight_files import open_source
 from internvl_ds.dist.rendezvous import rank, world_size

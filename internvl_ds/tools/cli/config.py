@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from internvl_ds.errors import ConfigError
+from internvl_ds.tools.cli.quantities import whole
 from internvl_ds.tools.text import json_text, say
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     check.add_argument('--cfg', required=True, metavar='YAML', help='the yacs configuration')
     check.add_argument(
-        '--world-size', required=True, type=_positive, metavar='N', help='the number of ranks'
+        '--world-size', required=True, type=whole(1), metavar='N', help='the number of ranks'
     )
     check.add_argument(
         '--opts', nargs='+', default=[], metavar='KEY VALUE', help='changes to the configuration'
@@ -167,10 +168,3 @@ def _lines(
             yield '  ' * depth + '}' + comma, ''
         else:
             yield f'{name}: {json.dumps(value)}{comma}', origins.get(here, '')
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f'{value} is less than 1')
-    return value

@@ -175,21 +175,34 @@ def test_an_orderly_end_leaves_no_file_and_the_next_job_goes_on(tmp_path, job):
 
 
 def test_one_of_many_that_come_at_once_has_the_lock(tmp_path):
-    children = []
+    children, codes = [], []
+    over, tell = os.pipe()
     for _ in range(8):
         child = os.fork()
         if not child:
             try:
+                os.close(tell)
                 _enter(tmp_path)
-                time.sleep(2)  # the others have come by then
+                os.read(over, 1)  # until the others have been refused
                 os._exit(0)
             except CheckpointError:
                 os._exit(3)
             finally:
                 os._exit(1)
         children.append(child)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    assert sorted(codes) == [0] + [3] * 7
+    os.close(over)
+    end = time.monotonic() + 60
+    while children:
+        if tell >= 0 and (len(children) == 1 or time.monotonic() > end):
+            os.close(tell)
+            tell = -1
+        for child in children.copy():
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                children.remove(child)
+                codes.append(os.waitstatus_to_exitcode(status))
+        time.sleep(0.01)
+    assert codes == [3] * 7 + [0]
 
 
 def test_one_process_may_save_in_several_directories_and_twice_in_one(tmp_path):
