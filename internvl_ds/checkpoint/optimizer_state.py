@@ -54,14 +54,7 @@ def optimizer_name(optimizer: Any) -> str:
 
 
 def require_optimizer(client: Any) -> None:
-    """Refuses to go on training in an engine that cannot.
-
-    Args:
-        client: the engine's, or None.
-
-    Raises:
-        CheckpointError: when it has no optimizer.
-    """
+    """Raises CheckpointError for an engine without an optimizer: it cannot go on training."""
     if client is None:
         raise CheckpointError('this engine has no optimizer: load with EVAL_MODE')
 

@@ -45,7 +45,7 @@ from internvl_ds.engine.ema_shard import EmaFile
 from internvl_ds.engine.registry import engine_of, registration_of, wrapper_of
 from internvl_ds.engine.scheduling import schedule_state, warn_of_slow_schedule
 from internvl_ds.errors import CheckpointError, RankError, few
-from internvl_ds.zero.module_state import require_buffers_as_made, require_parameters_as_made
+from internvl_ds.zero.module_state import require_as_made
 from internvl_ds.zero.wrapper import Wrapper
 
 
@@ -98,8 +98,7 @@ def save_checkpoint(
     background.wait()
     engine = engine_of(model)
     wrapper = wrapper_of(engine)
-    require_parameters_as_made(engine.module, wrapper.names)
-    require_buffers_as_made(engine.module, wrapper.buffers)
+    require_as_made(engine.module, wrapper.names, wrapper.buffers)
     values = {
         'epoch': epoch, 'step': step, 'max_accuracy': max_accuracy, 'ema_decay': ema_decay,
         'max_accuracy_ema': max_accuracy_ema, 'class_names': class_names, 'config': config,

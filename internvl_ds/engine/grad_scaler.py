@@ -45,7 +45,7 @@ class NativeScalerWithGradNormCount:
     def __init__(self, *, before_stop: Callable[[], Any] | None = None) -> None:
         self.step_was_skipped = False
         self.before_stop = before_stop
-        self._engine: weakref.ref[DeepSpeedEngine] | None = None
+        self._engine: Callable[[], DeepSpeedEngine | None] = lambda: None
         self._loaded: Mapping[str, Any] = {}  # until the engine is known
         self._watch = OverflowWatch()
 
@@ -110,15 +110,14 @@ class NativeScalerWithGradNormCount:
     @property
     def loss_scale(self) -> float:
         """What the losses are multiplied by; 1.0 without a scale, or before it is known."""
-        engine = self._engine() if self._engine is not None else None
-        scale = wrapper_of(engine).scale if engine is not None else None
+        scale = wrapper_of(engine).scale if (engine := self._engine()) is not None else None
         return float(self._loaded.get('scale', 1.0)) if scale is None else scale.scale
 
     def state_dict(self) -> dict[str, Any]:
         """The state of torch's GradScaler (``scale``, ``_growth_tracker``, ...) with the hysteresis
         and the last update's micro-batches; ``scale`` is 1.0 without a loss scale.
         """
-        engine = self._engine() if self._engine is not None else None
+        engine = self._engine()
         if engine is None:
             return {'scale': 1.0, **self._loaded}
         scale = wrapper_of(engine).scale
@@ -135,12 +134,12 @@ class NativeScalerWithGradNormCount:
         """
         require_scaler_state(state_dict)
         self._loaded = dict(state_dict)
-        engine = self._engine() if self._engine is not None else None
+        engine = self._engine()
         if engine is not None:
             self._restore(engine)
 
     def _attach(self, engine: DeepSpeedEngine) -> None:
-        if self._engine is None or self._engine() is not engine:
+        if self._engine() is not engine:
             self._engine = weakref.ref(engine)
             self._restore(engine)
 

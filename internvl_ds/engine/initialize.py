@@ -157,17 +157,13 @@ def _merge_groups(
         require_trained_groups(optimizer)
     if lr_scheduler is not None:
         remap_scheduler(lr_scheduler, origins, before)
-    elif origins != list(range(before)) and _has_scheduler(optimizer):
+    elif origins != list(range(before)) and any('initial_lr' in g for g in optimizer.param_groups):
         raise ConfigError(
             f'{before} parameter groups become {len(origins)}, and a scheduler was built over '
             'them already: pass it as lr_scheduler=, or build it after initialize'
         )
     logger.info('parameter groups: %d merged into %d', before, len(origins))
     return merged
-
-
-def _has_scheduler(optimizer: torch.optim.Optimizer) -> bool:
-    return any('initial_lr' in group for group in optimizer.param_groups)
 
 
 def _write_ds_config(config: CfgNode, resolved: Mapping[str, Any]) -> None:

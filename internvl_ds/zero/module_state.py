@@ -59,15 +59,18 @@ def require_sendable(model: nn.Module) -> None:
             raise ConfigError(f'{few(names)}: {len(names)} parameters have {what}')
 
 
-def require_parameters_as_made(module: nn.Module, names: Mapping[Any, str]) -> None:
-    """Refuses to save a module whose parameters are others than when the engine was made.
+def require_as_made(
+    module: nn.Module, names: Mapping[Any, str], buffers: Mapping[str, Any]
+) -> None:
+    """Refuses to save parameters or buffers that a fresh model, made as this was, would not have.
 
     Args:
-        module: the engine's.
-        names: its parameters then, and their names.
+        module: of an engine.
+        names: its parameters when the engine was made, and their names.
+        buffers: `shapes_of_buffers` then.
 
     Raises:
-        CheckpointError: names the first that were added or replaced since.
+        CheckpointError: names the first of them.
     """
     parameters = set(module.parameters())
     replaced = [name for p, name in names.items() if p not in parameters]
@@ -78,23 +81,11 @@ def require_parameters_as_made(module: nn.Module, names: Mapping[Any, str]) -> N
             f'(new: {few(added) or "none"}; gone: {few(replaced) or "none"}), and the optimizer '
             'has the old ones: change the module before initialize'
         )
-
-
-def require_buffers_as_made(module: nn.Module, made: Mapping[str, Any]) -> None:
-    """Refuses to save buffers that a fresh model, made as this one was, would not have.
-
-    Args:
-        module: the engine's.
-        made: `shapes_of_buffers` when the engine was made.
-
-    Raises:
-        CheckpointError: names the first of them.
-    """
     now = shapes_of_buffers(module)
     changed = [
-        f'{name} {made.get(name, "none")} -> {now.get(name, "none")}'
-        for name in sorted(made.keys() | now.keys())
-        if made.get(name) != now.get(name)
+        f'{name} {buffers.get(name, "none")} -> {now.get(name, "none")}'
+        for name in sorted(buffers.keys() | now.keys())
+        if buffers.get(name) != now.get(name)
     ]
     if changed:
         raise CheckpointError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ class Wrapper:
         partitioned: whether gradients and optimizer state lie in parts on the ranks (stages 1-3).
         sharded: whether the module's parameters do (stage 3).
         scale: the loss scale; None where nothing is scaled.
+        ds_config: that the engine runs with, also where it was made from a file's path.
         buffers: name and shape of each buffer of the module's state dict, as the engine was made.
         separate_masters: whether the fp32 masters are other tensors than the module's parameters.
     """
@@ -41,6 +41,7 @@ class Wrapper:
         self.stage = int(engine.zero_optimization_stage())
         self.partitioned, self.sharded = self.stage > 0, self.stage == 3
         self.scale: LossScale | None = None
+        self.ds_config: dict[str, Any] = engine._config._param_dict
         self.buffers = shapes_of_buffers(engine.module)
 
     @property
@@ -69,11 +70,6 @@ class Wrapper:
     def in_step(self) -> bool:
         """Whether ``engine.step`` runs."""
         return self.engine._running_engine_step
-
-    @property
-    def ds_config(self) -> dict[str, Any]:
-        """The ds_config that the engine runs with, also where it was made from a file's path."""
-        return self.engine._config._param_dict
 
     @property
     def names(self) -> Mapping[torch.Tensor, str]:
@@ -150,8 +146,8 @@ class Wrapper:
     def saved_tensors(self, rank: int) -> list[Any]:
         """What DeepSpeed makes a rank save: an estimate from below.
 
-        Stages 0 to 2: rank 0 saves the module; at stage 0 it saves all else too. Masters and
-        optimizer state are saved by the rank that owns them.
+        Each rank saves the masters and the state that it owns, and rank 0 the module (stages 0 to
+        2); at stage 0 it alone saves.
         """
         if rank and not self.partitioned:
             return []
@@ -184,22 +180,16 @@ class Wrapper:
     def begin_backward(self) -> None:
         """Makes the next backward add to the gradients of those before, as in plain PyTorch.
 
-        Stage 3 adds only where a forward of the engine came in between: it overwrote the gradients
-        of a first loss where two forwards came before two backwards, or the forward was the
-        module's.
+        Stage 3 by itself adds only where a forward of the engine came in between.
         """
 
     def drop_gradients(self) -> None:
-        """Forgets the gradients of all micro-batches since the last update, on this rank.
-
-        At stage 0 that is ``p.grad`` alone, which any ``zero_grad`` has emptied.
-        """
+        """Forgets the gradients since the last update that no ``p.grad`` holds, on this rank."""
 
     def complete_gradients(self) -> None:
-        """Before a step with offload: hands over what the last micro-batch of an update did not.
+        """Before a step with offload: hands over gradients that the last micro-batch did not.
 
-        That is the gradient of each parameter that had no part in it; zero where none of the
-        update's had one.
+        Those are of parameters without a part in it; zero where they had none in the whole update.
         """
 
     def clear_gradients(self) -> None:
@@ -250,9 +240,7 @@ class Wrapper:
         engine = self.engine
         copy, tied = engine._copy_recovery_script, tied_names(engine.module)
         with (
-            replaced(
-                engine, '_copy_recovery_script', lambda at: defer(functools.partial(copy, at))
-            ),
+            replaced(engine, '_copy_recovery_script', lambda at: defer(lambda: copy(at))),
             replaced(engine, '_get_shared_params', lambda: tied),
         ):
             yield
