@@ -11,6 +11,7 @@ from yacs.config import CfgNode
 
 from internvl_ds.config.tree import set_options
 from internvl_ds.engine.param_groups import PER_GROUP_LISTS
+from internvl_ds.engine.registry import wrapper_of
 from internvl_ds.errors import CheckpointError, brief, few
 
 
@@ -103,7 +104,7 @@ def restore_engines_own(
         own.step(updates - 1)
     elif isinstance(saved, Mapping) and saved.keys() == own.state_dict().keys():
         own.load_state_dict(saved)
-        set_lr_of_schedule(own, engine.basic_optimizer.param_groups, updates)
+        set_lr_of_schedule(own, wrapper_of(engine).client.param_groups, updates)
     else:
         kind = type(own).__name__
         logger.warning('%s has no state of %s, which DeepSpeed steps: begun anew', where, kind)

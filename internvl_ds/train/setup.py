@@ -32,7 +32,7 @@ from internvl_ds.dist.preemption import Preemption
 from internvl_ds.dist.rendezvous import exchange, from_rank_0, rank, world_size
 from internvl_ds.engine.ema import ShardedEma
 from internvl_ds.engine.grad_scaler import NativeScalerWithGradNormCount
-from internvl_ds.engine.registry import initialize
+from internvl_ds.engine.initialize import initialize
 from internvl_ds.errors import ConfigError
 from internvl_ds.files import for_show
 from internvl_ds.train.data import Loaders, build_loaders, order_of, seed_everything
