@@ -12,11 +12,13 @@ __path__ = [*__path__, str(Path(__file__).parent / 'utils')]
 # Module -> the public names in it. `__init__.pyi` lists them for type checkers and editors.
 _HOMES = {
     'checkpoint.choice': ('auto_resume_helper',),
-    'checkpoint.load': ('load_checkpoint', 'load_ema_checkpoint'),
+    'checkpoint.load': ('load_checkpoint',),
+    'checkpoint.load_ema': ('load_ema_checkpoint',),
     'checkpoint.save': ('save_checkpoint',),
     'config': ('get_config',),
     'dist.preemption': ('Preemption',),
-    'dist.process_group': ('init_distributed', 'reduce_tensor', 'shutdown'),
+    'dist.process_group': ('init_distributed', 'shutdown'),
+    'dist.reduce': ('reduce_tensor',),
     'engine.ema': ('EmaWarmup', 'ShardedEma'),
     'engine.grad_scaler': ('NativeScalerWithGradNormCount', 'get_grad_norm'),
     'engine.registry': ('initialize', 'register'),

@@ -2,18 +2,13 @@
 
 from internvl_ds.checkpoint.choice import auto_resume_helper as auto_resume_helper
 from internvl_ds.checkpoint.load import load_checkpoint as load_checkpoint
-from internvl_ds.checkpoint.load import load_ema_checkpoint as load_ema_checkpoint
+from internvl_ds.checkpoint.load_ema import load_ema_checkpoint as load_ema_checkpoint
 from internvl_ds.checkpoint.save import save_checkpoint as save_checkpoint
 from internvl_ds.config import get_config as get_config
 from internvl_ds.dist.preemption import Preemption as Preemption
 from internvl_ds.dist.process_group import init_distributed as init_distributed
-from internvl_ds.dist.process_group import reduce_tensor as reduce_tensor
 from internvl_ds.dist.process_group import shutdown as shutdown
-from internvl_ds.engine.ema import EmaWarmup as EmaWarmup
-from internvl_ds.engine.ema import ShardedEma as ShardedEma
-from internvl_ds.engine.grad_scaler import (
-    NativeScalerWithGradNormCount as NativeScalerWithGradNormCount,
-)
+from internvl_ds.dist.reduce import reduce_tensor as reduce_tensor
 from internvl_ds.engine.grad_scaler import get_grad_norm as get_grad_norm
 from internvl_ds.engine.registry import initialize as initialize
 from internvl_ds.engine.registry import register as register

@@ -12,11 +12,13 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import (
 )
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from internvl_ds.checkpoint.formats.ema_files import EmaFile, with_identity
+from internvl_ds.checkpoint.formats.ema_files import with_identity
+from internvl_ds.checkpoint.formats.shard_files import read_shard
 from internvl_ds.checkpoint.formats.snapshot import Snapshot, tensor_bytes
-from internvl_ds.checkpoint.formats.zero_shards import TagShards, read_shard
+from internvl_ds.checkpoint.formats.zero_shards import TagShards
 from internvl_ds.checkpoint.tag.hashing import save_safetensors, save_tensors
 from internvl_ds.checkpoint.tag.manifest import FileEntry, Identity
+from internvl_ds.engine.ema_shard import EmaFile
 from internvl_ds.errors import CheckpointError
 
 

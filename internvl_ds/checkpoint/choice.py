@@ -12,6 +12,8 @@ from yacs.config import CfgNode
 
 from internvl_ds.checkpoint import async_save as background
 from internvl_ds.checkpoint.formats.state_json import state_of
+from internvl_ds.checkpoint.load_context import Load
+from internvl_ds.checkpoint.sources import downloads
 from internvl_ds.checkpoint.sources.weight_files import open_source
 from internvl_ds.checkpoint.tag import discovery as lookup
 from internvl_ds.checkpoint.tag import leftovers
@@ -19,7 +21,8 @@ from internvl_ds.checkpoint.tag.manifest import epoch_of, step_of
 from internvl_ds.checkpoint.tag.verify import damage, share_of
 from internvl_ds.config.counts import require_counts
 from internvl_ds.config.tree import checkpoint_option, default_config, get_option
-from internvl_ds.dist.rendezvous import exchange, from_rank_0, rank, world_size
+from internvl_ds.dist.group import current_group
+from internvl_ds.dist.rendezvous import exchange, rank, world_size
 from internvl_ds.engine.registry import last_config
 from internvl_ds.errors import CheckpointError, CheckpointNotFound, ConfigError, PretrainedError
 from internvl_ds.files.addresses import is_address, shown
@@ -29,8 +32,12 @@ _log = logging.getLogger(__name__)
 
 Find = Callable[[Mapping[str, str]], lookup.Resume | None]
 
-# What was asked for last and what was taken, so that an average comes from where the weights did.
-_last: tuple[tuple[str, str, bool, bool], Path | None] | None = None
+
+class _Last:
+    """The last settings and their choice, so that an average comes from where the weights did."""
+
+    asked: tuple[str, str, bool, bool] | None = None
+    path: Path | None = None
 
 
 def auto_resume_helper(output_dir: str, *, config: CfgNode | None = None) -> str | None:
@@ -54,16 +61,15 @@ def auto_resume_helper(output_dir: str, *, config: CfgNode | None = None) -> str
         CheckpointNotFound: when checkpoints were there and no whole one is left.
     """
     background.wait()
-    config = _limits_without_config() if config is None else config
-    timeout = checkpoint_option(config, 'RENDEZVOUS_TIMEOUT')
-    age = checkpoint_option(config, 'LEFTOVER_AGE')
-    from_rank_0('sweep', lambda: _sweep(Path(output_dir), age), timeout)
-    found = _newest(Path(output_dir), timeout, checkpoint_option(config, 'IO_TIMEOUT'))
-    if found is None:
+    load = Load(_limits_without_config() if config is None else config, _log)
+    age = checkpoint_option(load.config, 'LEFTOVER_AGE')
+    load.from_rank_0('sweep', lambda: _sweep(Path(output_dir), age))
+    newest = _newest(load, Path(output_dir))
+    if newest is None:
         return None
-    if found.warning and rank() == 0:
-        _log.warning(found.warning)
-    return str(found.path)
+    if newest.warning and rank() == 0:
+        _log.warning(newest.warning)
+    return str(newest.path)
 
 
 def _limits_without_config() -> CfgNode:
@@ -99,21 +105,21 @@ def choose(config: CfgNode, logger: logging.Logger, *, as_before: bool = False) 
         CheckpointNotFound: when nothing is there.
         CheckpointError: when the tag that is asked for by its name is not whole.
     """
-    global _last
-    timeout = checkpoint_option(config, 'RENDEZVOUS_TIMEOUT')
+    last = current_group().part(_Last)
+    load = Load(config, logger)
     asked = (
         str(config.MODEL.RESUME),
         str(get_option(config, 'OUTPUT', '')),
         bool(get_option(config, 'EVAL_MODE', False)),
         bool(get_option(config, 'TRAIN.AUTO_RESUME', True)),
     )
-    if as_before and _last is not None and _last[0] == asked:
-        path = _last[1]
-        if path is None or from_rank_0('resume as before', path.exists, timeout):
+    if as_before and last.asked == asked:
+        path = last.path
+        if path is None or load.from_rank_0('resume as before', path.exists):
             return path
-    path = _choose(*asked, timeout, checkpoint_option(config, 'IO_TIMEOUT'), logger)
-    _last = asked, path
-    return path
+    last.path = _choose(load, *asked)
+    last.asked = asked
+    return last.path
 
 
 def newer_than_best(config: CfgNode) -> str | None:
@@ -124,76 +130,80 @@ def newer_than_best(config: CfgNode) -> str | None:
     Returns:
         The newest tag of OUTPUT where it was saved after that best; else None.
     """
-    output, timeout = Path(config.OUTPUT), checkpoint_option(config, 'RENDEZVOUS_TIMEOUT')
-    asked = Path(config.MODEL.RESUME)
+    load, output, asked = Load(config, _log), Path(config.OUTPUT), Path(config.MODEL.RESUME)
 
     def sequence_of_best() -> int | None:
         header = lookup.header_or_none(lookup.present(asked))
         inside = os.path.realpath(asked.parent) == os.path.realpath(output)
         return header.sequence if header and inside and epoch_of(asked.name) is None else None
 
-    best = from_rank_0('look at MODEL.RESUME', sequence_of_best, timeout)
+    best = load.from_rank_0('look at MODEL.RESUME', sequence_of_best)
     if best is None:
         return None
-    found = auto_resume_helper(str(output), config=config)
+    newest = auto_resume_helper(str(output), config=config)
 
     def is_newer() -> bool:
-        header = lookup.header_or_none(Path(found or ''))
+        header = lookup.header_or_none(Path(newest or ''))
         return header is not None and header.sequence > best
 
-    return found if found and from_rank_0('compare with best', is_newer, timeout) else None
+    return newest if newest and load.from_rank_0('compare with best', is_newer) else None
+
+
+def downloaded(load: Load) -> Path:
+    """The file that MODEL.RESUME is the address of. Collective: every rank calls it."""
+
+    def download() -> Path:
+        try:
+            return Path(downloads.local(str(load.config.MODEL.RESUME), load.config))
+        except PretrainedError as error:
+            raise CheckpointError(str(error)) from error
+
+    return load.agree('download', download)
 
 
 def _choose(
-    resume: str,
-    output: str,
-    evaluates: bool,
-    auto_resume: bool,
-    timeout: float,
-    io_timeout: float,
-    logger: logging.Logger,
+    load: Load, resume: str, output: str, evaluates: bool, auto_resume: bool
 ) -> Path | None:
     if not resume:
         raise CheckpointNotFound('MODEL.RESUME is empty: set it to a checkpoint')
 
     def find(damaged: Mapping[str, str]) -> lookup.Resume | None:
-        found = lookup.newest(Path(output), damaged)
-        if found is None or found.path.is_file() or not _is_newer(found.path, resume):
+        newest = lookup.newest(Path(output), damaged)
+        if newest is None or newest.path.is_file() or not _is_newer(newest.path, resume):
             return None
-        return found
+        return newest
 
     def find_or_none() -> str | None:
-        try:
-            found = find({})
-        except CheckpointNotFound:
-            return None
-        return None if found is None else str(found.path)
+        with contextlib.suppress(CheckpointNotFound):
+            newest = find({})
+            return None if newest is None else str(newest.path)
+        return None
 
     if output and not evaluates and auto_resume:
         try:
-            own = _verified(find, timeout, io_timeout)
+            newest = _verified(load, find)
         except CheckpointNotFound as error:
-            logger.warning('%s It is set: %s is taken', error, shown(resume))
-            own = None
-        if own is not None:
-            if own.warning:
-                logger.warning(own.warning)
-            logger.warning(
+            load.logger.warning('%s It is set: %s is taken', error, shown(resume))
+            newest = None
+        if newest is not None:
+            if newest.warning:
+                load.logger.warning(newest.warning)
+            load.logger.warning(
                 '%s goes before MODEL.RESUME %s, as the newer (TRAIN.AUTO_RESUME False would keep '
                 'MODEL.RESUME)',
-                own.path,
+                newest.path,
                 shown(resume),
             )
-            return own.path
+            return newest.path
     elif output and not evaluates:
-        newer = from_rank_0('find newest', find_or_none, timeout)
-        if newer is not None:
-            logger.warning(
+        passed_over = load.from_rank_0('find newest', find_or_none)
+        if passed_over is not None:
+            load.logger.warning(
                 'MODEL.RESUME %s is taken, and not the newer %s: TRAIN.AUTO_RESUME is False',
                 shown(resume),
-                newer,
+                passed_over,
             )
-    return _resolve(resume, timeout, io_timeout, logger)
+    return _resolve(load, resume)
 
 
 def _is_newer(own: Path, resume: str) -> bool:
@@ -252,29 +262,29 @@ def _sweep(output: Path, age: float) -> None:
         _log.info('%s: leftovers of dead saves are not swept: %s', output, error)
 
 
-def _newest(output: Path, timeout: float, io_timeout: float) -> lookup.Resume | None:
-    return _verified(lambda damaged: lookup.newest(output, damaged), timeout, io_timeout)
+def _newest(load: Load, output: Path) -> lookup.Resume | None:
+    return _verified(load, lambda damaged: lookup.newest(output, damaged))
 
 
-def _verified(find: Find, timeout: float, io_timeout: float) -> lookup.Resume | None:
-    """What ``find`` finds on rank 0, with right checksums, on all ranks. A meeting of all ranks.
+def _verified(load: Load, find: Find) -> lookup.Resume | None:
+    """What ``find`` finds on rank 0, with right checksums. Collective: every rank calls it.
 
     Args:
+        load: the time limits.
         find: gets the names of the tags to pass over, and what is wrong with each.
-        timeout, io_timeout: seconds to wait for the others to meet, and to read.
     """
     damaged: dict[str, str] = {}
 
     def answer() -> list[str | None] | None:
-        found = find(damaged)
-        return None if found is None else [str(found.path), found.warning]
+        newest = find(damaged)
+        return None if newest is None else [str(newest.path), newest.warning]
 
     while True:
-        found = from_rank_0('find newest', answer, timeout)
-        if found is None:
+        newest = load.from_rank_0('find newest', answer)
+        if newest is None:
             return None
-        path, warning = Path(found[0]), found[1]
-        reports = exchange('verify newest', _damage_of_share(path), io_timeout)
+        path, warning = Path(newest[0]), newest[1]
+        reports = exchange('verify newest', _damage_of_share(path), load.io_timeout)
         reasons = [reason for report in reports for reason in report]
         if not reasons:
             return lookup.Resume(path, warning)
@@ -293,21 +303,21 @@ def _damage_of_share(path: Path) -> list[str]:
     return damage(path, manifest, share_of(manifest.files, rank(), world_size()))
 
 
-def _resolve(resume: str, timeout: float, io_timeout: float, logger: logging.Logger) -> Path | None:
+def _resolve(load: Load, resume: str) -> Path | None:
     """The tag or file that MODEL.RESUME names, the same on all ranks; None for an address."""
+
+    def named() -> tuple[str, bool]:
+        path = lookup.resolve(resume)
+        return str(path), path.is_file() or lookup.is_tag(path)
+
     if is_address(resume):
         return None
-    path, is_tag = from_rank_0('resolve resume', lambda: _named(resume), timeout)
+    path, is_tag = load.from_rank_0('resolve resume', named)
     if is_tag:
         return Path(path)
-    found = _newest(Path(path), timeout, io_timeout)
-    if found is None:
+    newest = _newest(load, Path(path))
+    if newest is None:
         raise CheckpointNotFound(f'{path}: a directory without any checkpoint')
-    if found.warning:
-        logger.warning(found.warning)
-    return found.path
-
-
-def _named(resume: str) -> tuple[str, bool]:
-    path = lookup.resolve(resume)
-    return str(path), path.is_file() or lookup.is_tag(path)
+    if newest.warning:
+        load.logger.warning(newest.warning)
+    return newest.path

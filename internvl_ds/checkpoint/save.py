@@ -1,4 +1,4 @@
-"""save_checkpoint: the ranks meet, stage their files, report, and rank 0 commits."""
+"""save_checkpoint: the ranks meet, and collect their files for `finish_save`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +19,17 @@ from yacs.config import CfgNode
 
 import internvl_ds
 from internvl_ds.checkpoint import async_save as background
-from internvl_ds.checkpoint.checkpoint_engine import ShardWriter, install_writer
-from internvl_ds.checkpoint.formats.ema_files import EmaFile
+from internvl_ds.checkpoint.checkpoint_engine import install_writer
+from internvl_ds.checkpoint.finish_save import Save, abandon, finish
 from internvl_ds.checkpoint.formats.ema_tensors import ema_file
 from internvl_ds.checkpoint.formats.rng import rng_state
 from internvl_ds.checkpoint.formats.snapshot import tensor_bytes
-from internvl_ds.checkpoint.formats.state_json import state_text
 from internvl_ds.checkpoint.optimizer_state import optimizer_name
-from internvl_ds.checkpoint.proof import Wanted, prove, wanted_of
-from internvl_ds.checkpoint.tag import commit as store
-from internvl_ds.checkpoint.tag.discovery import file_sizes
+from internvl_ds.checkpoint.proof import wanted_of
+from internvl_ds.checkpoint.tag import commit
 from internvl_ds.checkpoint.tag.free_space import state_size
-from internvl_ds.checkpoint.tag.hashing import flush_and_hash, write_hashed
-from internvl_ds.checkpoint.tag.manifest import (
-    LOOP_FILE,
-    STATE_FILE,
-    FileEntry,
-    Header,
-    Identity,
-    Manifest,
-    tag_name,
-)
-from internvl_ds.checkpoint.tag.output_lock import enter_output, note_save
+from internvl_ds.checkpoint.tag.manifest import Identity, tag_name
+from internvl_ds.checkpoint.tag.output_lock import enter_output
 from internvl_ds.checkpoint.tag.retention import (
     KeepBest,
     KeepEvery,
@@ -51,11 +38,11 @@ from internvl_ds.checkpoint.tag.retention import (
     KeepSteps,
     Policy,
 )
-from internvl_ds.checkpoint.tag.trash import MARK
 from internvl_ds.config.ds.resolve import precision_of
-from internvl_ds.config.tree import checkpoint_option, default_of, get_option
+from internvl_ds.config.tree import checkpoint_option, get_option
 from internvl_ds.dist.process_group import collectives_within
-from internvl_ds.dist.rendezvous import exchange, from_rank_0, gather, rank, world_size
+from internvl_ds.dist.rendezvous import exchange, from_rank_0, rank, world_size
+from internvl_ds.engine.ema_shard import EmaFile
 from internvl_ds.engine.registry import (
     accumulation_of,
     client_groups,
@@ -65,7 +52,6 @@ from internvl_ds.engine.registry import (
 )
 from internvl_ds.engine.scheduling import schedule_state, warn_of_slow_schedule
 from internvl_ds.errors import CheckpointError, RankError, few
-from internvl_ds.files.addresses import redacted
 from internvl_ds.zero.master_weights import (
     frozen_as_made,
     kept_on_nvme,
@@ -74,38 +60,6 @@ from internvl_ds.zero.master_weights import (
 )
 from internvl_ds.zero.module_state import every_name, require_buffers_as_made
 from internvl_ds.zero.persistent_params import put_back
-
-
-@dataclass
-class _Save:
-    """A save under way, as one rank knows it; nothing in it changes with further training.
-
-    Attributes:
-        output, tag: where it goes.
-        writer: holds this rank's files.
-        staging_path: where they are written.
-        header: the manifest's, but for what is known at the commit only.
-        policies: retention; None for a tag that is neither counted nor named by ``latest``.
-        in_background: training goes on as soon as the files are copied.
-        io_timeout: seconds that one rank may be slower than another.
-        wanted: what the files must hold.
-        own: what goes into this rank's loop_rank_*.json.
-        staging, state: on rank 0 only: the lock, and what goes into state.json.
-    """
-
-    output: Path
-    tag: str
-    writer: ShardWriter
-    staging_path: Path
-    header: dict[str, Any]
-    policies: list[Policy] | None
-    in_background: bool
-    io_timeout: float
-    logger: logging.Logger
-    wanted: Wanted
-    own: dict[str, Any] = field(default_factory=dict)
-    staging: store.Staging | None = None
-    state: dict[str, Any] = field(default_factory=dict)
 
 
 def save_checkpoint(
@@ -126,73 +80,85 @@ def save_checkpoint(
     loop: Any = None,
     class_names: Sequence[str] | None = None,
 ) -> str:
-    """Saves a tag under OUTPUT. Every rank must call it: each writes its own shards.
+    """Saves a tag under OUTPUT, each rank its own shards. Collective: every rank calls it.
 
-    The tag appears under its name, and ``latest`` names it, only once all of it is on disk with a
-    checksum for every file; then the epoch and step tags that no retention policy keeps go. A save
-    that fails leaves all that was there. Every rank's random number generators are kept too.
-
-    With CHECKPOINT.ASYNC it returns when the state is copied in memory, and the rest follows in the
-    background. The next save, a load, `internvl_ds.shutdown` and the end of the program wait
-    for it; a failure is raised there.
+    The tag appears under its name, and ``latest`` names it, once all of it is on disk with a
+    checksum for every file; then the tags go that no retention policy keeps. A save that fails
+    leaves what was there. With CHECKPOINT.ASYNC the call returns when the state is copied in
+    memory; the next save, a load or `internvl_ds.shutdown` waits for the rest and raises its error.
 
     Args:
         config: OUTPUT, SAVE_CKPT_NUM and CHECKPOINT are read; all of it is kept as text.
-        epoch: the epoch that has ended; the tag is ``ckpt_epoch_{epoch}``. With ``step``, the
-            epoch that is under way.
+        epoch: the epoch that has ended or, with ``step``, is under way.
         model: the engine, or its module.
-        max_accuracy: the best accuracy so far.
-        optimizer: the engine's optimizer (its state is in the shards).
-        lr_scheduler: its ``state_dict()`` is kept; may be None.
-        scaler: its ``state_dict()`` is kept; may be None.
+        max_accuracy, max_accuracy_ema, ema_decay: kept where given.
+        optimizer: the engine's optimizer; its state is in the shards.
+        lr_scheduler, scaler: their ``state_dict()`` is kept; may be None.
         logger: gets one line before and one after.
-        model_ema: a `ShardedEma`, or timm's ModelEma, ModelEmaV2 or ModelEmaV3; kept with the tag.
-        max_accuracy_ema: kept where given.
-        ema_decay: kept where given.
-        best: a name such as 'best' or 'ema_best': the tag is ``ckpt_epoch_{best}``, not counted
-            by retention and not named by ``latest``.
-        step: updates of the epoch that are done, at least 1, for a save inside it: the tag is
-            ``ckpt_epoch_{epoch}_step_{step}``, of which CHECKPOINT.KEEP_STEPS stay.
-        loop: an object with ``state_dict()`` and ``load_state_dict()``, such as the position in the
-            epoch; each rank's own is kept. May be None.
-        class_names: of the labels 0, 1, ..., such as ``ImageFolder.classes``: kept, exported, and
-            compared by a `load_checkpoint` that is given those of its data.
+        model_ema: a `ShardedEma`, or timm's ModelEma, ModelEmaV2 or ModelEmaV3.
+        best: a name such as 'best': the tag ``ckpt_epoch_{best}`` is not counted by retention.
+        step: updates of the epoch that are done: the tag is ``ckpt_epoch_{epoch}_step_{step}``.
+        loop: an object whose ``state_dict()`` is kept for each rank; may be None.
+        class_names: of the labels 0, 1, ...; a load compares them.
 
     Returns:
         The path of the tag's directory.
 
     Raises:
-        RankError: when a rank does not come within the limit (it is named), or when ranks come
-            with different tags.
-        CheckpointError: on all ranks, when any rank could not write; names rank, path, reason and
-            the bytes needed. Or when the save before it, in the background, failed.
+        RankError: when a rank does not come within the limit, or with another tag.
+        CheckpointError: on all ranks, when any could not write, or the save before it failed.
     """
     background.wait()
     engine = engine_of(model)
     require_module_as_made(engine)
     require_buffers_as_made(engine)
-    loss_scale = loss_scale_of(engine)
+    values = {
+        'epoch': epoch, 'step': step, 'max_accuracy': max_accuracy, 'ema_decay': ema_decay,
+        'max_accuracy_ema': max_accuracy_ema, 'class_names': class_names, 'config': config,
+    }  # fmt: skip
+    save = _new_save(engine, values, best, logger)
+    average = ema_file(model_ema)
+    _begin(save, engine, average, config)
+    logger.info('%s saving......', save.output / save.tag)
+    _warn(save, engine, config)
+    try:
+        state = functools.partial(_state, save, engine, values, lr_scheduler, scaler)
+        _stage(save, engine, average, state, loop)
+    except BaseException:
+        abandon(save)
+        raise
+    if save.in_background:
+        background.start(save.tag, functools.partial(finish, save), limit=3 * save.io_timeout)
+    else:
+        finish(save)
+    return str(Path(config.OUTPUT) / save.tag)
+
+
+def _new_save(
+    engine: DeepSpeedEngine, values: Mapping[str, Any], best: str | None, logger: logging.Logger
+) -> Save:
+    config, epoch, step = values['config'], values['epoch'], values['step']
     counted = best is None and isinstance(epoch, int)
     groups = None if engine.basic_optimizer is None else client_groups(engine).names
-    save = _Save(
+    return Save(
         # Absolute: the program may change its directory before a save in the background is done.
         output=Path(os.path.abspath(config.OUTPUT)),
         tag=tag_name(epoch, best, step),
         writer=install_writer(engine),
         staging_path=Path(),
-        header=_header(engine, epoch, step if counted else None, max_accuracy),
+        header=_header(engine, epoch, step if counted else None, values['max_accuracy']),
         policies=_policies(config) if counted else None,
         in_background=bool(checkpoint_option(config, 'ASYNC')),
         io_timeout=checkpoint_option(config, 'IO_TIMEOUT'),
         logger=logger,
         wanted=wanted_of(engine, groups),
     )
-    average = ema_file(model_ema)
-    _begin(save, engine, average, config)
-    logger.info('%s saving......', save.output / save.tag)
+
+
+def _warn(save: Save, engine: DeepSpeedEngine, config: CfgNode) -> None:
     untrained = untrained_names(engine)
     if untrained:
-        logger.warning(
+        save.logger.warning(
             '%d parameters require a gradient and no optimizer trains them, because they were '
             'frozen when the engine was made: %s. They are saved as they are. To train them, make '
             'the engine anew with an optimizer over them.',
@@ -200,46 +166,40 @@ def save_checkpoint(
             few(untrained),
         )
     if accumulation_of(engine).losses:
-        logger.warning(
+        save.logger.warning(
             'saving between two micro-batches of one update: what they have accumulated is not '
             'kept; save after a call with update_grad=True, or after optimizer.zero_grad() where '
             'the next epoch begins with it'
         )
-    if counted and step is None:
-        warn_of_slow_schedule(engine, config, epoch + 1, logger)
+    if save.policies is not None and save.header['step'] is None:
+        warn_of_slow_schedule(engine, config, save.header['epoch'] + 1, save.logger)
 
-    def state() -> dict[str, Any]:
-        return {
-            'epoch': epoch,
-            'step': step,
-            'max_accuracy': float(max_accuracy),
-            'max_accuracy_ema': None if max_accuracy_ema is None else float(max_accuracy_ema),
-            'ema_decay': None if ema_decay is None else float(ema_decay),
-            'lr_scheduler': None if lr_scheduler is None else lr_scheduler.state_dict(),
-            'schedule': schedule_state(engine),
-            'scaler': None if scaler is None else scaler.state_dict(),
-            'loss_scale': None if loss_scale is None else loss_scale.state_dict(),
-            'class_names': None if class_names is None else list(map(str, class_names)),
-            'config': config,
-            # As text does: whatever DeepSpeed took of plain initialize, this keeps.
-            'ds_config': json.loads(json.dumps(ds_config_of(engine), default=str)),
-            'optimizer_class': None
-            if engine.basic_optimizer is None
-            else optimizer_name(engine.basic_optimizer),
-            'optimizer_groups': groups,
-        }
 
-    try:
-        _stage(save, engine, average, state, loop)
-    except BaseException:
-        _abandon(save)
-        raise
-    finish = functools.partial(_finish, save)
-    if save.in_background:
-        background.start(save.tag, finish, limit=3 * save.io_timeout)
-    else:
-        finish()
-    return str(Path(config.OUTPUT) / save.tag)
+def _state(
+    save: Save, engine: DeepSpeedEngine, values: Mapping[str, Any], lr_scheduler: Any, scaler: Any
+) -> dict[str, Any]:
+    """What goes into state.json."""
+
+    def state_of(owner: Any) -> dict[str, Any] | None:
+        return None if owner is None else owner.state_dict()
+
+    numbers = ('max_accuracy', 'max_accuracy_ema', 'ema_decay')
+    names, optimizer = values['class_names'], engine.basic_optimizer
+    return {
+        'epoch': values['epoch'],
+        'step': values['step'],
+        **{key: None if values[key] is None else float(values[key]) for key in numbers},
+        'lr_scheduler': state_of(lr_scheduler),
+        'schedule': schedule_state(engine),
+        'scaler': state_of(scaler),
+        'loss_scale': state_of(loss_scale_of(engine)),
+        'class_names': None if names is None else list(map(str, names)),
+        'config': values['config'],
+        # As text does: whatever DeepSpeed took of plain initialize, this keeps.
+        'ds_config': json.loads(json.dumps(ds_config_of(engine), default=str)),
+        'optimizer_class': None if optimizer is None else optimizer_name(optimizer),
+        'optimizer_groups': save.wanted.groups,
+    }
 
 
 def _header(
@@ -262,7 +222,7 @@ def _header(
 
 
 def _policies(config: CfgNode) -> list[Policy]:
-    count = get_option(config, 'SAVE_CKPT_NUM', default_of('SAVE_CKPT_NUM'))
+    count = get_option(config, 'SAVE_CKPT_NUM')
     steps = checkpoint_option(config, 'KEEP_STEPS')
     # Without auto resume a run that goes back to an older tag was told to.
     rewound = not get_option(config, 'TRAIN.AUTO_RESUME', True)
@@ -275,8 +235,11 @@ def _policies(config: CfgNode) -> list[Policy]:
     ]
 
 
-def _begin(save: _Save, engine: DeepSpeedEngine, average: EmaFile | None, config: CfgNode) -> None:
-    """Has rank 0 make the staging directory, if all ranks come with the same. A meeting of all."""
+def _begin(save: Save, engine: DeepSpeedEngine, average: EmaFile | None, config: CfgNode) -> None:
+    """Makes the staging directory of a save that is the same on all ranks.
+
+    Collective: every rank calls it.
+    """
     timeout = checkpoint_option(config, 'RENDEZVOUS_TIMEOUT')
     size = save.writer.last_size
     if size is None:
@@ -294,7 +257,7 @@ def _begin(save: _Save, engine: DeepSpeedEngine, average: EmaFile | None, config
             enter_output(save.output, config, timeout)
             _require_space(save, [call[1] for call in calls])
             age = checkpoint_option(config, 'LEFTOVER_AGE')
-            save.staging = store.begin(save.output, save.tag, age=age)
+            save.staging = commit.begin(save.output, save.tag, age=age)
         except OSError as error:
             raise CheckpointError(
                 f'{save.output / save.tag}: rank 0 cannot begin to save: {error}'
@@ -305,7 +268,7 @@ def _begin(save: _Save, engine: DeepSpeedEngine, average: EmaFile | None, config
     save.header['save'] = save.staging_path.name.rpartition('-')[2]
 
 
-def _require_space(save: _Save, sizes: list[int]) -> None:
+def _require_space(save: Save, sizes: list[int]) -> None:
     needed, free = sum(sizes), shutil.disk_usage(save.output).free
     if needed > free:
         most = max(range(len(sizes)), key=sizes.__getitem__)
@@ -317,7 +280,7 @@ def _require_space(save: _Save, sizes: list[int]) -> None:
 
 
 def _stage(
-    save: _Save,
+    save: Save,
     engine: DeepSpeedEngine,
     average: EmaFile | None,
     state: Callable[[], dict[str, Any]],
@@ -346,107 +309,8 @@ def _stage(
     try:
         own = None if loop is None else loop.state_dict()
         said = {Identity.KEY: identity.to_dict()}
-        save.own = copy.deepcopy({'rng': rng_state(), 'loop': own, **said})
+        save.loop = copy.deepcopy({'rng': rng_state(), 'loop': own, **said})
         if rank() == 0:
             save.state = copy.deepcopy({**state(), **said})
     except Exception as error:
         writer.error = writer.error or error
-
-
-def _finish(save: _Save) -> None:
-    """Writes what is not written yet, reports, commits. A meeting of all ranks, on any thread."""
-
-    def commit_or_abandon() -> None:
-        try:
-            _commit(save, reports)
-        except Exception:
-            _abandon(save)  # before the others hear of it
-            raise
-
-    try:
-        report = _write_own_files(save)
-        reports = gather('write checkpoint', report, save.io_timeout)
-        from_rank_0('commit', commit_or_abandon, save.io_timeout)
-    except Exception as error:
-        _abandon(save)
-        if save.writer.error is not None:
-            raise error from save.writer.error
-        raise
-    save.writer.last_size = sum(entry.size for entry in save.writer.written.values())
-    save.logger.info('%s saved !!!', save.output / save.tag)
-
-
-def _abandon(save: _Save) -> None:
-    save.writer.forget()
-    if save.staging is not None:
-        store.abandon(save.staging)
-
-
-def _write_own_files(save: _Save) -> dict[str, Any]:
-    writer = save.writer
-    writer.finish()
-    try:
-        if writer.error is None:
-            _write_text(save, LOOP_FILE.format(rank()), state_text(save.own))
-        if rank() == 0 and writer.error is None:
-            # Here, because the YAML of a configuration takes longer than much of a copy.
-            text = state_text({**save.state, 'config': redacted(save.state['config'].dump())})
-            _write_text(save, STATE_FILE, text)
-        if writer.error is None:
-            prove(save.staging_path, _named(save), save.wanted)
-    except (OSError, CheckpointError) as error:
-        writer.error = error
-    except Exception as error:  # the others wait for the report
-        writer.error = CheckpointError(f'{save.staging_path}: cannot be read again: {error!r}')
-    if writer.error is not None:
-        return {'error': str(writer.error)}
-    return {'files': {name: list(entry) for name, entry in _named(save).items()}}
-
-
-def _named(save: _Save) -> dict[str, FileEntry]:
-    """The files that this rank wrote, by their names in the tag."""
-    written = save.writer.written
-    return {str(path.relative_to(save.staging_path)): entry for path, entry in written.items()}
-
-
-def _write_text(save: _Save, name: str, text: str) -> None:
-    path = save.staging_path / name
-    save.writer.written[path] = write_hashed(path, lambda file: file.write(text.encode()))
-
-
-def _commit(save: _Save, reports: list[dict[str, Any]] | None) -> None:
-    assert save.staging is not None  # this is rank 0
-    assert reports is not None
-    failed = {r: report['error'] for r, report in enumerate(reports) if 'error' in report}
-    errors = [f'rank {r}: {text}' for r, text in failed.items()]
-    if failed:
-        raise CheckpointError(
-            f'{save.output / save.tag}: not saved, and the earlier checkpoints stay: '
-            f'{"; ".join(errors)}'
-        )
-    files = {n: FileEntry(*e) for report in reports for n, e in report['files'].items()}
-    try:
-        sizes = file_sizes(save.staging_path)
-        store.require_files(save.staging, files, sizes)
-        for name in sizes.keys() - files.keys() - {MARK}:  # what DeepSpeed wrote by itself
-            files[name] = flush_and_hash(save.staging_path / name)
-        header = Header(
-            tag=save.tag,
-            sequence=store.next_sequence(save.output),
-            saved_at=datetime.now(timezone.utc).isoformat(timespec='seconds'),
-            size=sum(entry.size for entry in files.values()),
-            **save.header,
-        )
-        manifest = Manifest(header, dict(sorted(files.items())))
-        store.commit(save.staging, manifest, latest=save.policies is not None)
-    except OSError as error:
-        raise CheckpointError(
-            f'{save.output / save.tag}: not saved, and the earlier checkpoints stay: rank 0 cannot '
-            f'commit it: {error}'
-        ) from error
-    note_save(save.output, save.tag, header.save)
-    if save.policies is not None:
-        try:
-            store.prune(save.output, save.policies)
-        except OSError as error:
-            save.logger.warning('%s: old tags stay for now: %s', save.output, error)

@@ -19,7 +19,8 @@ from types import TracebackType
 
 from yacs.config import CfgNode
 
-from internvl_ds.config.tree import checkpoint_option, default_of, get_option
+from internvl_ds.config.tree import checkpoint_option, get_option
+from internvl_ds.dist.group import current_group
 from internvl_ds.dist.peers import background_meetings
 from internvl_ds.dist.rendezvous import (
     connect_peers,
@@ -39,9 +40,6 @@ SAVE, STOP = 'save', 'stop'
 
 # Seconds between two looks at what was asked for.
 _INTERVAL = 1.0
-
-# Tells the requests of one Preemption from those of the next; the same on all ranks.
-_instances = itertools.count()
 
 
 class Preemption:
@@ -74,7 +72,7 @@ class Preemption:
             config: TRAIN.SAVE_MINUTES and CHECKPOINT.RENDEZVOUS_TIMEOUT (seconds that a rank may
                 need longer than another to come to a boundary) are read.
         """
-        self._minutes = get_option(config, 'TRAIN.SAVE_MINUTES', default_of('TRAIN.SAVE_MINUTES'))
+        self._minutes = get_option(config, 'TRAIN.SAVE_MINUTES')
         self._timeout = checkpoint_option(config, 'RENDEZVOUS_TIMEOUT')
         result = os.environ.get('INTERNVL_DS_RESULT')
         self._file: Path | None = None
@@ -89,7 +87,10 @@ class Preemption:
         self._target: int | None = None  # the boundary to act at
         self._action: str | None = None
         self._error: Exception | None = None
-        self._number = next(_instances)
+        # Tells its requests from those of the next Preemption; the same on all ranks.
+        rounds = current_group().rounds
+        self._number = rounds['preemption']
+        rounds['preemption'] += 1
         self._closing = threading.Event()
         self._peers = connect_peers()
         self._request = Request()

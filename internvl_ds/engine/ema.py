@@ -20,8 +20,8 @@ import deepspeed.comm as dist
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from internvl_ds.checkpoint.formats.ema_files import EmaFile, EmaFiles, shard_name
 from internvl_ds.dist.rendezvous import rank, world_size
+from internvl_ds.engine.ema_shard import EmaFile, shard_name
 from internvl_ds.engine.registry import engine_of
 from internvl_ds.errors import CheckpointMismatch, few
 from internvl_ds.zero.lazy_tensor import Flat, fill
@@ -173,31 +173,33 @@ class ShardedEma:
         return EmaFile(shard_name(rank()), tensors, metadata)
 
     @torch.no_grad()
-    def load_shard(self, directory: Path) -> None:
+    def load_shard(self, saved: Any) -> None:
         """Reads this rank's part back from a tag of the same world size and ZeRO stage.
+
+        Args:
+            saved: the tag's `EmaFiles`.
 
         Raises:
             CheckpointMismatch: when the tag was saved by another layout, or for another model.
         """
         stage, ranks = self.engine.zero_optimization_stage(), world_size()
-        saved = EmaFiles(directory)
         header = saved.header
         if (int(header['zero_stage']), int(header['world_size'])) != (stage, ranks):
             raise CheckpointMismatch(
-                f'{directory}: its EMA was saved at ZeRO stage {header["zero_stage"]} on '
+                f'{saved.tag}: its EMA was saved at ZeRO stage {header["zero_stage"]} on '
                 f'{header["world_size"]} ranks, and this run has stage {stage} on {ranks}; '
                 'load_ema_checkpoint loads it into any layout'
             )
         targets = {f'shard/{n}': t for n, t in self._unpadded(self._shards).items()}
-        own = saved.names(rank())
-        values = {name: saved.tensor(rank(), name) for name in own if name.startswith('shard/')}
-        _require_same(values, targets, directory / shard_name(rank()))
         buffers = {f'buffer/{n}': b for n, b in self._buffers.items()}
-        held = [name for name in saved.names() if name.startswith('buffer/')]
-        kept = {name: saved.tensor(0, name) for name in held}
-        _require_same(kept, buffers, directory / shard_name(0))
-        for name, target in {**targets, **buffers}.items():
-            target.copy_(values[name] if name in values else kept[name])
+        pairs = []
+        for owner, kind, tensors in ((rank(), 'shard/', targets), (0, 'buffer/', buffers)):
+            names = [name for name in saved.names(owner) if name.startswith(kind)]
+            values = {name: saved.tensor(owner, name) for name in names}
+            _require_same(values, tensors, saved.tag / shard_name(owner))
+            pairs += [(target, values[name]) for name, target in tensors.items()]
+        for target, value in pairs:
+            target.copy_(value)
         self.take_header(header)
 
     def take_header(self, saved: Mapping[str, str]) -> None:

@@ -21,9 +21,10 @@ from yacs.config import CfgNode
 
 from internvl_ds.config.counts import require_counts
 from internvl_ds.config.ds import resolve as ds
-from internvl_ds.config.ds.check import check, refuse, require_right
-from internvl_ds.config.ds.diagnostics import value_at
-from internvl_ds.config.ds.unsupported import bridge_findings
+from internvl_ds.config.ds.check import examine, require_right
+from internvl_ds.config.ds.diagnostics import refuse, value_at
+from internvl_ds.config.ds.load import load_ds_config
+from internvl_ds.config.ds.unsupported import unsupported_settings
 from internvl_ds.config.tree import checkpoint_option, default_of, get_option
 from internvl_ds.dist.process_group import init_distributed, limit_collectives, making_groups
 from internvl_ds.dist.rendezvous import exchange, rank, world_size
@@ -72,7 +73,7 @@ def initialize(
     config: CfgNode,
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
-    ds_config: str | Path | Mapping[str, Any] | None = None,
+    ds_config: str | Path | Mapping[str, Any] | ds.Resolution | None = None,
     *,
     lr_scheduler: Any = None,
     schedule_in: str | None = None,
@@ -89,7 +90,7 @@ def initialize(
         optimizer: fresh, over ``model``'s parameters; None lets the ds_config's optimizer section
             make one.
         ds_config: a JSON path, the name of a shipped one, a mapping, or None (the yacs config
-            alone, ZeRO stage 0).
+            alone, ZeRO stage 0); a `Resolution` of `examine` is not checked again.
         lr_scheduler: keyword-only. A timm scheduler or a torch one, built over ``optimizer``. It is
             never given to DeepSpeed: `NativeScalerWithGradNormCount` steps it after each applied
             update, and nobody else may.
@@ -112,20 +113,20 @@ def initialize(
     require_plain_state(model)
     require_unit(lr_scheduler, schedule_in)
     init_distributed(config)
-    tree = ds.load_ds_config(ds_config)
-    found = check(
-        tree,
-        config,
-        world_size(),
-        optimizer_in_code=optimizer is not None,
-        scheduler_in_code=lr_scheduler is not None,
-        cpu_optimizer=isinstance(optimizer, DeepSpeedCPUAdam | DeepSpeedCPULion),
-    )
-    require_right(found)
+    if not isinstance(ds_config, ds.Resolution):
+        ds_config = examine(
+            load_ds_config(ds_config),
+            config,
+            world_size(),
+            optimizer_in_code=optimizer is not None,
+            scheduler_in_code=lr_scheduler is not None,
+            cpu_optimizer=isinstance(optimizer, DeepSpeedCPUAdam | DeepSpeedCPULion),
+        )
+    require_right(ds_config.findings)
     trained = [p for p in model.parameters() if p.requires_grad]
     # Under zero.Init a parameter is a shard; ds_numel is what the model declared.
     elements = sum(getattr(p, 'ds_numel', p.numel()) for p in trained)
-    resolved = ds.resolve(tree, config, world_size(), elements)
+    resolved = ds.size_buckets(ds_config, elements).tree
     _refuse_fp16(resolved)
     if optimizer is None and lr_scheduler is not None:
         raise ConfigError('lr_scheduler= needs the optimizer it was built over: pass both')
@@ -360,7 +361,7 @@ def _refuse_unsupported(ds_config: Mapping[str, Any]) -> None:
     """The same for a configuration that `require_right` has not seen: of plain DeepSpeed."""
     _refuse_fp16(ds_config)
     enabled = (name for name in ('bf16', 'fp16') if value_at(ds_config, name, 'enabled'))
-    refuse(list(bridge_findings(ds_config, next(enabled, None))))
+    refuse(list(unsupported_settings(ds_config, next(enabled, None))))
 
 
 def _refuse_fused(engine: DeepSpeedEngine) -> None:

@@ -20,7 +20,7 @@ from internvl_ds.checkpoint.sources import downloads
 from internvl_ds.checkpoint.sources.weight_files import open_source
 from internvl_ds.checkpoint.tag.discovery import is_tag, read_manifest
 from internvl_ds.checkpoint.tag.verify import damage, share_of, weight_files
-from internvl_ds.config.tree import checkpoint_option, default_of, get_option
+from internvl_ds.config.tree import checkpoint_option, get_option
 from internvl_ds.dist.process_group import collectives_within, init_distributed
 from internvl_ds.dist.rendezvous import agree, exchange, from_rank_0, rank, world_size
 from internvl_ds.errors import ConfigError, PretrainedError, RankError
@@ -191,8 +191,7 @@ def _adapt(config: CfgNode, path: str, source: State, model: nn.Module) -> _Plan
         unexpected=tuple(key for key in state if key not in specs),
         matched=_matched(model, state, rescale),
     )
-    default = default_of('MODEL.PRETRAINED_MIN_MATCH')
-    report.require(float(get_option(config, 'MODEL.PRETRAINED_MIN_MATCH', default)))
+    report.require(float(get_option(config, 'MODEL.PRETRAINED_MIN_MATCH')))
     plan_state = {key: state[key] for key in report.loaded}
     for value in plan_state.values():
         if isinstance(value, Flat):
@@ -224,9 +223,10 @@ def _verify_share(path: str) -> None:
     manifest = read_manifest(Path(path))
     if manifest is None:
         return
-    found = damage(Path(path), manifest, share_of(weight_files(manifest), rank(), world_size()))
-    if found:
-        raise PretrainedError('; '.join(found))
+    names = [*weight_files(manifest), *(name for name in manifest.files if name.startswith('ema'))]
+    damaged = damage(Path(path), manifest, share_of(names, rank(), world_size()))
+    if damaged:
+        raise PretrainedError('; '.join(damaged))
 
 
 def _decide_alike(decide: Any, config: CfgNode) -> _Plan:

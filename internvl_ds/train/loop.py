@@ -19,7 +19,8 @@ from yacs.config import CfgNode
 from internvl_ds.checkpoint import async_save as background
 from internvl_ds.checkpoint.restore import load_weights
 from internvl_ds.dist.preemption import SAVE, STOP, Preempted, Preemption
-from internvl_ds.dist.process_group import how_started, reduce_tensor
+from internvl_ds.dist.process_group import how_started
+from internvl_ds.dist.reduce import reduce_tensor
 from internvl_ds.dist.rendezvous import rank, world_size
 from internvl_ds.files import for_show
 from internvl_ds.files.addresses import shown

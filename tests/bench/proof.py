@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from internvl_ds.checkpoint import save
+from internvl_ds.checkpoint import finish_save
 from internvl_ds.dist.rendezvous import rank
 from tests.bench.figures import Pair, ratios_report, table
 from tests.bench.harness import Contender, barrier, measure, remove_tags
@@ -32,7 +32,7 @@ def measure_proof(millions: float, stage: int, rounds: int, folder: str) -> dict
     subject, output = Subject(millions, stage), Path(folder) / 'output'
     for _ in range(2):  # the first makes the optimizer's state
         subject.step()
-    prove = save.prove
+    prove = finish_save.prove
     seen: dict[str, float] = {}
 
     def timed(*arguments: Any) -> None:
@@ -50,11 +50,11 @@ def measure_proof(millions: float, stage: int, rounds: int, folder: str) -> dict
             remove_tags(output)
         barrier()
 
-    save.prove = timed
+    finish_save.prove = timed
     try:
         samples = measure({'save': Contender(run, prepare)}, rounds)
     finally:
-        save.prove = prove
+        finish_save.prove = prove
     tag = next(output.glob('ckpt_epoch_*'))
     return {
         'stage': stage,

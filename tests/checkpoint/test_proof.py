@@ -13,7 +13,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 
 from internvl_ds.checkpoint.formats.allowed import PortablePickle
 from internvl_ds.checkpoint.formats.outline import _KNOWN, outline
-from internvl_ds.checkpoint.formats.zero_shards import read_shard
+from internvl_ds.checkpoint.formats.shard_files import read_shard
 from internvl_ds.errors import CheckpointError
 from tests.harness.ranks import run_ranks
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from internvl_ds.config.ds.resolve import load_ds_config, shipped_dir
+from internvl_ds.config.ds.load import load_ds_config, shipped_dir
 from internvl_ds.config.tree import find_config_file
 
 ROOT = Path(__file__).parents[2]
@@ -63,7 +63,7 @@ class TestWheel:
         with zipfile.ZipFile(wheel) as file:
             file.extractall(tmp_path)
         code = (
-            'from internvl_ds.config.ds.resolve import load_ds_config, shipped_dir\n'
+            'from internvl_ds.config.ds.load import load_ds_config, shipped_dir\n'
             'from internvl_ds.config.tree import find_config_file\n'
             'from importlib.resources import files\n'
             'assert load_ds_config("zero2")["zero_optimization"]["stage"] == 2\n'

@@ -23,11 +23,12 @@ import torch
 from safetensors.torch import save_file
 
 from internvl_ds import auto_resume_helper, load_checkpoint, load_ema_checkpoint, load_pretrained
-from internvl_ds.checkpoint.classes import saved_classes
 from internvl_ds.checkpoint.formats.export import write_original
 from internvl_ds.checkpoint.formats.rng import rng_state
+from internvl_ds.checkpoint.sources.classes import saved_classes
 from internvl_ds.config.ds.check import check, require_right
-from internvl_ds.config.ds.resolve import load_ds_config, resolve
+from internvl_ds.config.ds.load import load_ds_config
+from internvl_ds.config.ds.resolve import resolve_or_raise
 from internvl_ds.config.tree import default_config, get_config
 from internvl_ds.errors import InternvlDsError
 from internvl_ds.tools.cli import main as command
@@ -95,7 +96,7 @@ def read_text_files(stage: int, work: Path) -> dict[str, Kind]:
         config.DATA.BATCH_SIZE = 16
         tree = load_ds_config(ds)
         require_right(check(tree, config, 1))  # as `initialize` does
-        resolve(tree, config, 1)
+        resolve_or_raise(tree, config, 1)
 
     def trial() -> None:
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):

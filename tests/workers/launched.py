@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from internvl_ds import NativeScalerWithGradNormCount
-from internvl_ds.dist.process_group import init_distributed, leave, reduce_dict
+from internvl_ds.dist.process_group import init_distributed, leave
+from internvl_ds.dist.reduce import reduce_dict
 from internvl_ds.dist.rendezvous import exchange, rank, world_size
 from tests.workers.stepping import make_engine, train_step
 

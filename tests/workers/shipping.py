@@ -11,18 +11,18 @@ from tests.workers.stepping import masters, train_step
 
 
 def train_with_each(
-    names: list[str], precisions: dict[str, str], steps: int, accumulation: int
-) -> dict[str, Any]:
+    cells: list[tuple[str, str]], steps: int, accumulation: int
+) -> list[dict[str, Any]]:
     """Trains a fresh model with each shipped ds_config; returns norms and final masters.
 
     Args:
-        names: of the files. One that states its precision meets a yacs tree that leaves it open.
-        precisions: the precision of each, as `precision_values` has them.
+        cells: names of the files, each with a precision as `precision_values` has it. A recipe,
+            which states its precision, meets a yacs tree that leaves it open.
     """
-    results = {}
-    for name in names:
-        values = precision_values(precisions[name])
-        if precisions[name] in name:
+    results = []
+    for name, precision in cells:
+        values = precision_values(precision)
+        if not name.startswith('zero'):
             values = {'AMP_OPT_LEVEL': '', 'AMP_TYPE': 'float16'}
         config = make_config(
             DATA__BATCH_SIZE=16 // accumulation // world_size(),
@@ -36,6 +36,6 @@ def train_with_each(
             float(train_step(engine, optimizer, scaler, step, None, accumulation)[0])
             for step in range(steps)
         ]
-        results[name] = {'norms': norms, 'weights': masters(engine)}
+        results.append({'norms': norms, 'weights': masters(engine)})
         engine.destroy()
     return results

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from internvl_ds.checkpoint.client_state import saved_state
+from internvl_ds.checkpoint.formats.client_state import saved_state
 from internvl_ds.checkpoint.formats.ema_files import EmaFiles
 from internvl_ds.checkpoint.formats.ema_tensors import ema_flats
 from internvl_ds.checkpoint.formats.export import weights_of_tag

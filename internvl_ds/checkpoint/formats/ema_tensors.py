@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from internvl_ds.checkpoint.client_state import average_of
-from internvl_ds.checkpoint.formats.ema_files import WHOLE, EmaFile, EmaFiles
+from internvl_ds.checkpoint.direct_or_reshard import same_groups
+from internvl_ds.checkpoint.formats.client_state import average_of
+from internvl_ds.checkpoint.formats.ema_files import WHOLE, EmaFiles
 from internvl_ds.checkpoint.formats.zero_shards import TagShards
-from internvl_ds.checkpoint.layout import same_groups
 from internvl_ds.checkpoint.restore import load_weights
 from internvl_ds.checkpoint.sources.weight_files import open_source
 from internvl_ds.dist.rendezvous import rank, world_size
 from internvl_ds.engine.ema import ShardedEma
+from internvl_ds.engine.ema_shard import EmaFile
 from internvl_ds.engine.registry import applied_updates
 from internvl_ds.errors import CheckpointError
 from internvl_ds.zero.lazy_tensor import Flat

@@ -16,7 +16,7 @@ from typing import IO, Any
 import torch
 from yacs.config import CfgNode
 
-from internvl_ds.checkpoint.client_state import saved_state
+from internvl_ds.checkpoint.formats.client_state import saved_state
 from internvl_ds.checkpoint.formats.ema_files import EmaFiles
 from internvl_ds.checkpoint.formats.ema_tensors import ema_flats
 from internvl_ds.checkpoint.formats.zero_shards import TagShards

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
+from internvl_ds.checkpoint.formats.shard_files import read_shard
 from internvl_ds.checkpoint.formats.tensor_files import pickle_of
-from internvl_ds.checkpoint.formats.zero_shards import read_shard
 from internvl_ds.files.reading import open_data, require_bounded
 
 

@@ -8,9 +8,22 @@ from typing import Any
 import torch
 
 from internvl_ds.checkpoint.formats.optimizer_state import state_by_order
+from internvl_ds.checkpoint.sources.weight_files import open_source
 from internvl_ds.engine.lr_schedule import UPDATES
-from internvl_ds.errors import CheckpointError, CheckpointMismatch
+from internvl_ds.errors import CheckpointError, CheckpointMismatch, PretrainedError
 from internvl_ds.zero.lazy_tensor import Flat, NamedState
+
+
+def open_file(resume: str) -> Mapping[str, Any]:
+    """Opens a .pth, or downloads one.
+
+    Raises:
+        CheckpointError: when it cannot be read, or is more than data.
+    """
+    try:
+        return open_source(resume)
+    except PretrainedError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def weights_of_file(checkpoint: Mapping[str, Any], where: str) -> Mapping[str, torch.Tensor]:

@@ -1,7 +1,6 @@
-"""ZeRO shards of a tag, read as data: no code of the file runs, no process group is needed.
+"""Weights and optimizer state in the ZeRO shards of a tag; no process group is needed.
 
-Layouts are those of DeepSpeed 0.19 (see deepspeed/utils/zero_to_fp32.py for its own reader):
-stages 0-2 keep whole weights in ``mp_rank_00_model_states.pt``; at stage 3 every parameter is cut
+Stages 0-2 keep whole weights in ``mp_rank_00_model_states.pt``; at stage 3 every parameter is cut
 into one slice per rank, zero-padded to equal length, and the slices of a rank's trainable
 parameters follow each other in its flat fp32 groups.
 """
@@ -10,15 +9,12 @@ from __future__ import annotations
 
 import functools
 import itertools
-import pickle
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from internvl_ds.checkpoint.formats.allowed import reason_of, refused_class
 from internvl_ds.checkpoint.formats.optimizer_state import (
     KeptTensor,
     State,
@@ -26,17 +22,9 @@ from internvl_ds.checkpoint.formats.optimizer_state import (
     split,
     state_by_order,
 )
-from internvl_ds.checkpoint.formats.tensor_files import load_torch
-from internvl_ds.checkpoint.tag.discovery import file_sizes, read_manifest
-from internvl_ds.checkpoint.tag.identity import (
-    is_first_optim,
-    model_names,
-    optim_names,
-    require_identity,
-)
-from internvl_ds.checkpoint.tag.manifest import Identity
+from internvl_ds.checkpoint.formats.shard_files import ShardFiles
 from internvl_ds.config.ds.resolve import precision_of
-from internvl_ds.errors import CheckpointError, few
+from internvl_ds.errors import CheckpointError
 from internvl_ds.zero.lazy_tensor import Flat, NamedState
 from internvl_ds.zero.partition import Layout, Runs, Slices, describe, shapes_of
 
@@ -44,125 +32,8 @@ _MASTERS = 'single_partition_of_fp32_groups'
 _COUNTERS = ('global_steps', 'skipped_steps', 'global_samples')
 
 
-def read_shard(path: Path | str, *, mmap: bool = False) -> Any:
-    """Reads one file that torch.save wrote, allowing only tensors, plain types and what
-    `allowed.allowed_globals` lists.
-
-    Raises:
-        CheckpointError: when the file cannot be read, or holds anything else (which is named).
-    """
-    try:
-        return load_torch(path, mapped=mmap)
-    except pickle.UnpicklingError as error:
-        refused = refused_class(error)
-        if refused is None:
-            raise CheckpointError(f'{path}: cannot be read: {reason_of(error)}') from error
-        raise CheckpointError(
-            f'{path}: refused, because it holds more than tensors and plain data: {refused}'
-        ) from error
-    except Exception as error:  # a damaged pickle can raise nearly anything
-        raise CheckpointError(f'{path}: cannot be read: {error or repr(error)}') from error
-
-
-class TagShards:
-    """The shards of one tag directory, of ours or of plain DeepSpeed."""
-
-    def __init__(self, tag: Path, opened: Mapping[Path, Any] | None = None) -> None:
-        """Finds the files of the tag.
-
-        Args:
-            tag: the directory.
-            opened: of a save under way, which no manifest lists yet: its files, and what they hold.
-
-        Raises:
-            CheckpointError: when it has no model states, or its manifest cannot be read.
-        """
-        self.tag = tag
-        manifest = None if opened else read_manifest(tag)
-        self._header = None if manifest is None else manifest.header
-        if opened:
-            self._names = sorted(path.name for path in opened)
-        else:
-            self._names = sorted(file_sizes(tag) if manifest is None else manifest.files)
-        self._opened = dict(opened or {})
-        self.model_files = [tag / name for name in model_names(tag, self._names, self._stage_in)]
-
-    @property
-    def has_manifest(self) -> bool:
-        """Whether this package wrote the tag; else it is plain DeepSpeed's."""
-        return self._header is not None
-
-    @cached_property
-    def optim_files(self) -> list[Path]:
-        """The files of the optimizer's states, in the order of the ranks."""
-        bf16 = bool((self.ds_config.get('bf16') or {}).get('enabled'))
-        return [self.tag / name for name in optim_names(self._names, self.world_size, bf16)]
-
-    @property
-    def unused(self) -> list[str]:
-        """Of a tag without a manifest: files of weights or states that are not of its layout."""
-        if self._header is not None:
-            return []
-        used = {path.name for path in (*self.model_files, *self.optim_files)}
-        kinds = ('.pt', '.pth', '.safetensors')
-        return [name for name in self._names if name.endswith(kinds) and name not in used]
-
-    @cached_property
-    def head(self) -> Mapping[str, Any]:
-        """The first rank's model states: what all ranks have in common is in it."""
-        head = self.read(self.model_files[0])
-        lacks = [k for k in ('module', 'dp_world_size', 'global_steps') if k not in head]
-        if lacks:
-            raise CheckpointError(
-                f'{self.model_files[0]}: not the model states of DeepSpeed: has no {few(lacks)}'
-            )
-        return head
-
-    def read(self, path: Path) -> Any:
-        """What one of the files holds, mapped into memory; each is read once.
-
-        Raises:
-            CheckpointError: as `read_shard`, and for a file of another rank or another save.
-        """
-        if path not in self._opened:
-            content = read_shard(path, mmap=True)
-            if not isinstance(content, Mapping):
-                raise CheckpointError(
-                    f'{path}: not the model states of DeepSpeed, nor its optimizer states'
-                )
-            if self._header is not None:
-                require_identity(path, content.get(Identity.KEY), self._header)
-            self._opened[path] = content
-        return self._opened[path]
-
-    def _stage_in(self, name: str) -> int:
-        return int(self.read(self.tag / name).get('optimizer_state_dict', {}).get('zero_stage', 0))
-
-    @property
-    def zero_stage(self) -> int:
-        """The ZeRO stage that the tag was saved at."""
-        zero = self.ds_config.get('zero_optimization') or {}
-        return int(zero.get('stage', 0))
-
-    @property
-    def world_size(self) -> int:
-        """The number of data-parallel ranks that saved it."""
-        return int(self.head['dp_world_size'])
-
-    @property
-    def global_steps(self) -> int:
-        """Updates counted by the engine that saved it."""
-        return int(self.head['global_steps'])
-
-    @property
-    def updates(self) -> int:
-        """Of these, those that were applied."""
-        return self.global_steps - int(self.head.get('skipped_steps') or 0)
-
-    @property
-    def fresh(self) -> bool:
-        """Whether it was saved before the first update."""
-        return not self.updates
+class TagShards(ShardFiles):
+    """What the shards of one tag hold, by parameter name."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every parameter and buffer of the model that was saved."""
@@ -310,20 +181,6 @@ class TagShards:
             if tensor.numel() and first.setdefault(key, name) != name:
                 found[name] = first[key]
         return found
-
-    @cached_property
-    def ds_config(self) -> Mapping[str, Any]:
-        """The ds_config of the run that saved it; where that was a path, what its files show."""
-        said = self.head.get('ds_config')
-        if isinstance(said, Mapping):
-            return said
-        stages = [self._stage_in(n) for n in self._names if is_first_optim(n)]
-        dtypes = {tensor.dtype for tensor in self.head['module'].values()}
-        return {
-            'zero_optimization': {'stage': max(stages, default=0)},
-            'bf16': {'enabled': torch.bfloat16 in dtypes},
-            'fp16': {'enabled': torch.float16 in dtypes},
-        }
 
     def _partitioned_state(self) -> State:
         shapes = shapes_of(self.layout)

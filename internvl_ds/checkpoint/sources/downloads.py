@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import fcntl
 import functools
 import hashlib
 import logging
@@ -34,6 +33,7 @@ from internvl_ds.config.tree import default_of, get_option
 from internvl_ds.errors import ConfigError, PretrainedError
 from internvl_ds.files import flush
 from internvl_ds.files.addresses import BLANK, is_address, redacted, shown, split_address
+from internvl_ds.files.locks import try_lock
 from internvl_ds.files.reading import Unreadable, open_data
 
 _T = TypeVar('_T')
@@ -313,7 +313,9 @@ def _turn(folder: Path, timeout: float, measure: Callable[[], int]) -> Iterator[
             descriptor = os.open(folder / 'lock', flags, 0o666)
             stack.callback(os.close, descriptor)
             grows = _growth(measure, timeout + _GRACE)
-            while not _locked(descriptor):
+            while not (held := try_lock(descriptor)):
+                if held is None:
+                    raise OSError('the file system has no locks')
                 if not next(grows):
                     _log.warning(f'{folder}: its download by another process stands still')
                     break
@@ -321,11 +323,3 @@ def _turn(folder: Path, timeout: float, measure: Callable[[], int]) -> Iterator[
         except OSError as error:
             _log.info(f'{folder}: is not locked ({error})')
         yield
-
-
-def _locked(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

@@ -33,6 +33,7 @@ from internvl_ds.checkpoint.tag.owner import (
 from internvl_ds.config.tree import checkpoint_option
 from internvl_ds.dist.process_group import before_shutdown
 from internvl_ds.errors import CheckpointError
+from internvl_ds.files import forks
 
 logger = logging.getLogger(__name__)
 
@@ -188,7 +189,9 @@ def _take(known: _Output, descriptor: int, held: bool | None, age: float) -> boo
         if read_owner(path) != owner:
             return False
     known.owner, known.descriptor, known.ended = owner, descriptor, threading.Event()
-    _registered()
+    before_shutdown(_release_all)
+    forks.at_fork(_release_all, _outputs.clear)
+    _release_at_exit()
     beats = threading.Thread(
         target=_beat, args=(path, owner, age / _BEATS, known.ended), name='lock', daemon=True
     )
@@ -231,7 +234,5 @@ def _release_all() -> None:
 
 
 @functools.cache
-def _registered() -> None:
+def _release_at_exit() -> None:
     atexit.register(_release_all)
-    before_shutdown(_release_all)
-    os.register_at_fork(after_in_child=_outputs.clear)

@@ -11,7 +11,7 @@ from internvl_ds.checkpoint.formats.state_json import read_state
 from internvl_ds.checkpoint.tag.discovery import read_manifest
 from internvl_ds.checkpoint.tag.hashing import hash_file
 from internvl_ds.checkpoint.tag.identity import require_identity
-from internvl_ds.checkpoint.tag.manifest import STATE_FILE, Identity, Manifest, file_rank
+from internvl_ds.checkpoint.tag.manifest import LOOP_FILE, STATE_FILE, Identity, Manifest, file_rank
 from internvl_ds.errors import CheckpointError
 from internvl_ds.files.reading import interpreting
 
@@ -22,10 +22,25 @@ def share_of(names: Iterable[str], rank: int, world_size: int) -> list[str]:
 
 
 def weight_files(manifest: Manifest) -> list[str]:
-    """The files of a tag that hold its weights, averaged ones included, and state.json."""
+    """The files of a tag that hold its weights, and state.json."""
     ending = '_states.pt' if manifest.header.zero_stage == 3 else '_model_states.pt'
-    of_average = [n for n in manifest.files if n.startswith('ema')]
-    return [STATE_FILE, *(n for n in manifest.files if n.endswith(ending)), *of_average]
+    return [STATE_FILE, *(name for name in manifest.files if name.endswith(ending))]
+
+
+def training_files(manifest: Manifest, rank: int | None = None) -> list[str]:
+    """The files that training goes on from: those that a rank reads itself; None for any rank's."""
+    loops = {LOOP_FILE.format(file_rank(name)) for name in manifest.files}
+    names = [n for n in manifest.files if n.endswith('_states.pt') or n in loops]
+    if rank is not None:
+        shared = [name for name in names if 'pp_rank' not in name and name not in loops]
+        names = [name for name in names if name in shared or file_rank(name) == rank]
+    return [STATE_FILE, *names]
+
+
+def ema_files_of_rank(manifest: Manifest, rank: int) -> list[str]:
+    """What a sharded average reads on one rank, and state.json."""
+    files = [name for name in manifest.files if name.startswith('ema_rank_')]
+    return [STATE_FILE, *(name for name in files if file_rank(name) in (0, rank))]
 
 
 def damage(tag: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:

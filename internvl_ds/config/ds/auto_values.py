@@ -10,8 +10,9 @@ from typing import Any
 
 from yacs.config import CfgNode
 
+from internvl_ds.config.ds.diagnostics import Diagnostic, diagnostic
+from internvl_ds.config.ds.pairs import ARGUMENT, AUTO, PAIRS, Pair
 from internvl_ds.config.tree import default_of, get_option, scale_lr
-from internvl_ds.errors import ConfigError
 
 DEFAULT = "DeepSpeed's default"
 _FILE = 'the ds_config'
@@ -29,16 +30,20 @@ BUCKETS = (
 
 
 class Filling:
-    """A ds_config that is being resolved, and where each of its values comes from.
+    """A ds_config that is being resolved.
 
     Attributes:
         tree: a copy of the ds_config, changed by `put` and `fill`.
-        origins: JSON pointer of each value -> a few words.
+        origins: JSON pointer of each value -> where the value comes from, in a few words.
+        findings: what contradicts the yacs config, or stays open.
     """
 
-    def __init__(self, ds_config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, ds_config: Mapping[str, Any], origins: Mapping[str, str] | None = None
+    ) -> None:
         self.tree: dict[str, Any] = copy.deepcopy(dict(ds_config))
-        self.origins = {pointer: _FILE for pointer, _ in _leaves(self.tree)}
+        self.origins = dict(origins or {pointer: _FILE for pointer, _ in _leaves(self.tree)})
+        self.findings: list[Diagnostic] = []
 
     def stated(self, pointer: str) -> Any:
         """The value at a JSON pointer; None where it is absent or 'auto'."""
@@ -63,6 +68,10 @@ class Filling:
         """Sets a value where none is stated."""
         if self.stated(pointer) is None:
             self.put(pointer, value, origin)
+
+    def refuse(self, pointer: str, message: str) -> None:
+        """Notes an error."""
+        self.findings.append(diagnostic(pointer, message))
 
     def autos(self) -> list[str]:
         """The pointers at which 'auto' still stands."""
@@ -94,75 +103,55 @@ def fill_buckets(filling: Filling, trained: int | None) -> None:
 
 
 def fill_optimizer(filling: Filling, config: CfgNode, images: int) -> None:
-    """Fills /optimizer/params with what the optimizer takes of TRAIN's settings.
+    """Fills /optimizer/params with the settings of TRAIN that the optimizer takes.
 
     Args:
         filling: changed.
-        config: TRAIN.{BASE_LR, WEIGHT_DECAY, OPTIMIZER} are read.
+        config: the yacs tree.
         images: of a whole batch; learning rates are given for 512 of them.
     """
     name = filling.stated('/optimizer/type')
-    if not isinstance(name, str):
-        return
-    takes = _arguments_of(name)
-    lr = scale_lr(_option(config, 'TRAIN.BASE_LR'), images)
-    settings = {
-        'lr': ('TRAIN.BASE_LR', lr),
-        'weight_decay': ('TRAIN.WEIGHT_DECAY', _option(config, 'TRAIN.WEIGHT_DECAY')),
-        'betas': ('TRAIN.OPTIMIZER.BETAS', list(_option(config, 'TRAIN.OPTIMIZER.BETAS'))),
-        'eps': ('TRAIN.OPTIMIZER.EPS', _option(config, 'TRAIN.OPTIMIZER.EPS')),
-        'momentum': ('TRAIN.OPTIMIZER.MOMENTUM', _option(config, 'TRAIN.OPTIMIZER.MOMENTUM')),
-    }
-    for argument, (key, value) in settings.items():
-        if argument in takes:
-            words = f'{key} x {images} / 512' if argument == 'lr' else key
-            _agree(filling, f'/optimizer/params/{argument}', config, key, value, words)
+    takes = _arguments_of(name) if isinstance(name, str) else ()
+    for pair in PAIRS:
+        if pair.rule != ARGUMENT or pair.key not in takes:
+            continue
+        value = get_option(config, pair.yacs)
+        if pair.key == 'lr':
+            value = scale_lr(value, images)
+        elif isinstance(value, tuple):
+            value = list(value)
+        _fill_argument(filling, pair, config, value, pair.origin(images))
 
 
 def fill_scheduler(filling: Filling, config: CfgNode, images: int) -> None:
-    """Fills learning rates of /scheduler/params that are 'auto'.
-
-    Raises:
-        ConfigError: for a number of steps at 'auto': how many an epoch has is not known here.
-    """
-    base, warmup, least = (
-        scale_lr(_option(config, f'TRAIN.{key}'), images)
-        for key in ('BASE_LR', 'WARMUP_LR', 'MIN_LR')
-    )
-    settings = {
-        'warmup_max_lr': (base, 'TRAIN.BASE_LR'),
-        'warmup_min_lr': (warmup, 'TRAIN.WARMUP_LR'),
-        'warmup_min_ratio': (warmup / base if base else 0.0, 'TRAIN.WARMUP_LR / BASE_LR'),
-        'cos_min_ratio': (least / base if base else 0.0, 'TRAIN.MIN_LR / BASE_LR'),
-    }
+    """Fills learning rates of /scheduler/params that are 'auto'; numbers of steps are refused."""
+    pairs = {pair.pointer: pair for pair in PAIRS if pair.rule == AUTO}
+    base = scale_lr(get_option(config, 'TRAIN.BASE_LR'), images)
     for pointer in filling.autos():
-        section, _, argument = pointer.rpartition('/')
-        if section != '/scheduler/params':
-            continue
-        if argument.endswith('_num_steps'):
-            raise ConfigError(
+        if pointer.startswith('/scheduler/params/') and pointer.endswith('_num_steps'):
+            filling.refuse(
+                pointer,
                 f"{pointer} is 'auto', and only the data tell how many updates an epoch has: "
-                'give the number'
+                'give the number',
             )
-        if argument in settings:
-            value, origin = settings[argument]
-            filling.put(
-                pointer, value, origin if 'ratio' in argument else f'{origin} x {images} / 512'
-            )
+        elif pair := pairs.get(pointer):
+            value = scale_lr(get_option(config, pair.yacs), images)
+            if pointer.endswith('_ratio'):
+                value = value / base if base else 0.0
+            filling.put(pointer, value, pair.origin(images))
 
 
-def _agree(
-    filling: Filling, pointer: str, config: CfgNode, key: str, value: Any, words: str
-) -> None:
+def _fill_argument(filling: Filling, pair: Pair, config: CfgNode, value: Any, origin: str) -> None:
     """Fills one value that both files may state; where both do, they must state the same."""
-    stated = filling.stated(pointer)
-    changed = _option(config, key) != default_of(key)
+    stated = filling.stated(pair.pointer)
+    changed = get_option(config, pair.yacs) != default_of(pair.yacs)
     if stated is not None and changed and not _same(stated, value):
-        raise ConfigError(
-            f'{pointer} is {stated} in the ds_config, but {words} is {value}; make them agree, '
-            "or set the JSON's to 'auto'"
+        filling.refuse(
+            pair.pointer,
+            f'{pair.pointer} is {stated} in the ds_config, but {origin} is {value}; make them '
+            "agree, or set the JSON's to 'auto'",
         )
-    filling.fill(pointer, value, words)
+    filling.fill(pair.pointer, value, origin)
 
 
 def _same(stated: Any, value: Any) -> bool:
@@ -172,10 +161,6 @@ def _same(stated: Any, value: Any) -> bool:
         return len(numbers[0]) == len(numbers[1]) and all(map(math.isclose, *numbers))
     except TypeError:  # one of them is no number
         return False
-
-
-def _option(config: CfgNode, key: str) -> Any:
-    return get_option(config, key, default_of(key))
 
 
 def _arguments_of(optimizer: str) -> set[str]:

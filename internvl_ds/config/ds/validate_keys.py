@@ -1,7 +1,7 @@
 """The shape of a ds_config: its keys are known and its values of the right type. Pure.
 
-What is wrong is left out of the tree that goes on to the next checks, and what is misspelt goes on
-under the name that was probably meant: one fault shall not look like several.
+Invalid values are dropped before the next checks, and a misspelt key goes on under the name that
+was probably meant: one fault gives one finding.
 """
 
 from __future__ import annotations
@@ -13,8 +13,16 @@ from typing import Any
 
 import deepspeed
 
-from internvl_ds.config.ds.diagnostics import WARNING, Finding, finding, nearest, pointer_of, shown
+from internvl_ds.config.ds.diagnostics import (
+    WARNING,
+    Diagnostic,
+    diagnostic,
+    nearest,
+    pointer_of,
+    shown,
+)
 from internvl_ds.config.ds.introspect import Path
+from internvl_ds.config.ds.pairs import COUNTERPARTS
 from internvl_ds.config.ds.schema import (
     BOOL,
     INT,
@@ -37,15 +45,15 @@ _MANY = 3  # a name that is known in more places than this tells nothing of wher
 
 @dataclass
 class Shape:
-    """What was found, and what is left to look at.
+    """What the check of a tree's shape gives.
 
     Attributes:
         findings: of this tree, in the order of its keys.
-        tree: the tree without what is wrong.
+        tree: the tree without its invalid values.
         doubtful: JSON pointers, rightly spelt, of values that are left out because they are wrong.
     """
 
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[Diagnostic] = field(default_factory=list)
     tree: dict[str, Any] = field(default_factory=dict)
     doubtful: set[str] = field(default_factory=set)
 
@@ -65,14 +73,14 @@ def check_shape(
         root: the whole schema, to look elsewhere for what is not known here.
         path: of the block, from the top.
     """
-    found = Shape()
-    found.tree = _Walk(found, root).block(tree, key, path, path)
-    return found
+    shape = Shape()
+    shape.tree = _Walk(shape, root).block(tree, key, path, path)
+    return shape
 
 
 @dataclass
 class _Walk:
-    found: Shape
+    shape: Shape
     root: Key | None
 
     def block(self, tree: Mapping[str, Any], key: Key, path: Path, meant: Path) -> dict[str, Any]:
@@ -91,7 +99,7 @@ class _Walk:
                     continue
                 right, known = like, (key.keys or {})[like]
             if known.refused:
-                self.found.findings.append(finding(pointer_of(here), known.refused))
+                self.shape.findings.append(diagnostic(pointer_of(here), known.refused))
                 continue
             self.value(value, known, here, (*meant, right), left, silent=misspelt)
             if known.deprecated and not misspelt and right in left:
@@ -101,7 +109,7 @@ class _Walk:
     def value(
         self, value: Any, key: Key, path: Path, meant: Path, left: dict[str, Any], silent: bool
     ) -> None:
-        """Puts a value that fits into ``left``; silent: a fault of its key was told already."""
+        """Puts a value that fits into ``left``; silent: its key has a finding already."""
         if key.keys is not None and isinstance(value, Mapping):
             left[meant[-1]] = self.block(value, key, path, meant)
             return
@@ -110,10 +118,10 @@ class _Walk:
         if not wrong:
             left[meant[-1]] = value
             return
-        self.found.doubtful.add(pointer_of(meant))
+        self.shape.doubtful.add(pointer_of(meant))
         if not silent:
-            told = finding(pointer_of(meant), '')  # for the yacs key
-            self.found.findings.append(finding(pointer_of(path), wrong, yacs=told.yacs))
+            yacs = COUNTERPARTS.get(pointer_of(meant), '')
+            self.shape.findings.append(diagnostic(pointer_of(path), wrong, yacs=yacs))
 
     def _like(self, name: str, key: Key) -> str | None:
         """The key beside it that an unknown one is a misspelling of."""
@@ -127,7 +135,7 @@ class _Walk:
             where = pointer_of((*meant, (key.keys or {})[like].name or like))
         hint = f'DeepSpeed {deepspeed.__version__} reads no such key'
         hint = f'the nearest known key is {where}' if where else hint
-        self.found.findings.append(finding(pointer_of((*path, name)), f'unknown key; {hint}'))
+        self.shape.findings.append(diagnostic(pointer_of((*path, name)), f'unknown key; {hint}'))
 
     def _elsewhere(self, name: str, exactly: bool = False) -> str | None:
         """Where a key of that name, or one much like it, is known."""
@@ -154,10 +162,10 @@ class _Walk:
             text = (
                 f'is deprecated, and its successor {both[0]} is stated as well; remove {path[-1]}'
             )
-            self.found.findings.append(finding(pointer, text))
+            self.shape.findings.append(diagnostic(pointer, text))
         else:
             text = f'is deprecated; use {written}' if successor else 'is deprecated'
-            self.found.findings.append(finding(pointer, text, WARNING))
+            self.shape.findings.append(diagnostic(pointer, text, WARNING))
 
 
 def misfit(value: Any, spec: Value) -> str:

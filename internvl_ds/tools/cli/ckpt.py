@@ -79,6 +79,7 @@ from internvl_ds.errors import (
     shown,
 )
 from internvl_ds.tools.cli import diff, export
+from internvl_ds.tools.cli.quantities import whole
 from internvl_ds.tools.cli.tags import (
     Examined,
     examine_all,
@@ -148,7 +149,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ('--keep-every', 'K', 0, 'keep the tags whose epoch is a multiple of K too'),
     ):
         action.add_argument(
-            option, type=_at_least(least), metavar=metavar, default=0, required=bool(least),
+            option, type=whole(least), metavar=metavar, default=0, required=bool(least),
             help=text,
         )  # fmt: skip
     text = 'remove tags of later training than the one saved last, too (of a run that was rewound)'
@@ -285,7 +286,7 @@ def _kept(path: Path, examined: Examined) -> dict[str, Any] | None:
     if examined.verified != 'no manifest':
         return None
     # They import DeepSpeed, which other tags can do without.
-    from internvl_ds.checkpoint.client_state import saved_state
+    from internvl_ds.checkpoint.formats.client_state import saved_state
     from internvl_ds.checkpoint.formats.zero_shards import TagShards
 
     return saved_state(TagShards(path))
@@ -367,13 +368,3 @@ def _status(found: Sequence[Examined]) -> int:
     if any(examined.problems for examined in found):
         return DAMAGED
     return UNVERIFIED if any(e.verified == 'no manifest' for e in found) else OK
-
-
-def _at_least(least: int) -> Any:
-    def number(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f'{value} is less than {least}')
-        return value
-
-    return number

@@ -27,12 +27,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from internvl_ds.errors import ConfigError
+from internvl_ds.tools.cli.quantities import whole
 from internvl_ds.tools.text import json_text, say
 
 if TYPE_CHECKING:
     from yacs.config import CfgNode
 
-    from internvl_ds.config.ds.diagnostics import Finding
+    from internvl_ds.config.ds.diagnostics import Diagnostic
 
 OK, ERRORS = 0, 1
 
@@ -60,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     check.add_argument('--cfg', required=True, metavar='YAML', help='the yacs configuration')
     check.add_argument(
-        '--world-size', required=True, type=_positive, metavar='N', help='the number of ranks'
+        '--world-size', required=True, type=whole(1), metavar='N', help='the number of ranks'
     )
     check.add_argument(
         '--opts', nargs='+', default=[], metavar='KEY VALUE', help='changes to the configuration'
@@ -97,42 +98,34 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _check_file(name: str, config: CfgNode, args: argparse.Namespace) -> dict[str, Any]:
-    from internvl_ds.config.ds.diagnostics import Finding
-    from internvl_ds.config.ds.resolve import load_ds_config, resolve_with_origins
+    from internvl_ds.config.ds.check import examine  # DeepSpeed with it, which takes seconds
+    from internvl_ds.config.ds.diagnostics import Diagnostic, errors_of
+    from internvl_ds.config.ds.load import load_ds_config
+    from internvl_ds.config.ds.resolve import Resolution
 
-    stated: dict[str, Any] = {}
+    in_code = not args.optimizer_in_json
     try:
         stated = load_ds_config(name)
     except ConfigError as error:
         if not Path(name).is_file():
             raise
-        findings = [Finding('', str(error))]
+        resolution = Resolution({}, {}, [Diagnostic('', str(error))])
     else:
-        findings = _findings(stated, config, args)
-    tree: dict[str, Any] = {'file': name, 'findings': list(map(asdict, findings))}
-    if args.show:
+        resolution = examine(
+            stated, config, args.world_size, optimizer_in_code=in_code, scheduler_in_code=in_code
+        )
+    tree: dict[str, Any] = {'file': name, 'findings': list(map(asdict, resolution.findings))}
+    if args.show and errors_of(resolution.findings):
         tree |= {'resolved': None, 'origins': None}
-        if not any(finding.severity == 'error' for finding in findings):
-            resolved, origins = resolve_with_origins(stated, config, args.world_size)
-            tree |= {'resolved': resolved, 'origins': origins}
+    elif args.show:
+        tree |= {'resolved': resolution.tree, 'origins': resolution.origins}
     return tree
 
 
-def _findings(
-    stated: Mapping[str, Any], config: CfgNode, args: argparse.Namespace
-) -> list[Finding]:
-    from internvl_ds.config.ds.check import check  # DeepSpeed with it, which takes seconds
-
-    in_code = not args.optimizer_in_json
-    return check(
-        stated, config, args.world_size, optimizer_in_code=in_code, scheduler_in_code=in_code
-    )
-
-
 def _say(tree: Mapping[str, Any]) -> None:
-    from internvl_ds.config.ds.diagnostics import ERROR, Finding
+    from internvl_ds.config.ds.diagnostics import ERROR, Diagnostic
 
-    findings = [Finding(**finding) for finding in tree['findings']]
+    findings = [Diagnostic(**fields) for fields in tree['findings']]
     say(f'{tree["file"]}: {_count(findings)}')
     for finding in findings:
         say(f'  {finding.severity.ljust(len("warning"))}  {finding}')
@@ -144,7 +137,7 @@ def _say(tree: Mapping[str, Any]) -> None:
         say(annotated(tree['resolved'], tree['origins']))
 
 
-def _count(findings: list[Finding]) -> str:
+def _count(findings: list[Diagnostic]) -> str:
     counted = []
     for severity in ('error', 'warning'):
         number = sum(finding.severity == severity for finding in findings)
@@ -175,10 +168,3 @@ def _lines(
             yield '  ' * depth + '}' + comma, ''
         else:
             yield f'{name}: {json.dumps(value)}{comma}', origins.get(here, '')
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f'{value} is less than 1')
-    return value

@@ -18,9 +18,8 @@ on a GPU, and of one rank in its host's memory, for the configured micro-batch),
 (the most), ``update_bytes`` (what the optimizer's update takes when the activations are gone),
 ``host_bytes`` (of all ranks of a host, while the model is built or later), ``largest_micro_batch``
 (0: none fits), ``fits_host``, ``micro_batch`` and ``accumulation`` (to train with, at the
-configured batch), ``checkpoint_bytes``, ``save_seconds``, ``deepspeed_estimate`` (bytes of model
-states on a GPU by DeepSpeed's own estimator, which counts less; null where it has none);
-``choice``, the index of the option to take, or null; ``advice``.
+configured batch), ``checkpoint_bytes``, ``save_seconds``; ``choice``, the index of the option to
+take, or null; ``advice``.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from internvl_ds.tools.cli.quantities import parse_rate, parse_size
+from internvl_ds.tools.cli.quantities import parse_rate, parse_size, whole
 from internvl_ds.tools.text import human_size, json_text, say, table
 
 if TYPE_CHECKING:
@@ -49,10 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = 'exit status: 0; 1 when nothing fits; 2 wrong usage or an error'
     add = parser.add_argument
     add('--cfg', required=True, metavar='FILE', help='YAML file, or the name of one that ships')
-    add('--gpus', required=True, type=_positive, metavar='N', help='ranks, over all hosts')
+    add('--gpus', required=True, type=whole(1), metavar='N', help='ranks, over all hosts')
     add('--gpu-mem', required=True, type=parse_size, metavar='SIZE', help='80GB, or 80GiB')
     add('--cpu-mem', type=parse_size, metavar='SIZE', help='memory of a host; not limited else')
-    add('--gpus-per-host', type=_positive, default=8, metavar='N', help='default: 8')
+    add('--gpus-per-host', type=whole(1), default=8, metavar='N', help='default: 8')
     add(
         '--disk-rate', type=parse_rate, default=parse_rate('1GB/s'), metavar='RATE',
         help='what all ranks together write; default: 1GB/s',
@@ -68,13 +67,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Plans every option, and says which to take."""
     from internvl_ds.config.ds import resolve as ds
+    from internvl_ds.config.ds.load import load_ds_config
     from internvl_ds.config.tree import get_config
     from internvl_ds.tools.plan.advice import advice
     from internvl_ds.tools.plan.memory_planner import Planner
     from internvl_ds.tools.plan.options import Machine, choose, options
 
     config = get_config(argparse.Namespace(cfg=args.cfg, opts=args.opts))
-    base = ds.load_ds_config(args.deepspeed_config or None)
+    base = load_ds_config(args.deepspeed_config or None)
     machine = Machine(
         gpus=args.gpus,
         gpu_bytes=args.gpu_mem,
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         host_bytes=args.cpu_mem,
         disk_rate=args.disk_rate,
     )
-    resolved = ds.resolve(base, config, machine.gpus)
+    resolved = ds.resolve_or_raise(base, config, machine.gpus)
     planner = Planner(config)
     found = options(planner, config, base, machine)
     taken, words = choose(found), advice(found, config, base, args.deepspeed_config, machine)
@@ -160,15 +160,4 @@ def _tree(option: Option) -> dict[str, Any]:
         'accumulation': option.accumulation,
         'checkpoint_bytes': option.checkpoint_bytes,
         'save_seconds': option.save_seconds,
-        'deepspeed_estimate': option.deepspeed_estimate,
     }
-
-
-def _positive(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f'{text!r} is not a number above 0')
-    return number

@@ -1,9 +1,10 @@
-"""Sizes and rates as people write them: 80GB is decimal, 80GiB binary."""
+"""Numbers, sizes and rates on the command line: 80GB is decimal, 80GiB binary."""
 
 from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Callable
 
 _POWERS = {'': 0, 'k': 1, 'm': 2, 'g': 3, 't': 4, 'p': 5}
 _SIZE = re.compile(r'([0-9]+\.?[0-9]*|\.[0-9]+)\s*([kmgtp]?)(i?)b', re.IGNORECASE)
@@ -36,3 +37,15 @@ def parse_rate(text: str) -> int:
     if not slash or second.strip() != 's':
         raise argparse.ArgumentTypeError(f'{text!r} is no rate: write 2GB/s')
     return parse_size(size)
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """A parser of whole numbers from ``least`` on, 0 or 1. For argparse."""
+    due = 'not a number above 0; it has to be at least 1' if least else 'no number'
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f'{text!r} is {due}')
+        return int(text)
+
+    return parse

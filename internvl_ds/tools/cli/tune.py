@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from internvl_ds.tools.cli.quantities import whole
 from internvl_ds.tools.text import json_text, say, table
 
 _SIGNALLED = 128  # and the signal's number: the exit status of what a signal ended
@@ -45,16 +46,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='JSON of what to try, as internvl_ds/tools/tune/space.py says (default: built in)',
     )  # fmt: skip
     add('--output', type=Path, default=Path('tune'), metavar='DIR', help='default: ./tune')
-    add('--trials', type=_count, default=40, metavar='N', help='configurations to run (40)')
+    add('--trials', type=whole(1), default=40, metavar='N', help='configurations to run (40)')
     add('--budget', type=_positive, default=30, metavar='MINUTES', help='for all trials (30)')
-    add('--confirm', type=_count0, default=3, metavar='ROUNDS', help='rounds of the finals (3)')
-    add('--updates', type=_count0, default=0, metavar='N', help='timed (0: what takes 3 s)')
-    add('--warmup', type=_count0, default=3, metavar='N', help='updates that are not timed (3)')
+    add('--confirm', type=whole(0), default=3, metavar='ROUNDS', help='rounds of the finals (3)')
+    add('--updates', type=whole(0), default=0, metavar='N', help='timed (0: what takes 3 s)')
+    add('--warmup', type=whole(0), default=3, metavar='N', help='updates that are not timed (3)')
     add(
         '--limit', type=_positive, default=0, metavar='SECONDS',
         help='of one trial (default: four times the first, at least 120)',
     )  # fmt: skip
-    add('--ranks', type=_count, default=0, metavar='N', help='that the launcher has to start')
+    add('--ranks', type=whole(1), default=0, metavar='N', help='that the launcher has to start')
     add('--seed', type=int, default=0, metavar='N', help='of the search (0)')
     add('--json', action='store_true', help='print one JSON object')
     add('launcher', nargs='*', metavar='-- LAUNCHER ...', help='such as: deepspeed --num_gpus 2')
@@ -131,18 +132,6 @@ def _ends_by_signal() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _count(text: str) -> int:
-    if _count0(text) == 0:
-        raise argparse.ArgumentTypeError('has to be at least 1')
-    return int(text)
-
-
-def _count0(text: str) -> int:
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f'{text!r} is no number')
-    return int(text)
 
 
 def _positive(text: str) -> float:

@@ -6,6 +6,8 @@ import os
 import resource
 from pathlib import Path
 
+import psutil
+
 from internvl_ds.tools.doctor.finding import Finding, bites, note, ok
 from internvl_ds.tools.text import human_size
 
@@ -63,15 +65,12 @@ def _processes() -> Finding:
 
 
 def _memory() -> Finding:
-    sizes = {}
-    for line in Path('/proc/meminfo').read_text().splitlines():
-        key, _, rest = line.partition(':')
-        sizes[key] = int(rest.split()[0]) * 1024
-    available = sizes['MemAvailable']
-    found = f'{human_size(available)} available of {human_size(sizes["MemTotal"])}'
+    memory = psutil.virtual_memory()
+    available = memory.available
+    found = f'{human_size(available)} available of {human_size(memory.total)}'
     limit = _tightest('memory.max') or _tightest('memory/memory.limit_in_bytes')
     advice = ''
-    if limit is not None and limit[0] < sizes['MemTotal']:
+    if limit is not None and limit[0] < memory.total:
         used = _used(limit[1])
         available = min(available, limit[0] - used)
         found += f'; the container is limited to {human_size(limit[0])}, {human_size(used)} in use'

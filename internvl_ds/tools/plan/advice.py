@@ -8,8 +8,7 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from internvl_ds.config.ds import resolve as ds
-from internvl_ds.errors import ConfigError
+from internvl_ds.config.ds.load import load_ds_config, shipped_dir
 from internvl_ds.tools.plan.options import (
     ALL,
     NONE,
@@ -98,27 +97,16 @@ def _words(taken: Option, config: CfgNode, base: Mapping[str, Any], named: str) 
     text = f'{text[:-1]}{force}}}'
     if named and not _is(base, taken):
         return f'--deepspeed_config {named} {flags}, with {text} in that file'
-    name = named or _shipped(taken, config)
+    name = named or _shipped(taken)
     if name:
         return f'--deepspeed_config {name} {flags}'
     return f'{flags}, and a --deepspeed_config of {text}'
 
 
-def _shipped(taken: Option, config: CfgNode) -> str:
+def _shipped(taken: Option) -> str:
     """The shortest name of a ds_config that ships and says just this; '' if there is none."""
-    names = sorted((p.stem for p in ds.shipped_dir().glob('*.json')), key=lambda n: (len(n), n))
-    wanted = ds.precision_of(ds.resolve({}, config, 1))
-    for name in names:
-        tree = ds.load_ds_config(name)
-        if not _is(tree, taken):
-            continue
-        try:
-            resolved = ds.resolve(tree, config, 1)
-        except ConfigError:  # another precision or batch: it is not for this config
-            continue
-        if ds.precision_of(resolved) == wanted:
-            return name
-    return ''
+    names = sorted((p.stem for p in shipped_dir().glob('*.json')), key=lambda n: (len(n), n))
+    return next((name for name in names if _is(load_ds_config(name), taken)), '')
 
 
 def _is(tree: Mapping[str, Any], option: Option) -> bool:

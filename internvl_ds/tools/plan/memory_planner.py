@@ -10,10 +10,9 @@ import torch
 from yacs.config import CfgNode
 
 from internvl_ds.config.ds import resolve as ds
-from internvl_ds.errors import ConfigError
 from internvl_ds.tools.plan.activations import Step, Timeline, watch_step
 from internvl_ds.tools.plan.layout import Layout, layout_of
-from internvl_ds.tools.plan.sizes import Sizes, meta_model, sizes_of
+from internvl_ds.tools.plan.sizes import Sizes, meta_model, sizes_of, with_recompute
 from internvl_ds.tools.plan.static_memory import Parts, kept, kept_on_host
 from internvl_ds.tools.plan.transient_memory import in_backward, in_update, in_update_on_host
 from internvl_ds.train.data import build_mixup
@@ -76,20 +75,6 @@ class Planner:
         return 1 if build_mixup(self._config) is None else 2
 
     @property
-    def can_recompute(self) -> bool:
-        """Whether the model has activation checkpointing.
-
-        Raises:
-            ConfigError: for a model that cannot be built without it either.
-        """
-        meta_model(self._with_recompute(False))
-        try:
-            meta_model(self._with_recompute(True))
-        except ConfigError:
-            return False
-        return True
-
-    @property
     def sizes(self) -> Sizes:
         """The model's elements.
 
@@ -97,7 +82,7 @@ class Planner:
             ConfigError: for a model or optimizer that cannot be built.
         """
         if self._sizes is None:
-            config = self._with_recompute(False)
+            config = with_recompute(self._config, False)
             self._sizes = sizes_of(meta_model(config), config)
         return self._sizes
 
@@ -175,17 +160,11 @@ class Planner:
         # What fp16 and bf16 allocate is the same.
         same = {ds.FP16: ds.BF16, ds.AUTOCAST_FP16: ds.AUTOCAST_BF16}.get(precision, precision)
         if (recompute, same) not in self._steps:
-            model = meta_model(self._with_recompute(recompute))
+            model = meta_model(with_recompute(self._config, recompute))
             self._steps[recompute, same] = watch_step(
                 model, self._config.DATA.IMG_SIZE, same, self._loss
             )
         return self._steps[recompute, same]
-
-    def _with_recompute(self, recompute: bool) -> CfgNode:
-        config = self._config.clone()
-        config.defrost()
-        config.TRAIN.USE_CHECKPOINT = recompute
-        return config
 
     def _loss(self, logits: torch.Tensor) -> torch.Tensor:
         """The training loss of the loop, with targets of its shape."""

@@ -10,9 +10,9 @@ from typing import Any
 from yacs.config import CfgNode
 
 from internvl_ds.config.ds import resolve as ds
-from internvl_ds.tools.plan.estimators import deepspeed_estimate
 from internvl_ds.tools.plan.layout import Layout
 from internvl_ds.tools.plan.memory_planner import Need, Planner
+from internvl_ds.tools.plan.sizes import can_recompute
 from internvl_ds.tools.plan.static_memory import checkpoint_bytes
 
 # The share of a memory that is planned with. The rest is for what is not counted: the CUDA context,
@@ -65,8 +65,6 @@ class Option:
         accumulation: micro-batches of an update with them.
         checkpoint_bytes: of a tag.
         save_seconds: to write it.
-        deepspeed_estimate: bytes of model states on a GPU by DeepSpeed's own estimator; None at
-            stages where it has none.
     """
 
     stage: int
@@ -80,7 +78,6 @@ class Option:
     accumulation: int
     checkpoint_bytes: int
     save_seconds: float
-    deepspeed_estimate: int | None
 
     @property
     def fits(self) -> bool:
@@ -111,10 +108,10 @@ def options(
         ConfigError: for settings that disagree, or a model that cannot be planned.
     """
     found = []
-    recomputes = (False, True) if planner.can_recompute else (False,)
+    recomputes = (False, True) if can_recompute(config) else (False,)
     for stage, offloads in _OFFLOADS.items():
         for offload in offloads:
-            resolved = ds.resolve(variant(base, stage, offload), config, machine.gpus)
+            resolved = ds.resolve_or_raise(variant(base, stage, offload), config, machine.gpus)
             found += [_option(planner, resolved, offload, again, machine) for again in recomputes]
     return found
 
@@ -175,7 +172,6 @@ def _option(
         accumulation=share // micro if micro else 0,
         checkpoint_bytes=saved,
         save_seconds=saved / machine.disk_rate,
-        deepspeed_estimate=deepspeed_estimate(planner.sizes, layout),
     )
 
 

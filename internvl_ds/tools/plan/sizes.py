@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +10,11 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
+from internvl_ds.config.tree import set_options
+from internvl_ds.errors import ConfigError
 from internvl_ds.train.model import build_model, set_train_mode
 from internvl_ds.train.optim import build_optimizer
 
-_logger = logging.getLogger(__name__)
 _PROBE = 64  # elements of the tensor that tells how much state an optimizer keeps
 
 
@@ -66,6 +66,25 @@ def meta_model(config: CfgNode) -> nn.Module:
     return model
 
 
+def with_recompute(config: CfgNode, recompute: bool) -> CfgNode:
+    """The yacs tree with another TRAIN.USE_CHECKPOINT."""
+    config = config.clone()
+    config.defrost()
+    config.TRAIN.USE_CHECKPOINT = recompute
+    return config
+
+
+def can_recompute(config: CfgNode) -> bool:
+    """Whether the model has activation checkpointing; nothing is allocated for it."""
+    try:
+        meta_model(with_recompute(config, True))
+    except ConfigError:
+        return False
+    except Exception:  # a model of the user's own that cannot be built so: a run will tell
+        return True
+    return True
+
+
 def sizes_of(model: nn.Module, config: CfgNode) -> Sizes:
     """Counts a model's elements.
 
@@ -99,9 +118,7 @@ def _moments(config: CfgNode) -> float:
     """
     probe = nn.Linear(_PROBE, 1, bias=False)
     probe.weight = nn.Parameter(torch.zeros(_PROBE))
-    plain = config.clone()
-    plain.defrost()
-    plain.TRAIN.LR_LAYER_DECAY = False
+    plain = set_options(config.clone(), {'TRAIN.LR_LAYER_DECAY': False})
     optimizer = build_optimizer(plain, probe, 1e-3)
     probe.weight.grad = torch.ones(_PROBE)
     optimizer.step()

@@ -13,6 +13,7 @@ import xxhash
 from yacs.config import CfgNode
 
 from internvl_ds.config.ds import resolve as ds
+from internvl_ds.config.ds.load import load_ds_config
 from internvl_ds.config.tree import get_config, get_option
 from internvl_ds.tools.tune.command import opt_words
 from internvl_ds.tools.tune.records import BASE, SEARCH, SHIPPED
@@ -94,7 +95,7 @@ class Subject:
             self._settle(
                 SHIPPED,
                 name,
-                merged(ds.load_ds_config(name), batch.ds_config),
+                merged(load_ds_config(name), batch.ds_config),
                 batch.opts,
             )
             for name in _SHIPPED
@@ -149,6 +150,6 @@ class Subject:
         config = self.configured(opts)
         resolved: dict[str, Any] = {}
         if self.ranks:
-            resolved = ds.resolve(ds_config, config, self.ranks)
+            resolved = ds.resolve_or_raise(ds_config, config, self.ranks)
             ds.adopt(config, resolved)
         return Candidate(kind, name, ds_config, opts, config, resolved, labels or {})

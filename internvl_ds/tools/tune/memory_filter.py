@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from yacs.config import CfgNode
 
+from internvl_ds.config.tree import set_options
+from internvl_ds.tools.plan.memory_planner import Need, Planner
 
-class Need(Protocol):
-    """Bytes of one rank."""
-
-    @property
-    def device(self) -> int: ...
-
-    @property
-    def host(self) -> int: ...
-
-
-class Planner(Protocol):
-    """Tells what a configuration needs, without allocating it."""
-
-    def need(self, resolved: Mapping[str, Any], ranks: int, *, recompute: bool) -> Need:
-        """Bytes of one rank under a resolved ds_config."""
-        ...
-
-
-class PlannerFactory(Protocol):
-    """Makes a planner; the class `internvl_ds.tools.plan.memory_planner.Planner` is one."""
-
-    def __call__(self, config: CfgNode, *, gpu: bool) -> Planner:
-        """For a yacs tree, and for GPUs or for ranks on CPUs."""
-        ...
+PlannerFactory = Callable[..., Planner]
 
 
 class Plans:
@@ -44,11 +23,10 @@ class Plans:
 
     def of(self, config: CfgNode) -> Planner:
         """The planner of this yacs tree; batch and recomputation are asked of it, not set in it."""
-        model = config.clone()
-        model.defrost()
-        model.DATA.BATCH_SIZE = model.TRAIN.ACCUMULATION_STEPS = 1
-        model.TRAIN.USE_CHECKPOINT = False
-        key = model.dump()
+        same = {
+            'DATA.BATCH_SIZE': 1, 'TRAIN.ACCUMULATION_STEPS': 1, 'TRAIN.USE_CHECKPOINT': False,
+        }  # fmt: skip
+        key = set_options(config.clone(), same).dump()
         if key not in self._made:
             self._made[key] = self._make(config, gpu=self._gpu)
         return self._made[key]

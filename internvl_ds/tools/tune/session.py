@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -12,6 +11,7 @@ from typing import Any
 
 from internvl_ds.errors import ConfigError
 from internvl_ds.files import open_own, write_text
+from internvl_ds.files.locks import try_lock
 from internvl_ds.files.reading import read_json
 
 
@@ -28,13 +28,11 @@ def alone(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise ConfigError(f'--output {folder}: cannot be written to: {error}') from error
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if try_lock(descriptor) is False:
             other = os.read(descriptor, 32).decode(errors='replace').strip()
             raise ConfigError(
                 f'--output {folder}: process {other} is tuning there; wait for it, or name another'
-            ) from None
+            )
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f'{os.getpid()}\n'.encode())
         yield

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from internvl_ds.files import open_own
 from internvl_ds.files.reading import read_json
 from internvl_ds.tools.tune.records import CRASH, HANG, MEMORY, OK
@@ -187,15 +189,8 @@ def remove_buffers(port: str) -> None:
 
 def _marked(folder: Path) -> Iterator[tuple[int, Mapping[str, str]]]:
     """The processes of the trials in ``folder``, zombies left out, and their environments."""
-    for entry in Path('/proc').iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            raw = (entry / 'environ').read_bytes()
-        except OSError:  # another user's, or gone
-            continue
-        pairs = (item.partition('=') for item in raw.decode(errors='replace').split('\0'))
-        environ = {name: value for name, _, value in pairs}
+    for process in psutil.process_iter(['environ']):
+        environ = process.info['environ'] or {}  # None: another user's
         mark = environ.get(MARK)
         if mark and Path(mark).is_relative_to(folder):
-            yield int(entry.name), environ
+            yield process.pid, environ

@@ -13,13 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
-from yacs.config import CfgNode
 
-from internvl_ds.config.ds import resolve as ds
+from internvl_ds.config.ds.load import load_ds_config
 from internvl_ds.dist.process_group import free_port
 from internvl_ds.errors import ConfigError, InternvlDsError
 from internvl_ds.files import write_text
-from internvl_ds.tools.plan.sizes import meta_model
+from internvl_ds.tools.plan.sizes import can_recompute
 from internvl_ds.tools.tune.candidates import Candidate, Subject, name_of
 from internvl_ds.tools.tune.command import complete, trial_words
 from internvl_ds.tools.tune.final_rounds import MOST_FINALISTS, finalists, order_of_round, standings
@@ -83,26 +82,12 @@ def updates_for(seconds: float) -> int:
     return min(_MOST, max(_FEWEST, round(_TIMED_SECONDS / seconds)))
 
 
-def can_recompute(config: CfgNode) -> bool:
-    """Whether the model can recompute activations; nothing is allocated for it."""
-    asking = config.clone()
-    asking.defrost()
-    asking.TRAIN.USE_CHECKPOINT = True
-    try:
-        meta_model(asking)
-    except ConfigError:
-        return False
-    except Exception:  # a model of the user's own that cannot be built so: a trial will tell
-        return True
-    return True
-
-
 class _Tuner:
     def __init__(self, request: Request, output: Path, planner: PlannerFactory | None) -> None:
         self._request, self._output = request, output
         self._planner = planner
         self._plans: Plans | None = None
-        ds_config = ds.load_ds_config(request.ds_config)
+        ds_config = load_ds_config(request.ds_config)
         self._subject = Subject(request.cfg, request.data_path, request.opts, ds_config, 0)
         self._space_file = read_space(request.space) if request.space else None
         settings = request.settings(self._subject.configured(), ds_config, self._space_file)
@@ -223,9 +208,8 @@ class _Tuner:
                 row = self._settle(self._subject.proposal(self._space, labels))
             except ConfigError as error:
                 name = name_of(labels)
-                row = self._add(
-                    Row(-1, SEARCH, name, name, labels, {}, {}, REFUSED, error=str(error))
-                )
+                refusal = Row(-1, SEARCH, name, name, labels, {}, {}, REFUSED, error=str(error))
+                row = self._add(refusal)
             search.learn(labels, row.speed)
 
     def _untried(self, search: Search, tried: set[frozenset]) -> dict[str, str] | None:
@@ -319,13 +303,8 @@ class _Tuner:
         request = self._request
         words = trial_words(request.cfg, folder, request.data_path, request.opts, opts)
         outcome = run_trial([*launcher, *words], folder, limit, port)
-        return replace(
-            _row_of(candidate, outcome.status, outcome.error),
-            trial=number,
-            kind=kind,
-            seconds=outcome.seconds,
-            bench=outcome.bench,
-        )
+        row = _row_of(candidate, outcome.status, outcome.error)
+        return replace(row, trial=number, kind=kind, seconds=outcome.seconds, bench=outcome.bench)
 
     def _add(self, row: Row) -> Row:
         self._records.append(row)
@@ -349,17 +328,8 @@ class _Tuner:
 
 
 def _row_of(candidate: Candidate, status: str, error: str) -> Row:
-    return Row(
-        -1,
-        candidate.kind,
-        candidate.name,
-        candidate.key,
-        dict(candidate.labels),
-        dict(candidate.ds_config),
-        dict(candidate.opts),
-        status,
-        error=error,
-    )
+    tried = dict(candidate.labels), dict(candidate.ds_config), dict(candidate.opts)
+    return Row(-1, candidate.kind, candidate.name, candidate.key, *tried, status, error=error)
 
 
 def _frozen(labels: Mapping[str, str]) -> frozenset:

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from internvl_ds.checkpoint.formats.outline import outline
+from internvl_ds.checkpoint.formats.shard_files import read_shard
 from internvl_ds.checkpoint.formats.tensor_files import load_torch, open_safetensors
-from internvl_ds.checkpoint.formats.zero_shards import read_shard
 from internvl_ds.errors import CheckpointError
 from tests.harness.hostile import PICKLES, peak, restart_peak, zip_of
 

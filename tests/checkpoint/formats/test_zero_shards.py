@@ -9,7 +9,8 @@ import torch
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 
-from internvl_ds.checkpoint.formats.zero_shards import TagShards, read_shard
+from internvl_ds.checkpoint.formats.shard_files import read_shard
+from internvl_ds.checkpoint.formats.zero_shards import TagShards
 from internvl_ds.errors import CheckpointError, CheckpointMismatch
 
 A = torch.arange(15.0).reshape(3, 5)  # 15 elements: 8 a rank and one of padding at stage 3

@@ -1,6 +1,7 @@
 """Weights at an address, from a real server: right, or one line that says why not, in time."""
 
 import base64
+import fcntl
 import hashlib
 import io
 import json
@@ -418,7 +419,7 @@ def test_processes_at_once_where_nothing_can_be_locked(server, cache, tmp_path, 
     def none(*_):
         raise OSError('no locks on this file system')
 
-    monkeypatch.setattr(downloads.fcntl, 'flock', none)
+    monkeypatch.setattr(fcntl, 'flock', none)
     server.answers['/w.pth'] = whole
     found = _processes(3, server.url('/w.pth'), str(tmp_path / 'hub'))
     assert len(set(found)) == 1
@@ -432,7 +433,7 @@ def test_a_process_that_stands_still_is_not_waited_for(server, cache, caplog, mo
     path = fetch(server.url('/w.pth'))
     path.unlink()
     with (path.parent / 'lock').open() as file:
-        downloads.fcntl.flock(file, downloads.fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_EX)
         assert fetch(server.url('/w.pth'), STALL) == path
     assert 'stands still' in caplog.text
 

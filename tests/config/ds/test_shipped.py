@@ -14,6 +14,7 @@ from deepspeed.runtime import config as deepspeed_config
 
 from internvl_ds.config.ds import resolve as ds
 from internvl_ds.config.ds.check import check
+from internvl_ds.config.ds.load import load_ds_config, shipped_dir
 from internvl_ds.config.tree import find_config_file, get_config
 from internvl_ds.engine.registry import _refuse_unsupported
 from internvl_ds.errors import ConfigError
@@ -24,7 +25,7 @@ from tests.harness.ranks import run_ranks
 from tests.workers.model import make_config, make_model
 from tests.workers.plain_loop import reference
 
-NAMES = sorted(path.stem for path in ds.shipped_dir().glob('*.json'))
+NAMES = sorted(path.stem for path in shipped_dir().glob('*.json'))
 YAMLS = sorted(find_config_file('digits_quickstart').parent.glob('*.yaml'))
 
 # AMP_OPT_LEVEL and AMP_TYPE -> the precision that they ask for; '' leaves it to the ds_config.
@@ -46,11 +47,8 @@ RECIPES = ('intern_vit_6b_224_linear_probe', 'vit_intern300m_448_finetune')
 
 
 def stated(name: str) -> str | None:
-    """The precision that a file states, by its name; None where it leaves that open."""
-    if name in RECIPES:
-        return 'bf16'
-    match = re.fullmatch(r'zero\d_(fp32|bf16|fp16|autocast_bf16|autocast_fp16)', name)
-    return match[1] if match else None
+    """The precision that a file states; None where it leaves that to the yacs configuration."""
+    return 'bf16' if name in RECIPES else None
 
 
 def stage(name: str) -> int:
@@ -73,13 +71,12 @@ def accept(monkeypatch, resolved: dict, world_size: int) -> None:
     assert parsed.train_batch_size == resolved['train_batch_size']
 
 
-def test_every_stage_has_every_precision():
-    wanted = {f'zero{n}_{precision}' for n in range(4) for precision in CONSTANTS}
-    assert wanted | {f'zero{n}' for n in range(4)} <= set(NAMES)
+def test_every_stage_ships():
+    assert {f'zero{n}' for n in range(4)} <= set(NAMES)
 
 
 def test_every_file_has_its_row_in_the_readme():
-    text = (ds.shipped_dir() / 'README.md').read_text()
+    text = (shipped_dir() / 'README.md').read_text()
     rows = [line for line in text.splitlines() if line.startswith('|')]
     named = [name for row in rows for name in re.findall(r'`([\w-]+)\.json`', row)]
     assert sorted(named) == NAMES
@@ -87,17 +84,17 @@ def test_every_file_has_its_row_in_the_readme():
 
 @pytest.mark.parametrize('name', NAMES)
 def test_a_file_resolves_at_every_level_that_it_supports(name, monkeypatch, fp16_engine):
-    tree = ds.load_ds_config(name)
+    tree = load_ds_config(name)
     for (level, amp_type), asked in LEVELS.items():
         config = make_config(AMP_OPT_LEVEL=level, AMP_TYPE=amp_type, DATA__BATCH_SIZE=4)
         # AMP_TYPE's default, float16, gives way to a bf16 that the ds_config states
         wanted = {asked, asked.replace('fp16', 'bf16') if amp_type == 'float16' else asked}
         if stated(name) is not None and stated(name) not in wanted:
             with pytest.raises(ConfigError, match='asks for'):
-                ds.resolve(tree, config, 2)
+                ds.resolve_or_raise(tree, config, 2)
             continue
         for world_size in (1, 2, 8):
-            resolved = ds.resolve(tree, config, world_size)
+            resolved = ds.resolve_or_raise(tree, config, world_size)
             assert resolved['train_batch_size'] == 4 * world_size
             assert resolved['zero_optimization']['stage'] == stage(name)
             assert ds.precision_of(resolved) == CONSTANTS[stated(name) or asked]
@@ -109,7 +106,7 @@ def test_a_file_resolves_at_every_level_that_it_supports(name, monkeypatch, fp16
 
 @pytest.mark.parametrize('name', [name for name in NAMES if stated(name)])
 def test_a_file_that_states_its_precision_decides_where_yacs_leaves_it_open(name):
-    resolved = ds.resolve(ds.load_ds_config(name), make_config(AMP_OPT_LEVEL=''), 2)
+    resolved = ds.resolve_or_raise(load_ds_config(name), make_config(AMP_OPT_LEVEL=''), 2)
     assert ds.precision_of(resolved) == CONSTANTS[stated(name)]
 
 
@@ -117,7 +114,7 @@ def test_a_file_that_states_its_precision_decides_where_yacs_leaves_it_open(name
 def test_a_yaml_goes_with_the_ds_config_that_it_names(path, monkeypatch):
     (name,) = set(re.findall(r'--deepspeed_config (\w+)', path.read_text()))
     config = get_config(Namespace(cfg=path.stem))
-    resolved = ds.resolve(ds.load_ds_config(name), config, 8)
+    resolved = ds.resolve_or_raise(load_ds_config(name), config, 8)
     assert ds.precision_of(resolved) == ds.BF16
     accept(monkeypatch, resolved, 8)
 
@@ -132,7 +129,7 @@ def test_a_recipe_builds_what_it_says(name, parameters, trained, images):
         model = build_model(config)
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == trained
-    resolved = ds.resolve(ds.load_ds_config(name), config, 8)
+    resolved = ds.resolve_or_raise(load_ds_config(name), config, 8)
     assert resolved['train_batch_size'] == images
 
 
@@ -160,25 +157,25 @@ def test_the_6b_recipe_takes_published_weights_without_the_norms_of_the_width(tm
 @pytest.mark.ranks
 @pytest.mark.slow
 def test_every_file_trains_right_on_two_ranks(tmp_path):
-    precisions = {name: stated(name) or 'bf16' for name in NAMES}
+    cells = [(name, 'bf16') for name in NAMES]
+    cells += [(f'zero{n}', p) for n in range(4) for p in CONSTANTS if p != 'bf16']
     # One process trains with all: what it was told of an fp16 engine, and DeepSpeed of autocast,
     # stays, so those that need neither come first.
-    order = sorted(NAMES, key=lambda name: list(CONSTANTS).index(precisions[name]))
+    cells.sort(key=lambda cell: list(CONSTANTS).index(cell[1]))
     results = run_ranks(
-        'tests.workers.shipping:train_with_each', 2, tmp_path,
-        names=order, precisions=precisions, steps=2, accumulation=2,
-    )  # fmt: skip
+        'tests.workers.shipping:train_with_each', 2, tmp_path, cells=cells, steps=2, accumulation=2
+    )
     start = {n: p.detach().flatten() for n, p in make_model().named_parameters()}
     expected = {precision: reference(precision, 2, None) for precision in CONSTANTS}
     for result in results:
-        for name, got in result.items():
-            wanted = expected[precisions[name]]
-            norm, way = tolerances(precisions[name])
-            assert got['norms'] == pytest.approx(wanted['norms'], rel=norm), name
+        for (name, precision), got in zip(cells, result, strict=True):
+            wanted = expected[precision]
+            norm, way = tolerances(precision)
+            assert got['norms'] == pytest.approx(wanted['norms'], rel=norm), (name, precision)
             gone, off = 0.0, 0.0
             for key, values in got['weights'].items():
                 reached = torch.tensor(wanted['weights'][key])
                 gone += float((reached - start[key]).square().sum())
                 off += float((reached - torch.tensor(values)).square().sum())
             # one element whose gradient is near zero may go the other way: a step of Adam's
-            assert math.sqrt(off) <= way * math.sqrt(gone) + 1e-2, name
+            assert math.sqrt(off) <= way * math.sqrt(gone) + 1e-2, (name, precision)

@@ -10,8 +10,9 @@ from PIL import Image
 
 from internvl_ds.config.tree import default_config, merge_opts
 from internvl_ds.errors import ConfigError, InternvlDsError
+from internvl_ds.tools.plan.sizes import can_recompute
 from internvl_ds.tools.tune.request import Request
-from internvl_ds.tools.tune.tuner import can_recompute, tune, updates_for
+from internvl_ds.tools.tune.tuner import tune, updates_for
 from tests.workers.fates import OnlyStage0
 from tests.workers.quick_train import write_launcher
 

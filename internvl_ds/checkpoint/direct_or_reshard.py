@@ -1,4 +1,4 @@
-"""The layout of a tag and of an engine: whether DeepSpeed can load the one into the other."""
+"""Whether DeepSpeed loads a tag into an engine directly, or the tag is resharded: their layouts."""
 
 from __future__ import annotations
 
@@ -9,10 +9,15 @@ import deepspeed
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from internvl_ds.checkpoint.formats.zero_shards import TagShards
+from internvl_ds.checkpoint.load_context import Load
+from internvl_ds.checkpoint.restore import model_shapes, require_same_model
 from internvl_ds.checkpoint.tag.discovery import read_header
+from internvl_ds.checkpoint.tag.verify import training_files
 from internvl_ds.config.ds.resolve import precision_of
-from internvl_ds.dist.rendezvous import world_size
+from internvl_ds.dist.rendezvous import rank, world_size
 from internvl_ds.engine.registry import ds_config_of
+from internvl_ds.errors import CheckpointError
+from internvl_ds.files.reading import interpreting
 from internvl_ds.zero.partition import describe
 
 
@@ -25,6 +30,34 @@ class TagLayout(NamedTuple):
 
     def __str__(self) -> str:
         return describe(*self)
+
+
+def fits_directly(load: Load, engine: DeepSpeedEngine, tag: Path) -> bool:
+    """Whether DeepSpeed can load a tag itself. Collective: every rank calls it.
+
+    What will be read is compared with its checksums, either way.
+
+    Raises:
+        CheckpointError: when a file is damaged, or the tag is of another model.
+    """
+
+    def same_layout() -> bool:
+        with interpreting(tag, CheckpointError):
+            same = layout_of_tag(tag) == layout_of_engine(engine)
+            return same and of_this_deepspeed(tag)
+
+    def groups_fit() -> bool:
+        with interpreting(tag, CheckpointError):
+            shards = TagShards(tag)
+            require_same_model(shards.shapes(), model_shapes(engine.module), str(tag))
+            return same_groups(engine, shards)
+
+    if load.from_rank_0('compare layouts', same_layout):
+        load.verify(tag, lambda manifest: training_files(manifest, rank()), shared=False)
+        if load.from_rank_0('compare groups', groups_fit):
+            return True
+    load.verify(tag, training_files, shared=True)
+    return False
 
 
 def layout_of_tag(tag: Path) -> TagLayout:

@@ -5,8 +5,8 @@ import logging
 import pytest
 import torch
 
-from internvl_ds.checkpoint.classes import require_same_classes, saved_classes
 from internvl_ds.checkpoint.formats.export import write_original, write_safetensors
+from internvl_ds.checkpoint.sources.classes import require_same_classes, saved_classes
 from internvl_ds.errors import CheckpointError, CheckpointMismatch
 from tests.checkpoint.formats.test_export import _write_tag
 from tests.harness.tags import save_tag

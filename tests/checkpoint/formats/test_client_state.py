@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from internvl_ds.checkpoint.client_state import (
+from internvl_ds.checkpoint.formats.client_state import (
     average_of,
     holds_average,
     saved_state,

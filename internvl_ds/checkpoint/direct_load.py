@@ -1,0 +1,205 @@
+"""Training goes on by DeepSpeed's own load: from a tag of the layout that runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+from internvl_ds.checkpoint.checkpoint_engine import install_writer
+from internvl_ds.checkpoint.formats.zero_shards import TagShards
+from internvl_ds.checkpoint.load_context import Load
+from internvl_ds.checkpoint.optimizer_state import RunningOptimizer, SavedTensor, slots_of
+from internvl_ds.checkpoint.restore_scheduler import restore_schedule, set_lr_of_schedule
+from internvl_ds.dist.process_group import collectives_within
+from internvl_ds.dist.rendezvous import rank
+from internvl_ds.engine.optimizer_trial import NUMBER, Kept, forms_of, like, state_of_optimizer
+from internvl_ds.engine.registry import restore_loss_scale, scheduler_of
+from internvl_ds.engine.scheduling import restore_schedule_position
+from internvl_ds.errors import CheckpointError, brief
+from internvl_ds.files.reading import interpreting
+from internvl_ds.zero.master_weights import frozen_as_made
+from internvl_ds.zero.persistent_params import gathered_together
+
+
+def load_same_layout(
+    load: Load,
+    engine: DeepSpeedEngine,
+    shards: TagShards,
+    state: dict[str, Any],
+    ready: Callable[[], None],
+) -> None:
+    """Goes on from a tag as DeepSpeed itself does. Collective: every rank calls it.
+
+    Args:
+        load: what is restored beside the engine.
+        engine: as the tag's layout is.
+        shards: of the tag.
+        state: of the tag, beside its tensors.
+        ready: called on all ranks when all is checked, before anything is changed.
+    """
+    _load_engine(load, engine, shards, str(state.get('optimizer_class') or ''), ready)
+    restore_loss_scale(engine, state.get('loss_scale'))
+    restored = restore_schedule(
+        load.config, state, load.lr_scheduler, load.scaler, shards.tag, load.logger
+    )
+    position = restore_schedule_position(engine, state.get('schedule'), restored)
+    steps_it = load.lr_scheduler is scheduler_of(engine)
+    if not restored or (steps_it and not shards.has_manifest):  # else the lr is in the shards
+        groups = engine.basic_optimizer.param_groups
+        set_lr_of_schedule(load.lr_scheduler, groups, position if steps_it else shards.updates)
+
+
+def _load_engine(
+    load: Load,
+    engine: DeepSpeedEngine,
+    shards: TagShards,
+    saved_by: str,
+    ready: Callable[[], None],
+) -> None:
+    writer, path = install_writer(engine), shards.tag
+
+    def open_own_files() -> tuple[list[str], list[Kept | None]]:
+        # Before any rank changes state or enters a collective: can this rank read its shards, and
+        # are they the running optimizer's?
+        with interpreting(path, CheckpointError):
+            for files in (shards.model_files, shards.optim_files):
+                if files:
+                    writer.open(files[min(rank(), len(files) - 1)], shards)
+            found = _require_same_optimizer(engine, shards, saved_by)
+            if shards.zero_stage:
+                own = shards.read(shards.optim_files[rank()])['optimizer_state_dict']
+                _require_like(own, engine.optimizer.state_dict(), 'its optimizer_state_dict')
+            return found
+
+    def load_shards() -> None:
+        with (
+            interpreting(path, CheckpointError),
+            gathered_together(engine),
+            frozen_as_made(engine),
+            _reading(engine, shards),
+            collectives_within(load.io_timeout),
+        ):
+            loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name)
+        if loaded is None:
+            raise CheckpointError(f'{path}: DeepSpeed found nothing to load in it')
+        state = state_of_optimizer(engine.basic_optimizer)
+        _into_buffers(state, buffers)
+        for (group, tensor), own in zip(slots_of(engine), kept, strict=True):
+            _in_own_form(state.get(tensor) or {}, group, own)
+
+    try:
+        warnings, kept = load.agree('read shards', open_own_files)
+        for warning in warnings:
+            load.logger.warning(warning)
+        counted = {key for own in kept if own for key in own.counters}
+        keys = engine.basic_optimizer.defaults.keys() - {'lr'} - counted
+        running = [{k: g[k] for k in keys & g.keys()} for g in engine.optimizer.param_groups]
+        buffers = {
+            parameter: dict(tensors)
+            for parameter, tensors in state_of_optimizer(engine.basic_optimizer).items()
+        }
+        ready()
+        load.agree('load shards', load_shards)
+    finally:
+        writer.close()
+    # Those of the running configuration hold; the lr is the scheduler's.
+    for group, own in zip(engine.optimizer.param_groups, running, strict=True):
+        group.update(own)
+
+
+def _require_like(saved: Any, running: Any, what: str) -> None:
+    """Makes sure that DeepSpeed will meet the kinds of values that it would save now.
+
+    Raises:
+        TypeError: names the first that is of another kind.
+    """
+    alike = True
+    if isinstance(running, Mapping):
+        alike = isinstance(saved, Mapping)
+        for key in running.keys() & saved.keys() if alike else ():
+            _require_like(saved[key], running[key], f'{what}/{key}')
+    elif isinstance(running, list | tuple):
+        alike = isinstance(saved, list | tuple) and len(saved) == len(running)
+        for index, pair in enumerate(zip(saved, running, strict=True) if alike else ()):
+            _require_like(*pair, f'{what}/{index}')
+    elif isinstance(running, torch.Tensor) and running.dim():
+        alike = isinstance(saved, torch.Tensor) and saved.shape == running.shape
+    elif isinstance(running, int | float | torch.Tensor):  # some count in tensors
+        alike = isinstance(saved, int | float | None) or getattr(saved, 'shape', None) == ()
+    elif isinstance(running, str):
+        alike = isinstance(saved, str | None)
+    elif running is not None:  # a loss scaler, of either class
+        plain = Mapping | list | tuple | torch.Tensor | int | float | str | None
+        alike = not isinstance(saved, plain)
+    if not alike:
+        raise TypeError(f'{what} is {brief(saved)}')
+
+
+@contextmanager
+def _reading(engine: DeepSpeedEngine, shards: TagShards) -> Iterator[None]:
+    """Has DeepSpeed read this rank's model states, where it would take all files of such a name."""
+    own = str(shards.model_files[min(rank(), len(shards.model_files) - 1)])
+    engine._get_all_ckpt_names = lambda directory, tag: [own]
+    try:
+        yield
+    finally:
+        del engine._get_all_ckpt_names
+
+
+def _require_same_optimizer(
+    engine: DeepSpeedEngine, shards: TagShards, saved_by: str
+) -> tuple[list[str], list[Kept | None]]:
+    """Compares a tag of the same layout with the running optimizer; see `RunningOptimizer`.
+
+    Returns:
+        Warnings, and what the optimizer keeps for each of its tensors.
+    """
+    optimizer, stage = RunningOptimizer(engine.basic_optimizer), shards.zero_stage
+    groups = shards.groups()
+    names = groups if stage else [[name] for group in groups for name in group]
+    found = []
+    slots = zip(slots_of(engine), shards.optimizer_state(rank()), names, strict=True)
+    for index, ((group, tensor), saved, own) in enumerate(slots):
+        # A partition is flat whatever the parameters' shapes, and not here where it is on NVMe.
+        shape = None if stage else tensor.shape
+        own = [name for name in own if name] or [f'parameter {index}']
+        held = SavedTensor(own, forms_of(saved.state, shape), saved.settings)
+        found.append((held, group, tensor if tensor is not None else torch.empty(0)))
+    warnings = optimizer.require_saved_by(str(shards.tag), saved_by, shards.fresh, found)
+    return warnings, [optimizer.kept(group, tensor) for _, group, tensor in found]
+
+
+def _in_own_form(state: dict[str, Any], group: Mapping[str, Any], kept: Kept | None) -> None:
+    """Gives the numbers of a tensor the form that this optimizer keeps them in.
+
+    DeepSpeed's Adam for the CPU counts in an int, torch's in a tensor, apex's in the group.
+    """
+    if kept is None or not state:
+        return
+    for key in (key for key, form in kept.forms.items() if form == NUMBER):
+        if key in state or key in group:
+            state[key] = like(state.get(key, group.get(key)), kept.numbers[key])
+
+
+@torch.no_grad()
+def _into_buffers(state: Mapping[Any, dict[str, Any]], buffers: Mapping[Any, Any]) -> None:
+    """Copies loaded optimizer state into the memory that held it before, or into memory of its own.
+
+    torch's optimizers take over the tensors that they are given, which here are the file, mapped
+    into memory.
+    """
+    for parameter, tensors in state.items():
+        before = buffers.get(parameter, {})
+        for key, loaded in tensors.items():
+            if not isinstance(loaded, torch.Tensor) or loaded.device.type != 'cpu':
+                continue
+            own = before.get(key)
+            fits = isinstance(own, torch.Tensor) and own.device == loaded.device
+            if fits and (own.shape, own.dtype) == (loaded.shape, loaded.dtype):
+                tensors[key] = own.copy_(loaded)
+            else:
+                tensors[key] = loaded.clone()

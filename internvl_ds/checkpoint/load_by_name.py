@@ -1,0 +1,179 @@
+"""Training goes on by parameter name: from a tag of another layout, or from an original's .pth."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+from internvl_ds.checkpoint.direct_or_reshard import layout_of_engine
+from internvl_ds.checkpoint.formats.pth_format import (
+    open_file,
+    schedule_of_original,
+    state_of_file,
+)
+from internvl_ds.checkpoint.formats.state_json import require_state
+from internvl_ds.checkpoint.formats.zero_shards import TagShards
+from internvl_ds.checkpoint.load_context import Load
+from internvl_ds.checkpoint.optimizer_state import require_optimizer
+from internvl_ds.checkpoint.reshard import Restorer
+from internvl_ds.checkpoint.restore_scheduler import (
+    fit_to_groups,
+    require_schedule,
+    restore_engines_own,
+    restore_schedule,
+    set_lr_of_schedule,
+)
+from internvl_ds.dist.process_group import collectives_within
+from internvl_ds.engine.param_groups import MergedGroups
+from internvl_ds.engine.registry import (
+    applied_updates,
+    client_groups,
+    engine_of,
+    restore_loss_scale,
+    scheduler_of,
+)
+from internvl_ds.engine.scheduling import restore_schedule_position, warn_of_slow_schedule
+from internvl_ds.errors import CheckpointError
+from internvl_ds.files.reading import interpreting
+from internvl_ds.zero.lazy_tensor import NamedState
+
+
+def train_from_file(load: Load, resume: str, model: Any) -> float:
+    """Goes on from an original's .pth. Every rank reads its own part of it.
+
+    Returns:
+        The saved max_accuracy.
+    """
+    engine = engine_of(model)
+    require_optimizer(engine)
+    merged = client_groups(engine)
+    now = _names_of(merged)
+
+    def read() -> tuple[NamedState, dict[str, Any], dict[str, float]]:
+        checkpoint = open_file(resume)
+        with interpreting(resume, CheckpointError):
+            saved = state_of_file(checkpoint, resume, [merged.names, now])
+            settings = checkpoint['optimizer']['param_groups']
+            groups = merged.names if len(merged.names) == len(settings) else now
+            state = {
+                'epoch': checkpoint.get('epoch'),
+                'lr_scheduler': _fitted(load, checkpoint.get('lr_scheduler'), groups, now),
+                'schedule': checkpoint.get('schedule') or schedule_of_original(checkpoint),
+                'scaler': checkpoint.get('amp') or None,
+                'max_accuracy': float(checkpoint.get('max_accuracy') or 0.0),
+            }
+            require_state(state, resume)
+            require_schedule(state, load.lr_scheduler, resume)
+            return saved, state, _lrs(groups, settings)
+
+    saved, state, lrs = load.agree('read file', read)
+    _restore(load, engine, saved, lambda: None)
+    _finish_restoring(load, engine, state, lrs, resume, None)
+    load.logger.info('=> loaded successfully %s (epoch %s)', resume, state['epoch'])
+    return state['max_accuracy']
+
+
+def load_other_layout(
+    load: Load,
+    engine: DeepSpeedEngine,
+    shards: TagShards,
+    state: dict[str, Any],
+    ready: Callable[[], None],
+) -> None:
+    """Goes on from a tag that DeepSpeed could not load into this engine; see `load_same_layout`."""
+    now = _names_of(client_groups(engine))
+
+    def read() -> tuple[NamedState, dict[str, Any], dict[str, float]]:
+        saved_by = str(state.get('optimizer_class') or '')
+        with interpreting(shards.tag, CheckpointError):
+            saved, settings = shards.named_state(now), shards.settings()
+            groups = [group['param_names'] for group in settings]
+            schedule = state.get('lr_scheduler')
+            if all(map(all, groups)):
+                schedule = _fitted(load, schedule, groups, now)
+            fitted = {**state, 'lr_scheduler': schedule}
+            return dataclasses.replace(saved, optimizer=saved_by), fitted, _lrs(groups, settings)
+
+    saved, state, lrs = load.agree('read shards', read)
+    _restore(load, engine, saved, ready)
+    batch, own_batch = shards.ds_config.get('train_batch_size'), engine.train_batch_size()
+    if isinstance(batch, int) and batch != own_batch:
+        load.logger.warning(
+            '%s: saved with a global batch of %d, and this run has %d: an epoch has another number '
+            'of updates now, and the schedule counts updates. To keep the batch, change '
+            'DATA.BATCH_SIZE or TRAIN.ACCUMULATION_STEPS with the number of ranks.',
+            shards.tag,
+            batch,
+            own_batch,
+        )
+    _finish_restoring(load, engine, state, lrs, shards.tag, shards.head.get('lr_scheduler'))
+
+
+def _fitted(load: Load, schedule: Any, groups: list[list[str]], now: list[list[str]]) -> Any:
+    """A saved schedule for the parameter groups of now."""
+    if schedule is None or load.lr_scheduler is None:
+        return schedule
+    return fit_to_groups(schedule, groups, load.lr_scheduler.state_dict(), now)
+
+
+def _restore(
+    load: Load, engine: DeepSpeedEngine, saved: NamedState, ready: Callable[[], None]
+) -> None:
+    def check() -> Restorer:
+        with interpreting(saved.where, CheckpointError):
+            return Restorer(engine, saved)
+
+    restorer = load.agree('check state', check)
+    ready()
+    for warning in restorer.warnings:
+        load.logger.warning(warning)
+    load.logger.info('%s: from %s to %s', saved.where, saved.layout, layout_of_engine(engine))
+    with collectives_within(load.io_timeout):
+        load.agree('restore state', restorer.restore)
+
+
+def _finish_restoring(
+    load: Load,
+    engine: DeepSpeedEngine,
+    state: Mapping[str, Any],
+    lrs: Mapping[str, float],
+    where: object,
+    engines_schedule: Any,
+) -> None:
+    """Restores what is no tensor, the schedule that DeepSpeed itself steps last."""
+    lr_scheduler, logger = load.lr_scheduler, load.logger
+    restore_loss_scale(engine, state.get('loss_scale') or state.get('scaler'))
+    restored = restore_schedule(load.config, state, lr_scheduler, load.scaler, where, logger)
+    groups = engine.basic_optimizer.param_groups
+    position = restore_schedule_position(engine, state.get('schedule'), restored)
+    if lr_scheduler is None or lr_scheduler is scheduler_of(engine):
+        set_lr_of_schedule(scheduler_of(engine), groups, position)
+    else:  # the script steps it, and knows what it counts: each group has the lr that it had
+        set_lr_of_schedule(lr_scheduler, groups, applied_updates(engine))
+        for group, names in zip(groups, _names_of(client_groups(engine)), strict=True):
+            had = {lrs.get(name) for name in names}
+            group['lr'] = group['lr'] if len(had) > 1 or None in had else had.pop()
+    if isinstance(state.get('epoch'), int) and state.get('step') is None:
+        warn_of_slow_schedule(engine, load.config, state['epoch'] + 1, logger)
+    restore_engines_own(engine, lr_scheduler, engines_schedule, where, logger)
+
+
+def _lrs(groups: list[list[str]], settings: list[dict[str, Any]]) -> dict[str, float]:
+    """Parameter -> the lr that its group was saved with."""
+    return {
+        name: group['lr']
+        for names, group in zip(groups, settings, strict=True)
+        for name in names
+        if 'lr' in group
+    }
+
+
+def _names_of(merged: MergedGroups) -> list[list[str]]:
+    """The names of each group's parameters as the groups are now."""
+    groups: list[list[str]] = [[] for _ in merged.origins]
+    for names, index in zip(merged.names, merged.became, strict=True):
+        groups[index] += names
+    return groups
