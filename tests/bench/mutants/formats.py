@@ -24,7 +24,7 @@ MUTANTS = [
     ]),
     *mutants_of('files', 'test_files.py', [
         ('_LEFT_AFTER = 3600.0', '_LEFT_AFTER = -1.0'),
-        ('                        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)\n', ''),
+        ('if age > _LEFT_AFTER and try_lock(descriptor):', 'if age > _LEFT_AFTER:'),
         ('    flags |= os.O_NOFOLLOW | os.O_NONBLOCK', '    flags |= os.O_NONBLOCK'),
         ('    if not stat.S_ISREG(os.fstat(descriptor).st_mode):', '    if False:'),
         ('                    aside.unlink()\n', '                    pass\n'),
@@ -71,7 +71,7 @@ MUTANTS = [
         ("names = set(self.head.get('buffer_names') or ())", 'names = set()'),
         ("        shapes = self.head.get('frozen_param_shapes') or {}\n        layout", '        shapes = {}\n        layout'),
     ]),
-    *mutants_of('checkpoint/formats', 'checkpoint/formats/test_state_json.py checkpoint/test_client_state.py', [
+    *mutants_of('checkpoint/formats', 'checkpoint/formats/test_state_json.py checkpoint/formats/test_client_state.py', [
         ('            type(value) is not Counter\n            and _MARK not in value\n', '            type(value) is not Counter\n'),
         ("        return {_MARK: 'tuple', 'of': [_encode(v, f'{where}[{i}]') for i, v in enumerate(value)]}", "        return [_encode(v, f'{where}[{i}]') for i, v in enumerate(value)]"),
         ('            and all(isinstance(k, str) for k in value)\n', ''),
@@ -107,7 +107,7 @@ MUTANTS = [
         ("for key in ('model', 'module', 'state_dict')", "for key in ('model', 'module')"),
         ('    if odd is not None:\n        raise CheckpointMismatch(', '    if False:\n        raise CheckpointMismatch('),
     ]),
-    *mutants_of('checkpoint/proof', 'checkpoint/test_proof.py', [
+    *mutants_of('checkpoint', 'checkpoint/test_proof.py', [
         ('    missing = [name for name in wanted.shapes if name not in found]', '    missing = []'),
         ('        if tuple(found[name]) != tuple(shape)\n', '        if False\n'),
         ('    twice = [name for name, number in count.items() if number > 1]', '    twice = []'),
@@ -121,18 +121,18 @@ MUTANTS = [
         ('    count.update(frozen.keys())\n', ''),
         ('            if file_rank(path.name) == 0:', '            if False:'),
     ]),
-    *mutants_of('checkpoint/restore', 'checkpoint/test_restore.py', [
+    *mutants_of('checkpoint', 'checkpoint/test_restore.py', [
         ('    missing = [name for name in running if name not in saved]', '    missing = []'),
         ('    unexpected = [name for name in saved if name not in running]', '    unexpected = []'),
         ('    reshaped = [n for n in running if n in saved and tuple(saved[n]) != tuple(running[n])]', '    reshaped = []'),
     ]),
-    *mutants_of('checkpoint/classes', 'checkpoint/test_classes.py', [
+    *mutants_of('checkpoint', 'checkpoint/sources/test_classes.py', [
         ('saved == list(now):', 'sorted(saved) == sorted(now):'),
         ('    if not saved or not now or', '    if'),
         ("if get_option(config, 'DATA.CHECK_CLASS_NAMES', True):", 'if False:'),
         ('        if found:\n            raise CheckpointError', '        if False:\n            raise CheckpointError'),
     ]),
-    *mutants_of('checkpoint/choice', 'checkpoint/test_choice.py', [
+    *mutants_of('checkpoint', 'checkpoint/test_choice.py', [
         ('return ours.sequence > theirs.sequence and epoch_of(asked.name) is not None', 'return ours.sequence > theirs.sequence'),
         ('return ours.sequence > theirs.sequence', 'return ours.sequence >= theirs.sequence'),
         ('        return further > than\n', '        return further >= than\n'),
