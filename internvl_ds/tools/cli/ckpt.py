@@ -54,6 +54,7 @@ from internvl_ds.checkpoint.tag.discovery import (
     read_latest,
     read_manifest,
     reading,
+    removable_tags,
 )
 from internvl_ds.checkpoint.tag.leftovers import STAGING
 from internvl_ds.checkpoint.tag.manifest import STATE_FILE
