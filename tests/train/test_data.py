@@ -1,6 +1,5 @@
 """What the training program reads: exactly the images it says, in an order that repeats."""
 
-import multiprocessing
 import os
 
 import numpy as np
@@ -116,9 +115,8 @@ def test_workers_outlive_the_signals_that_stop_a_run(data):
     start_epoch(loader, 0, 0, 0)
     batches = iter(loader)
     seen = [next(batches)]
-    workers = multiprocessing.active_children()
-    assert len(workers) == 2
-    for worker in workers:
+    assert len(batches.workers) == 2
+    for worker in batches.workers:
         for number in SIGNALS:
             os.kill(worker.pid, number)
     seen += list(batches)
