@@ -21,7 +21,8 @@ _HOMES = {
     'dist.reduce': ('reduce_tensor',),
     'engine.ema': ('EmaWarmup', 'ShardedEma'),
     'engine.grad_scaler': ('NativeScalerWithGradNormCount', 'get_grad_norm'),
-    'engine.registry': ('initialize', 'register'),
+    'engine.initialize': ('initialize',),
+    'engine.registry': ('register',),
     'errors': (
         'CheckpointError',
         'CheckpointMismatch',

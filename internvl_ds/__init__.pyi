@@ -15,7 +15,7 @@ from internvl_ds.engine.grad_scaler import (
     NativeScalerWithGradNormCount as NativeScalerWithGradNormCount,
 )
 from internvl_ds.engine.grad_scaler import get_grad_norm as get_grad_norm
-from internvl_ds.engine.registry import initialize as initialize
+from internvl_ds.engine.initialize import initialize as initialize
 from internvl_ds.engine.registry import register as register
 from internvl_ds.errors import CheckpointError as CheckpointError
 from internvl_ds.errors import CheckpointMismatch as CheckpointMismatch

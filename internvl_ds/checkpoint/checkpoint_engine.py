@@ -47,7 +47,7 @@ class ShardWriter(CheckpointEngine):
         self.last_size: int | None = None
         self._collects = self._in_background = False
         self._collected: list[tuple[Path, Any]] = []
-        self._scripts: list[Callable[[], None]] = []
+        self._deferred: list[Callable[[], None]] = []
         self._snapshot = Snapshot()
         self._opened: dict[Path, Any] = {}
 
@@ -70,7 +70,7 @@ class ShardWriter(CheckpointEngine):
 
     def forget(self) -> None:
         """Ends a save without writing."""
-        self._collects, self._collected, self._scripts = False, [], []
+        self._collects, self._collected, self._deferred = False, [], []
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         """Nothing to do in a save of this package.
@@ -108,18 +108,15 @@ class ShardWriter(CheckpointEngine):
                 path, value = self._collected.pop(0)
                 self._write(value, path)
                 del value  # of the state that was made for the file nothing is kept
-            while self._scripts and self.error is None:
-                self._scripts.pop(0)()
+            while self._deferred and self.error is None:
+                self._deferred.pop(0)()
         except Exception as error:
             self.error = error
         self.forget()
 
-    def copy_scripts(self, copy: Callable[[], None]) -> None:
-        """Copies DeepSpeed's recovery scripts: in a save of this package with the other files."""
-        if self._collects:
-            self._scripts.append(copy)
-        else:
-            copy()
+    def defer(self, work: Callable[[], None]) -> None:
+        """Does something more in `finish`, after the files."""
+        self._deferred.append(work)
 
     def _write(self, value: Any, path: Path) -> None:
         try:
@@ -159,8 +156,5 @@ class ShardWriter(CheckpointEngine):
 def install_writer(engine: DeepSpeedEngine) -> ShardWriter:
     """Makes ``engine`` save and load through a `ShardWriter`, and returns it."""
     if not isinstance(engine.checkpoint_engine, ShardWriter):
-        writer = ShardWriter()
-        engine.checkpoint_engine = writer
-        copy = engine._copy_recovery_script
-        engine._copy_recovery_script = lambda path: writer.copy_scripts(lambda: copy(path))
+        engine.checkpoint_engine = ShardWriter()
     return engine.checkpoint_engine

@@ -43,14 +43,12 @@ class _Last:
 def auto_resume_helper(output_dir: str, *, config: CfgNode | None = None) -> str | None:
     """The newest checkpoint in a directory, for MODEL.RESUME; the same answer on every rank.
 
-    Every rank must call it once there is a process group. The tag's checksums are verified, each
-    rank reading a share of its files; a damaged tag is passed over with a warning that names file
-    and reason. What dead saves left in the directory is swept away. In a directory that a rewound
-    run has saved into, the newest is what was saved last, also where tags of later training stay.
+    Collective: every rank calls it. The newest is what was saved last. Its checksums are verified;
+    a damaged tag is passed over with a warning. What dead saves left is swept away.
 
     Args:
         output_dir: the directory.
-        config: keyword-only; its CHECKPOINT time limits hold. Without it those of the environment
+        config: its CHECKPOINT time limits hold. Without it those of the environment
             (INTERNVL_DS_RENDEZVOUS_TIMEOUT and INTERNVL_DS_IO_TIMEOUT, seconds), else those that
             the last `internvl_ds.initialize` was given, else the defaults.
 
@@ -86,19 +84,17 @@ def _limits_without_config() -> CfgNode:
 
 
 def choose(config: CfgNode, logger: logging.Logger, *, as_before: bool = False) -> Path | None:
-    """The tag or file to load, the same on all ranks; None for an address. A meeting of all ranks.
+    """The tag or file to load; None for an address. Collective: every rank calls it.
 
-    It is what MODEL.RESUME names: a tag, a file, or the newest tag of an output directory. But
-    where a run trains (no EVAL_MODE) with TRAIN.AUTO_RESUME, a newer tag in OUTPUT goes before it:
-    the same command, started again, goes on where it was. Newer is, of two tags in one directory,
-    the one saved later; else one whose run went on from this same MODEL.RESUME, or one further in
-    training; a tag of OUTPUT that was saved as ``best`` is taken as it was asked for. Without
-    TRAIN.AUTO_RESUME it is MODEL.RESUME, and a run can be rewound. Either way a
-    warning says what was taken in place of what.
+    MODEL.RESUME names a tag, a file, or an output directory, whose newest tag is taken. Where a run
+    trains with TRAIN.AUTO_RESUME, a newer tag in OUTPUT goes before MODEL.RESUME: the same command,
+    started again, goes on where it was. Of two tags in one directory the one saved later is newer;
+    else one whose run went on from this same MODEL.RESUME, or one further in training. A tag of
+    OUTPUT that was saved as ``best`` is taken as it was asked for.
 
     Args:
         config: MODEL.RESUME, OUTPUT, TRAIN.AUTO_RESUME, EVAL_MODE and CHECKPOINT are read.
-        logger: told what was taken where that is not simply MODEL.RESUME.
+        logger: gets a warning where another tag than MODEL.RESUME is taken, or is newer.
         as_before: take what was taken for the same settings last, as long as it is there.
 
     Raises:
@@ -189,19 +185,16 @@ def _choose(
             if newest.warning:
                 load.logger.warning(newest.warning)
             load.logger.warning(
-                '%s goes before MODEL.RESUME %s, as the newer (TRAIN.AUTO_RESUME False would keep '
-                'MODEL.RESUME)',
-                newest.path,
-                shown(resume),
+                f'{newest.path} goes before MODEL.RESUME {shown(resume)}, as the newer '
+                '(TRAIN.AUTO_RESUME False would keep MODEL.RESUME)'
             )
             return newest.path
     elif output and not evaluates:
         passed_over = load.from_rank_0('find newest', find_or_none)
         if passed_over is not None:
             load.logger.warning(
-                'MODEL.RESUME %s is taken, and not the newer %s: TRAIN.AUTO_RESUME is False',
-                shown(resume),
-                passed_over,
+                f'MODEL.RESUME {shown(resume)} is taken, and not the newer {passed_over}: '
+                'TRAIN.AUTO_RESUME is False'
             )
     return _resolve(load, resume)
 

@@ -28,7 +28,7 @@ from internvl_ds.checkpoint.sources.classes import require_same_classes
 from internvl_ds.checkpoint.tag.verify import weight_files
 from internvl_ds.config.tree import get_option
 from internvl_ds.dist.process_group import collectives_within
-from internvl_ds.engine.registry import engine_of, find_engine
+from internvl_ds.engine.registry import engine_of, find_engine, wrapper_of
 from internvl_ds.errors import CheckpointError, few
 from internvl_ds.files.reading import interpreting
 
@@ -119,7 +119,7 @@ def _evaluate_tag(load: Load, tag: Path, model: Any) -> dict[str, Any]:
 
 def _train_from_tag(load: Load, tag: Path, model: Any) -> dict[str, Any]:
     engine = engine_of(model)
-    require_optimizer(engine)
+    require_optimizer(wrapper_of(engine).client)
     direct = fits_directly(load, engine, tag)
     shards = load.agree('find shards', lambda: _shards_of(tag, load.logger), load.timeout)
 
@@ -140,9 +140,8 @@ def _train_from_tag(load: Load, tag: Path, model: Any) -> dict[str, Any]:
     saved_loop.restore_generators(state, load.logger)
     if get_option(load.config, 'TRAIN.EMA.ENABLE', None) is False and EmaFiles(tag):
         load.logger.info(
-            '%s holds an EMA: load_ema_checkpoint goes on with it, and TRAIN.EMA.ENABLE True '
-            'in the training program; otherwise the next tags have none',
-            tag,
+            f'{tag} holds an EMA: load_ema_checkpoint goes on with it, and TRAIN.EMA.ENABLE True '
+            'in the training program; otherwise the next tags have none'
         )
     return state
 
@@ -153,11 +152,8 @@ def _shards_of(path: Path, logger: logging.Logger) -> TagShards:
         _ = shards.world_size, shards.shapes()
     shards.warn_unverified(logger)
     if shards.unused:
-        logger.warning(
-            '%s has no manifest, and files that are not of its layout (%s): they are not read',
-            path,
-            few(shards.unused),
-        )
+        strange = f'files that are not of its layout ({few(shards.unused)})'
+        logger.warning(f'{path} has no manifest, and {strange}: they are not read')
     if unread := unread_keys(shards):
         logger.warning('%s: what its client_state has of %s is not restored', path, few(unread))
     return shards

@@ -65,12 +65,8 @@ def load_ema_checkpoint(config: CfgNode, model_ema: Any, logger: logging.Logger)
     if state.get('ema_decay') is not None:
         model_ema.decay = state['ema_decay']
     if model_ema.decay != configured:
-        logger.warning(
-            '%s: its EMA goes on with its decay of %s; %s is configured now',
-            where,
-            model_ema.decay,
-            configured,
-        )
+        own = f'its EMA goes on with its decay of {model_ema.decay}'
+        logger.warning(f'{where}: {own}; {configured} is configured now')
     return float(state.get('max_accuracy_ema') or 0.0)
 
 

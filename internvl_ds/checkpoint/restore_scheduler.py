@@ -11,6 +11,7 @@ from yacs.config import CfgNode
 
 from internvl_ds.config.tree import set_options
 from internvl_ds.engine.param_groups import PER_GROUP_LISTS
+from internvl_ds.engine.registry import wrapper_of
 from internvl_ds.errors import CheckpointError, brief, few
 
 
@@ -103,7 +104,7 @@ def restore_engines_own(
         own.step(updates - 1)
     elif isinstance(saved, Mapping) and saved.keys() == own.state_dict().keys():
         own.load_state_dict(saved)
-        set_lr_of_schedule(own, engine.basic_optimizer.param_groups, updates)
+        set_lr_of_schedule(own, wrapper_of(engine).client.param_groups, updates)
     else:
         kind = type(own).__name__
         logger.warning('%s has no state of %s, which DeepSpeed steps: begun anew', where, kind)
@@ -127,22 +128,20 @@ def fit_to_groups(
     """
     fitted = dict(saved)
     for key in PER_GROUP_LISTS & saved.keys():
-        values = saved[key]
+        values, kept = saved[key], own.get(key)
         if not isinstance(values, list):
             continue
         if len(values) != len(saved_groups):
             fitted[key] = own.get(key, values)
             continue
-        value_of = {
-            name: value for names, value in zip(saved_groups, values, strict=True) for name in names
-        }
-        kept = own.get(key)
-        fitted[key] = []
+        pairs = zip(saved_groups, values, strict=True)
+        value_of = {name: value for names, value in pairs for name in names}
+        fitted[key] = kept[: len(groups)] if isinstance(kept, list) else []
+        fitted[key] += [None] * (len(groups) - len(fitted[key]))
         for index, names in enumerate(groups):
-            found = [value_of.get(name) for name in names]
-            same = bool(found) and found[0] is not None and all(v == found[0] for v in found)
-            own_value = kept[index] if isinstance(kept, list) and index < len(kept) else None
-            fitted[key].append(found[0] if same else own_value)
+            had = [value_of.get(name) for name in names]
+            if had and had[0] is not None and all(value == had[0] for value in had):
+                fitted[key][index] = had[0]
     return fitted
 
 
@@ -171,23 +170,18 @@ def _restore_scheduler(
     built = lr_scheduler.state_dict()
     more, less = sorted(saved.keys() - built.keys()), sorted(built.keys() - saved.keys())
     if more and less:
+        # timm's is given the number of updates, torch's counts for itself
+        goes_on = hasattr(lr_scheduler, 'step_update')
         logger.warning(
-            '%s: its lr schedule is of another kind than the configured %s (it has %s, and no %s), '
-            'which %s',
-            path,
-            type(lr_scheduler).__name__,
-            few(more),
-            few(less),
-            # timm's is told the number of updates, torch's counts for itself
-            'goes on by itself' if hasattr(lr_scheduler, 'step_update') else 'begins anew',
+            f'{path}: its lr schedule is of another kind than the configured '
+            f'{type(lr_scheduler).__name__} (it has {few(more)}, and no {few(less)}), which '
+            f'{"goes on by itself" if goes_on else "begins anew"}'
         )
         return False
     if more or less:  # of another version of its library
-        logger.warning(
-            '%s: the lr schedule that was saved has %s', path,
-            f'{few(more)} more, which is not restored' if more
-            else f'no {few(less)}, which stays as configured',
-        )  # fmt: skip
+        added, lacking = f'{few(more)} more, which is not restored', f'no {few(less)}, which stays'
+        differs = added if more else f'{lacking} as configured'
+        logger.warning(f'{path}: the lr schedule that was saved has {differs}')
     # torch's schedulers keep their position with their settings; timm's keep none.
     position = {'last_epoch', '_step_count', '_last_lr', '_get_lr_called_within_step', 'metric'}
     differing = {
@@ -197,9 +191,8 @@ def _restore_scheduler(
     }
     if differing:
         logger.warning(
-            '%s: the lr schedule goes on as it was saved; (saved, configured now) differ in %s',
-            path,
-            differing,
+            f'{path}: the lr schedule goes on as it was saved; (saved, configured now) differ in '
+            f'{differing}'
         )
     lr_scheduler.load_state_dict({key: saved[key] for key in saved if key in built})
     return True

@@ -31,6 +31,7 @@ from internvl_ds.pretrained.known_formats import through_timm
 from internvl_ds.pretrained.report import PretrainedReport
 from internvl_ds.pretrained.transforms import Note, Specs, State, Step
 from internvl_ds.zero.lazy_tensor import Flat
+from internvl_ds.zero.parameters import is_sharded, shard_alike, whole_shape
 
 _M = TypeVar('_M', bound=nn.Module)
 
@@ -58,26 +59,23 @@ class _Plan:
 
 
 def load_pretrained(config: CfgNode, model: nn.Module, logger: logging.Logger) -> PretrainedReport:
-    """Loads the weights at MODEL.PRETRAINED into a module, adapted to it.
+    """Loads the weights at MODEL.PRETRAINED into a module, adapted to it, before ``initialize``.
 
-    Call it before ``initialize``, on every rank. Everything is checked before the first tensor of
-    the model changes, and no random number is drawn. A module built under ``deepspeed.zero.Init``
-    gets its slices tensor by tensor, and no rank holds the whole.
+    Collective: every rank calls it. Everything is checked before the first tensor of the model
+    changes. A module built under ``deepspeed.zero.Init`` gets its slices tensor by tensor.
 
     Args:
-        config: Reads MODEL.PRETRAINED (a file, a directory, a tag or an address),
-            MODEL.PRETRAINED_EMA, MODEL.PRETRAINED_RENAME, MODEL.PRETRAINED_MIN_MATCH,
-            MODEL.PRETRAINED_READERS, MODEL.DOWNLOAD_TIMEOUT and TRAIN.RAND_INIT_FT_HEAD.
-        model: A module that belongs to no engine, on any device and of any dtype.
-        logger: Gets a line per step that did something, and the missing and unexpected keys.
+        config: MODEL.PRETRAINED (a file, a directory, a tag or an address) and its settings are
+            read, and TRAIN.RAND_INIT_FT_HEAD.
+        model: a module that belongs to no engine, on any device and of any dtype.
+        logger: gets a line per step that did something, and the missing and unexpected keys.
 
     Returns:
         What was done, the same on every rank.
 
     Raises:
         PretrainedError: where the file cannot be read, has nothing or too little in common with the
-            model, or does not fit it; and where the model belongs to an engine. Under zero.Init and
-            with one reader on all ranks alike.
+            model, or does not fit it; and where the model belongs to an engine.
     """
     apply.require_writable(model, 'load_pretrained')
     readers = str(get_option(config, 'MODEL.PRETRAINED_READERS', 'all'))
@@ -87,7 +85,7 @@ def load_pretrained(config: CfgNode, model: nn.Module, logger: logging.Logger) -
     if not path:
         raise PretrainedError('MODEL.PRETRAINED is empty: there are no weights to load')
     decide = functools.partial(_decide, config, path, model)
-    partitioned = any(map(apply.is_partitioned, model.parameters()))
+    partitioned = any(map(is_sharded, model.parameters()))
     values: Iterable[tuple[str, Any]]
     if readers == 'one':
         init_distributed(config)
@@ -110,13 +108,12 @@ def load_pretrained(config: CfgNode, model: nn.Module, logger: logging.Logger) -
 def convert_22k_head_to_1k(model: _M, logger: logging.Logger) -> _M:
     """Cuts an ImageNet-22K head (``model.head``, 21841 rows) to the 1000 rows of ImageNet-1K.
 
-    The weight and bias become new parameters of the same dtype, device and requires_grad, so call
-    it before an optimizer or an engine takes the parameters. Every rank must call it where the head
-    was built under zero.Init: it is gathered, and its rows are partitioned again.
+    Weight and bias become new parameters, so call it before an optimizer or an engine takes them;
+    on every rank where the head was built under zero.Init.
 
     Args:
-        model: A module, or a wrapper that has it as ``.module``; changed in place.
-        logger: Told what was done, or, for a head of another length, that nothing was.
+        model: a module, or a wrapper that has it as ``.module``; changed in place.
+        logger: gets what was done, or, for a head of another length, that nothing was.
 
     Returns:
         The same object.
@@ -133,7 +130,7 @@ def convert_22k_head_to_1k(model: _M, logger: logging.Logger) -> _M:
     if not isinstance(layer, nn.Module) or not isinstance(weight, nn.Parameter):
         logger.warning(f'{type(inner).__name__} has no head with a weight: unchanged')
         return model
-    rows = getattr(weight, 'ds_shape', weight.shape)[0]
+    rows = whole_shape(weight)[0]
     if rows != head.CLASSES_22K:
         logger.warning(
             f'the head of {type(inner).__name__} has {rows} rows, not {head.CLASSES_22K}: unchanged'
@@ -292,10 +289,10 @@ def _broadcast(state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _take_rows(parameter: Any) -> nn.Parameter:
-    partitioned = apply.is_partitioned(parameter)
-    with deepspeed.zero.GatheredParameters([parameter], enabled=partitioned):
+    sharded = is_sharded(parameter)
+    with deepspeed.zero.GatheredParameters([parameter], enabled=sharded):
         rows = head.imagenet_22k_rows().to(parameter.device)
         taken = nn.Parameter(parameter.detach()[rows], requires_grad=parameter.requires_grad)
-    if partitioned:
-        parameter.convert_to_zero_parameters([taken])
+    if sharded:
+        shard_alike(parameter, taken)
     return taken

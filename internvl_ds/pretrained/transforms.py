@@ -119,16 +119,15 @@ def take_sim(state: State, specs: Specs) -> Result:
 
 def strip_prefixes(state: State, specs: Specs) -> Result:
     """Takes off the wrappers' prefixes that the model does not have: ``module.`` and the like."""
-    notes = []
-    stripped = True
-    while stripped:
-        stripped = False
+    notes: list[Note] = []
+    count = -1
+    while len(notes) != count:
+        count = len(notes)
         for prefix in _PREFIXES:
-            count = sum(key.startswith(prefix) for key in state)
-            if count and not any(key.startswith(prefix) for key in specs):
+            keys = sum(key.startswith(prefix) for key in state)
+            if keys and not any(key.startswith(prefix) for key in specs):
                 state = _renamed(state, {key: key.removeprefix(prefix) for key in state})
-                notes.append(Note(f'took the prefix {prefix} off {count} keys'))
-                stripped = True
+                notes.append(Note(f'took the prefix {prefix} off {keys} keys'))
     return Result(state, tuple(notes))
 
 
@@ -157,12 +156,9 @@ def rename_by(pairs: Sequence[Sequence[str]], what: str = 'renamed') -> Step:
             ) from error
 
     def rename(state: State, specs: Specs) -> Result:
-        names = {}
-        for key in state:
-            name = key
-            for pattern, replacement in compiled:
-                name = pattern.sub(replacement, name)
-            names[key] = name
+        names = {key: key for key in state}
+        for pattern, replacement in compiled:
+            names = {key: pattern.sub(replacement, name) for key, name in names.items()}
         changed = sum(key != name for key, name in names.items())
         if not changed:
             return Result(state)

@@ -60,15 +60,7 @@ def build_loaders(config: CfgNode, rank: int, world_size: int) -> Loaders:
         _check_same_classes(config, train_set, val_set)
         classes = train_set.classes
         train_loader = _train_loader(config, train_set, rank, world_size)
-    val_loader = Loader(
-        val_set,
-        batch_size=config.DATA.BATCH_SIZE,
-        sampler=EvalSampler(len(val_set), world_size, rank),
-        num_workers=config.DATA.NUM_WORKERS,
-        limit=config.COMM.TIMEOUT,
-        generator=torch.Generator(),
-        pin_memory=_pin_memory(config),
-    )
+    val_loader = _loader(config, val_set, EvalSampler(len(val_set), world_size, rank))
     return Loaders(train_loader, val_loader, build_mixup(config), classes)
 
 
@@ -199,17 +191,22 @@ class _Images(ImageFolder):
             raise DataError(f'{path} cannot be used as an image: {reason}') from error
 
 
-def _train_loader(config: CfgNode, dataset: ImageFolder, rank: int, world_size: int) -> DataLoader:
-    loader = Loader(
-        SeededImages(dataset),
+def _loader(config: CfgNode, images: Any, sampler: Sampler, **settings: Any) -> DataLoader:
+    return Loader(
+        images,
         batch_size=config.DATA.BATCH_SIZE,
-        sampler=TrainSampler(len(dataset), world_size, rank, config.SEED),
+        sampler=sampler,
         num_workers=config.DATA.NUM_WORKERS,
         limit=config.COMM.TIMEOUT,
         generator=torch.Generator(),  # else each epoch draws from the global one
-        pin_memory=_pin_memory(config),
-        drop_last=True,
+        pin_memory=bool(config.DATA.PIN_MEMORY and torch.cuda.is_available()),
+        **settings,
     )
+
+
+def _train_loader(config: CfgNode, dataset: ImageFolder, rank: int, world_size: int) -> DataLoader:
+    sampler = TrainSampler(len(dataset), world_size, rank, config.SEED)
+    loader = _loader(config, SeededImages(dataset), sampler, drop_last=True)
     if len(loader) == 0:
         raise ConfigError(
             f'{dataset.root} holds {len(dataset)} images, fewer than one batch on every rank: '
@@ -266,20 +263,14 @@ def _check_same_classes(config: CfgNode, train_set: ImageFolder, val_set: ImageF
 
 def _refuse_unsupported(config: CfgNode) -> None:
     data = config.DATA
-    for key, value, refused in (
-        ('DATA.ZIP_MODE', data.ZIP_MODE, bool(data.ZIP_MODE)),
-        # 'part' is the original's default and means nothing outside zip mode.
-        ('DATA.CACHE_MODE', data.CACHE_MODE, data.CACHE_MODE not in ('no', 'part')),
-        ('DATA.IMG_ON_MEMORY', data.IMG_ON_MEMORY, bool(data.IMG_ON_MEMORY)),
-    ):
-        if refused:
-            raise ConfigError(f'{key} {value!r} is not supported: use an image folder, unpacked')
+    # 'part' is the original's default and means nothing outside zip mode.
+    harmless = {'ZIP_MODE': (False,), 'CACHE_MODE': ('no', 'part'), 'IMG_ON_MEMORY': (False,)}
+    for key, values in harmless.items():
+        if (value := data[key]) not in values:
+            said = f'DATA.{key} {value!r}'
+            raise ConfigError(f'{said} is not supported: use an image folder, unpacked')
     if data.DATASET not in ('imagenet', 'imagenet22K'):
         raise ConfigError(
             f"DATA.DATASET {data.DATASET!r} is not supported: use 'imagenet' (any image folder "
             f"with train/ and val/) or 'imagenet22K'"
         )
-
-
-def _pin_memory(config: CfgNode) -> bool:
-    return bool(config.DATA.PIN_MEMORY and torch.cuda.is_available())

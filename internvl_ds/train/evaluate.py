@@ -112,14 +112,8 @@ def count_batch(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     top = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
     hits = top == labels[:, None]
     loss = F.cross_entropy(logits, labels, reduction='none')
-    return torch.stack(
-        [
-            hits[:, 0].sum(dtype=torch.float64),
-            hits.sum(dtype=torch.float64),
-            loss.sum(dtype=torch.float64),
-            torch.tensor(float(len(labels)), dtype=torch.float64, device=logits.device),
-        ]
-    )
+    counts = hits[:, 0], hits, loss, torch.ones_like(labels)
+    return torch.stack([each.sum(dtype=torch.float64) for each in counts])
 
 
 @torch.no_grad()

@@ -112,12 +112,9 @@ def train_one_epoch(state: Run, epoch: int) -> dict[str, float]:
             group_size = min(steps, total - index // steps * steps)
             boundary = (index + 1) % steps == 0 or index + 1 == total
             norm = state.scaler(
-                loss / group_size,
-                state.optimizer,
-                clip_grad=config.TRAIN.CLIP_GRAD,
-                parameters=engine.parameters(),
+                loss / group_size, state.optimizer, config.TRAIN.CLIP_GRAD, engine.parameters(),
                 update_grad=boundary,
-            )
+            )  # fmt: skip
             if boundary and state.ema is not None:
                 state.ema.update()
             skipped = boundary and state.scaler.step_was_skipped
@@ -272,23 +269,12 @@ def _save_overflow(state: Run, epoch: int) -> None:
 
 
 def _save(state: Run, epoch: int, best: str | None = None, step: int | None = None) -> None:
+    best_ema, decay = (None, None) if state.ema is None else (state.best_ema, state.ema.decay)
     save_checkpoint(
-        state.config,
-        epoch,
-        state.engine,
-        state.best,
-        state.optimizer,
-        state.scheduler,
-        state.scaler,
-        state.logger,
-        model_ema=state.ema,
-        max_accuracy_ema=state.best_ema if state.ema is not None else None,
-        ema_decay=state.ema.decay if state.ema is not None else None,
-        best=best,
-        step=step,
-        loop=state.position,
-        class_names=state.loaders.classes,
-    )
+        state.config, epoch, state.engine, state.best, state.optimizer, state.scheduler,
+        state.scaler, state.logger, state.ema, best_ema, decay, best,
+        step=step, loop=state.position, class_names=state.loaders.classes,
+    )  # fmt: skip
     if best is None and state.preemption is not None:
         state.preemption.saved()
         state.save_due = False
@@ -311,17 +297,10 @@ def _validate(state: Run, what: str) -> EvalResult:
         # Not here: the averaged weights may be where the weights belong.
         state.save_due |= action == SAVE
 
-    result = evaluate(
-        state.config, state.engine, state.loaders.val, state.engine.device, stop_if_asked
-    )
-    state.logger.info(
-        '%s: top-1 %.2f %% top-5 %.2f %% loss %.4f on %d validation images',
-        what,
-        result.acc1,
-        result.acc5,
-        result.loss,
-        result.count,
-    )
+    engine, loader = state.engine, state.loaders.val
+    result = evaluate(state.config, engine, loader, engine.device, stop_if_asked)
+    accuracies = f'top-1 {result.acc1:.2f} % top-5 {result.acc5:.2f} % loss {result.loss:.4f}'
+    state.logger.info(f'{what}: {accuracies} on {result.count} validation images')
     return result
 
 

@@ -8,12 +8,7 @@ from fnmatch import fnmatch
 from typing import Any, NamedTuple
 
 import torch
-from timm.optim import (
-    create_optimizer_v2,
-    get_optimizer_info,
-    list_optimizers,
-    param_groups_layer_decay,
-)
+from timm import optim as timm_optim
 from timm.scheduler import CosineLRScheduler, PolyLRScheduler, StepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
@@ -21,6 +16,7 @@ from yacs.config import CfgNode
 
 from internvl_ds.config.tree import scale_lr
 from internvl_ds.errors import ConfigError
+from internvl_ds.zero.parameters import whole_shape
 
 # Parameters of deformable convolutions, whose learning rate DCN_LR_MUL scales.
 _DCN_NAMES = ('offset', 'attention_weights', 'center_feature_scale_proj', 'alpha_beta')
@@ -37,11 +33,8 @@ class ScaledLrs(NamedTuple):
 def scaled_lrs(config: CfgNode, world_size: int) -> ScaledLrs:
     """Scales TRAIN.{BASE_LR,WARMUP_LR,MIN_LR}, given for a batch of 512, to the global batch."""
     images = config.DATA.BATCH_SIZE * world_size * accumulation_steps(config)
-    return ScaledLrs(
-        base=scale_lr(config.TRAIN.BASE_LR, images),
-        warmup=scale_lr(config.TRAIN.WARMUP_LR, images),
-        min=scale_lr(config.TRAIN.MIN_LR, images),
-    )
+    lrs = config.TRAIN.BASE_LR, config.TRAIN.WARMUP_LR, config.TRAIN.MIN_LR
+    return ScaledLrs(*(scale_lr(lr, images) for lr in lrs))
 
 
 def accumulation_steps(config: CfgNode) -> int:
@@ -73,24 +66,16 @@ def param_groups(model: nn.Module, config: CfgNode, base_lr: float) -> list[dict
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        # Under zero.Init a parameter is a flat shard; ds_shape is what the model declared.
-        dims = len(getattr(parameter, 'ds_shape', parameter.shape))
+        # Under zero.Init a parameter is a flat shard.
+        dims = len(whole_shape(parameter))
         no_decay = dims <= 1 or name.endswith('.bias') or any(fnmatch(name, p) for p in exempt)
         decay = 0.0 if no_decay else config.TRAIN.WEIGHT_DECAY
         scale = scales.get(name, 1.0)
         if config.TRAIN.OPTIMIZER.DCN_LR_MUL is not None and any(n in name for n in _DCN_NAMES):
             scale *= config.TRAIN.OPTIMIZER.DCN_LR_MUL
-        group = groups.setdefault(
-            (scale, decay),
-            {
-                'params': [],
-                'param_names': [],
-                'lr': base_lr * scale,
-                'initial_lr': base_lr,
-                'lr_scale': scale,
-                'weight_decay': decay,
-            },
-        )
+        settings = {'lr': base_lr * scale, 'initial_lr': base_lr, 'lr_scale': scale}
+        lists: dict[str, Any] = {'params': [], 'param_names': []}
+        group = groups.setdefault((scale, decay), {**lists, **settings, 'weight_decay': decay})
         group['params'].append(parameter)
         group['param_names'].append(name)
     return list(groups.values())
@@ -124,18 +109,19 @@ def build_optimizer(config: CfgNode, model: nn.Module, base_lr: float) -> torch.
         for group in groups:
             group['weight_decay'] = 0.0
         return torch.optim.SGD(groups, lr=base_lr, momentum=0.9)
-    if name not in list_optimizers():
+    if name not in timm_optim.list_optimizers():
         raise ConfigError(
             f'TRAIN.OPTIMIZER.NAME {settings.NAME!r}: neither adamw, sgd, sgd_linear_probing nor '
-            f"one of timm's: {', '.join(list_optimizers())}"
+            f"one of timm's: {', '.join(timm_optim.list_optimizers())}"
         )
-    info = get_optimizer_info(name)
+    info = timm_optim.get_optimizer_info(name)
     kwargs: dict[str, Any] = {}
     if info.has_eps:
         kwargs['eps'] = settings.EPS
     if info.has_betas and info.num_betas == len(settings.BETAS):
         kwargs['betas'] = tuple(settings.BETAS)
-    return create_optimizer_v2(groups, opt=name, lr=base_lr, momentum=settings.MOMENTUM, **kwargs)
+    kwargs |= {'lr': base_lr, 'momentum': settings.MOMENTUM}
+    return timm_optim.create_optimizer_v2(groups, opt=name, **kwargs)
 
 
 def build_scheduler(
@@ -165,22 +151,14 @@ def build_scheduler(
             optimizer, t_initial=total, lr_min=lrs.min, warmup_prefix=False, **shared
         )
     if name == 'linear':
-        return PolyLRScheduler(
-            optimizer,
-            t_initial=max(1, total - warmup),
-            power=1.0,
-            # Every group starts from the same initial_lr, so one absolute floor is 1 % of each.
-            lr_min=0.01 * lrs.base,
-            warmup_prefix=True,
-            **shared,
-        )
+        # Every group starts from the same initial_lr, so one absolute floor is 1 % of each.
+        shared |= {'t_initial': max(1, total - warmup), 'lr_min': 0.01 * lrs.base}
+        return PolyLRScheduler(optimizer, power=1.0, warmup_prefix=True, **shared)
     if name == 'step':
+        decay_t = max(1, int(config.TRAIN.LR_SCHEDULER.DECAY_EPOCHS * updates))
+        rate = config.TRAIN.LR_SCHEDULER.DECAY_RATE
         return StepLRScheduler(
-            optimizer,
-            decay_t=max(1, int(config.TRAIN.LR_SCHEDULER.DECAY_EPOCHS * updates)),
-            decay_rate=config.TRAIN.LR_SCHEDULER.DECAY_RATE,
-            warmup_prefix=False,
-            **shared,
+            optimizer, decay_t=decay_t, decay_rate=rate, warmup_prefix=False, **shared
         )
     raise ConfigError(f'TRAIN.LR_SCHEDULER.NAME {name!r} is none of cosine, linear, step')
 
@@ -214,6 +192,6 @@ def _layer_scales(model: nn.Module, config: CfgNode) -> dict[str, float]:
     names = {parameter: name for name, parameter in model.named_parameters()}
     return {
         names[parameter]: group['lr_scale']
-        for group in param_groups_layer_decay(model, layer_decay=ratio)
+        for group in timm_optim.param_groups_layer_decay(model, layer_decay=ratio)
         for parameter in group['params']
     }

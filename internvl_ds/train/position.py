@@ -92,10 +92,9 @@ class Position:
             self.micro_batches -= self.micro_batches % group
             if self.micro_batches * images != seen:
                 logger.warning(
-                    'the epoch goes on after %d of its images; %d have been seen: another batch '
-                    'size or number of ranks has no whole update there, and repeats the rest',
-                    self.micro_batches * images,
-                    seen,
+                    f'the epoch goes on after {self.micro_batches * images} of its images; {seen} '
+                    'have been seen: another batch size or number of ranks has no whole update '
+                    'there, and repeats the rest'
                 )
         self.images, self.ranks, self.order = images, ranks, dict(order or {})
         if not same:
@@ -105,20 +104,16 @@ class Position:
     def _order_changed(self, now: Mapping[str, Any] | None, logger: logging.Logger) -> bool:
         if not self.order or not now:
             logger.warning(
-                'an epoch goes on after %d micro-batches, and it is not known whether its order of '
-                'images is still the same: if images or the SEED have changed since, some images '
-                'are seen twice in it, and others not at all',
-                self.micro_batches,
+                f'an epoch goes on after {self.micro_batches} micro-batches, and it is not known '
+                'whether its order of images is still the same: if images or the SEED have changed '
+                'since, some images are seen twice in it, and others not at all'
             )
             return False
-        changed = {
-            key: (self.order.get(key), now[key]) for key in now if self.order.get(key) != now[key]
-        }
+        both = {key: (self.order.get(key), value) for key, value in now.items()}
+        changed = {key: pair for key, pair in both.items() if pair[0] != pair[1]}
         if changed:
             logger.warning(
-                'the epoch is begun anew: after %d of its micro-batches the order of its images '
-                'has changed; (then, now) differ in %s',
-                self.micro_batches,
-                changed,
+                f'the epoch is begun anew: after {self.micro_batches} of its micro-batches the '
+                f'order of its images has changed; (then, now) differ in {changed}'
             )
         return bool(changed)

@@ -32,7 +32,7 @@ from internvl_ds.dist.preemption import Preemption
 from internvl_ds.dist.rendezvous import exchange, from_rank_0, rank, world_size
 from internvl_ds.engine.ema import ShardedEma
 from internvl_ds.engine.grad_scaler import NativeScalerWithGradNormCount
-from internvl_ds.engine.registry import initialize
+from internvl_ds.engine.initialize import initialize
 from internvl_ds.errors import ConfigError
 from internvl_ds.files import for_show
 from internvl_ds.train.data import Loaders, build_loaders, order_of, seed_everything
@@ -119,11 +119,11 @@ def setup(config: CfgNode, ds_config: DsConfig, logger: logging.Logger) -> Run:
     seed_everything(config.SEED)  # the same weights on every rank
     model = build_model(config)
     seed_everything(config.SEED + rank())
+    sizes = {p: p.numel() / 1e6 for p in model.parameters()}
+    trained = sum(size for p, size in sizes.items() if p.requires_grad)
+    name = config.MODEL.FACTORY or config.MODEL.NAME
     logger.info(
-        'model %s: %.2f M parameters, %.2f M of them trained',
-        config.MODEL.FACTORY or config.MODEL.NAME,
-        sum(p.numel() for p in model.parameters()) / 1e6,
-        sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6,
+        f'model {name}: {sum(sizes.values()):.2f} M parameters, {trained:.2f} M of them trained'
     )
     if config.THROUGHPUT_MODE:  # any weights are as fast
         engine = _inference_engine(config, model, resolution)
@@ -167,15 +167,9 @@ def _setup_training(
     state = Run(config, logger, loaders, engine, scaler, optimizer, scheduler)
     if config.MODEL.RESUME:
         state.best = load_checkpoint(
-            config,
-            engine,
-            optimizer,
-            scheduler,
-            scaler,
-            logger,
-            loop=state.position,
-            class_names=loaders.classes,
-        )
+            config, engine, optimizer, scheduler, scaler, logger,
+            loop=state.position, class_names=loaders.classes,
+        )  # fmt: skip
     if config.TRAIN.EMA.ENABLE:
         # After the load: without an average in the checkpoint it starts at the loaded weights.
         state.ema = ShardedEma(engine, config.TRAIN.EMA.DECAY, config.TRAIN.EMA.WARMUP)

@@ -90,22 +90,17 @@ class Stopwatch:
             **_device(device),
         }
         ranks = exchange('bench', mine, config.CHECKPOINT.RENDEZVOUS_TIMEOUT)
-        record = summarize(ranks)
-        record.update(
-            warmup=self._warmup,
-            micro_batch=config.DATA.BATCH_SIZE,
-            accumulation=accumulation_steps(config),
-            global_batch=config.DATA.BATCH_SIZE * accumulation_steps(config) * world_size(),
-        )
+        micro, group = config.DATA.BATCH_SIZE, accumulation_steps(config)
+        record = {
+            **summarize(ranks), 'warmup': self._warmup, 'micro_batch': micro,
+            'accumulation': group, 'global_batch': micro * group * world_size(),
+        }  # fmt: skip
         if rank() == 0:
             write_text(Path(config.OUTPUT) / BENCH_FILE, json.dumps(record, indent=2) + '\n')
-            logger.info(
-                '%d updates: %.1f img/s (%.1f to %.1f), peak memory %.0f MiB on a rank',
-                record['updates'],
-                record['images_per_s'],
-                *record['images_per_s_range'],
-                record['peak_bytes'] / 2**20,
-            )
+            low, high = record['images_per_s_range']
+            speed = f'{record["images_per_s"]:.1f} img/s ({low:.1f} to {high:.1f})'
+            peak = f'peak memory {record["peak_bytes"] / 2**20:.0f} MiB on a rank'
+            logger.info(f'{record["updates"]} updates: {speed}, {peak}')
         return float(record['images_per_s'])
 
 
@@ -155,9 +150,5 @@ def _device(device: torch.device) -> dict[str, Any]:
             host_bytes = min(host_bytes, int(text))
     if device.type != 'cuda':
         return {'device': device.type, 'device_bytes': None, 'host_bytes': host_bytes}
-    properties = torch.cuda.get_device_properties(device)
-    return {
-        'device': properties.name,
-        'device_bytes': properties.total_memory,
-        'host_bytes': host_bytes,
-    }
+    gpu = torch.cuda.get_device_properties(device)
+    return {'device': gpu.name, 'device_bytes': gpu.total_memory, 'host_bytes': host_bytes}

@@ -61,31 +61,24 @@ def _augmenting_transform(config: CfgNode) -> Transform:
     )
     if size <= _SMALL_IMAGE:
         # Takes the place of the random resized crop; the resize leaves a fitting image as it is.
-        transform.transforms[0] = transforms.Compose(
-            [
-                transforms.Resize(size, interpolation=_interpolation(config)),
-                transforms.RandomCrop(size, padding=4),
-            ]
-        )
+        resize = transforms.Resize(size, interpolation=_interpolation(config))
+        crop = transforms.RandomCrop(size, padding=4)
+        transform.transforms[0] = transforms.Compose([resize, crop])
     return transform
 
 
 def _eval_transform(config: CfgNode) -> Transform:
-    size = config.DATA.IMG_SIZE
-    if config.DATA.TRANSFORM == 'build_transform_for_linear_probe':
-        crop = [transforms.Resize(size, interpolation=_bicubic()), transforms.CenterCrop(size)]
-    elif config.TEST.CROP:
-        crop = [
-            transforms.Resize(size, interpolation=_interpolation(config)),
-            transforms.CenterCrop(size),
-        ]
+    size, probe = config.DATA.IMG_SIZE, config.DATA.TRANSFORM == 'build_transform_for_linear_probe'
+    mode = _bicubic() if probe else _interpolation(config)
+    if probe or config.TEST.CROP:
+        crop = [transforms.Resize(size, interpolation=mode), transforms.CenterCrop(size)]
     elif config.AUG.RANDOM_RESIZED_CROP:
         raise ConfigError(
             'AUG.RANDOM_RESIZED_CROP True with TEST.CROP False evaluates on random crops, whose '
             'accuracy cannot be reproduced: it is not supported; set one of the two otherwise'
         )
     else:
-        crop = [transforms.Resize((size, size), interpolation=_interpolation(config))]
+        crop = [transforms.Resize((size, size), interpolation=mode)]
     return transforms.Compose([*crop, *_to_normalized_tensor(config)])
 
 

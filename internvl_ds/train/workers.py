@@ -16,8 +16,7 @@ from internvl_ds.errors import DataError
 
 _PR_SET_PDEATHSIG = 1
 
-# The processes that loaders of this module have started, those that have ended left out now and
-# then.
+# The processes that loaders of this module have started.
 _started: list[multiprocessing.process.BaseProcess] = []
 _exit_is_watched = False
 

@@ -72,12 +72,14 @@ def test_a_skipped_update_moves_the_loss_scale_and_not_the_schedule(monkeypatch,
         was_step_applied=lambda: not skipped, gradient_accumulation_steps=lambda: 1
     )
     accumulation = SimpleNamespace(finish=lambda count: [torch.zeros(())])
+    wrapper = SimpleNamespace(
+        scale=scale,
+        step=lambda clip: torch.tensor(scale.scale),
+        push_scale=lambda: calls.append(('push', scale.scale)),
+    )
+    registration = SimpleNamespace(wrapper=wrapper, overflow_limit=0, accumulation=accumulation)
     for name, stand_in in {
-        'loss_scale_of': lambda engine: scale,
-        'overflow_limit': lambda engine: 0,
-        'accumulation_of': lambda engine: accumulation,
-        '_step_and_norm': lambda engine, clip, factor: torch.tensor(factor),
-        'push': lambda engine, scale: calls.append(('push', scale.scale)),
+        'registration_of': lambda engine: registration,
         'step_scheduler': lambda engine: calls.append('schedule'),
     }.items():
         monkeypatch.setattr(grad_scaler, name, stand_in)

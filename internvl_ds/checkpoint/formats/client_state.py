@@ -7,19 +7,19 @@ and of InternVL), whose average is a state dict with the dots left out of its na
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from yacs.config import CfgNode
 
 from internvl_ds.checkpoint.formats.pth_format import schedule_of_original
 from internvl_ds.checkpoint.formats.state_json import require_state, state_of
 from internvl_ds.checkpoint.formats.zero_shards import TagShards
+from internvl_ds.checkpoint.sources.weight_files import config_node
 from internvl_ds.engine.lr_schedule import MICRO_BATCHES
 from internvl_ds.errors import CheckpointError, CheckpointMismatch, few
-from internvl_ds.files.reading import YAML_VALUES, interpreting, require_bounded
+from internvl_ds.files.reading import interpreting
 
 # What DeepSpeed 0.19 and earlier versions put there themselves.
 _DEEPSPEEDS = frozenset(
@@ -120,7 +120,7 @@ def _table(shards: TagShards, form: Callable[[str], str]) -> dict[str, set[str]]
 
 def _in_own_words(shards: TagShards) -> dict[str, Any]:
     head = shards.head
-    config = _config_in(head.get('config'))
+    config = config_node(head.get('config'))
     state: dict[str, Any] = {key: _number(head.get(key)) for key in _NUMBERS}
     state['schedule'] = None
     epoch = _number(head.get('epoch'))
@@ -174,14 +174,6 @@ def _position(shards: TagShards, state: Mapping[str, Any], config: Any) -> dict[
         rest = position // (state['epoch'] + 1) % group  # of an epoch, after its last whole update
     moved = position - rest - 1
     return {'counts': MICRO_BATCHES, 'position': position, 'moved': moved, 'group': group}
-
-
-def _config_in(value: Any) -> CfgNode | None:
-    """A CfgNode, which is read as an OrderedDict that has its marks."""
-    if type(value) is OrderedDict and CfgNode.IMMUTABLE in vars(value):
-        require_bounded(value, YAML_VALUES)
-        return CfgNode(value)
-    return None
 
 
 def _number(value: Any) -> float | None:

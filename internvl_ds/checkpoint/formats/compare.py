@@ -14,10 +14,9 @@ from internvl_ds.checkpoint.formats.ema_files import EmaFiles
 from internvl_ds.checkpoint.formats.ema_tensors import ema_flats
 from internvl_ds.checkpoint.formats.export import weights_of_tag
 from internvl_ds.checkpoint.formats.optimizer_state import state_by_order
-from internvl_ds.checkpoint.formats.pth_format import weights_of_file
+from internvl_ds.checkpoint.formats.pth_format import open_file, weights_of_file
 from internvl_ds.checkpoint.formats.zero_shards import TagShards
-from internvl_ds.checkpoint.sources.weight_files import open_source
-from internvl_ds.errors import CheckpointError, CheckpointMismatch, PretrainedError
+from internvl_ds.errors import CheckpointError, CheckpointMismatch
 from internvl_ds.files.reading import interpreting
 from internvl_ds.zero.lazy_tensor import Flat
 
@@ -62,10 +61,7 @@ def contents_of(path: Path) -> Contents:
     if path.is_dir():
         with interpreting(path, CheckpointError):
             return _contents_of_tag(path)
-    try:
-        source = open_source(str(path))
-    except PretrainedError as error:
-        raise CheckpointError(str(error)) from error
+    source = open_file(str(path))
     with interpreting(path, CheckpointError):
         return _contents_of_file(source, str(path))
 
@@ -126,7 +122,7 @@ def _contents_of_tag(tag: Path) -> Contents:
 
 def _contents_of_file(source: Mapping[str, Any], where: str) -> Contents:
     weights = _stripped(weights_of_file(source, where))
-    tensors = _prefixed('model', {n: Flat.of(f'{where}: {n}', t) for n, t in weights.items()})
+    tensors = _prefixed('model', _flats(where, weights))
     numbers = _known_numbers(source)
     optimizer = source.get('optimizer')
     if isinstance(optimizer, Mapping) and 'param_groups' in optimizer:
@@ -137,20 +133,14 @@ def _contents_of_file(source: Mapping[str, Any], where: str) -> Contents:
         tensors |= _moments(kept.moments)
         numbers |= _steps(kept.steps)
     if isinstance(source.get('model_ema'), Mapping):
-        average = _stripped(source['model_ema'])
-        flats = {n: Flat.of(f'{where}: {n}', t) for n, t in average.items()}
-        tensors |= _prefixed('ema', flats)
+        tensors |= _prefixed('ema', _flats(where, _stripped(source['model_ema'])))
     return Contents(tensors, numbers)
 
 
 def _known_numbers(state: Mapping[str, Any]) -> dict[str, Any]:
     """Those that are there; an accuracy of 0 stands for none, as in what is loaded."""
-    numbers = {key: state.get(key) for key in _NUMBERS}
-    return {
-        key: value
-        for key, value in numbers.items()
-        if isinstance(value, int | float) and (value or not key.startswith('max_accuracy'))
-    }
+    numbers = {k: v for k in _NUMBERS if isinstance(v := state.get(k), int | float)}
+    return {k: v for k, v in numbers.items() if v or not k.startswith('max_accuracy')}
 
 
 def _group_names(optimizer: Mapping[str, Any], weights: Mapping[str, Any]) -> list[list[str]]:
@@ -167,11 +157,8 @@ def _group_names(optimizer: Mapping[str, Any], weights: Mapping[str, Any]) -> li
             continue
         found = []
         for key in group['params']:
-            held = [
-                t.shape
-                for t in optimizer['state'].get(key, {}).values()
-                if isinstance(t, torch.Tensor) and t.dim()
-            ]
+            state = optimizer['state'].get(key, {}).values()
+            held = [t.shape for t in state if isinstance(t, torch.Tensor) and t.dim()]
             name = next((n for n in names if not held or weights[n].shape == held[0]), None)
             if name is None:
                 raise CheckpointMismatch(
@@ -185,6 +172,10 @@ def _group_names(optimizer: Mapping[str, Any], weights: Mapping[str, Any]) -> li
 
 def _stripped(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name.removeprefix('module.'): tensor for name, tensor in weights.items()}
+
+
+def _flats(where: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, Flat]:
+    return {name: Flat.of(f'{where}: {name}', tensor) for name, tensor in tensors.items()}
 
 
 def _prefixed(prefix: str, flats: Mapping[str, Flat]) -> dict[str, Flat]:

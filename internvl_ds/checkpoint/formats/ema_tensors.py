@@ -18,7 +18,7 @@ from internvl_ds.checkpoint.sources.weight_files import open_source
 from internvl_ds.dist.rendezvous import rank, world_size
 from internvl_ds.engine.ema import ShardedEma
 from internvl_ds.engine.ema_shard import EmaFile
-from internvl_ds.engine.registry import applied_updates
+from internvl_ds.engine.registry import applied_updates, wrapper_of
 from internvl_ds.errors import CheckpointError
 from internvl_ds.zero.lazy_tensor import Flat
 
@@ -94,13 +94,9 @@ def _all_flats(saved: EmaFiles) -> dict[str, Flat]:
         averaged = {
             n.removeprefix('shard/'): Flat.of(f'{path}: {n}', saved.tensor(0, n)) for n in shards
         }
-    weights = tag.named_weights()
-    weights.update(averaged)
-    weights.update(
-        (n.removeprefix('buffer/'), Flat.of(f'{path}: {n}', saved.tensor(0, n)))
-        for n in names
-        if n.startswith('buffer/')
-    )
+    kept = {n.removeprefix('buffer/'): n for n in names if n.startswith('buffer/')}
+    buffers = {n: Flat.of(f'{path}: {key}', saved.tensor(0, key)) for n, key in kept.items()}
+    weights = {**tag.named_weights(), **averaged, **buffers}
     weights.update({alias: weights[name] for alias, name in tag.aliases().items()})
     return weights
 
@@ -129,7 +125,7 @@ def load_whole_ema(model_ema: Any, weights: Any, where: str) -> None:
 def ema_fits_directly(model_ema: ShardedEma, saved: EmaFiles) -> bool:
     """Whether a tag's sharded average was cut as this one is."""
     header, engine = saved.header, model_ema.engine
-    running = (engine.zero_optimization_stage(), world_size())
+    running = (wrapper_of(engine).stage, world_size())
     return (int(header['zero_stage']), int(header['world_size'])) == running and same_groups(
         engine, TagShards(saved.tag)
     )
@@ -147,11 +143,9 @@ def count_on(model_ema: Any, updates: int | None, where: object, logger: logging
     if isinstance(model_ema, ShardedEma):
         applied = applied_updates(model_ema.engine)
         model_ema.num_updates = applied if updates is None else updates
-        logger.log(
-            logging.WARNING if model_ema.warmup else logging.INFO,
-            '%s does not say how often its average was updated: counted as %d, as its weights were',
-            where,
-            model_ema.num_updates,
+        (logger.warning if model_ema.warmup else logger.info)(
+            f'{where} does not say how often its average was updated: counted as '
+            f'{model_ema.num_updates}, as its weights were'
         )
 
 

@@ -70,12 +70,10 @@ class SavedLoop:
             set_rng_state(self._saved['rng'])
         if state.get('step') is not None and not self.restored:
             logger.warning(
-                '%s was saved inside epoch %s, and this loop does not restore its position (pass '
-                'loop= to save_checkpoint and load_checkpoint): the epoch is begun anew',
-                self.path,
-                state['epoch'],
+                f'{self.path} was saved inside epoch {state["epoch"]}, and this loop does not '
+                'restore its position (pass loop= to save_checkpoint and load_checkpoint): the '
+                'epoch is begun anew'
             )
         elif not self.same:
-            logger.info(
-                '%s: saved by %d ranks; random numbers are drawn anew', self.path, self.saved_ranks
-            )
+            ranks = self.saved_ranks
+            logger.info(f'{self.path}: saved by {ranks} ranks; random numbers are drawn anew')

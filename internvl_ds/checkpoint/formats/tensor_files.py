@@ -1,9 +1,8 @@
 """Files of PyTorch and safetensors opened as data: no code of theirs runs, and none grows.
 
-Such a file may be small and ask for much when it is read: a compressed entry, a call that makes
-bytes of any number, names of values that contain each other. All of that is refused before, or
-while, it is read. Everything raises what `internvl_ds.files.reading` raises, or what the library
-does.
+A small file may ask for much when it is read: a compressed entry, a call that makes bytes of any
+number, values that contain each other. All of that is refused before, or while, it is read; with
+the errors of `internvl_ds.files.reading`, or of the library.
 """
 
 from __future__ import annotations
@@ -33,14 +32,13 @@ _REPEATED_BYTES = 64 << 20
 # The weight of a tuple is that of its items, and 1.25 times that of the heaviest: a limit of both
 # size and depth, which the hash of a tuple goes through each time.
 _TUPLE_WEIGHT, _PER_LEVEL = 1e6, 1.25
-# How many bytes follow an operation of a pickle; of the negative ones, their length is stated in
-# so many bytes. Others than these torch does not read as data.
+# How many bytes follow an operation of a pickle; negative: in how many bytes their number stands.
+# torch reads no other operations as data.
 _WIDTHS = {
     **dict.fromkeys(b'\x81Rbaesu(t\x85\x86\x87N\x89\x88)]}\x8fQ.', 0),
     **dict.fromkeys(b'Khq\x80', 1), ord('M'): 2, **dict.fromkeys(b'Jjr', 4),
     ord('G'): 8, ord('U'): -1, 0x8A: -1, ord('X'): -4,
 }  # fmt: skip
-_MARK = pickletools.markobject
 
 
 def load_torch(path: Path | str, *, mapped: bool | None = None) -> Any:
@@ -59,14 +57,10 @@ def load_torch(path: Path | str, *, mapped: bool | None = None) -> Any:
         content = torch.load(
             path, map_location='cpu', weights_only=True, mmap=is_zip if mapped is None else mapped
         )
-    others = require_bounded(content)
-    tensors = {
-        id(v): v for v in others if isinstance(v, torch.Tensor) and v.layout is torch.strided
-    }
+    found = {id(v): v for v in require_bounded(content) if isinstance(v, torch.Tensor)}
+    tensors = [t for t in found.values() if t.layout is torch.strided]
     # To copy an expanded tensor would make all of it.
-    more = sum(
-        max(0, t.numel() * t.itemsize - t.untyped_storage().nbytes()) for t in tensors.values()
-    )
+    more = sum(max(0, t.numel() * t.itemsize - t.untyped_storage().nbytes()) for t in tensors)
     if more > size + _REPEATED_BYTES:
         raise Unreadable(f'has tensors of {more} bytes more than it holds')
     return content
@@ -145,16 +139,14 @@ def _pickle_of_zip(file: Any) -> bytes:
     return file.read(found.file_size)
 
 
-def _effects() -> dict[int, tuple[int, int]]:
-    """How many values an operation takes (-1: down to a mark), and how many it leaves."""
-    found = {}
-    for op in pickletools.opcodes:
-        takes = -1 if _MARK in op.stack_before else len(op.stack_before)
-        found[ord(op.code)] = takes, len(op.stack_after)
-    return found
-
-
-_EFFECTS = _effects()
+# How many values an operation takes (-1: down to a mark), and how many it leaves.
+_EFFECTS = {
+    ord(op.code): (
+        -1 if pickletools.markobject in op.stack_before else len(op.stack_before),
+        len(op.stack_after),
+    )
+    for op in pickletools.opcodes
+}
 
 
 def require_bounded_steps(data: Any, start: int = 0) -> int:

@@ -31,19 +31,16 @@ from yacs.config import CfgNode
 from internvl_ds.checkpoint.sources import hub
 from internvl_ds.config.tree import default_of, get_option
 from internvl_ds.errors import ConfigError, PretrainedError
-from internvl_ds.files import flush
+from internvl_ds.files import flush, open_own
 from internvl_ds.files.addresses import BLANK, is_address, redacted, shown, split_address
 from internvl_ds.files.locks import try_lock
 from internvl_ds.files.reading import Unreadable, open_data
 
 _T = TypeVar('_T')
 
-# A download must bring so many bytes more, or end, within MODEL.DOWNLOAD_TIMEOUT.
-_LEAST = 1 << 16
-# Of a disk's free space a download takes so much at most.
-_SHARE = 0.95
-# Seconds that a process which downloads has to end by itself, beyond its own limit.
-_GRACE = 5.0
+_LEAST = 1 << 16  # bytes that a download must bring, or end, within MODEL.DOWNLOAD_TIMEOUT
+_SHARE = 0.95  # of a disk's free space that a download takes at most
+_GRACE = 5.0  # seconds that a process which downloads has to end, beyond its own limit
 # torch.hub's convention, name-0123abcd.pth, of eight digits or more: vit-b.pth has no hash.
 _NAMED_HASH = re.compile(r'-([a-f0-9]{8,64})\.')
 _log = logging.getLogger(__name__)
@@ -62,15 +59,14 @@ def local(path: str, config: CfgNode) -> str:
 
 
 def fetch(address: str, timeout: float | None = None) -> Path:
-    """The file of an address, from the cache or downloaded. Any number of processes may call it.
+    """The file of an address, from the cache or downloaded by one process of a host.
 
-    Only one process of a host downloads; the others wait for it. A file is kept once all of it has
-    come, and looks like weights; the hash that its name ends in (``name-0123abcd.pth``) is checked.
+    A file is kept once all of it has come, and looks like weights; the hash that its name ends in
+    (``name-0123abcd.pth``) is checked.
 
     Args:
-        address: ``https://...``; redirects are followed to https only. One of the Hugging Face Hub,
-            also as ``hf-hub:ORG/REPO[@revision][:file]``. A user and password in it are sent to
-            its host only.
+        address: ``https://...``, redirected to https only; a user and password in it are sent to
+            its host only. Or ``hf-hub:ORG/REPO[@revision][:file]``.
         timeout: MODEL.DOWNLOAD_TIMEOUT: seconds within which 64 KiB more must come (of the hub,
             10 MiB), or the rest; its default where it is None.
 
@@ -114,14 +110,13 @@ def sha256(path: Path) -> str:
 
 def _fetch(address: str, timeout: float) -> Path:
     url, user = split_address(address)
-    name = unquote(Path(urlsplit(url).path).name)
-    found = _NAMED_HASH.search(name)
-    expected = found.group(1) if found else ''
-    folder = _folder(url)
+    name, folder = unquote(Path(urlsplit(url).path).name), _folder(url)
+    named = _NAMED_HASH.search(name)
+    expected = named.group(1) if named else ''
     if kept := _kept(folder, expected):
         return kept
     folder.mkdir(parents=True, exist_ok=True)
-    with _turn(folder, timeout, lambda: _parts(folder)):
+    with _turn(folder, timeout, lambda: hub.total_size(folder.glob('.*.part'))):
         if kept := _kept(folder, expected):  # by the process that was waited for
             return kept
         old = Path(torch.hub.get_dir(), 'checkpoints', name)
@@ -129,17 +124,10 @@ def _fetch(address: str, timeout: float) -> Path:
         if expected and old.is_file() and sha256(old).startswith(expected):
             return old
         if not expected:
-            _log.warning(
-                f'{redacted(url)}: its name ends in no hash, so what comes cannot be checked'
-            )
-        return _download(
-            url,
-            user,
-            folder,
-            re.sub(r'[^\w.-]', '_', name, flags=re.ASCII)[-100:],
-            expected,
-            timeout,
-        )
+            reason = 'its name ends in no hash, so what comes cannot be checked'
+            _log.warning(f'{redacted(url)}: {reason}')
+        name = re.sub(r'[^\w.-]', '_', name, flags=re.ASCII)[-100:]
+        return _download(url, user, folder, name, expected, timeout)
 
 
 def _root() -> Path:
@@ -174,7 +162,7 @@ def _download(url: str, user: str, folder: Path, name: str, expected: str, timeo
         os.fchmod(descriptor, 0o644)
         digest = _progressing(
             lambda: _receive(url, user, descriptor, bool(expected), timeout, stop),
-            lambda: _parts(folder),
+            lambda: hub.total_size(folder.glob('.*.part')),
             timeout,
         )
         if not digest.startswith(expected):
@@ -261,11 +249,6 @@ class _HttpsOnly(urllib.request.HTTPRedirectHandler):
         return new
 
 
-def _parts(folder: Path) -> int:
-    """The bytes that have come of downloads into a folder that are not whole yet."""
-    return hub.total_size(folder.glob('.*.part'))
-
-
 def _progressing(work: Callable[[], _T], measure: Callable[[], int], timeout: float) -> _T:
     """Runs ``work`` in a thread; leaves it alone there once ``measure`` grows too slowly.
 
@@ -309,8 +292,7 @@ def _turn(folder: Path, timeout: float, measure: Callable[[], int]) -> Iterator[
     with contextlib.ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-            descriptor = os.open(folder / 'lock', flags, 0o666)
+            descriptor = open_own(folder / 'lock', os.O_RDWR)
             stack.callback(os.close, descriptor)
             grows = _growth(measure, timeout + _GRACE)
             while not (held := try_lock(descriptor)):

@@ -34,15 +34,12 @@ _log = logging.getLogger(__name__)
 
 
 def open_source(path: str, *, ema: bool = False) -> Mapping[str, Any]:
-    """Opens weights on the CPU and returns the whole top-level object, not unwrapped.
-
-    Zip-format PyTorch files and safetensors are mapped, not read: a tensor costs memory once it is
-    used. Every rank that calls this opens the files for itself.
+    """Opens weights on the CPU: the whole top-level object, mapped and not read where it can be.
 
     Args:
-        path: A file; a directory that holds an index (``*.index.json``) of .safetensors or .bin
-            files, or a single one as Hugging Face names it; a tag directory of this package or of
-            DeepSpeed; or an address, as `downloads.fetch` takes it.
+        path: a file; a directory with an index (``*.index.json``) of .safetensors or .bin files, or
+            with one file as Hugging Face names it; a tag of this package or of DeepSpeed; or an
+            address, as `downloads.fetch` takes it.
         ema: take the averaged weights: of a tag, or under ``model_ema`` of a file.
 
     Returns:
@@ -50,8 +47,8 @@ def open_source(path: str, *, ema: bool = False) -> Mapping[str, Any]:
         (``config`` in the original's checkpoints) is a CfgNode again, frozen if it was saved so.
 
     Raises:
-        PretrainedError: where there is no such file, or it cannot be read, or holds objects of a
-            class that is not allowed, or is not a mapping; the path and the reason are named.
+        PretrainedError: naming the path and the reason, for what is no such file, is no mapping,
+            cannot be read or holds objects of a class that is not allowed.
     """
     if not path:
         raise PretrainedError('the path of the weights is empty')
@@ -83,7 +80,7 @@ def _open_file(path: str) -> Any:
         raise PretrainedError(f'{path}: no such file')
     if path.endswith('.index.json'):
         return _open_index(Path(path))
-    return _read(path, _read_by_suffix)
+    return _read(path, load_safetensors if path.endswith('.safetensors') else load_torch)
 
 
 def _open_directory(path: Path, ema: bool) -> Mapping[str, Any]:
@@ -169,23 +166,24 @@ def _read(path: str, reader: Callable[[str], Any]) -> Any:
         raise PretrainedError(_unreadable(path, reason)) from error
 
 
-def _read_by_suffix(path: str) -> Any:
-    return load_safetensors(path) if path.endswith('.safetensors') else load_torch(path)
-
-
 def _restore_configs(source: Any) -> Any:
     """Makes the top-level values that were written as CfgNodes CfgNodes again."""
-    if not isinstance(source, dict):
-        return source
-    for key, value in source.items():
-        state = getattr(value, '__dict__', {})
-        if type(value) is OrderedDict and CfgNode.IMMUTABLE in state:
-            require_bounded(value, YAML_VALUES)  # each node is copied where it is named
-            config = CfgNode(value)
-            if state[CfgNode.IMMUTABLE]:
-                config.freeze()
+    for key, value in source.items() if isinstance(source, dict) else ():
+        if (config := config_node(value)) is not None:
             source[key] = config
     return source
+
+
+def config_node(value: Any) -> CfgNode | None:
+    """What was written as a CfgNode, and read as an OrderedDict that has its marks; else None."""
+    state = getattr(value, '__dict__', {})
+    if type(value) is not OrderedDict or CfgNode.IMMUTABLE not in state:
+        return None
+    require_bounded(value, YAML_VALUES)  # each node is copied where it is named
+    config = CfgNode(value)
+    if state[CfgNode.IMMUTABLE]:
+        config.freeze()
+    return config
 
 
 def _unreadable(path: str, reason: str) -> str:

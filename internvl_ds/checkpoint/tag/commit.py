@@ -29,11 +29,7 @@ from internvl_ds.checkpoint.tag.discovery import (
 )
 from internvl_ds.checkpoint.tag.leftovers import LOCK, STAGING, sweep
 from internvl_ds.checkpoint.tag.manifest import FILE_NAME, FileEntry, Manifest, wrong_files
-from internvl_ds.checkpoint.tag.owner import (
-    let_go,
-    open_lock,
-    this_process,
-)
+from internvl_ds.checkpoint.tag.owner import let_go, open_lock, this_process
 from internvl_ds.checkpoint.tag.retention import EpochTag, Policy, later_tags, tags_to_prune
 from internvl_ds.checkpoint.tag.trash import MARK, discard, unlink
 from internvl_ds.errors import CheckpointError, few
@@ -224,14 +220,12 @@ def prune(output: Path, policies: Sequence[Policy]) -> list[str]:
     later = [tag.name for tag in later_tags(found)]
     # After the first save only: the save before it was the last one before the run was rewound.
     if later and found[-2].name in later:
+        stays = few([name for name in later if name not in goes]) or 'none'
+        going = few([name for name in later if name in goes]) or 'none'
         logger.warning(
-            '%s: %s was saved after tags of later training, of which %s stay until this run has '
-            'come as far (internvl-ds ckpt prune --drop-later removes them) and %s go; auto resume '
-            'takes what was saved last',
-            output,
-            found[-1].name,
-            few([name for name in later if name not in goes]) or 'none',
-            few([name for name in later if name in goes]) or 'none',
+            f'{output}: {found[-1].name} was saved after tags of later training, of which {stays} '
+            'stay until this run has come as far (internvl-ds ckpt prune --drop-later removes '
+            f'them) and {going} go; auto resume takes what was saved last'
         )
     return remove(output, [tag for tag in found if tag.name in goes])[0]
 

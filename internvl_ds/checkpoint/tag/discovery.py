@@ -14,27 +14,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from internvl_ds.checkpoint.tag.manifest import (
-    FILE_NAME,
-    HEADER_BYTES,
-    STATE_FILE,
-    Header,
-    Manifest,
-    epoch_of,
-    parse_header,
-    parse_manifest,
-    step_of,
-    wrong_files,
-)
+from internvl_ds.checkpoint.tag import manifest as manifests
+from internvl_ds.checkpoint.tag.manifest import FILE_NAME, Header, Manifest, epoch_of
 from internvl_ds.checkpoint.tag.retention import EpochTag
 from internvl_ds.errors import CheckpointError, CheckpointNotFound, brief, shown
-from internvl_ds.files.reading import (
-    JSON_BYTES,
-    NAME_BYTES,
-    Unreadable,
-    open_data,
-    read_text,
-)
+from internvl_ds.files.reading import JSON_BYTES, NAME_BYTES, Unreadable, open_data, read_text
 
 LATEST = 'latest'
 ASIDE = '.old-'
@@ -66,9 +50,6 @@ def newest(output: Path, damaged: Mapping[str, str] | None = None) -> Resume | N
     does not, the newest such epoch tag is taken, else any other such tag (one saved as best, one of
     plain DeepSpeed), with a warning: never a silent restart from scratch. Without any trace of a
     tag it is the newest .pth of the original, by the file's time.
-
-    Where ``latest`` is right this reads it, one manifest and one listing, however many tags there
-    are; else the front of every tag's manifest too.
 
     Args:
         output: the directory.
@@ -156,7 +137,7 @@ def epoch_tags(output: Path) -> list[EpochTag]:
     for path in tags(output):
         epoch = epoch_of(path.name)
         if epoch is not None:
-            header, step = header_or_none(path), step_of(path.name)
+            header, step = header_or_none(path), manifests.step_of(path.name)
             sequence = header.sequence if header else 0
             accuracy = header.max_accuracy if header else None
             updates = header.global_steps if header and step is not None else None
@@ -175,11 +156,10 @@ def is_tag(path: Path) -> bool:
     One that may not be read, such as lost+found, holds none.
     """
     try:
-        return os.path.lexists(path / FILE_NAME) or any(
-            name.endswith('_states.pt') for name in _file_names(path)
-        )
+        names = os.listdir(path)
     except OSError:
         return False
+    return any(name == FILE_NAME or name.endswith('_states.pt') for name in names)
 
 
 def read_manifest(tag: Path) -> Manifest | None:
@@ -197,7 +177,7 @@ def read_manifest(tag: Path) -> Manifest | None:
         return None
     except (OSError, ValueError) as error:
         raise CheckpointError(f'{path}: cannot be read: {error}') from error
-    return parse_manifest(text, str(path))
+    return manifests.parse_manifest(text, str(path))
 
 
 def read_header(tag: Path) -> Header | None:
@@ -209,12 +189,12 @@ def read_header(tag: Path) -> Header | None:
     path = tag / FILE_NAME
     try:
         with open_data(path) as file:
-            front = file.read(HEADER_BYTES) or b''
+            front = file.read(manifests.HEADER_BYTES) or b''
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         raise CheckpointError(f'{path}: cannot be read: {error}') from error
-    header = parse_header(front.decode(errors='replace'), str(path))
+    header = manifests.parse_header(front.decode(errors='replace'), str(path))
     if header is not None:
         return header
     manifest = read_manifest(tag)
@@ -276,11 +256,11 @@ def _problem(tag: Path) -> str | None:
         return f'{tag} is no directory' if os.path.lexists(tag) else f'{tag} does not exist'
     manifest = read_manifest(tag)
     if manifest is None:
-        if (tag / STATE_FILE).exists():  # plain DeepSpeed writes none
+        if (tag / manifests.STATE_FILE).exists():  # plain DeepSpeed writes none
             return f'{tag}: {FILE_NAME} is missing'
-        whole = any(name.endswith('_model_states.pt') for name in _file_names(tag))
+        whole = any(name.endswith('_model_states.pt') for name in os.listdir(tag))
         return None if whole else f'{tag} holds no checkpoint'
-    wrong = wrong_files(manifest.files, file_sizes(tag))
+    wrong = manifests.wrong_files(manifest.files, file_sizes(tag))
     return f'{tag}: {"; ".join(wrong[:3])}' if wrong else None
 
 
@@ -291,7 +271,7 @@ def present(tag: Path) -> Path:
             return tag
     except OSError:  # no rights, or a name that no file can have
         return tag
-    asides = [path for path in _asides(tag.parent) if tag_of_aside(path) == tag.name]
+    asides = [p for p in sorted(tag.parent.glob(f'{ASIDE}*')) if tag_of_aside(p) == tag.name]
     return next((path for path in asides if problem(path) is None), tag)
 
 
@@ -305,13 +285,9 @@ def tag_of_aside(aside: Path) -> str:
     return re.sub('-[0-9a-f]{16}$', '', aside.name.removeprefix(ASIDE))
 
 
-def _asides(output: Path) -> list[Path]:
-    return sorted(output.glob(f'{ASIDE}*'))
-
-
 def stand_ins(output: Path) -> list[Path]:
     """The tags that stepped aside and stand in for one of their name, which is missing."""
-    names = dict.fromkeys(map(tag_of_aside, _asides(output)))
+    names = dict.fromkeys(map(tag_of_aside, sorted(output.glob(f'{ASIDE}*'))))
     return [path for name in names if (path := present(output / name)) != output / name]
 
 
@@ -354,9 +330,3 @@ def _newest_first(output: Path) -> list[Path]:
             return (0, 0.0)
 
     return epochs + sorted(others, key=order, reverse=True)
-
-
-def _file_names(directory: Path) -> Iterator[str]:
-    with os.scandir(directory) as entries:
-        for entry in entries:
-            yield entry.name

@@ -38,8 +38,8 @@ def sweep(output: Path, *, age: float | None = None) -> list[str]:
 
     Args:
         output: the directory.
-        age: seconds without a write after which an owner is taken for dead that cannot be seen from
-            here; None for the default of CHECKPOINT.LEFTOVER_AGE.
+        age: seconds without a write after which an owner that cannot be seen from here counts as
+            dead; None for the default of CHECKPOINT.LEFTOVER_AGE.
 
     Returns:
         The names of the staging directories that were removed.
@@ -47,11 +47,7 @@ def sweep(output: Path, *, age: float | None = None) -> list[str]:
     age = default_of('CHECKPOINT.LEFTOVER_AGE') if age is None else age
     saves: dict[str, set[str]] = defaultdict(set)
     strange = []
-    if not output.is_dir():
-        return []
-    with os.scandir(output) as entries:
-        names = sorted(entry.name for entry in entries if entry.name.startswith('.'))
-    for name in names:
+    for name in sorted(os.listdir(output)) if output.is_dir() else ():
         if match := _OURS.fullmatch(name):
             if match[1] == TRASH:
                 _sweep_trash(output / name)
@@ -59,10 +55,7 @@ def sweep(output: Path, *, age: float | None = None) -> list[str]:
                 saves[match[2]].add(match[1])
         elif name.startswith((STAGING, TRASH, ASIDE)):
             strange.append(output / name)
-    swept = []
-    for key, there in saves.items():
-        if _sweep_save(output, key, there, age) and STAGING in there:
-            swept.append(f'{STAGING}{key}')
+    swept = [key for key, there in saves.items() if _sweep_save(output, key, there, age)]
     for path in strange:
         # Of a version that left no marks: a tag that stepped aside for a save that died.
         tag = output / path.name.removeprefix(ASIDE)
@@ -72,7 +65,7 @@ def sweep(output: Path, *, age: float | None = None) -> list[str]:
             continue  # its save may be alive
         if not (named and _give_name_back(path, tag)):
             _leave(path)
-    return swept
+    return [f'{STAGING}{key}' for key in swept if STAGING in saves[key]]
 
 
 def _sweep_save(output: Path, key: str, there: set[str], age: float) -> bool:
@@ -144,8 +137,7 @@ def _leave(path: Path) -> None:
 def _last_write(places: Sequence[Path]) -> float:
     """When anything in them was written last, seconds since the epoch."""
     newest = 0.0
-    for place in places:
-        for path in [place, *place.rglob('*')]:
-            with contextlib.suppress(FileNotFoundError):  # just renamed or removed
-                newest = max(newest, path.lstat().st_mtime)
+    for path in (path for place in places for path in (place, *place.rglob('*'))):
+        with contextlib.suppress(FileNotFoundError):  # just renamed or removed
+            newest = max(newest, path.lstat().st_mtime)
     return newest

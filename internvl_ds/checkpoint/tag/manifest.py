@@ -200,17 +200,11 @@ def _with_digest(body: str) -> str:
 def _header(tree: Any, where: str) -> Header:
     if not isinstance(tree, Mapping) or not isinstance(tree.get('format'), int):
         raise CheckpointError(f'{where}: not a checkpoint manifest')
-    if tree['format'] > FORMAT:
-        raise CheckpointError(
-            f'{where}: manifest format {brief(tree["format"])}, and this version reads up to '
-            f'{FORMAT}: '
-            'upgrade internvl_ds'
-        )
-    if tree['format'] < FORMAT:
-        raise CheckpointError(
-            f'{where}: manifest format {brief(tree["format"])}, of a development version without '
-            'checksums, and this version does not read it'
-        )
+    if tree['format'] != FORMAT:
+        newer = f'and this version reads up to {FORMAT}: upgrade internvl_ds'
+        older = 'of a development version without checksums, and this version does not read it'
+        other = newer if tree['format'] > FORMAT else older
+        raise CheckpointError(f'{where}: manifest format {brief(tree["format"])}, {other}')
     try:
         held = {f.name: tree[f.name] for f in fields(Header) if f.name not in _LATER}
     except KeyError as error:
@@ -256,9 +250,9 @@ def tag_name(epoch: Any, best: str | None, step: int | None = None) -> str:
             if not isinstance(epoch, int) or step < 1:
                 raise CheckpointError(f'epoch {epoch!r}, step {step!r}: a step is one of an epoch')
             return f'ckpt_epoch_{epoch}_step_{step}'
-        best = str(epoch) if isinstance(epoch, int) else epoch
         if isinstance(epoch, int):
             return f'ckpt_epoch_{epoch}'
+        best = epoch
     if not isinstance(best, str) or not _BEST_NAME.fullmatch(best):
         raise CheckpointError(
             f"a tag is named by letters, digits, '_', '-' and '.', beginning with a letter, as in "

@@ -1,8 +1,8 @@
 """One job writes into an output directory, and it is the same directory from save to save.
 
-Rank 0 holds the lock, from the start of the training program or the first save of a script, until
-`internvl_ds.shutdown` or the end of the process. Its file says whose it is; its time, which a
-thread renews, is the sign of life for hosts that do not see the lock itself.
+Rank 0 holds the lock from the start of the training program, or the first save of a script, until
+`internvl_ds.shutdown`. The file names the owner; a thread renews the file's time, the sign of life
+for hosts that do not see the lock.
 """
 
 from __future__ import annotations
@@ -21,15 +21,9 @@ from pathlib import Path
 from yacs.config import CfgNode
 
 from internvl_ds.checkpoint import async_save as background
+from internvl_ds.checkpoint.tag import owner as owners
 from internvl_ds.checkpoint.tag.discovery import header_or_none
-from internvl_ds.checkpoint.tag.owner import (
-    Owner,
-    has_ended,
-    let_go,
-    open_lock,
-    read_owner,
-    this_process,
-)
+from internvl_ds.checkpoint.tag.owner import Owner, read_owner
 from internvl_ds.config.tree import checkpoint_option
 from internvl_ds.dist.process_group import before_shutdown
 from internvl_ds.errors import CheckpointError
@@ -38,9 +32,7 @@ from internvl_ds.files import forks
 logger = logging.getLogger(__name__)
 
 LOCK = '.internvl_ds.lock'
-
-# Signs of life within CHECKPOINT.LOCK_AGE.
-_BEATS = 6
+_BEATS = 6  # signs of life within CHECKPOINT.LOCK_AGE
 
 
 @dataclass
@@ -51,7 +43,7 @@ class _Output:
         path: the directory.
         place: device and inode; both may change when a share is mounted again.
         saves: tag -> id of the save, of what this process saved there.
-        owner, descriptor: of the lock; None where several jobs share the directory.
+        owner, descriptor: of the lock; None and -1 where this process holds none.
         ended: ends the signs of life.
     """
 
@@ -62,14 +54,19 @@ class _Output:
     descriptor: int = -1
     ended: threading.Event = field(default_factory=threading.Event)
 
+    def give_up(self) -> None:
+        """Lets go of the lock, whose file stays."""
+        self.ended.set()
+        if self.descriptor >= 0:
+            owners.let_go(self.descriptor)
+        self.descriptor = -1
+
 
 _outputs: dict[str, _Output] = {}
 
 
 def enter_output(output: Path, config: CfgNode, limit: float) -> None:
-    """Makes and locks a directory to save in; from then on, makes sure that it is still the same.
-
-    Rank 0 calls it before each save; the training program at its start too.
+    """Makes and locks a directory to save in; later calls check that it is still the same.
 
     Args:
         output: the directory.
@@ -78,7 +75,7 @@ def enter_output(output: Path, config: CfgNode, limit: float) -> None:
 
     Raises:
         CheckpointError: when another job writes there, or the directory is not the one that this
-            process locked or saved in: that one is gone, as when a share is not mounted.
+            process locked or saved in, as when a share is not mounted.
         OSError: when it cannot be made or written.
     """
     key = os.path.abspath(output)
@@ -121,15 +118,14 @@ def _require_same(known: _Output) -> None:
     if place == known.place:
         return
     mine = known.owner is not None and read_owner(known.path / LOCK) == known.owner
-    tags = known.saves.items()
-    headers = ((header_or_none(known.path / tag), save) for tag, save in tags)
-    if not mine and not any(header and header.save == save for header, save in headers):
+    saves = ((header_or_none(known.path / tag), save) for tag, save in known.saves.items())
+    if not mine and not any(header and header.save == save for header, save in saves):
         raise CheckpointError(
             f'{known.path}: is not the directory that this run has written in, neither its lock '
             'nor its tags are there: is the file system still mounted? Nothing was written'
         )
     known.place = place
-    _give_up(known)  # of the old mount
+    known.give_up()  # of the old mount
 
 
 def _lock(known: _Output, wait: float, age: float, limit: float) -> None:
@@ -143,12 +139,12 @@ def _lock(known: _Output, wait: float, age: float, limit: float) -> None:
                 f'{known.path}: {there} took over while this process gave no sign of life for '
                 f'CHECKPOINT.LOCK_AGE {age:g} s; nothing was written'
             )
-        _give_up(known)  # removed by someone, or given up at a shutdown: it is taken again
+        known.give_up()  # removed by someone, or given up at a shutdown: it is taken again
     start, first_beat, told = time.monotonic(), None, False
     while True:
-        descriptor, held = open_lock(path)
+        descriptor, held = owners.open_lock(path)
         there, beat = read_owner(descriptor), os.fstat(descriptor).st_mtime
-        free = True if held is not False and there is None else has_ended(there, held)
+        free = True if held is not False and there is None else owners.has_ended(there, held)
         silent = 0.0
         if free is None:
             first_beat = first_beat or beat
@@ -156,9 +152,8 @@ def _lock(known: _Output, wait: float, age: float, limit: float) -> None:
             free = False if beat != first_beat else silent > age or None
         if free and _take(known, descriptor, held, age):
             return
-        let_go(descriptor)
-        waited = time.monotonic() - start
-        if waited >= (limit if free is None else wait):
+        owners.let_go(descriptor)
+        if time.monotonic() - start >= (limit if free is None else wait):
             unsure = f', silent for {silent:.0f} s and dead after LOCK_AGE {age:g} s'
             raise CheckpointError(
                 f'{known.path}: another job writes there: {there or "a process that just began"}'
@@ -173,7 +168,7 @@ def _lock(known: _Output, wait: float, age: float, limit: float) -> None:
 
 def _take(known: _Output, descriptor: int, held: bool | None, age: float) -> bool:
     """Writes down whose the lock is; False where another process did so at the same time."""
-    path, owner = known.path / LOCK, this_process()
+    path, owner = known.path / LOCK, owners.this_process()
     text = owner.to_text().encode()
     try:
         os.pwrite(descriptor, text, 0)
@@ -182,7 +177,7 @@ def _take(known: _Output, descriptor: int, held: bool | None, age: float) -> boo
     except OSError as error:
         with contextlib.suppress(OSError):  # what went wrong is told, not this
             path.unlink()
-        let_go(descriptor)
+        owners.let_go(descriptor)
         raise OSError(error.errno, error.strerror, str(path)) from error
     if held is None:  # only what was written last can tell
         time.sleep(age / 60)
@@ -192,10 +187,8 @@ def _take(known: _Output, descriptor: int, held: bool | None, age: float) -> boo
     before_shutdown(_release_all)
     forks.at_fork(_release_all, _outputs.clear)
     _release_at_exit()
-    beats = threading.Thread(
-        target=_beat, args=(path, owner, age / _BEATS, known.ended), name='lock', daemon=True
-    )
-    beats.start()
+    arguments = path, owner, age / _BEATS, known.ended
+    threading.Thread(target=_beat, args=arguments, name='lock', daemon=True).start()
     return True
 
 
@@ -213,13 +206,6 @@ def _now_in(output: Path) -> float:
         return os.fstat(file.fileno()).st_mtime
 
 
-def _give_up(known: _Output) -> None:
-    known.ended.set()
-    if known.descriptor >= 0:
-        let_go(known.descriptor)
-    known.descriptor = -1
-
-
 def _release_all() -> None:
     if background.is_pending():  # it still writes there; then the kernel releases the locks
         return
@@ -230,7 +216,7 @@ def _release_all() -> None:
                 path.unlink()
             except OSError as error:
                 logger.warning('%s: cannot be removed (%s); it holds no lock', path, error)
-        _give_up(known)
+        known.give_up()
 
 
 @functools.cache

@@ -1,7 +1,7 @@
-"""The process that owns something in an output directory, and whether it still lives.
+"""The process that owns something in an output directory, and whether that process still lives.
 
-It holds a lock (flock) that the kernel releases when the process ends, however it ends. Where locks
-say nothing, the process's number and start time do on its own machine; elsewhere only an age does.
+An owner holds a lock (flock), which the kernel releases when the process ends. Where locks say
+nothing, number and start time of the process decide on its own machine; elsewhere only an age does.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from internvl_ds.files import forks, open_own
 from internvl_ds.files.locks import try_lock
+from internvl_ds.files.reading import parse_json, read_bytes
 
 _LONGEST = 4096  # bytes of a record
 
@@ -50,28 +51,22 @@ class Owner(NamedTuple):
 
 def this_process() -> Owner:
     """An owner with an id that nobody has."""
-    now = datetime.now(timezone.utc).isoformat(timespec='seconds')
-    pid = os.getpid()
-    started = _started(pid) or ''
-    return Owner(secrets.token_hex(8), socket.gethostname(), str(pid), _machine(), started, now)
+    now, pid = datetime.now(timezone.utc).isoformat(timespec='seconds'), os.getpid()
+    place = socket.gethostname(), str(pid), _machine(), _started(pid) or ''
+    return Owner(secrets.token_hex(8), *place, now)
 
 
 def read_owner(place: Path | int) -> Owner | None:
     """The record in a file, by its path (no link) or descriptor; None where there is none."""
     try:
         if isinstance(place, int):
-            text = os.pread(place, _LONGEST, 0)
+            data = os.pread(place, _LONGEST, 0)
         else:
-            descriptor = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-            try:
-                text = os.read(descriptor, _LONGEST)
-            finally:
-                os.close(descriptor)
-        tree = json.loads(text)
-        whole = set(tree) == set(Owner._fields) and all(isinstance(v, str) for v in tree.values())
-        return Owner(**tree) if whole else None
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+            data = read_bytes(place, _LONGEST, ours=True)
+        owner = Owner(**parse_json(data.decode()))
+    except (OSError, ValueError, TypeError):
         return None  # not there, or not ours
+    return owner if all(isinstance(value, str) for value in owner) else None
 
 
 def has_ended(owner: Owner | None, held: bool | None) -> bool | None:
@@ -82,7 +77,7 @@ def has_ended(owner: Owner | None, held: bool | None) -> bool | None:
         held: what `open_lock` said of its lock; None where there is no lock.
 
     Returns:
-        None where nothing here can tell: of another machine, or without a record.
+        None where nothing here can tell: for another machine, or without a record.
     """
     if held is False:
         return False
@@ -105,20 +100,17 @@ def _is_alive(owner: Owner) -> bool:
 
 
 def open_lock(path: Path, *, make: bool = True) -> tuple[int, bool | None]:
-    """Opens the file of a lock and tries to take the lock. `let_go` gives it up.
+    """Opens the file of a lock, which is no link, and tries to take the lock; see `let_go`.
 
-    Children of this process do not hold it: of a fork they close it, and no other program gets it.
+    Forked children close the file, and other programs do not get it: the lock is this process's.
 
     Args:
-        path: the file; no link is followed.
-        make: make it where it is not there.
+        path: the file.
+        make: make the file where it is missing.
 
     Returns:
-        The descriptor, and whether this process holds the lock now: False where another one does,
-        None where the file system has no locks.
-
-    Raises:
-        OSError: with the path.
+        The descriptor, and whether this process holds the lock now: False where another process
+        does, None where the file system has no locks.
     """
     while True:
         descriptor = open_own(path, os.O_RDWR, make=make)
@@ -136,10 +128,9 @@ def let_go(descriptor: int) -> None:
 
 
 def _is_still(path: Path, descriptor: int) -> bool:
-    try:
+    with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.lstat(path), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
+    return False
 
 
 @functools.cache

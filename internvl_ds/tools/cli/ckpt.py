@@ -9,11 +9,9 @@
     internvl-ds ckpt export TAG OUT.safetensors [--dtype bf16] [--ema] [--max-shard-gib GIB]
     internvl-ds ckpt diff A B      (tags, .pth, .safetensors or its index)
 
-Exit statuses: 0 all is well; 1 something is damaged (``diff``: something differs); 2 wrong usage,
-or nothing there; 3 nothing is damaged, but something has no manifest (plain DeepSpeed wrote it) and
-could not be verified. What ``prune`` cannot remove is 2. It never removes what ``latest`` names or
-auto resume takes, nor a tag that is neither an epoch's nor a step's, nor, without --drop-later, one
-of later training than the tag saved last, which a rewound run left behind.
+``diff`` returns 1 when something differs, the others as --help says. ``prune`` never removes what
+``latest`` names or auto resume takes, nor a tag that is neither an epoch's nor a step's, nor,
+without --drop-later, one of later training than the tag saved last, which a rewound run left.
 
 With --json each prints one object. A key is always there; where nothing is known it is null.
 
@@ -44,7 +42,7 @@ import argparse
 import contextlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -61,7 +59,6 @@ from internvl_ds.checkpoint.tag.discovery import (
 from internvl_ds.checkpoint.tag.leftovers import STAGING
 from internvl_ds.checkpoint.tag.manifest import STATE_FILE
 from internvl_ds.checkpoint.tag.retention import (
-    EpochTag,
     KeepBest,
     KeepEvery,
     KeepLater,
@@ -80,13 +77,7 @@ from internvl_ds.errors import (
 )
 from internvl_ds.tools.cli import diff, export
 from internvl_ds.tools.cli.quantities import whole
-from internvl_ds.tools.cli.tags import (
-    Examined,
-    examine_all,
-    examine_chosen,
-    find_tags,
-    tree_of,
-)
+from internvl_ds.tools.cli.tags import Examined, examine_all, examine_chosen, find_tags, tree_of
 from internvl_ds.tools.text import human_age, human_size, json_text, say, table
 
 OK, DAMAGED, UNVERIFIED = 0, 1, 3
@@ -98,19 +89,6 @@ _EPILOG = """exit status:
   2  wrong usage, or nothing there (prune: or something could not be removed)
   3  nothing is damaged, but something has no manifest and could not be verified
 """
-_STATE_VALUES = ('epoch', 'max_accuracy', 'max_accuracy_ema', 'ema_decay')
-_STATE_DICTS = ('lr_scheduler', 'scaler')
-
-
-@dataclass(frozen=True)
-class KeepNamed:
-    """Keeps the tags of these names: what a run would resume from never goes."""
-
-    names: frozenset[str]
-
-    def keeps(self, tags: Sequence[EpochTag]) -> set[str]:
-        """See `internvl_ds.checkpoint.tag.retention.Policy`."""
-        return {tag.name for tag in tags if tag.name in self.names}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -119,13 +97,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest='action', metavar='ACTION', required=True)
 
     def add(name: str, act: Any, text: str, what: str) -> argparse.ArgumentParser:
-        action = actions.add_parser(
-            name,
-            help=text,
-            description=text,
-            epilog=_EPILOG,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+        shape: dict[str, Any] = {'epilog': _EPILOG, 'formatter_class': parser.formatter_class}
+        action = actions.add_parser(name, help=text, description=text, **shape)
         action.add_argument('path', type=Path, metavar='OUTPUT', help=what)
         action.add_argument('--json', action='store_true', help='print one JSON object')
         action.set_defaults(act=act)
@@ -253,14 +226,14 @@ def _show(args: argparse.Namespace) -> int:
     if args.config and not args.json:
         say(str(config).rstrip())
         return _status([examined])
-    try:
+    digests: dict[str, str] = {}
+    sizes: dict[str, int] = {}
+    with contextlib.suppress(CheckpointError):  # it is among the problems
         manifest = read_manifest(path)
-    except CheckpointError:
-        manifest = None  # said among the problems
-    digests = {n: e.digest for n, e in manifest.files.items()} if manifest else {}
-    files = [
-        {'name': n, 'size': s, 'xxh3_128': digests.get(n)} for n, s in sorted(_sizes(path).items())
-    ]
+        digests = {n: e.digest for n, e in manifest.files.items()} if manifest else {}
+    with contextlib.suppress(OSError):
+        sizes = file_sizes(path)
+    files = [{'name': n, 'size': s, 'xxh3_128': digests.get(n)} for n, s in sorted(sizes.items())]
     tree = tree_of(examined) | {'format': examined.header and examined.header.format}
     tree |= {'files': files, 'state': _summary(state)}
     if args.json:
@@ -268,13 +241,6 @@ def _show(args: argparse.Namespace) -> int:
     else:
         _say_tree(tree)
     return _status([examined])
-
-
-def _sizes(path: Path) -> dict[str, int]:
-    try:
-        return file_sizes(path)
-    except OSError:  # said among the problems
-        return {}
 
 
 def _kept(path: Path, examined: Examined) -> dict[str, Any] | None:
@@ -295,12 +261,13 @@ def _kept(path: Path, examined: Examined) -> dict[str, Any] | None:
 def _summary(state: dict[str, Any] | None) -> dict[str, Any] | None:
     if state is None:
         return None
-    kept: dict[str, Any] = {key: state.get(key) for key in _STATE_VALUES}
-    for key in _STATE_DICTS:
-        inner = state.get(key)
-        kept[key] = sorted(map(str, inner)) if isinstance(inner, dict) else None
+    inner = {key: state.get(key) for key in ('lr_scheduler', 'scaler')}
     names = state.get('class_names')
-    return kept | {'classes': None if names is None else len(names)}
+    return {
+        **{k: state.get(k) for k in ('epoch', 'max_accuracy', 'max_accuracy_ema', 'ema_decay')},
+        **{k: sorted(map(str, v)) if isinstance(v, dict) else None for k, v in inner.items()},
+        'classes': None if names is None else len(names),
+    }
 
 
 def _say_tree(tree: dict[str, Any]) -> None:
@@ -326,17 +293,17 @@ def _prune(args: argparse.Namespace) -> int:
         raise CheckpointNotFound(f'nothing was removed: {error}') from error
     if resume is None or resume.path.is_file():
         raise CheckpointNotFound(f'{output}: no checkpoint tag in it')
-    names = frozenset({resume.path.name, read_latest(output) or ''})
     policies: list[Policy] = [
         KeepNewest(args.keep),
         KeepSteps(args.keep_steps),
         KeepBest(args.keep_best),
         KeepEvery(args.keep_every),
         KeepLater(0 if args.drop_later else None),
-        KeepNamed(names),  # a newest save that is damaged must not be all that stays
     ]
     tags = removable_tags(output)
-    goes = tags_to_prune(tags, policies)
+    # a newest save that is damaged must not be all that stays
+    needed = {resume.path.name, read_latest(output)}
+    goes = [name for name in tags_to_prune(tags, policies) if name not in needed]
     sizes = {}
     for name in goes:
         with contextlib.suppress(FileNotFoundError):  # a run that saves meanwhile has pruned it

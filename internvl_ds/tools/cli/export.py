@@ -15,25 +15,16 @@ _LARGEST_GIB = 5.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what ``ckpt export`` takes."""
-    parser.add_argument('path', type=Path, metavar='TAG', help='the path of a tag, or an OUTPUT')
-    parser.add_argument(
-        'target',
-        type=Path,
-        metavar='OUT',
-        help='OUT.pth: all that the original saves; OUT.safetensors: weights only',
-    )
-    parser.add_argument(
-        '--dtype', choices=('fp32', 'bf16'), default='fp32', help='of the weights in .safetensors'
-    )
-    parser.add_argument('--ema', action='store_true', help='the averaged weights (.safetensors)')
-    parser.add_argument(
-        '--max-shard-gib',
-        type=float,
-        default=_LARGEST_GIB,
-        metavar='GIB',
-        help='above this size .safetensors is several files with an index (default: %(default)s)',
-    )
-    parser.add_argument('--json', action='store_true', help='print one JSON object')
+    add = parser.add_argument
+    add('path', type=Path, metavar='TAG', help='the path of a tag, or an OUTPUT')
+    text = 'OUT.pth: all that the original saves; OUT.safetensors: weights only'
+    add('target', type=Path, metavar='OUT', help=text)
+    text = 'of the weights in .safetensors'
+    add('--dtype', choices=('fp32', 'bf16'), default='fp32', help=text)
+    add('--ema', action='store_true', help='the averaged weights (.safetensors)')
+    text = 'above this size .safetensors is several files with an index (default: %(default)s)'
+    add('--max-shard-gib', type=float, default=_LARGEST_GIB, metavar='GIB', help=text)
+    add('--json', action='store_true', help='print one JSON object')
 
 
 def run(args: argparse.Namespace) -> int:
@@ -62,13 +53,9 @@ def run(args: argparse.Namespace) -> int:
         if target.suffix == '.pth':
             write_original(tag, target)
         else:
-            written = write_safetensors(
-                tag,
-                target,
-                torch.float32 if args.dtype == 'fp32' else torch.bfloat16,
-                ema=args.ema,
-                largest=int(args.max_shard_gib * 2**30),
-            )
+            dtype = torch.float32 if args.dtype == 'fp32' else torch.bfloat16
+            largest = int(args.max_shard_gib * 2**30)
+            written = write_safetensors(tag, target, dtype, ema=args.ema, largest=largest)
     sizes = [path.stat().st_size for path in written]
     if args.json:
         files = [{'path': str(p), 'size': s} for p, s in zip(written, sizes, strict=True)]

@@ -33,7 +33,7 @@ from internvl_ds.tools.cli.quantities import parse_rate, parse_size, whole
 from internvl_ds.tools.text import human_size, json_text, say, table
 
 if TYPE_CHECKING:
-    from internvl_ds.tools.plan.options import Machine, Option
+    from internvl_ds.tools.plan.options import Option
 
 NOTHING_FITS = 1
 
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     from internvl_ds.config.tree import get_config
     from internvl_ds.tools.plan.advice import advice
     from internvl_ds.tools.plan.memory_planner import Planner
-    from internvl_ds.tools.plan.options import Machine, choose, options
+    from internvl_ds.tools.plan.options import USABLE, Machine, choose, options
 
     config = get_config(argparse.Namespace(cfg=args.cfg, opts=args.opts))
     base = load_ds_config(args.deepspeed_config or None)
@@ -88,15 +88,11 @@ def run(args: argparse.Namespace) -> int:
     taken, words = choose(found), advice(found, config, base, args.deepspeed_config, machine)
     if args.json:
         tree = {
-            'model': {
-                'parameters': planner.sizes.parameters,
-                'trained': planner.sizes.trained,
-                'moments': planner.sizes.moments,
-            },
+            'model': {k: getattr(planner.sizes, k) for k in ('parameters', 'trained', 'moments')},
             'precision': ds.precision_of(resolved),
             'micro_batch': resolved['train_micro_batch_size_per_gpu'],
             'accumulation': resolved['gradient_accumulation_steps'],
-            'machine': _machine_tree(machine),
+            'machine': {**asdict(machine), 'usable': USABLE},
             'options': [_tree(option) for option in found],
             'choice': found.index(taken) if taken else None,
             'advice': words,
@@ -118,11 +114,7 @@ def run(args: argparse.Namespace) -> int:
 def _table(found: Sequence[Option], taken: Option | None) -> str:
     rows = []
     for option in found:
-        parts = option.need.parts
-        sizes = (
-            parts.weights, parts.gradients, parts.optimizer, parts.buffers, parts.ema,
-            parts.activations, option.need.device,
-        )  # fmt: skip
+        sizes = *asdict(option.need.parts).values(), option.need.device
         rows.append(
             [
                 f'{option.stage}{" <-" if option is taken else ""}',
@@ -138,26 +130,8 @@ def _table(found: Sequence[Option], taken: Option | None) -> str:
     return table(_TITLES, rows, right=_TITLES[3:])
 
 
-def _machine_tree(machine: Machine) -> dict[str, Any]:
-    from internvl_ds.tools.plan.options import USABLE
-
-    return {**asdict(machine), 'usable': USABLE}
-
-
 def _tree(option: Option) -> dict[str, Any]:
-    return {
-        'stage': option.stage,
-        'offload': option.offload,
-        'recompute': option.recompute,
-        'device': asdict(option.need.parts),
-        'device_bytes': option.need.device,
-        'update_bytes': option.need.update,
-        'host': asdict(option.need.host_parts),
-        'host_bytes': option.host_bytes,
-        'fits_host': option.fits_host,
-        'largest_micro_batch': option.largest_micro_batch,
-        'micro_batch': option.micro_batch,
-        'accumulation': option.accumulation,
-        'checkpoint_bytes': option.checkpoint_bytes,
-        'save_seconds': option.save_seconds,
-    }
+    tree = asdict(option)
+    need = tree.pop('need')
+    tree |= {'device': need['parts'], 'device_bytes': need['device']}
+    return tree | {'host': need['host_parts'], 'update_bytes': need['update']}

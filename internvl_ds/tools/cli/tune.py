@@ -14,8 +14,10 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from internvl_ds.tools.cli.quantities import whole
 from internvl_ds.tools.text import json_text, say, table
@@ -81,24 +83,11 @@ def _tune(args: argparse.Namespace) -> int:
     from internvl_ds.tools.tune.request import Request
     from internvl_ds.tools.tune.tuner import tune
 
-    request = Request(
-        cfg=args.cfg,
-        launcher=args.launcher,
-        output=args.output,
-        data_path=args.data_path,
-        opts=args.opts,
-        ds_config=args.deepspeed_config,
-        space=args.space,
-        trials=args.trials,
-        budget=60 * args.budget,
-        confirm=args.confirm,
-        updates=args.updates,
-        warmup=args.warmup,
-        limit=args.limit,
-        ranks=args.ranks,
-        seed=args.seed,
-    )
-    result = tune(request, Planner)
+    given: dict[str, Any] = {
+        field.name: getattr(args, field.name, None) for field in fields(Request)
+    }
+    given |= {'ds_config': args.deepspeed_config, 'budget': 60 * args.budget}
+    result = tune(Request(**given), Planner)
     if args.json:
         say(json_text(as_json(result)))
         return 0

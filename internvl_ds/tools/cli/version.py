@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from importlib import metadata
 from typing import Any
 
 from internvl_ds.tools.text import say
@@ -36,11 +35,6 @@ def run(args: argparse.Namespace) -> int:
 
 def describe_versions() -> str:
     """One line ``name version`` per package, read from metadata: none of them is imported."""
-    return '\n'.join(f'{name} {_version_of(name)}' for name in _DISTRIBUTIONS)
+    from internvl_ds.tools.doctor.versions import installed
 
-
-def _version_of(distribution: str) -> str:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return 'not installed'
+    return '\n'.join(f'{name} {installed(name) or "not installed"}' for name in _DISTRIBUTIONS)

@@ -15,7 +15,7 @@ from pathlib import Path
 from internvl_ds.tools.doctor.finding import Finding, bites, note, ok
 
 _OP = 'deepspeed_shm_comm'  # with it CPU ranks of one host reduce gradients
-_SECONDS = 10  # for a compiler to tell its version
+_SECONDS = 10  # for a program to answer
 
 
 def probe() -> list[Finding]:
@@ -128,13 +128,16 @@ def _torch_version_file() -> dict[str, str | None]:
 def _version(compiler: str) -> str:
     """The first line of what it says; its name where it says nothing in time."""
     try:
-        done = subprocess.run(
-            [compiler, '--version'],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=_SECONDS,
-        )
+        said = ask(compiler, '--version')
     except (OSError, subprocess.TimeoutExpired) as error:
         return f'{compiler} (no version: {error})'
-    return (done.stdout.strip().splitlines() or [compiler])[0]
+    return (said.strip().splitlines() or [compiler])[0]
+
+
+def ask(*command: str) -> str:
+    """What a program prints, on stderr where nothing comes on stdout; it has ten seconds."""
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors='replace',
+        timeout=_SECONDS,
+    )  # fmt: skip
+    return done.stdout or done.stderr

@@ -31,13 +31,9 @@ def probe(output: Path) -> list[Finding]:
         _safely(place)
         findings.append(_rate(place))
     except OSError as error:
-        findings.append(
-            bites(
-                'writing OUTPUT',
-                f'{place}: {error.strerror} (errno {error.errno})',
-                'every save would fail, and the run with it: name another directory',
-            )
-        )
+        found = f'{place}: {error.strerror} (errno {error.errno})'
+        advice = 'every save would fail, and the run with it: name another directory'
+        findings.append(bites('writing OUTPUT', found, advice))
     return findings
 
 

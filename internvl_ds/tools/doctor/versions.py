@@ -16,10 +16,10 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from internvl_ds.tools.doctor.compilers import ask
 from internvl_ds.tools.doctor.finding import Finding, bites, note, ok
 
 _SHOWN = ('internvl_ds', 'torch', 'torchvision', 'deepspeed', 'timm', 'mpi4py', 'numpy')
-_SECONDS = 10  # for another Python to start
 
 
 def probe() -> list[Finding]:
@@ -118,16 +118,9 @@ def _python() -> Finding:
 def _prefix_of(python: str) -> str:
     """The environment of a Python, as it says itself: a path may be a link or a wrapper."""
     try:
-        done = subprocess.run(
-            [python, '-c', 'import sys; print(sys.prefix)'],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=_SECONDS,
-        )
+        return ask(python, '-c', 'import sys; print(sys.prefix)').strip()
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
-    return done.stdout.strip()
 
 
 def _ranges(requirements: list[str]) -> Finding:

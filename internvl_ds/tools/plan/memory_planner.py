@@ -90,10 +90,9 @@ class Planner:
         """What a ds_config needs on each rank.
 
         Args:
-            resolved: as `ds_config.resolve` returns it.
+            resolved: as `resolve` returns it.
             ranks: the world size.
-            recompute: whether activations are recomputed (TRAIN.USE_CHECKPOINT), whatever the
-                config has.
+            recompute: in place of TRAIN.USE_CHECKPOINT.
 
         Raises:
             ConfigError: for a model that cannot be built, recomputed or run without data.
@@ -101,12 +100,7 @@ class Planner:
         return self.need_of(self.layout(resolved, ranks), recompute=recompute)
 
     def layout(self, resolved: Mapping[str, Any], ranks: int) -> Layout:
-        """How a ds_config has the states kept.
-
-        Args:
-            resolved: as `ds_config.resolve` returns it.
-            ranks: the world size.
-        """
+        """How a resolved ds_config has the states kept, on so many ranks."""
         return layout_of(resolved, ranks, self.sizes.trained, self._on_gpu)
 
     def need_of(self, layout: Layout, *, recompute: bool) -> Need:
@@ -116,9 +110,7 @@ class Planner:
         stays, passes = kept(sizes, layout, ema), in_backward(sizes, layout, step)
         update = in_update(sizes, layout)
         host = kept_on_host(sizes, layout, ema)
-        parts = Parts(
-            *(getattr(stays, name) + getattr(passes, name) for name in Parts.__dataclass_fields__)
-        )
+        parts = Parts(*map(sum, zip(vars(stays).values(), vars(passes).values(), strict=True)))
         return Need(
             micro_batch=layout.micro_batch,
             device=stays.total + max(passes.total, update),

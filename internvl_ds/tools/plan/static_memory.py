@@ -40,14 +40,7 @@ class Parts:
     @property
     def total(self) -> int:
         """All of them."""
-        return (
-            self.weights
-            + self.gradients
-            + self.optimizer
-            + self.buffers
-            + self.ema
-            + self.activations
-        )
+        return sum(vars(self).values())
 
 
 def kept(sizes: Sizes, layout: Layout, ema: bool) -> Parts:

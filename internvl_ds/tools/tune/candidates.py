@@ -92,15 +92,8 @@ class Subject:
     def shipped(self) -> list[Candidate]:
         """The ds_configs that ship, with the batch that is configured."""
         batch = self._batch()
-        return [
-            self._settle(
-                SHIPPED,
-                name,
-                merged(load_ds_config(name), batch.ds_config),
-                batch.opts,
-            )
-            for name in _SHIPPED
-        ]
+        trees = {name: merged(load_ds_config(name), batch.ds_config) for name in _SHIPPED}
+        return [self._settle(SHIPPED, name, tree, batch.opts) for name, tree in trees.items()]
 
     def proposal(self, space: Space, labels: Labels) -> Candidate:
         """What labels stand for.
@@ -137,12 +130,7 @@ class Subject:
         return resolved[MICRO_BATCH.key], resolved[ACCUMULATION.key]
 
     def _settle(
-        self,
-        kind: str,
-        name: str,
-        ds_config: Mapping[str, Any],
-        opts: Mapping[str, Any],
-        labels: Labels | None = None,
+        self, kind: str, name: str, ds_config: Mapping, opts: Mapping, labels: Labels | None = None
     ) -> Candidate:
         config = self.configured(opts)
         resolved: dict[str, Any] = {}

@@ -74,16 +74,8 @@ def make_result(
     words = ['--deepspeed_config', str(output / TUNED_FILE)]
     if user_opts or opts:
         words += ['--opts', *user_opts, *opt_words(opts)]
-    return Result(
-        measured[order[0].key],
-        candidate.ds_config,
-        words,
-        order,
-        reference,
-        names,
-        list(shipped),
-        list(rows),
-    )
+    winner, ships = measured[order[0].key], list(shipped)
+    return Result(winner, candidate.ds_config, words, order, reference, names, ships, list(rows))
 
 
 def write_result(result: Result, output: Path) -> None:
@@ -96,6 +88,11 @@ def write_result(result: Result, output: Path) -> None:
 def as_json(result: Result) -> dict[str, Any]:
     """The result as JSON values; the keys stay."""
     winner = result.winner
+    finals = [
+        {'name': result.names[s.key], 'images_per_s': s.speed, 'ratio': s.median}
+        | {'ratios': list(s.ratios)}
+        for s in result.standings
+    ]
     return {
         'winner': result.names[winner.key],
         'labels': winner.labels,
@@ -103,15 +100,7 @@ def as_json(result: Result) -> dict[str, Any]:
         'opts': winner.opts,
         'words': list(result.words),
         'reference': result.names[result.reference],
-        'finals': [
-            {
-                'name': result.names[standing.key],
-                'images_per_s': standing.speed,
-                'ratio': standing.median,
-                'ratios': list(standing.ratios),
-            }
-            for standing in result.standings
-        ],
+        'finals': finals,
         'trials': dict(Counter(row.status for row in result.rows)),
         'seconds': sum(row.seconds for row in result.rows),
     }
@@ -123,13 +112,7 @@ def table_rows(result: Result) -> list[tuple[str, ...]]:
     cells: list[tuple[str, ...]] = []
     for standing in result.standings:
         ratios = standing.ratios or (0.0,)
-        cells.append(
-            (
-                result.names[standing.key],
-                f'{standing.speed:.1f}',
-                f'{standing.median:.2f}',
-                f'{min(ratios):.2f}-{max(ratios):.2f}',
-                f'{measured[standing.key].bench["peak_bytes"] / 1e9:.2f}',
-            )
-        )
+        memory = f'{measured[standing.key].bench["peak_bytes"] / 1e9:.2f}'
+        ratio = f'{standing.median:.2f}', f'{min(ratios):.2f}-{max(ratios):.2f}'
+        cells.append((result.names[standing.key], f'{standing.speed:.1f}', *ratio, memory))
     return cells

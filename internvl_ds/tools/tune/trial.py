@@ -61,10 +61,7 @@ class Outcome:
 def run_trial(
     command: Sequence[str], folder: Path, limit: float, port: int | None = None
 ) -> Outcome:
-    """Runs a trial to its end, and makes sure of it on every path, an exception's too.
-
-    Processes are found by their group, and those that left it by a mark in their environment; on
-    other hosts they are the launcher's to end.
+    """Runs a trial to its end, on every path; on other hosts the launcher ends its processes.
 
     Args:
         command: what to run, in the present directory.
@@ -78,13 +75,9 @@ def run_trial(
     start = time.monotonic()
     with os.fdopen(open_own(log, os.O_TRUNC), 'wb') as stream:
         process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **more},
-            start_new_session=True,
-        )
+            command, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT,
+            env={**os.environ, **more}, start_new_session=True,
+        )  # fmt: skip
         try:
             code: int | None = process.wait(timeout=limit)
         except subprocess.TimeoutExpired:
@@ -97,7 +90,9 @@ def run_trial(
     status = classify(code, text, found is not None)
     if status == OK and found is not None:
         try:
-            return Outcome(OK, seconds, _measured(found))
+            bench = read_json(found, ours=True)
+            float(bench['images_per_s'])
+            return Outcome(OK, seconds, bench)
         except (OSError, ValueError, LookupError, TypeError) as reason:
             return Outcome(CRASH, seconds, error=f'{found}: cannot be read: {reason}')
     error = error_line(text)
@@ -106,12 +101,6 @@ def run_trial(
     elif code == 0:
         error = f'it returned 0, but there is no bench.json below {folder}; last line: {error}'
     return Outcome(status, seconds, error=error)
-
-
-def _measured(path: Path) -> dict[str, Any]:
-    tree = read_json(path, ours=True)
-    float(tree['images_per_s'])
-    return tree
 
 
 def classify(code: int | None, log: str, measured: bool) -> str:

@@ -112,16 +112,11 @@ class _Tuner:
         finals = self._finals(keys)
         order = standings(finals or list(measured.values()), keys)
         winner = self._candidate(measured[order[0].key])
+        request = self._request
         result = make_result(
-            self._records.rows,
-            order,
-            keys[0],
-            self._shipped_keys(),
-            winner,
-            self._request.output,
-            self._request.opts,
-            self._subject.differing(winner),
-        )
+            self._records.rows, order, keys[0], self._shipped_keys(), winner, request.output,
+            request.opts, self._subject.differing(winner),
+        )  # fmt: skip
         write_result(result, self._output)
         return result
 
@@ -164,12 +159,9 @@ class _Tuner:
         if self._request.space is None:
             mixes = config.AUG.MIXUP > 0 or config.AUG.CUTMIX > 0 or config.AUG.CUTMIX_MINMAX
             return default_space(
-                images,
-                self._subject.ranks,
-                even=bool(mixes),
-                offload=base.bench['device'] != 'cpu',
-                recompute=can_recompute(config),
-            )
+                images, self._subject.ranks, even=bool(mixes),
+                offload=base.bench['device'] != 'cpu', recompute=can_recompute(config),
+            )  # fmt: skip
         return self._given_space(images)
 
     def _given_space(self, images: int | None) -> Space:

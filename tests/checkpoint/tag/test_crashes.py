@@ -23,6 +23,7 @@ from internvl_ds.checkpoint.tag.retention import KeepNewest
 from internvl_ds.checkpoint.tag.verify import damage_of_tag
 from internvl_ds.errors import CheckpointNotFound
 from tests.harness.crashes import Recorder, write_tree
+from tests.harness.ranks import run_ranks
 from tests.harness.tags import make_header, save_tag
 
 OLD, NEW, DONE = 1, 2, 'saved'
@@ -149,6 +150,14 @@ def test_a_tag_is_on_disk_before_it_has_its_name(tmp_path):
     assert [(e.call, e.path) for e in after if e.path in ('', 'latest')][:1] == [('fsync', '')]
     assert next(e.path for e in after if e.call == 'rename') == 'latest'
     assert [(e.call, e.path) for e in after][-1] == ('fsync', '')
+
+
+@pytest.mark.ranks
+def test_all_of_an_engines_tag_is_on_disk_before_it_has_its_name(tmp_path):
+    (found,) = run_ranks(
+        'tests.workers.crashing:unflushed', 1, tmp_path, root=tmp_path, stages=[0, 3]
+    )
+    assert found == [[], []]
 
 
 def test_a_disk_that_is_full_at_the_flush_of_latest_publishes_nothing(tmp_path, monkeypatch):
