@@ -63,9 +63,7 @@ class StoreClient:
             RankError: when the store has not answered by then, or its holder is dead.
         """
         future, deadline = self.post(action), time.monotonic() + limit
-        while True:
-            if self._given_up:
-                raise RankError(self._given_up)
+        while not self._given_up:
             try:
                 return future.result(max(0.0, min(_LOOK, deadline - time.monotonic())))
             except futures.TimeoutError:
@@ -73,10 +71,11 @@ class StoreClient:
                 if not reason and time.monotonic() >= deadline:
                     reason = f'{self.holder} does not answer: waited {max(limit, 0):.3g} s'
                 self._give_up(reason)
+            except RankError:
+                raise
             except RuntimeError as error:
-                if isinstance(error, RankError):
-                    raise
                 self._give_up(self.dead() or f'{self.holder} is gone: {first_line(error)}')
+        raise RankError(self._given_up)
 
     def post(self, action: Callable[[Any], Any]) -> futures.Future:
         """Queues ``action`` behind the calls before it, and waits for nothing."""
