@@ -34,8 +34,7 @@ class Wanted:
         shapes: name -> whole shape of every parameter and buffer of the module's state dict.
         trained: the parameters that the optimizer has, without further names of tied ones.
         groups: their names by parameter group, for stage 0, whose files do not say them.
-        layout: how their masters are partitioned; None where the ranks' files do not hold them.
-        rank: which of the layout's ranks this one is.
+        layout, rank: how their masters are partitioned; None where no file holds them.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -46,12 +45,7 @@ class Wanted:
 
 
 def wanted_of(engine: DeepSpeedEngine, groups: Sequence[Sequence[str]] | None) -> Wanted:
-    """What a save of this engine has to hold.
-
-    Args:
-        engine: as it is saved.
-        groups: see `Wanted`.
-    """
+    """What a save of this engine has to hold; ``groups``: see `Wanted`."""
     shapes = model_shapes(engine.module)
     if engine.optimizer is None or engine.basic_optimizer is None:
         return Wanted(shapes, frozenset(), None, None, 0)
@@ -118,12 +112,11 @@ def _prove_model(shards: TagShards, wanted: Wanted) -> None:
             f'not at all ({few(untrained) or "none"}): make the optimizer over each parameter once'
         )
     if not shards.zero_stage:
-        held = [group['params'] for group in shards.plain_optimizer().get('param_groups', ())]
-        if list(map(len, held)) != list(map(len, groups)):
-            raise CheckpointError(
-                f'{path}: its optimizer has groups of {few(list(map(len, held)))} tensors, and the '
-                f'engine of {few(list(map(len, groups)))}'
-            )
+        held = [len(g['params']) for g in shards.plain_optimizer().get('param_groups', ())]
+        needed = list(map(len, groups))
+        if held != needed:
+            sizes = f'groups of {few(held)} tensors, and the engine of {few(needed)}'
+            raise CheckpointError(f'{path}: its optimizer has {sizes}')
 
 
 def _prove_partition(path: Path, content: Mapping[str, Any], wanted: Wanted) -> None:

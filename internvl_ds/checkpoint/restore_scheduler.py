@@ -29,8 +29,8 @@ def require_schedule(state: Mapping[str, Any], lr_scheduler: Any, where: object)
         return
     built = lr_scheduler.state_dict()
     for key in sorted(saved.keys() & built.keys()):
-        was, now = _kind(saved[key]), _kind(built[key])
-        if None not in (was, now) and was != now:
+        kinds = {_kind(saved[key]), _kind(built[key])}
+        if None not in kinds and len(kinds) > 1:
             raise CheckpointError(
                 f'{where}: {key} of its lr schedule is {brief(saved[key])}, where the configured '
                 f'{type(lr_scheduler).__name__} has {brief(built[key])}'
@@ -42,11 +42,8 @@ def _kind(value: Any) -> str | None:
     if isinstance(value, list | tuple):
         kinds = sorted({kind for v in value if (kind := _kind(v))})
         return f'list of {kinds}' if kinds else None
-    if isinstance(value, Mapping):
-        return 'mapping'
-    return (
-        'number' if isinstance(value, int | float) else 'text' if isinstance(value, str) else None
-    )
+    kinds_of = {'mapping': Mapping, 'number': int | float, 'text': str}
+    return next((kind for kind, types in kinds_of.items() if isinstance(value, types)), None)
 
 
 def restore_schedule(
@@ -90,13 +87,12 @@ def restore_engines_own(
 ) -> None:
     """Moves the schedule that DeepSpeed itself steps to where the engine is, its lr too.
 
-    It is the ds_config's ``/scheduler``, or what the client gave to ``deepspeed.initialize``.
-
     Args:
         engine: with its counters restored.
-        lr_scheduler: what is restored otherwise.
-        saved: the state of such a schedule in the checkpoint, or None.
+        lr_scheduler: the schedule that is restored otherwise.
+        saved: the state of DeepSpeed's schedule in the checkpoint, or None.
         where: the checkpoint, for the log.
+        logger: gets a warning where the schedule begins anew.
     """
     own, updates = engine.lr_scheduler, engine.global_steps - engine.skipped_steps
     if own is None or own is lr_scheduler or updates == 0:
@@ -164,10 +160,7 @@ def set_lr_of_schedule(
 def _restore_scheduler(
     lr_scheduler: Any, saved: Mapping[str, Any], path: object, logger: logging.Logger
 ) -> bool:
-    """A schedule is restored as it was saved, as the original does; say so where it differs.
-
-    One of another kind is not: whether it was is returned.
-    """
+    """Restores a schedule as it was saved, with a warning where it differs; not of another kind."""
     built = lr_scheduler.state_dict()
     more, less = sorted(saved.keys() - built.keys()), sorted(built.keys() - saved.keys())
     if more and less:

@@ -157,11 +157,8 @@ def _build_timm_model(config: CfgNode) -> nn.Module:
     while True:
         standard = {key: value for key, (_, value) in offered.items()}
         try:
-            return timm.create_model(
-                name,
-                pretrained=False,
-                **{'num_classes': config.MODEL.NUM_CLASSES, **standard, **given},
-            )
+            kwargs = {'num_classes': config.MODEL.NUM_CLASSES, **standard, **given}
+            return timm.create_model(name, pretrained=False, **kwargs)
         except TypeError as error:
             # Not every family takes every argument, and timm has no list of who takes what.
             match = re.search(r"unexpected keyword argument '(\w+)'", str(error))

@@ -183,13 +183,11 @@ def _blank_optimizer(
         numbers = list(range(number, number + len(names)))
         param_groups.append({**own, 'param_names': list(names), 'params': numbers})
         for name in names:
-            entry: dict[str, Any] = {
-                key: _blank(flat, fillers) for key, flat in saved.moments.get(name, {}).items()
-            }
+            flats = dict(saved.moments.get(name, {}))
             for key, value in saved.steps.get(name, {}).items():
-                entry[key] = _blank(Flat.of(key, torch.tensor(value)), fillers)
-            if entry:
-                state[number] = entry
+                flats[key] = Flat.of(key, torch.tensor(value))
+            if flats:
+                state[number] = {key: _blank(flat, fillers) for key, flat in flats.items()}
             number += 1
     return {'state': state, 'param_groups': param_groups}
 
@@ -221,14 +219,13 @@ def _fill_tree(written: Any, blank: Any, fillers: Mapping[int, Flat]) -> None:
 def _split(flats: Mapping[str, Flat], dtype: torch.dtype, largest: int) -> list[list[str]]:
     """The names in each file: in order, none above ``largest`` but for a single tensor."""
     parts: list[list[str]] = [[]]
-    size = 0
+    left = largest
     for name, flat in flats.items():
-        own = _size(flat, dtype)
-        if parts[-1] and size + own > largest:
+        left -= _size(flat, dtype)
+        if parts[-1] and left < 0:
             parts.append([])
-            size = 0
+            left = largest - _size(flat, dtype)
         parts[-1].append(name)
-        size += own
     return parts
 
 

@@ -66,10 +66,8 @@ def damage(tag: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
         if actual.size != entry.size:
             found.append(f'{tag / name}: has {actual.size} bytes, not {entry.size}')
         elif actual.digest != entry.digest:
-            found.append(
-                f'{tag / name}: damaged: its xxh3-128 is {actual.digest}, and {entry.digest} was '
-                'written'
-            )
+            digests = f'its xxh3-128 is {actual.digest}, and {entry.digest} was written'
+            found.append(f'{tag / name}: damaged: {digests}')
         else:
             found += _foreign(tag / name, manifest)
     return found

@@ -10,10 +10,10 @@ from internvl_ds.config.ds import resolve as ds
 from internvl_ds.config.ds.auto_values import reduce_bucket_of
 
 # DeepSpeed's defaults (deepspeed/runtime/zero/config.py of 0.19.8), in elements.
-_MAX_REUSE_DISTANCE = 1_000_000_000
-_MAX_LIVE = 1_000_000_000
-_PREFETCH_BUCKET = 50_000_000
-_PERSISTENCE_THRESHOLD = 100_000
+_DEFAULTS = {
+    'max_reuse_distance': 1_000_000_000, 'max_live_parameters': 1_000_000_000,
+    'prefetch_bucket_size': 50_000_000, 'param_persistence_threshold': 100_000,
+}  # fmt: skip
 _SUB_GROUP = 1_000_000_000
 
 _BYTES = {'fp32': 4, 'float32': 4, 'fp16': 2, 'float16': 2, 'half': 2, 'bf16': 2, 'bfloat16': 2}
@@ -74,14 +74,7 @@ class Layout:
 
 
 def layout_of(resolved: Mapping[str, Any], ranks: int, trained: int, on_gpu: bool = True) -> Layout:
-    """Reads a ds_config.
-
-    Args:
-        resolved: as `ds_config.resolve` returns it.
-        ranks: the world size.
-        trained: elements of all trained parameters.
-        on_gpu: whether the device is a GPU.
-    """
+    """Reads a resolved ds_config, for so many ranks and trained elements."""
     zero = resolved.get('zero_optimization', {})
     stage, precision = int(zero.get('stage', 0)), ds.precision_of(resolved)
     host, pinned = _offload(zero, 'offload_optimizer')
@@ -89,7 +82,6 @@ def layout_of(resolved: Mapping[str, Any], ranks: int, trained: int, on_gpu: boo
     overlap = zero.get('overlap_comm')
     low = 2 if precision in (ds.BF16, ds.FP16) else 4
     dtype = resolved.get('data_types', {}).get('grad_accum_dtype')
-    live = _given(zero, 'max_live_parameters', _MAX_LIVE)
     return Layout(
         stage=stage,
         ranks=ranks,
@@ -103,9 +95,9 @@ def layout_of(resolved: Mapping[str, Any], ranks: int, trained: int, on_gpu: boo
         bucket=bucket_elements(resolved, trained),
         overlap=stage == 3 if overlap is None else bool(overlap),
         gradient_bytes=_BYTES.get(str(dtype), low),
-        reuse_distance=_given(zero, 'max_reuse_distance', _MAX_REUSE_DISTANCE),
-        prefetch=min(live, _given(zero, 'prefetch_bucket_size', _PREFETCH_BUCKET)),
-        persistence=_given(zero, 'param_persistence_threshold', _PERSISTENCE_THRESHOLD),
+        reuse_distance=_given(zero, 'max_reuse_distance'),
+        prefetch=min(_given(zero, k) for k in ('max_live_parameters', 'prefetch_bucket_size')),
+        persistence=_given(zero, 'param_persistence_threshold'),
         sub_group=int(zero.get('sub_group_size', _SUB_GROUP)),
         on_gpu=on_gpu,
     )
@@ -123,9 +115,9 @@ def bucket_elements(resolved: Mapping[str, Any], trained: int) -> int:
     return reduce_bucket_of(trained) if stated == 'auto' else int(stated)
 
 
-def _given(zero: Mapping[str, Any], key: str, default: int) -> int:
+def _given(zero: Mapping[str, Any], key: str) -> int:
     """A setting of stage 3, by either of the two names that DeepSpeed takes."""
-    return int(zero.get(f'stage3_{key}', zero.get(key, default)))
+    return int(zero.get(f'stage3_{key}', zero.get(key, _DEFAULTS[key])))
 
 
 def _offload(zero: Mapping[str, Any], key: str) -> tuple[bool, bool]:

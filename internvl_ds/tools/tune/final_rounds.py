@@ -74,14 +74,11 @@ def standings(rows: Sequence[Row], keys: Sequence[str]) -> list[Standing]:
         speeds.setdefault(row.round, {})[row.key] = row.speed
     every = [speeds[number] for number in sorted(speeds)]
     fair = [one for one in every if one.get(keys[0])]
-    found = [
-        Standing(
-            key,
-            tuple(one.get(key, 0.0) / one[keys[0]] for one in fair),
-            statistics.median([one.get(key, 0.0) for one in every] or [0.0]),
-        )
-        for key in keys
-    ]
+    found = []
+    for key in keys:
+        ratios = tuple(one.get(key, 0.0) / one[keys[0]] for one in fair)
+        speed = statistics.median([one.get(key, 0.0) for one in every] or [0.0])
+        found.append(Standing(key, ratios, speed))
     # A reference that never ran again is no measure.
     return sorted(found, key=lambda s: -s.median if fair else -s.speed)
 

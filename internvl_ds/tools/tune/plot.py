@@ -73,12 +73,10 @@ def _points(rows: Sequence[Row]) -> dict[str, tuple[float, float]]:
     for row in rows:
         if row.status == OK:
             good.setdefault(row.key, []).append(row)
+    median = statistics.median
     return {
-        key: (
-            statistics.median(row.bench['peak_bytes'] / 1e9 for row in same),
-            statistics.median(row.speed for row in same),
-        )
-        for key, same in good.items()
+        key: (median(r.bench['peak_bytes'] / 1e9 for r in rows), median(r.speed for r in rows))
+        for key, rows in good.items()
     }
 
 
