@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The checks of this repository: set up, then lint, format, types and tests.
-# Arguments go to pytest: bash launch/test.sh -m 'not slow' tests/config/test_tree.py
-# Without any, two files at a time are tested: much of a test of several processes is waiting.
+# Without arguments all tests run, two files at a time: much of a test of several processes is waiting.
+# --soak runs those of random trials alone, and many more of these: kills, stops, faults, files.
+# Other arguments go to pytest: bash launch/test.sh -m 'not slow' tests/config/test_tree.py
 set -euo pipefail
 
 # shellcheck source=launch/common.sh
@@ -13,5 +14,9 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 say 'ruff check' && ruff check
 say 'ruff format --check' && ruff format --check
 say 'mypy' && mypy
-(($#)) || set -- -n 2 --dist loadfile --no-loadscope-reorder
+(($#)) || set -- -m '' -n 2 --dist loadfile --no-loadscope-reorder --durations 25 tests
+if [[ ${1-} == --soak ]]; then
+  export INTERNVL_DS_SOAK=1
+  set -- -m soak "${@:2}"
+fi
 say "pytest $*" && exec python -m pytest "$@"

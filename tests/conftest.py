@@ -1,15 +1,24 @@
 """The order of the test files, and an end that leaves no shared memory of killed ranks behind."""
 
+import contextlib
 import os
 import signal
+import time
 from pathlib import Path
+
+import pytest
+
+from tests.harness.counts import trials
 
 # Whoever starts the tests in the background, or with nohup, has these ignored, and so would ranks.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Of test_sequences.py, here so that every run says them: another seed draws other sequences.
-_SEQUENCES = {'INTERNVL_DS_SEQUENCES': '200', 'INTERNVL_DS_SEQUENCE_SEED': '20261128'}
+_SEQUENCES = {
+    'INTERNVL_DS_SEQUENCES': str(trials('INTERNVL_DS_SEQUENCES', 200, soak=2000)),
+    'INTERNVL_DS_SEQUENCE_SEED': '20261128',
+}
 for _name, _default in _SEQUENCES.items():
     os.environ.setdefault(_name, _default)
 
@@ -25,9 +34,19 @@ def pytest_report_header():
     return ' '.join(f'{name}={os.environ[name]}' for name in _SEQUENCES)
 
 
-def pytest_collection_modifyitems(items):
-    """Moves these files to the front; the others stay in their order."""
+def pytest_collection_modifyitems(config, items):
+    """Moves these files to the front; leaves out what `pytest` alone does not run."""
+    whole = config.option.markexpr or config.args_source == pytest.Config.ArgsSource.ARGS
+    if not whole:
+        left = [item for item in items if not _is_quick(item)]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if _is_quick(item)]
     items.sort(key=lambda item: _FIRST.index(item.path.name) if item.path.name in _FIRST else 99)
+
+
+def _is_quick(item):
+    markers = {marker.name for marker in item.iter_markers()}
+    return 'first' in markers or not markers & {'ranks', 'slow', 'soak'}
 
 
 def pytest_sessionstart(session):
@@ -41,10 +60,12 @@ def pytest_sessionfinish(session):
     before = getattr(session.config, 'shared_before', None)
     if before is None:
         return
-    used = _mapped()
+    used, now = _mapped(), time.time()
     for path in _shared_files() - before:
-        if str(path) not in used:
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            # A younger one may be of another session's rank, which is about to map it.
+            if str(path) not in used and now - path.stat().st_mtime > 5:
+                path.unlink()
 
 
 def _shared_files():

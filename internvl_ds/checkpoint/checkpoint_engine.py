@@ -12,12 +12,13 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import (
 )
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from internvl_ds.checkpoint.formats.ema_files import EmaFile, with_identity
+from internvl_ds.checkpoint.formats.ema_files import with_identity
 from internvl_ds.checkpoint.formats.shard_files import read_shard
 from internvl_ds.checkpoint.formats.snapshot import Snapshot, tensor_bytes
 from internvl_ds.checkpoint.formats.zero_shards import TagShards
 from internvl_ds.checkpoint.tag.hashing import save_safetensors, save_tensors
 from internvl_ds.checkpoint.tag.manifest import FileEntry, Identity
+from internvl_ds.engine.ema_shard import EmaFile
 from internvl_ds.errors import CheckpointError
 
 
@@ -44,7 +45,7 @@ class ShardWriter(CheckpointEngine):
         self.last_size: int | None = None
         self._collects = self._in_background = False
         self._collected: list[tuple[Path, Any]] = []
-        self._scripts: list[Callable[[], None]] = []
+        self._deferred: list[Callable[[], None]] = []
         self._snapshot = Snapshot()
         self._opened: dict[Path, Any] = {}
 
@@ -62,7 +63,7 @@ class ShardWriter(CheckpointEngine):
 
     def forget(self) -> None:
         """Ends a save without writing."""
-        self._collects, self._collected, self._scripts = False, [], []
+        self._collects, self._collected, self._deferred = False, [], []
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         """Nothing to do in a save of this package: rank 0 has made the staging directory."""
@@ -92,18 +93,15 @@ class ShardWriter(CheckpointEngine):
                 path, value = self._collected.pop(0)
                 self._write(value, path)
                 del value  # of the state that was made for the file nothing is kept
-            while self._scripts and self.error is None:
-                self._scripts.pop(0)()
+            while self._deferred and self.error is None:
+                self._deferred.pop(0)()
         except Exception as error:
             self.error = error
         self.forget()
 
-    def copy_scripts(self, copy: Callable[[], None]) -> None:
-        """Copies DeepSpeed's recovery scripts: in a save of this package with the other files."""
-        if self._collects:
-            self._scripts.append(copy)
-        else:
-            copy()
+    def defer(self, work: Callable[[], None]) -> None:
+        """Does something more in `finish`, after the files."""
+        self._deferred.append(work)
 
     def _write(self, value: Any, path: Path) -> None:
         try:
@@ -141,8 +139,5 @@ class ShardWriter(CheckpointEngine):
 def install_writer(engine: DeepSpeedEngine) -> ShardWriter:
     """Makes ``engine`` save and load through a `ShardWriter`, and returns it."""
     if not isinstance(engine.checkpoint_engine, ShardWriter):
-        writer = ShardWriter()
-        engine.checkpoint_engine = writer
-        copy = engine._copy_recovery_script
-        engine._copy_recovery_script = lambda path: writer.copy_scripts(lambda: copy(path))
+        engine.checkpoint_engine = ShardWriter()
     return engine.checkpoint_engine

@@ -21,6 +21,7 @@ from internvl_ds.checkpoint.tag.manifest import epoch_of, step_of
 from internvl_ds.checkpoint.tag.verify import damage, share_of
 from internvl_ds.config.counts import require_counts
 from internvl_ds.config.tree import checkpoint_option, default_config, get_option
+from internvl_ds.dist.group import current_group
 from internvl_ds.dist.rendezvous import exchange, rank, world_size
 from internvl_ds.engine.registry import last_config
 from internvl_ds.errors import CheckpointError, CheckpointNotFound, ConfigError, PretrainedError
@@ -31,8 +32,12 @@ _log = logging.getLogger(__name__)
 
 Find = Callable[[Mapping[str, str]], lookup.Resume | None]
 
-# What was asked for last and what was taken, so that an average comes from where the weights did.
-_last: tuple[tuple[str, str, bool, bool], Path | None] | None = None
+
+class _Last:
+    """The last settings and their choice, so that an average comes from where the weights did."""
+
+    asked: tuple[str, str, bool, bool] | None = None
+    path: Path | None = None
 
 
 def auto_resume_helper(output_dir: str, *, config: CfgNode | None = None) -> str | None:
@@ -96,7 +101,7 @@ def choose(config: CfgNode, logger: logging.Logger, *, as_before: bool = False) 
         CheckpointNotFound: when nothing is there.
         CheckpointError: when the tag that is asked for by its name is not whole.
     """
-    global _last
+    last = current_group().part(_Last)
     load = Load(config, logger)
     asked = (
         str(config.MODEL.RESUME),
@@ -104,13 +109,13 @@ def choose(config: CfgNode, logger: logging.Logger, *, as_before: bool = False) 
         bool(get_option(config, 'EVAL_MODE', False)),
         bool(get_option(config, 'TRAIN.AUTO_RESUME', True)),
     )
-    if as_before and _last is not None and _last[0] == asked:
-        path = _last[1]
+    if as_before and last.asked == asked:
+        path = last.path
         if path is None or load.from_rank_0('resume as before', path.exists):
             return path
-    path = _choose(load, *asked)
-    _last = asked, path
-    return path
+    last.path = _choose(load, *asked)
+    last.asked = asked
+    return last.path
 
 
 def newer_than_best(config: CfgNode) -> str | None:
@@ -197,8 +202,8 @@ def _choose(
 def _is_newer(own: Path, resume: str) -> bool:
     """Whether a tag of OUTPUT goes before MODEL.RESUME: see `choose`."""
     asked = lookup.present(Path(resume))
-    if asked.is_dir() and not lookup.is_tag(asked):
-        with contextlib.suppress(CheckpointNotFound):  # told when it is loaded, if it is
+    if os.path.isdir(asked) and not lookup.is_tag(asked):
+        with contextlib.suppress(CheckpointError):  # told when it is loaded, if it is
             newest = lookup.newest(asked)
             asked = asked if newest is None else newest.path
     ours, theirs = lookup.header_or_none(own), lookup.header_or_none(asked)
@@ -223,7 +228,7 @@ def _position(path: Path) -> tuple[int, int] | None:
     epoch, step = epoch_of(path.name), step_of(path.name)
     if header := lookup.header_or_none(path):
         epoch, step = header.epoch, header.step
-    elif path.is_file():
+    elif os.path.isfile(path):
         with contextlib.suppress(PretrainedError):  # told when it is loaded
             epoch = open_source(str(path)).get('epoch')
     return (epoch + (step is None), step or 0) if isinstance(epoch, int) else None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,17 +12,16 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from internvl_ds.checkpoint.checkpoint_engine import install_writer
 from internvl_ds.checkpoint.formats.zero_shards import TagShards
 from internvl_ds.checkpoint.load_context import Load
-from internvl_ds.checkpoint.optimizer_state import RunningOptimizer, SavedTensor, slots_of
+from internvl_ds.checkpoint.optimizer_state import RunningOptimizer, SavedTensor
 from internvl_ds.checkpoint.restore_scheduler import restore_schedule, set_lr_of_schedule
 from internvl_ds.dist.process_group import collectives_within
 from internvl_ds.dist.rendezvous import rank
 from internvl_ds.engine.optimizer_trial import NUMBER, Kept, forms_of, like, state_of_optimizer
-from internvl_ds.engine.registry import restore_loss_scale, scheduler_of
+from internvl_ds.engine.registry import registration_of
 from internvl_ds.engine.scheduling import restore_schedule_position
 from internvl_ds.errors import CheckpointError, brief
 from internvl_ds.files.reading import interpreting
-from internvl_ds.zero.master_weights import frozen_as_made
-from internvl_ds.zero.persistent_params import gathered_together
+from internvl_ds.zero.wrapper import Wrapper
 
 
 def load_same_layout(
@@ -41,26 +40,29 @@ def load_same_layout(
         state: of the tag, beside its tensors.
         ready: called on all ranks when all is checked, before anything is changed.
     """
-    _load_engine(load, engine, shards, str(state.get('optimizer_class') or ''), ready)
-    restore_loss_scale(engine, state.get('loss_scale'))
+    registration = registration_of(engine)
+    wrapper = registration.wrapper
+    _load_engine(load, wrapper, shards, str(state.get('optimizer_class') or ''), ready)
+    wrapper.restore_scale(state.get('loss_scale'))
     restored = restore_schedule(
         load.config, state, load.lr_scheduler, load.scaler, shards.tag, load.logger
     )
     position = restore_schedule_position(engine, state.get('schedule'), restored)
-    steps_it = load.lr_scheduler is scheduler_of(engine)
+    steps_it = load.lr_scheduler is registration.scheduler
     if not restored or (steps_it and not shards.has_manifest):  # else the lr is in the shards
-        groups = engine.basic_optimizer.param_groups
+        groups = wrapper.client.param_groups
         set_lr_of_schedule(load.lr_scheduler, groups, position if steps_it else shards.updates)
 
 
 def _load_engine(
     load: Load,
-    engine: DeepSpeedEngine,
+    wrapper: Wrapper,
     shards: TagShards,
     saved_by: str,
     ready: Callable[[], None],
 ) -> None:
-    writer, path = install_writer(engine), shards.tag
+    engine, client, path = wrapper.engine, wrapper.client, shards.tag
+    writer = install_writer(engine)
 
     def open_own_files() -> tuple[list[str], list[Kept | None]]:
         # Before any rank changes state or enters a collective: can this rank read its shards, and
@@ -68,8 +70,8 @@ def _load_engine(
         with interpreting(path, CheckpointError):
             for files in (shards.model_files, shards.optim_files):
                 if files:
-                    writer.open(files[min(rank(), len(files) - 1)], shards)
-            found = _require_same_optimizer(engine, shards, saved_by)
+                    writer.open(_own_file(files), shards)
+            found = _require_same_optimizer(wrapper, shards, saved_by)
             if shards.zero_stage:
                 own = shards.read(shards.optim_files[rank()])['optimizer_state_dict']
                 _require_like(own, engine.optimizer.state_dict(), 'its optimizer_state_dict')
@@ -78,17 +80,15 @@ def _load_engine(
     def load_shards() -> None:
         with (
             interpreting(path, CheckpointError),
-            gathered_together(engine),
-            frozen_as_made(engine),
-            _reading(engine, shards),
+            wrapper.loading(str(_own_file(shards.model_files))),
             collectives_within(load.io_timeout),
         ):
             loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name)
         if loaded is None:
             raise CheckpointError(f'{path}: DeepSpeed found nothing to load in it')
-        state = state_of_optimizer(engine.basic_optimizer)
+        state = state_of_optimizer(client)
         _into_buffers(state, buffers)
-        for (group, tensor), own in zip(slots_of(engine), kept, strict=True):
+        for (group, tensor), own in zip(wrapper.slots(), kept, strict=True):
             _in_own_form(state.get(tensor) or {}, group, own)
 
     try:
@@ -96,11 +96,10 @@ def _load_engine(
         for warning in warnings:
             load.logger.warning(warning)
         counted = {key for own in kept if own for key in own.counters}
-        keys = engine.basic_optimizer.defaults.keys() - {'lr'} - counted
+        keys = client.defaults.keys() - {'lr'} - counted
         running = [{k: g[k] for k in keys & g.keys()} for g in engine.optimizer.param_groups]
         buffers = {
-            parameter: dict(tensors)
-            for parameter, tensors in state_of_optimizer(engine.basic_optimizer).items()
+            parameter: dict(tensors) for parameter, tensors in state_of_optimizer(client).items()
         }
         ready()
         load.agree('load shards', load_shards)
@@ -109,6 +108,11 @@ def _load_engine(
     # Those of the running configuration hold; the lr is the scheduler's.
     for group, own in zip(engine.optimizer.param_groups, running, strict=True):
         group.update(own)
+
+
+def _own_file(files: Sequence[Path]) -> Path:
+    """Of one kind of shards, the file that this rank reads."""
+    return files[min(rank(), len(files) - 1)]
 
 
 def _require_like(saved: Any, running: Any, what: str) -> None:
@@ -139,30 +143,19 @@ def _require_like(saved: Any, running: Any, what: str) -> None:
         raise TypeError(f'{what} is {brief(saved)}')
 
 
-@contextmanager
-def _reading(engine: DeepSpeedEngine, shards: TagShards) -> Iterator[None]:
-    """Has DeepSpeed read this rank's model states, where it would take all files of such a name."""
-    own = str(shards.model_files[min(rank(), len(shards.model_files) - 1)])
-    engine._get_all_ckpt_names = lambda directory, tag: [own]
-    try:
-        yield
-    finally:
-        del engine._get_all_ckpt_names
-
-
 def _require_same_optimizer(
-    engine: DeepSpeedEngine, shards: TagShards, saved_by: str
+    wrapper: Wrapper, shards: TagShards, saved_by: str
 ) -> tuple[list[str], list[Kept | None]]:
     """Compares a tag of the same layout with the running optimizer; see `RunningOptimizer`.
 
     Returns:
         Warnings, and what the optimizer keeps for each of its tensors.
     """
-    optimizer, stage = RunningOptimizer(engine.basic_optimizer), shards.zero_stage
+    optimizer, stage = RunningOptimizer(wrapper.client), shards.zero_stage
     groups = shards.groups()
     names = groups if stage else [[name] for group in groups for name in group]
     found = []
-    slots = zip(slots_of(engine), shards.optimizer_state(rank()), names, strict=True)
+    slots = zip(wrapper.slots(), shards.optimizer_state(rank()), names, strict=True)
     for index, ((group, tensor), saved, own) in enumerate(slots):
         # A partition is flat whatever the parameters' shapes, and not here where it is on NVMe.
         shape = None if stage else tensor.shape

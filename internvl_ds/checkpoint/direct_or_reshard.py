@@ -15,7 +15,7 @@ from internvl_ds.checkpoint.tag.discovery import read_header
 from internvl_ds.checkpoint.tag.verify import training_files
 from internvl_ds.config.ds.resolve import precision_of
 from internvl_ds.dist.rendezvous import rank, world_size
-from internvl_ds.engine.registry import ds_config_of
+from internvl_ds.engine.registry import wrapper_of
 from internvl_ds.errors import CheckpointError
 from internvl_ds.files.reading import interpreting
 from internvl_ds.zero.partition import describe
@@ -87,13 +87,13 @@ def of_this_deepspeed(tag: Path) -> bool:
 
 def layout_of_engine(engine: DeepSpeedEngine) -> TagLayout:
     """The layout that an engine would save with."""
-    stage = engine.zero_optimization_stage()
-    return TagLayout(int(stage), world_size(), precision_of(ds_config_of(engine)))
+    wrapper = wrapper_of(engine)
+    return TagLayout(wrapper.stage, world_size(), precision_of(wrapper.ds_config))
 
 
 def same_groups(engine: DeepSpeedEngine, shards: TagShards) -> bool:
     """Whether the parameter groups of a tag are those of an engine, and in its order."""
-    saved, running = shards.groups(), _groups_of(engine)
+    saved, running = shards.groups(), wrapper_of(engine).group_names()
     if [len(group) for group in saved] != [len(group) for group in running]:
         return False
     return all(
@@ -101,10 +101,3 @@ def same_groups(engine: DeepSpeedEngine, shards: TagShards) -> bool:
         for one, other in zip(saved, running, strict=True)
         for a, b in zip(one, other, strict=True)
     )
-
-
-def _groups_of(engine: DeepSpeedEngine) -> list[list[str]]:
-    if engine.zero_optimization_stage():
-        return [list(group) for group in engine._get_zero_param_shapes()]
-    groups = engine.optimizer.param_groups
-    return [group.get('param_names') or [''] * len(group['params']) for group in groups]

@@ -28,7 +28,7 @@ from internvl_ds.checkpoint.sources.classes import require_same_classes
 from internvl_ds.checkpoint.tag.verify import weight_files
 from internvl_ds.config.tree import get_option
 from internvl_ds.dist.process_group import collectives_within
-from internvl_ds.engine.registry import engine_of, find_engine
+from internvl_ds.engine.registry import engine_of, find_engine, wrapper_of
 from internvl_ds.errors import CheckpointError, few
 from internvl_ds.files.reading import interpreting
 
@@ -119,7 +119,7 @@ def _evaluate_tag(load: Load, tag: Path, model: Any) -> dict[str, Any]:
 
 def _train_from_tag(load: Load, tag: Path, model: Any) -> dict[str, Any]:
     engine = engine_of(model)
-    require_optimizer(engine)
+    require_optimizer(wrapper_of(engine).client)
     direct = fits_directly(load, engine, tag)
     shards = load.agree('find shards', lambda: _shards_of(tag, load.logger), load.timeout)
 

@@ -28,13 +28,7 @@ from internvl_ds.checkpoint.restore_scheduler import (
 )
 from internvl_ds.dist.process_group import collectives_within
 from internvl_ds.engine.param_groups import MergedGroups
-from internvl_ds.engine.registry import (
-    applied_updates,
-    client_groups,
-    engine_of,
-    restore_loss_scale,
-    scheduler_of,
-)
+from internvl_ds.engine.registry import applied_updates, engine_of, registration_of, wrapper_of
 from internvl_ds.engine.scheduling import restore_schedule_position, warn_of_slow_schedule
 from internvl_ds.errors import CheckpointError
 from internvl_ds.files.reading import interpreting
@@ -48,8 +42,8 @@ def train_from_file(load: Load, resume: str, model: Any) -> float:
         The saved max_accuracy.
     """
     engine = engine_of(model)
-    require_optimizer(engine)
-    merged = client_groups(engine)
+    require_optimizer(wrapper_of(engine).client)
+    merged = registration_of(engine).client_groups
     now = _names_of(merged)
 
     def read() -> tuple[NamedState, dict[str, Any], dict[str, float]]:
@@ -84,7 +78,7 @@ def load_other_layout(
     ready: Callable[[], None],
 ) -> None:
     """Goes on from a tag that DeepSpeed could not load into this engine; see `load_same_layout`."""
-    now = _names_of(client_groups(engine))
+    now = _names_of(registration_of(engine).client_groups)
 
     def read() -> tuple[NamedState, dict[str, Any], dict[str, float]]:
         saved_by = str(state.get('optimizer_class') or '')
@@ -142,15 +136,18 @@ def _finish_restoring(
 ) -> None:
     """Restores what is no tensor, the schedule that DeepSpeed itself steps last."""
     lr_scheduler, logger = load.lr_scheduler, load.logger
-    restore_loss_scale(engine, state.get('loss_scale') or state.get('scaler'))
+    registration = registration_of(engine)
+    wrapper, scheduler = registration.wrapper, registration.scheduler
+    wrapper.restore_scale(state.get('loss_scale') or state.get('scaler'))
     restored = restore_schedule(load.config, state, lr_scheduler, load.scaler, where, logger)
-    groups = engine.basic_optimizer.param_groups
+    groups = wrapper.client.param_groups
     position = restore_schedule_position(engine, state.get('schedule'), restored)
-    if lr_scheduler is None or lr_scheduler is scheduler_of(engine):
-        set_lr_of_schedule(scheduler_of(engine), groups, position)
+    if lr_scheduler is None or lr_scheduler is scheduler:
+        set_lr_of_schedule(scheduler, groups, position)
     else:  # the script steps it, and knows what it counts: each group has the lr that it had
         set_lr_of_schedule(lr_scheduler, groups, applied_updates(engine))
-        for group, names in zip(groups, _names_of(client_groups(engine)), strict=True):
+        present = _names_of(registration.client_groups)
+        for group, names in zip(groups, present, strict=True):
             had = {lrs.get(name) for name in names}
             group['lr'] = group['lr'] if len(had) > 1 or None in had else had.pop()
     if isinstance(state.get('epoch'), int) and state.get('step') is None:

@@ -97,7 +97,7 @@ def _load_tag(load: Load, model_ema: Any, saved: EmaFiles) -> None:
     def read() -> None:
         with interpreting(path, CheckpointError):
             if direct:
-                model_ema.load_shard(path)
+                model_ema.load_shard(saved)
             elif sharded:
                 load_other_ema(model_ema, saved)
             else:

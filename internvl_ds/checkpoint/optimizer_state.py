@@ -53,26 +53,10 @@ def optimizer_name(optimizer: Any) -> str:
     return type(optimizer).__name__ + ('' if inner is None else f'({optimizer_name(inner)})')
 
 
-def require_optimizer(engine: Any) -> None:
-    """Refuses to go on training in an engine that cannot.
-
-    Raises:
-        CheckpointError: when it has no optimizer.
-    """
-    if getattr(engine, 'basic_optimizer', None) is None:
+def require_optimizer(client: Any) -> None:
+    """Raises CheckpointError for an engine without an optimizer: it cannot go on training."""
+    if client is None:
         raise CheckpointError('this engine has no optimizer: load with EVAL_MODE')
-
-
-def slots_of(engine: Any) -> list[tuple[dict[str, Any], torch.Tensor]]:
-    """The tensors of an engine's optimizer in its order, each with the group that it is in."""
-    groups = engine.basic_optimizer.param_groups
-    if engine.zero_optimization_stage() != 3:
-        return [(group, tensor) for group in groups for tensor in group['params']]
-    optimizer = engine.optimizer  # between updates its groups are empty
-    return [
-        (groups[optimizer.sub_group_to_group_id[index]], tensor)
-        for index, tensor in enumerate(optimizer.fp32_partitioned_groups_flat)
-    ]
 
 
 class RunningOptimizer:

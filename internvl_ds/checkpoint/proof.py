@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.runtime.engine import DeepSpeedEngine
 
 from internvl_ds.checkpoint.formats.ema_files import open_safetensors
 from internvl_ds.checkpoint.formats.outline import outline
@@ -22,8 +21,8 @@ from internvl_ds.checkpoint.formats.zero_shards import TagShards, masters_in
 from internvl_ds.checkpoint.restore import model_shapes
 from internvl_ds.checkpoint.tag.manifest import file_rank
 from internvl_ds.errors import CheckpointError, few
-from internvl_ds.zero.master_weights import kept_on_nvme, partitioning, trained_names
 from internvl_ds.zero.partition import Layout
+from internvl_ds.zero.wrapper import Wrapper
 
 
 @dataclass(frozen=True)
@@ -44,14 +43,14 @@ class Wanted:
     rank: int
 
 
-def wanted_of(engine: DeepSpeedEngine, groups: Sequence[Sequence[str]] | None) -> Wanted:
+def wanted_of(wrapper: Wrapper, groups: Sequence[Sequence[str]] | None) -> Wanted:
     """What a save of this engine has to hold; ``groups``: see `Wanted`."""
-    shapes = model_shapes(engine.module)
-    if engine.optimizer is None or engine.basic_optimizer is None:
+    shapes = model_shapes(wrapper.engine.module)
+    if wrapper.client is None:
         return Wanted(shapes, frozenset(), None, None, 0)
-    layout, rank = partitioning(engine)
-    partitioned = engine.zero_optimization_stage() > 0 and not kept_on_nvme(engine)
-    return Wanted(shapes, trained_names(engine), groups, layout if partitioned else None, rank)
+    layout, rank = wrapper.partitioning()
+    held = layout if wrapper.partitioned and not wrapper.kept_on_nvme() else None
+    return Wanted(shapes, wrapper.trained_names(), groups, held, rank)
 
 
 def prove(staging: Path, names: Iterable[str], wanted: Wanted) -> None:

@@ -9,18 +9,15 @@ from typing import Any
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from internvl_ds.checkpoint.optimizer_state import RunningOptimizer, SavedTensor, slots_of
-from internvl_ds.checkpoint.restore import (
-    model_shapes,
-    own_slice,
-    release_gathered,
-    require_same_model,
-)
+from internvl_ds.checkpoint.optimizer_state import RunningOptimizer, SavedTensor
+from internvl_ds.checkpoint.restore import model_shapes, require_same_model
 from internvl_ds.engine.optimizer_trial import NUMBER, forms_of, like, state_of_optimizer
+from internvl_ds.engine.registry import wrapper_of
 from internvl_ds.errors import CheckpointError, CheckpointMismatch, few
 from internvl_ds.zero.lazy_tensor import Flat, NamedState, fill
-from internvl_ds.zero.master_weights import kept_on_nvme, master_weights, partitioning, push_masters
+from internvl_ds.zero.parameters import is_sharded, local_values, own_slice
 from internvl_ds.zero.partition import Layout, owned, shapes_of
+from internvl_ds.zero.wrapper import Wrapper
 
 
 class Restorer:
@@ -37,16 +34,17 @@ class Restorer:
                 parameter groups that cannot share a step; names the first that differ.
             CheckpointError: when a shard cannot be read, or the engine keeps its state on NVMe.
         """
-        _require_in_memory(engine)
+        self.engine, self.wrapper = engine, wrapper_of(engine)
+        _require_in_memory(self.wrapper)
         saved.require_all_named()
-        optimizer = RunningOptimizer(engine.basic_optimizer)
+        optimizer = RunningOptimizer(self.wrapper.client)
         weights = saved.weights()
         shapes = {name: tuple(flat.shape) for name, flat in weights.items()}
         require_same_model(shapes, model_shapes(engine.module), saved.where)
-        self.layout, self.rank = partitioning(engine)
+        self.layout, self.rank = self.wrapper.partitioning()
         saved = _with_frozen(saved, engine, self.layout)
-        self.engine, self.saved = engine, saved
-        self.masters = list(master_weights(engine).values())
+        self.saved = saved
+        self.masters = list(self.wrapper.masters().values())
         _require_same_trained(saved, self.layout)
         _require_known_layout(self.layout, self.rank, self.masters)
         self.fragments = owned(self.layout, self.rank)
@@ -71,21 +69,19 @@ class Restorer:
     @torch.no_grad()
     def restore(self) -> None:
         """Sets weights, optimizer state and counters. Every rank must call it: a collective."""
-        optimizer: Any = self.engine.optimizer
-        if self.engine.zero_optimization_partition_weights():
-            release_gathered(optimizer)
+        self.wrapper.release_gathered()
         for target, flat, slice_of in self.fixed:
             if slice_of is None:
                 target.data.copy_(flat.whole())
             else:
                 flat.copy_to(target[: slice_of[1] - slice_of[0]], slice_of[0])
-        state = state_of_optimizer(self.engine.basic_optimizer)
+        state = state_of_optimizer(self.wrapper.client)
         for index, master in enumerate(self.masters):
             fill(master.data, self.fragments[index], self.saved.masters)
             self._restore_group_state(index, master, state)
         for group, counted in self.counters:
             group.update(counted)
-        push_masters(self.engine)
+        self.wrapper.push_masters()
         counters = self.saved.counters
         self.engine.global_steps = counters.get('global_steps', 0)
         self.engine.skipped_steps = counters.get('skipped_steps', 0)
@@ -115,8 +111,8 @@ class Restorer:
 
     def _groups_of_masters(self) -> list[dict[str, Any]]:
         """For each master, the group of the optimizer that it is in."""
-        slots = slots_of(self.engine)
-        if self.engine.zero_optimization_stage():
+        slots = self.wrapper.slots()
+        if self.wrapper.partitioned:
             return [group for group, _ in slots]
         groups = {id(tensor): group for group, tensor in slots}
         return [groups[id(master)] for master in self.masters]
@@ -146,7 +142,7 @@ class Restorer:
                     f'{name} has {keys[name]}, and they are one group now'
                 )
             odd = [key for key in keys[name] if self._whole_shape(name, key) is not None]
-            if odd and self.engine.zero_optimization_stage():
+            if odd and self.wrapper.partitioned:
                 raise CheckpointMismatch(
                     f'{self.saved.where}: {odd[0]} of {name} has not a number for each element, '
                     'and cannot be partitioned: such state goes on only at ZeRO stage 0'
@@ -192,8 +188,8 @@ class Restorer:
         return list(found.values())
 
 
-def _require_in_memory(engine: DeepSpeedEngine) -> None:
-    for what in kept_on_nvme(engine):
+def _require_in_memory(wrapper: Wrapper) -> None:
+    for what in wrapper.kept_on_nvme():
         raise CheckpointError(
             f'/zero_optimization/{what}/device is nvme: a checkpoint of another layout cannot '
             "be loaded into state that is on disk. Load it with device 'cpu' and save a tag; "
@@ -255,10 +251,10 @@ def _fixed(
         if names.get(id(target)) in trained:
             continue
         flat = weights[name]
-        if hasattr(target, 'ds_tensor'):
+        if is_sharded(target):
             bounds = own_slice(target)
             flat.pieces(*bounds)
-            found.append((target.ds_tensor.data, flat, bounds))
+            found.append((local_values(target).data, flat, bounds))
         else:
             flat.pieces(0, flat.numel)
             found.append((target, flat, None))

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
+from internvl_ds.engine.registry import wrapper_of
 from internvl_ds.errors import CheckpointMismatch, few
 from internvl_ds.zero.lazy_tensor import Flat
-from internvl_ds.zero.persistent_params import gather_persistent
+from internvl_ds.zero.parameters import copy_slice, is_sharded, whole_shape
 
 
 def model_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """Name -> whole shape of every parameter and buffer of a state dict, partitioned or not."""
     state = module.state_dict(keep_vars=True)
-    return {name: tuple(getattr(t, 'ds_shape', t.shape)) for name, t in state.items()}
+    return {name: tuple(whole_shape(t)) for name, t in state.items()}
 
 
 def require_same_model(
@@ -63,35 +63,16 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], where: s
     module = engine.module if engine is not None else model
     shapes = {name: tuple(t.shape) for name, t in weights.items()}
     require_same_model(shapes, model_shapes(module), where)
-    optimizer: Any = engine.optimizer if engine is not None else None
-    if engine is not None and engine.zero_optimization_partition_weights():
-        release_gathered(optimizer)
+    wrapper = wrapper_of(engine) if engine is not None else None
+    if wrapper is not None and wrapper.sharded:
+        wrapper.release_gathered()
         for name, target in module.state_dict(keep_vars=True).items():
-            if hasattr(target, 'ds_tensor'):
+            if is_sharded(target):
                 copy_slice(target, Flat.of(f'{where}: {name}', weights[name]))
             else:
                 target.copy_(weights[name])
-        gather_persistent(optimizer)
+        wrapper.gather_persistent()
     else:
         module.load_state_dict(weights)
-    if hasattr(optimizer, 'refresh_fp32_params'):
-        optimizer.refresh_fp32_params()
-
-
-def release_gathered(optimizer: Any) -> None:
-    """Stage 3: frees the gathered copies of small parameters, so that only slices are left."""
-    # An engine without an optimizer has DeepSpeedZeRoOffload in its place.
-    getattr(optimizer, 'parameter_offload', optimizer).partition_all_parameters()
-
-
-def own_slice(parameter: Any) -> tuple[int, int]:
-    """The elements of a parameter, cut up by ZeRO-3 or zero.Init, that this rank keeps."""
-    length, whole = parameter.ds_tensor.ds_numel, parameter.ds_numel
-    start = torch.distributed.get_rank(group=parameter.ds_process_group) * length
-    return min(start, whole), min(start + length, whole)
-
-
-def copy_slice(parameter: Any, whole: Flat) -> None:
-    """Copies this rank's elements of a whole tensor into its slice of the parameter."""
-    start, stop = own_slice(parameter)
-    whole.copy_to(parameter.ds_tensor.data[: stop - start], start)
+    if wrapper is not None:
+        wrapper.pull_masters()

@@ -9,7 +9,9 @@ from typing import Any
 from deepspeed.runtime.engine import DeepSpeedEngine
 from yacs.config import CfgNode
 
+from internvl_ds.config.tree import set_options
 from internvl_ds.engine.param_groups import PER_GROUP_LISTS
+from internvl_ds.engine.registry import wrapper_of
 from internvl_ds.errors import CheckpointError, brief, few
 
 
@@ -69,12 +71,9 @@ def restore_schedule(
     if state.get('scaler') is not None and scaler is not None:
         scaler.load_state_dict(state['scaler'])
     if isinstance(state.get('epoch'), int):
-        frozen = config.is_frozen()
-        config.defrost()
         # a tag saved inside an epoch goes on with that epoch
-        config.TRAIN.START_EPOCH = state['epoch'] + (state.get('step') is None)
-        if frozen:
-            config.freeze()
+        epoch = state['epoch'] + (state.get('step') is None)
+        set_options(config, {'TRAIN.START_EPOCH': epoch})
     else:
         logger.warning(
             '%s does not say its epoch: TRAIN.START_EPOCH stays %s', path, config.TRAIN.START_EPOCH
@@ -101,7 +100,7 @@ def restore_engines_own(
         own.step(updates - 1)
     elif isinstance(saved, Mapping) and saved.keys() == own.state_dict().keys():
         own.load_state_dict(saved)
-        set_lr_of_schedule(own, engine.basic_optimizer.param_groups, updates)
+        set_lr_of_schedule(own, wrapper_of(engine).client.param_groups, updates)
     else:
         kind = type(own).__name__
         logger.warning('%s has no state of %s, which DeepSpeed steps: begun anew', where, kind)

@@ -6,6 +6,7 @@ import copy
 import functools
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,14 +21,12 @@ import internvl_ds
 from internvl_ds.checkpoint import async_save as background
 from internvl_ds.checkpoint.checkpoint_engine import install_writer
 from internvl_ds.checkpoint.finish_save import Save, abandon, finish
-from internvl_ds.checkpoint.formats.ema_files import EmaFile
 from internvl_ds.checkpoint.formats.ema_tensors import ema_file
 from internvl_ds.checkpoint.formats.rng import rng_state
 from internvl_ds.checkpoint.formats.snapshot import tensor_bytes
 from internvl_ds.checkpoint.optimizer_state import optimizer_name
 from internvl_ds.checkpoint.proof import wanted_of
 from internvl_ds.checkpoint.tag import commit
-from internvl_ds.checkpoint.tag.free_space import state_size
 from internvl_ds.checkpoint.tag.manifest import Identity, tag_name
 from internvl_ds.checkpoint.tag.output_lock import enter_output
 from internvl_ds.checkpoint.tag.retention import (
@@ -39,26 +38,15 @@ from internvl_ds.checkpoint.tag.retention import (
     Policy,
 )
 from internvl_ds.config.ds.resolve import precision_of
-from internvl_ds.config.tree import checkpoint_option, default_of, get_option
+from internvl_ds.config.tree import checkpoint_option, get_option
 from internvl_ds.dist.process_group import collectives_within
 from internvl_ds.dist.rendezvous import exchange, from_rank_0, rank, world_size
-from internvl_ds.engine.registry import (
-    accumulation_of,
-    client_groups,
-    ds_config_of,
-    engine_of,
-    loss_scale_of,
-)
+from internvl_ds.engine.ema_shard import EmaFile
+from internvl_ds.engine.registry import engine_of, registration_of, wrapper_of
 from internvl_ds.engine.scheduling import schedule_state, warn_of_slow_schedule
 from internvl_ds.errors import CheckpointError, RankError, few
-from internvl_ds.zero.master_weights import (
-    frozen_as_made,
-    kept_on_nvme,
-    require_module_as_made,
-    untrained_names,
-)
-from internvl_ds.zero.module_state import every_name, require_buffers_as_made
-from internvl_ds.zero.persistent_params import put_back
+from internvl_ds.zero.module_state import require_as_made
+from internvl_ds.zero.wrapper import Wrapper
 
 
 def save_checkpoint(
@@ -109,20 +97,20 @@ def save_checkpoint(
     """
     background.wait()
     engine = engine_of(model)
-    require_module_as_made(engine)
-    require_buffers_as_made(engine)
+    wrapper = wrapper_of(engine)
+    require_as_made(engine.module, wrapper.names, wrapper.buffers)
     values = {
         'epoch': epoch, 'step': step, 'max_accuracy': max_accuracy, 'ema_decay': ema_decay,
         'max_accuracy_ema': max_accuracy_ema, 'class_names': class_names, 'config': config,
     }  # fmt: skip
     save = _new_save(engine, values, best, logger)
     average = ema_file(model_ema)
-    _begin(save, engine, average, config)
+    _begin(save, wrapper, average, config)
     logger.info('%s saving......', save.output / save.tag)
     _warn(save, engine, config)
     try:
         state = functools.partial(_state, save, engine, values, lr_scheduler, scaler)
-        _stage(save, engine, average, state, loop)
+        _stage(save, wrapper, average, state, loop)
     except BaseException:
         abandon(save)
         raise
@@ -130,38 +118,42 @@ def save_checkpoint(
         background.start(save.tag, functools.partial(finish, save), limit=3 * save.io_timeout)
     else:
         finish(save)
-    return str(save.output / save.tag)
+    return str(Path(config.OUTPUT) / save.tag)
 
 
 def _new_save(
     engine: DeepSpeedEngine, values: Mapping[str, Any], best: str | None, logger: logging.Logger
 ) -> Save:
     config, epoch, step = values['config'], values['epoch'], values['step']
+    registration = registration_of(engine)
+    wrapper = registration.wrapper
     counted = best is None and isinstance(epoch, int)
-    groups = None if engine.basic_optimizer is None else client_groups(engine).names
+    groups = None if wrapper.client is None else registration.client_groups.names
     return Save(
-        output=Path(config.OUTPUT),
+        # Absolute: the program may change its directory before a save in the background is done.
+        output=Path(os.path.abspath(config.OUTPUT)),
         tag=tag_name(epoch, best, step),
         writer=install_writer(engine),
         staging_path=Path(),
-        header=_header(engine, epoch, step if counted else None, values['max_accuracy']),
+        header=_header(wrapper, epoch, step if counted else None, values['max_accuracy']),
         policies=_policies(config) if counted else None,
         in_background=bool(checkpoint_option(config, 'ASYNC')),
         io_timeout=checkpoint_option(config, 'IO_TIMEOUT'),
         logger=logger,
-        wanted=wanted_of(engine, groups),
+        wanted=wanted_of(wrapper, groups),
     )
 
 
 def _warn(save: Save, engine: DeepSpeedEngine, config: CfgNode) -> None:
-    untrained = untrained_names(engine)
+    registration = registration_of(engine)
+    untrained = registration.wrapper.untrained_names()
     if untrained:
         save.logger.warning(
             f'{len(untrained)} parameters require a gradient and no optimizer trains them, because '
             f'they were frozen when the engine was made: {few(untrained)}. They are saved as they '
             'are. To train them, make the engine anew with an optimizer over them.'
         )
-    if accumulation_of(engine).losses:
+    if registration.accumulation.losses:
         save.logger.warning(
             'saving between two micro-batches of one update: what they have accumulated is not '
             'kept; save after a call with update_grad=True, or after optimizer.zero_grad() where '
@@ -180,7 +172,7 @@ def _state(
         return None if owner is None else owner.state_dict()
 
     numbers = ('max_accuracy', 'max_accuracy_ema', 'ema_decay')
-    names, optimizer = values['class_names'], engine.basic_optimizer
+    wrapper, names = wrapper_of(engine), values['class_names']
     return {
         'epoch': values['epoch'],
         'step': values['step'],
@@ -188,27 +180,25 @@ def _state(
         'lr_scheduler': state_of(lr_scheduler),
         'schedule': schedule_state(engine),
         'scaler': state_of(scaler),
-        'loss_scale': state_of(loss_scale_of(engine)),
+        'loss_scale': state_of(wrapper.scale),
         'class_names': None if names is None else list(map(str, names)),
         'config': values['config'],
         # As text does: whatever DeepSpeed took of plain initialize, this keeps.
-        'ds_config': json.loads(json.dumps(ds_config_of(engine), default=str)),
-        'optimizer_class': None if optimizer is None else optimizer_name(optimizer),
+        'ds_config': json.loads(json.dumps(wrapper.ds_config, default=str)),
+        'optimizer_class': None if wrapper.client is None else optimizer_name(wrapper.client),
         'optimizer_groups': save.wanted.groups,
     }
 
 
-def _header(
-    engine: DeepSpeedEngine, epoch: Any, step: int | None, max_accuracy: float
-) -> dict[str, Any]:
+def _header(wrapper: Wrapper, epoch: Any, step: int | None, max_accuracy: float) -> dict[str, Any]:
     return {
         'epoch': epoch if isinstance(epoch, int) else None,
         'step': step,
         'max_accuracy': float(max_accuracy),
-        'zero_stage': engine.zero_optimization_stage(),
+        'zero_stage': wrapper.stage,
         'world_size': world_size(),
-        'precision': precision_of(ds_config_of(engine)),
-        'global_steps': engine.global_steps,
+        'precision': precision_of(wrapper.ds_config),
+        'global_steps': wrapper.engine.global_steps,
         'versions': {
             'internvl_ds': internvl_ds.__version__,
             'torch': str(torch.__version__),
@@ -218,7 +208,7 @@ def _header(
 
 
 def _policies(config: CfgNode) -> list[Policy]:
-    count = get_option(config, 'SAVE_CKPT_NUM', default_of('SAVE_CKPT_NUM'))
+    count = get_option(config, 'SAVE_CKPT_NUM')
     steps = checkpoint_option(config, 'KEEP_STEPS')
     # Without auto resume a run that goes back to an older tag was told to.
     rewound = not get_option(config, 'TRAIN.AUTO_RESUME', True)
@@ -231,7 +221,7 @@ def _policies(config: CfgNode) -> list[Policy]:
     ]
 
 
-def _begin(save: Save, engine: DeepSpeedEngine, average: EmaFile | None, config: CfgNode) -> None:
+def _begin(save: Save, wrapper: Wrapper, average: EmaFile | None, config: CfgNode) -> None:
     """Makes the staging directory of a save that is the same on all ranks.
 
     Collective: every rank calls it.
@@ -239,8 +229,8 @@ def _begin(save: Save, engine: DeepSpeedEngine, average: EmaFile | None, config:
     timeout = checkpoint_option(config, 'RENDEZVOUS_TIMEOUT')
     size = save.writer.last_size
     if size is None:
-        size = state_size(engine) + tensor_bytes(average)
-    own = [save.tag, save.header['epoch'], str(save.output), save.in_background]
+        size = tensor_bytes([*wrapper.saved_tensors(rank()), average])
+    own = [save.tag, save.header['epoch'], str(config.OUTPUT), save.in_background]
     calls = exchange('save_checkpoint', [own, size], timeout)
     if any(call[0] != calls[0][0] for call in calls):
         raise RankError(
@@ -258,9 +248,9 @@ def _begin(save: Save, engine: DeepSpeedEngine, average: EmaFile | None, config:
             raise CheckpointError(
                 f'{save.output / save.tag}: rank 0 cannot begin to save: {error}'
             ) from error
-        return str(save.staging.path)
+        return save.staging.path.name
 
-    save.staging_path = Path(from_rank_0('begin save', make_staging, timeout))
+    save.staging_path = save.output / from_rank_0('begin save', make_staging, timeout)
     save.header['save'] = save.staging_path.name.rpartition('-')[2]
 
 
@@ -277,7 +267,7 @@ def _require_space(save: Save, sizes: list[int]) -> None:
 
 def _stage(
     save: Save,
-    engine: DeepSpeedEngine,
+    wrapper: Wrapper,
     average: EmaFile | None,
     state: Callable[[], dict[str, Any]],
     loop: Any,
@@ -293,13 +283,13 @@ def _stage(
         )
     # Meets in barriers: every rank calls it, whatever has happened.
     with (
-        put_back(engine),
-        frozen_as_made(engine),
-        every_name(engine),
+        wrapper.saving(writer.defer),
         # What is on NVMe is copied to the tag between barriers.
-        collectives_within(save.io_timeout if kept_on_nvme(engine) else 0),
+        collectives_within(save.io_timeout if wrapper.kept_on_nvme() else 0),
     ):
-        engine.save_checkpoint(str(save.output), tag=save.staging_path.name, save_latest=False)
+        wrapper.engine.save_checkpoint(
+            str(save.output), tag=save.staging_path.name, save_latest=False
+        )
     if average is not None:
         writer.save(average, save.staging_path / average.name)
     try:

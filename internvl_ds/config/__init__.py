@@ -1,4 +1,4 @@
-"""What a run is told: the yacs tree (`tree`), and the ds_config that it becomes (`ds`)."""
+"""The settings of a run: the yacs tree (`tree`, `defaults`), and the ds_config (`ds`)."""
 
 from internvl_ds.config.tree import default_config, get_config, merge_opts
 

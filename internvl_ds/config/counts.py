@@ -1,4 +1,4 @@
-"""Settings that count something or last a while, and the values of them that mean nothing."""
+"""The limits of settings that are counts or durations."""
 
 from __future__ import annotations
 
@@ -6,41 +6,22 @@ from collections.abc import Sequence
 
 from yacs.config import CfgNode
 
-from internvl_ds.config.tree import default_config, get_option
+from internvl_ds.config.tree import default_of, get_option
 from internvl_ds.errors import ConfigError
 
 # The least value of each; None for any.
 _LEAST: dict[str, int | None] = {
-    'DATA.BATCH_SIZE': 1,
-    'DATA.NUM_WORKERS': 0,
-    'TRAIN.START_EPOCH': 0,
-    'TRAIN.EPOCHS': 0,
-    'TRAIN.WARMUP_EPOCHS': 0,
-    'TRAIN.ACCUMULATION_STEPS': 0,
-    'TRAIN.LR_SCHEDULER.DECAY_EPOCHS': 1,
-    'TRAIN.MAX_CONSECUTIVE_OVERFLOWS': 0,
-    'TRAIN.SAVE_STEPS': 0,
-    'TRAIN.SAVE_MINUTES': 0,
-    'BENCH.UPDATES': 0,
-    'BENCH.WARMUP': 0,
-    'SAVE_FREQ': 0,
-    'PRINT_FREQ': 0,
-    'EVAL_FREQ': 0,
-    # These are all that the adapters of another script read.
-    'SAVE_CKPT_NUM': None,
-    'CHECKPOINT.RENDEZVOUS_TIMEOUT': 1,
-    'CHECKPOINT.IO_TIMEOUT': 1,
-    'CHECKPOINT.KEEP_BEST': 0,
-    'CHECKPOINT.KEEP_EVERY': 0,
-    'CHECKPOINT.KEEP_STEPS': 0,
-    'COMM.TIMEOUT': 1,
-    'COMM.INIT_TIMEOUT': 1,
-    'COMM.EXIT_TIMEOUT': 1,
-    'COMM.DEAD_AFTER': 1,
-    'COMM.SILENT_AFTER': 1,
-    'COMM.CONNECT_TIMEOUT': 1,
-    'COMM.ABORT_TIMEOUT': 1,
-}
+    'DATA.BATCH_SIZE': 1, 'DATA.NUM_WORKERS': 0,
+    'TRAIN.START_EPOCH': 0, 'TRAIN.EPOCHS': 0, 'TRAIN.WARMUP_EPOCHS': 0,
+    'TRAIN.ACCUMULATION_STEPS': 0, 'TRAIN.LR_SCHEDULER.DECAY_EPOCHS': 1,
+    'TRAIN.MAX_CONSECUTIVE_OVERFLOWS': 0, 'TRAIN.SAVE_STEPS': 0, 'TRAIN.SAVE_MINUTES': 0,
+    'BENCH.UPDATES': 0, 'BENCH.WARMUP': 0, 'SAVE_FREQ': 0, 'PRINT_FREQ': 0, 'EVAL_FREQ': 0,
+    # The adapters read only these of another script's tree.
+    'SAVE_CKPT_NUM': None, 'CHECKPOINT.RENDEZVOUS_TIMEOUT': 1, 'CHECKPOINT.IO_TIMEOUT': 1,
+    'CHECKPOINT.KEEP_BEST': 0, 'CHECKPOINT.KEEP_EVERY': 0, 'CHECKPOINT.KEEP_STEPS': 0,
+    'COMM.TIMEOUT': 1, 'COMM.INIT_TIMEOUT': 1, 'COMM.EXIT_TIMEOUT': 1, 'COMM.DEAD_AFTER': 1,
+    'COMM.SILENT_AFTER': 1, 'COMM.CONNECT_TIMEOUT': 1, 'COMM.ABORT_TIMEOUT': 1,
+}  # fmt: skip
 
 
 def require_counts(config: CfgNode, beginnings: Sequence[str] = ('',)) -> None:
@@ -53,13 +34,11 @@ def require_counts(config: CfgNode, beginnings: Sequence[str] = ('',)) -> None:
     Raises:
         ConfigError: names the first one.
     """
-    defaults = default_config()
     for key in (key for key in _LEAST if key.startswith(tuple(beginnings))):
-        default, least = get_option(defaults, key, 0), _LEAST[key]
-        value = get_option(config, key, default)
+        value, least = get_option(config, key), _LEAST[key]
         if value is None and key == 'TRAIN.ACCUMULATION_STEPS':
             value = 0
-        kinds = int if isinstance(default, int) else int | float
+        kinds = int if isinstance(default_of(key), int) else int | float
         if not isinstance(value, kinds) or (least is not None and not value >= least):
             at_least = '' if least is None else f' of at least {least}'
             raise ConfigError(f'{key} is {value!r}; it takes a number{at_least}')

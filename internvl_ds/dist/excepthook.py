@@ -13,28 +13,23 @@ from typing import Any
 
 import torch.distributed as torch_dist
 
+from internvl_ds.dist.group import current_group
 from internvl_ds.errors import InternvlDsError, Preempted, RankError, printable
 
 logger = logging.getLogger('internvl_ds')
 
-# The hook that speaks; those under it only print the traceback.
-_outermost: Callable[..., None] | None = None
-
-# Whether TRAIN.TRACEBACK asks for the traceback of every error.
-_always_traces = False
-
-# Whether this process has come to its last words: what fails after them, at its exit, is no cause.
-_over = False
+# Seconds for what rank 0 said last to be read here.
+_HEARD = 0.5
 
 
 def speak_on_exceptions(
-    rank: int,
-    silent: Callable[[], str] | None = None,
-    may_speak: Callable[[bool], bool] | None = None,
+    rank: int | None,
     afterwards: Callable[[], None] | None = None,
     patience: float = 0.0,
+    *,
+    joined: bool = False,
 ) -> None:
-    """Has an exception that ends this process be told in one line, after its traceback.
+    """Makes an exception that ends this process print one line, after its traceback.
 
     Errors that this package raises on purpose, and Ctrl-C, have no traceback.
 
@@ -42,49 +37,69 @@ def speak_on_exceptions(
     those before, which keeps what they print until they return.
 
     Args:
-        rank: this process's.
-        silent: tells of ranks that do not answer, or ''; asked where a collective failed.
-        may_speak: whether no rank has said anything yet; told whether this one's is a cause, and
-            not what other ranks see of it.
+        rank: this process's; None where it is not known yet.
         afterwards: called last.
         patience: seconds left to the launcher to end a job of which other ranks are gone.
+        joined: all ranks have met: one speaks for all, and names those that are gone.
     """
-    global _outermost
     before = sys.excepthook
 
     def speak(kind: Any, value: Any, traceback: Any) -> None:
-        global _over
-        if _outermost is not speak:
+        group = current_group()
+        if group.hook is not speak:
             before(kind, value, traceback)
             return
         follows = _follows(value)
         time.sleep(patience if follows else 0.0)
-        others = silent() if silent is not None and follows else ''
-        speaks = not _over and (may_speak is None or may_speak(not follows))
-        _over = True
-        if wants_traceback() or (speaks and not _is_expected(value)):
+        heartbeat = group.heartbeat if joined and follows else None
+        others = heartbeat.describe_silent() if heartbeat else ''
+        speaks = not group.over and (not joined or _may_speak(not follows))
+        group.over = True
+        traces = group.traces or logger.isEnabledFor(logging.DEBUG)
+        expected = isinstance(value, InternvlDsError | Preempted | KeyboardInterrupt)
+        if traces or (speaks and not expected):
             before(kind, value, traceback)
         if speaks:
             reason = f'{kind.__name__}: {one_line(value)}' if str(value) else kind.__name__
-            text = '; '.join([others, reason] if others else [reason])
+            text = printable('; '.join(filter(None, [others, reason])))
+            who = 'a rank' if rank is None else f'rank {rank}'
+            line = f'{who} on {socket.gethostname()} ends the job: {text}'
             with contextlib.suppress(OSError):  # the terminal is gone
-                where = f'rank {rank} on {socket.gethostname()}'
-                print(f'{where} ends the job: {printable(text)}', file=sys.stderr, flush=True)
+                print(line, file=sys.stderr, flush=True)
         if afterwards is not None:
             afterwards()
 
-    sys.excepthook = _outermost = speak
+    sys.excepthook = current_group().hook = speak
 
 
-def trace_all(wanted: bool) -> None:
-    """Has the tracebacks of expected errors printed as well, or not: TRAIN.TRACEBACK."""
-    global _always_traces
-    _always_traces = wanted
+def _may_speak(is_cause: bool) -> bool:
+    """Whether this rank is the first to say why the job ends; it then has to.
 
+    Args:
+        is_cause: False for what other ranks see of an error: after a cause it is not said.
+    """
+    group = current_group()
+    if group.peers is None or group.heartbeat is None:
+        return True
+    kind, place = 'cause' if is_cause else 'effect', group.key('last words')
 
-def wants_traceback() -> bool:
-    """Whether the traceback of an error is to be printed that is told in one line otherwise."""
-    return _always_traces or logger.isEnabledFor(logging.DEBUG)
+    def claim(store: Any) -> bool:
+        is_first = store.add(f'{place}/{kind}', 1) == 1
+        silent = not store.check([place])
+        store.set(place, kind)
+        return is_first and (is_cause or silent)
+
+    # A rank 0 that is silent already is not waited for.
+    limit = 0 if group.heartbeat.rank_0_is_silent() else group.limit('SILENT_AFTER')
+    try:
+        speaks = bool(group.peers.client.call(claim, limit))
+    except RankError:  # the words of rank 0 may have come before its end
+        time.sleep(_HEARD)
+        words = group.heartbeat.words
+        speaks = not words or (is_cause and words == 'effect')
+    if speaks:
+        group.heartbeat.speak(kind)
+    return speaks
 
 
 def one_line(error: BaseException) -> str:
@@ -96,10 +111,6 @@ def one_line(error: BaseException) -> str:
         lines = list(itertools.dropwhile(lambda line: line.startswith(' '), lines))
         text = ' '.join(lines).partition(': ')[2] or text
     return ' '.join(text.split())
-
-
-def _is_expected(error: BaseException) -> bool:
-    return isinstance(error, InternvlDsError | Preempted | KeyboardInterrupt)
 
 
 def _follows(error: BaseException) -> bool:

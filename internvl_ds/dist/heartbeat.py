@@ -16,11 +16,12 @@ import selectors
 import socket
 import threading
 import time
-import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from internvl_ds.dist.network import address_towards
 from internvl_ds.errors import few
+from internvl_ds.files import forks
 
 logger = logging.getLogger(__name__)
 
@@ -55,19 +56,12 @@ class _Link:
 
 def listen() -> tuple[socket.socket, Offer]:
     """On rank 0: opens the port that the other ranks are to connect to."""
-    if socket.has_dualstack_ipv6():
-        listener = socket.create_server(('', 0), family=socket.AF_INET6, dualstack_ipv6=True)
-    else:
-        listener = socket.create_server(('', 0))
-    listener.listen(4096)
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    listener = socket.create_server(('', 0), family=family, backlog=4096, dualstack_ipv6=both)
     master = os.environ.get('MASTER_ADDR', '127.0.0.1')
-    addresses = [master]
     # Under torchrun the master need not be rank 0's host: then the address towards it.
-    with contextlib.suppress(OSError):
-        family, *_, address = socket.getaddrinfo(master, 1, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect(address)  # a datagram socket: nothing is sent
-            addresses.append(probe.getsockname()[0])
+    addresses = [master, address_towards(master) or master]
     return listener, Offer(addresses, listener.getsockname()[1], secrets.token_hex(16))
 
 
@@ -93,17 +87,17 @@ class Liveness:
         """
         self._rank, self._names, self._token = rank, names, offer.token
         self._limits, self._listener = limits, listener
-        self.told = ''  # what a rank has said of the end of the job: see `speak`
+        self._silent_after = limits['SILENT_AFTER']
+        self.words = ''  # 'cause', 'effect' or '': see `speak`
         self._dead: dict[int, float] = {}  # rank -> when that was noticed
         self._links: list[_Link] = []
-        self._answer: list[int] | None = None
-        self._answered = threading.Event()
+        self._answer: list[int] | None = None  # of rank 0: who is silent
         self._stopped = False
         if listener is None:
             self._connect(offer)
-        _close_in_forks(self)
-        self._thread = threading.Thread(target=self._run, name='liveness', daemon=True)
-        self._thread.start()
+        # A fork copies each connection, and the kernel closes one with its last copy only.
+        forks.at_fork(self, self._close)
+        threading.Thread(target=self._run, name='liveness', daemon=True).start()
 
     def dead(self, for_seconds: float = 0.0) -> list[int]:
         """The ranks that are known to be dead for so long, in the order in which they died."""
@@ -120,29 +114,26 @@ class Liveness:
     def describe_silent(self) -> str:
         """A clause on the ranks that are dead or do not answer; '' where all do. Takes seconds."""
         silent = self._ask_rank_0() if self._listener is None else self._silent()
-        return self._describe(silent, self._limits['SILENT_AFTER'])
+        return self._describe(silent, self._silent_after)
 
     def describe_gone(self, after: float) -> str:
         """A clause on the ranks that are dead, or were last heard so many seconds ago, or ''."""
-        links = [link for link in list(self._links) if self._is_silent(link, after)]
-        return self._describe([link.rank for link in links if link.rank is not None], after)
+        return self._describe(self._unheard(after), after)
 
     def _describe(self, silent: list[int], seconds: float) -> str:
-        names = [self._names[rank] for rank in silent if rank not in self._dead]
-        dead = self.describe_dead()
-        if not names:
-            return dead
-        verb = 'has' if len(names) == 1 else 'have'
-        text = f'{few(names)} {verb} given no sign of life for {seconds:g} s'
-        return f'{dead}; {text}' if dead else text
+        clauses = [self.describe_dead()]
+        if names := [self._names[rank] for rank in silent if rank not in self._dead]:
+            verb = 'has' if len(names) == 1 else 'have'
+            clauses.append(f'{few(names)} {verb} given no sign of life for {seconds:g} s')
+        return '; '.join(filter(None, clauses))
 
     def stop(self) -> None:
         """Closes the connections: to the others this rank has ended."""
         self._stopped = True
-        self.close()
+        forks.forget(self)
+        self._close()
 
-    def close(self) -> None:
-        """Closes this process's hold of the connections; for a fork, which must not keep them."""
+    def _close(self) -> None:
         for link in self._links:
             with contextlib.suppress(OSError):
                 if self._stopped:
@@ -176,11 +167,11 @@ class Liveness:
 
     def rank_0_is_silent(self) -> bool:
         """Whether rank 0 has not answered this one for COMM.SILENT_AFTER seconds."""
-        return self._listener is None and any(map(self._is_silent, list(self._links)))
+        return self._listener is None and bool(self._unheard(self._silent_after))
 
     def speak(self, kind: str) -> None:
         """Lets all ranks know that this one says why the job ends: its 'cause', or an 'effect'."""
-        self.told = kind
+        self.words = kind
         for link in self._links:
             link.tell('spoke', kind)
 
@@ -190,21 +181,21 @@ class Liveness:
                 selector.register(link.connection, selectors.EVENT_READ, link)
             if self._listener is not None:
                 selector.register(self._listener, selectors.EVENT_READ)
-            period = self._limits['SILENT_AFTER'] / 4
+            due = 0.0
             while not self._stopped and selector.get_map():
-                if self._listener is None:
-                    self._links[0].tell('ask')
-                due = time.monotonic() + period
-                while not self._stopped and (left := due - time.monotonic()) > 0:
-                    for key, _ in selector.select(left):
-                        try:
-                            if key.data is None:
-                                self._let_in(selector)
-                            else:
-                                self._read(selector, key.data)
-                        except (OSError, ValueError, TypeError, IndexError):  # gone, or no rank
-                            if key.data is not None:
-                                self._lose(selector, key.data)
+                if (now := time.monotonic()) >= due:
+                    due = now + self._silent_after / 4
+                    if self._listener is None:
+                        self._links[0].tell('ask')
+                for key, _ in selector.select(due - now):
+                    try:
+                        if key.data is None:
+                            self._let_in(selector)
+                        else:
+                            self._read(key.data)
+                    except (OSError, ValueError, TypeError, IndexError):  # gone, or no rank
+                        if key.data is not None:
+                            self._lose(selector, key.data)
 
     def _let_in(self, selector: selectors.BaseSelector) -> None:
         assert self._listener is not None
@@ -213,7 +204,7 @@ class Liveness:
         self._links.append(link)
         selector.register(connection, selectors.EVENT_READ, link)
 
-    def _read(self, selector: selectors.BaseSelector, link: _Link) -> None:
+    def _read(self, link: _Link) -> None:
         data = link.connection.recv(4096)
         if not data or len(link.received) > 1 << 20:
             raise ConnectionError
@@ -247,7 +238,7 @@ class Liveness:
             self._dead.setdefault(int(values[0]), time.monotonic())
         elif word == 'spoke':
             if self._listener is None:
-                self.told = values[0]
+                self.words = values[0]
             else:
                 self.speak(values[0])
         elif word == 'look':  # asks rank 0 who is silent, which takes a while
@@ -256,44 +247,28 @@ class Liveness:
             ).start()
         elif word == 'silent':
             self._answer = list(map(int, values))
-            self._answered.set()
+
+    def _unheard(self, seconds: float) -> list[int]:
+        """The ranks at the other ends that have said nothing for so many seconds."""
+        since = time.monotonic() - seconds
+        links = [link for link in list(self._links) if link.heard < since]
+        return [link.rank for link in links if link.rank is not None]
 
     def _silent(self) -> list[int]:
         """On rank 0: the ranks that do not answer it."""
-        start, links = time.monotonic(), [link for link in self._links if link.rank is not None]
-        for link in links:
+        start = time.monotonic()
+        for link in list(self._links):
             link.tell('ask')
-        while any(link.heard < start and not self._is_silent(link) for link in links):
+        while set(self._unheard(time.monotonic() - start)) - set(self._unheard(self._silent_after)):
             time.sleep(0.05)
-        return [link.rank for link in links if link.heard < start and link.rank is not None]
-
-    def _is_silent(self, link: _Link, after: float | None = None) -> bool:
-        limit = self._limits['SILENT_AFTER'] if after is None else after
-        return time.monotonic() - link.heard > limit
+        return self._unheard(self._silent_after)
 
     def _ask_rank_0(self) -> list[int]:
-        if not self._links:
-            return []
-        link = self._links[0]
-        self._answered.clear()
-        link.tell('look')
-        while not self._answered.wait(0.05):
-            if 0 in self._dead:
-                return []
-            if self._is_silent(link):
-                return [0]
+        self._answer = None
+        for link in list(self._links):
+            link.tell('look')
+        while self._links and self._answer is None:
+            if silent := self._unheard(self._silent_after):
+                return silent
+            time.sleep(0.05)
         return self._answer or []
-
-
-# A fork keeps a copy of each connection, and the kernel closes one with its last copy only.
-_with_sockets: weakref.WeakSet[Liveness] = weakref.WeakSet()
-
-
-def _close_in_forks(liveness: Liveness) -> None:
-    def close_all() -> None:
-        for one in list(_with_sockets):
-            one.close()
-
-    if not _with_sockets:
-        os.register_at_fork(after_in_child=close_all)
-    _with_sockets.add(liveness)

@@ -42,6 +42,8 @@ def detect(environ: Mapping[str, str]) -> Launch:
     """
     if 'RANK' in environ and 'WORLD_SIZE' in environ:
         rank, size = _number(environ, 'RANK'), _number(environ, 'WORLD_SIZE')
+        if rank >= size:
+            raise ConfigError(f'RANK is {rank} and WORLD_SIZE is {size}: ranks are counted from 0')
         # a guess would put all ranks of a host on one GPU
         local = 0 if size == 1 and 'LOCAL_RANK' not in environ else _number(environ, 'LOCAL_RANK')
         return Launch(ENVIRONMENT, rank, size, local, _given_master(environ))
@@ -130,12 +132,12 @@ def _slurm_master(environ: Mapping[str, str]) -> tuple[str, int]:
 
 def _given_master(environ: Mapping[str, str]) -> tuple[str, int] | None:
     if 'MASTER_ADDR' in environ and 'MASTER_PORT' in environ:
-        return environ['MASTER_ADDR'], _number(environ, 'MASTER_PORT')
+        return environ['MASTER_ADDR'], _number(environ, 'MASTER_PORT', 0xFFFF)
     return None
 
 
-def _number(environ: Mapping[str, str], name: str) -> int:
+def _number(environ: Mapping[str, str], name: str, most: int = 1 << 31) -> int:
     text = environ.get(name)
-    if text is None or not text.strip().isdigit():
+    if not re.fullmatch('[0-9]{1,10}', (text or '').strip()) or int(text or '') > most:
         raise ConfigError(f'{name} is {text!r} in the environment, where a launcher sets a number')
-    return int(text)
+    return int(text or '')

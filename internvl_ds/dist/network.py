@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import socket
-import struct
 
-_SIOCGIFADDR = 0x8915
+import psutil
+
 _VIRTUAL = ('lo', 'docker', 'virbr', 'veth', 'br-')
 
 
@@ -19,19 +18,25 @@ def own_addresses(interface: str = '') -> list[str]:
     ]
 
 
+def address_towards(host: str, family: int = socket.AF_UNSPEC) -> str | None:
+    """The address by which this host reaches another; None where the other is not known."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, 1, family, socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)  # a datagram socket: nothing is sent
+            return str(probe.getsockname()[0])
+    except OSError:
+        return None
+
+
 def interface_towards(host: str) -> str | None:
     """The network interface by which this host reaches another, or itself by that address.
 
     Returns:
         None where the host is not known, or is reached over loopback.
     """
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((host, 1))  # a datagram socket: nothing is sent
-            own = probe.getsockname()[0]
-    except OSError:
-        return None
-    name = next((name for name, address in addresses() if address == own), None)
+    towards = address_towards(host, socket.AF_INET)
+    name = next((name for name, address in addresses() if address == towards), None)
     return None if name == 'lo' else name
 
 
@@ -46,13 +51,5 @@ def why_not_reached(address: str, port: int, limit: float) -> str | None:
 
 def addresses() -> list[tuple[str, str]]:
     """(interface, IPv4 address) of this host, in the kernel's order."""
-    found = []
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            request = struct.pack('256s', name.encode()[:15])
-            try:
-                answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)
-            except OSError:  # an interface without an IPv4 address
-                continue
-            found.append((name, socket.inet_ntoa(answer[20:24])))
-    return found
+    every = [(name, a) for name, several in psutil.net_if_addrs().items() for a in several]
+    return [(name, a.address) for name, a in every if a.family == socket.AF_INET]

@@ -15,11 +15,11 @@ import socket
 import threading
 import time
 from pathlib import Path
-from types import TracebackType
 
 from yacs.config import CfgNode
 
-from internvl_ds.config.tree import checkpoint_option, default_of, get_option
+from internvl_ds.config.tree import checkpoint_option, get_option
+from internvl_ds.dist.group import current_group
 from internvl_ds.dist.peers import background_meetings
 from internvl_ds.dist.rendezvous import (
     connect_peers,
@@ -39,9 +39,6 @@ SAVE, STOP = 'save', 'stop'
 
 # Seconds between two looks at what was asked for.
 _INTERVAL = 1.0
-
-# Tells the requests of one Preemption from those of the next; the same on all ranks.
-_instances = itertools.count()
 
 
 class Preemption:
@@ -74,7 +71,7 @@ class Preemption:
             config: TRAIN.SAVE_MINUTES and CHECKPOINT.RENDEZVOUS_TIMEOUT (seconds that a rank may
                 need longer than another to come to a boundary) are read.
         """
-        self._minutes = get_option(config, 'TRAIN.SAVE_MINUTES', default_of('TRAIN.SAVE_MINUTES'))
+        self._minutes = get_option(config, 'TRAIN.SAVE_MINUTES')
         self._timeout = checkpoint_option(config, 'RENDEZVOUS_TIMEOUT')
         result = os.environ.get('INTERNVL_DS_RESULT')
         self._file: Path | None = None
@@ -89,7 +86,10 @@ class Preemption:
         self._target: int | None = None  # the boundary to act at
         self._action: str | None = None
         self._error: Exception | None = None
-        self._number = next(_instances)
+        # Tells its requests from those of the next Preemption; the same on all ranks.
+        rounds = current_group().rounds
+        self._number = rounds['preemption']
+        rounds['preemption'] += 1
         self._closing = threading.Event()
         self._peers = connect_peers()
         self._request = Request()
@@ -102,12 +102,7 @@ class Preemption:
     def __enter__(self) -> Preemption:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None and self._peers is not None:
             # While one rank may still come to a boundary, the others' threads must answer it.
             exchange('end of training', None, self._timeout)
@@ -131,14 +126,11 @@ class Preemption:
             return action
         with self._changed:
             self._passed += 1
-            deadline = time.monotonic() + 2 * self._timeout
-            while self._limit == self._passed and self._target is None and self._error is None:
-                self._changed.wait(1.0)
-                if time.monotonic() > deadline:
-                    raise RankError(
-                        f'rank {rank()} waited {2 * self._timeout:g} s for the others to agree on '
-                        'where to save'
-                    )
+            if not self._changed.wait_for(self._may_pass, 2 * self._timeout):
+                raise RankError(
+                    f'rank {rank()} waited {2 * self._timeout:g} s for the others to agree on '
+                    'where to save'
+                )
             if self._error is not None:
                 raise self._error
             if self._target != self._passed:
@@ -147,6 +139,10 @@ class Preemption:
             self._last_save = time.monotonic()
             self._changed.notify_all()
         return action
+
+    def _may_pass(self) -> bool:
+        undecided = self._limit == self._passed and self._target is None
+        return not undecided or self._error is not None
 
     def saved(self) -> None:
         """Counts TRAIN.SAVE_MINUTES from now."""
@@ -159,9 +155,7 @@ class Preemption:
 
     def _wish(self) -> str | None:
         """What this rank itself is asked for."""
-        if self._request.signal is not None:
-            return STOP
-        if self._file is not None and self._file.exists():
+        if self._request.signal is not None or (self._file is not None and self._file.exists()):
             return STOP
         due = self._minutes > 0 and time.monotonic() - self._last_save > 60 * self._minutes
         return SAVE if due and rank() == 0 else None
@@ -216,7 +210,6 @@ class Preemption:
         self._request.know()
 
     def _reason(self) -> str:
-        what = 'the launch script was asked to stop'
-        if self._request.signal is not None:
-            what = self._request.signal.name
+        signal = self._request.signal
+        what = signal.name if signal is not None else 'the launch script was asked to stop'
         return f'rank {rank()} on {socket.gethostname()} ({what})'

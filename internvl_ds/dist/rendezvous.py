@@ -1,4 +1,4 @@
-"""Meetings of all ranks, named and with a time limit, to tell each other what they did or found.
+"""Meetings of all ranks, named and with a time limit: they exchange what they did or found.
 
 They go through the process group's store, not through a collective of the training group, so that a
 rank that does not come is named instead of waited for.
@@ -11,61 +11,29 @@ import logging
 import os
 import socket
 import time
-from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torch.distributed import distributed_c10d
 
+from internvl_ds import errors
+from internvl_ds.dist.group import current_group
 from internvl_ds.dist.heartbeat import Liveness, Offer, listen
-from internvl_ds.dist.peers import (
-    Group,
-    Peers,
-    ask,
-    clear,
-    come,
-    current_group,
-    dead_holder,
-    dead_ranks,
-    join_group,
-    key_of,
-    leave_text,
-    limit_of,
-    missing_at,
-    named,
-    own_peers,
-    rank,
-    world_size,
-)
+from internvl_ds.dist.peers import Peers, thread_peers
+from internvl_ds.dist.peers import rank as rank
+from internvl_ds.dist.peers import world_size as world_size
 from internvl_ds.dist.store_client import StoreClient
 from internvl_ds.errors import InternvlDsError, RankError
-
-__all__ = [
-    'agree',
-    'begin',
-    'connect_peers',
-    'exchange',
-    'forget_meetings',
-    'from_rank_0',
-    'gather',
-    'leave_meetings',
-    'part_from',
-    'raise_request',
-    'rank',
-    'request_is_raised',
-    'world_size',
-]
 
 T = TypeVar('T')
 
 logger = logging.getLogger(__name__)
 
-# How many meetings of each name this rank has been through: part of the key that they meet under.
-_rounds: Counter[str] = Counter()
-
 
 def exchange(what: str, value: Any, timeout: float) -> list[Any]:
-    """Meets all ranks and hands every rank what each of them brought, in rank order.
+    """Meets all ranks and hands every rank the value of each, in rank order.
+
+    Collective: every rank calls it.
 
     Args:
         what: the name of the meeting, the same on all ranks; it stands in the error.
@@ -82,65 +50,67 @@ def exchange(what: str, value: Any, timeout: float) -> list[Any]:
 
 
 def _exchange(peers: Peers, what: str, value: Any, timeout: float, deadline: float) -> list[Any]:
+    group = current_group()
     while True:
-        place = key_of(f'{what}/{_rounds[what]}')
-        come(peers, place, json.dumps({'value': value}))
+        turn = group.rounds[what]
+        place = group.key(f'{what}/{turn}')
+        peers.come(place, json.dumps({'value': value}))
         try:
-            missing = missing_at(peers, place, deadline, without_dead=False)
-            if missing:
+            if missing := peers.missing_at(place, deadline, without_dead=False):
                 raise RankError(_reproach(missing, peers.rank, timeout))
         except RankError as error:
-            leave_text(peers, place, json.dumps({'gave up': peers.rank}))
-            _rounds[what] += 1
+            peers.put(f'{place}/{peers.rank}', json.dumps({'gave up': peers.rank}))
+            group.rounds[what] += 1
             raise RankError(f'{what}: {error}') from None
-        keys = [f'{place}/{r}' for r in range(peers.world_size)]
-        brought = _read(peers, keys, deadline)
-        if _rounds[what]:
-            # Whoever came to this round is through with the one before.
-            clear(peers, key_of(f'{what}/{_rounds[what] - 1}'))
-        _rounds[what] += 1
-        if all('value' in item for item in brought):
+        items = _read(peers, [f'{place}/{r}' for r in range(peers.world_size)], deadline)
+        if turn:  # whoever came to this round is through with the one before
+            peers.clear(group.key(f'{what}/{turn - 1}'))
+        group.rounds[what] += 1
+        if all('value' in item for item in items):
             _let_all_read(peers, f'{place}/read', deadline)
-            return [item['value'] for item in brought]
+            return [item['value'] for item in items]
         # Others gave this round up before this rank came: they meet in the next one, if at all.
 
 
-def _reproach(missing: list[int], own: int, timeout: float) -> str:
-    dead = [r for r in missing if r in dead_ranks()]
-    if dead:
+def _reproach(missing: list[int], own_rank: int, timeout: float) -> str:
+    group = current_group()
+    if dead := [r for r in missing if r in group.dead_ranks()]:
         return (
-            f'{named(dead)} did not come and is dead: the process has ended, or its host '
+            f'{group.named(dead)} did not come and is dead: the process has ended, or its host '
             'is cut off. Look in the output of that rank for the reason.'
         )
     return (
-        f'rank {own} waited {timeout:g} s and {named(missing)} did not come. Every rank '
+        f'rank {own_rank} waited {timeout:g} s and {group.named(missing)} did not come. Every rank '
         'must make this call: remove an `if rank == 0` around it, and look in the output of the '
         'missing rank for an error of its own.'
     )
 
 
 def _read(peers: Peers, keys: list[str], deadline: float) -> list[Any]:
-    return [json.loads(text) for text in ask(peers, lambda s: s.multi_get(keys), deadline)]
+    return [json.loads(text) for text in peers.ask(lambda s: s.multi_get(keys), deadline)]
 
 
 def _let_all_read(peers: Peers, place: str, deadline: float) -> None:
-    """Has rank 0, which holds the store, go on (and perhaps end) after every rank has read."""
-    come(peers, place)
+    """Blocks rank 0, which holds the store and may end then, until every rank has read."""
+    peers.come(place)
     if peers.rank != 0:
         return
-    limit = limit_of('EXIT_TIMEOUT')
-    if current_group() is None:  # the first meeting: nobody would notice a death
-        limit = min(limit, max(limit_of('SILENT_AFTER'), deadline - time.monotonic()))
-    if late := missing_at(peers, place, time.monotonic() + limit, without_dead=True):
+    group = current_group()
+    limit = group.limit('EXIT_TIMEOUT')
+    if group.heartbeat is None:  # the first meeting: nobody would notice a death
+        limit = min(limit, max(group.limit('SILENT_AFTER'), deadline - time.monotonic()))
+    if late := peers.missing_at(place, time.monotonic() + limit, without_dead=True):
         # This rank has what it needs; the next meeting names who is missing.
-        logger.warning('%s: %s has not read it after %g s', place, named(late), limit)
-    clear(peers, place, of_all=True)
+        logger.warning('%s: %s has not read it after %g s', place, group.named(late), limit)
+    peers.clear(place, of_all=True)
 
 
 def begin(
     connect: Callable[[], Any], own_rank: int, ranks: int, where: str, what: str, limit: float
-) -> Group:
-    """Meets all ranks for the first time, to learn their names and who dies. Every rank calls it.
+) -> Peers:
+    """Meets all ranks for the first time, and learns their names and, from then on, who dies.
+
+    Collective: every rank calls it.
 
     Args:
         connect: makes a connection to the store; on rank 0 the store itself, if need be.
@@ -153,54 +123,53 @@ def begin(
     Raises:
         RankError: when a rank does not come in time, or the store cannot be reached.
     """
-    client = StoreClient(connect, f'the store of rank 0 at {where}', dead_holder)
+    group = current_group()
+    client = StoreClient(connect, f'the store of rank 0 at {where}', group.dead_holder)
     peers = Peers(client, own_rank, ranks)
     listener, offer = listen() if own_rank == 0 else (None, None)
-    own = [socket.gethostname(), os.getpid(), offer]
+    value = socket.gethostname(), os.getpid(), offer
     try:
-        brought = _exchange(peers, what, own, limit, time.monotonic() + limit)
+        values = _exchange(peers, what, value, limit, time.monotonic() + limit)
     except RankError:
         client.close(0)
         if listener is not None:
             listener.close()
         raise
-    names = [f'rank {r} on {host} (pid {pid})' for r, (host, pid, _) in enumerate(brought)]
+    names = [f'rank {r} on {host} (pid {pid})' for r, (host, pid, _) in enumerate(values)]
+    client.holder = f'{names[0]}, which holds the store,'
     if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
         client.holder = f"the store of torchrun's agent at {where}"
-    else:
-        client.holder = f'{names[0]}, which holds the store,'
-    group = Group(peers, names)
-    join_group(group)
-    limits = {key: limit_of(key) for key in ('CONNECT_TIMEOUT', 'DEAD_AFTER', 'SILENT_AFTER')}
-    group.liveness = Liveness(own_rank, names, Offer(*brought[0][2]), listener, limits)
-    return group
+    group.peers, group.names = peers, names
+    limits = {key: group.limit(key) for key in ('CONNECT_TIMEOUT', 'DEAD_AFTER', 'SILENT_AFTER')}
+    group.heartbeat = Liveness(own_rank, names, Offer(*values[0][2]), listener, limits)
+    return peers
 
 
 def _peers(what: str, limit: float) -> Peers:
     """This thread's connection; the main thread's where it has none of its own."""
-    if own := own_peers():
-        return own
+    if peers := thread_peers.get():
+        return peers
     store, group = distributed_c10d._get_default_store(), current_group()
-    if group is not None and group.store is None:
+    if group.peers is not None and group.store in (None, store):
         group.store = store
-    if group is None or group.store is not store:  # one that the program made itself
-        if group is not None:
-            forget_meetings()
-        where = "torch's default store"
-        group = begin(store.clone, rank(), world_size(), where, what, limit)
-        group.store = store
-    return group.peers
+        return group.peers
+    if group.peers is not None:
+        group.disconnect()
+    where = "torch's default store"  # the program made the process group itself
+    peers = begin(store.clone, rank(), world_size(), where, what, limit)
+    group.store = store
+    return peers
 
 
 def connect_peers() -> Peers | None:
     """A connection for a background thread; None where this is the only rank.
 
-    To be called in the main thread, on every rank that will use one. It connects meanwhile; the
-    first call waits for that, within its limit.
+    Collective: every rank that will use one calls it, in its main thread. It connects meanwhile;
+    the first call waits for that, within its limit.
     """
     if world_size() == 1:
         return None
-    main = _peers('first meeting', limit_of('TIMEOUT')).client
+    main = _peers('first meeting', current_group().limit('TIMEOUT')).client
     client = StoreClient(lambda: main.store.clone(), main.holder, main.dead)
     # Now: torch complains at length of an address that it cannot reach later, see mpi.PATIENCE.
     client.post(lambda store: None)
@@ -208,9 +177,8 @@ def connect_peers() -> Peers | None:
 
 
 def raise_request(name: str, peers: Peers) -> None:
-    """Tells every rank that asks `request_is_raised`; any rank may call it. Not a meeting."""
-    key = key_of(f'request/{name}')
-    peers.client.post(lambda store: store.set(key, ''))
+    """Makes `request_is_raised` true on every rank; any rank may call it. Not a meeting."""
+    peers.put(current_group().key(f'request/{name}'), '')
 
 
 def request_is_raised(name: str, peers: Peers, limit: float) -> bool:
@@ -219,34 +187,29 @@ def request_is_raised(name: str, peers: Peers, limit: float) -> bool:
     Raises:
         RankError: when the store has not answered after ``limit`` seconds.
     """
-    key = key_of(f'request/{name}')
+    key = current_group().key(f'request/{name}')
     return bool(peers.client.call(lambda store: store.check([key]), limit))
 
 
 def gather(what: str, value: Any, timeout: float) -> list[Any] | None:
-    """Meets all ranks and hands rank 0 alone what each of them brought, in rank order.
+    """Meets all ranks and hands rank 0 alone the value of each, in rank order.
 
-    For values too large for every rank to read from every other, as `exchange` has it.
-
-    Args:
-        what, value, timeout: as in `exchange`.
-
-    Raises:
-        RankError: as `exchange` does.
+    As `exchange`, for values too large for every rank to read from every other.
     """
     if world_size() == 1:
         return [value]
     peers, deadline = _peers(what, timeout), time.monotonic() + timeout
-    # Under a name of its own: the next gathering may begin while rank 0 still reads this one.
-    _rounds['gather'] += 1
-    own, text = key_of(f'brought/{_rounds["gather"]}/{peers.rank}'), json.dumps(value)
-    peers.client.post(lambda store: store.set(own, text))
-    keys = exchange(what, own, timeout)
+    # Under another name: the next gathering may begin while rank 0 still reads this one.
+    group = current_group()
+    group.rounds['gather'] += 1
+    key = group.key(f'brought/{group.rounds["gather"]}/{peers.rank}')
+    peers.put(key, json.dumps(value))
+    keys = exchange(what, key, timeout)
     if peers.rank != 0:
         return None
-    brought = _read(peers, keys, deadline)
+    values = _read(peers, keys, deadline)
     peers.client.post(lambda store: list(map(store.delete_key, keys)))
-    return brought
+    return values
 
 
 def agree(
@@ -255,7 +218,9 @@ def agree(
     timeout: float,
     error_type: type[InternvlDsError] = InternvlDsError,
 ) -> T:
-    """Runs ``action`` on this rank, then lets all ranks go on only if it succeeded on every one.
+    """Runs ``action`` on this rank; returns only if it succeeded on every rank.
+
+    Collective: every rank calls it.
 
     Args:
         what: the name of the meeting, the same on all ranks.
@@ -270,77 +235,60 @@ def agree(
         Exception: this rank's own, as it was; or ``error_type``, naming the ranks that failed and
             why; or RankError when a rank does not come.
     """
-    result: T | None = None
-    own: Exception | None = None
-    try:
-        result = action()
-    except Exception as error:
-        own = error
-    reports = exchange(what, None if own is None else f'{type(own).__name__}: {own}', timeout)
-    if own is not None:
-        raise own
-    failed = {r: report for r, report in enumerate(reports) if report is not None}
-    if failed:
-        raise error_type(f'{what}: ' + '; '.join(f'rank {r}: {text}' for r, text in failed.items()))
+    result, failure = _attempt(action)
+    report = None if failure is None else f'{type(failure).__name__}: {failure}'
+    reports = exchange(what, report, timeout)
+    if failure is not None:
+        raise failure
+    if texts := [f'rank {r}: {text}' for r, text in enumerate(reports) if text is not None]:
+        raise error_type(f'{what}: {"; ".join(texts)}')
     return result  # type: ignore[return-value]
 
 
 def from_rank_0(what: str, action: Callable[[], Any], timeout: float) -> Any:
     """Runs ``action`` on rank 0 alone and hands its result (anything JSON can hold) to all ranks.
 
+    Collective: every rank calls it.
+
     Raises:
         Exception: rank 0's own there, and the same type with the same text on the other ranks
             where it is one of this package's errors; RankError when a rank does not come.
     """
-    answer: dict[str, Any] = {}
-    own: Exception | None = None
-    if rank() == 0:
-        try:
-            answer = {'result': action()}
-        except Exception as error:
-            own = error
-            answer = {'error': type(error).__name__, 'text': str(error)}
+    result, failure = _attempt(action) if rank() == 0 else (None, None)
+    answer = {'result': result}
+    if failure is not None:
+        answer = {'error': type(failure).__name__, 'text': str(failure)}
     answer = exchange(what, answer, timeout)[0]
-    if own is not None:
-        raise own
+    if failure is not None:
+        raise failure
     if 'error' in answer:
-        known = {c.__name__: c for c in _all_subclasses(InternvlDsError)}
-        raise known.get(answer['error'], InternvlDsError)(answer['text'])
+        kind = getattr(errors, answer['error'], InternvlDsError)
+        known = isinstance(kind, type) and issubclass(kind, InternvlDsError)
+        raise (kind if known else InternvlDsError)(answer['text'])
     return answer['result']
 
 
-def _all_subclasses(base: type) -> list[type]:
-    found: list[type] = list(base.__subclasses__())
-    return found + [c for child in found for c in _all_subclasses(child)]
+def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return action(), None
+    except Exception as error:
+        return None, error
 
 
 def part_from(peers: Peers) -> None:
-    """Has rank 0, whose store the others may still need, wait until all have come here.
+    """Blocks rank 0, whose store the others may still need, until all have come here.
 
     Every rank that has these peers calls it at its end; they are of no use afterwards.
     """
+    group = current_group()
     try:
-        place, limit = key_of('left'), limit_of('EXIT_TIMEOUT')
-        come(peers, place)
+        place, deadline = group.key('left'), time.monotonic() + group.limit('EXIT_TIMEOUT')
+        peers.come(place)
         if peers.rank == 0:
-            late = missing_at(peers, place, time.monotonic() + limit, without_dead=True)
-            if late := [r for r in late if r not in dead_ranks()]:
-                logger.warning('rank 0 leaves; %s is not done yet', named(late))
+            late = peers.missing_at(place, deadline, without_dead=True)
+            if late := [r for r in late if r not in group.dead_ranks()]:
+                logger.warning('rank 0 leaves; %s is not done yet', group.named(late))
     except RankError as error:  # rank 0 is gone: then there is nothing left to wait for
         logger.info('rank %d ends without rank 0: %s', peers.rank, error)
     finally:
-        peers.client.close(limit_of('SILENT_AFTER'))
-
-
-def leave_meetings() -> None:
-    """Parts from all ranks where they have met; every rank calls it."""
-    group = current_group()
-    if world_size() > 1 and group is not None:
-        part_from(group.peers)
-    forget_meetings()
-
-
-def forget_meetings() -> None:
-    """Begins to count anew, for another process group."""
-    _rounds.clear()
-    join_group(None)
+        peers.client.close(group.limit('SILENT_AFTER'))

@@ -10,10 +10,10 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import Any
 
 from internvl_ds.dist.launchers import detect
 from internvl_ds.errors import ConfigError
+from internvl_ds.files import forks
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
@@ -26,13 +26,6 @@ _MAY_BE_IGNORED = (signal.SIGINT, signal.SIGHUP)
 # Seconds after a request within which a further signal belongs to it: a terminal signals ranks
 # that their launcher signals too.
 _SAME_REQUEST = 1.0
-
-# Those that have signals now, the innermost last: a forked child gives them back.
-_active: list[Listener] = []
-_forks_are_watched = False
-
-# The signals that a thread which forks had blocked before.
-_masks = threading.local()
 
 
 class Listener:
@@ -55,21 +48,14 @@ class Listener:
             hear: called with each signal's number, in a thread, at once.
             handle: called with it as well, in the main thread, when Python comes to it.
         """
-        global _forks_are_watched
-        if not _forks_are_watched:
-            os.register_at_fork(
-                before=_block, after_in_parent=_unblock, after_in_child=_release_in_child
-            )
-            _forks_are_watched = True
         self._hear = hear
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
-        self._before: dict[signal.Signals, Any] = {}
-        for number in numbers:
-            before = signal.getsignal(number)
-            if not (number in _MAY_BE_IGNORED and before is signal.SIG_IGN):
-                self._before[number] = before
-        _active.append(self)
+        handlers = {number: signal.getsignal(number) for number in numbers}
+        ignored = {n for n in _MAY_BE_IGNORED if handlers.get(n) is signal.SIG_IGN}
+        self._before = {n: handler for n, handler in handlers.items() if n not in ignored}
+        # A child's signals are not its parent's: the same socket would report them.
+        forks.at_fork(self, self._restore)
         self._fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         for number in self._before:
             signal.signal(number, handle)
@@ -78,7 +64,7 @@ class Listener:
 
     def release(self) -> None:
         """Gives the signals back to whoever had them; safe to call twice."""
-        if self not in _active:
+        if not forks.forget(self):
             return
         self._restore()
         self._writer.send(b'\0')
@@ -87,7 +73,6 @@ class Listener:
         self._writer.close()
 
     def _restore(self) -> None:
-        _active.remove(self)
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         signal.set_wakeup_fd(self._fd)
@@ -98,28 +83,24 @@ class Listener:
                 self._hear(number)
 
 
-class Request:
+class Request(Listener):
     """Whether a signal has asked this process to stop; SIGINT after that ends it at once."""
 
     def __init__(self) -> None:
         """Takes over the signals of `SIGNALS`."""
         self.signal: signal.Signals | None = None
         self._since: float | None = None
-        self._listener = Listener(SIGNALS, self._hear, self._handle)
+        super().__init__(SIGNALS, self._note, self._handle)
 
     def know(self) -> None:
         """Tells that another rank, or the launch script, was asked."""
         if self._since is None:
             self._since = time.monotonic()
 
-    def release(self) -> None:
-        """Gives the signals back."""
-        self._listener.release()
-
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.signal = self.signal or signal.Signals(number)
 
-    def _hear(self, number: int) -> None:
+    def _note(self, number: int) -> None:
         if self._since is None or time.monotonic() - self._since < _SAME_REQUEST:
             self._handle(number, None)
             self.know()
@@ -147,18 +128,3 @@ def end_at_once(why: str) -> None:
         with contextlib.suppress(OSError):  # the terminal is gone
             os.write(2, line.encode())  # print may wait for a lock of the main thread
     os._exit(INTERRUPTED)
-
-
-def _block() -> None:
-    _masks.before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS if _active else ())
-
-
-def _unblock() -> None:
-    signal.pthread_sigmask(signal.SIG_SETMASK, _masks.before)
-
-
-def _release_in_child() -> None:
-    """A child's signals are not its parent's: they would be told through the same socket."""
-    for listener in reversed(_active.copy()):
-        listener._restore()
-    _unblock()

@@ -11,7 +11,6 @@ import contextlib
 import os
 import queue
 import socket
-import stat
 import sys
 import threading
 import time
@@ -19,6 +18,8 @@ from collections.abc import Callable, Iterator
 from concurrent import futures
 from contextlib import contextmanager
 from typing import Any
+
+import psutil
 
 from internvl_ds.errors import RankError
 
@@ -113,17 +114,17 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def store_answers(
-    client: StoreClient | None, port: int, limit: float, gone: Callable[[float], str]
+    client: StoreClient, port: int, limit: float, gone: Callable[[float], str]
 ) -> Iterator[None]:
     """Bounds what torch itself asks the store, in calls that cannot be moved to another thread.
 
-    While the block runs the store is asked through ``client``. Where it does not answer, or a rank
+    While the block runs another thread asks the store as well. Where it does not answer, or a rank
     is gone whom torch would wait for, all connections of this process to it are cut, which ends the
     call that torch waits in. Where torch waits for the rank itself, which nothing ends (gloo does
     so for five times its limit), the process says why, and ends.
 
     Args:
-        client: None for no bound.
+        client: asks the store.
         port: the store's.
         limit: seconds that the store may take to answer.
         gone: a clause on the ranks that are dead, or do not answer for so many seconds, or ''.
@@ -135,7 +136,7 @@ def store_answers(
 
     def watch() -> None:
         try:
-            while client is not None and not over.wait(_LOOK):
+            while not over.wait(_LOOK):
                 client.call(lambda store: store.check(['answers']), limit)
                 if reason := gone(limit):
                     raise RankError(reason)
@@ -160,9 +161,7 @@ def store_answers(
 
 
 def _cut_connections(port: int) -> None:
-    for name in os.listdir('/proc/self/fd'):
-        with contextlib.suppress(OSError):
-            if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
-                with socket.socket(fileno=os.dup(int(name))) as connection:
-                    if connection.getpeername()[1:2] == (port,):
-                        connection.shutdown(socket.SHUT_RDWR)
+    for known in psutil.Process().net_connections('tcp'):
+        if known.raddr and known.raddr.port == port:
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(known.fd)) as connection:
+                connection.shutdown(socket.SHUT_RDWR)

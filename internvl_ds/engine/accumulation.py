@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
 from internvl_ds.errors import ConfigError
-from internvl_ds.zero.gradients import drop_gradients
+from internvl_ds.zero.wrapper import Wrapper
 
 
 @dataclass
@@ -78,35 +77,36 @@ class Accumulation:
             )
 
 
-def watch_zero_grad(engine: DeepSpeedEngine, accumulation: Accumulation) -> None:
+def watch_zero_grad(wrapper: Wrapper, accumulation: Accumulation) -> None:
     """Makes any zero_grad of an engine drop what ZeRO keeps, and the count of it.
 
     That of the engine, of its module, of DeepSpeed's optimizer and of the client's own. By itself
     only DeepSpeed's does, at stage 3 only.
     """
-    for part in {engine, engine.module, engine.optimizer, engine.basic_optimizer}:
-        part.zero_grad = _ZeroGrad(part, engine, accumulation)
+    engine = wrapper.engine
+    for part in {engine, engine.module, wrapper.optimizer, wrapper.client}:
+        part.zero_grad = _ZeroGrad(part, wrapper, accumulation)
 
 
 class _ZeroGrad:
     """Stands for the ``zero_grad`` of a part of an engine. Keeps neither alive."""
 
-    def __init__(self, part: Any, engine: DeepSpeedEngine, accumulation: Accumulation) -> None:
-        self._part, self._engine = weakref.ref(part), weakref.ref(engine)
+    def __init__(self, part: Any, wrapper: Wrapper, accumulation: Accumulation) -> None:
+        self._part, self._wrapper = weakref.ref(part), wrapper
         self._accumulation = accumulation
 
     def __call__(self, set_to_none: bool = True) -> None:
-        part, engine = self._part(), self._engine()
+        part, wrapper = self._part(), self._wrapper
         if part is None:
             return
-        if engine is not None and part is engine.basic_optimizer:
-            part = engine.optimizer  # the client's own has no gradients but its partition's
-        own = nn.Module.zero_grad if part is engine else type(part).zero_grad
-        own(part, set_to_none=set_to_none)
-        in_step = engine is None or engine._running_engine_step
-        if self._accumulation.losses and not in_step:
+        if wrapper.alive and part is wrapper.client:
+            part = wrapper.optimizer  # the client's own has no gradients but its partition's
+        is_engine = wrapper.alive and part is wrapper.engine
+        plain_zero_grad = nn.Module.zero_grad if is_engine else type(part).zero_grad
+        plain_zero_grad(part, set_to_none=set_to_none)
+        if wrapper.alive and self._accumulation.losses and not wrapper.in_step:
             self._accumulation.drop()
-            drop_gradients(engine)
+            wrapper.drop_gradients()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy of the module is of no engine: it gets a zero_grad of its own."""

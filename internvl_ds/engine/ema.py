@@ -20,12 +20,12 @@ import deepspeed.comm as dist
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from internvl_ds.checkpoint.formats.ema_files import EmaFile, EmaFiles, shard_name
 from internvl_ds.dist.rendezvous import rank, world_size
-from internvl_ds.engine.registry import engine_of
+from internvl_ds.engine.ema_shard import EmaFile, shard_name
+from internvl_ds.engine.registry import engine_of, wrapper_of
 from internvl_ds.errors import CheckpointMismatch, few
 from internvl_ds.zero.lazy_tensor import Flat, fill
-from internvl_ds.zero.master_weights import master_weights, partitioning, push_masters
+from internvl_ds.zero.parameters import is_sharded
 from internvl_ds.zero.partition import owned, shapes_of
 
 
@@ -77,10 +77,11 @@ class ShardedEma:
             warmup: True for timm's defaults.
         """
         self.engine: DeepSpeedEngine = engine_of(model)
+        self._wrapper = wrapper_of(self.engine)
         self.decay = decay
         self.warmup = EmaWarmup() if warmup is True else warmup or None
         self.num_updates = 0
-        self._shards = {name: t.detach().clone() for name, t in master_weights(self.engine).items()}
+        self._shards = {name: t.detach().clone() for name, t in self._wrapper.masters().items()}
         self._buffers = {n: _kept(b) for n, b in self.engine.module.named_buffers()}
 
     @torch.no_grad()
@@ -93,7 +94,7 @@ class ShardedEma:
             return
         self.num_updates += 1
         decay = self.warmup.decay(self.num_updates, self.decay) if self.warmup else self.decay
-        averages, weights = list(self._shards.values()), list(master_weights(self.engine).values())
+        averages, weights = list(self._shards.values()), list(self._wrapper.masters().values())
         for name, buffer in self.engine.module.named_buffers():
             average = self._buffers[name]
             if average.is_floating_point():
@@ -129,9 +130,9 @@ class ShardedEma:
         Every rank must take all of them. Frozen parameters are the module's own. No rank holds
         more than the tensor that it is at, which is on the engine's device.
         """
-        layout, own = partitioning(self.engine)
+        layout, own = self._wrapper.partitioning()
         shapes, shards = shapes_of(layout), list(self._shards.values())
-        names = self.engine.param_names
+        names = self._wrapper.names
         for key, target in self.engine.module.state_dict(keep_vars=True).items():
             name = names.get(target, key) if isinstance(target, torch.nn.Parameter) else key
             if key in self._buffers:
@@ -147,7 +148,7 @@ class ShardedEma:
                         dist.broadcast(piece, place.rank)
                 yield key, flat.view(shapes[name])
             elif isinstance(target, torch.Tensor):
-                with deepspeed.zero.GatheredParameters([target], enabled=hasattr(target, 'ds_id')):
+                with deepspeed.zero.GatheredParameters([target], enabled=is_sharded(target)):
                     yield key, target.detach().clone()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -167,37 +168,39 @@ class ShardedEma:
             'decay': repr(float(self.decay)),
             'num_updates': str(self.num_updates),
             'warmup': json.dumps(asdict(self.warmup) if self.warmup else None),
-            'zero_stage': str(self.engine.zero_optimization_stage()),
+            'zero_stage': str(self._wrapper.stage),
             'world_size': str(world_size()),
         }
         return EmaFile(shard_name(rank()), tensors, metadata)
 
     @torch.no_grad()
-    def load_shard(self, directory: Path) -> None:
+    def load_shard(self, saved: Any) -> None:
         """Reads this rank's part back from a tag of the same world size and ZeRO stage.
+
+        Args:
+            saved: the tag's `EmaFiles`.
 
         Raises:
             CheckpointMismatch: when the tag was saved by another layout, or for another model.
         """
-        stage, ranks = self.engine.zero_optimization_stage(), world_size()
-        saved = EmaFiles(directory)
+        stage, ranks = self._wrapper.stage, world_size()
         header = saved.header
         if (int(header['zero_stage']), int(header['world_size'])) != (stage, ranks):
             raise CheckpointMismatch(
-                f'{directory}: its EMA was saved at ZeRO stage {header["zero_stage"]} on '
+                f'{saved.tag}: its EMA was saved at ZeRO stage {header["zero_stage"]} on '
                 f'{header["world_size"]} ranks, and this run has stage {stage} on {ranks}; '
                 'load_ema_checkpoint loads it into any layout'
             )
         targets = {f'shard/{n}': t for n, t in self._unpadded(self._shards).items()}
-        own = saved.names(rank())
-        values = {name: saved.tensor(rank(), name) for name in own if name.startswith('shard/')}
-        _require_same(values, targets, directory / shard_name(rank()))
         buffers = {f'buffer/{n}': b for n, b in self._buffers.items()}
-        held = [name for name in saved.names() if name.startswith('buffer/')]
-        kept = {name: saved.tensor(0, name) for name in held}
-        _require_same(kept, buffers, directory / shard_name(0))
-        for name, target in {**targets, **buffers}.items():
-            target.copy_(values[name] if name in values else kept[name])
+        pairs = []
+        for owner, kind, tensors in ((rank(), 'shard/', targets), (0, 'buffer/', buffers)):
+            names = [name for name in saved.names(owner) if name.startswith(kind)]
+            values = {name: saved.tensor(owner, name) for name in names}
+            _require_same(values, tensors, saved.tag / shard_name(owner))
+            pairs += [(target, values[name]) for name, target in tensors.items()]
+        for target, value in pairs:
+            target.copy_(value)
         self.take_header(header)
 
     def take_header(self, saved: Mapping[str, str]) -> None:
@@ -222,7 +225,7 @@ class ShardedEma:
         Raises:
             CheckpointMismatch: for weights of another model; before anything is changed.
         """
-        layout, own = partitioning(self.engine)
+        layout, own = self._wrapper.partitioning()
         # Buffers that are not persistent are in no state dict: the model has made its own.
         persistent = self.engine.module.state_dict(keep_vars=True).keys()
         buffers = {n: b for n, b in self._buffers.items() if n in weights or n in persistent}
@@ -240,16 +243,13 @@ class ShardedEma:
 
     def _unpadded(self, shards: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Views without the alignment padding, in the layout in which DeepSpeed saves masters."""
-        if self.engine.zero_optimization_stage() in (1, 2):
-            strip = self.engine.optimizer._get_groups_without_padding
-            return dict(zip(shards, strip(list(shards.values())), strict=True))
-        return shards
+        return dict(zip(shards, self._wrapper.unpadded(list(shards.values())), strict=True))
 
     @torch.no_grad()
     def _exchange_masters(self) -> None:
-        for name, master in master_weights(self.engine).items():
+        for name, master in self._wrapper.masters().items():
             _swap(self._shards[name], master)
-        push_masters(self.engine)
+        self._wrapper.push_masters()
 
     @torch.no_grad()
     def _set_buffers(self, values: Mapping[str, torch.Tensor]) -> None:

@@ -10,8 +10,9 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from internvl_ds.dist.rendezvous import world_size
-from internvl_ds.engine.registry import engine_of_parameter, loss_scale_of
+from internvl_ds.engine.registry import wrapper_of, wrapper_of_parameter
 from internvl_ds.errors import EngineNotFound, InternvlDsError
+from internvl_ds.zero.parameters import is_partitioned
 
 
 def get_grad_norm(
@@ -45,19 +46,19 @@ def get_grad_norm(
     if not parameters:
         return torch.zeros(())
     device = parameters[0].device
-    partitioned = [p for p in parameters if p.requires_grad and _is_partitioned(p)]
-    whole = [p for p in parameters if not _is_partitioned(p) and not _is_left_alone(p)]
+    partitioned = [p for p in parameters if p.requires_grad and is_partitioned(p)]
+    whole = [p for p in parameters if not is_partitioned(p) and not _is_left_alone(p)]
     grads = [p.grad for p in whole if p.grad is not None]
     norm = _norm_of(grads, norm_type, device) / _scale_of(whole)
     if not partitioned:
         return norm
-    engine = engine_of_parameter(partitioned[0])
-    if engine is None:
+    wrapper = wrapper_of_parameter(partitioned[0])
+    if wrapper is None:
         raise EngineNotFound(
             'get_grad_norm: these parameters are of a ZeRO engine that is not known; call '
             'internvl_ds.register(engine)'
         )
-    owned = owned_gradients(engine)
+    owned = wrapper.owned_gradients()
     fragments = [] if owned is None else [owned[p] for p in partitioned if p in owned]
     own = _norm_of(fragments, norm_type, device) / _scale_of(partitioned)
     # All ranks enter this, whether their gradients are there or not, and all learn the same.
@@ -73,46 +74,13 @@ def get_grad_norm(
     return torch.linalg.vector_norm(torch.cat([norms, norm.view(1)]), norm_type)
 
 
-def owned_gradients(engine: DeepSpeedEngine) -> dict[torch.Tensor, torch.Tensor] | None:
-    """Parameter -> the part of its gradient that this rank owns, multiplied by the loss scale.
-
-    At stage 0 the whole gradient. Parameters without a part here are left out.
-
-    Returns:
-        None when there are no gradients, as after a step.
-    """
-    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
-    if not stage:
-        return {p: p.grad for p in engine.module.parameters() if p.grad is not None}
-    if stage == 3:
-        # The buffers keep an old gradient; these two say whether a backward came after the step.
-        if not (optimizer.micro_step_id > 0 or optimizer._epilogue_ran_this_backward):
-            return None
-        parameters = [p for group in optimizer.fp16_groups for p in group]
-        return {p: optimizer.get_local_fp32_grad_for_param(p) for p in parameters}
-    owned: dict[torch.Tensor, torch.Tensor] = {}
-    for index, parameters in enumerate(optimizer.params_in_partition):
-        if optimizer.cpu_offload:
-            # The buffers keep an old gradient; the norms of its parts go with the step.
-            if not optimizer.norm_for_param_grads and any(optimizer.params_in_partition):
-                return None
-            parts = optimizer.offload_gradient_dict[index]
-        else:
-            averaged = optimizer.averaged_gradients.get(index)
-            if averaged is None:
-                return None
-            parts = [part for part in averaged if not hasattr(part, '_zero_padding')]
-        owned.update(zip(parameters, parts, strict=False))  # padding may be the last part
-    return owned
-
-
 def non_finite_flags(engine: DeepSpeedEngine) -> torch.Tensor:
     """Whether this rank sees a non-finite gradient, for each trained parameter of the module.
 
     Returns:
         1-dim float32 tensor of zeros and ones on the engine's device, not read on the host.
     """
-    owned = owned_gradients(engine) or {}
+    owned = wrapper_of(engine).owned_gradients() or {}
     trained = [p for p in engine.module.parameters() if p.requires_grad]
     flags = [
         (~torch.isfinite(owned[p]).all()).to(engine.device, torch.float32)
@@ -123,25 +91,19 @@ def non_finite_flags(engine: DeepSpeedEngine) -> torch.Tensor:
     return torch.stack(flags)
 
 
-def _is_partitioned(parameter: torch.Tensor) -> bool:
-    """Whether a ZeRO optimizer keeps the parameter's gradient in parts (stages 1-3)."""
-    return hasattr(parameter, '_hp_mapping') or hasattr(parameter, 'ds_id')
-
-
 def _is_left_alone(parameter: torch.Tensor) -> bool:
     """Whether a ZeRO engine has the parameter and does not train it: it was unfrozen since.
 
     Its gradient is each rank's own, and every backward adds to it.
     """
-    engine = engine_of_parameter(parameter) if parameter.grad is not None else None
-    return engine is not None and engine.zero_optimization_stage() > 0
+    wrapper = wrapper_of_parameter(parameter) if parameter.grad is not None else None
+    return wrapper is not None and wrapper.partitioned
 
 
 def _scale_of(parameters: list[torch.Tensor]) -> float:
     """The loss scale that the gradients of an engine's parameters carry; 1.0 for plain ones."""
-    engine = engine_of_parameter(parameters[0]) if parameters else None
-    scale = loss_scale_of(engine) if engine is not None else None
-    return 1.0 if scale is None else scale.scale
+    wrapper = wrapper_of_parameter(parameters[0]) if parameters else None
+    return 1.0 if wrapper is None or wrapper.scale is None else wrapper.scale.scale
 
 
 def _norm_of(tensors: list[torch.Tensor], norm_type: float, device: Any) -> torch.Tensor:

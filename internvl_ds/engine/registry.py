@@ -1,48 +1,32 @@
-"""initialize(), and which engine a model, a module or an optimizer belongs to."""
+"""Which engine a model, a module or an optimizer belongs to, and what is kept of each engine."""
 
 from __future__ import annotations
 
-import json
 import logging
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.ops.adam import DeepSpeedCPUAdam
-from deepspeed.ops.lion import DeepSpeedCPULion
 from deepspeed.runtime.engine import DeepSpeedEngine
-from torch import nn
 from yacs.config import CfgNode
 
-from internvl_ds.config.counts import require_counts
-from internvl_ds.config.ds import resolve as ds
-from internvl_ds.config.ds.check import check, refuse, require_right
-from internvl_ds.config.ds.diagnostics import value_at
-from internvl_ds.config.ds.unsupported import bridge_findings
-from internvl_ds.config.tree import checkpoint_option, default_of, get_option
-from internvl_ds.dist.process_group import init_distributed, limit_collectives, making_groups
-from internvl_ds.dist.rendezvous import exchange, rank, world_size
+from internvl_ds.config.ds.diagnostics import refuse, value_at
+from internvl_ds.config.ds.resolve import precision_of
+from internvl_ds.config.ds.unsupported import unsupported_settings
+from internvl_ds.config.tree import default_of, get_option
+from internvl_ds.dist.process_group import limit_collectives
 from internvl_ds.engine.accumulation import Accumulation, watch_zero_grad
-from internvl_ds.engine.elementwise import require_elementwise, require_own_adagrad
+from internvl_ds.engine.elementwise import require_elementwise
 from internvl_ds.engine.lr_schedule import LrSchedule, require_unit
-from internvl_ds.engine.monitors import drop_unwritable_monitors, guard_monitors
-from internvl_ds.engine.param_groups import (
-    MergedGroups,
-    merge_param_groups,
-    remap_scheduler,
-    require_trained_groups,
-)
+from internvl_ds.engine.param_groups import MergedGroups
 from internvl_ds.errors import ConfigError, EngineNotFound
-from internvl_ds.files import for_show, write_text
-from internvl_ds.zero.guards import guard, require_bare, require_real
-from internvl_ds.zero.loss_scale import LossScale
-from internvl_ds.zero.loss_scale_sync import attach, pull, push
-from internvl_ds.zero.module_state import remember_buffers, require_plain_state, require_sendable
+from internvl_ds.zero.guards import guard, require_bare
+from internvl_ds.zero.module_state import require_plain_state
+from internvl_ds.zero.wrap import wrap
+from internvl_ds.zero.wrapper import Wrapper
 
 logger = logging.getLogger(__name__)
 
@@ -50,135 +34,47 @@ _LIMIT_KEY = 'TRAIN.MAX_CONSECUTIVE_OVERFLOWS'
 
 
 @dataclass(eq=False)
-class _Registration:
-    """What this package knows of an engine beside what the engine knows itself."""
+class Registration:
+    """What this package keeps of an engine.
 
+    Attributes:
+        wrapper: all that depends on the kind of its optimizer.
+        overflow_limit: TRAIN.MAX_CONSECUTIVE_OVERFLOWS of its configuration; 0 for no limit.
+        config: what it was initialized with; None for an engine of plain DeepSpeed.
+        schedule: the lr schedule that it steps; None without one.
+        merged: the parameter groups that `initialize` merged; None where it did not.
+        accumulation: the micro-batches since its last update.
+    """
+
+    wrapper: Wrapper
+    overflow_limit: int
     config: CfgNode | None = None
     schedule: LrSchedule | None = None
     merged: MergedGroups | None = None
-    loss_scale: LossScale | None = None
-    overflow_limit: int = 0
     accumulation: Accumulation = field(default_factory=Accumulation)
+
+    @property
+    def scheduler(self) -> Any:
+        """The scheduler that the engine steps; None without one."""
+        return self.schedule.scheduler if self.schedule else None
+
+    @property
+    def client_groups(self) -> MergedGroups:
+        """The parameter groups as the client built them, before `initialize` merged equal ones.
+
+        For an engine of plain ``deepspeed.initialize``: its present groups.
+        """
+        if self.merged:
+            return self.merged
+        names = [[self.wrapper.names[p] for p in group] for group in self.wrapper.groups()]
+        return MergedGroups(names, list(range(len(names))), list(range(len(names))))
 
 
 # Engine, module and optimizer objects -> their engine. Weak on both sides: nothing is kept alive.
 _engines: weakref.WeakKeyDictionary[Any, weakref.ref[DeepSpeedEngine]] = weakref.WeakKeyDictionary()
-_registrations: weakref.WeakKeyDictionary[DeepSpeedEngine, _Registration] = (
+_registrations: weakref.WeakKeyDictionary[DeepSpeedEngine, Registration] = (
     weakref.WeakKeyDictionary()
 )
-
-
-def initialize(
-    config: CfgNode,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer | None = None,
-    ds_config: str | Path | Mapping[str, Any] | None = None,
-    *,
-    lr_scheduler: Any = None,
-    schedule_in: str | None = None,
-) -> tuple[DeepSpeedEngine, Any]:
-    """Makes a DeepSpeed engine from plain parts. Every rank must call it.
-
-    The optimizer's parameter groups of equal settings are merged (no tensor's lr or weight decay
-    changes), and the ds_config is resolved against the yacs config (see `ds_config.resolve`).
-
-    Args:
-        config: the yacs tree; AMP_OPT_LEVEL, AMP_TYPE, DATA.BATCH_SIZE, TRAIN.ACCUMULATION_STEPS,
-            TRAIN.CLIP_GRAD and OUTPUT are read.
-        model: weights already loaded (`load_pretrained` comes before).
-        optimizer: fresh, over ``model``'s parameters; None lets the ds_config's optimizer section
-            make one.
-        ds_config: a JSON path, the name of a shipped one, a mapping, or None (the yacs config
-            alone, ZeRO stage 0).
-        lr_scheduler: keyword-only. A timm scheduler or a torch one, built over ``optimizer``. It is
-            never given to DeepSpeed: `NativeScalerWithGradNormCount` steps it after each applied
-            update, and nobody else may.
-        schedule_in: keyword-only. What ``lr_scheduler`` counts. 'updates', the default: the applied
-            ones so far. 'micro-batches', for one built over ``len(loader)``: all that have come so
-            far, those of skipped updates and those that zero_grad dropped included, which is
-            ``epoch * len(loader) + idx + 1`` of a loop. timm's ``step_update`` gets that number,
-            and torch's ``step`` is called as many times.
-
-    Returns:
-        The engine, and the optimizer to pass to the adapters.
-
-    Raises:
-        ConfigError: for settings that disagree or that this version cannot train right.
-    """
-    require_counts(config, ('SAVE_CKPT_NUM', 'CHECKPOINT'))
-    require_bare(model)
-    require_real(model)
-    require_sendable(model)
-    require_plain_state(model)
-    require_unit(lr_scheduler, schedule_in)
-    init_distributed(config)
-    tree = ds.load_ds_config(ds_config)
-    found = check(
-        tree,
-        config,
-        world_size(),
-        optimizer_in_code=optimizer is not None,
-        scheduler_in_code=lr_scheduler is not None,
-        cpu_optimizer=isinstance(optimizer, DeepSpeedCPUAdam | DeepSpeedCPULion),
-    )
-    require_right(found)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    # Under zero.Init a parameter is a shard; ds_numel is what the model declared.
-    elements = sum(getattr(p, 'ds_numel', p.numel()) for p in trained)
-    resolved = ds.resolve(tree, config, world_size(), elements)
-    _refuse_fp16(resolved)
-    if optimizer is None and lr_scheduler is not None:
-        raise ConfigError('lr_scheduler= needs the optimizer it was built over: pass both')
-    if optimizer is not None and value_at(resolved, 'zero_optimization', 'stage'):
-        require_own_adagrad(optimizer)
-    if optimizer is not None:
-        before = len(optimizer.param_groups)
-        names = {p: name for name, p in model.named_parameters()}
-        merged = merge_param_groups(optimizer, names)
-        origins = merged.origins
-        if value_at(resolved, 'zero_optimization', 'stage') in (1, 2):
-            require_trained_groups(optimizer)
-        if lr_scheduler is not None:
-            remap_scheduler(lr_scheduler, origins, before)
-        elif origins != list(range(before)) and _has_scheduler(optimizer):
-            raise ConfigError(
-                f'{before} parameter groups become {len(origins)}, and a scheduler was built over '
-                'them already: pass it as lr_scheduler=, or build it after initialize'
-            )
-        logger.info('parameter groups: %d merged into %d', before, len(origins))
-    drop_unwritable_monitors(resolved, checkpoint_option(config, 'RENDEZVOUS_TIMEOUT'))
-    limit_collectives(config)
-    # Ranks may have read pretrained weights until now, which has a limit of its own.
-    exchange('initialize', None, checkpoint_option(config, 'IO_TIMEOUT'))
-    with making_groups():
-        engine, ds_optimizer, _, _ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            model_parameters=trained,
-            config=resolved,
-        )
-    guard_monitors(engine)
-    register(engine, lr_scheduler=lr_scheduler, schedule_in=schedule_in)
-    limit_collectives(config)
-    registration = _registrations[engine]
-    registration.config = config
-    logger.info(
-        'trains in %s at ZeRO stage %d%s',
-        ds.precision_of(resolved),
-        engine.zero_optimization_stage(),
-        f', loss scale {registration.loss_scale.scale:g}' if registration.loss_scale else '',
-    )
-    registration.overflow_limit = get_option(config, _LIMIT_KEY, registration.overflow_limit)
-    if optimizer is not None:
-        registration.merged = merged
-    output = get_option(config, 'OUTPUT', '')
-    training = optimizer is not None or 'optimizer' in resolved
-    if output and training and rank() == 0:
-        path = Path(output) / 'ds_config.json'
-        with for_show(path, logger):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, json.dumps(resolved, indent=2) + '\n')
-    return engine, ds_optimizer
 
 
 def register(
@@ -203,29 +99,61 @@ def register(
     if engine not in _registrations:
         require_bare(engine.module)
         require_plain_state(engine.module)
-        _refuse_unsupported(ds_config_of(engine))
-        _refuse_fused(engine)
-        if engine.zero_optimization_stage() and engine.basic_optimizer is not None:
-            require_elementwise(engine.basic_optimizer, engine.device)
-        if engine.global_steps == 0:
-            _undo_dummy_step(engine.optimizer)
-        limit = default_of(_LIMIT_KEY)
+        wrapper = wrap(engine)
+        _refuse_unsupported(wrapper.ds_config)
+        if wrapper.partitioned and wrapper.client is not None:
+            require_elementwise(wrapper.client, engine.device)
+        wrapper.attach()
         limit_collectives()  # of the groups that DeepSpeed has just made
-        registration = _Registration(loss_scale=attach(engine), overflow_limit=limit)
-        _registrations[engine] = registration
-        if engine.basic_optimizer is not None:
-            watch_zero_grad(engine, registration.accumulation)
-        guard(engine)
-        remember_buffers(engine)
-    for part in (engine, engine.module, engine.optimizer, getattr(engine, 'basic_optimizer', None)):
+        _registrations[engine] = Registration(wrapper, default_of(_LIMIT_KEY))
+        if wrapper.client is not None:
+            watch_zero_grad(wrapper, _registrations[engine].accumulation)
+        guard(wrapper)
+    for part in (engine, engine.module, engine.optimizer, wrapper_of(engine).client):
         if part is not None:
             _engines[part] = weakref.ref(engine)
     if lr_scheduler is not None:
         schedule = LrSchedule.of(lr_scheduler, schedule_in, engine.gradient_accumulation_steps())
-        come = accumulation_of(engine).micro_batches
+        registration = _registrations[engine]
+        come = registration.accumulation.micro_batches
         schedule.restore(None, applied_updates(engine), come, loaded=False)
-        _registrations[engine].schedule = schedule
+        registration.schedule = schedule
     return engine
+
+
+def configure(engine: DeepSpeedEngine, config: CfgNode, merged: MergedGroups | None) -> None:
+    """Adds to an engine's registration what `initialize` knows of it.
+
+    Args:
+        config: TRAIN.MAX_CONSECUTIVE_OVERFLOWS is read.
+        merged: the parameter groups of the client's own optimizer.
+    """
+    registration = _registrations[engine]
+    registration.config, registration.merged = config, merged
+    registration.overflow_limit = get_option(config, _LIMIT_KEY, registration.overflow_limit)
+    wrapper = registration.wrapper
+    logger.info(
+        'trains in %s at ZeRO stage %d%s',
+        precision_of(wrapper.ds_config),
+        wrapper.stage,
+        f', loss scale {wrapper.scale.scale:g}' if wrapper.scale else '',
+    )
+
+
+def registration_of(engine: DeepSpeedEngine) -> Registration:
+    """What is kept of a registered engine."""
+    return _registrations[engine]
+
+
+def wrapper_of(engine: DeepSpeedEngine) -> Wrapper:
+    """All that depends on the kind of a registered engine's optimizer."""
+    return _registrations[engine].wrapper
+
+
+def wrapper_of_parameter(parameter: torch.Tensor) -> Wrapper | None:
+    """The wrapper of the known engine that trains a parameter; None where there is none."""
+    wrappers = (r.wrapper for r in _registrations.values())
+    return next((w for w in wrappers if parameter in w.names), None)
 
 
 def engine_of(part: Any) -> DeepSpeedEngine:
@@ -256,53 +184,10 @@ def find_engine(part: Any) -> DeepSpeedEngine | None:
     return known() if known is not None else None
 
 
-def ds_config_of(engine: DeepSpeedEngine) -> dict[str, Any]:
-    """The ds_config that the engine runs with, also where it was made from a file's path."""
-    return engine._config._param_dict
-
-
-def engine_of_parameter(parameter: torch.Tensor) -> DeepSpeedEngine | None:
-    """The known engine that trains a parameter; None where there is none."""
-    return next((e for e in _registrations if parameter in e.param_names), None)
-
-
 def last_config() -> CfgNode | None:
     """What the last engine that lives was initialized with; None where there is none."""
     configs = [r.config for r in _registrations.values() if r.config is not None]
     return configs[-1] if configs else None
-
-
-def loss_scale_of(engine: DeepSpeedEngine) -> LossScale | None:
-    """The engine's loss scale; None where nothing is scaled."""
-    registration = _registrations.get(engine)
-    return registration.loss_scale if registration else None
-
-
-def restore_loss_scale(engine: DeepSpeedEngine, state: Mapping[str, Any] | None) -> None:
-    """Takes over a saved loss scale, where the engine has one.
-
-    Args:
-        state: of `LossScale` or torch's GradScaler; empty or None: what DeepSpeed's own load has
-            put into its fields.
-    """
-    scale = loss_scale_of(engine)
-    if scale is None:
-        return
-    if state:
-        scale.load_state_dict(state)
-        push(engine, scale)
-    else:
-        pull(engine, scale)
-
-
-def overflow_limit(engine: DeepSpeedEngine) -> int:
-    """TRAIN.MAX_CONSECUTIVE_OVERFLOWS of the engine's configuration; 0 for no limit."""
-    return _registrations[engine].overflow_limit
-
-
-def accumulation_of(engine: DeepSpeedEngine) -> Accumulation:
-    """The micro-batches since the engine's last update."""
-    return _registrations[engine].accumulation
 
 
 def applied_updates(engine: DeepSpeedEngine) -> int:
@@ -310,44 +195,12 @@ def applied_updates(engine: DeepSpeedEngine) -> int:
     return int(engine.global_steps - engine.skipped_steps)
 
 
-def schedule_of(engine: DeepSpeedEngine) -> LrSchedule | None:
-    """The lr schedule that the engine steps; None without one."""
-    registration = _registrations.get(engine)
-    return registration.schedule if registration else None
+def require_fp16(ds_config: Mapping[str, Any]) -> None:
+    """Refuses an fp16 engine where this machine's device has none, whatever another one has.
 
-
-def client_groups(engine: DeepSpeedEngine) -> MergedGroups:
-    """The parameter groups as the client built them, before `initialize` merged equal ones.
-
-    For an engine of plain ``deepspeed.initialize`` they are those that it has.
+    Raises:
+        ConfigError: says what works instead.
     """
-    registration = _registrations.get(engine)
-    if registration and registration.merged:
-        return registration.merged
-    optimizer = engine.optimizer
-    if engine.zero_optimization_stage() == 3:
-        # a group may be several sub-groups
-        lists: list[Any] = [[] for _ in optimizer.param_groups]
-        for index, parameters in enumerate(optimizer.fp16_groups):
-            lists[optimizer.sub_group_to_group_id[index]] += parameters
-    elif hasattr(optimizer, 'bit16_groups'):
-        lists = optimizer.bit16_groups
-    elif hasattr(optimizer, 'fp16_groups'):
-        lists = optimizer.fp16_groups
-    else:
-        lists = [group['params'] for group in optimizer.param_groups]
-    names = [[engine.param_names[p] for p in parameters] for parameters in lists]
-    return MergedGroups(names, list(range(len(names))), list(range(len(names))))
-
-
-def scheduler_of(engine: DeepSpeedEngine) -> Any:
-    """The scheduler that the engine steps; None without one."""
-    schedule = schedule_of(engine)
-    return schedule.scheduler if schedule else None
-
-
-def _refuse_fp16(ds_config: Mapping[str, Any]) -> None:
-    """Refuses what this machine's device cannot do, whatever another one can."""
     if value_at(ds_config, 'fp16', 'enabled') and not get_accelerator().is_fp16_supported():
         raise ConfigError(
             f'/fp16 (AMP_OPT_LEVEL O2 with AMP_TYPE float16): the {get_accelerator().device_name()}'
@@ -358,31 +211,6 @@ def _refuse_fp16(ds_config: Mapping[str, Any]) -> None:
 
 def _refuse_unsupported(ds_config: Mapping[str, Any]) -> None:
     """The same for a configuration that `require_right` has not seen: of plain DeepSpeed."""
-    _refuse_fp16(ds_config)
+    require_fp16(ds_config)
     enabled = (name for name in ('bf16', 'fp16') if value_at(ds_config, name, 'enabled'))
-    refuse(list(bridge_findings(ds_config, next(enabled, None))))
-
-
-def _refuse_fused(engine: DeepSpeedEngine) -> None:
-    """A FusedAdam at stage 0 gets another wrapper, which keeps its masters in one flat tensor."""
-    if type(engine.optimizer).__name__ == 'FP16_Optimizer':
-        raise ConfigError(
-            f'{type(engine.basic_optimizer).__name__} with fp16 or bf16 at ZeRO stage 0 is not '
-            'supported by this version; pass a torch optimizer to initialize, or use stage 1'
-        )
-
-
-def _has_scheduler(optimizer: torch.optim.Optimizer) -> bool:
-    return any('initial_lr' in group for group in optimizer.param_groups)
-
-
-def _undo_dummy_step(optimizer: Any) -> None:
-    """Takes back the step on zero gradients with which DeepSpeed makes stage-0 optimizer state.
-
-    AdamW counts that step and applies its weight decay, so the first real step would differ from
-    plain PyTorch's (seen in DeepSpeed 0.19.8, FP16_UnfusedOptimizer.initialize_optimizer_states).
-    The masters were copied from the low-precision weights and are copied from them again.
-    """
-    if type(optimizer).__name__ == 'FP16_UnfusedOptimizer':
-        optimizer.refresh_fp32_params()
-        optimizer.optimizer.state.clear()
+    refuse(list(unsupported_settings(ds_config, next(enabled, None))))

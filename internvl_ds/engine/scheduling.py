@@ -10,15 +10,15 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from yacs.config import CfgNode
 
 from internvl_ds.config.tree import get_option
-from internvl_ds.engine.registry import accumulation_of, applied_updates, schedule_of
+from internvl_ds.engine.registry import applied_updates, registration_of
 
 
 def step_scheduler(engine: DeepSpeedEngine) -> None:
     """Moves the engine's schedule on, after an applied update."""
-    schedule = schedule_of(engine)
-    if schedule is not None:
-        come = accumulation_of(engine).micro_batches
-        schedule.move(applied_updates(engine), come, engine.optimizer.param_groups)
+    registration = registration_of(engine)
+    if registration.schedule is not None:
+        come, groups = registration.accumulation.micro_batches, engine.optimizer.param_groups
+        registration.schedule.move(applied_updates(engine), come, groups)
 
 
 def require_schedule_untouched(engine: DeepSpeedEngine) -> None:
@@ -27,17 +27,18 @@ def require_schedule_untouched(engine: DeepSpeedEngine) -> None:
     Raises:
         ConfigError: when it was.
     """
-    schedule = schedule_of(engine)
+    schedule = registration_of(engine).schedule
     if schedule is not None:
         schedule.require_untouched(engine.optimizer.param_groups)
 
 
 def schedule_state(engine: DeepSpeedEngine) -> dict[str, Any] | None:
     """What a checkpoint keeps of the engine's schedule beside the scheduler's own state."""
-    schedule = schedule_of(engine)
-    if schedule is None:
+    registration = registration_of(engine)
+    if registration.schedule is None:
         return None
-    return schedule.state_dict(applied_updates(engine), accumulation_of(engine).micro_batches)
+    come = registration.accumulation.micro_batches
+    return registration.schedule.state_dict(applied_updates(engine), come)
 
 
 def restore_schedule_position(
@@ -52,11 +53,12 @@ def restore_schedule_position(
     Returns:
         Where the learning rates are, in what the schedule counts; applied updates without one.
     """
-    schedule, updates = schedule_of(engine), applied_updates(engine)
-    if schedule is None:
+    registration, updates = registration_of(engine), applied_updates(engine)
+    if registration.schedule is None:
         return updates
-    schedule.restore(state, updates, accumulation_of(engine).micro_batches, loaded)
-    return schedule.moved
+    come = registration.accumulation.micro_batches
+    registration.schedule.restore(state, updates, come, loaded)
+    return registration.schedule.moved
 
 
 def warn_of_slow_schedule(
@@ -68,7 +70,7 @@ def warn_of_slow_schedule(
         config: TRAIN.EPOCHS is read.
         epochs: that have ended.
     """
-    schedule = schedule_of(engine)
+    schedule = registration_of(engine).schedule
     if schedule is not None:
         all_epochs = get_option(config, 'TRAIN.EPOCHS', 0)
         found = schedule.too_long(applied_updates(engine), epochs, all_epochs)

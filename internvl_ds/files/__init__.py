@@ -7,7 +7,6 @@ aside has a random name that nobody had, and a file of a name of ours is opened 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import re
@@ -17,6 +16,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
+
+from internvl_ds.files.locks import try_lock
 
 _log = logging.getLogger(__name__)
 
@@ -62,8 +63,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     try:
         with os.fdopen(os.open(aside, flags, 0o666), 'w+b') as file:
             try:
-                with contextlib.suppress(OSError):  # a file system without locks: see _LEFT_AFTER
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                try_lock(file)  # on a file system without locks: see _LEFT_AFTER
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -115,8 +115,8 @@ def _remove_left(folder: Path) -> None:
             with contextlib.suppress(OSError):  # locked: in use; or just renamed
                 descriptor = open_own(folder / name, os.O_APPEND, make=False)
                 try:
-                    if time.time() - os.fstat(descriptor).st_mtime > _LEFT_AFTER:
-                        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    age = time.time() - os.fstat(descriptor).st_mtime
+                    if age > _LEFT_AFTER and try_lock(descriptor):
                         (folder / name).unlink()
                         _log.info('%s: left by a process that died; removed', folder / name)
                 finally:

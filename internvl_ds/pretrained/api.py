@@ -20,7 +20,7 @@ from internvl_ds.checkpoint.sources import downloads
 from internvl_ds.checkpoint.sources.weight_files import open_source
 from internvl_ds.checkpoint.tag.discovery import is_tag, read_manifest
 from internvl_ds.checkpoint.tag.verify import damage, share_of, weight_files
-from internvl_ds.config.tree import checkpoint_option, default_of, get_option
+from internvl_ds.config.tree import checkpoint_option, get_option
 from internvl_ds.dist.process_group import collectives_within, init_distributed
 from internvl_ds.dist.rendezvous import agree, exchange, from_rank_0, rank, world_size
 from internvl_ds.errors import ConfigError, PretrainedError, RankError
@@ -31,6 +31,7 @@ from internvl_ds.pretrained.known_formats import through_timm
 from internvl_ds.pretrained.report import PretrainedReport
 from internvl_ds.pretrained.transforms import Note, Specs, State, Step
 from internvl_ds.zero.lazy_tensor import Flat
+from internvl_ds.zero.parameters import is_sharded, shard_alike, whole_shape
 
 _M = TypeVar('_M', bound=nn.Module)
 
@@ -84,7 +85,7 @@ def load_pretrained(config: CfgNode, model: nn.Module, logger: logging.Logger) -
     if not path:
         raise PretrainedError('MODEL.PRETRAINED is empty: there are no weights to load')
     decide = functools.partial(_decide, config, path, model)
-    partitioned = any(map(apply.is_partitioned, model.parameters()))
+    partitioned = any(map(is_sharded, model.parameters()))
     values: Iterable[tuple[str, Any]]
     if readers == 'one':
         init_distributed(config)
@@ -129,7 +130,7 @@ def convert_22k_head_to_1k(model: _M, logger: logging.Logger) -> _M:
     if not isinstance(layer, nn.Module) or not isinstance(weight, nn.Parameter):
         logger.warning(f'{type(inner).__name__} has no head with a weight: unchanged')
         return model
-    rows = getattr(weight, 'ds_shape', weight.shape)[0]
+    rows = whole_shape(weight)[0]
     if rows != head.CLASSES_22K:
         logger.warning(
             f'the head of {type(inner).__name__} has {rows} rows, not {head.CLASSES_22K}: unchanged'
@@ -187,8 +188,7 @@ def _adapt(config: CfgNode, path: str, source: State, model: nn.Module) -> _Plan
         unexpected=tuple(key for key in state if key not in specs),
         matched=_matched(model, state, rescale),
     )
-    default = default_of('MODEL.PRETRAINED_MIN_MATCH')
-    report.require(float(get_option(config, 'MODEL.PRETRAINED_MIN_MATCH', default)))
+    report.require(float(get_option(config, 'MODEL.PRETRAINED_MIN_MATCH')))
     plan_state = {key: state[key] for key in report.loaded}
     for value in plan_state.values():
         if isinstance(value, Flat):
@@ -289,10 +289,10 @@ def _broadcast(state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _take_rows(parameter: Any) -> nn.Parameter:
-    partitioned = apply.is_partitioned(parameter)
-    with deepspeed.zero.GatheredParameters([parameter], enabled=partitioned):
+    sharded = is_sharded(parameter)
+    with deepspeed.zero.GatheredParameters([parameter], enabled=sharded):
         rows = head.imagenet_22k_rows().to(parameter.device)
         taken = nn.Parameter(parameter.detach()[rows], requires_grad=parameter.requires_grad)
-    if partitioned:
-        parameter.convert_to_zero_parameters([taken])
+    if sharded:
+        shard_alike(parameter, taken)
     return taken

@@ -6,13 +6,18 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
-from internvl_ds.checkpoint.restore import copy_slice
 from internvl_ds.errors import PretrainedError, few
 from internvl_ds.pretrained.transforms import Specs, State, TensorSpec, is_weight, read
 from internvl_ds.zero.lazy_tensor import Flat
+from internvl_ds.zero.parameters import (
+    copy_slice,
+    is_sharded,
+    local_values,
+    unwritable,
+    whole_shape,
+)
 
 _HEAD_SCALE = 0.001
 
@@ -31,23 +36,10 @@ def require_writable(model: nn.Module, caller: str) -> None:
     meta = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if meta:
         raise PretrainedError(f'{caller}: parameters without memory (meta device): {few(meta)}')
-    partitioned: dict[str, Any] = {n: p for n, p in model.named_parameters() if is_partitioned(p)}
-    for name, parameter in partitioned.items():
-        if parameter.ds_status != ZeroParamStatus.NOT_AVAILABLE:
-            raise PretrainedError(
-                f'{caller}: {name} is gathered at the moment; call it outside of GatheredParameters'
-            )
-        second = getattr(parameter, 'ds_secondary_tensor', None)
-        if second is not None or not parameter.ds_tensor.numel():
-            raise PretrainedError(
-                f'{caller}: {name} is kept on NVMe or in a second partition '
-                '(zero_hpz_partition_size), which is not supported; build the model without'
-            )
-
-
-def is_partitioned(tensor: Any) -> bool:
-    """Whether a parameter was cut into one slice a rank by zero.Init."""
-    return hasattr(tensor, 'ds_id')
+    for name, parameter in model.named_parameters():
+        reason = unwritable(parameter)
+        if reason:
+            raise PretrainedError(f'{caller}: {name} {reason}')
 
 
 def _has_engine(model: nn.Module) -> bool:
@@ -64,7 +56,7 @@ def describe(model: nn.Module) -> dict[str, TensorSpec]:
     specs = {}
     for key, value in state.items():
         if isinstance(value, Tensor):
-            shape = torch.Size(getattr(value, 'ds_shape', value.shape))
+            shape = whole_shape(value)
             specs[key] = TensorSpec(shape, value.dtype, *_grid_of(model, key, shape))
     return specs
 
@@ -126,7 +118,7 @@ def rescale_head(model: nn.Module) -> None:
     for name in ('weight', 'bias'):
         tensor = getattr(head, name, None)
         if isinstance(tensor, Tensor):
-            getattr(tensor, 'ds_tensor', tensor).mul_(_HEAD_SCALE)
+            local_values(tensor).mul_(_HEAD_SCALE)
 
 
 def load_state(model: nn.Module, state: State) -> None:
@@ -155,7 +147,7 @@ def write(model: nn.Module, values: Iterable[tuple[str, Tensor | Flat]]) -> None
     targets: Mapping[str, Any] = model.state_dict(keep_vars=True)
     for key, value in values:
         target = targets[key]
-        if is_partitioned(target):
+        if is_sharded(target):
             copy_slice(target, value if isinstance(value, Flat) else Flat.of(key, value))
         else:
             target.copy_(read(value))

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from internvl_ds.errors import PretrainedError
-from internvl_ds.pretrained.apply import is_partitioned
 from internvl_ds.pretrained.transforms import Note, Result, Specs, State, is_weight, read
+from internvl_ds.zero.parameters import is_sharded, whole_shape
 
 
 def through_timm(model: nn.Module, state: State, specs: Specs) -> Result:
@@ -57,12 +57,12 @@ def _wide(key: str, value: torch.Tensor) -> torch.Tensor:
 @contextmanager
 def _whole_shapes(model: nn.Module) -> Iterator[None]:
     """Shows partitioned parameters in their whole shapes, with nothing in them."""
-    partitioned: list[Any] = [p for p in model.parameters() if is_partitioned(p)]
-    kept = [p.data for p in partitioned]
+    sharded: list[Any] = [p for p in model.parameters() if is_sharded(p)]
+    kept = [p.data for p in sharded]
     try:
-        for p in partitioned:
-            p.data = torch.zeros(1, dtype=p.dtype, device=p.device).expand(p.ds_shape)
+        for p in sharded:
+            p.data = torch.zeros(1, dtype=p.dtype, device=p.device).expand(whole_shape(p))
         yield
     finally:
-        for p, data in zip(partitioned, kept, strict=True):
+        for p, data in zip(sharded, kept, strict=True):
             p.data = data

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
-from internvl_ds.errors import printable, shown
+from internvl_ds.errors import InternvlDsError, printable, shown
 
 _SIZE_UNITS = ('kB', 'MB', 'GB', 'TB', 'PB')
 _AGE_UNITS = ((86400, 'd'), (3600, 'h'), (60, 'min'))
@@ -34,6 +34,9 @@ def say(text: str) -> None:
     """Prints a line at once, `printable`. When nobody reads any more (``| head``), it goes nowhere.
 
     The program goes on, so that its exit status stays true.
+
+    Raises:
+        InternvlDsError: where it cannot be written, as on a full disk.
     """
     stream = _answers or sys.stdout
     text = printable(text)
@@ -41,11 +44,13 @@ def say(text: str) -> None:
         text = text.encode(stream.encoding, 'backslashreplace').decode(stream.encoding)
     try:
         print(text, flush=True, file=stream)
-    except BrokenPipeError:
+    except OSError as error:
         # What is still in the buffer is flushed at exit: let that go nowhere too.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
         os.close(nowhere)
+        if not isinstance(error, BrokenPipeError):
+            raise InternvlDsError(f'the answer cannot be written: {error.strerror}') from error
 
 
 def json_text(tree: Any) -> str:

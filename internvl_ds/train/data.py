@@ -18,12 +18,10 @@ from torchvision.datasets import ImageFolder
 from yacs.config import CfgNode
 
 from internvl_ds.errors import ConfigError, DataError
+from internvl_ds.pretrained.head import CLASSES_1K, CLASSES_22K
 from internvl_ds.train.sampler import SeededImages, TrainSampler
 from internvl_ds.train.transforms import build_transform
 from internvl_ds.train.workers import Loader
-
-_CLASSES_22K = 21841
-_CLASSES_1K = 1000
 
 
 @dataclass(frozen=True)
@@ -197,6 +195,7 @@ def _loader(config: CfgNode, images: Any, sampler: Sampler, **settings: Any) -> 
         batch_size=config.DATA.BATCH_SIZE,
         sampler=sampler,
         num_workers=config.DATA.NUM_WORKERS,
+        limit=config.COMM.TIMEOUT,
         generator=torch.Generator(),  # else each epoch draws from the global one
         pin_memory=bool(config.DATA.PIN_MEMORY and torch.cuda.is_available()),
         **settings,
@@ -216,7 +215,7 @@ def _train_loader(config: CfgNode, dataset: ImageFolder, rank: int, world_size: 
 
 def _open_folder(config: CfgNode, split: str) -> ImageFolder:
     root = Path(config.DATA.DATA_PATH) / split
-    if not config.DATA.DATA_PATH or not root.is_dir():
+    if not config.DATA.DATA_PATH or not os.path.isdir(root):
         raise ConfigError(
             f'DATA.DATA_PATH {config.DATA.DATA_PATH!r}: there is no folder {root}. It must hold '
             f'train/<class>/*.png and val/<class>/*.png (or .jpeg ...); '
@@ -224,11 +223,11 @@ def _open_folder(config: CfgNode, split: str) -> ImageFolder:
         )
     try:
         dataset = _Images(str(root), build_transform(config, training=split == 'train'))
-    except FileNotFoundError as error:  # no class folders, or some of them without an image
+    except OSError as error:  # no class folders, or some of them without an image; no rights
         raise ConfigError(f'{root}: {error}') from error
     wanted, found = config.MODEL.NUM_CLASSES, len(dataset.classes)
     if split == 'val' and evaluates_22k_as_1k(config, found):
-        wanted = _CLASSES_1K
+        wanted = CLASSES_1K
     if found != wanted:
         raise ConfigError(
             f'{root} has {found} classes, and the model is to tell {wanted} apart '
@@ -242,9 +241,9 @@ def evaluates_22k_as_1k(config: CfgNode, val_classes: int) -> bool:
 
     So EVAL_22K_TO_1K says, or DATA.DATASET 'imagenet22K' with a val folder of 1000 classes.
     """
-    if config.MODEL.NUM_CLASSES != _CLASSES_22K:
+    if config.MODEL.NUM_CLASSES != CLASSES_22K:
         return False
-    of_22k = config.DATA.DATASET == 'imagenet22K' and val_classes == _CLASSES_1K
+    of_22k = config.DATA.DATASET == 'imagenet22K' and val_classes == CLASSES_1K
     return bool(config.EVAL_22K_TO_1K or of_22k)
 
 

@@ -18,8 +18,9 @@ from yacs.config import CfgNode
 
 from internvl_ds.checkpoint import async_save as background
 from internvl_ds.checkpoint.restore import load_weights
+from internvl_ds.dist.group import current_group
 from internvl_ds.dist.preemption import SAVE, STOP, Preempted, Preemption
-from internvl_ds.dist.process_group import how_started, reduce_tensor
+from internvl_ds.dist.reduce import reduce_tensor
 from internvl_ds.dist.rendezvous import rank, world_size
 from internvl_ds.files import for_show
 from internvl_ds.files.addresses import shown
@@ -52,7 +53,7 @@ def run(config: CfgNode, ds_config: DsConfig = None) -> float:
     """
     enter_output(config)
     logger = open_log(config.OUTPUT, rank())
-    logger.info(how_started())
+    logger.info(current_group().start)
     try:
         stopwatch = Stopwatch(config)
         state = setup(config, ds_config, logger)
@@ -166,6 +167,7 @@ def _train(state: Run) -> float:
                 _run_epoch(state, epoch, metrics)
             except Preempted:
                 _save_step(state, epoch)
+                background.wait()  # while the log is open
                 raise
         background.wait()  # before signals mean something else again
     logger.info('trained in %.1f s; best top-1 %.2f %%', time.perf_counter() - start, state.best)

@@ -16,6 +16,7 @@ from yacs.config import CfgNode
 
 from internvl_ds.config.tree import scale_lr
 from internvl_ds.errors import ConfigError
+from internvl_ds.zero.parameters import whole_shape
 
 # Parameters of deformable convolutions, whose learning rate DCN_LR_MUL scales.
 _DCN_NAMES = ('offset', 'attention_weights', 'center_feature_scale_proj', 'alpha_beta')
@@ -65,8 +66,8 @@ def param_groups(model: nn.Module, config: CfgNode, base_lr: float) -> list[dict
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        # Under zero.Init a parameter is a flat shard; ds_shape is what the model declared.
-        dims = len(getattr(parameter, 'ds_shape', parameter.shape))
+        # Under zero.Init a parameter is a flat shard.
+        dims = len(whole_shape(parameter))
         no_decay = dims <= 1 or name.endswith('.bias') or any(fnmatch(name, p) for p in exempt)
         decay = 0.0 if no_decay else config.TRAIN.WEIGHT_DECAY
         scale = scales.get(name, 1.0)

@@ -24,12 +24,15 @@ from internvl_ds.checkpoint.sources.downloads import local
 from internvl_ds.checkpoint.tag import output_lock
 from internvl_ds.config.counts import require_counts
 from internvl_ds.config.ds import resolve as ds
-from internvl_ds.config.ds.check import check, errors_of, refuse
+from internvl_ds.config.ds.check import examine
+from internvl_ds.config.ds.diagnostics import errors_of, refuse
+from internvl_ds.config.ds.load import load_ds_config
+from internvl_ds.config.tree import set_options
 from internvl_ds.dist.preemption import Preemption
 from internvl_ds.dist.rendezvous import exchange, from_rank_0, rank, world_size
 from internvl_ds.engine.ema import ShardedEma
 from internvl_ds.engine.grad_scaler import NativeScalerWithGradNormCount
-from internvl_ds.engine.registry import initialize
+from internvl_ds.engine.initialize import initialize
 from internvl_ds.errors import ConfigError
 from internvl_ds.files import for_show
 from internvl_ds.train.data import Loaders, build_loaders, order_of, seed_everything
@@ -103,13 +106,14 @@ def setup(config: CfgNode, ds_config: DsConfig, logger: logging.Logger) -> Run:
     Raises:
         ConfigError: for settings that disagree with each other, the data or the model.
     """
-    tree = ds.load_ds_config(ds_config)
+    tree = load_ds_config(ds_config)
     require_counts(config)
     trains = not (config.EVAL_MODE or config.THROUGHPUT_MODE)
-    found = check(tree, config, world_size(), optimizer_in_code=trains, scheduler_in_code=trains)
-    refuse(errors_of(found))  # initialize logs the warnings
-    resolved = ds.resolve(tree, config, world_size())
-    ds.adopt(config, resolved)
+    resolution = examine(
+        tree, config, world_size(), optimizer_in_code=trains, scheduler_in_code=trains
+    )
+    refuse(errors_of(resolution.findings))  # initialize logs the warnings
+    ds.adopt(config, resolution.tree)
     _share_cores(config)
     loaders = build_loaders(config, rank(), world_size())
     seed_everything(config.SEED)  # the same weights on every rank
@@ -122,21 +126,21 @@ def setup(config: CfgNode, ds_config: DsConfig, logger: logging.Logger) -> Run:
         f'model {name}: {sum(sizes.values()):.2f} M parameters, {trained:.2f} M of them trained'
     )
     if config.THROUGHPUT_MODE:  # any weights are as fast
-        engine = _inference_engine(config, model, resolved)
+        engine = _inference_engine(config, model, resolution)
         return Run(config, logger, loaders, engine, NativeScalerWithGradNormCount())
     _choose_resume(config, logger)
     if config.MODEL.PRETRAINED and not config.MODEL.RESUME:
         _compare_pretrained_classes(config, loaders.classes, logger)
         load_pretrained(config, model, logger)
     if config.EVAL_MODE:
-        return _setup_evaluation(config, model, resolved, loaders, logger)
-    return _setup_training(config, model, resolved, loaders, logger)
+        return _setup_evaluation(config, model, resolution, loaders, logger)
+    return _setup_training(config, model, resolution, loaders, logger)
 
 
 def _setup_training(
     config: CfgNode,
     model: nn.Module,
-    resolved: dict[str, Any],
+    resolution: ds.Resolution,
     loaders: Loaders,
     logger: logging.Logger,
 ) -> Run:
@@ -157,7 +161,7 @@ def _setup_training(
     updates = updates_per_epoch(config, len(loaders.train))
     scheduler = build_scheduler(config, client, updates, lrs)
     engine, optimizer = initialize(
-        config, model, client, resolved, lr_scheduler=scheduler, schedule_in='updates'
+        config, model, client, resolution, lr_scheduler=scheduler, schedule_in='updates'
     )
     scaler = NativeScalerWithGradNormCount()
     state = Run(config, logger, loaders, engine, scaler, optimizer, scheduler)
@@ -188,7 +192,7 @@ def _setup_training(
 def _setup_evaluation(
     config: CfgNode,
     model: nn.Module,
-    resolved: dict[str, Any],
+    resolution: ds.Resolution,
     loaders: Loaders,
     logger: logging.Logger,
 ) -> Run:
@@ -202,15 +206,16 @@ def _setup_evaluation(
             averaged = ema.module.state_dict()
     elif not config.MODEL.PRETRAINED:
         logger.warning('neither MODEL.RESUME nor MODEL.PRETRAINED is set: the weights are random')
-    engine = _inference_engine(config, model, resolved)
+    engine = _inference_engine(config, model, resolution)
     scaler = NativeScalerWithGradNormCount()
     return Run(config, logger, loaders, engine, scaler, averaged_weights=averaged, best=best)
 
 
 def _inference_engine(
-    config: CfgNode, model: nn.Module, resolved: dict[str, Any]
+    config: CfgNode, model: nn.Module, resolution: ds.Resolution
 ) -> DeepSpeedEngine:
-    return initialize(config, model, None, ds.for_inference(resolved))[0]
+    resolution = resolution._replace(tree=ds.for_inference(resolution.tree))
+    return initialize(config, model, None, resolution)[0]
 
 
 def _share_cores(config: CfgNode) -> None:
@@ -275,6 +280,4 @@ def _choose_resume(config: CfgNode, logger: logging.Logger) -> None:
         if found is None:
             logger.info('no checkpoint in %s: starting anew', config.OUTPUT)
             return
-    config.defrost()
-    config.MODEL.RESUME = found
-    config.freeze()
+    set_options(config, {'MODEL.RESUME': found})

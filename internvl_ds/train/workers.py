@@ -6,11 +6,13 @@ import atexit
 import ctypes
 import multiprocessing.process
 import signal
+from collections.abc import Iterator
 from typing import Any
 
 from torch.utils.data import DataLoader
 
 from internvl_ds.dist.signals import SIGNALS
+from internvl_ds.errors import DataError
 
 _PR_SET_PDEATHSIG = 1
 
@@ -20,10 +22,20 @@ _exit_is_watched = False
 
 
 class Loader(DataLoader):
-    """torch's, for a rank that signals ask to save and stop: its workers read on meanwhile."""
+    """torch's, for a rank that signals ask to save and stop: its workers read on meanwhile.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs['worker_init_fn'] = _begin
+    A batch that does not come within the limit is a `DataError`. A worker may stand still before it
+    has begun: Python before 3.12 can lock itself out where it forks beside threads of C++.
+    """
+
+    def __init__(self, *args: Any, limit: float, **kwargs: Any) -> None:
+        """Takes what torch's takes.
+
+        Args:
+            limit: seconds for a batch to come from the workers.
+        """
+        if kwargs['num_workers']:
+            kwargs.update(worker_init_fn=_begin, timeout=limit)
         super().__init__(*args, **kwargs)
 
     def __iter__(self) -> Any:
@@ -41,7 +53,20 @@ class Loader(DataLoader):
             # The interpreter's own way is SIGTERM, which they ignore, and to wait for ever.
             atexit.register(_kill)
             _exit_is_watched = True
-        return batches
+        return _in_time(batches, self.timeout) if self.num_workers else batches
+
+
+def _in_time(batches: Iterator[Any], limit: float) -> Iterator[Any]:
+    try:
+        yield from batches
+    except RuntimeError as error:
+        if 'timed out' not in str(error):
+            raise
+        pids = ', '.join(str(worker.pid) for worker in getattr(batches, '_workers', ()))
+        raise DataError(
+            f'no batch came from the workers of the data loader within COMM.TIMEOUT ({limit:g} s): '
+            f'one of the processes {pids} stands still, or the images cannot be read in that time'
+        ) from error
 
 
 def _begin(worker: int) -> None:

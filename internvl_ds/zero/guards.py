@@ -18,7 +18,8 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.utils import clip_grad
 
 from internvl_ds.errors import ConfigError, few
-from internvl_ds.zero.gradients import clear_buffers, complete_gradients
+from internvl_ds.zero.parameters import is_sharded, whole_numel
+from internvl_ds.zero.wrapper import Wrapper
 
 _INSTEAD = (
     'write grad_norm = loss_scaler(loss, optimizer, clip_grad=config.TRAIN.CLIP_GRAD, '
@@ -34,8 +35,8 @@ _AVERAGE = (
     'ModelEma*(engine.module, decay) and update(engine.module) will do too'
 )
 
-# Optimizer of a client -> its engine. Weak on both sides, as the registry.
-_guarded: weakref.WeakKeyDictionary[Any, weakref.ref[DeepSpeedEngine]] = weakref.WeakKeyDictionary()
+# Optimizer of a client -> the wrapper of its engine, which keeps neither alive.
+_guarded: weakref.WeakKeyDictionary[Any, Wrapper] = weakref.WeakKeyDictionary()
 _zero_engines: weakref.WeakSet[DeepSpeedEngine] = weakref.WeakSet()
 _modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -67,9 +68,9 @@ def require_real(model: nn.Module) -> None:
         )
 
 
-def guard(engine: DeepSpeedEngine) -> None:
+def guard(wrapper: Wrapper) -> None:
     """Makes an engine refuse what it would answer wrongly; once for each engine."""
-    ref = weakref.ref(engine)
+    engine, client = wrapper.engine, wrapper.client
     engine.register_forward_pre_hook(_require_own_precision)
     _modules.add(engine.module)
     engine.module.register_forward_pre_hook(_require_unwrapped)
@@ -77,26 +78,22 @@ def guard(engine: DeepSpeedEngine) -> None:
     engine._ddp_params_and_buffers_to_ignore = _Refusal(f'DistributedDataParallel(engine): {_BARE}')
     engine._replicate_for_data_parallel = _Refusal(f'DataParallel(engine): {_BARE}')
     engine.__deepcopy__ = _Refusal(f'an engine has no copies (ModelEma(engine), ...): {_AVERAGE}')
-    stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
-    if stage == 3:
+    if wrapper.sharded:
         engine.register_state_dict_pre_hook(_require_values)
         engine.module.__deepcopy__ = _Refusal(
             'a copy of a module of ZeRO stage 3 holds no values and cannot run (ModelEma*'
             f'(engine.module), ...): {_AVERAGE}'
         )
-    client = engine.basic_optimizer
     if client is None:
         return
-    engine._backward_prologue = functools.partial(_in_backward, ref, '_backward_prologue')
-    engine._backward_prologue_per_tensor = functools.partial(
-        _in_backward, ref, '_backward_prologue_per_tensor'
-    )
+    for name in ('_backward_prologue', '_backward_prologue_per_tensor'):
+        setattr(engine, name, functools.partial(_in_backward, weakref.ref(engine), name))
     if client not in _guarded:
         client.register_step_pre_hook(_before_client_step)
-    _guarded[client] = ref
-    if optimizer is not client:
-        optimizer.step = functools.partial(_step, ref)
-    if stage:
+    _guarded[client] = wrapper
+    if wrapper.optimizer is not client:
+        wrapper.optimizer.step = functools.partial(_step, wrapper)
+    if wrapper.partitioned:
         _zero_engines.add(engine)
         _watch_clipping()
 
@@ -159,24 +156,23 @@ def _in_backward(ref: weakref.ref[DeepSpeedEngine], name: str, *args: Any) -> An
 
 
 def _before_client_step(optimizer: Any, *_: Any) -> None:
-    engine = _guarded[optimizer]()
-    if engine is not None and engine.basic_optimizer is optimizer:
-        _require_engine_step(engine)
+    wrapper = _guarded[optimizer]
+    if wrapper.alive and wrapper.client is optimizer:
+        _require_engine_step(wrapper)
 
 
-def _step(ref: weakref.ref[DeepSpeedEngine], closure: Any = None) -> None:
+def _step(wrapper: Wrapper, closure: Any = None) -> None:
     """Stands for the step of DeepSpeed's optimizer."""
-    engine = ref()
-    if engine is None:
+    if not wrapper.alive:
         return
-    _require_engine_step(engine)
-    complete_gradients(engine)
-    type(engine.optimizer).step(engine.optimizer)
-    clear_buffers(engine)
+    _require_engine_step(wrapper)
+    wrapper.complete_gradients()
+    type(wrapper.optimizer).step(wrapper.optimizer)
+    wrapper.clear_gradients()
 
 
-def _require_engine_step(engine: DeepSpeedEngine) -> None:
-    if not engine._running_engine_step:
+def _require_engine_step(wrapper: Wrapper) -> None:
+    if not wrapper.in_step:
         raise ConfigError(
             'optimizer.step() of an engine: neither reduces nor counts, and at ZeRO stages 1 to 3 '
             f'has no gradients. Instead of loss.backward(), clip_grad_norm_ and optimizer.step() '
@@ -185,7 +181,7 @@ def _require_engine_step(engine: DeepSpeedEngine) -> None:
 
 
 def _require_values(engine: DeepSpeedEngine, *_: Any) -> None:
-    if any(p.numel() != getattr(p, 'ds_numel', p.numel()) for p in engine.module.parameters()):
+    if any(p.numel() != whole_numel(p) for p in engine.module.parameters()):
         raise ConfigError(
             'engine.state_dict() at ZeRO stage 3 holds no values: save with save_checkpoint, of '
             f'which `ckpt export` makes one file; {_AVERAGE}'
@@ -224,7 +220,7 @@ class _Clipping:
 
 def _kept_by_zero(parameter: torch.Tensor) -> bool:
     """Whether the gradient of a parameter is ZeRO's; the same on all ranks."""
-    if hasattr(parameter, 'ds_id') or any(parameter is flat for flat in _flat_partitions()):
+    if is_sharded(parameter) or any(parameter is flat for flat in _flat_partitions()):
         return True
     if not hasattr(parameter, '_hp_mapping'):
         return False

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
-from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
 from internvl_ds.errors import CheckpointError, ConfigError, few
-
-# Engine -> name and shape of every buffer of its module's state dict, when it was registered.
-_buffers: weakref.WeakKeyDictionary[DeepSpeedEngine, dict[str, Any]] = weakref.WeakKeyDictionary()
+from internvl_ds.zero.parameters import is_sharded
 
 
 def require_plain_state(model: nn.Module) -> None:
@@ -46,7 +41,7 @@ def require_sendable(model: nn.Module) -> None:
     Raises:
         ConfigError: names the first of them.
     """
-    whole = {n: p for n, p in model.named_parameters() if not hasattr(p, 'ds_id')}
+    whole = {n: p for n, p in model.named_parameters() if not is_sharded(p)}
     wrong = {
         'no dimension: declare them with the shape (1,)': [
             n for n, p in whole.items() if not p.dim()
@@ -64,22 +59,33 @@ def require_sendable(model: nn.Module) -> None:
             raise ConfigError(f'{few(names)}: {len(names)} parameters have {what}')
 
 
-def remember_buffers(engine: DeepSpeedEngine) -> None:
-    """Notes the buffers that the module has when its engine is made."""
-    _buffers[engine] = _shapes_of_buffers(engine.module)
+def require_as_made(
+    module: nn.Module, names: Mapping[Any, str], buffers: Mapping[str, Any]
+) -> None:
+    """Refuses to save parameters or buffers that a fresh model, made as this was, would not have.
 
-
-def require_buffers_as_made(engine: DeepSpeedEngine) -> None:
-    """Refuses to save buffers that a fresh model, made as this one was, would not have.
+    Args:
+        module: of an engine.
+        names: its parameters when the engine was made, and their names.
+        buffers: `shapes_of_buffers` then.
 
     Raises:
         CheckpointError: names the first of them.
     """
-    made, now = _buffers[engine], _shapes_of_buffers(engine.module)
+    parameters = set(module.parameters())
+    replaced = [name for p, name in names.items() if p not in parameters]
+    added = [n for n, p in module.named_parameters() if p not in names]
+    if replaced or added:
+        raise CheckpointError(
+            'the module has other parameters than when its engine was made '
+            f'(new: {few(added) or "none"}; gone: {few(replaced) or "none"}), and the optimizer '
+            'has the old ones: change the module before initialize'
+        )
+    now = shapes_of_buffers(module)
     changed = [
-        f'{name} {made.get(name, "none")} -> {now.get(name, "none")}'
-        for name in sorted(made.keys() | now.keys())
-        if made.get(name) != now.get(name)
+        f'{name} {buffers.get(name, "none")} -> {now.get(name, "none")}'
+        for name in sorted(buffers.keys() | now.keys())
+        if buffers.get(name) != now.get(name)
     ]
     if changed:
         raise CheckpointError(
@@ -89,24 +95,19 @@ def require_buffers_as_made(engine: DeepSpeedEngine) -> None:
         )
 
 
-@contextmanager
-def every_name(engine: DeepSpeedEngine) -> Iterator[None]:
-    """Lets DeepSpeed's save note every further name of a shared parameter.
+def shapes_of_buffers(module: nn.Module) -> dict[str, Any]:
+    """Name -> shape of each buffer of the module's state dict."""
+    state = module.state_dict(keep_vars=True)
+    return {
+        n: tuple(b.shape) for n, b in module.named_buffers(remove_duplicate=False) if n in state
+    }
 
-    It misses those of a module, or of a parameter, that its parent has twice.
-    """
+
+def tied_names(module: nn.Module) -> dict[str, str]:
+    """Every further name of a shared parameter -> its first."""
     first: dict[int, str] = {}
     further = {}
-    for name, parameter in engine.module.named_parameters(remove_duplicate=False):
+    for name, parameter in module.named_parameters(remove_duplicate=False):
         if first.setdefault(id(parameter), name) != name:
             further[name] = first[id(parameter)]
-    engine._get_shared_params = lambda: further
-    try:
-        yield
-    finally:
-        del engine._get_shared_params
-
-
-def _shapes_of_buffers(module: nn.Module) -> dict[str, Any]:
-    kept = module.state_dict(keep_vars=True)
-    return {n: tuple(b.shape) for n, b in module.named_buffers(remove_duplicate=False) if n in kept}
+    return further

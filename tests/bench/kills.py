@@ -410,6 +410,9 @@ def _run_alone(chain: Chain) -> int:
         chain.run()
     except Wrong as error:
         wrong = str(error)
+        for session in chain.sessions:  # a worker whose rank was killed may be there
+            for process in _in_sessions({session}):
+                os.kill(int(process.split()[0]), signal.SIGKILL)
     except BaseException:
         wrong = traceback.format_exc()
     told = {

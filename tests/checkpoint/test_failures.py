@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from internvl_ds.checkpoint.tag.discovery import newest
+from internvl_ds.checkpoint.tag.discovery import newest, problem
 from internvl_ds.checkpoint.tag.output_lock import _release_all, enter_output
 from internvl_ds.checkpoint.tag.verify import damage_of_tag
 from internvl_ds.config.tree import default_config
@@ -83,6 +83,13 @@ def test_a_rank_that_cannot_write_all_of_its_shard(tmp_path, stage, in_backgroun
         assert tags == ['ckpt_epoch_0', 'latest']
         assert result['latest'] == 'ckpt_epoch_3'
         assert not [name for name in result['after'] if name.startswith('.')]
+
+
+@pytest.mark.ranks
+def test_a_save_in_the_background_goes_where_it_began_to(tmp_path):
+    found = run_ranks('tests.workers.failing:changes_its_directory', 2, tmp_path, root=tmp_path)
+    assert found == ['out/ckpt_epoch_0'] * 2
+    assert problem(tmp_path / 'out' / 'ckpt_epoch_0') is None
 
 
 @pytest.mark.ranks

@@ -10,15 +10,17 @@ import sys
 
 import pytest
 
+from tests.harness.counts import trials
 from tests.harness.ranks import run_command
 
 # Another seed tries other moments, and more of them: set these two in the environment.
 SEED = os.environ.get('INTERNVL_DS_KILL_SEED', '20261124')
-KILLS = int(os.environ.get('INTERNVL_DS_KILLS', '60'))
+KILLS = trials('INTERNVL_DS_KILLS', 60, soak=300)
 
 
 @pytest.mark.ranks
 @pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(240 + 20 * KILLS)
 def test_a_killed_save_loses_nothing_that_was_committed(tmp_path):
     command = [sys.executable, '-m', 'tests.bench.kills', '--count', str(KILLS), '--seed', SEED]

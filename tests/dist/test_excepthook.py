@@ -1,9 +1,12 @@
 """One line says why a job ends, from the rank that failed first, and it is the last."""
 
+import contextlib
 import os
 import re
+import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 from PIL import Image
@@ -126,3 +129,47 @@ def test_an_error_of_a_loaders_worker_is_told_without_its_traceback():
     )
     assert one_line(ValueError(text)) == 'x: two lines'
     assert one_line(ValueError('two\n  lines')) == 'two lines'
+
+
+def _start(**env):
+    """A process that joins the others; how it ends."""
+    code = (
+        'from internvl_ds.dist.process_group import init_distributed; '
+        'from internvl_ds.config.tree import default_config; config = default_config(); '
+        'config.COMM.INIT_TIMEOUT = 2; '
+        'init_distributed(config)'
+    )
+    variables = {'WORLD_SIZE': '2', 'RANK': '1', 'LOCAL_RANK': '1', 'MASTER_ADDR': '127.0.0.1'}
+    return subprocess.run(
+        [sys.executable, '-c', code], env=base_env(**variables, **env), capture_output=True,
+        text=True, timeout=60,
+    )  # fmt: skip
+
+
+@RANKS
+def test_a_start_at_another_programs_port_is_told_and_does_not_abort():
+    """torch gives its connection up a moment after the limit: while the interpreter ends."""
+    with socket.create_server(('127.0.0.1', 0)) as server:
+
+        def answer():
+            with contextlib.suppress(OSError):
+                while True:
+                    server.accept()[0].close()
+
+        threading.Thread(target=answer, daemon=True).start()
+        ended = _start(MASTER_PORT=str(server.getsockname()[1]))
+        server.shutdown(socket.SHUT_RDWR)
+    ((_, text, last),) = told([ended.stderr])
+    assert 'within 2 s (COMM.INIT_TIMEOUT)' in text
+    assert last
+    assert ended.returncode == 1
+
+
+@RANKS
+def test_a_launcher_that_sets_no_number_is_told_without_a_traceback():
+    ended = _start(MASTER_PORT='http')
+    ((who, text, last),) = told([ended.stderr])
+    assert who == 'a rank'
+    assert text.startswith("ConfigError: MASTER_PORT is 'http'")
+    assert last
+    assert 'Traceback' not in ended.stderr

@@ -15,14 +15,15 @@ from internvl_ds.config.tree import default_config
 from internvl_ds.dist.preemption import STOP, Preemption
 from internvl_ds.dist.signals import SIGNALS
 from internvl_ds.tools.cli.digits import write_digits
+from tests.harness.counts import trials as trials_of
 from tests.harness.ranks import run_ranks
 from tests.workers.forking import run_chain
 from tests.workers.preempting import RANKS, STOPPED
 
 # Another seed tries other moments, and more of them: set these in the environment.
 SEED = int(os.environ.get('INTERNVL_DS_KILL_SEED', '20261124'))
-KILLS = int(os.environ.get('INTERNVL_DS_KILLS', '20'))
-STOPS = int(os.environ.get('INTERNVL_DS_STOPS', '10'))
+KILLS = trials_of('INTERNVL_DS_KILLS', 20, soak=100)
+STOPS = trials_of('INTERNVL_DS_STOPS', 10, soak=50)
 
 # 1433 images: 22 micro-batches of 32 on 2 ranks, so 8 updates, of which the last is of one only.
 CONFIG = {
@@ -90,6 +91,7 @@ def test_minutes_are_those_of_rank_0s_clock(tmp_path):
 
 @pytest.mark.ranks
 @pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(120 + 20 * (KILLS + STOPS))
 @pytest.mark.parametrize(('stage', 'level'), [(1, 'O0'), (2, 'O2'), (3, 'O2')])
 def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path, digits, stage, level):

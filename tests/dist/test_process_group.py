@@ -8,7 +8,7 @@ import torch
 
 from internvl_ds import reduce_tensor
 from internvl_ds.dist import process_group as comm
-from internvl_ds.dist.process_group import reduce_tensors
+from internvl_ds.dist.reduce import reduce_tensors
 from tests.harness.ranks import RankFailed, run_ranks
 
 

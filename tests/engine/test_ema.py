@@ -1,14 +1,92 @@
-"""The averages, sharded and timm's, on 2 real ranks."""
+"""The averages, sharded and timm's: without an engine, and on 2 real ranks."""
+
+from types import SimpleNamespace
 
 import pytest
+import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from internvl_ds.engine.ema import EmaWarmup
+from internvl_ds.engine import ema
+from internvl_ds.engine.ema import EmaWarmup, ShardedEma
 from tests.harness.ranks import run_ranks
 from tests.workers.model import OFFLOAD, PERSISTENT
 
 STAGES = [0, 1, 2, 3, OFFLOAD, PERSISTENT]
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    """What an average asks of an engine: one master, buffers of two kinds, applied steps."""
+    module = nn.BatchNorm1d(2).to(torch.bfloat16)
+    engine = SimpleNamespace(module=module, applied=True, master=torch.zeros(3), pushed=[])
+    engine.was_step_applied = lambda: engine.applied
+    monkeypatch.setattr(ema, 'engine_of', lambda model: engine)
+    monkeypatch.setattr(ema, 'master_weights', lambda engine: {'0': engine.master})
+    push = lambda engine: engine.pushed.append(engine.master.tolist())  # noqa: E731
+    monkeypatch.setattr(ema, 'push_masters', push)
+    return engine
+
+
+def set_to(engine, value, count):
+    engine.master.fill_(value)
+    engine.module.running_mean.fill_(value)
+    engine.module.num_batches_tracked.fill_(count)
+
+
+def test_an_update_is_one_step_of_the_average_and_a_skipped_one_none(engine):
+    average = ShardedEma(engine, decay=0.75)
+    set_to(engine, 4.0, 7)
+    average.update()
+    engine.applied = False
+    average.update()
+    assert average.num_updates == 1
+    assert average._shards['0'].tolist() == [1.0] * 3
+    assert average._buffers['running_mean'].tolist() == [1.0] * 2
+    assert average._buffers['running_mean'].dtype == torch.float32
+    assert average._buffers['num_batches_tracked'] == 7
+    assert engine.master.tolist() == [4.0] * 3
+
+
+def test_warm_up_lets_the_decay_rise(engine):
+    average = ShardedEma(engine, decay=0.75, warmup=True)
+    set_to(engine, 4.0, 0)
+    average.update()
+    assert average._shards['0'].tolist() == [4.0] * 3  # the decay of the first update is 0
+    set_to(engine, 8.0, 0)
+    average.update()
+    decay = EmaWarmup().decay(2, 0.75)
+    assert average._shards['0'].tolist() == pytest.approx([8.0 - 4.0 * decay] * 3)
+
+
+@pytest.mark.parametrize('error', [None, ValueError])
+def test_the_average_is_in_the_weights_place_inside_only(engine, error):
+    average = ShardedEma(engine, decay=0.75)
+    set_to(engine, 4.0, 7)
+    average.update()
+    set_to(engine, 8.0, 9)
+    seen = []
+    try:
+        with average.swapped_in():
+            seen += [engine.master.tolist(), engine.module.running_mean.tolist()]
+            seen.append(int(engine.module.num_batches_tracked))
+            if error is not None:
+                raise error
+    except ValueError:
+        assert error is not None
+    assert seen == [[1.0] * 3, [1.0] * 2, 7]
+    assert engine.pushed == [[1.0] * 3, [8.0] * 3]
+    assert engine.module.running_mean.tolist() == [8.0] * 2
+    assert engine.module.num_batches_tracked == 9
+    assert average._shards['0'].tolist() == [1.0] * 3
+
+
+def test_it_goes_on_with_what_a_tag_says_of_it(engine):
+    average = ShardedEma(engine)
+    average.take_header({'decay': '0.5', 'num_updates': '3', 'warmup': '{"gamma": 2.0}'})
+    assert (average.decay, average.num_updates, average.warmup) == (0.5, 3, EmaWarmup(gamma=2.0))
+    average.take_header({'decay': '0.5', 'num_updates': '3', 'warmup': 'null'})
+    assert average.warmup is None
 
 
 @pytest.mark.ranks

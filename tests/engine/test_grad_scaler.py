@@ -2,12 +2,15 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from internvl_ds import NativeScalerWithGradNormCount, get_grad_norm
+from internvl_ds.engine import grad_scaler
 from internvl_ds.errors import EngineNotFound, InternvlDsError
+from internvl_ds.zero.loss_scale import LossScale
 from tests.harness.ranks import run_ranks
 from tests.workers.model import OFFLOAD, make_model
 from tests.workers.plain_loop import reference
@@ -59,6 +62,32 @@ def _require_weights(
     way = _distance(wanted, {n: _start()[n] for n in got})
     off = _distance(got, wanted)
     assert off <= tolerances(precision)[1] * way + step, (where, off / way)
+
+
+@pytest.mark.parametrize('skipped', [True, False])
+def test_a_skipped_update_moves_the_loss_scale_and_not_the_schedule(monkeypatch, skipped):
+    """The order of one update, without an engine."""
+    calls, scale = [], LossScale(scale=64.0, growth_interval=1)
+    engine = SimpleNamespace(
+        was_step_applied=lambda: not skipped, gradient_accumulation_steps=lambda: 1
+    )
+    accumulation = SimpleNamespace(finish=lambda count: [torch.zeros(())])
+    wrapper = SimpleNamespace(
+        scale=scale,
+        step=lambda clip: torch.tensor(scale.scale),
+        push_scale=lambda: calls.append(('push', scale.scale)),
+    )
+    registration = SimpleNamespace(wrapper=wrapper, overflow_limit=0, accumulation=accumulation)
+    for name, stand_in in {
+        'registration_of': lambda engine: registration,
+        'step_scheduler': lambda engine: calls.append('schedule'),
+    }.items():
+        monkeypatch.setattr(grad_scaler, name, stand_in)
+    scaler = NativeScalerWithGradNormCount()
+    assert scaler._update(engine, 0.0) == 64.0  # the scale of this update, not of the next
+    assert calls == ([('push', 32.0)] if skipped else [('push', 128.0), 'schedule'])
+    assert scaler.step_was_skipped is skipped
+    assert scaler._watch.in_a_row == skipped
 
 
 @pytest.mark.ranks

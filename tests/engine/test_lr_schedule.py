@@ -49,6 +49,19 @@ def test_torchs_steps_are_counted():
 
 
 @pytest.mark.parametrize('kind', ['timm', 'torch'])
+def test_where_no_update_was_applied_nothing_moves(kind):
+    schedule, groups = make(kind, 'updates')
+    lrs = []
+    for updates, come in ((1, 4), (1, 8), (2, 12), (2, 16)):
+        schedule.move(updates, come, groups)
+        lrs.append(groups[0]['lr'])
+        if kind == 'torch':
+            assert schedule.scheduler.last_epoch == updates
+    assert lrs[::2] == lrs[1::2]
+    assert schedule.moved == 2
+
+
+@pytest.mark.parametrize('kind', ['timm', 'torch'])
 def test_a_step_of_someone_else_is_seen(kind):
     schedule, groups = make(kind)
     schedule.require_untouched(groups)  # nothing was moved yet

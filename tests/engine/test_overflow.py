@@ -3,8 +3,55 @@
 import math
 
 import pytest
+import torch
 
+from internvl_ds.engine.overflow import KEPT, OverflowWatch
+from internvl_ds.zero.loss_scale import LossScale
 from tests.harness.ranks import run_ranks
+
+
+def record(watch, *skips, scale=1.0):
+    for skipped in skips:
+        watch.record([torch.tensor(0.25)] * 2, torch.tensor(math.inf), scale, skipped)
+
+
+@pytest.mark.parametrize('limit', [1, 3])
+def test_the_last_of_so_many_skipped_updates_in_a_row_would_stop(limit):
+    watch = OverflowWatch()
+    record(watch, *[True] * 5, False)  # an applied one begins anew
+    for _ in range(limit - 1):
+        assert not watch.would_stop(None, limit)
+        record(watch, True)
+    assert watch.would_stop(None, limit)
+    assert not watch.would_stop(None, 0)  # no limit
+    assert not watch.would_stop(None, limit + 1)
+
+
+def test_a_scale_at_its_minimum_would_stop_at_once():
+    assert OverflowWatch().would_stop(LossScale(scale=1.0), 0)
+    assert not OverflowWatch().would_stop(LossScale(scale=2.0), 0)
+
+
+@pytest.mark.parametrize(
+    ('scale', 'bad_loss', 'why', 'advice'),
+    [
+        (LossScale(scale=1.0), False, 'the loss scale is at its minimum, 1 ', 'float16 (65504)'),
+        (LossScale(scale=8.0), False, '2 updates in a row were skipped', 'float16 (65504)'),
+        (LossScale(scale=8.0, dynamic=False), False, '2 updates in a row', 'loss scale 8 is too'),
+        (None, False, '2 updates in a row', 'look at the layers named for a division'),
+        (None, True, '2 updates in a row', 'The loss itself is not finite on some rank'),
+    ],
+)
+def test_what_the_error_says(scale, bad_loss, why, advice):
+    watch = OverflowWatch()
+    record(watch, *[False] * KEPT, True, True, scale=1.0 if scale is None else scale.scale)
+    error = watch.error(scale, 9, 1, ['head.bias'], bad_loss)
+    text = str(error)
+    assert text.startswith('update 9: the gradients are not finite, and ')
+    assert why in text
+    assert advice in text
+    assert 'Last losses of rank 1: 0.5, 0.5, 0.5, 0.5, 0.5; gradient norms: inf' in text
+    assert 'Parameters with non-finite gradients: head.bias (1 in all)' in text
 
 
 @pytest.mark.ranks

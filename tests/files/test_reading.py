@@ -2,11 +2,23 @@
 
 import json
 import os
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 
-from internvl_ds.errors import CheckpointError, ConfigError, brief, printable, shown
+from internvl_ds.checkpoint.sources.weight_files import open_source
+from internvl_ds.checkpoint.tag.discovery import newest, resolve
+from internvl_ds.config.tree import default_config
+from internvl_ds.errors import (
+    CheckpointError,
+    ConfigError,
+    InternvlDsError,
+    brief,
+    printable,
+    shown,
+)
 from internvl_ds.files.reading import (
     Unreadable,
     interpreting,
@@ -16,6 +28,9 @@ from internvl_ds.files.reading import (
     read_text,
     require_bounded,
 )
+from internvl_ds.tools.cli import main
+from internvl_ds.tools.cli.digits import write_digits
+from internvl_ds.train.data import build_loaders
 
 
 @pytest.mark.parametrize('target', ['/dev/zero', '/dev/tty', '/dev/stdin', 'fifo'])
@@ -148,3 +163,43 @@ def test_an_odd_value_in_a_file_is_an_error_of_the_file():
         _ = {}['a']
     with pytest.raises(ConfigError), interpreting('file', CheckpointError):
         raise ConfigError('told already')
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason='becomes another user')
+def test_a_folder_without_rights_is_an_error_of_this_package():
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        closed = Path(folder, 'closed')
+        closed.mkdir(0)
+        Path(folder, 'val').mkdir(0)
+
+        def of(images):
+            config = default_config()
+            config.DATA.DATA_PATH = str(images)
+            return config
+
+        reads = {
+            'newest': lambda: newest(closed),
+            'newest below': lambda: newest(closed / 'out'),
+            'resolve': lambda: resolve(str(closed / 'tag')),
+            'weights': lambda: open_source(str(closed)),
+            'digits': lambda: write_digits(closed),
+            'digits below': lambda: write_digits(closed / 'digits'),
+            'list': lambda: main(['ckpt', 'list', str(closed)]),
+            'images': lambda: build_loaders(of(folder), 0, 1),
+            'images below': lambda: build_loaders(of(closed), 0, 1),
+        }
+        child = os.fork()
+        if not child:
+            os.setuid(65534)
+            wrong = 0
+            for name, read in reads.items():
+                try:
+                    wrong += read() != 2
+                except InternvlDsError:
+                    pass
+                except BaseException as error:
+                    print(name, repr(error))
+                    wrong += 1
+            os._exit(wrong)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -97,6 +97,13 @@ class Interrupted:
         seen = wait_for_words('Train: [2/', self._output / 'log_rank0.txt', 240, self.process)
         assert seen, self.log.read_text()[-3000:]
 
+    def hang(self, ranks: int = 1) -> None:
+        """Makes all ranks compute for ever, and waits until they do."""
+        (self.data / 'hang').touch()
+        for rank in range(ranks):
+            came = wait_for_words('', self.data / f'hangs_{rank}', 60, self.process)
+            assert came, self.log.read_text()[-3000:]
+
     def press_ctrl_c(self) -> None:
         """Signals its whole process group, as a terminal does."""
         if self.terminal >= 0:

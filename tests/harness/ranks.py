@@ -144,15 +144,30 @@ def run_command(
         errors='replace',
     )
     try:
-        output, _ = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        _end([process])
-        output = process.communicate()[0] + f'\n[ended after {timeout:g} s]'
+        output = _communicate(process, timeout)
     finally:
         _end([process])
         if '--master_port' in command:
             remove_shm_buffers(command[command.index('--master_port') + 1])
     return Job(process.returncode, output)
+
+
+def _communicate(process: subprocess.Popen, timeout: float) -> str:
+    """The output of a process, which is ended at the limit.
+
+    What it has started and left may hold its output open: that is waited for a little only.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            return process.communicate(timeout=min(1.0, timeout))[0]
+        except subprocess.TimeoutExpired as error:
+            if process.poll() is not None:
+                deadline = min(deadline, time.monotonic() + _GRACE)
+            if time.monotonic() > deadline:
+                _end([process])
+                output = error.output or b''  # bytes, whatever the process was opened with
+                return output.decode(errors='replace') + f'\n[ended after {timeout:g} s]'
 
 
 def wait_for_words(

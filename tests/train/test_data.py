@@ -1,7 +1,7 @@
 """What the training program reads: exactly the images it says, in an order that repeats."""
 
-import multiprocessing
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,6 +33,15 @@ def data(tmp_path_factory):
 def epoch_images(loader, epoch, rank=0, seed=0):
     start_epoch(loader, seed, epoch, rank)
     return torch.cat([images for images, _ in loader])
+
+
+def signals_that_reach(pid):
+    """Those of `SIGNALS` that a process neither blocks nor ignores."""
+    status = dict(
+        line.split(':\t') for line in Path(f'/proc/{pid}/status').read_text().splitlines()
+    )
+    deaf = int(status['SigBlk'], 16) | int(status['SigIgn'], 16)
+    return [number for number in SIGNALS if not deaf >> (number - 1) & 1]
 
 
 @pytest.mark.parametrize('total', [1, 7, 797])
@@ -88,6 +97,16 @@ def test_an_image_is_augmented_alike_on_any_number_of_ranks():
     assert len({draw.seed for draw in draws[0]}) == 24
 
 
+def test_an_image_is_augmented_anew_in_every_epoch_and_under_every_seed():
+    seeds = []
+    for seed in (0, 1):
+        sampler = TrainSampler(24, 1, 0, seed)
+        for epoch in range(3):
+            sampler.start(epoch)
+            seeds += [draw.seed for draw in sampler]
+    assert len(set(seeds)) == 2 * 3 * 24
+
+
 @pytest.mark.parametrize('workers', [0, 2])
 def test_an_epoch_goes_on_at_any_batch(data, workers):
     config = small_config(data, DATA__IMG_SIZE=40, DATA__NUM_WORKERS=workers, AUG__REPROB=0.5)
@@ -115,14 +134,14 @@ def test_workers_outlive_the_signals_that_stop_a_run(data):
     loader = build_loaders(config, 0, 1).train
     start_epoch(loader, 0, 0, 0)
     batches = iter(loader)
-    seen = [next(batches)]
-    workers = multiprocessing.active_children()
-    assert len(workers) == 2
+    workers = batches._workers  # a worker of an earlier test may still be ending
     for worker in workers:
+        # From its first instruction on it blocks them, and ignores them later.
+        assert not signals_that_reach(worker.pid)
         for number in SIGNALS:
             os.kill(worker.pid, number)
-    seen += list(batches)
-    assert len(seen) == 6
+    assert len(list(batches)) == 6
+    assert len(workers) == 2
 
 
 @pytest.mark.parametrize('workers', [0, 2])

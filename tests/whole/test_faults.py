@@ -1,15 +1,28 @@
 """Whatever happens to a job under any launcher, it ends in time, fails, says why, and is gone."""
 
+import os
 import re
 
 import pytest
 
 from tests.bench import places
-from tests.bench.faults import CELLS, LAUNCHERS, QUICK, WORST, measure_all, table, why_not
+from tests.bench.faults import (
+    AT_PLACES,
+    CELLS,
+    LAUNCHERS,
+    QUICK,
+    WORST,
+    measure_all,
+    table,
+    why_not,
+)
 from tests.harness import hosts
 from tests.harness.ranks import ROOT
 
-pytestmark = [pytest.mark.ranks, pytest.mark.slow]
+pytestmark = [pytest.mark.ranks, pytest.mark.slow, pytest.mark.soak]
+
+SOAK = bool(os.environ.get('INTERNVL_DS_SOAK'))
+PLACES = AT_PLACES if SOAK else QUICK
 
 # What names the place and the reason; where a launcher ends the ranks at once, its own words.
 NAMED = {
@@ -28,15 +41,15 @@ NAMED = {
 def cells(tmp_path_factory):
     folder = tmp_path_factory.mktemp('faults')
     launchers = [name for name in LAUNCHERS if name != 'Slurm']
-    measured = measure_all(folder, launchers=launchers, at_places=QUICK)
+    measured = measure_all(folder, launchers=launchers, at_places=PLACES)
     (folder / 'table.md').write_text(table(measured))
     return {(cell.launcher, cell.fault): cell for cell in measured}
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(7200 if SOAK else 1200)
 # A Slurm of its own for each cell does not always start its job beside others: see test_slurm.py.
 @pytest.mark.parametrize(
-    ('fault', 'launcher'), [*(cell for cell in CELLS if cell[1] != 'Slurm'), *QUICK]
+    ('fault', 'launcher'), [*(cell for cell in CELLS if cell[1] != 'Slurm'), *PLACES]
 )
 def test_a_fault_ends_the_job(cells, fault, launcher):
     if reason := why_not(fault, launcher):
@@ -66,10 +79,11 @@ def test_every_meeting_of_the_package_is_a_place(prepared):
     assert named <= known, named - known
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(14400 if SOAK else 600)
 def test_a_rank_that_is_gone_at_any_place_is_named_in_time(prepared):
     folder, shared, found = prepared
-    trials = places.chosen(places.trials_of(found))
+    trials = places.trials_of(found)
+    trials = trials if SOAK else places.chosen(trials)
     assert {trial.place.what for trial in trials} >= set(places.CHOSEN)
     if hosts.why_not():
         trials = [trial for trial in trials if trial.fault != places.CUT]

@@ -36,7 +36,7 @@ def once(folder, launcher):
 
 
 def on_a_terminal(folder):
-    job = Interrupted(folder, ALONE, terminal=True)
+    job = Interrupted(folder, ALONE, terminal=True, opts=('CHECKPOINT.ASYNC', 'True'))
     job.wait_until_it_trains()
     job.press_ctrl_c()
     return job.end()
@@ -53,8 +53,7 @@ def twice(folder):
     """No boundary comes any more after the first."""
     job = Interrupted(folder, ALONE)
     job.wait_until_it_trains()
-    (job.data / 'hang').touch()
-    time.sleep(1)
+    job.hang()
     job.press_ctrl_c()
     time.sleep(1.5)
     assert job.process.poll() is None
@@ -66,8 +65,7 @@ def twice_under_a_script(folder):
     port = str(free_port())
     job = Interrupted(folder, start_command('deepspeed', 2, port), port)
     job.wait_until_it_trains()
-    (job.data / 'hang').touch()
-    time.sleep(1)
+    job.hang(ranks=2)
     job.press_ctrl_c()
     assert wait_for_words('a second signal ends it', job.log, 20)
     job.press_ctrl_c()
@@ -124,6 +122,7 @@ def ends(tmp_path_factory):
 def check_saved(end):
     assert '_step_' in end.latest, end
     assert end.left == []
+    assert end.logged.endswith(' saved !!!\n')
     assert 'save and stop at the next boundary: rank' in end.logged
     # deepspeed and torchrun print a traceback of their own, and no rank does.
     assert not re.search(r'File ".*/internvl_ds/', end.output), end.output

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from internvl_ds.config.ds.resolve import load_ds_config, shipped_dir
+from internvl_ds.config.ds.load import load_ds_config, shipped_dir
 from internvl_ds.config.tree import find_config_file
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +41,7 @@ class TestWheel:
     def test_holds_every_module_and_data_file(self, wheel):
         expected = {
             path.relative_to(ROOT).as_posix()
-            for pattern in ('*.py', 'py.typed', '*.yaml')
+            for pattern in ('*.py', '*.pyi', 'py.typed', '*.yaml')
             for path in (ROOT / 'internvl_ds').rglob(pattern)
         }
         expected |= {
@@ -63,7 +63,7 @@ class TestWheel:
         with zipfile.ZipFile(wheel) as file:
             file.extractall(tmp_path)
         code = (
-            'from internvl_ds.config.ds.resolve import load_ds_config, shipped_dir\n'
+            'from internvl_ds.config.ds.load import load_ds_config, shipped_dir\n'
             'from internvl_ds.config.tree import find_config_file\n'
             'from importlib.resources import files\n'
             'assert load_ds_config("zero2")["zero_optimization"]["stage"] == 2\n'
@@ -82,7 +82,7 @@ class TestWheel:
         assert done.returncode == 0, done.stderr
         places = done.stdout.splitlines()[-2:]
         package = tmp_path / 'internvl_ds'
-        assert places == [str(package / 'ds_configs'), str(package / 'configs')]
+        assert places == [str(package / 'ds_configs'), str(package / 'config')]
 
 
 def test_every_package_is_listed():
@@ -95,7 +95,7 @@ def test_every_package_is_listed():
         for path in (ROOT / 'internvl_ds').rglob('__init__.py')
     }
 
-    assert there | {'internvl_ds.configs', 'internvl_ds.ds_configs'} == listed
+    assert there | {'internvl_ds.ds_configs'} == listed
 
 
 def test_ds_configs_are_found_and_are_json():

@@ -30,6 +30,7 @@ class _Wrong(Exception):
 
 @pytest.mark.ranks
 @pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(300 + 5 * COUNT)
 def test_what_comes_back_is_what_was_saved_and_what_a_plain_loop_has(tmp_path):
     numbers = [int(ONLY)] if ONLY else range(COUNT)

@@ -21,8 +21,8 @@ from internvl_ds import (
 )
 from internvl_ds.dist.rendezvous import rank, world_size
 from internvl_ds.engine.ema import ShardedEma
+from internvl_ds.engine.registry import wrapper_of
 from internvl_ds.errors import InternvlDsError
-from internvl_ds.zero.master_weights import master_weights
 from tests.workers.model import (
     CLASSES,
     FEATURES,
@@ -284,7 +284,7 @@ def load_errors(root: str, path: str, stage: int) -> dict[str, str]:
 
 def _digest(engine: Any) -> str:
     digest = hashlib.sha256()
-    for tensor in master_weights(engine).values():
+    for tensor in wrapper_of(engine).masters().values():
         digest.update(tensor.detach().numpy().tobytes())
     digest.update(str(len(engine.basic_optimizer.state)).encode())
     for tensor in engine.module.norm.buffers():

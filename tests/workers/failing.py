@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from internvl_ds.checkpoint import async_save as background
+from internvl_ds.checkpoint.formats.ema_files import EmaFiles
 from internvl_ds.checkpoint.tag.discovery import newest
 from internvl_ds.checkpoint.tag.output_lock import LOCK
 from internvl_ds.config.tree import get_config, merge_opts
@@ -68,7 +69,7 @@ def full_disk(stage: int, root: str, in_background: bool) -> dict[str, Any]:
     run.close()
     fresh = Run(stage, 'fp32', f'{root}/other', seed=3)
     fresh.load(f'{root}/ckpt_epoch_0')
-    fresh.ema.load_shard(Path(root, 'ckpt_epoch_0'))
+    fresh.ema.load_shard(EmaFiles(Path(root, 'ckpt_epoch_0')))
     results['first tag intact'] = state_digest(fresh) == saved_state
     fresh.close()
     return results
@@ -115,6 +116,16 @@ def one_rank_is_limited(stage: int, root: str, in_background: bool) -> dict[str,
         'after': _left(root),
         'latest': Path(root, 'latest').read_text(),
     }
+
+
+def changes_its_directory(root: str) -> str:
+    """While a save in the background is under way, of an OUTPUT that is relative."""
+    os.chdir(root)
+    run = Run(1, 'fp32', 'out', CHECKPOINT__ASYNC=True)
+    path = run.save(0)
+    os.chdir('/')
+    background.wait()
+    return path
 
 
 def _limit_files(size: int | None) -> None:

@@ -18,7 +18,8 @@ from tests.workers.training import Brightness
 class Faulty(Brightness):
     """Writes ``pid_RANK`` ("host pid") into a folder.
 
-    Where it finds ``hang`` there it computes for ever, and for ``crash`` the last rank raises.
+    Where it finds ``hang`` there it writes ``hangs_RANK`` and computes for ever, and for ``crash``
+    the last rank raises.
     """
 
     def __init__(self, classes: int, folder: Path) -> None:
@@ -28,6 +29,7 @@ class Faulty(Brightness):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         if (self._folder / 'hang').exists():
+            (self._folder / f'hangs_{rank()}').touch()
             time.sleep(3600)
         if rank() == world_size() - 1 and (self._folder / 'crash').exists():
             raise ValueError('a bad batch')

@@ -13,7 +13,7 @@ import torch
 from internvl_ds import NativeScalerWithGradNormCount, initialize, save_checkpoint
 from internvl_ds.checkpoint.formats.state_json import state_of
 from internvl_ds.dist.rendezvous import rank, world_size
-from internvl_ds.engine.registry import ds_config_of
+from internvl_ds.engine.registry import wrapper_of
 from tests.workers.measuring import allocated
 from tests.workers.model import make_config, make_model, make_optimizer, micro_batch, zero_json
 
@@ -60,7 +60,7 @@ def _train(stage: int, size: int | None, output: Path) -> dict[str, Any]:
     result = {
         'steps': steps,
         'bytes': taken,
-        'bucket': ds_config_of(engine)['zero_optimization'][key],
+        'bucket': wrapper_of(engine).ds_config['zero_optimization'][key],
         'recorded': [tree['zero_optimization'][key] for tree in trees],
     }
     engine.destroy()

@@ -27,7 +27,8 @@ from internvl_ds.checkpoint.formats.export import write_original
 from internvl_ds.checkpoint.formats.rng import rng_state
 from internvl_ds.checkpoint.sources.classes import saved_classes
 from internvl_ds.config.ds.check import check, require_right
-from internvl_ds.config.ds.resolve import load_ds_config, resolve
+from internvl_ds.config.ds.load import load_ds_config
+from internvl_ds.config.ds.resolve import resolve_or_raise
 from internvl_ds.config.tree import default_config, get_config
 from internvl_ds.errors import InternvlDsError
 from internvl_ds.tools.cli import main as command
@@ -95,7 +96,7 @@ def read_text_files(stage: int, work: Path) -> dict[str, Kind]:
         config.DATA.BATCH_SIZE = 16
         tree = load_ds_config(ds)
         require_right(check(tree, config, 1))  # as `initialize` does
-        resolve(tree, config, 1)
+        resolve_or_raise(tree, config, 1)
 
     def trial() -> None:
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):

@@ -27,7 +27,7 @@ from internvl_ds import (
 from internvl_ds.config.tree import default_config
 from internvl_ds.dist.rendezvous import rank, world_size
 from internvl_ds.engine.ema import ShardedEma
-from internvl_ds.engine.registry import loss_scale_of
+from internvl_ds.engine.registry import wrapper_of
 from tests.workers.elastic import ADAM, full_state, logger
 from tests.workers.model import (
     CLASSES,
@@ -326,7 +326,7 @@ class Run:
             'state': full_state(self.engine, ADAM) if not values else None,
             'updates': self.engine.global_steps,
             'lrs': self.lrs(),
-            'scale': None if (s := loss_scale_of(self.engine)) is None else s.scale,
+            'scale': None if (s := wrapper_of(self.engine).scale) is None else s.scale,
             'said': lines,
         }
 

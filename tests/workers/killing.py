@@ -25,9 +25,9 @@ from internvl_ds.checkpoint import async_save as background
 from internvl_ds.checkpoint.tag.manifest import tag_name
 from internvl_ds.dist.process_group import init_distributed
 from internvl_ds.dist.rendezvous import rank
+from internvl_ds.engine.registry import wrapper_of
 from internvl_ds.train import loop
 from internvl_ds.train.log import MetricsLog
-from internvl_ds.zero.master_weights import master_weights
 from tests.workers.saving import Run, logger
 from tests.workers.training import small_config
 from tests.workers.whole_state import whole_state
@@ -51,7 +51,7 @@ def state_digest(run: Any) -> str:
         for key, value in sorted(tensors.items())
     ]
     parts = [
-        *master_weights(run.engine).items(),
+        *wrapper_of(run.engine).masters().items(),
         *optimizer_state,
         *run.ema._shards.items(),
         *run.ema._buffers.items(),

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from internvl_ds import NativeScalerWithGradNormCount
-from internvl_ds.dist.process_group import init_distributed, leave, reduce_dict
+from internvl_ds.dist.process_group import init_distributed, leave
+from internvl_ds.dist.reduce import reduce_tensor
 from internvl_ds.dist.rendezvous import exchange, rank, world_size
 from tests.workers.stepping import make_engine, train_step
 
@@ -23,8 +24,8 @@ def train(folder: Path) -> None:
     scaler = NativeScalerWithGradNormCount()
     norms = [float(train_step(engine, optimizer, scaler, step)[0]) for step in range(3)]
     told = {k: os.environ[k] for k in ('LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')}
-    means = reduce_dict({'rank': rank(), 'half': torch.tensor(0.5)})
-    report = {'norms': norms, 'size': world_size(), 'means': [float(v) for v in means.values()]}
+    means = [reduce_tensor(torch.tensor(value)) for value in (rank(), 0.5)]
+    report = {'norms': norms, 'size': world_size(), 'means': [float(v) for v in means]}
     (folder / f'{rank()}.json').write_text(json.dumps({**told, **report}))
 
 

@@ -10,7 +10,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 from yacs.config import CfgNode
 
-from internvl_ds.config.ds.resolve import load_ds_config
+from internvl_ds.config.ds.load import load_ds_config
 from internvl_ds.config.tree import default_config
 
 CLASSES = 5

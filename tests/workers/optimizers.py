@@ -20,8 +20,8 @@ from internvl_ds import (
     save_checkpoint,
 )
 from internvl_ds.dist.rendezvous import rank, world_size
+from internvl_ds.engine.registry import wrapper_of
 from internvl_ds.errors import InternvlDsError
-from internvl_ds.zero.master_weights import master_weights
 from tests.workers.elastic import full_state, make_scheduler
 from tests.workers.model import CLASSES, FEATURES, make_config, micro_batch
 from tests.workers.saving import caught_warnings
@@ -114,7 +114,7 @@ class Run:
         holder = getattr(optimizer, '_base_optimizer', optimizer)  # of timm's Lookahead
         groups = [{k: v for k, v in g.items() if k != 'params'} for g in optimizer.param_groups]
         return {
-            'masters': list(master_weights(self.engine).values()),
+            'masters': list(wrapper_of(self.engine).masters().values()),
             'module': dict(self.engine.module.state_dict()),
             'state': [holder.state.get(master, {}) for master in self._tensors()],
             'states': len(holder.state),
@@ -132,7 +132,7 @@ class Run:
 
     def _tensors(self) -> list[Any]:
         if self.engine.zero_optimization_stage():
-            return list(master_weights(self.engine).values())
+            return list(wrapper_of(self.engine).masters().values())
         return [p for g in self.engine.basic_optimizer.param_groups for p in g['params']]
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from internvl_ds import load_ema_checkpoint
 from internvl_ds.config.tree import default_config
-from internvl_ds.dist.process_group import reduce_tensor
+from internvl_ds.dist.reduce import reduce_tensor
 from internvl_ds.dist.rendezvous import rank, world_size
 from internvl_ds.engine.ema import ShardedEma
 from tests.workers.elastic import Net, Run, full_state, logger, make_client, make_scheduler

@@ -26,7 +26,7 @@ from internvl_ds import (
 )
 from internvl_ds.dist.rendezvous import rank, world_size
 from internvl_ds.engine.ema import ShardedEma
-from internvl_ds.engine.registry import ds_config_of, loss_scale_of
+from internvl_ds.engine.registry import wrapper_of
 from tests.workers.elastic import ADAM, full_state, logger
 from tests.workers.model import (
     CLASSES,
@@ -131,7 +131,7 @@ class Run:
 
     def contents(self) -> dict[str, Any]:
         """All state by name: digests of tensors, and numbers."""
-        module, scale = self.engine.module, loss_scale_of(self.engine)
+        module, scale = self.engine.module, wrapper_of(self.engine).scale
         with self.ema.swapped_in():
             average = _short(full_state(self.engine, ()))
         with deepspeed.zero.GatheredParameters(
@@ -237,7 +237,7 @@ def _plain_engine(run: Run) -> Iterator[Any]:
     """DeepSpeed's own engine of a run's layout, with its own reader."""
     torch.manual_seed(8)
     model = Net()
-    tree = json.loads(json.dumps(ds_config_of(run.engine), default=str))
+    tree = json.loads(json.dumps(wrapper_of(run.engine).ds_config, default=str))
     engine, *_ = deepspeed.initialize(model=model, optimizer=make_client(model), config=tree)
     yield engine
     engine.destroy()

@@ -25,7 +25,7 @@ from internvl_ds import (
 from internvl_ds.checkpoint.formats.export import write_original
 from internvl_ds.checkpoint.tag.discovery import newest
 from internvl_ds.dist.rendezvous import rank, world_size
-from internvl_ds.engine.registry import loss_scale_of
+from internvl_ds.engine.registry import wrapper_of
 from internvl_ds.errors import ConfigError, GradientOverflow
 from tests.workers.model import (
     make_config,
@@ -219,7 +219,7 @@ def load_grad_scaler(precision: str) -> list[Any]:
             train_step(engine, optimizer, scaler, 0)
         scaler.load_state_dict(state)
         norm, _, _ = train_step(engine, optimizer, scaler, 1)
-        scale = loss_scale_of(engine)
+        scale = wrapper_of(engine).scale
         found.append([scaler.loss_scale, scale and scale.growth_tracker, float(norm)])
         other.load_state_dict(scaler.state_dict()) if scale else None  # torch takes ours as well
         engine.destroy()
@@ -298,7 +298,7 @@ def after_autocast() -> dict[str, Any]:
             found.append(
                 [float(train_step(engine, optimizer, scaler, s, 0.5)[0]) for s in range(2)]
             )
-            scales.append(loss_scale_of(engine))
+            scales.append(wrapper_of(engine).scale)
             engine.destroy()
         return found, scales
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from internvl_ds import NativeScalerWithGradNormCount, get_grad_norm, initialize
 from internvl_ds.dist.rendezvous import rank, world_size
+from internvl_ds.engine.registry import wrapper_of
 from internvl_ds.errors import ConfigError
-from internvl_ds.zero.loss_scale_sync import scale_loss
 from tests.workers.model import (
     make_config,
     make_model,
@@ -167,7 +167,7 @@ def norms_before_step(stages: list[int], precision: str) -> dict[str, Any]:
         x, y = micro_batch(0, 0, 1, rank(), world_size())
         loss = nn.functional.cross_entropy(engine(x.to(module_dtype(precision))).float(), y)
         engine.set_gradient_accumulation_boundary(True)
-        engine.backward(scale_loss(engine, loss), scale_wrt_gas=False)
+        engine.backward(wrapper_of(engine).scale_loss(loss), scale_wrt_gas=False)
         some = [p for n, p in model.named_parameters() if n.startswith(('norm', 'body', 'frozen'))]
         results[str(stage)] = {
             **{p: float(get_grad_norm(model.parameters(), float(p))) for p in NORMS},

@@ -24,7 +24,7 @@ from internvl_ds import (
 )
 from internvl_ds.dist import rendezvous as meetings
 from internvl_ds.dist.peers import background_meetings
-from internvl_ds.dist.process_group import reduce_tensors
+from internvl_ds.dist.reduce import reduce_tensors
 from internvl_ds.dist.rendezvous import (
     agree,
     connect_peers,

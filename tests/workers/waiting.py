@@ -23,7 +23,8 @@ from internvl_ds import load_pretrained
 from internvl_ds.checkpoint import async_save as background
 from internvl_ds.checkpoint import reshard as elastic
 from internvl_ds.checkpoint.checkpoint_engine import ShardWriter
-from internvl_ds.dist.peers import background_meetings, set_limits
+from internvl_ds.dist.group import current_group
+from internvl_ds.dist.peers import background_meetings
 from internvl_ds.dist.preemption import Preemption
 from internvl_ds.dist.process_group import (
     init_distributed,
@@ -151,7 +152,7 @@ def rank_0_is_away(limit: float, folder: str, how: str) -> None:
         folder: of both ranks.
         how: 'stopped' or 'cut'.
     """
-    set_limits({'EXIT_TIMEOUT': limit, 'TIMEOUT': limit})
+    current_group().limits.update({'EXIT_TIMEOUT': limit, 'TIMEOUT': limit})
     pid = exchange('pid', os.getpid(), 30)[0]
     found: dict[str, Any] = {}
     preemption = Preemption(make_config('', CHECKPOINT__RENDEZVOUS_TIMEOUT=limit))

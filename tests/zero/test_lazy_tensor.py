@@ -42,5 +42,12 @@ def test_a_whole_tensor_of_any_layout_in_memory_is_filled_in_order():
     target = torch.zeros(3, 2).t()  # its memory is in another order
     fill(target, [('x', Place(0, 0, 0, 0, 6))], {'x': _flat()})
     assert target.tolist() == [[0, 1, 2], [3, 4, 5]]
+    places = [Place(0, 0, 1, 0, 2), Place(0, 0, 3, 2, 3), Place(1, 0, 0, 3, 6)]
+    three = Flat('x', (6,), places, lambda rank, group: SHARDS[rank, group])
+    target = torch.zeros(4)
+    fill(target, [('x', Place(0, 0, 1, 2, 5))], {'x': three})  # a slice, from its third element on
+    assert target.tolist() == [0, 2, 3, 4]
+    assert three.whole().tolist() == [0, 1, 2, 3, 4, 5]
+    assert Flat.of('y', torch.ones(4)).whole(torch.bfloat16).dtype == torch.bfloat16
     tied = torch.ones(4)
     assert Flat.of('y', tied).whole().data_ptr() == tied.data_ptr()  # nothing is copied

@@ -45,6 +45,10 @@ def test_hysteresis_takes_several_overflows():
         seen.append(scale.scale)
     # used up by the first; restored by the growth on the third applied update
     assert seen == [64.0, 32.0, 16.0, 16.0, 16.0, 32.0, 32.0, 16.0]
+    scale = LossScale(scale=64.0, hysteresis=2, hysteresis_left=2)
+    for skip in (True, False, True):  # an applied update restores nothing
+        scale.update(skip)
+    assert scale.scale == 32.0
     scale = LossScale(scale=64.0, hysteresis=2, hysteresis_left=2, consecutive_hysteresis=True)
     for skip in (True, False, True, False, True):
         scale.update(skip)
@@ -58,9 +62,12 @@ def test_it_is_exhausted_at_its_minimum_only():
         seen.append(scale.exhausted)
         scale.update(True)
     assert (seen, scale.exhausted, scale.scale) == ([False, False, True], True, 1.0)
+    assert not LossScale(scale=1.0, hysteresis=2, hysteresis_left=2).exhausted
     static = LossScale(scale=1.0, dynamic=False)
+    assert not static.exhausted
+    static.scale = 16.0
     static.update(True)
-    assert (static.exhausted, static.scale) == (False, 1.0)
+    assert static.scale == 16.0
 
 
 def test_its_state_is_a_grad_scalers_and_more():
@@ -81,6 +88,11 @@ def test_settings_stay_those_of_the_run():
     assert (scale.scale, scale.growth_interval, scale.hysteresis_left) == (8.0, 5, 2)
     scale.load_state_dict({'scale': 1.0})  # of a run in fp32
     assert scale.scale == 8.0
+    scale.load_state_dict({'scale': 512.0})  # a scale alone is one
+    assert scale.scale == 512.0
+    for saved, left in ((9, 2), (0, 1)):  # of another hysteresis
+        scale.load_state_dict({'scale': 512.0, 'hysteresis_left': saved})
+        assert scale.hysteresis_left == left
     static = LossScale(scale=16.0, dynamic=False)
     static.load_state_dict({'scale': 4.0, '_growth_tracker': 1})
     assert static.scale == 16.0

@@ -49,7 +49,7 @@ def test_runs_are_cut_where_a_rank_ends_and_gaps_are_left_out():
     layout = Runs([{'a': (5,), 'b': (4,)}], [[3, 0]], [6], 2)
     assert list(layout.places('a')) == [Place(0, 0, 0, 0, 5)]
     assert list(layout.places('b')) == [Place(1, 0, 2, 0, 4)]
-    assert [layout.least_length(rank, 0) for rank in range(3)] == [6, 6, 0]
+    assert [layout.least_length(rank, 0) for rank in range(4)] == [6, 6, 0, 0]
 
 
 def test_a_layout_in_words():

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -18,31 +18,12 @@ from internvl_ds.checkpoint.formats.zero_shards import TagShards
 from internvl_ds.checkpoint.tag.discovery import read_manifest
 from internvl_ds.checkpoint.tag.identity import require_identity
 from internvl_ds.checkpoint.tag.manifest import Identity
+from internvl_ds.engine.ema_shard import shard_name
 from internvl_ds.errors import CheckpointError, InternvlDsError, brief
 from internvl_ds.files.reading import interpreting, parse_json
 
 WHOLE = 'ema.safetensors'
 _WARMUP = {'gamma', 'power', 'min_decay'}
-_SHARD = 'ema_rank_{}.safetensors'
-
-
-class EmaFile(NamedTuple):
-    """What one rank writes of an average.
-
-    Attributes:
-        name: of the file.
-        tensors: name -> values.
-        metadata: for the file's header.
-    """
-
-    name: str
-    tensors: dict[str, torch.Tensor]
-    metadata: dict[str, str] | None
-
-
-def shard_name(rank: int) -> str:
-    """The name of one rank's part of a sharded average."""
-    return _SHARD.format(rank)
 
 
 class EmaFiles:

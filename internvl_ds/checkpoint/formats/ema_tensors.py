@@ -11,13 +11,14 @@ from torch import nn
 
 from internvl_ds.checkpoint.direct_or_reshard import same_groups
 from internvl_ds.checkpoint.formats.client_state import average_of
-from internvl_ds.checkpoint.formats.ema_files import WHOLE, EmaFile, EmaFiles
+from internvl_ds.checkpoint.formats.ema_files import WHOLE, EmaFiles
 from internvl_ds.checkpoint.formats.zero_shards import TagShards
 from internvl_ds.checkpoint.restore import load_weights
 from internvl_ds.checkpoint.sources.weight_files import open_source
 from internvl_ds.dist.rendezvous import rank, world_size
 from internvl_ds.engine.ema import ShardedEma
-from internvl_ds.engine.registry import applied_updates
+from internvl_ds.engine.ema_shard import EmaFile
+from internvl_ds.engine.registry import applied_updates, wrapper_of
 from internvl_ds.errors import CheckpointError
 from internvl_ds.zero.lazy_tensor import Flat
 
@@ -124,7 +125,7 @@ def load_whole_ema(model_ema: Any, weights: Any, where: str) -> None:
 def ema_fits_directly(model_ema: ShardedEma, saved: EmaFiles) -> bool:
     """Whether a tag's sharded average was cut as this one is."""
     header, engine = saved.header, model_ema.engine
-    running = (engine.zero_optimization_stage(), world_size())
+    running = (wrapper_of(engine).stage, world_size())
     return (int(header['zero_stage']), int(header['world_size'])) == running and same_groups(
         engine, TagShards(saved.tag)
     )

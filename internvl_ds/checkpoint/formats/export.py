@@ -26,15 +26,8 @@ from internvl_ds.errors import CheckpointError
 from internvl_ds.files import replacing
 from internvl_ds.files.reading import parse_yaml
 from internvl_ds.zero.lazy_tensor import Flat, NamedState
+from internvl_ds.zero.loss_scale import LossScale
 
-# What torch.amp.GradScaler starts with: for runs in fp32 and bf16, which have no loss scale.
-_GRAD_SCALER = {
-    'scale': 65536.0,
-    'growth_factor': 2.0,
-    'backoff_factor': 0.5,
-    'growth_interval': 2000,
-    '_growth_tracker': 0,
-}
 _SAFETENSORS_DTYPES = {
     torch.float64: 'F64', torch.float32: 'F32', torch.float16: 'F16', torch.bfloat16: 'BF16',
     torch.int64: 'I64', torch.int32: 'I32', torch.int16: 'I16', torch.int8: 'I8',
@@ -55,6 +48,8 @@ def write_original(tag: Path, target: Path) -> None:
     shards = TagShards(tag)
     kept = saved_state(shards)
     scale = kept.get('loss_scale') or {}
+    first = LossScale().state_dict()  # for a run in fp32 or bf16, which has no loss scale
+    del first['hysteresis_left']  # which torch.amp.GradScaler does not have
     settings = shards.settings()
     merged = [list(group['param_names']) for group in settings]
     groups = kept.get('optimizer_groups') or merged
@@ -73,7 +68,7 @@ def write_original(tag: Path, target: Path) -> None:
         'max_accuracy': kept.get('max_accuracy') or 0.0,
         'epoch': kept.get('epoch'),
         'config': CfgNode(parse_yaml(kept['config'])) if kept.get('config') else None,
-        'amp': {key: scale.get(key, value) for key, value in _GRAD_SCALER.items()},
+        'amp': {key: scale.get(key, value) for key, value in first.items()},
         'max_accuracy_ema': kept.get('max_accuracy_ema'),
         'ema_decay': kept.get('ema_decay'),
     }

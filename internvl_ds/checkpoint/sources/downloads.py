@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import fcntl
 import functools
 import hashlib
 import logging
@@ -34,7 +33,8 @@ from internvl_ds.config.tree import default_of, get_option
 from internvl_ds.errors import ConfigError, PretrainedError
 from internvl_ds.files import flush, open_own
 from internvl_ds.files.addresses import BLANK, is_address, redacted, shown, split_address
-from internvl_ds.files.reading import open_data
+from internvl_ds.files.locks import try_lock
+from internvl_ds.files.reading import Unreadable, open_data
 
 _T = TypeVar('_T')
 
@@ -126,7 +126,8 @@ def _fetch(address: str, timeout: float) -> Path:
         if not expected:
             reason = 'its name ends in no hash, so what comes cannot be checked'
             _log.warning(f'{redacted(url)}: {reason}')
-        return _download(url, user, folder, re.sub(r'[^\w.-]', '_', name)[-100:], expected, timeout)
+        name = re.sub(r'[^\w.-]', '_', name, flags=re.ASCII)[-100:]
+        return _download(url, user, folder, name, expected, timeout)
 
 
 def _root() -> Path:
@@ -139,8 +140,11 @@ def _folder(url: str) -> Path:
 
 def _kept(folder: Path, expected: str) -> Path | None:
     """The whole file in a folder of the cache; one that is damaged is removed."""
-    for path in sorted(folder.glob('[0-9a-f]*-*')):
-        digest = sha256(path)
+    for path in sorted(folder.glob('[0-9a-f]' * 16 + '-*')):
+        try:
+            digest = sha256(path)
+        except (Unreadable, IsADirectoryError):
+            digest = ''
         if path.name.startswith(f'{digest[:16]}-') and digest.startswith(expected):
             return path
         _log.warning(f'{path}: is damaged since it was downloaded: it is downloaded again')
@@ -190,6 +194,10 @@ def _receive(
         os.fdopen(descriptor, 'w+b', buffering=0) as file,
         opener.open(request, timeout=timeout) as answer,
     ):
+        if answer.status != 200:  # a part, or something else in place of it
+            raise PretrainedError(
+                f'its server answers {answer.status} {answer.reason}, and not 200'
+            )
         length = answer.headers.get('Content-Length')
         if length is None and not answer.chunked and not has_hash:
             raise PretrainedError('its server says no length, so a part could pass for the whole')
@@ -287,13 +295,13 @@ def _turn(folder: Path, timeout: float, measure: Callable[[], int]) -> Iterator[
             descriptor = open_own(folder / 'lock', os.O_RDWR)
             stack.callback(os.close, descriptor)
             grows = _growth(measure, timeout + _GRACE)
-            while next(grows):
-                with contextlib.suppress(BlockingIOError):
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            while not (held := try_lock(descriptor)):
+                if held is None:
+                    raise OSError('the file system has no locks')
+                if not next(grows):
+                    _log.warning(f'{folder}: its download by another process stands still')
                     break
                 time.sleep(0.1)
-            else:
-                _log.warning(f'{folder}: its download by another process stands still')
         except OSError as error:
             _log.info(f'{folder}: is not locked ({error})')
         yield

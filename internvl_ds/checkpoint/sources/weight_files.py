@@ -55,7 +55,10 @@ def open_source(path: str, *, ema: bool = False) -> Mapping[str, Any]:
     if is_address(path):
         path = str(downloads.fetch(path))
     if os.path.isdir(path):
-        return _open_directory(Path(path), ema)
+        try:
+            return _open_directory(Path(path), ema)
+        except OSError as error:
+            raise PretrainedError(f'{path}: cannot be read: {error}') from error
     try:
         source = _open_file(path)
     except PretrainedError as error:

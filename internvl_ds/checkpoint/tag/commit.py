@@ -11,6 +11,7 @@ it, which names it (see `internvl_ds.checkpoint.tag.owner`); a mark inside says 
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import shutil
@@ -18,7 +19,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from internvl_ds.checkpoint.tag.discovery import LATEST, aside_of, epoch_tags, header_or_none, tags
+from internvl_ds.checkpoint.tag.discovery import (
+    LATEST,
+    aside_of,
+    header_or_none,
+    is_tag,
+    removable_tags,
+    tags,
+)
 from internvl_ds.checkpoint.tag.leftovers import LOCK, STAGING, sweep
 from internvl_ds.checkpoint.tag.manifest import FILE_NAME, FileEntry, Manifest, wrong_files
 from internvl_ds.checkpoint.tag.owner import let_go, open_lock, this_process
@@ -73,10 +81,15 @@ def begin(output: Path, tag: str, *, age: float | None = None) -> Staging:
         age: see `sweep`.
 
     Raises:
-        OSError: when it cannot be made.
+        OSError: when it cannot be made, or something of a user's has the name.
     """
     output.mkdir(parents=True, exist_ok=True)
     sweep(output, age=age)
+    final = output / tag
+    # Whether it is there last: another process may have removed it meanwhile.
+    if not is_tag(final) and not _is_empty(final) and os.path.lexists(final):
+        text = 'is no tag, and is not removed for one: give it another name'
+        raise FileExistsError(errno.EEXIST, text, str(final))
     while True:
         owner = this_process()
         path = output / f'{STAGING}{tag}-{owner.id}'
@@ -142,6 +155,9 @@ def commit(staging: Staging, manifest: Manifest, *, latest: bool = False) -> Pat
         CheckpointError: when it is published, but ``latest`` cannot be made to name it.
     """
     output, final = staging.output, staging.output / staging.tag
+    for folder, names, _ in os.walk(staging.path):  # offloading to NVMe makes folders in a tag
+        for name in names:
+            flush(Path(folder, name))
     write_text(staging.path / FILE_NAME, manifest.to_text())
     published = False
     try:
@@ -199,7 +215,7 @@ def prune(output: Path, policies: Sequence[Policy]) -> list[str]:
     Returns:
         The names of the tags that were removed.
     """
-    found = sorted(epoch_tags(output), key=lambda tag: tag[:3])
+    found = removable_tags(output)
     goes = tags_to_prune(found, policies)
     later = [tag.name for tag in later_tags(found)]
     # After the first save only: the save before it was the last one before the run was rewound.
@@ -232,6 +248,10 @@ def remove(output: Path, goes: Sequence[EpochTag]) -> tuple[list[str], list[str]
         if done is not None:
             (removed if done else failed).append(tag.name)
     return removed, failed
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not os.listdir(path)
 
 
 def _lock_of(staging: Path) -> Path:

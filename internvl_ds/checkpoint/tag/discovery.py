@@ -6,10 +6,11 @@ aside for a save of the same name, which stands in for it if that save died betw
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,18 @@ from internvl_ds.files.reading import JSON_BYTES, NAME_BYTES, Unreadable, open_d
 
 LATEST = 'latest'
 ASIDE = '.old-'
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Has what the file system refuses told as an error of this package."""
+    try:
+        yield
+    except CheckpointError:  # CheckpointNotFound is an OSError
+        raise
+    except OSError as error:
+        where = error.filename or path
+        raise CheckpointError(f'{where}: cannot be read: {error.strerror}') from error
 
 
 class Resume(NamedTuple):
@@ -47,10 +60,15 @@ def newest(output: Path, damaged: Mapping[str, str] | None = None) -> Resume | N
 
     Raises:
         CheckpointNotFound: when there are traces of checkpoints but no whole one.
+        CheckpointError: when the directory cannot be read.
     """
+    with reading(output):
+        return _newest(output, damaged or {})
+
+
+def _newest(output: Path, damaged: Mapping[str, str]) -> Resume | None:
     if not output.is_dir():
         return None
-    damaged = damaged or {}
     latest_file = output / LATEST
     latest = read_latest(output)
     broken: list[str] = []
@@ -96,7 +114,8 @@ def resolve(resume: str) -> Path:
     if os.path.isfile(path) or (os.path.isdir(path) and not is_tag(path)):
         return path
     if not os.path.isdir(path):
-        there = tags(path.parent) if os.path.isdir(path.parent) else []
+        with reading(path.parent):
+            there = tags(path.parent) if os.path.isdir(path.parent) else []
         siblings = ', '.join(sorted(shown(tag.name) for tag in there)) or 'none'
         raise CheckpointNotFound(f'{path}: no such checkpoint; {path.parent} has {siblings}')
     why = problem(path)
@@ -124,6 +143,11 @@ def epoch_tags(output: Path) -> list[EpochTag]:
             updates = header.global_steps if header and step is not None else None
             found.append(EpochTag(sequence, epoch, path.name, accuracy, step, updates))
     return found
+
+
+def removable_tags(output: Path) -> list[EpochTag]:
+    """As `epoch_tags`, oldest save first, without a user's directory that has such a name."""
+    return sorted(t for t in epoch_tags(output) if is_tag(output / t.name))
 
 
 def is_tag(path: Path) -> bool:

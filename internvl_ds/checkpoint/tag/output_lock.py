@@ -27,6 +27,7 @@ from internvl_ds.checkpoint.tag.owner import Owner, read_owner
 from internvl_ds.config.tree import checkpoint_option
 from internvl_ds.dist.process_group import before_shutdown
 from internvl_ds.errors import CheckpointError
+from internvl_ds.files import forks
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,12 @@ def enter_output(output: Path, config: CfgNode, limit: float) -> None:
     known = _outputs.get(key)
     if known is None:
         output.mkdir(parents=True, exist_ok=True)
-        known = _Output(output, _place_of(output))
+        place = _place_of(output)
+        # Absolute: the program may change its directory. And it may have another name for one.
+        there = (
+            o for o in _outputs.values() if os.path.exists(o.path) and _place_of(o.path) == place
+        )
+        known = next(there, _Output(Path(key), place))
     else:
         _require_same(known)
     if not checkpoint_option(config, 'SHARED_OUTPUT'):
@@ -178,7 +184,9 @@ def _take(known: _Output, descriptor: int, held: bool | None, age: float) -> boo
         if read_owner(path) != owner:
             return False
     known.owner, known.descriptor, known.ended = owner, descriptor, threading.Event()
-    _registered()
+    before_shutdown(_release_all)
+    forks.at_fork(_release_all, _outputs.clear)
+    _release_at_exit()
     arguments = path, owner, age / _BEATS, known.ended
     threading.Thread(target=_beat, args=arguments, name='lock', daemon=True).start()
     return True
@@ -212,7 +220,5 @@ def _release_all() -> None:
 
 
 @functools.cache
-def _registered() -> None:
+def _release_at_exit() -> None:
     atexit.register(_release_all)
-    before_shutdown(_release_all)
-    os.register_at_fork(after_in_child=_outputs.clear)

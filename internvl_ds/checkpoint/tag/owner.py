@@ -7,7 +7,6 @@ nothing, number and start time of the process decide on its own machine; elsewhe
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import json
 import os
@@ -17,13 +16,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
 
-from internvl_ds.files import open_own
+from internvl_ds.files import forks, open_own
+from internvl_ds.files.locks import try_lock
 from internvl_ds.files.reading import parse_json, read_bytes
 
 _LONGEST = 4096  # bytes of a record
-
-# Descriptors of locks, which a forked child must not hold on to: see `open_lock`.
-_locks: set[int] = set()
 
 
 class Owner(NamedTuple):
@@ -117,15 +114,8 @@ def open_lock(path: Path, *, make: bool = True) -> tuple[int, bool | None]:
     """
     while True:
         descriptor = open_own(path, os.O_RDWR, make=make)
-        _closed_by_children()
-        _locks.add(descriptor)
-        held: bool | None = True
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            held = False
-        except OSError:
-            held = None
+        forks.at_fork(descriptor, functools.partial(os.close, descriptor))
+        held = try_lock(descriptor)
         if not held or _is_still(path, descriptor):
             return descriptor, held
         let_go(descriptor)  # its owner removed it just now
@@ -133,7 +123,7 @@ def open_lock(path: Path, *, make: bool = True) -> tuple[int, bool | None]:
 
 def let_go(descriptor: int) -> None:
     """Closes what `open_lock` opened."""
-    _locks.discard(descriptor)
+    forks.forget(descriptor)
     os.close(descriptor)
 
 
@@ -141,16 +131,6 @@ def _is_still(path: Path, descriptor: int) -> bool:
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.lstat(path), os.fstat(descriptor))
     return False
-
-
-@functools.cache
-def _closed_by_children() -> None:
-    os.register_at_fork(after_in_child=_close_all)
-
-
-def _close_all() -> None:
-    while _locks:
-        os.close(_locks.pop())
 
 
 @functools.cache

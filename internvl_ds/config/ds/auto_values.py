@@ -10,18 +10,19 @@ from typing import Any
 
 from yacs.config import CfgNode
 
+from internvl_ds.config.ds.diagnostics import Diagnostic, diagnostic, value_at
+from internvl_ds.config.ds.pairs import ARGUMENT, AUTO, BATCH, PAIRS, Pair
 from internvl_ds.config.tree import default_of, get_option, scale_lr
-from internvl_ds.errors import ConfigError
 
 DEFAULT = "DeepSpeed's default"
 _FILE = 'the ds_config'
 _ZERO = '/zero_optimization'
-REDUCE_BUCKET = f'{_ZERO}/reduce_bucket_size'
+_REDUCE_BUCKET = f'{_ZERO}/reduce_bucket_size'
 _REDUCE_BUCKET_MOST = 500_000_000  # elements: DeepSpeed's default
 
 # Sizes in elements that may stand at 'auto' until there is a model.
-BUCKETS = (
-    REDUCE_BUCKET,
+_BUCKETS = (
+    _REDUCE_BUCKET,
     f'{_ZERO}/allgather_bucket_size',
     f'{_ZERO}/stage3_prefetch_bucket_size',
     f'{_ZERO}/stage3_param_persistence_threshold',
@@ -29,25 +30,25 @@ BUCKETS = (
 
 
 class Filling:
-    """A ds_config that is being resolved, and where each of its values comes from.
+    """A ds_config that is being resolved.
 
     Attributes:
         tree: a copy of the ds_config, changed by `put` and `fill`.
-        origins: JSON pointer of each value -> a few words.
+        origins: JSON pointer of each value -> where the value comes from, in a few words.
+        findings: what contradicts the yacs config, or stays open.
     """
 
-    def __init__(self, ds_config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, ds_config: Mapping[str, Any], origins: Mapping[str, str] | None = None
+    ) -> None:
         self.tree: dict[str, Any] = copy.deepcopy(dict(ds_config))
-        self.origins = {pointer: _FILE for pointer, _ in _leaves(self.tree)}
+        self.origins = dict(origins or {pointer: _FILE for pointer, _ in _leaves(self.tree)})
+        self.findings: list[Diagnostic] = []
 
     def stated(self, pointer: str) -> Any:
         """The value at a JSON pointer; None where it is absent or 'auto'."""
-        node: Any = self.tree
-        for key in pointer.split('/')[1:]:
-            if not isinstance(node, Mapping) or key not in node:
-                return None
-            node = node[key]
-        return None if node == 'auto' else node
+        value = value_at(self.tree, *pointer.split('/')[1:])
+        return None if value == 'auto' else value
 
     def put(self, pointer: str, value: Any, origin: str) -> None:
         """Sets a value; its origin stays the file where that states the same."""
@@ -63,6 +64,10 @@ class Filling:
         """Sets a value where none is stated."""
         if self.stated(pointer) is None:
             self.put(pointer, value, origin)
+
+    def refuse(self, pointer: str, message: str) -> None:
+        """Notes an error."""
+        self.findings.append(diagnostic(pointer, message))
 
     def autos(self) -> list[str]:
         """The pointers at which 'auto' still stands."""
@@ -81,88 +86,80 @@ def fill_buckets(filling: Filling, trained: int | None) -> None:
     gigabyte in bf16. A bucket of all elements is the same single bucket, to the bit.
     """
     if trained is None:
-        open_ones = set(filling.autos()) & set(BUCKETS)
+        open_ones = set(filling.autos()) & set(_BUCKETS)
         filling.origins.update(dict.fromkeys(open_ones, 'the model, once there is one'))
         return
     stage = filling.stated(f'{_ZERO}/stage')
     if stage in (1, 2, 3):
         size = reduce_bucket_of(trained)
-        filling.fill(REDUCE_BUCKET, size, f'the model: {trained} trained elements, at most 5e8')
+        filling.fill(_REDUCE_BUCKET, size, f'the model: {trained} trained elements, at most 5e8')
     for pointer in filling.autos():
-        if pointer in BUCKETS:
-            filling.put(pointer, _zero_default(pointer.rpartition('/')[2]), DEFAULT)
+        if pointer in _BUCKETS:
+            filling.put(pointer, default_at(pointer), DEFAULT)
 
 
-def fill_optimizer(filling: Filling, config: CfgNode, images: int) -> None:
-    """Fills /optimizer/params with what the optimizer takes of TRAIN's settings.
+def fill_open_values(filling: Filling, config: CfgNode, trained: int | None) -> None:
+    """Fills what is open once the batch is settled, and refuses each 'auto' that nothing fills."""
+    images = filling.stated(BATCH.pointer)
+    _fill_optimizer(filling, config, images)
+    _fill_scheduler(filling, config, images)
+    fill_buckets(filling, trained)
+    origin = "internvl_ds: timm's optimizers and SGD are meant under ZeRO"
+    filling.fill('/zero_allow_untested_optimizer', True, origin)
+    known = {*_BUCKETS, *(finding.pointer for finding in filling.findings)}
+    for pointer in filling.autos():
+        if pointer not in known and default_at(pointer) != 'auto':  # DeepSpeed reads some itself
+            filling.refuse(
+                pointer,
+                "'auto' has no counterpart in the yacs config; give a value, or leave the key out "
+                "for DeepSpeed's default",
+            )
 
-    Args:
-        filling: changed.
-        config: TRAIN.{BASE_LR, WEIGHT_DECAY, OPTIMIZER} are read.
-        images: of a whole batch; learning rates are given for 512 of them.
-    """
+
+def _fill_optimizer(filling: Filling, config: CfgNode, images: int) -> None:
+    """Fills /optimizer/params with the settings of TRAIN that the optimizer takes."""
     name = filling.stated('/optimizer/type')
-    if not isinstance(name, str):
-        return
-    takes = _arguments_of(name)
-    lr = scale_lr(_option(config, 'TRAIN.BASE_LR'), images)
-    settings = {
-        'lr': ('TRAIN.BASE_LR', lr),
-        'weight_decay': ('TRAIN.WEIGHT_DECAY', _option(config, 'TRAIN.WEIGHT_DECAY')),
-        'betas': ('TRAIN.OPTIMIZER.BETAS', list(_option(config, 'TRAIN.OPTIMIZER.BETAS'))),
-        'eps': ('TRAIN.OPTIMIZER.EPS', _option(config, 'TRAIN.OPTIMIZER.EPS')),
-        'momentum': ('TRAIN.OPTIMIZER.MOMENTUM', _option(config, 'TRAIN.OPTIMIZER.MOMENTUM')),
-    }
-    for argument, (key, value) in settings.items():
-        if argument in takes:
-            words = f'{key} x {images} / 512' if argument == 'lr' else key
-            _agree(filling, f'/optimizer/params/{argument}', config, key, value, words)
-
-
-def fill_scheduler(filling: Filling, config: CfgNode, images: int) -> None:
-    """Fills learning rates of /scheduler/params that are 'auto'.
-
-    Raises:
-        ConfigError: for a number of steps at 'auto': how many an epoch has is not known here.
-    """
-    base, warmup, least = (
-        scale_lr(_option(config, f'TRAIN.{key}'), images)
-        for key in ('BASE_LR', 'WARMUP_LR', 'MIN_LR')
-    )
-    settings = {
-        'warmup_max_lr': (base, 'TRAIN.BASE_LR'),
-        'warmup_min_lr': (warmup, 'TRAIN.WARMUP_LR'),
-        'warmup_min_ratio': (warmup / base if base else 0.0, 'TRAIN.WARMUP_LR / BASE_LR'),
-        'cos_min_ratio': (least / base if base else 0.0, 'TRAIN.MIN_LR / BASE_LR'),
-    }
-    for pointer in filling.autos():
-        section, _, argument = pointer.rpartition('/')
-        if section != '/scheduler/params':
+    takes = _arguments_of(name) if isinstance(name, str) else ()
+    for pair in PAIRS:
+        if pair.rule != ARGUMENT or pair.key not in takes:
             continue
-        if argument.endswith('_num_steps'):
-            raise ConfigError(
+        value = get_option(config, pair.yacs)
+        if pair.key == 'lr':
+            value = scale_lr(value, images)
+        elif isinstance(value, tuple):
+            value = list(value)
+        _fill_argument(filling, pair, config, value, pair.origin(images))
+
+
+def _fill_scheduler(filling: Filling, config: CfgNode, images: int) -> None:
+    """Fills learning rates of /scheduler/params that are 'auto'; numbers of steps are refused."""
+    pairs = {pair.pointer: pair for pair in PAIRS if pair.rule == AUTO}
+    base = scale_lr(get_option(config, 'TRAIN.BASE_LR'), images)
+    for pointer in filling.autos():
+        if pointer.startswith('/scheduler/params/') and pointer.endswith('_num_steps'):
+            filling.refuse(
+                pointer,
                 f"{pointer} is 'auto', and only the data tell how many updates an epoch has: "
-                'give the number'
+                'give the number',
             )
-        if argument in settings:
-            value, origin = settings[argument]
-            filling.put(
-                pointer, value, origin if 'ratio' in argument else f'{origin} x {images} / 512'
-            )
+        elif pair := pairs.get(pointer):
+            value = scale_lr(get_option(config, pair.yacs), images)
+            if pointer.endswith('_ratio'):
+                value = value / base if base else 0.0
+            filling.put(pointer, value, pair.origin(images))
 
 
-def _agree(
-    filling: Filling, pointer: str, config: CfgNode, key: str, value: Any, words: str
-) -> None:
+def _fill_argument(filling: Filling, pair: Pair, config: CfgNode, value: Any, origin: str) -> None:
     """Fills one value that both files may state; where both do, they must state the same."""
-    stated = filling.stated(pointer)
-    changed = _option(config, key) != default_of(key)
+    stated = filling.stated(pair.pointer)
+    changed = get_option(config, pair.yacs) != default_of(pair.yacs)
     if stated is not None and changed and not _same(stated, value):
-        raise ConfigError(
-            f'{pointer} is {stated} in the ds_config, but {words} is {value}; make them agree, '
-            "or set the JSON's to 'auto'"
+        filling.refuse(
+            pair.pointer,
+            f'{pair.pointer} is {stated} in the ds_config, but {origin} is {value}; make them '
+            "agree, or set the JSON's to 'auto'",
         )
-    filling.fill(pointer, value, words)
+    filling.fill(pair.pointer, value, origin)
 
 
 def _same(stated: Any, value: Any) -> bool:
@@ -174,27 +171,23 @@ def _same(stated: Any, value: Any) -> bool:
         return False
 
 
-def _option(config: CfgNode, key: str) -> Any:
-    return get_option(config, key, default_of(key))
-
-
-def _arguments_of(optimizer: str) -> set[str]:
-    """What the optimizer that DeepSpeed makes of a name takes."""
+def _arguments_of(name: str) -> set[str]:
+    """The arguments of the optimizer that DeepSpeed makes of a name."""
     import torch
 
     known = {'adam': 'Adam', 'adamw': 'AdamW', 'lamb': 'Adam', 'adagrad': 'Adagrad'}
-    name = known.get(optimizer.lower(), optimizer)
-    if optimizer.lower() == 'lion':
+    if name.lower() == 'lion':
         return {'lr', 'betas', 'weight_decay'}
-    made = getattr(torch.optim, name, None)
-    return set(inspect.signature(made).parameters) if inspect.isclass(made) else set()
+    optimizer = getattr(torch.optim, known.get(name.lower(), name), None)
+    return set(inspect.signature(optimizer).parameters) if inspect.isclass(optimizer) else set()
 
 
-def _zero_default(key: str) -> Any:
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+def default_at(pointer: str) -> Any:
+    """DeepSpeed's default of a key; None where it is not known."""
+    from internvl_ds.config.ds.schema import find, installed  # DeepSpeed with it
 
-    fields = DeepSpeedZeroConfig.model_fields
-    return next(f.default for n, f in fields.items() if key in (n, f.alias))
+    key = find(installed(), pointer.split('/')[1:])
+    return key.default if key else None
 
 
 def _leaves(node: Any, pointer: str = '') -> Iterator[tuple[str, Any]]:

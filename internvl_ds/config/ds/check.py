@@ -3,8 +3,8 @@
     findings = check(load_ds_config('zero2'), config, world_size=8)
 
 In three steps, each of which sees only what the ones before found right, so that one fault gives
-one finding: the shape (`ds_shape`), the contradictions (`ds_rules`), and at last DeepSpeed's own
-judgement of the whole. No rank is started, and no GPU is needed.
+one finding: the shape (`validate_keys`), the contradictions (`resolve` and `cross_checks`), and at
+last DeepSpeed's own judgement of the whole. No rank is started, and no GPU is needed.
 """
 
 from __future__ import annotations
@@ -19,18 +19,31 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from pydantic import ValidationError
 from yacs.config import CfgNode
 
-from internvl_ds.config.ds import resolve as ds
 from internvl_ds.config.ds.cross_checks import RULES, Facts
-from internvl_ds.config.ds.diagnostics import ERROR, Finding, finding, pointer_of, value_at
+from internvl_ds.config.ds.diagnostics import (
+    Diagnostic,
+    diagnostic,
+    errors_of,
+    pointer_of,
+    refuse,
+    value_at,
+)
 from internvl_ds.config.ds.introspect import Path, quiet
+from internvl_ds.config.ds.resolve import Resolution, resolve, size_buckets
 from internvl_ds.config.ds.schema import Key, installed, walk
 from internvl_ds.config.ds.validate_keys import check_shape
-from internvl_ds.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 
 def check(
+    ds_config: Mapping[str, Any], config: CfgNode, world_size: int, **in_code: bool
+) -> list[Diagnostic]:
+    """The findings of `examine`: one a fault, none where all is well."""
+    return examine(ds_config, config, world_size, **in_code).findings
+
+
+def examine(
     ds_config: Mapping[str, Any],
     config: CfgNode,
     world_size: int,
@@ -38,11 +51,11 @@ def check(
     optimizer_in_code: bool = True,
     scheduler_in_code: bool = False,
     cpu_optimizer: bool = False,
-) -> list[Finding]:
-    """Looks a ds_config over. Pure: nothing is changed, started or read from disk.
+) -> Resolution:
+    """Checks and resolves a ds_config. Pure: nothing is changed, started or read from disk.
 
     Args:
-        ds_config: as `ds_config.load_ds_config` returned it, 'auto' and all, or resolved.
+        ds_config: as `load_ds_config` returned it, 'auto' and all, or resolved.
         config: the yacs tree.
         world_size: the number of data-parallel ranks.
         optimizer_in_code: keyword-only; whether an optimizer is passed to `initialize`.
@@ -50,52 +63,40 @@ def check(
         cpu_optimizer: keyword-only; whether that optimizer is one of DeepSpeed's for the CPU.
 
     Returns:
-        One finding a fault; none where all is well.
+        The resolved ds_config, with bucket sizes left open; not resolved where there are errors.
     """
     schema = installed()
     shape = check_shape(ds_config, schema, schema)
     facts = Facts(
         shape, schema, config, world_size, optimizer_in_code, scheduler_in_code, cpu_optimizer
     )
-    found = list(shape.findings)
+    findings = list(shape.findings)
     for rule in RULES:
-        found += rule(facts)
-    found += _refused_blocks(facts.tree, schema, found)
-    if not any(f.severity == ERROR for f in found):
-        found += _refused_whole(ds_config, config, world_size, schema)
-    return found
+        findings += rule(facts)
+    findings += _refused_blocks(facts.tree, schema, findings)
+    if errors_of(findings):
+        return Resolution(dict(ds_config), {}, findings)
+    resolution = resolve(ds_config, config, world_size)
+    findings += resolution.findings or _refused_whole(resolution, ds_config)
+    return resolution._replace(findings=findings)
 
 
-def errors_of(findings: list[Finding]) -> list[Finding]:
-    """Those with which nothing can be trained."""
-    return [f for f in findings if f.severity == ERROR]
-
-
-def require_right(found: list[Finding]) -> None:
-    """Raises for what `check` found of errors, and logs its warnings. Each rank finds the same.
+def require_right(findings: list[Diagnostic]) -> None:
+    """Raises for the errors that `check` found, and logs its warnings. Each rank finds the same.
 
     Raises:
         ConfigError: with every error, each with its JSON pointer and its yacs key.
     """
-    refuse(errors_of(found))
-    for warning in found:
+    refuse(errors_of(findings))
+    for warning in findings:
         logger.warning('ds_config: %s', warning)
 
 
-def refuse(errors: list[Finding]) -> None:
-    """Raises ConfigError where there are errors: one in one line, more in one line each."""
-    if len(errors) == 1:
-        raise ConfigError(str(errors[0]))
-    if errors:
-        lines = ''.join(f'\n  {error}' for error in errors)
-        raise ConfigError(f'the ds_config has {len(errors)} errors:{lines}')
-
-
 def _refused_blocks(
-    tree: Mapping[str, Any], schema: Key, found: list[Finding]
-) -> Iterator[Finding]:
-    """What the pydantic models say to blocks in which nothing was found yet."""
-    wrong = [f.pointer for f in found if f.severity == ERROR]
+    tree: Mapping[str, Any], schema: Key, findings: list[Diagnostic]
+) -> Iterator[Diagnostic]:
+    """What the pydantic models say to blocks in which no error was found yet."""
+    wrong = [error.pointer for error in errors_of(findings)]
     models = {path: key.model for path, key in walk(schema) if key.model is not None}
     for path, model in models.items():
         block = value_at(tree, *path)
@@ -112,53 +113,34 @@ def _refused_blocks(
             for detail in error.errors()[:1]:
                 inner = [str(part) for part in detail['loc']]
                 text = re.sub(r'^(Value error|Assertion failed), ', '', detail['msg'])
-                yield finding(pointer_of((*path, *inner)), f'DeepSpeed refuses it: {text}')
+                yield diagnostic(pointer_of((*path, *inner)), f'DeepSpeed refuses it: {text}')
         except (AssertionError, TypeError, ValueError) as error:
-            yield finding(pointer, f'DeepSpeed refuses it: {error}')
+            yield diagnostic(pointer, f'DeepSpeed refuses it: {error}')
 
 
-def _refused_whole(
-    ds_config: Mapping[str, Any], config: CfgNode, world_size: int, schema: Key
-) -> Iterator[Finding]:
-    """What is left to be said once all is resolved: by `resolve`, then by DeepSpeed's own check."""
-    try:
-        resolved = ds.resolve(ds_config, config, world_size, trained=1)
-    except ConfigError as error:
-        yield from _unresolved(str(error), ds_config)
-        return
-    # It would compare the batch with the ranks that there are now.
-    resolved.pop('train_batch_size')
+def _refused_whole(resolution: Resolution, ds_config: Mapping[str, Any]) -> Iterator[Diagnostic]:
+    """DeepSpeed's own judgement of a ds_config that is resolved."""
+    tree = size_buckets(resolution, 1).tree
+    # DeepSpeed would compare the batch with the ranks that there are now.
+    tree.pop('train_batch_size')
     try:
         with quiet():
-            DeepSpeedConfig(resolved)
+            DeepSpeedConfig(tree)
     except Exception as error:  # whatever it is, the run would die of it
         text = str(error) or type(error).__name__
-        yield finding(_pointer_in(text, ds_config, schema), f'DeepSpeed refuses it: {text}')
+        yield diagnostic(_pointer_in(text, ds_config), f'DeepSpeed refuses it: {text}')
 
 
-def _unresolved(text: str, ds_config: Mapping[str, Any]) -> Iterator[Finding]:
-    """One finding for each pointer at the head of a message, as for several 'auto' at once."""
-    head, colon, rest = text.partition(": 'auto'")
-    pointers = head.split(', ')
-    stated = {pointer_of(path) for path, _ in _nodes(ds_config)}
-    if colon and stated.issuperset(pointers):
-        for pointer in pointers:
-            yield finding(pointer, f"'auto'{rest}")
-        return
-    first = re.match(r'(/[\w/]+)', text)
-    yield finding(first[0] if first else '', text)
-
-
-def _pointer_in(text: str, ds_config: Mapping[str, Any], schema: Key) -> str:
+def _pointer_in(text: str, ds_config: Mapping[str, Any]) -> str:
     """The stated key that a message names; '' where it names none."""
     words = set(re.findall(r'\w+', text.lower()))
-    named = [path for path, _ in _nodes(ds_config) if path[-1].lower() in words]
+    named = [path for path in _paths(ds_config) if path[-1].lower() in words]
     longest: Path = max(named, key=lambda path: len(path[-1]), default=())
     return pointer_of(longest)
 
 
-def _nodes(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+def _paths(tree: Any, path: Path = ()) -> Iterator[Path]:
     if isinstance(tree, Mapping):
         for key, value in tree.items():
-            yield (*path, str(key)), value
-            yield from _nodes(value, (*path, str(key)))
+            yield (*path, str(key))
+            yield from _paths(value, (*path, str(key)))

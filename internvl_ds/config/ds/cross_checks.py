@@ -1,7 +1,7 @@
-"""What contradicts itself, or trains wrongly, in a ds_config whose keys and types are right. Pure.
+"""Contradictions, and settings that train wrongly, in a ds_config of right keys and types. Pure.
 
 Each rule is a function from `Facts` to findings. A rule that needs a value which an earlier check
-found wrong keeps silent: that fault was told.
+found wrong keeps silent: that fault has its finding.
 """
 
 from __future__ import annotations
@@ -12,8 +12,15 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from internvl_ds.config.ds import resolve as ds
-from internvl_ds.config.ds.diagnostics import Finding, finding, nearest, pointer_of, shown, value_at
+from internvl_ds.config.ds.auto_values import Filling
+from internvl_ds.config.ds.diagnostics import Diagnostic, diagnostic, nearest, shown, value_at
+from internvl_ds.config.ds.pairs import ACCUMULATION, BATCH, MICRO_BATCH
+from internvl_ds.config.ds.resolve import (
+    OF_PARTITIONED_UPDATES,
+    PRECISION_BLOCKS,
+    precision_or_fault,
+    settle_batch,
+)
 from internvl_ds.config.ds.schema import (
     Key,
     find,
@@ -22,27 +29,18 @@ from internvl_ds.config.ds.schema import (
     scheduler_params,
     scheduler_types,
 )
-from internvl_ds.config.ds.unsupported import NAMES_OF_DTYPE, bridge_findings
+from internvl_ds.config.ds.unsupported import NAMES_OF_DTYPE, unsupported_settings
 from internvl_ds.config.ds.validate_keys import Shape, check_shape
-from internvl_ds.errors import ConfigError
 
 _ZERO = 'zero_optimization'
-_PRECISIONS = ('fp16', 'bf16', 'torch_autocast')
 
 # Beside those that are called stage3_...: what DeepSpeed documents, or reads, for ZeRO-3 only.
 _STAGE_3_ONLY = (
-    'sub_group_size',
-    'zero_hpz_partition_size',
-    'zero_quantized_weights',
-    'zero_quantized_nontrainable_weights',
-    'zero_quantized_gradients',
-    'memory_efficient_linear',
-    'override_module_apply',
-    'pipeline_loading_checkpoint',
-    'log_trace_cache_warnings',
-    'save_muon_momentum_buffer_in_memory',
-    'leaf_module',
-)
+    'sub_group_size', 'zero_hpz_partition_size', 'zero_quantized_weights',
+    'zero_quantized_nontrainable_weights', 'zero_quantized_gradients', 'memory_efficient_linear',
+    'override_module_apply', 'pipeline_loading_checkpoint', 'log_trace_cache_warnings',
+    'save_muon_momentum_buffer_in_memory', 'leaf_module',
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class Facts:
     """What the rules look at.
 
     Attributes:
-        shape: what is left of the ds_config once all that is unknown or of a wrong type is out.
+        shape: the ds_config without unknown keys and invalid values.
         schema: what the installed DeepSpeed knows.
         config: the yacs tree.
         world_size: the number of data-parallel ranks.
@@ -87,57 +85,32 @@ class Facts:
     @property
     def low(self) -> str | None:
         """The block of the low-precision engine that trains; None for none, or where in doubt."""
-        try:
-            mode = ds.precision(self.tree, self.config)
-        except ConfigError:
-            return None
-        return {ds.FP16: 'fp16', ds.BF16: 'bf16'}.get(mode)
+        mode = precision_or_fault(self.tree, self.config)
+        return mode if isinstance(mode, str) and mode in NAMES_OF_DTYPE else None
 
 
-def batch_rule(facts: Facts) -> Iterator[Finding]:
+def batch_rule(facts: Facts) -> Iterator[Diagnostic]:
     """Batch sizes and clipping against the yacs config, and the batch triple against itself."""
-    config = facts.config.clone()
-    config.defrost()
-    config.AMP_OPT_LEVEL, config.AMP_TYPE = 'O0', 'float16'  # not this rule's business
-    parts = ('train_micro_batch_size_per_gpu', 'gradient_accumulation_steps')
-    disagree = facts.shape.doubts(*map(pointer_of, [[part] for part in parts]))
-    for key in (*parts, 'gradient_clipping'):
-        if key in facts.tree:
-            error = _refusal({key: facts.tree[key]}, config, facts.world_size)
-            if error:
-                disagree = disagree or key in parts
-                yield finding(f'/{key}', error)
-    triple = {k: facts.tree[k] for k in (*parts, 'train_batch_size') if k in facts.tree}
-    if not disagree and 'train_batch_size' in triple:
-        error = _refusal(triple, config, facts.world_size)
-        if error:
-            yield finding('/train_batch_size', error)
+    filling = Filling(facts.tree)
+    settle_batch(filling, facts.config, facts.world_size)
+    factors_doubtful = facts.shape.doubts(MICRO_BATCH.pointer, ACCUMULATION.pointer)
+    for fault in filling.findings:
+        if fault.pointer != BATCH.pointer or not factors_doubtful:
+            yield fault
 
 
-def precision_rule(facts: Facts) -> Iterator[Finding]:
+def precision_rule(facts: Facts) -> Iterator[Diagnostic]:
     """Precision blocks against each other and against AMP_OPT_LEVEL and AMP_TYPE."""
-    try:
-        ds.precision({}, facts.config)
-    except ConfigError as error:
-        key = 'AMP_TYPE' if str(error).startswith('AMP_TYPE') else 'AMP_OPT_LEVEL'
-        yield Finding('', str(error), yacs=key)
-        return
-    if facts.shape.doubts(*(f'/{block}/enabled' for block in _PRECISIONS)):
-        return
-    try:
-        ds.precision(facts.tree, facts.config)
-    except ConfigError as error:
-        stated = [b for b in _PRECISIONS if b in facts.tree]
-        on = [b for b in stated if facts.tree[b].get('enabled') is True]
-        if len(on) > 1:
-            yield finding(f'/{on[-1]}', str(error))
-        else:
-            yield finding(f'/{(on or stated)[0]}/enabled', str(error))
+    doubtful = facts.shape.doubts(*(f'/{block}/enabled' for block in PRECISION_BLOCKS))
+    mode = precision_or_fault(facts.tree, facts.config)
+    if isinstance(mode, Diagnostic) and not (doubtful and mode.pointer):
+        yield mode
+    if isinstance(mode, Diagnostic) or doubtful:
         return
     wanted = value_at(facts.tree, 'data_types', 'param_dtype')
     names = NAMES_OF_DTYPE.get(facts.low or '', ('fp32', 'float32', 'float', 'torch.float32'))
     if wanted not in (None, 'auto', *names):
-        yield finding(
+        yield diagnostic(
             '/data_types/param_dtype',
             f'is {shown(wanted)}, but the model trains in {names[0]} (AMP_OPT_LEVEL and the '
             'precision blocks): DeepSpeed refuses that; remove the key',
@@ -145,51 +118,45 @@ def precision_rule(facts: Facts) -> Iterator[Finding]:
         )
 
 
-def old_names_rule(facts: Facts) -> Iterator[Finding]:
-    """DeepSpeed reads /bfloat16 for /bf16 still; what resolves a ds_config does not."""
+def old_names_rule(facts: Facts) -> Iterator[Diagnostic]:
+    """The old name /bfloat16: DeepSpeed still reads it, and `resolve` does not."""
     if 'bfloat16' in facts.tree:
-        yield finding('/bfloat16', 'is the old name of /bf16; rename it', yacs='AMP_OPT_LEVEL')
+        yield diagnostic('/bfloat16', 'is the old name of /bf16; rename it', yacs='AMP_OPT_LEVEL')
 
 
-def stage_rule(facts: Facts) -> Iterator[Finding]:
+def stage_rule(facts: Facts) -> Iterator[Diagnostic]:
     """Options of ZeRO-3 below it, and others that the stage does not have."""
     stage = facts.stage
     if stage is None:
         return
-    known = find(facts.schema, (_ZERO,))
-    for name, value in facts.zero.items():
-        key = (known.keys or {}).get(name) if known else None
-        only_3 = key is not None and (key.name.startswith('stage3_') or name in _STAGE_3_ONLY)
-        if only_3 and key is not None and not key.deprecated and stage < 3:
-            if value == 'auto' or value == key.default:
-                continue  # it changes nothing, at any stage
-            yield finding(
+    for name, value in facts.zero.items() if stage < 3 else ():
+        key = find(facts.schema, (_ZERO, name))
+        if key is None or key.deprecated or value in ('auto', key.default):
+            continue  # a default changes nothing, at any stage
+        if key.name.startswith('stage3_') or name in _STAGE_3_ONLY:
+            yield diagnostic(
                 f'/{_ZERO}/{name}',
                 f'is an option of ZeRO stage 3, and /{_ZERO}/stage is {stage}: it would have no '
                 'effect; remove it, or set the stage to 3',
             )
-    for block, name in ds.OF_PARTITIONED_UPDATES:
+    for block, name in OF_PARTITIONED_UPDATES:
         if stage == 0 and value_at(facts.tree, block, name) is True:
-            yield finding(
+            yield diagnostic(
                 f'/{block}/{name}', f'needs ZeRO stage 1, 2 or 3, and /{_ZERO}/stage is 0'
             )
     if facts.zero.get('legacy_stage1') is True:
-        yield finding(f'/{_ZERO}/legacy_stage1', 'was removed from DeepSpeed; remove the key')
+        yield diagnostic(f'/{_ZERO}/legacy_stage1', 'was removed from DeepSpeed; remove the key')
     dividing = facts.tree.get('gradient_predivide_factor', 1) != 1
-    for name, stated in (
-        ('gradient_predivide_factor', dividing),
-        ('prescale_gradients', facts.tree.get('prescale_gradients') is True),
-    ):
-        if stage == 2 and stated and facts.zero.get('reduce_scatter', True) is True:
-            yield finding(
-                f'/{name}',
-                'is not supported by DeepSpeed at ZeRO stage 2 with '
-                f'/{_ZERO}/reduce_scatter; set that to false, or remove the key',
-            )
-            return
+    prescaling = facts.tree.get('prescale_gradients') is True
+    if stage == 2 and (dividing or prescaling) and facts.zero.get('reduce_scatter', True) is True:
+        yield diagnostic(
+            '/gradient_predivide_factor' if dividing else '/prescale_gradients',
+            f'is not supported by DeepSpeed at ZeRO stage 2 with /{_ZERO}/reduce_scatter; set that '
+            'to false, or remove the key',
+        )
 
 
-def offload_rule(facts: Facts) -> Iterator[Finding]:
+def offload_rule(facts: Facts) -> Iterator[Diagnostic]:
     """Offload without the stage that it needs, or without what else it needs."""
     stage, devices = facts.stage, {}
     for name, old in (('offload_param', 'cpu_offload_param'), ('offload_optimizer', 'cpu_offload')):
@@ -199,7 +166,7 @@ def offload_rule(facts: Facts) -> Iterator[Finding]:
             path = f'/{_ZERO}/{name}/nvme_path'
             nowhere = device == 'nvme' and not facts.zero[name].get('nvme_path')
             if nowhere and not facts.shape.doubts(path):
-                yield finding(path, 'is missing: /device is "nvme"')
+                yield diagnostic(path, 'is missing: /device is "nvme"')
         elif facts.zero.get(old) is True:
             devices[old] = 'cpu'
     if stage is None:
@@ -209,7 +176,7 @@ def offload_rule(facts: Facts) -> Iterator[Finding]:
         if stage < least:
             what = 'offload to NVMe' if device == 'nvme' and 'param' not in name else name
             at_least = 'stage 3' if least == 3 else 'stage 1, 2 or 3'
-            yield finding(
+            yield diagnostic(
                 f'/{_ZERO}/{name}',
                 f'{what} needs ZeRO {at_least}, and /{_ZERO}/stage is {stage}',
             )
@@ -221,27 +188,27 @@ def offload_rule(facts: Facts) -> Iterator[Finding]:
     for option, off in (('super_offload', False), ('ratio', 1.0)):
         value = value_at(facts.zero, name, option, default=off)
         if value not in (off, 'auto') and stage < 3:
-            yield finding(
+            yield diagnostic(
                 f'/{_ZERO}/{name}/{option}',
                 f'is {shown(value)}, which needs ZeRO stage 3, and /{_ZERO}/stage is {stage}',
             )
     foreign = facts.optimizer_in_code and not facts.cpu_optimizer
     forced = facts.tree.get('zero_force_ds_cpu_optimizer', True) is True
     if foreign and forced and not facts.shape.doubts('/zero_force_ds_cpu_optimizer'):
-        yield finding(
+        yield diagnostic(
             f'/{_ZERO}/{name}',
             'DeepSpeed refuses to offload an optimizer that is none of its own for the CPU; set '
             '/zero_force_ds_cpu_optimizer to false to have the one that the code makes',
         )
 
 
-def optimizer_rule(facts: Facts) -> Iterator[Finding]:
+def optimizer_rule(facts: Facts) -> Iterator[Diagnostic]:
     """The optimizer that the JSON names: that it is the only one, and that it takes its params."""
     section = facts.tree.get('optimizer')
     if not isinstance(section, Mapping):
         return
     if facts.optimizer_in_code:
-        yield finding(
+        yield diagnostic(
             '/optimizer',
             'the ds_config has an /optimizer section and an optimizer was passed as well: '
             'DeepSpeed would ignore the section; remove it, or pass optimizer=None',
@@ -249,7 +216,7 @@ def optimizer_rule(facts: Facts) -> Iterator[Finding]:
         return
     params = section.get('params', {})
     if 'max_grad_norm' in params:
-        yield finding(
+        yield diagnostic(
             '/optimizer/params/max_grad_norm',
             'clips a second time, and DeepSpeed refuses it; use /gradient_clipping alone',
         )
@@ -265,13 +232,13 @@ def optimizer_rule(facts: Facts) -> Iterator[Finding]:
         yield from _params('optimizer', params, key)
 
 
-def scheduler_rule(facts: Facts) -> Iterator[Finding]:
+def scheduler_rule(facts: Facts) -> Iterator[Diagnostic]:
     """The scheduler that the JSON names: likewise."""
     section = facts.tree.get('scheduler')
     if not isinstance(section, Mapping):
         return
     if facts.scheduler_in_code:
-        yield finding(
+        yield diagnostic(
             '/scheduler',
             'the ds_config has a /scheduler section and a scheduler was passed as well: both would '
             'set the learning rate; remove the section, or pass none',
@@ -279,7 +246,7 @@ def scheduler_rule(facts: Facts) -> Iterator[Finding]:
         return
     has_optimizer = facts.optimizer_in_code or 'optimizer' in facts.tree
     if not has_optimizer and not facts.shape.doubts('/optimizer'):
-        yield finding('/scheduler', 'needs an optimizer: there is no /optimizer section')
+        yield diagnostic('/scheduler', 'needs an optimizer: there is no /optimizer section')
         return
     name = yield from _type_of(facts, 'scheduler', scheduler_types())
     params = section.get('params', {})
@@ -288,57 +255,42 @@ def scheduler_rule(facts: Facts) -> Iterator[Finding]:
         yield from _params('scheduler', params, scheduler_params(name))
 
 
-def bridge_rule(facts: Facts) -> Iterator[Finding]:
-    """`bridge_findings` of the configuration at hand."""
+def unsupported_rule(facts: Facts) -> Iterator[Diagnostic]:
+    """`unsupported_settings` of the configuration at hand."""
     if facts.stage is None:
         return
     zero = {**facts.zero, 'stage': facts.stage}
     tree = {**facts.tree, _ZERO: zero}
-    yield from bridge_findings(tree, facts.low, optimizer=not facts.optimizer_in_code)
+    yield from unsupported_settings(tree, facts.low, optimizer=not facts.optimizer_in_code)
 
 
-RULES: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
-    batch_rule,
-    precision_rule,
-    old_names_rule,
-    stage_rule,
-    offload_rule,
-    optimizer_rule,
-    scheduler_rule,
-    bridge_rule,
-)
-
-
-def _refusal(tree: Mapping[str, Any], config: CfgNode, world_size: int) -> str:
-    """Why a part of a ds_config does not resolve; '' where it does."""
-    try:
-        ds.resolve(tree, config, world_size)
-    except ConfigError as error:
-        return str(error)
-    return ''
+RULES: tuple[Callable[[Facts], Iterator[Diagnostic]], ...] = (
+    batch_rule, precision_rule, old_names_rule, stage_rule, offload_rule, optimizer_rule,
+    scheduler_rule, unsupported_rule,
+)  # fmt: skip
 
 
 def _type_of(
     facts: Facts, section: str, known: list[str]
-) -> Iterator[Finding] | Any:  # a generator that returns the name, or None
-    """Tells where the type of a section is missing or unknown; else returns it."""
+) -> Iterator[Diagnostic] | Any:  # a generator that returns the name, or None
+    """The type of a section; a finding and None where the type is missing or unknown."""
     pointer = f'/{section}/type'
     name = facts.tree[section].get('type')
     if facts.shape.doubts(pointer):
         return None
     if name is None:
-        yield finding(pointer, f'is missing: DeepSpeed would train without this {section}')
+        yield diagnostic(pointer, f'is missing: DeepSpeed would train without this {section}')
         return None
     lower_case = {k for k in known if k == k.lower()}  # DeepSpeed's own optimizers, in any case
     if name in known or name.lower() in lower_case:
         return name
     near = nearest(name, known, 0.6)
     hint = f'the nearest is {near}' if near else f'known are {", ".join(known)}'
-    yield finding(pointer, f'is {shown(name)}, and DeepSpeed knows no such {section}; {hint}')
+    yield diagnostic(pointer, f'is {shown(name)}, and DeepSpeed knows no such {section}; {hint}')
     return None
 
 
-def _params(section: str, params: Mapping[str, Any], key: Key | None) -> Iterator[Finding]:
+def _params(section: str, params: Mapping[str, Any], key: Key | None) -> Iterator[Diagnostic]:
     if key is None:
         return
     shape = check_shape(params, key, path=(section, 'params'))
@@ -346,4 +298,4 @@ def _params(section: str, params: Mapping[str, Any], key: Key | None) -> Iterato
     for name in key.required:
         pointer = f'/{section}/params/{name}'
         if name not in shape.tree and not shape.doubts(pointer):
-            yield finding(pointer, 'is missing, and has no default')
+            yield diagnostic(pointer, 'is missing, and has no default')

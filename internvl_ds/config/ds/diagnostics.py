@@ -1,44 +1,22 @@
-"""What is found wrong with a ds_config: one record a fault, and the words for it. Pure."""
+"""The faults of a ds_config: one record a fault, its words, and the error made of records. Pure."""
 
 from __future__ import annotations
 
 import difflib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-ERROR, WARNING = 'error', 'warning'
+from internvl_ds.config.ds.pairs import COUNTERPARTS
+from internvl_ds.errors import ConfigError
 
-# Where both files may speak of one thing: the key of the ds_config, and that of the yacs config.
-_COUNTERPARTS = {
-    '/train_batch_size': 'DATA.BATCH_SIZE',
-    '/train_micro_batch_size_per_gpu': 'DATA.BATCH_SIZE',
-    '/gradient_accumulation_steps': 'TRAIN.ACCUMULATION_STEPS',
-    '/gradient_clipping': 'TRAIN.CLIP_GRAD',
-    '/optimizer/params/max_grad_norm': 'TRAIN.CLIP_GRAD',
-    '/fp16': 'AMP_OPT_LEVEL',
-    '/bf16': 'AMP_OPT_LEVEL',
-    '/torch_autocast': 'AMP_OPT_LEVEL',
-    '/fp16/enabled': 'AMP_OPT_LEVEL',
-    '/bf16/enabled': 'AMP_OPT_LEVEL',
-    '/torch_autocast/enabled': 'AMP_OPT_LEVEL',
-    '/torch_autocast/dtype': 'AMP_TYPE',
-    '/optimizer': 'TRAIN.OPTIMIZER',
-    '/optimizer/type': 'TRAIN.OPTIMIZER.NAME',
-    '/optimizer/params/lr': 'TRAIN.BASE_LR',
-    '/optimizer/params/betas': 'TRAIN.OPTIMIZER.BETAS',
-    '/optimizer/params/eps': 'TRAIN.OPTIMIZER.EPS',
-    '/optimizer/params/momentum': 'TRAIN.OPTIMIZER.MOMENTUM',
-    '/optimizer/params/weight_decay': 'TRAIN.WEIGHT_DECAY',
-    '/scheduler': 'TRAIN.LR_SCHEDULER',
-    '/scheduler/type': 'TRAIN.LR_SCHEDULER.NAME',
-}
+ERROR, WARNING = 'error', 'warning'
 
 
 @dataclass(frozen=True)
-class Finding:
+class Diagnostic:
     """One fault of a ds_config.
 
     Attributes:
@@ -54,16 +32,30 @@ class Finding:
     yacs: str = ''
 
     def __str__(self) -> str:
-        """All of it in one line."""
-        said = re.search(rf'(?<!\w){re.escape(self.pointer)}(?![\w/])', self.message)
-        where = '' if not self.pointer or said else f'{self.pointer}: '
+        """The diagnostic in one line, each key in it once."""
+        named = re.search(rf'(?<!\w){re.escape(self.pointer)}(?![\w/])', self.message)
+        where = '' if not self.pointer or named else f'{self.pointer}: '
         key = f' [{self.yacs}]' if self.yacs and self.yacs not in self.message else ''
         return f'{where}{self.message}{key}'
 
 
-def finding(pointer: str, message: str, severity: str = ERROR, yacs: str = '') -> Finding:
-    """A `Finding`, with the yacs key that belongs to the pointer where none is given."""
-    return Finding(pointer, message, severity, yacs or _COUNTERPARTS.get(pointer, ''))
+def diagnostic(pointer: str, message: str, severity: str = ERROR, yacs: str = '') -> Diagnostic:
+    """A `Diagnostic`, with the yacs key that belongs to the pointer where none is given."""
+    return Diagnostic(pointer, message, severity, yacs or COUNTERPARTS.get(pointer, ''))
+
+
+def errors_of(findings: Iterable[Diagnostic]) -> list[Diagnostic]:
+    """The errors: nothing can be trained with them."""
+    return [each for each in findings if each.severity == ERROR]
+
+
+def refuse(errors: Sequence[Diagnostic]) -> None:
+    """Raises ConfigError where there are errors: one in one line, more in one line each."""
+    if len(errors) == 1:
+        raise ConfigError(str(errors[0]))
+    if errors:
+        lines = ''.join(f'\n  {error}' for error in errors)
+        raise ConfigError(f'the ds_config has {len(errors)} errors:{lines}')
 
 
 def pointer_of(path: Iterable[str]) -> str:

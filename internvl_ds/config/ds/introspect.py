@@ -15,11 +15,14 @@ import logging
 import textwrap
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
 from deepspeed.runtime import config as ds_runtime_config
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel
+
+from internvl_ds.config.tree import nest
 
 Path = tuple[str, ...]
 
@@ -114,16 +117,8 @@ class _Keys:
         return iter([key for key in dict.keys(self._probe) if key != _MARK])
 
 
-class _Alone:
-    """Stands for DeepSpeed's communication where there is one process: rank 0 of 1."""
-
-    @staticmethod
-    def get_rank() -> int:
-        return 0
-
-    @staticmethod
-    def get_world_size(group: Any = None) -> int:
-        return 1
+# Stands for DeepSpeed's communication where there is one process: rank 0 of 1.
+_ALONE = SimpleNamespace(get_rank=lambda: 0, get_world_size=lambda group=None: 1)
 
 
 def keys_read() -> dict[Path, Read]:
@@ -134,7 +129,7 @@ def keys_read() -> dict[Path, Read]:
     of 1.
     """
     reads: dict[Path, Read] = {}
-    with quiet(), _models_telling(reads):
+    with quiet(), _models_recorded(reads):
         _run(reads, {})
         done: set[Path] = set()
         together: set[frozenset[Path]] = set()
@@ -154,7 +149,7 @@ def keys_read() -> dict[Path, Read]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps DeepSpeed's logger from speaking of configurations that nobody wrote."""
+    """Silences DeepSpeed's logger, while it reads configurations that nobody wrote."""
     logger = logging.getLogger('DeepSpeed')
     before = logger.disabled
     logger.disabled = True
@@ -172,33 +167,26 @@ def keys_in_source(function: Callable[..., Any], variable: str) -> list[str]:
         variable: the mapping's name in it.
     """
     names = inspect.getmodule(function).__dict__
-    found: list[str] = []
-
-    def is_mapping(node: ast.AST) -> bool:
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            node = node.func.value if node.func.attr == 'keys' else node
-        return isinstance(node, ast.Name) and node.id == variable
-
-    def note(node: ast.AST) -> None:
-        key = node.value if isinstance(node, ast.Constant) else None
-        key = names.get(node.id) if isinstance(node, ast.Name) else key
-        if isinstance(key, str) and key not in found:
-            found.append(key)
-
+    keys: list[str] = []
     for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))):
-        if isinstance(node, ast.Subscript) and is_mapping(node.value):
-            note(node.slice)
-        elif isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.In):
-            if is_mapping(node.comparators[0]):
-                note(node.left)
-        elif (
-            isinstance(node, ast.Call)
-            and isinstance(node.func, ast.Attribute)
-            and node.func.attr in ('get', 'pop')
-            and is_mapping(node.func.value)
-        ):
-            note(node.args[0])
-    return found
+        match node:
+            case ast.Subscript(value=mapping, slice=key):
+                pass
+            case ast.Compare(left=key, ops=[ast.In(), *_], comparators=[mapping, *_]):
+                pass
+            case ast.Call(func=ast.Attribute(value=mapping, attr='get' | 'pop'), args=[key, *_]):
+                pass
+            case _:
+                continue
+        match mapping:
+            case ast.Call(func=ast.Attribute(value=mapping, attr='keys')):
+                pass  # as in `key in mapping.keys()`
+        if isinstance(mapping, ast.Name) and mapping.id == variable:
+            name = key.value if isinstance(key, ast.Constant) else None
+            name = names.get(key.id) if isinstance(key, ast.Name) else name
+            if isinstance(name, str) and name not in keys:
+                keys.append(name)
+    return keys
 
 
 def _state(reads: dict[Path, Read], path: Path) -> None:
@@ -207,13 +195,13 @@ def _state(reads: dict[Path, Read], path: Path) -> None:
     default = next((d for d in read.defaults if d is not None and d != {}), None)
     if default is not None:  # it is a value, then, and only true may have more read
         if default is False:
-            _run(reads, _nest(path, True))
+            _run(reads, nest(path, True))
         return
-    errors = [_run(reads, _nest(path, {}))]
+    errors = [_run(reads, nest(path, {}))]
     if read.is_block:
-        read.takes_null = _run(reads, _nest(path, None)) is None
+        read.takes_null = _run(reads, nest(path, None)) is None
         return
-    errors += [_run(reads, _nest(path, form)) for form in ('text', True)]
+    errors += [_run(reads, nest(path, form)) for form in ('text', True)]
     if all(isinstance(e, _Refused) for e in errors) and len(set(map(str, errors))) == 1:
         read.refused = str(errors[0])
 
@@ -222,13 +210,7 @@ def _state_together(reads: dict[Path, Read], block: Path, below: Collection[Path
     """Some keys are read only where several of the others are stated: switches on, and blocks."""
     switches = {path[-1]: True for path in below if False in reads[path].defaults}
     blocks: dict[str, Any] = {path[-1]: {} for path in below if not reads[path].defaults}
-    _run(reads, _nest(block, {**blocks, **switches}))
-
-
-def _nest(path: Path, value: Any) -> dict[str, Any]:
-    for key in reversed(path):
-        value = {key: value}
-    return value
+    _run(reads, nest(block, {**blocks, **switches}))
 
 
 _Refused = ds_runtime_config.DeepSpeedConfigError
@@ -245,19 +227,19 @@ def _run(reads: dict[Path, Read], stated: dict[str, Any]) -> Exception | None:
 
 
 @contextlib.contextmanager
-def _models_telling(reads: dict[Path, Read]) -> Iterator[None]:
-    """Has each pydantic model that is made of a `_Probe` note that it is."""
+def _models_recorded(reads: dict[Path, Read]) -> Iterator[None]:
+    """Records the block of each pydantic model that is made of a `_Probe`."""
     before, before_comm = DeepSpeedConfigModel.__init__, ds_runtime_config.dist
 
-    def telling(self: DeepSpeedConfigModel, strict: bool = False, **data: Any) -> None:
+    def recording(self: DeepSpeedConfigModel, strict: bool = False, **data: Any) -> None:
         path = data.pop(_MARK, None)
         if path is not None:
             read = reads.setdefault(path, Read())
             read.model, read.is_block = type(self), True
         before(self, strict, **data)
 
-    DeepSpeedConfigModel.__init__ = telling
-    ds_runtime_config.dist = _Alone
+    DeepSpeedConfigModel.__init__ = recording
+    ds_runtime_config.dist = _ALONE
     try:
         yield
     finally:

@@ -1,43 +1,32 @@
-"""ds_config JSON: load it, and resolve it against the yacs config. Pure; no process group.
+"""A ds_config resolved against the yacs config. Pure; no process group.
 
 A value that both files state must agree. Where the yacs value is left at its default an explicit
-value in the JSON wins; 'auto' or an absent field takes the yacs value.
+value in the JSON wins; 'auto' or an absent field takes the yacs value: `pairs` has the table.
 """
 
 from __future__ import annotations
 
 import copy
-import difflib
-from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from yacs.config import CfgNode
 
-from internvl_ds.config.ds.auto_values import (
-    BUCKETS,
-    DEFAULT,
-    Filling,
-    fill_buckets,
-    fill_optimizer,
-    fill_scheduler,
+from internvl_ds.config.ds.auto_values import DEFAULT, Filling, fill_buckets, fill_open_values
+from internvl_ds.config.ds.diagnostics import Diagnostic, diagnostic, refuse
+from internvl_ds.config.ds.pairs import (
+    ACCUMULATION,
+    BATCH,
+    CLIPPING,
+    GRAD_SCALER,
+    MICRO_BATCH,
+    Pair,
 )
-from internvl_ds.config.tree import default_config, default_of, get_option
-from internvl_ds.errors import ConfigError, few
-from internvl_ds.files.reading import parse_json, read_text
+from internvl_ds.config.tree import default_of, get_option, set_options
+from internvl_ds.errors import ConfigError
 
 FP32, FP16, BF16 = 'fp32', 'fp16', 'bf16'
 AUTOCAST_FP16, AUTOCAST_BF16 = 'torch_autocast float16', 'torch_autocast bfloat16'
-
-# The loss scale of torch's GradScaler, in DeepSpeed's words, where the JSON leaves it open.
-_GRAD_SCALER = {
-    'loss_scale': 0,
-    'initial_scale_power': 16,
-    'loss_scale_window': 2000,
-    'hysteresis': 1,
-    'min_loss_scale': 1,
-}
 
 # Switches of a block that need ZeRO stage 1, 2 or 3.
 OF_PARTITIONED_UPDATES = (
@@ -46,54 +35,30 @@ OF_PARTITIONED_UPDATES = (
     ('bf16', 'bf16_optimizer_states'),
 )
 
-_JSON_BYTES = 1 << 20
-_BLOCKS = ('fp16', 'bf16', 'torch_autocast')
+# The blocks of the ds_config that switch a precision on.
+PRECISION_BLOCKS = ('fp16', 'bf16', 'torch_autocast')
 
 
-def shipped_dir() -> Path:
-    """The directory of the ds_configs that ship: inside the wheel, or beside the source."""
-    package = Path(__file__).parents[2]
-    installed = package / 'ds_configs'
-    return installed if installed.is_dir() else package.parent / 'ds_configs'
+class Resolution(NamedTuple):
+    """What a ds_config becomes for one run.
 
-
-def load_ds_config(source: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
-    """Reads a ds_config.
-
-    Args:
-        source: a JSON path, the name of a shipped one (``zero2`` or ``zero2.json``), a mapping
-            (copied, never changed), or None for an empty one.
-
-    Raises:
-        ConfigError: when the file is missing, is no JSON object, or states a key twice.
+    Attributes:
+        tree: a ds_config with batch sizes, clipping and precision stated, and without any 'auto'
+            but those that DeepSpeed itself reads, and bucket sizes while there is no model; not
+            complete where a finding is an error.
+        origins: JSON pointer of each value -> where the value comes from, in a few words.
+        findings: the faults.
     """
-    if source is None:
-        return {}
-    if isinstance(source, Mapping):
-        return copy.deepcopy(dict(source))
-    path = _find(source)
 
-    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        twice = sorted(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)
-        if twice:
-            raise ConfigError(f'{path}: key stated twice: {few(twice)}')
-        return dict(pairs)
-
-    try:
-        tree = parse_json(read_text(path, _JSON_BYTES), no_duplicates)
-    except ConfigError:
-        raise
-    except (OSError, ValueError) as error:
-        raise ConfigError(f'{path}: cannot be read as JSON: {error}') from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f'{path}: holds a {type(tree).__name__}, not a JSON object')
-    return tree
+    tree: dict[str, Any]
+    origins: dict[str, str]
+    findings: list[Diagnostic]
 
 
 def resolve(
     ds_config: Mapping[str, Any], config: CfgNode, world_size: int, trained: int | None = None
-) -> dict[str, Any]:
-    """Fills what the JSON leaves open from the yacs config, and checks what both state.
+) -> Resolution:
+    """Fills what the JSON leaves open from the yacs config, and compares what both state.
 
     Args:
         ds_config: as `load_ds_config` returned it; not changed.
@@ -103,65 +68,64 @@ def resolve(
             leaves bucket sizes open.
 
     Returns:
-        A ds_config with batch sizes, clipping and precision stated, and without any 'auto' but
-        those that DeepSpeed itself reads, and bucket sizes where ``trained`` is None.
+        The resolved ds_config; its findings name both keys that disagree, and both values.
+    """
+    filling = Filling(ds_config)
+    settle_batch(filling, config, world_size)
+    filling.fill('/zero_optimization/stage', 0, DEFAULT)
+    mode = precision_or_fault(filling.tree, config)
+    if isinstance(mode, Diagnostic):
+        filling.findings.append(mode)
+    else:
+        _set_precision(filling, mode)
+    if not filling.findings:
+        fill_open_values(filling, config, trained)
+    return Resolution(filling.tree, filling.origins, filling.findings)
+
+
+def resolve_or_raise(
+    ds_config: Mapping[str, Any], config: CfgNode, world_size: int, trained: int | None = None
+) -> dict[str, Any]:
+    """The tree alone of `resolve`.
 
     Raises:
-        ConfigError: names the JSON key and the yacs key that disagree, and both values.
+        ConfigError: with every finding.
     """
-    return resolve_with_origins(ds_config, config, world_size, trained)[0]
+    tree, _, findings = resolve(ds_config, config, world_size, trained)
+    refuse(findings)
+    return tree
 
 
-def resolve_with_origins(
-    ds_config: Mapping[str, Any], config: CfgNode, world_size: int, trained: int | None = None
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """As `resolve`, and where each value comes from: its JSON pointer -> a few words."""
-    filling = Filling(ds_config)
-    micro = int(_number(filling, 'train_micro_batch_size_per_gpu', config, 'DATA.BATCH_SIZE'))
-    steps = int(_number(filling, 'gradient_accumulation_steps', config, 'TRAIN.ACCUMULATION_STEPS'))
-    steps = max(1, steps)
-    filling.put('/train_micro_batch_size_per_gpu', micro, 'DATA.BATCH_SIZE')
-    filling.put('/gradient_accumulation_steps', steps, 'TRAIN.ACCUMULATION_STEPS')
-    total = filling.stated('/train_batch_size')
-    if total is not None and total != micro * steps * world_size:
-        raise ConfigError(
-            f'/train_batch_size is {total}, but {micro} images a micro-batch x {steps} '
-            f'accumulation steps x {world_size} ranks = {micro * steps * world_size}; '
-            "set it to 'auto' to have it computed"
-        )
-    product = f'{micro} images x {steps} accumulation steps x {world_size} ranks'
-    filling.put('/train_batch_size', micro * steps * world_size, product)
-    clip = _number(filling, 'gradient_clipping', config, 'TRAIN.CLIP_GRAD')
-    filling.put('/gradient_clipping', float(clip), 'TRAIN.CLIP_GRAD')
-    filling.fill('/zero_optimization/stage', 0, DEFAULT)
-    _set_precision(filling, precision(filling.tree, config))
-    fill_optimizer(filling, config, micro * steps * world_size)
-    fill_scheduler(filling, config, micro * steps * world_size)
+def size_buckets(resolution: Resolution, trained: int) -> Resolution:
+    """A resolution with the bucket sizes of a model that has so many trained elements."""
+    filling = Filling(resolution.tree, resolution.origins)
     fill_buckets(filling, trained)
-    filling.fill(
-        '/zero_allow_untested_optimizer',
-        True,
-        "internvl_ds: timm's optimizers and SGD are meant under ZeRO",
-    )
-    open_still = BUCKETS if trained is None else ()
-    left = [p for p in filling.autos() if p not in open_still and not _is_default_auto(p)]
-    if left:
-        raise ConfigError(
-            f"{', '.join(left)}: 'auto' has no counterpart in the yacs config; give a value, or "
-            "leave the key out for DeepSpeed's default"
+    return Resolution(filling.tree, filling.origins, resolution.findings)
+
+
+def settle_batch(filling: Filling, config: CfgNode, world_size: int) -> None:
+    """States the batch sizes and the clipping, and compares them with the yacs config."""
+    micro = int(_settle_number(filling, MICRO_BATCH, config))
+    steps = max(1, int(_settle_number(filling, ACCUMULATION, config)))
+    filling.put(MICRO_BATCH.pointer, micro, MICRO_BATCH.yacs)
+    filling.put(ACCUMULATION.pointer, steps, ACCUMULATION.yacs)
+    total, product = filling.stated(BATCH.pointer), micro * steps * world_size
+    if total not in (None, product) and not filling.findings:
+        filling.refuse(
+            BATCH.pointer,
+            f'{BATCH.pointer} is {total}, but {micro} images a micro-batch x {steps} accumulation '
+            f"steps x {world_size} ranks = {product}; set it to 'auto' to have it computed",
         )
-    return filling.tree, filling.origins
+    origin = f'{micro} images x {steps} accumulation steps x {world_size} ranks'
+    filling.put(BATCH.pointer, product, origin)
+    clip = float(_settle_number(filling, CLIPPING, config))
+    filling.put(CLIPPING.pointer, clip, CLIPPING.yacs)
 
 
 def adopt(config: CfgNode, resolved: Mapping[str, Any]) -> None:
     """Writes into the yacs config what the JSON decided, so that loop and engine agree."""
-    frozen = config.is_frozen()
-    config.defrost()
-    config.DATA.BATCH_SIZE = resolved['train_micro_batch_size_per_gpu']
-    config.TRAIN.ACCUMULATION_STEPS = resolved['gradient_accumulation_steps']
-    config.TRAIN.CLIP_GRAD = resolved['gradient_clipping']
-    if frozen:
-        config.freeze()
+    pairs = (MICRO_BATCH, ACCUMULATION, CLIPPING)
+    set_options(config, {pair.yacs: resolved[pair.key] for pair in pairs})
 
 
 def for_inference(resolved: Mapping[str, Any]) -> dict[str, Any]:
@@ -190,22 +154,41 @@ def precision(ds_config: Mapping[str, Any], config: CfgNode) -> str:
     Raises:
         ConfigError: when JSON and yacs config contradict each other, or the JSON itself.
     """
-    level = get_option(config, 'AMP_OPT_LEVEL', '')
-    amp_type = get_option(config, 'AMP_TYPE', 'float16')
+    mode = precision_or_fault(ds_config, config)
+    if isinstance(mode, str):
+        return mode
+    raise ConfigError(str(mode))
+
+
+def precision_or_fault(ds_config: Mapping[str, Any], config: CfgNode) -> str | Diagnostic:
+    """As `precision`, with the contradiction in place of the error."""
+    level = get_option(config, 'AMP_OPT_LEVEL')
+    amp_type = get_option(config, 'AMP_TYPE')
     if level not in ('', 'O0', 'O1', 'O2'):
-        raise ConfigError(f'AMP_OPT_LEVEL is {level!r}; it can be O0, O1 or O2')
+        message = f'AMP_OPT_LEVEL is {level!r}; it can be O0, O1 or O2'
+        return Diagnostic('', message, yacs='AMP_OPT_LEVEL')
     if amp_type not in ('float16', 'bfloat16'):
-        raise ConfigError(f"AMP_TYPE is {amp_type!r}; it can be 'float16' or 'bfloat16'")
+        message = f"AMP_TYPE is {amp_type!r}; it can be 'float16' or 'bfloat16'"
+        return Diagnostic('', message, yacs='AMP_TYPE')
     asked = _from_yacs(level, amp_type)
-    stated = _from_json(ds_config)
-    if stated is None:
-        switched_off = _BLOCK_OF.get(asked)
-        if switched_off and _enabled(ds_config, switched_off) is False:
-            raise ConfigError(
-                f'AMP_OPT_LEVEL {level!r} with AMP_TYPE {amp_type} asks for {asked}, but '
-                f'/{switched_off}/enabled is false in the ds_config'
+    flags = {block: _enabled(ds_config, block) for block in PRECISION_BLOCKS}
+    on = [block for block, flag in flags.items() if flag]
+    if len(on) > 1:
+        blocks = ' and '.join(f'/{block}' for block in on)
+        return diagnostic(f'/{on[-1]}', f'enabled together in the ds_config: {blocks}')
+    wanted = f'AMP_OPT_LEVEL {level!r} with AMP_TYPE {amp_type}'
+    if not on and None in flags.values():  # the JSON leaves the precision to the yacs config
+        block = _block_of(asked)
+        if flags.get(block) is False:
+            pointer = f'/{block}/enabled'
+            return diagnostic(
+                pointer, f'{wanted} asks for {asked}, but {pointer} is false in the ds_config'
             )
         return asked
+    stated = on[0] if on else FP32
+    if stated == 'torch_autocast':
+        half = ds_config[stated].get('dtype', 'bfloat16') in ('float16', 'fp16', 'half')
+        stated = AUTOCAST_FP16 if half else AUTOCAST_BF16
     # A yacs value left at its default gives way: the level '', and the type float16.
     allowed = {asked}
     if level == '':
@@ -213,9 +196,9 @@ def precision(ds_config: Mapping[str, Any], config: CfgNode) -> str:
     elif amp_type == 'float16':
         allowed.add(_from_yacs(level, 'bfloat16'))
     if stated not in allowed:
-        raise ConfigError(
-            f'the ds_config states {stated}, but AMP_OPT_LEVEL {level!r} with AMP_TYPE {amp_type} '
-            f'asks for {asked}; change one of the two'
+        return diagnostic(
+            f'/{(on or PRECISION_BLOCKS)[0]}/enabled',
+            f'the ds_config states {stated}, but {wanted} asks for {asked}; change one of the two',
         )
     return stated
 
@@ -223,41 +206,18 @@ def precision(ds_config: Mapping[str, Any], config: CfgNode) -> str:
 def precision_of(resolved: Any) -> str:
     """The precision that a resolved ds_config trains in, where what it leaves out is off."""
     tree = resolved if isinstance(resolved, Mapping) else {}
-    return precision(
-        {**{b: {'enabled': False} for b in ('fp16', 'bf16', 'torch_autocast')}, **tree},
-        _DEFAULTS,
-    )
+    off = {block: {'enabled': False} for block in PRECISION_BLOCKS}
+    return precision({**off, **tree}, CfgNode())
 
 
-_DEFAULTS = default_config()
-_BLOCK_OF = {
-    FP16: 'fp16',
-    BF16: 'bf16',
-    AUTOCAST_FP16: 'torch_autocast',
-    AUTOCAST_BF16: 'torch_autocast',
-}
+def _block_of(mode: str) -> str:
+    """The block of the ds_config that switches a precision on; of fp32 there is none."""
+    return mode.split()[0]
 
 
 def _from_yacs(level: str, amp_type: str) -> str:
-    if level == 'O0':
-        return FP32
-    if level == 'O2':
-        return BF16 if amp_type == 'bfloat16' else FP16
-    return AUTOCAST_BF16 if amp_type == 'bfloat16' else AUTOCAST_FP16
-
-
-def _from_json(ds_config: Mapping[str, Any]) -> str | None:
-    """What the JSON states of precision; None where it leaves that to the yacs config."""
-    flags = {block: _enabled(ds_config, block) for block in _BLOCKS}
-    on = [block for block, flag in flags.items() if flag is True]
-    if len(on) > 1:
-        raise ConfigError('enabled together in the ds_config: ' + ' and '.join(f'/{b}' for b in on))
-    if not on:
-        return FP32 if all(flag is False for flag in flags.values()) else None
-    if on[0] == 'torch_autocast':
-        dtype = ds_config['torch_autocast'].get('dtype', 'bfloat16')
-        return AUTOCAST_FP16 if dtype in ('float16', 'fp16', 'half') else AUTOCAST_BF16
-    return FP16 if on[0] == 'fp16' else BF16
+    modes = {'O0': (FP32, FP32), 'O2': (FP16, BF16)}
+    return modes.get(level, (AUTOCAST_FP16, AUTOCAST_BF16))[amp_type == 'bfloat16']
 
 
 def _enabled(ds_config: Mapping[str, Any], block: str) -> bool | None:
@@ -270,56 +230,34 @@ def _enabled(ds_config: Mapping[str, Any], block: str) -> bool | None:
 
 def _set_precision(filling: Filling, mode: str) -> None:
     asked = 'AMP_OPT_LEVEL and AMP_TYPE'
-    for block in _BLOCKS:
-        if block in filling.tree or _BLOCK_OF.get(mode) == block:
-            filling.put(f'/{block}/enabled', _BLOCK_OF.get(mode) == block, asked)
+    for block in PRECISION_BLOCKS:
+        if block in filling.tree or _block_of(mode) == block:
+            filling.put(f'/{block}/enabled', _block_of(mode) == block, asked)
     if mode in (FP16, AUTOCAST_FP16):
         # DeepSpeed reads these for torch autocast too, where the section is not enabled.
         filling.fill('/fp16/enabled', False, asked)
-        for key, value in _GRAD_SCALER.items():
+        for key, value in GRAD_SCALER.items():
             filling.fill(f'/fp16/{key}', value, "torch's GradScaler")
     if mode in (AUTOCAST_FP16, AUTOCAST_BF16):
         dtype = 'float16' if mode == AUTOCAST_FP16 else 'bfloat16'
         filling.put('/torch_autocast/dtype', dtype, asked)
 
 
-def _number(filling: Filling, json_key: str, config: CfgNode, key: str) -> float:
-    """One number that both files may state."""
-    default = default_of(key)
-    wanted = get_option(config, key, default) or 0
-    stated = filling.stated(f'/{json_key}')
+def _settle_number(filling: Filling, pair: Pair, config: CfgNode) -> float:
+    """One number that both files may state; that of the JSON where they disagree."""
+    default, stated = default_of(pair.yacs), filling.stated(pair.pointer)
+    wanted = get_option(config, pair.yacs) or 0
     if stated is None:
         return wanted
     if isinstance(stated, bool) or not isinstance(stated, int | float):
-        raise ConfigError(f'/{json_key} is {stated!r}; it must be a number or "auto"')
-    neutral = {0, 1} if key == 'TRAIN.ACCUMULATION_STEPS' else {0}
-    same = stated == wanted or {stated, wanted} <= neutral
+        message = f'{pair.pointer} is {stated!r}; it must be a number or "auto"'
+        filling.refuse(pair.pointer, message)
+        return wanted
+    same = stated == wanted or {stated, wanted} <= {*pair.alike}
     if not same and wanted != default:
-        raise ConfigError(
-            f'/{json_key} is {stated} in the ds_config, but {key} is {wanted}; make them agree, '
-            "or set the JSON's to 'auto'"
+        filling.refuse(
+            pair.pointer,
+            f'{pair.pointer} is {stated} in the ds_config, but {pair.yacs} is {wanted}; make them '
+            "agree, or set the JSON's to 'auto'",
         )
     return stated
-
-
-def _is_default_auto(pointer: str) -> bool:
-    """Whether DeepSpeed itself reads 'auto' there, by default."""
-    from internvl_ds.config.ds.schema import find, installed
-
-    key = find(installed(), pointer.split('/')[1:])
-    return key is not None and key.default == 'auto'
-
-
-def _find(source: str | Path) -> Path:
-    shipped = shipped_dir()
-    for candidate in (Path(source), shipped / source, shipped / f'{source}.json'):
-        try:
-            if candidate.exists() and not candidate.is_dir():
-                return candidate
-        except OSError as error:  # a name that is too long
-            raise ConfigError(f'ds_config {str(source)[:60]}...: {error.strerror}') from error
-    names = sorted(p.stem for p in shipped.glob('*.json'))
-    near = difflib.get_close_matches(Path(source).stem, names, n=4, cutoff=0.5) or names
-    raise ConfigError(
-        f'ds_config {source}: no such file, and none ships by that name; near it: {", ".join(near)}'
-    )

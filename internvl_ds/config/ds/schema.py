@@ -1,7 +1,7 @@
 """What may stand in a ds_config: the keys, types and limits that the installed DeepSpeed has.
 
 Nothing here is a list of DeepSpeed's keys. They are read off the installed version: from what its
-configuration reads (`ds_probe`), from its pydantic models, and from the signatures of the
+configuration reads (`introspect`), from its pydantic models, and from the signatures of the
 optimizers and schedulers that a ds_config may name. Of ours are only notes on values whose type the
 installed code does not tell; a note for a key that is not known to it has no effect.
 """
@@ -81,48 +81,28 @@ class Key:
     required: tuple[str, ...] = ()
 
 
-_COUNT = Value((INT,), above=0)
-_DTYPES = Value((TEXT,), tuple(n for d in DtypeEnum for n in d._all_values if isinstance(n, str)))
+_DTYPES = tuple(n for d in DtypeEnum for n in d._all_values if isinstance(n, str))
 # Types and limits that the installed code does not tell, because it looks at none of them.
-_NOTES: dict[Path, Value] = {
-    ('bf16',): Value((OBJECT,)),  # null only means that the old name is to be looked for
-    ('train_batch_size',): _COUNT,
-    ('train_micro_batch_size_per_gpu',): _COUNT,
-    ('gradient_accumulation_steps',): _COUNT,
-    ('gradient_clipping',): Value((NUMBER,), least=0),
-    ('gradient_predivide_factor',): Value((NUMBER,), above=0),
-    ('steps_per_print',): replace(_COUNT, kinds=(INT, NULL)),
-    ('communication_data_type',): Value((TEXT, NULL)),
-    ('seq_parallel_communication_data_type',): Value((TEXT, NULL)),
-    ('vocabulary_size',): _COUNT,
-    ('log_level',): Value((TEXT, NULL)),
-    ('sequence_parallel_size',): _COUNT,
-    ('data_parallel_size',): _COUNT,
-    ('optimizer', 'type'): Value((TEXT,)),
-    ('optimizer', 'params'): Value((OBJECT,)),
-    ('optimizer', 'legacy_fusion'): Value((BOOL,)),
-    ('scheduler', 'type'): Value((TEXT,)),
-    ('scheduler', 'params'): Value((OBJECT,)),
-    ('fp16', 'initial_scale_power'): Value((INT,), least=0),
-    ('fp16', 'loss_scale'): Value((NUMBER,), least=0),
-    ('fp16', 'loss_scale_window'): _COUNT,
-    ('fp16', 'min_loss_scale'): _COUNT,
-    ('fp16', 'hysteresis'): _COUNT,
-    ('torch_autocast', 'dtype'): _DTYPES,
-    ('torch_autocast', 'lower_precision_safe_modules'): Value((LIST,), items=Value((TEXT,))),
-    ('data_types', 'grad_accum_dtype'): replace(_DTYPES, kinds=(TEXT, NULL)),
-    ('data_types', 'param_dtype'): replace(_DTYPES, kinds=(TEXT, NULL)),
-    ('data_types', 'buffer_dtype'): replace(_DTYPES, kinds=(TEXT, NULL)),
-    ('activation_checkpointing', 'number_checkpoints'): replace(_COUNT, kinds=(INT, NULL)),
-    ('flops_profiler', 'profile_step'): _COUNT,
-    ('flops_profiler', 'output_file'): Value((TEXT, NULL)),
-}
-
-
-@functools.cache
-def installed() -> Key:
-    """The schema of the installed DeepSpeed: `build`, once a process."""
-    return build()
+_NOTES: tuple[tuple[Value, str], ...] = (
+    (Value((INT,), above=0),
+     'train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps vocabulary_size '
+     'sequence_parallel_size data_parallel_size fp16/loss_scale_window fp16/min_loss_scale '
+     'fp16/hysteresis flops_profiler/profile_step'),
+    (Value((INT, NULL), above=0), 'steps_per_print activation_checkpointing/number_checkpoints'),
+    (Value((INT,), least=0), 'fp16/initial_scale_power'),
+    (Value((NUMBER,), least=0), 'gradient_clipping fp16/loss_scale'),
+    (Value((NUMBER,), above=0), 'gradient_predivide_factor'),
+    (Value((BOOL,)), 'optimizer/legacy_fusion'),
+    (Value((TEXT,)), 'optimizer/type scheduler/type'),
+    (Value((TEXT, NULL)), 'communication_data_type seq_parallel_communication_data_type log_level '
+     'flops_profiler/output_file'),
+    (Value((TEXT,), _DTYPES), 'torch_autocast/dtype'),
+    (Value((TEXT, NULL), _DTYPES),
+     'data_types/grad_accum_dtype data_types/param_dtype data_types/buffer_dtype'),
+    (Value((LIST,), items=Value((TEXT,))), 'torch_autocast/lower_precision_safe_modules'),
+    # of bf16, null only means that the old name is to be looked for
+    (Value((OBJECT,)), 'bf16 optimizer/params scheduler/params'),
+)  # fmt: skip
 
 
 def build() -> Key:
@@ -137,15 +117,18 @@ def build() -> Key:
         assert parent.keys is not None  # its path is shorter, so it came before, as a block
         # What is refused by name stands beside a model's own fields.
         parent.keys[path[-1]] = _key_of(path, read)
-    for path, value in _NOTES.items():
-        node = find(root, path)
-        if node is not None:
-            node.value = value
+    for value, paths in _NOTES:
+        for name in paths.split():
+            if node := find(root, name.split('/')):
+                node.value = value
     for name in ('optimizer', 'scheduler'):
         params = find(root, (name, 'params'))
         if params is not None:
             params.keys, params.complete = {}, False
     return root
+
+
+installed = functools.cache(build)  # once a process
 
 
 def find(root: Key, path: Iterable[str]) -> Key | None:
@@ -165,8 +148,7 @@ def walk(root: Key, path: Path = ()) -> Iterator[tuple[Path, Key]]:
 
 def optimizer_types() -> list[str]:
     """The names that /optimizer/type may have."""
-    torch_has = [n for n, c in vars(torch.optim).items() if _is_optimizer(c)]
-    return [*DEEPSPEED_OPTIMIZERS, *torch_has]
+    return [*DEEPSPEED_OPTIMIZERS, *_subclasses(torch.optim, torch.optim.Optimizer)]
 
 
 def optimizer_params(name: str, params: Mapping[str, Any], on_cpu: bool) -> Key | None:
@@ -182,11 +164,11 @@ def optimizer_params(name: str, params: Mapping[str, Any], on_cpu: bool) -> Key 
     """
     from deepspeed.ops import adagrad, adam, lamb, lion
 
-    own = name.lower()
-    if own not in DEEPSPEED_OPTIMIZERS:
+    lower = name.lower()
+    if lower not in DEEPSPEED_OPTIMIZERS:
         return _key_of_signature(getattr(torch.optim, name))
     extra: list[str] = []
-    if own in ('adam', 'adamw'):
+    if lower in ('adam', 'adamw'):
         for function in (
             DeepSpeedEngine._configure_basic_optimizer,
             DeepSpeedEngine.get_optimizer_configuration,
@@ -198,15 +180,15 @@ def optimizer_params(name: str, params: Mapping[str, Any], on_cpu: bool) -> Key 
         'adagrad': (torch.optim.Adagrad, adagrad.DeepSpeedCPUAdagrad),
         'lamb': (lamb.FusedLamb, lamb.FusedLamb),
         'lion': (lion.FusedLion, lion.DeepSpeedCPULion),
-    }.get(own)
+    }.get(lower)
     if classes is None:
         return None
-    chosen = classes[1] if on_cpu else classes[0]
+    optimizer = classes[1] if on_cpu else classes[0]
     if 'torch_adam' in extra and params.get('torch_adam') is True:
-        chosen = torch.optim.AdamW
-    elif own in ('adam', 'adamw'):
+        optimizer = torch.optim.AdamW
+    elif lower in ('adam', 'adamw'):
         extra = [key for key in extra if key != 'foreach']  # read for torch's class only
-    key = _key_of_signature(chosen)
+    key = _key_of_signature(optimizer)
     assert key.keys is not None
     for known in extra:
         key.keys.setdefault(known, Key(known))
@@ -215,23 +197,22 @@ def optimizer_params(name: str, params: Mapping[str, Any], on_cpu: bool) -> Key 
 
 def scheduler_types() -> list[str]:
     """The names that /scheduler/type may have."""
-    base = torch.optim.lr_scheduler.LRScheduler
-    torch_has = [
-        n for n, c in vars(torch.optim.lr_scheduler).items()
-        if inspect.isclass(c) and issubclass(c, base) and c is not base and not n.startswith('_')
-    ]  # fmt: skip
-    return [*lr_schedules.VALID_LR_SCHEDULES, *torch_has]
+    torch_has = torch.optim.lr_scheduler
+    return [*lr_schedules.VALID_LR_SCHEDULES, *_subclasses(torch_has, torch_has.LRScheduler)]
 
 
 def scheduler_params(name: str) -> Key:
     """What /scheduler/params takes, by the signature of the class of that name."""
-    own = getattr(lr_schedules, name, None)
-    return _key_of_signature(own or getattr(torch.optim.lr_scheduler, name))
+    scheduler = getattr(lr_schedules, name, None) or getattr(torch.optim.lr_scheduler, name)
+    return _key_of_signature(scheduler)
 
 
-def _is_optimizer(thing: Any) -> bool:
-    base = torch.optim.Optimizer
-    return inspect.isclass(thing) and issubclass(thing, base) and thing is not base
+def _subclasses(module: types.ModuleType, base: type) -> list[str]:
+    """The names of a module's public classes below ``base``."""
+    return [
+        name for name, c in vars(module).items()
+        if inspect.isclass(c) and issubclass(c, base) and c is not base and name[0] != '_'
+    ]  # fmt: skip
 
 
 def _key_of(path: Path, read: Read) -> Key:

@@ -1,7 +1,7 @@
 """The shape of a ds_config: its keys are known and its values of the right type. Pure.
 
-What is wrong is left out of the tree that goes on to the next checks, and what is misspelt goes on
-under the name that was probably meant: one fault shall not look like several.
+Invalid values are dropped before the next checks, and a misspelt key goes on under the name that
+was probably meant: one fault gives one finding.
 """
 
 from __future__ import annotations
@@ -13,8 +13,17 @@ from typing import Any
 
 import deepspeed
 
-from internvl_ds.config.ds.diagnostics import WARNING, Finding, finding, nearest, pointer_of, shown
+from internvl_ds.config.ds.diagnostics import (
+    ERROR,
+    WARNING,
+    Diagnostic,
+    diagnostic,
+    nearest,
+    pointer_of,
+    shown,
+)
 from internvl_ds.config.ds.introspect import Path
+from internvl_ds.config.ds.pairs import COUNTERPARTS
 from internvl_ds.config.ds.schema import (
     BOOL,
     INT,
@@ -37,20 +46,20 @@ _MANY = 3  # a name that is known in more places than this tells nothing of wher
 
 @dataclass
 class Shape:
-    """What was found, and what is left to look at.
+    """What the check of a tree's shape gives.
 
     Attributes:
-        findings: of this tree, in the order of its keys.
-        tree: the tree without what is wrong.
-        doubtful: JSON pointers, rightly spelt, of values that are left out because they are wrong.
+        findings: in the order of the tree's keys.
+        tree: the tree without its invalid values.
+        doubtful: JSON pointers of the invalid values, with every key rightly spelt.
     """
 
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[Diagnostic] = field(default_factory=list)
     tree: dict[str, Any] = field(default_factory=dict)
     doubtful: set[str] = field(default_factory=set)
 
     def doubts(self, *pointers: str) -> bool:
-        """Whether any of these values is not known, or lies in a block that is not."""
+        """Whether any of these values is invalid, or lies in a block that is."""
         return any(p == d or p.startswith(f'{d}/') for p in pointers for d in self.doubtful)
 
 
@@ -65,55 +74,55 @@ def check_shape(
         root: the whole schema, to look elsewhere for what is not known here.
         path: of the block, from the top.
     """
-    found = Shape()
-    found.tree = _Walk(found, root).block(tree, key, path, path)
-    return found
+    shape = Shape()
+    shape.tree = _Walk(shape, root).block(tree, key, path, path)
+    return shape
 
 
 @dataclass
 class _Walk:
-    found: Shape
+    shape: Shape
     root: Key | None
 
     def block(self, tree: Mapping[str, Any], key: Key, path: Path, meant: Path) -> dict[str, Any]:
         """Looks at a block's keys; ``meant`` is its path with every key rightly spelt."""
-        left: dict[str, Any] = {}
+        valid: dict[str, Any] = {}
         for name, value in tree.items():
             known, here = (key.keys or {}).get(name), (*path, str(name))
             right, misspelt = str(name), known is None
             if known is None:
                 like = self._like(right, key)
                 if like is None and not key.complete:
-                    left[right] = value
+                    valid[right] = value
                     continue
                 self._unknown(right, like, key, path, meant)
-                if like is None or like in tree or like in left:
+                if like is None or like in tree or like in valid:
                     continue
                 right, known = like, (key.keys or {})[like]
             if known.refused:
-                self.found.findings.append(finding(pointer_of(here), known.refused))
+                self.shape.findings.append(diagnostic(pointer_of(here), known.refused))
                 continue
-            self.value(value, known, here, (*meant, right), left, silent=misspelt)
-            if known.deprecated and not misspelt and right in left:
+            self.value(value, known, here, (*meant, right), valid, silent=misspelt)
+            if known.deprecated and not misspelt and right in valid:
                 self._deprecated(known, key, tree, here)
-        return left
+        return valid
 
     def value(
-        self, value: Any, key: Key, path: Path, meant: Path, left: dict[str, Any], silent: bool
+        self, value: Any, key: Key, path: Path, meant: Path, valid: dict[str, Any], silent: bool
     ) -> None:
-        """Puts a value that fits into ``left``; silent: a fault of its key was told already."""
+        """Puts a value that fits into ``valid``; silent: its key has a finding already."""
         if key.keys is not None and isinstance(value, Mapping):
-            left[meant[-1]] = self.block(value, key, path, meant)
+            valid[meant[-1]] = self.block(value, key, path, meant)
             return
         # DeepSpeed takes 'auto' for 'left out' in some places; where not is known to `resolve`.
         wrong = '' if value == 'auto' and key.keys is None else misfit(value, key.value)
         if not wrong:
-            left[meant[-1]] = value
+            valid[meant[-1]] = value
             return
-        self.found.doubtful.add(pointer_of(meant))
+        self.shape.doubtful.add(pointer_of(meant))
         if not silent:
-            told = finding(pointer_of(meant), '')  # for the yacs key
-            self.found.findings.append(finding(pointer_of(path), wrong, yacs=told.yacs))
+            yacs = COUNTERPARTS.get(pointer_of(meant), '')
+            self.shape.findings.append(diagnostic(pointer_of(path), wrong, yacs=yacs))
 
     def _like(self, name: str, key: Key) -> str | None:
         """The key beside it that an unknown one is a misspelling of."""
@@ -127,7 +136,7 @@ class _Walk:
             where = pointer_of((*meant, (key.keys or {})[like].name or like))
         hint = f'DeepSpeed {deepspeed.__version__} reads no such key'
         hint = f'the nearest known key is {where}' if where else hint
-        self.found.findings.append(finding(pointer_of((*path, name)), f'unknown key; {hint}'))
+        self.shape.findings.append(diagnostic(pointer_of((*path, name)), f'unknown key; {hint}'))
 
     def _elsewhere(self, name: str, exactly: bool = False) -> str | None:
         """Where a key of that name, or one much like it, is known."""
@@ -145,19 +154,16 @@ class _Walk:
         return pointer_of(shortest)
 
     def _deprecated(self, known: Key, block: Key, tree: Mapping[str, Any], path: Path) -> None:
-        pointer, successor = pointer_of(path), known.successor
-        after = (block.keys or {}).get(successor)
-        names = {n for n, k in (block.keys or {}).items() if after is not None and k is after}
-        both = sorted(names & set(tree))
-        written = after.name if after is not None and after.name else successor
+        keys, text, severity = block.keys or {}, 'is deprecated', WARNING
+        successor = keys.get(known.successor)
+        both = sorted(n for n in tree if successor is not None and keys.get(n) is successor)
         if both:
-            text = (
-                f'is deprecated, and its successor {both[0]} is stated as well; remove {path[-1]}'
-            )
-            self.found.findings.append(finding(pointer, text))
-        else:
-            text = f'is deprecated; use {written}' if successor else 'is deprecated'
-            self.found.findings.append(finding(pointer, text, WARNING))
+            text += f', and its successor {both[0]} is stated as well; remove {path[-1]}'
+            severity = ERROR
+        elif known.successor:
+            name = successor.name if successor is not None else ''
+            text += f'; use {name or known.successor}'
+        self.shape.findings.append(diagnostic(pointer_of(path), text, severity))
 
 
 def misfit(value: Any, spec: Value) -> str:

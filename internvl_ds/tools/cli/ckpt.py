@@ -49,11 +49,12 @@ from typing import Any
 
 from internvl_ds.checkpoint.tag import commit as store
 from internvl_ds.checkpoint.tag.discovery import (
-    epoch_tags,
     file_sizes,
     newest,
     read_latest,
     read_manifest,
+    reading,
+    removable_tags,
 )
 from internvl_ds.checkpoint.tag.leftovers import STAGING
 from internvl_ds.checkpoint.tag.manifest import STATE_FILE
@@ -68,7 +69,12 @@ from internvl_ds.checkpoint.tag.retention import (
     tags_to_prune,
 )
 from internvl_ds.checkpoint.tag.trash import TRASH
-from internvl_ds.errors import CheckpointError, CheckpointNotFound, InternvlDsError, few, shown
+from internvl_ds.errors import (
+    CheckpointError,
+    CheckpointNotFound,
+    few,
+    shown,
+)
 from internvl_ds.tools.cli import diff, export
 from internvl_ds.tools.cli.quantities import whole
 from internvl_ds.tools.cli.tags import Examined, examine_all, examine_chosen, find_tags, tree_of
@@ -131,13 +137,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the action; an error of the file system's is told as one of the user's."""
-    try:
+    with reading(args.path):
         status: int = args.act(args)
-    except InternvlDsError:
-        raise
-    except OSError as error:
-        where = error.filename or args.path
-        raise CheckpointError(f'{where}: cannot be read: {error.strerror}') from error
     return status
 
 
@@ -299,7 +300,7 @@ def _prune(args: argparse.Namespace) -> int:
         KeepEvery(args.keep_every),
         KeepLater(0 if args.drop_later else None),
     ]
-    tags = sorted(epoch_tags(output), key=lambda tag: tag[:3])
+    tags = removable_tags(output)
     # a newest save that is damaged must not be all that stays
     needed = {resume.path.name, read_latest(output)}
     goes = [name for name in tags_to_prune(tags, policies) if name not in needed]

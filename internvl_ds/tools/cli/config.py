@@ -24,16 +24,17 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from yacs.config import CfgNode
+
+from internvl_ds.config.ds.diagnostics import ERROR, WARNING, Diagnostic, errors_of, pointer_of
+from internvl_ds.config.ds.load import load_ds_config
+from internvl_ds.config.ds.resolve import Resolution
+from internvl_ds.config.tree import get_config
 from internvl_ds.errors import ConfigError
 from internvl_ds.tools.cli.quantities import whole
 from internvl_ds.tools.text import json_text, say
-
-if TYPE_CHECKING:
-    from yacs.config import CfgNode
-
-    from internvl_ds.config.ds.diagnostics import Finding
 
 OK, ERRORS = 0, 1
 
@@ -56,23 +57,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    check.add_argument(
-        'files', nargs='+', metavar='FILE', help='a path, or the name of one that ships (zero2)'
-    )
-    check.add_argument('--cfg', required=True, metavar='YAML', help='the yacs configuration')
-    check.add_argument(
-        '--world-size', required=True, type=whole(1), metavar='N', help='the number of ranks'
-    )
-    check.add_argument(
-        '--opts', nargs='+', default=[], metavar='KEY VALUE', help='changes to the configuration'
-    )
-    check.add_argument(
-        '--optimizer-in-json',
-        action='store_true',
-        help='no optimizer and no scheduler are made in code (the training program makes both)',
-    )
-    check.add_argument('--show', action='store_true', help='print what each FILE resolves to')
-    check.add_argument('--json', action='store_true', help='print one JSON object')
+    add = check.add_argument
+    add('files', nargs='+', metavar='FILE', help='a path, or the name of one that ships (zero2)')
+    add('--cfg', required=True, metavar='YAML', help='the yacs configuration')
+    add('--world-size', required=True, type=whole(1), metavar='N', help='the number of ranks')
+    add('--opts', nargs='+', default=[], metavar='KEY VALUE', help='changes to the configuration')
+    text = 'no optimizer and no scheduler are made in code (the training program makes both)'
+    add('--optimizer-in-json', action='store_true', help=text)
+    add('--show', action='store_true', help='print what each FILE resolves to')
+    add('--json', action='store_true', help='print one JSON object')
     check.set_defaults(act=_check)
 
 
@@ -83,75 +76,51 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from internvl_ds.config.ds.diagnostics import ERROR
-    from internvl_ds.config.tree import get_config
-
     config = get_config(argparse.Namespace(cfg=args.cfg, opts=args.opts))
-    found = [_check_file(name, config, args) for name in args.files]
+    files = [(name, _examine(name, config, args)) for name in args.files]
     if args.json:
-        say(json_text({'files': found}))
+        say(json_text({'files': [_tree(name, resolution, args) for name, resolution in files]}))
     else:
-        for tree in found:
-            _say(tree)
-    severities = [finding['severity'] for tree in found for finding in tree['findings']]
-    return ERRORS if ERROR in severities else OK
+        for name, resolution in files:
+            _say(name, resolution, args)
+    return ERRORS if any(errors_of(resolution.findings) for _, resolution in files) else OK
 
 
-def _check_file(name: str, config: CfgNode, args: argparse.Namespace) -> dict[str, Any]:
-    from internvl_ds.config.ds.diagnostics import Finding
-    from internvl_ds.config.ds.resolve import load_ds_config, resolve_with_origins
+def _examine(name: str, config: CfgNode, args: argparse.Namespace) -> Resolution:
+    from internvl_ds.config.ds.check import examine  # DeepSpeed with it, which takes seconds
 
-    stated: dict[str, Any] = {}
     try:
         stated = load_ds_config(name)
     except ConfigError as error:
         if not Path(name).is_file():
             raise
-        findings = [Finding('', str(error))]
-    else:
-        findings = _findings(stated, config, args)
-    tree: dict[str, Any] = {'file': name, 'findings': list(map(asdict, findings))}
-    if args.show:
-        tree |= {'resolved': None, 'origins': None}
-        if not any(finding.severity == 'error' for finding in findings):
-            resolved, origins = resolve_with_origins(stated, config, args.world_size)
-            tree |= {'resolved': resolved, 'origins': origins}
-    return tree
-
-
-def _findings(
-    stated: Mapping[str, Any], config: CfgNode, args: argparse.Namespace
-) -> list[Finding]:
-    from internvl_ds.config.ds.check import check  # DeepSpeed with it, which takes seconds
-
+        return Resolution({}, {}, [Diagnostic('', str(error))])
     in_code = not args.optimizer_in_json
-    return check(
+    return examine(
         stated, config, args.world_size, optimizer_in_code=in_code, scheduler_in_code=in_code
     )
 
 
-def _say(tree: Mapping[str, Any]) -> None:
-    from internvl_ds.config.ds.diagnostics import ERROR, Finding
+def _tree(name: str, resolution: Resolution, args: argparse.Namespace) -> dict[str, Any]:
+    tree: dict[str, Any] = {'file': name, 'findings': list(map(asdict, resolution.findings))}
+    if args.show:
+        right = not errors_of(resolution.findings)
+        tree['resolved'] = resolution.tree if right else None
+        tree['origins'] = resolution.origins if right else None
+    return tree
 
-    findings = [Finding(**finding) for finding in tree['findings']]
-    say(f'{tree["file"]}: {_count(findings)}')
-    for finding in findings:
-        say(f'  {finding.severity.ljust(len("warning"))}  {finding}')
-    if 'resolved' not in tree:
-        return
-    if tree['resolved'] is None:
+
+def _say(name: str, resolution: Resolution, args: argparse.Namespace) -> None:
+    severities = [finding.severity for finding in resolution.findings]
+    numbers = [(severities.count(severity), severity) for severity in (ERROR, WARNING)]
+    counts = [f'{number} {what}{"s" if number > 1 else ""}' for number, what in numbers if number]
+    say(f'{name}: {", ".join(counts) or "no errors"}')
+    for finding in resolution.findings:
+        say(f'  {finding.severity.ljust(len(WARNING))}  {finding}')
+    if args.show and ERROR in severities:
         say(f'  with an {ERROR} there is nothing to show')
-    else:
-        say(annotated(tree['resolved'], tree['origins']))
-
-
-def _count(findings: list[Finding]) -> str:
-    counted = []
-    for severity in ('error', 'warning'):
-        number = sum(finding.severity == severity for finding in findings)
-        if number:
-            counted.append(f'{number} {severity}{"s" if number > 1 else ""}')
-    return ', '.join(counted) or 'no errors'
+    elif args.show:
+        say(annotated(resolution.tree, resolution.origins))
 
 
 def annotated(resolved: Mapping[str, Any], origins: Mapping[str, str]) -> str:
@@ -165,8 +134,6 @@ def annotated(resolved: Mapping[str, Any], origins: Mapping[str, str]) -> str:
 def _lines(
     node: Mapping[str, Any], origins: Mapping[str, str], pointer: str, depth: int
 ) -> Iterator[tuple[str, str]]:
-    from internvl_ds.config.ds.diagnostics import pointer_of
-
     for number, (key, value) in enumerate(node.items(), 1):
         here, comma = pointer + pointer_of([key]), ',' if number < len(node) else ''
         name = '  ' * depth + json.dumps(key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
@@ -73,9 +74,9 @@ def write_digits(root: Path) -> DigitsSummary:
     root = Path(root)
     if (there := _find_digits(root)) is not None:
         return there
-    _refuse_anything_else(root)
-    data = _load_sklearn_digits()
     try:
+        _refuse_anything_else(root)
+        data = _load_sklearn_digits()
         root.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f'.{root.name}-', dir=root.parent) as aside:
             staged = Path(aside) / 'data'
@@ -127,7 +128,7 @@ def _find_digits(root: Path) -> DigitsSummary | None:
     """The complete data set under ``root``, or None."""
     counts = {}
     for split in ('train', 'val'):
-        if not all((root / split / name).is_dir() for name in CLASSES):
+        if not all(os.path.isdir(root / split / name) for name in CLASSES):
             return None
         counts[split] = sum(1 for _ in (root / split).glob('[0-9]/[0-9][0-9][0-9][0-9].png'))
     if sum(counts.values()) != TOTAL:

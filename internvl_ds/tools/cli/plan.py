@@ -67,13 +67,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Plans every option, and says which to take."""
     from internvl_ds.config.ds import resolve as ds
+    from internvl_ds.config.ds.load import load_ds_config
     from internvl_ds.config.tree import get_config
     from internvl_ds.tools.plan.advice import advice
     from internvl_ds.tools.plan.memory_planner import Planner
     from internvl_ds.tools.plan.options import USABLE, Machine, choose, options
 
     config = get_config(argparse.Namespace(cfg=args.cfg, opts=args.opts))
-    base = ds.load_ds_config(args.deepspeed_config or None)
+    base = load_ds_config(args.deepspeed_config or None)
     machine = Machine(
         gpus=args.gpus,
         gpu_bytes=args.gpu_mem,
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         host_bytes=args.cpu_mem,
         disk_rate=args.disk_rate,
     )
-    resolved = ds.resolve(base, config, machine.gpus)
+    resolved = ds.resolve_or_raise(base, config, machine.gpus)
     planner = Planner(config)
     found = options(planner, config, base, machine)
     taken, words = choose(found), advice(found, config, base, args.deepspeed_config, machine)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from pathlib import Path
@@ -71,6 +71,7 @@ def examine(path: Path, contents: bool) -> Examined:
         FileNotFoundError: when the tag has gone meanwhile.
         OSError: when the directory cannot be read.
     """
+    last = None
     for _ in range(_REPLACED):
         before = _identity(path)
         try:
@@ -80,8 +81,11 @@ def examine(path: Path, contents: bool) -> Examined:
                 raise
             time.sleep(_BETWEEN)
             continue
-        if found.verified in ('sizes', 'checksums') or before == _identity(path) is not None:
+        if found.verified in ('sizes', 'checksums'):
             return found
+        if before is not None and before == _identity(path) and (before[2] or found == last):
+            return found  # without a header it is the same where twice the same was found
+        last = found
     raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
 
 
@@ -222,9 +226,19 @@ def _damage(path: Path, manifest: Manifest) -> list[str]:
     # imports torch, which the other actions can do without
     from internvl_ds.checkpoint.tag.verify import damage
 
-    with ThreadPoolExecutor(_READERS) as pool:
-        parts = pool.map(lambda name: damage(path, manifest, [name]), sorted(manifest.files))
-        return [problem for part in parts for problem in part]
+    names, found = iter(manifest.files), dict[str, list[str]]()
+
+    def read() -> None:
+        for name in names:
+            found[name] = damage(path, manifest, [name])
+
+    # Daemons: Ctrl-C waits for no file.
+    threads = [threading.Thread(target=read, daemon=True) for _ in range(_READERS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [problem for name in sorted(manifest.files) for problem in found[name]]
 
 
 def _recency(examined: Examined) -> tuple[bool, int, float]:

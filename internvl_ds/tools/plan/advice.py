@@ -8,7 +8,7 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from internvl_ds.config.ds import resolve as ds
+from internvl_ds.config.ds.load import load_ds_config, shipped_dir
 from internvl_ds.tools.plan.options import (
     ALL,
     NONE,
@@ -104,8 +104,8 @@ def _words(taken: Option, config: CfgNode, base: Mapping[str, Any], named: str) 
 
 def _shipped(taken: Option) -> str:
     """The shortest name of a ds_config that ships and says just this; '' if there is none."""
-    names = sorted((p.stem for p in ds.shipped_dir().glob('*.json')), key=lambda n: (len(n), n))
-    return next((name for name in names if _is(ds.load_ds_config(name), taken)), '')
+    names = sorted((p.stem for p in shipped_dir().glob('*.json')), key=lambda n: (len(n), n))
+    return next((name for name in names if _is(load_ds_config(name), taken)), '')
 
 
 def _is(tree: Mapping[str, Any], option: Option) -> bool:

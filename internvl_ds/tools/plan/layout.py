@@ -7,14 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from internvl_ds.config.ds import resolve as ds
-from internvl_ds.config.ds.auto_values import reduce_bucket_of
-
-# DeepSpeed's defaults (deepspeed/runtime/zero/config.py of 0.19.8), in elements.
-_DEFAULTS = {
-    'max_reuse_distance': 1_000_000_000, 'max_live_parameters': 1_000_000_000,
-    'prefetch_bucket_size': 50_000_000, 'param_persistence_threshold': 100_000,
-}  # fmt: skip
-_SUB_GROUP = 1_000_000_000
+from internvl_ds.config.ds.auto_values import default_at, reduce_bucket_of
 
 _BYTES = {'fp32': 4, 'float32': 4, 'fp16': 2, 'float16': 2, 'half': 2, 'bf16': 2, 'bfloat16': 2}
 
@@ -82,6 +75,7 @@ def layout_of(resolved: Mapping[str, Any], ranks: int, trained: int, on_gpu: boo
     overlap = zero.get('overlap_comm')
     low = 2 if precision in (ds.BF16, ds.FP16) else 4
     dtype = resolved.get('data_types', {}).get('grad_accum_dtype')
+    live = _given(zero, 'max_live_parameters')
     return Layout(
         stage=stage,
         ranks=ranks,
@@ -96,9 +90,9 @@ def layout_of(resolved: Mapping[str, Any], ranks: int, trained: int, on_gpu: boo
         overlap=stage == 3 if overlap is None else bool(overlap),
         gradient_bytes=_BYTES.get(str(dtype), low),
         reuse_distance=_given(zero, 'max_reuse_distance'),
-        prefetch=min(_given(zero, k) for k in ('max_live_parameters', 'prefetch_bucket_size')),
+        prefetch=min(live, _given(zero, 'prefetch_bucket_size')),
         persistence=_given(zero, 'param_persistence_threshold'),
-        sub_group=int(zero.get('sub_group_size', _SUB_GROUP)),
+        sub_group=int(zero.get('sub_group_size', default_at('/zero_optimization/sub_group_size'))),
         on_gpu=on_gpu,
     )
 
@@ -116,8 +110,9 @@ def bucket_elements(resolved: Mapping[str, Any], trained: int) -> int:
 
 
 def _given(zero: Mapping[str, Any], key: str) -> int:
-    """A setting of stage 3, by either of the two names that DeepSpeed takes."""
-    return int(zero.get(f'stage3_{key}', zero.get(key, _DEFAULTS[key])))
+    """A setting of stage 3, by either of the two names that DeepSpeed takes, or its default."""
+    default = default_at(f'/zero_optimization/stage3_{key}')
+    return int(zero.get(f'stage3_{key}', zero.get(key, default)))
 
 
 def _offload(zero: Mapping[str, Any], key: str) -> tuple[bool, bool]:

@@ -111,7 +111,7 @@ def options(
     recomputes = (False, True) if can_recompute(config) else (False,)
     for stage, offloads in _OFFLOADS.items():
         for offload in offloads:
-            resolved = ds.resolve(variant(base, stage, offload), config, machine.gpus)
+            resolved = ds.resolve_or_raise(variant(base, stage, offload), config, machine.gpus)
             found += [_option(planner, resolved, offload, again, machine) for again in recomputes]
     return found
 

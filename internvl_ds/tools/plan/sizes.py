@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
+from internvl_ds.config.tree import set_options
 from internvl_ds.errors import ConfigError
 from internvl_ds.train.model import build_model, set_train_mode
 from internvl_ds.train.optim import build_optimizer
@@ -67,10 +68,7 @@ def meta_model(config: CfgNode) -> nn.Module:
 
 def with_recompute(config: CfgNode, recompute: bool) -> CfgNode:
     """The yacs tree with another TRAIN.USE_CHECKPOINT."""
-    config = config.clone()
-    config.defrost()
-    config.TRAIN.USE_CHECKPOINT = recompute
-    return config
+    return set_options(config.clone(), {'TRAIN.USE_CHECKPOINT': recompute})
 
 
 def can_recompute(config: CfgNode) -> bool:
@@ -117,9 +115,7 @@ def _moments(config: CfgNode) -> float:
     """
     probe = nn.Linear(_PROBE, 1, bias=False)
     probe.weight = nn.Parameter(torch.zeros(_PROBE))
-    plain = config.clone()
-    plain.defrost()
-    plain.TRAIN.LR_LAYER_DECAY = False
+    plain = set_options(config.clone(), {'TRAIN.LR_LAYER_DECAY': False})
     optimizer = build_optimizer(plain, probe, 1e-3)
     probe.weight.grad = torch.ones(_PROBE)
     optimizer.step()

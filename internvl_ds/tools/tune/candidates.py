@@ -13,6 +13,8 @@ import xxhash
 from yacs.config import CfgNode
 
 from internvl_ds.config.ds import resolve as ds
+from internvl_ds.config.ds.load import load_ds_config
+from internvl_ds.config.ds.pairs import ACCUMULATION, MICRO_BATCH
 from internvl_ds.config.tree import get_config, get_option
 from internvl_ds.tools.tune.command import opt_words
 from internvl_ds.tools.tune.records import BASE, SEARCH, SHIPPED
@@ -90,7 +92,7 @@ class Subject:
     def shipped(self) -> list[Candidate]:
         """The ds_configs that ship, with the batch that is configured."""
         batch = self._batch()
-        trees = {name: merged(ds.load_ds_config(name), batch.ds_config) for name in _SHIPPED}
+        trees = {name: merged(load_ds_config(name), batch.ds_config) for name in _SHIPPED}
         return [self._settle(SHIPPED, name, tree, batch.opts) for name, tree in trees.items()]
 
     def proposal(self, space: Space, labels: Labels) -> Candidate:
@@ -112,21 +114,20 @@ class Subject:
     def differing(self, candidate: Candidate) -> dict[str, Any]:
         """The settings of a candidate that the configuration as given does not have already."""
         config = self.configured()
-        configured_steps = config.TRAIN.ACCUMULATION_STEPS
+        alike = {ACCUMULATION.yacs: {*ACCUMULATION.alike}}
         return {
             key: value
             for key, value in candidate.opts.items()
-            if value != get_option(config, key, None)
-            # 0 and 1 are the same number of micro-batches
-            and not (key == 'TRAIN.ACCUMULATION_STEPS' and {value, configured_steps} == {0, 1})
+            if value != (configured := get_option(config, key, None))
+            and not (key in alike and {value, configured} <= alike[key])
         }
 
     def _batch(self) -> Choice:
         return batch_choice(*self._batch_numbers())
 
     def _batch_numbers(self) -> tuple[int, int]:
-        tree = self.base.resolved
-        return tree['train_micro_batch_size_per_gpu'], tree['gradient_accumulation_steps']
+        resolved = self.base.resolved
+        return resolved[MICRO_BATCH.key], resolved[ACCUMULATION.key]
 
     def _settle(
         self, kind: str, name: str, ds_config: Mapping, opts: Mapping, labels: Labels | None = None
@@ -134,6 +135,6 @@ class Subject:
         config = self.configured(opts)
         resolved: dict[str, Any] = {}
         if self.ranks:
-            resolved = ds.resolve(ds_config, config, self.ranks)
+            resolved = ds.resolve_or_raise(ds_config, config, self.ranks)
             ds.adopt(config, resolved)
         return Candidate(kind, name, ds_config, opts, config, resolved, labels or {})

@@ -8,6 +8,7 @@ from typing import Any
 
 from yacs.config import CfgNode
 
+from internvl_ds.config.tree import set_options
 from internvl_ds.tools.plan.memory_planner import Need, Planner
 
 PlannerFactory = Callable[..., Planner]
@@ -22,11 +23,10 @@ class Plans:
 
     def of(self, config: CfgNode) -> Planner:
         """The planner of this yacs tree; batch and recomputation are asked of it, not set in it."""
-        model = config.clone()
-        model.defrost()
-        model.DATA.BATCH_SIZE = model.TRAIN.ACCUMULATION_STEPS = 1
-        model.TRAIN.USE_CHECKPOINT = False
-        key = model.dump()
+        same = {
+            'DATA.BATCH_SIZE': 1, 'TRAIN.ACCUMULATION_STEPS': 1, 'TRAIN.USE_CHECKPOINT': False,
+        }  # fmt: skip
+        key = set_options(config.clone(), same).dump()
         if key not in self._made:
             self._made[key] = self._make(config, gpu=self._gpu)
         return self._made[key]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -11,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from internvl_ds.errors import ConfigError
-from internvl_ds.files import write_text
+from internvl_ds.files import open_own, write_text
+from internvl_ds.files.locks import try_lock
 from internvl_ds.files.reading import read_json
 
 
@@ -24,17 +24,15 @@ def alone(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / '.lock', os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = open_own(folder / '.lock', os.O_RDWR)
     except OSError as error:
         raise ConfigError(f'--output {folder}: cannot be written to: {error}') from error
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if try_lock(descriptor) is False:
             other = os.read(descriptor, 32).decode(errors='replace').strip()
             raise ConfigError(
                 f'--output {folder}: process {other} is tuning there; wait for it, or name another'
-            ) from None
+            )
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f'{os.getpid()}\n'.encode())
         yield

@@ -36,6 +36,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from internvl_ds.config.ds.pairs import ACCUMULATION, BATCH, MICRO_BATCH
 from internvl_ds.errors import ConfigError
 from internvl_ds.files.reading import read_json
 
@@ -43,11 +44,7 @@ Labels = Mapping[str, str]
 
 _CHOICE_KEYS = {'ds_config', 'opts', 'micro_batch', 'accumulation'}
 
-# The settings of a micro-batch: keys of the ds_config and of the yacs configuration.
-BATCH_KEYS = {
-    'micro_batch': ('train_micro_batch_size_per_gpu', 'DATA.BATCH_SIZE'),
-    'accumulation': ('gradient_accumulation_steps', 'TRAIN.ACCUMULATION_STEPS'),
-}
+_BATCH = {'micro_batch': MICRO_BATCH, 'accumulation': ACCUMULATION}
 
 
 @dataclass(frozen=True)
@@ -123,11 +120,8 @@ def merged(tree: Any, patch: Any) -> Any:
 
 def batch_choice(micro_batch: int, accumulation: int) -> Choice:
     """This micro-batch (images on a rank) and accumulation, in both files' words."""
-    values = {'micro_batch': micro_batch, 'accumulation': accumulation}
-    return Choice(
-        {BATCH_KEYS[name][0]: value for name, value in values.items()},
-        {BATCH_KEYS[name][1]: value for name, value in values.items()},
-    )
+    values = ((MICRO_BATCH, micro_batch), (ACCUMULATION, accumulation))
+    return Choice({p.key: value for p, value in values}, {p.yacs: value for p, value in values})
 
 
 def batch_pairs(images: int, even: bool = False) -> list[tuple[int, int]]:
@@ -242,18 +236,18 @@ def _parse_choice(where: str, tree: Any, images: int | None) -> Choice:
     _only_keys(where, tree, _CHOICE_KEYS)
     ds_config = dict(_is_object(f'{where}/ds_config', tree.get('ds_config', {})))
     opts = dict(_is_object(f'{where}/opts', tree.get('opts', {})))
-    for key, yacs in BATCH_KEYS.values():
-        if key in ds_config or yacs in opts:
+    for pair in _BATCH.values():
+        if pair.key in ds_config or pair.yacs in opts:
             raise ConfigError(
-                f'{where}: {key if key in ds_config else yacs} is set by "micro_batch" and '
-                '"accumulation", beside "ds_config" and "opts"'
+                f'{where}: {pair.key if pair.key in ds_config else pair.yacs} is set by '
+                '"micro_batch" and "accumulation", beside "ds_config" and "opts"'
             )
-    if 'train_batch_size' in ds_config:
+    if BATCH.key in ds_config:
         raise ConfigError(f'{where}/ds_config/train_batch_size: tuning keeps the global batch')
-    if not BATCH_KEYS.keys() & tree.keys():
+    if not _BATCH.keys() & tree.keys():
         return Choice(ds_config, opts)
-    numbers = [tree.get(name) for name in BATCH_KEYS]
-    for name, number in zip(BATCH_KEYS, numbers, strict=True):
+    numbers = [tree.get(name) for name in _BATCH]
+    for name, number in zip(_BATCH, numbers, strict=True):
         if not isinstance(number, int) or isinstance(number, bool) or number < 1:
             raise ConfigError(f'{where}/{name} is {number!r}; both it and its counterpart are due')
     micro, accumulation = numbers

@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -145,7 +145,7 @@ def end(process: subprocess.Popen | None, folder: Path, port: int | None = None)
     deadline = time.monotonic() + _GRACE
     number: signal.Signals | None = signal.SIGTERM
     while True:
-        marked = dict(_marked(folder))
+        marked = _marked(folder)
         ports |= {environ['MASTER_PORT'] for environ in marked.values() if 'MASTER_PORT' in environ}
         alive = process is not None and process.poll() is None
         if not marked and not alive:
@@ -176,10 +176,9 @@ def remove_buffers(port: str) -> None:
         path.unlink(missing_ok=True)
 
 
-def _marked(folder: Path) -> Iterator[tuple[int, Mapping[str, str]]]:
+def _marked(folder: Path) -> dict[int, Mapping[str, str]]:
     """The processes of the trials in ``folder``, zombies left out, and their environments."""
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):  # another user's, or gone
-            environ = process.environ()
-            if (mark := environ.get(MARK)) and Path(mark).is_relative_to(folder):
-                yield process.pid, environ
+    # None: another user's
+    found = {p.pid: p.info['environ'] or {} for p in psutil.process_iter(['environ'])}
+    marks = {pid: environ.get(MARK) for pid, environ in found.items()}
+    return {pid: found[pid] for pid, m in marks.items() if m and Path(m).is_relative_to(folder)}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from internvl_ds.config.ds import resolve as ds
+from internvl_ds.config.ds.load import load_ds_config
 from internvl_ds.dist.process_group import free_port
 from internvl_ds.errors import ConfigError, InternvlDsError
 from internvl_ds.files import write_text
@@ -87,7 +87,7 @@ class _Tuner:
         self._request, self._output = request, output
         self._planner = planner
         self._plans: Plans | None = None
-        ds_config = ds.load_ds_config(request.ds_config)
+        ds_config = load_ds_config(request.ds_config)
         self._subject = Subject(request.cfg, request.data_path, request.opts, ds_config, 0)
         self._space_file = read_space(request.space) if request.space else None
         settings = request.settings(self._subject.configured(), ds_config, self._space_file)

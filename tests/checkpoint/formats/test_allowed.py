@@ -11,8 +11,10 @@ import torch
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from yacs.config import CfgNode
 
+from internvl_ds.checkpoint.formats import outline
 from internvl_ds.checkpoint.formats.allowed import (
     PortablePickle,
+    _enum_member,
     allowed_globals,
     reason_of,
     refused_class,
@@ -35,6 +37,42 @@ def read(value):
     file.seek(0)
     with torch.serialization.safe_globals(allowed_globals()):
         return torch.load(file, weights_only=True)['value']
+
+
+def test_the_lists_are_these_and_no_others():
+    """A longer list must be meant: whatever stands there, a file may call."""
+    allowed = [entry if isinstance(entry, tuple) else (entry, None) for entry in allowed_globals()]
+    assert {(f'{what.__module__}.{what.__qualname__}', name) for what, name in allowed} == {
+        ('deepspeed.runtime.fp16.loss_scaler.LossScaler', None),
+        ('deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler', None),
+        ('deepspeed.utils.tensor_fragment.fragment_address', None),
+        ('deepspeed.runtime.zero.config.ZeroStageEnum', None),
+        (f'{_enum_member.__module__}._enum_member', 'builtins.getattr'),
+        ('argparse.Namespace', None),
+        ('collections.OrderedDict', 'yacs.config.CfgNode'),
+    }
+    assert set(outline._KNOWN) == {
+        ('torch._utils', '_rebuild_tensor_v2'),
+        ('torch._utils', '_rebuild_parameter'),
+        ('torch._tensor', '_rebuild_from_type_v2'),
+        ('torch', 'Tensor'),
+        ('torch', 'Size'),
+        ('collections', 'OrderedDict'),
+        ('__builtin__', 'set'),
+        ('deepspeed.runtime.zero.config', 'ZeroStageEnum'),
+        ('deepspeed.runtime.fp16.loss_scaler', 'LossScaler'),
+        ('deepspeed.runtime.fp16.loss_scaler', 'DynamicLossScaler'),
+        ('deepspeed.utils.tensor_fragment', 'fragment_address'),
+    }
+
+
+@pytest.mark.parametrize(
+    ('module', 'name'),
+    [('builtins', 'getattr'), ('builtins', 'eval'), ('os', 'system'), ('torch', 'load')],
+)
+def test_the_outlines_unpickler_knows_nothing_else(module, name):
+    with pytest.raises((KeyError, pickle.UnpicklingError)):
+        outline._Unpickler(io.BytesIO()).find_class(module, name)
 
 
 def test_a_member_of_deepspeeds_enum_as_python_3_11_2_pickles_it_is_read():

@@ -5,8 +5,8 @@ from collections import Counter, OrderedDict, namedtuple
 import pytest
 import torch
 
-from internvl_ds.checkpoint.formats.ema_files import EmaFile
 from internvl_ds.checkpoint.formats.snapshot import Snapshot, tensor_bytes
+from internvl_ds.engine.ema_shard import EmaFile
 
 Pair = namedtuple('Pair', 'first second')
 

@@ -47,6 +47,23 @@ def test_a_compressed_shard_is_refused_before_it_is_unpacked(tmp_path, read):
     assert peak() - before < 200 << 20
 
 
+@pytest.mark.parametrize('read', [read_shard, outline])
+def test_an_entry_that_claims_more_bytes_than_its_file_has_is_refused(tmp_path, read):
+    path = tmp_path / 'x_states.pt'
+    torch.save({'x': torch.zeros(10)}, path)
+    with zipfile.ZipFile(path) as archive:
+        (entry,) = (e.filename for e in archive.infolist() if '/data/' in e.filename)
+    data = bytearray(path.read_bytes())
+    record = data.rindex(entry.encode()) - 46  # in the central directory
+    data[record + 20 : record + 28] = struct.pack('<II', 1 << 30, 1 << 30)
+    path.write_bytes(data)
+    before = restart_peak()
+    said = rf'its entries say that they have \d+ bytes, and the file has {len(data)}'
+    with pytest.raises(CheckpointError, match=said):
+        read(path)
+    assert peak() - before < 200 << 20
+
+
 def test_what_torch_writes_is_read_as_before(tmp_path):
     path = tmp_path / 'file.pth'
     tree = {

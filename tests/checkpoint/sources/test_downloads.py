@@ -1,6 +1,7 @@
 """Weights at an address, from a real server: right, or one line that says why not, in time."""
 
 import base64
+import fcntl
 import hashlib
 import io
 import json
@@ -172,6 +173,31 @@ def test_an_error_of_the_server_is_named(server):
     server.answers['/w.pth'] = lambda h: reply(h, b'', 503)
     refused(server.url('/w.pth'), '503')
     refused(server.url('/none.pth'), '404')
+
+
+@pytest.mark.parametrize('code', [202, 206])
+def test_a_part_is_not_taken_for_the_whole(server, cache, code):
+    server.answers['/w.pth'] = lambda handler: reply(handler, torch_file(1)[:500], code)
+    refused(server.url('/w.pth'), f'its server answers {code}')
+    assert kept(cache) == []
+
+
+def test_a_long_name_in_letters_of_many_bytes(server):
+    path = f'/{"%E4%B8%AD" * 100}.pth'
+    server.answers[path] = torch_file(1)
+    assert fetch(server.url(path)).is_file()
+
+
+@pytest.mark.parametrize('made', [os.mkfifo, lambda path: path.symlink_to('/dev/zero')])
+def test_a_kept_file_that_is_none_is_downloaded_again(server, cache, made):
+    server.answers['/w.pth'] = torch_file(1)
+    path = fetch(server.url('/w.pth'))
+    path.unlink()
+    made(path)
+    mine = path.with_name('a-note')
+    mine.touch()
+    assert torch.load(fetch(server.url('/w.pth')))['a'] == 1
+    assert mine.exists()
 
 
 def test_a_password_goes_to_its_host_alone_and_is_never_seen(server, cache, caplog):
@@ -393,7 +419,7 @@ def test_processes_at_once_where_nothing_can_be_locked(server, cache, tmp_path, 
     def none(*_):
         raise OSError('no locks on this file system')
 
-    monkeypatch.setattr(downloads.fcntl, 'flock', none)
+    monkeypatch.setattr(fcntl, 'flock', none)
     server.answers['/w.pth'] = whole
     found = _processes(3, server.url('/w.pth'), str(tmp_path / 'hub'))
     assert len(set(found)) == 1
@@ -407,7 +433,7 @@ def test_a_process_that_stands_still_is_not_waited_for(server, cache, caplog, mo
     path = fetch(server.url('/w.pth'))
     path.unlink()
     with (path.parent / 'lock').open() as file:
-        downloads.fcntl.flock(file, downloads.fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_EX)
         assert fetch(server.url('/w.pth'), STALL) == path
     assert 'stands still' in caplog.text
 

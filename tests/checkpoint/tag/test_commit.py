@@ -335,6 +335,7 @@ def test_a_tag_that_cannot_be_removed_is_a_warning(tmp_path, caplog):
     # name can be made of it for the trash stops anyone.
     stays = tmp_path / ('ckpt_epoch_' + '1' * 240)
     stays.mkdir()
+    (stays / SHARD).touch()
     for epoch in range(2):
         save_tag(tmp_path, epoch)
     assert store.prune(tmp_path, [KeepNewest(1)]) == ['ckpt_epoch_0']

@@ -18,6 +18,7 @@ from internvl_ds.checkpoint.tag.owner import read_owner
 from internvl_ds.checkpoint.tag.retention import KeepNewest
 from internvl_ds.checkpoint.tag.trash import MARK
 from internvl_ds.files import write_text
+from internvl_ds.tools.cli import main
 from tests.harness.tags import SHARD, hidden, make_header, save_tag, stage_tag
 
 _CALLS = ('open', 'os.mkdir', 'os.rename', 'os.remove', 'os.rmdir', 'os.truncate')
@@ -135,6 +136,25 @@ def test_what_a_user_made_stays_however_it_is_called(tmp_path, caplog):
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == len(set(said))  # once each
     assert f'{tmp_path}/.trash-X: not known to be of this version of internvl_ds' in str(said)
+
+
+def test_what_a_user_named_like_a_tag_is_neither_pruned_nor_replaced(tmp_path):
+    for name in ('ckpt_epoch_0', 'ckpt_epoch_0_step_7', 'ckpt_epoch_3'):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'thesis.tex').write_text('years of work')
+    (tmp_path / 'ckpt_epoch_4').write_text('notes')
+    (tmp_path / 'ckpt_epoch_5').symlink_to('nowhere')
+    (tmp_path / 'ckpt_epoch_6').mkdir()  # with nothing in it to lose
+    for epoch in (1, 2, 6):
+        save_tag(tmp_path, epoch)
+    for epoch in (3, 4, 5):
+        with pytest.raises(FileExistsError, match=f'is no tag.*ckpt_epoch_{epoch}'):
+            store.begin(tmp_path, f'ckpt_epoch_{epoch}')
+    assert store.prune(tmp_path, [KeepNewest(1)]) == ['ckpt_epoch_1', 'ckpt_epoch_2']
+    assert main(['ckpt', 'prune', str(tmp_path), '--keep', '1', '--drop-later']) == 0
+    assert len(list(tmp_path.glob('*/thesis.tex'))) == 3
+    assert (tmp_path / 'ckpt_epoch_4').read_text() == 'notes'
+    assert hidden(tmp_path) == []
 
 
 def test_what_the_version_before_left_is_not_deleted(tmp_path):

@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import time
+from pathlib import Path
 
 import pytest
 
@@ -174,27 +175,54 @@ def test_an_orderly_end_leaves_no_file_and_the_next_job_goes_on(tmp_path, job):
 
 
 def test_one_of_many_that_come_at_once_has_the_lock(tmp_path):
-    children = []
+    children, codes = [], []
+    over, tell = os.pipe()
     for _ in range(8):
         child = os.fork()
         if not child:
             try:
+                os.close(tell)
                 _enter(tmp_path)
-                time.sleep(2)  # the others have come by then
+                os.read(over, 1)  # until the others have been refused
                 os._exit(0)
             except CheckpointError:
                 os._exit(3)
             finally:
                 os._exit(1)
         children.append(child)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    assert sorted(codes) == [0] + [3] * 7
+    os.close(over)
+    end = time.monotonic() + 60
+    while children:
+        if tell >= 0 and (len(children) == 1 or time.monotonic() > end):
+            os.close(tell)
+            tell = -1
+        for child in children.copy():
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                children.remove(child)
+                codes.append(os.waitstatus_to_exitcode(status))
+        time.sleep(0.01)
+    assert codes == [3] * 7 + [0]
 
 
 def test_one_process_may_save_in_several_directories_and_twice_in_one(tmp_path):
     for name in ('a', 'b', 'a'):
         _enter(tmp_path / name)
         assert read_owner(tmp_path / name / LOCK).pid == str(os.getpid())
+
+
+def test_a_directory_is_the_same_by_another_name_and_from_another_directory(tmp_path, monkeypatch):
+    (tmp_path / 'link').symlink_to('out')
+    monkeypatch.chdir(tmp_path)
+    _enter(Path('out'), LOCK_AGE=0.3)
+    monkeypatch.chdir('/')
+    _enter(tmp_path / 'out')
+    _enter(tmp_path / 'link')
+    os.utime(tmp_path / 'out' / LOCK, (0, 0))
+    time.sleep(0.2)
+    assert (tmp_path / 'out' / LOCK).stat().st_mtime > 0  # a sign of life
+    output_lock._release_all()
+    assert list((tmp_path / 'out').iterdir()) == []
 
 
 def test_a_lock_that_someone_removed_is_taken_again(tmp_path, job):

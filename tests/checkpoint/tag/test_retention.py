@@ -74,6 +74,7 @@ def test_a_tag_without_an_accuracy_is_not_among_the_best():
 
 def test_every_interval_th_epoch_stays():
     assert _stay(_tags(*range(12)), KeepEvery(5)) == [0, 5, 10, 11]
+    assert _stay(_tags(*range(4)), KeepEvery(1)) == [0, 1, 2, 3]
 
 
 def test_policies_that_are_off_ask_for_no_tag():
@@ -117,6 +118,7 @@ def test_tags_of_later_training_stay_until_it_is_done_again():
     # in order of training a step tag of an epoch comes before the epoch's own
     step = EpochTag(9, 9, 'ckpt_epoch_9_step_3', step=3)
     assert tags_to_prune([*_tags(8, 9), step], [KeepNewest(1), KeepLater()]) == ['ckpt_epoch_8']
+    assert tags_to_prune([*_tags(8, 9), step], [KeepLater()]) == ['ckpt_epoch_8']
 
 
 def test_inside_an_epoch_the_engines_updates_say_what_is_later():

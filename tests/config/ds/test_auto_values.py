@@ -15,7 +15,7 @@ def _zero(stage, **more):
 
 
 def _bucket(tree, trained):
-    zero = ds.resolve(tree, make_config(), 2, trained)['zero_optimization']
+    zero = ds.resolve_or_raise(tree, make_config(), 2, trained)['zero_optimization']
     return zero.get('reduce_bucket_size')
 
 
@@ -28,7 +28,7 @@ def test_the_reduce_bucket_is_as_large_as_the_model_and_no_larger_than_deepspeed
 
 def test_other_buckets_at_auto_are_deepspeeds_own():
     names = ('allgather_bucket_size', 'stage3_prefetch_bucket_size')
-    got = ds.resolve(_zero(3, **dict.fromkeys(names, 'auto')), make_config(), 2, 1000)
+    got = ds.resolve_or_raise(_zero(3, **dict.fromkeys(names, 'auto')), make_config(), 2, 1000)
     zero = got['zero_optimization']
     assert [zero[name] for name in names] == [500_000_000, 50_000_000]
     assert _bucket(_zero(0, reduce_bucket_size='auto'), 1000) == 500_000_000
@@ -36,16 +36,19 @@ def test_other_buckets_at_auto_are_deepspeeds_own():
 
 
 def test_before_there_is_a_model_bucket_sizes_stay_open_and_nothing_else():
-    early = ds.resolve(_zero(2, reduce_bucket_size='auto'), make_config(), 2)
+    early = ds.resolve_or_raise(_zero(2, reduce_bucket_size='auto'), make_config(), 2)
     assert early['zero_optimization'] == {'stage': 2, 'reduce_bucket_size': 'auto'}
-    assert ds.resolve(early, make_config(), 2, 10)['zero_optimization']['reduce_bucket_size'] == 10
+    assert (
+        ds.resolve_or_raise(early, make_config(), 2, 10)['zero_optimization']['reduce_bucket_size']
+        == 10
+    )
     own = _zero(3, zenflow={'topk_ratio': 0.1, 'select_interval': 'auto'})
     assert (
-        ds.resolve(own, make_config(), 2, 1)['zero_optimization']['zenflow']
+        ds.resolve_or_raise(own, make_config(), 2, 1)['zero_optimization']['zenflow']
         == own['zero_optimization']['zenflow']
     )  # DeepSpeed's own word
     with pytest.raises(ConfigError, match=r"/zero_optimization/sub_group_size: 'auto' has no"):
-        ds.resolve(_zero(3, sub_group_size='auto'), make_config(), 2)
+        ds.resolve_or_raise(_zero(3, sub_group_size='auto'), make_config(), 2)
 
 
 @pytest.mark.parametrize('params', [{}, None])
@@ -73,14 +76,14 @@ def test_an_optimizer_takes_what_it_knows_of_the_yacs_config(name, taken, params
     section = {'type': name, 'params': dict.fromkeys(taken, 'auto')}
     if params is not None:
         section['params'] = params
-    got = ds.resolve({'optimizer': section}, config, 4)
+    got = ds.resolve_or_raise({'optimizer': section}, config, 4)
     assert got['optimizer']['params'] == {key: values[key] for key in taken}
 
 
 def test_what_both_state_of_an_optimizer_must_agree():
     def resolve(params, **values):
         tree = {'optimizer': {'type': 'AdamW', 'params': params}}
-        return ds.resolve(tree, make_config(**values), 4)['optimizer']['params']
+        return ds.resolve_or_raise(tree, make_config(**values), 4)['optimizer']['params']
 
     changed = {'TRAIN__BASE_LR': 1e-3, 'DATA__BATCH_SIZE': 128}
     assert resolve({'lr': 3e-4})['lr'] == 3e-4  # yacs is at its default
@@ -98,7 +101,7 @@ def test_a_scheduler_takes_its_learning_rates_and_asks_for_its_steps():
 
     def resolve(name, params):
         tree = {'scheduler': {'type': name, 'params': params}}
-        return ds.resolve(tree, config, 8)['scheduler']['params']
+        return ds.resolve_or_raise(tree, config, 8)['scheduler']['params']
 
     linear = {'warmup_min_lr': 'auto', 'warmup_max_lr': 'auto', 'warmup_num_steps': 10}
     assert resolve('WarmupLR', linear) == {
@@ -121,7 +124,7 @@ def test_every_value_has_an_origin():
     }
     before = json.dumps(tree)
     config = make_config(AMP_OPT_LEVEL='O2', AMP_TYPE='bfloat16', DATA__BATCH_SIZE=4)
-    got, origins = ds.resolve_with_origins(tree, config, 2, 99)
+    got, origins, _ = ds.resolve(tree, config, 2, 99)
 
     assert json.dumps(tree) == before
 

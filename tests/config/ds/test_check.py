@@ -15,6 +15,7 @@ from yacs.config import CfgNode
 from internvl_ds.config.ds import resolve as ds
 from internvl_ds.config.ds.check import check, require_right
 from internvl_ds.config.ds.diagnostics import ERROR, WARNING, pointer_of
+from internvl_ds.config.ds.load import load_ds_config, shipped_dir
 from internvl_ds.config.ds.schema import find, installed, walk
 from internvl_ds.config.ds.validate_keys import misfit
 from internvl_ds.config.tree import default_config, merge_opts
@@ -68,13 +69,13 @@ def test_what_is_right_gives_no_finding_and_deepspeed_takes_it(name):
     tree, values, in_code = RIGHT[name]
     config = config_of(values)
     assert check(tree, config, RANKS, **in_code) == []
-    resolved = ds.resolve(tree, config, RANKS)
+    resolved = ds.resolve_or_raise(tree, config, RANKS)
     resolved['train_batch_size'] //= RANKS  # DeepSpeed's own check sees one rank here
     made = DeepSpeedConfig(resolved)
     assert made.zero_optimization_stage == tree.get('zero_optimization', {}).get('stage', 0)
     # What it resolves to is right as well, and stays so once the yacs config has adopted it.
-    ds.adopt(config, ds.resolve(tree, config, RANKS))
-    assert check(ds.resolve(tree, config, RANKS), config, RANKS, **in_code) == []
+    ds.adopt(config, ds.resolve_or_raise(tree, config, RANKS))
+    assert check(ds.resolve_or_raise(tree, config, RANKS), config, RANKS, **in_code) == []
 
 
 def test_more_than_thirty_are_right():
@@ -84,9 +85,9 @@ def test_more_than_thirty_are_right():
 LEVELS = [(level, amp) for level in ('', 'O0', 'O1', 'O2') for amp in ('float16', 'bfloat16')]
 
 
-@pytest.mark.parametrize('path', sorted(ds.shipped_dir().glob('*.json')), ids=lambda p: p.stem)
+@pytest.mark.parametrize('path', sorted(shipped_dir().glob('*.json')), ids=lambda p: p.stem)
 def test_what_ships_gives_no_finding_at_any_level_that_it_supports(path):
-    tree, supported = ds.load_ds_config(path), 0
+    tree, supported = load_ds_config(path), 0
     for level, amp in LEVELS:
         config = config_of({'AMP_OPT_LEVEL': level, 'AMP_TYPE': amp})
         try:

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import json
 
-from internvl_ds.config.ds.diagnostics import Finding, finding, nearest, pointer_of, shown, value_at
+from internvl_ds.config.ds.diagnostics import (
+    Diagnostic,
+    diagnostic,
+    nearest,
+    pointer_of,
+    shown,
+    value_at,
+)
 
 
 def test_a_finding_names_its_pointer_and_its_yacs_key_once():
-    assert str(Finding('/a/b', '/a/b is wrong')) == '/a/b is wrong'
-    assert str(Finding('/a/b', 'not as /a/bc', yacs='A')) == '/a/b: not as /a/bc [A]'
-    assert str(Finding('', 'A is wrong', yacs='A')) == 'A is wrong'
-    assert finding('/gradient_clipping', 'x').yacs == 'TRAIN.CLIP_GRAD'
-    assert finding('/steps_per_print', 'x').yacs == ''
+    assert str(Diagnostic('/a/b', '/a/b is wrong')) == '/a/b is wrong'
+    assert str(Diagnostic('/a/b', 'not as /a/bc', yacs='A')) == '/a/b: not as /a/bc [A]'
+    assert str(Diagnostic('', 'A is wrong', yacs='A')) == 'A is wrong'
+    assert diagnostic('/gradient_clipping', 'x').yacs == 'TRAIN.CLIP_GRAD'
+    assert diagnostic('/steps_per_print', 'x').yacs == ''
 
 
 def test_pointers_are_those_of_the_rfc():

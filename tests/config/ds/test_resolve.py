@@ -5,17 +5,18 @@ import json
 import pytest
 
 from internvl_ds.config.ds import resolve as ds
+from internvl_ds.config.ds.load import load_ds_config
 from internvl_ds.errors import ConfigError
 from tests.workers.model import make_config
 
 
 def _resolved(tree, world_size=2, **values):
-    return ds.resolve(tree, make_config(**values), world_size)
+    return ds.resolve_or_raise(tree, make_config(**values), world_size)
 
 
 @pytest.mark.parametrize('name', ['zero0', 'zero1', 'zero2', 'zero3', 'zero3_offload'])
 def test_what_ships_resolves_in_fp32_and_bf16(name):
-    tree = ds.load_ds_config(name)
+    tree = load_ds_config(name)
     low = _resolved(tree, AMP_OPT_LEVEL='O2', AMP_TYPE='bfloat16', DATA__BATCH_SIZE=4)
     assert low['bf16']['enabled'] is True
     assert low['train_batch_size'] == 8
@@ -40,7 +41,7 @@ def test_auto_and_absent_fields_come_from_the_yacs_config():
 def test_an_explicit_number_wins_where_yacs_is_at_its_default():
     config = make_config()
     tree = {'train_micro_batch_size_per_gpu': 8, 'gradient_clipping': 0.5}
-    got = ds.resolve({**tree, 'gradient_accumulation_steps': 4}, config, 1)
+    got = ds.resolve_or_raise({**tree, 'gradient_accumulation_steps': 4}, config, 1)
     assert got['train_batch_size'] == 32
     ds.adopt(config, got)
     assert (config.DATA.BATCH_SIZE, config.TRAIN.ACCUMULATION_STEPS) == (8, 4)
@@ -103,7 +104,7 @@ def test_contradictions_name_both_places(tree, values, message):
 def test_the_precision_table(level, amp_type, expected):
     config = make_config(AMP_OPT_LEVEL=level, AMP_TYPE=amp_type)
     assert ds.precision({}, config) == expected
-    resolved = ds.resolve({}, config, 1)
+    resolved = ds.resolve_or_raise({}, config, 1)
     assert ds.precision(resolved, make_config(AMP_OPT_LEVEL='')) == expected or expected == ds.FP32
 
 
@@ -119,17 +120,17 @@ def test_loading(tmp_path):
     path = tmp_path / 'a.json'
     path.write_text('{"gradient_clipping": 1, "gradient_clipping": 2}')
     with pytest.raises(ConfigError, match='stated twice: gradient_clipping'):
-        ds.load_ds_config(path)
+        load_ds_config(path)
     path.write_text('[1]')
     with pytest.raises(ConfigError, match='a list, not a JSON object'):
-        ds.load_ds_config(path)
+        load_ds_config(path)
     path.write_text('{')
     with pytest.raises(ConfigError, match='cannot be read as JSON'):
-        ds.load_ds_config(path)
+        load_ds_config(path)
     with pytest.raises(ConfigError, match=r'zero9: no such file, .*; near it: .*zero0'):
-        ds.load_ds_config('zero9')
+        load_ds_config('zero9')
     with pytest.raises(ConfigError, match=r'ds_config x{60}...: File name too long'):
-        ds.load_ds_config('x' * 5000)
+        load_ds_config('x' * 5000)
     given = {'zero_optimization': {'stage': 1}}
-    ds.resolve(ds.load_ds_config(given), make_config(), 1)
+    ds.resolve_or_raise(load_ds_config(given), make_config(), 1)
     assert given == {'zero_optimization': {'stage': 1}}

@@ -14,6 +14,7 @@ from deepspeed.runtime import config as deepspeed_config
 
 from internvl_ds.config.ds import resolve as ds
 from internvl_ds.config.ds.check import check
+from internvl_ds.config.ds.load import load_ds_config, shipped_dir
 from internvl_ds.config.tree import find_config_file, get_config
 from internvl_ds.engine.registry import _refuse_unsupported
 from internvl_ds.errors import ConfigError
@@ -24,7 +25,7 @@ from tests.harness.ranks import run_ranks
 from tests.workers.model import make_config, make_model
 from tests.workers.plain_loop import reference
 
-NAMES = sorted(path.stem for path in ds.shipped_dir().glob('*.json'))
+NAMES = sorted(path.stem for path in shipped_dir().glob('*.json'))
 YAMLS = sorted(find_config_file('digits_quickstart').parent.glob('*.yaml'))
 
 # AMP_OPT_LEVEL and AMP_TYPE -> the precision that they ask for; '' leaves it to the ds_config.
@@ -75,7 +76,7 @@ def test_every_stage_ships():
 
 
 def test_every_file_has_its_row_in_the_readme():
-    text = (ds.shipped_dir() / 'README.md').read_text()
+    text = (shipped_dir() / 'README.md').read_text()
     rows = [line for line in text.splitlines() if line.startswith('|')]
     named = [name for row in rows for name in re.findall(r'`([\w-]+)\.json`', row)]
     assert sorted(named) == NAMES
@@ -83,17 +84,17 @@ def test_every_file_has_its_row_in_the_readme():
 
 @pytest.mark.parametrize('name', NAMES)
 def test_a_file_resolves_at_every_level_that_it_supports(name, monkeypatch, fp16_engine):
-    tree = ds.load_ds_config(name)
+    tree = load_ds_config(name)
     for (level, amp_type), asked in LEVELS.items():
         config = make_config(AMP_OPT_LEVEL=level, AMP_TYPE=amp_type, DATA__BATCH_SIZE=4)
         # AMP_TYPE's default, float16, gives way to a bf16 that the ds_config states
         wanted = {asked, asked.replace('fp16', 'bf16') if amp_type == 'float16' else asked}
         if stated(name) is not None and stated(name) not in wanted:
             with pytest.raises(ConfigError, match='asks for'):
-                ds.resolve(tree, config, 2)
+                ds.resolve_or_raise(tree, config, 2)
             continue
         for world_size in (1, 2, 8):
-            resolved = ds.resolve(tree, config, world_size)
+            resolved = ds.resolve_or_raise(tree, config, world_size)
             assert resolved['train_batch_size'] == 4 * world_size
             assert resolved['zero_optimization']['stage'] == stage(name)
             assert ds.precision_of(resolved) == CONSTANTS[stated(name) or asked]
@@ -105,7 +106,7 @@ def test_a_file_resolves_at_every_level_that_it_supports(name, monkeypatch, fp16
 
 @pytest.mark.parametrize('name', [name for name in NAMES if stated(name)])
 def test_a_file_that_states_its_precision_decides_where_yacs_leaves_it_open(name):
-    resolved = ds.resolve(ds.load_ds_config(name), make_config(AMP_OPT_LEVEL=''), 2)
+    resolved = ds.resolve_or_raise(load_ds_config(name), make_config(AMP_OPT_LEVEL=''), 2)
     assert ds.precision_of(resolved) == CONSTANTS[stated(name)]
 
 
@@ -113,7 +114,7 @@ def test_a_file_that_states_its_precision_decides_where_yacs_leaves_it_open(name
 def test_a_yaml_goes_with_the_ds_config_that_it_names(path, monkeypatch):
     (name,) = set(re.findall(r'--deepspeed_config (\w+)', path.read_text()))
     config = get_config(Namespace(cfg=path.stem))
-    resolved = ds.resolve(ds.load_ds_config(name), config, 8)
+    resolved = ds.resolve_or_raise(load_ds_config(name), config, 8)
     assert ds.precision_of(resolved) == ds.BF16
     accept(monkeypatch, resolved, 8)
 
@@ -128,7 +129,7 @@ def test_a_recipe_builds_what_it_says(name, parameters, trained, images):
         model = build_model(config)
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == trained
-    resolved = ds.resolve(ds.load_ds_config(name), config, 8)
+    resolved = ds.resolve_or_raise(load_ds_config(name), config, 8)
     assert resolved['train_batch_size'] == images
 
 

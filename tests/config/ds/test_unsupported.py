@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from internvl_ds.config.ds.unsupported import bridge_findings
+from internvl_ds.config.ds.unsupported import unsupported_settings
 
 
 def zero(stage):
@@ -36,8 +36,8 @@ IN_FP32 = {'data_types': {'grad_accum_dtype': 'fp32'}}
     ],
 )  # fmt: skip
 def test_cells(tree, low, pointers):
-    assert [found.pointer for found in bridge_findings(tree, low)] == pointers
+    assert [found.pointer for found in unsupported_settings(tree, low)] == pointers
 
 
 def test_a_section_that_is_not_used_is_no_matter():
-    assert list(bridge_findings(ADAM, 'bf16', optimizer=False)) == []
+    assert list(unsupported_settings(ADAM, 'bf16', optimizer=False)) == []

@@ -14,12 +14,14 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 
 from internvl_ds.checkpoint.formats.state_json import state_text
 from internvl_ds.checkpoint.tag import commit as store
+from internvl_ds.checkpoint.tag import verify
 from internvl_ds.checkpoint.tag.hashing import write_hashed
 from internvl_ds.checkpoint.tag.manifest import FORMAT, STATE_FILE, Header, Manifest, tag_name
 from internvl_ds.checkpoint.tag.retention import KeepNewest
@@ -568,6 +570,29 @@ class TestProcess:
 
         assert done.stderr == b''
         assert done.returncode == 1  # still true
+
+    def test_ctrl_c_waits_for_no_file(self, ckpt, output, monkeypatch):
+        done = threading.Event()
+        monkeypatch.setattr(verify, 'damage', lambda *_: [] if done.wait(30) else ['late'])
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        start = time.monotonic()
+
+        status, _ = ckpt('verify', output)
+
+        assert status == 130
+        assert time.monotonic() - start < 15
+        # nor does the end of the process
+        assert all(t.daemon for t in threading.enumerate() if t is not threading.main_thread())
+        done.set()
+
+    def test_a_disk_that_is_full_for_the_answer_is_told_in_one_line(self, output):
+        command = [sys.executable, '-m', 'internvl_ds.tools.cli', 'ckpt', 'list', str(output)]
+        with Path('/dev/full').open('wb') as full:
+            done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=120)
+
+        told = b'internvl-ds ckpt: error: the answer cannot be written: No space left on device\n'
+        assert done.stderr == told
+        assert done.returncode == 2
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from internvl_ds.config.ds import resolve as ds
+from internvl_ds.config.ds.load import shipped_dir
 from internvl_ds.tools.cli import main
 from internvl_ds.tools.cli.config import annotated
 
@@ -33,7 +33,7 @@ def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
 
 
 def test_every_shipped_one_is_right_in_one_call(capsys):
-    names = sorted(path.stem for path in ds.shipped_dir().glob('zero?.json'))
+    names = sorted(path.stem for path in shipped_dir().glob('zero?.json'))
     status, out = run(capsys, *names, *OPTIONS)
     assert (status, out.splitlines()) == (0, [f'{name}: no errors' for name in names])
 

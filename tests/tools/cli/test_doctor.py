@@ -42,8 +42,15 @@ def test_a_machine_that_is_unwell_for_real(tmp_path):
     )
     (tools / 'mpirun').chmod(0o755)
     words = f'ulimit -n 256; export PATH={tools}:$PATH; exec "$@"'
-    command = [sys.executable, '-m', 'internvl_ds.tools.cli', 'doctor', '--json']
-    command += ['--output', str(output)]
+    command = [
+        sys.executable,
+        '-m',
+        'internvl_ds.tools.cli',
+        'doctor',
+        '--json',
+        '--output',
+        str(output),
+    ]
     job = run_command(
         ['bash', '-c', words + ' 2>/dev/null', 'doctor', *command],
         240,

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from internvl_ds.config.ds import resolve as ds
+from internvl_ds.config.ds.load import load_ds_config
 from internvl_ds.config.tree import default_config
 from internvl_ds.tools.cli import build_parser, main
 from internvl_ds.tools.cli.digits import write_digits
@@ -141,7 +142,7 @@ def test_two_ranks_under_the_deepspeed_launcher(tmp_path):
     assert answer['words'] == ['--deepspeed_config', str(tmp_path / 'tune/ds_config.tuned.json')]
     (row,) = Records(tmp_path / 'tune').rows
     assert (row.bench['ranks'], row.bench['global_batch']) == (2, 32)
-    resolved = ds.resolve(ds.load_ds_config(answer['words'][1]), default_config(), 2)
+    resolved = ds.resolve_or_raise(load_ds_config(answer['words'][1]), default_config(), 2)
     assert resolved['zero_optimization']['stage'] == 2
     port = re.search(r'rank 0 at 127\.0\.0\.1:(\d+)', (tmp_path / LOG_OF_FIRST).read_text())[1]
     assert not list(Path('/dev/shm').glob(f'deepspeed_allreduce_buffer_*_{port}_*'))

@@ -57,8 +57,9 @@ def test_an_mpirun_that_cannot_be_run_is_said(tmp_path, monkeypatch):
     stub.write_text('no program')
     stub.chmod(0o755)
     monkeypatch.setenv('PATH', str(tmp_path))
-    library = (LIBRARIES[OPEN_MPI], '/l')
-    monkeypatch.setattr('internvl_ds.tools.doctor.mpi._library', lambda: library)
+    monkeypatch.setattr(
+        'internvl_ds.tools.doctor.mpi._library', lambda: (LIBRARIES[OPEN_MPI], '/l')
+    )
     (finding,) = probe()
     assert finding.verdict == BITES
     assert 'cannot be run' in finding.found

@@ -55,7 +55,7 @@ def test_states_are_within_5_percent_and_what_comes_and_goes_within_20(measured)
     planners = {m: Planner(make_config(o.split()), gpu=False) for m, o in MODELS.items()}
     lines, wrong = ['planned / measured: states, activations, at most, update'], []
     for (model, stage), of_ranks in measured.items():
-        resolved = ds.resolve(ds_config(stage), make_config(MODELS[model].split()), _RANKS)
+        resolved = ds.resolve_or_raise(ds_config(stage), make_config(MODELS[model].split()), _RANKS)
         planner = planners[model]
         need, layout = (
             planner.need(resolved, _RANKS, recompute=False),
@@ -85,6 +85,6 @@ def test_a_tag_is_as_large_as_planned(measured):
     config = make_config(MODELS[_SAVED].split())
     planner = Planner(config)
     for stage in range(4):
-        layout = planner.layout(ds.resolve(ds_config(stage), config, _RANKS), _RANKS)
+        layout = planner.layout(ds.resolve_or_raise(ds_config(stage), config, _RANKS), _RANKS)
         planned = checkpoint_bytes(planner.sizes, layout, ema=True)
         assert planned == pytest.approx(measured[_SAVED, stage][0]['tag'], rel=0.02)

@@ -46,7 +46,7 @@ def config_of(*more):
 
 def layout(stage, ranks=4, sizes=ONE_GROUP, config=None, offload=NONE, **settings):
     base = {'zero_optimization': {'stage3_param_persistence_threshold': 0, **settings}}
-    resolved = ds.resolve(variant(base, stage, offload), config or config_of(), ranks)
+    resolved = ds.resolve_or_raise(variant(base, stage, offload), config or config_of(), ranks)
     return layout_of(resolved, ranks, sizes.trained)
 
 
@@ -247,7 +247,7 @@ class TestFit:
         config = config_of()
         room = 300_000_000
         for stage in range(4):
-            of = planner.layout(ds.resolve(variant({}, stage, NONE), config, 8), 8)
+            of = planner.layout(ds.resolve_or_raise(variant({}, stage, NONE), config, 8), 8)
             most = planner.largest_micro_batch(of, room, recompute=False)
 
             needs = [
@@ -257,7 +257,7 @@ class TestFit:
             assert needs[0] <= room < needs[1]
 
     def test_nothing_fits_into_less_than_the_states(self, planner):
-        of = planner.layout(ds.resolve({}, config_of(), 1), 1)
+        of = planner.layout(ds.resolve_or_raise({}, config_of(), 1), 1)
 
         assert planner.largest_micro_batch(of, 1_000_000, recompute=False) == 0
 
@@ -266,7 +266,7 @@ class TestFit:
 
         def need(micro=4, recompute=False, **zero):
             tree = {'train_micro_batch_size_per_gpu': micro, 'zero_optimization': zero}
-            return planner.need(ds.resolve(tree, config, 2), 2, recompute=recompute)
+            return planner.need(ds.resolve_or_raise(tree, config, 2), 2, recompute=recompute)
 
         plain = need(stage=2, reduce_bucket_size=10_000_000)
         assert need(64, stage=2, reduce_bucket_size=10_000_000).device > plain.device
@@ -290,7 +290,9 @@ class TestFit:
             1,
         )
         assert tight.micro_batch * tight.accumulation == 96
-        of = planner.layout(ds.resolve(variant({}, tight.stage, tight.offload), config, 8), 8)
+        of = planner.layout(
+            ds.resolve_or_raise(variant({}, tight.stage, tight.offload), config, 8), 8
+        )
         taken = replace(of, micro_batch=tight.micro_batch, accumulation=tight.accumulation)
         assert planner.need_of(taken, recompute=tight.recompute).device <= 0.9 * 25_000_000
         assert (tight.stage, tight.micro_batch) != (0, 96)

@@ -71,7 +71,7 @@ def test_a_result_can_be_given_to_the_training_program():
     candidate = subject().proposal(SPACE, {'stage': '1', 'batch': '4x4'})
     content = json.loads(json.dumps(candidate.ds_config))
     config = subject().configured(subject().differing(candidate))
-    assert ds.resolve(content, config, 2) == candidate.resolved
+    assert ds.resolve_or_raise(content, config, 2) == candidate.resolved
 
 
 def test_before_the_ranks_are_known_the_base_is_as_it_was_given():

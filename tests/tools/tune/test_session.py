@@ -26,6 +26,14 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
         pass
 
 
+def test_a_lock_that_is_no_file_is_refused(tmp_path):
+    (tmp_path / 'mine').write_text('years of work')
+    (tmp_path / '.lock').symlink_to('mine')
+    with pytest.raises(ConfigError, match=r'\.lock'), alone(tmp_path):
+        pass
+    assert (tmp_path / 'mine').read_text() == 'years of work'
+
+
 def test_other_settings_are_refused_by_name(tmp_path):
     settings = {
         '--cfg': {'DATA': {'BATCH_SIZE': 16, 'X': (1, 2)}},

@@ -4,9 +4,10 @@ from internvl_ds.checkpoint.choice import auto_resume_helper
 from internvl_ds.checkpoint.load import load_checkpoint
 from internvl_ds.checkpoint.load_ema import load_ema_checkpoint
 from internvl_ds.checkpoint.save import save_checkpoint
-from internvl_ds.dist.process_group import reduce_tensor
+from internvl_ds.dist.reduce import reduce_tensor
 from internvl_ds.engine.grad_scaler import NativeScalerWithGradNormCount, get_grad_norm
-from internvl_ds.engine.registry import initialize, register
+from internvl_ds.engine.initialize import initialize
+from internvl_ds.engine.registry import register
 from internvl_ds.metrics import MyAverageMeter
 from internvl_ds.pretrained import convert_22k_head_to_1k, load_pretrained
 

@@ -1,0 +1,180 @@
+"""The yacs tree's keys and defaults: those of InternVL's ``classification/config.py``.
+
+Keys that only this package has are marked ``(new)``.
+"""
+
+from __future__ import annotations
+
+from yacs.config import CfgNode as CN
+
+DEFAULTS = _C = CN()
+_C.BASE = ['']
+
+_C.DATA = CN()
+_C.DATA.BATCH_SIZE = 128  # images per rank and micro-batch
+_C.DATA.DATA_PATH = ''
+_C.DATA.DATASET = 'imagenet'
+_C.DATA.IMG_SIZE = 224  # pixels
+_C.DATA.INTERPOLATION = 'bicubic'
+_C.DATA.ZIP_MODE = False
+_C.DATA.CACHE_MODE = 'part'
+_C.DATA.PIN_MEMORY = True
+_C.DATA.NUM_WORKERS = 8
+_C.DATA.IMG_ON_MEMORY = False
+# (new) Refuse weights that keep names of other classes, by label, than the folders of now have.
+_C.DATA.CHECK_CLASS_NAMES = True
+_C.DATA.TRANSFORM = 'build_transform'  # or 'build_transform_for_linear_probe'
+
+_C.MODEL = CN()
+_C.MODEL.TYPE = 'intern_vit_6b'  # 'timm' builds MODEL.NAME through timm
+_C.MODEL.NAME = 'intern_vit_6b'
+_C.MODEL.FACTORY = ''  # (new) 'package.module:function', called with the config; wins over TYPE
+_C.MODEL.KWARGS = CN(new_allowed=True)  # (new) further keyword arguments for timm.create_model
+_C.MODEL.PRETRAINED = ''
+_C.MODEL.PRETRAINED_EMA = False  # (new) take the averaged weights of a tag or a checkpoint
+_C.MODEL.PRETRAINED_RENAME = []  # (new) pairs of a regular expression and its replacement
+# (new) Share of the model's parameters that must be in the checkpoint.
+_C.MODEL.PRETRAINED_MIN_MATCH = 0.5
+_C.MODEL.PRETRAINED_READERS = 'all'  # (new) or 'one': rank 0 reads, the others receive
+_C.MODEL.RESUME = ''
+# (new) Seconds within which a download of PRETRAINED or RESUME must bring 64 KiB more (10 MiB from
+# the Hugging Face Hub), or its rest.
+_C.MODEL.DOWNLOAD_TIMEOUT = 120
+_C.MODEL.NUM_CLASSES = 1000
+_C.MODEL.DROP_RATE = 0.0
+_C.MODEL.DROP_PATH_RATE = 0.1
+_C.MODEL.DROP_PATH_TYPE = 'linear'
+_C.MODEL.LABEL_SMOOTHING = 0.1
+# Sections of the original's own models: any key is accepted, so that its YAML files merge.
+_C.MODEL.INTERN_VIT_6B = CN(new_allowed=True)
+_C.MODEL.CLIP_VIT = CN(new_allowed=True)
+
+_C.TRAIN = CN()
+_C.TRAIN.START_EPOCH = 0
+_C.TRAIN.EPOCHS = 300
+_C.TRAIN.WARMUP_EPOCHS = 20
+_C.TRAIN.WEIGHT_DECAY = 0.05
+_C.TRAIN.BASE_LR = 5e-4  # for a batch of 512; the training program scales it linearly
+_C.TRAIN.WARMUP_LR = 5e-7
+_C.TRAIN.MIN_LR = 5e-6
+_C.TRAIN.CLIP_GRAD = 5.0  # global L2 norm; 0 or None: no clipping
+_C.TRAIN.AUTO_RESUME = True
+_C.TRAIN.ACCUMULATION_STEPS = 0  # micro-batches per update; 0 and 1 mean none
+# (new) Updates in a row that may be skipped for non-finite gradients before the run stops with an
+# error; 0: no limit. More than 16, the halvings from the first loss scale to its minimum.
+_C.TRAIN.MAX_CONSECUTIVE_OVERFLOWS = 25
+# (new) The training program saves ckpt_epoch_overflow before that error.
+_C.TRAIN.SAVE_ON_OVERFLOW = False
+_C.TRAIN.USE_CHECKPOINT = False  # activation checkpointing
+# (new) Save inside an epoch, as ckpt_epoch_E_step_S: every so many updates, and at the first update
+# that ends so many minutes after the last save; 0: not.
+_C.TRAIN.SAVE_STEPS = 0
+_C.TRAIN.SAVE_MINUTES = 0.0
+# (new) Exit status of a run that SIGTERM, SIGUSR1, SIGHUP or Ctrl-C (SIGINT) had save and stop; a
+# second Ctrl-C, or one where nothing is trained yet, ends it at once with 130.
+_C.TRAIN.PREEMPT_EXIT_CODE = 0
+# (new) Print the traceback also of errors that this package raises on purpose (one line otherwise).
+_C.TRAIN.TRACEBACK = False
+
+_C.TRAIN.LR_SCHEDULER = CN()
+_C.TRAIN.LR_SCHEDULER.NAME = 'cosine'  # cosine, linear, step
+_C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = 30
+_C.TRAIN.LR_SCHEDULER.DECAY_RATE = 0.1
+
+_C.TRAIN.OPTIMIZER = CN()
+_C.TRAIN.OPTIMIZER.NAME = 'adamw'
+_C.TRAIN.OPTIMIZER.EPS = 1e-8
+_C.TRAIN.OPTIMIZER.BETAS = (0.9, 0.999)
+_C.TRAIN.OPTIMIZER.MOMENTUM = 0.9
+_C.TRAIN.OPTIMIZER.USE_ZERO = False  # accepted and unused: the ds_config's ZeRO stage decides
+_C.TRAIN.OPTIMIZER.FREEZE_BACKBONE = None  # True trains the head only; a list freezes levels.{i}
+_C.TRAIN.OPTIMIZER.DCN_LR_MUL = None
+
+_C.TRAIN.EMA = CN()
+_C.TRAIN.EMA.ENABLE = False
+_C.TRAIN.EMA.DECAY = 0.9998
+_C.TRAIN.EMA.WARMUP = False  # (new) let the decay rise from 0, as timm's ModelEmaV3 does
+
+_C.TRAIN.LR_LAYER_DECAY = False
+_C.TRAIN.LR_LAYER_DECAY_RATIO = 0.875
+_C.TRAIN.RAND_INIT_FT_HEAD = False
+
+_C.AUG = CN()
+_C.AUG.COLOR_JITTER = 0.4
+_C.AUG.AUTO_AUGMENT = 'rand-m9-mstd0.5-inc1'
+_C.AUG.REPROB = 0.25
+_C.AUG.REMODE = 'pixel'
+_C.AUG.RECOUNT = 1
+_C.AUG.MIXUP = 0.8
+_C.AUG.CUTMIX = 1.0
+_C.AUG.CUTMIX_MINMAX = None
+_C.AUG.MIXUP_PROB = 1.0
+_C.AUG.MIXUP_SWITCH_PROB = 0.5
+_C.AUG.MIXUP_MODE = 'batch'
+_C.AUG.RANDOM_RESIZED_CROP = False
+_C.AUG.HFLIP = 0.5  # (new) probability of a horizontal flip; 0 for characters and digits
+_C.AUG.SCALE = (0.08, 1.0)  # (new) range of the random crop, as a share of the image's area
+_C.AUG.MEAN = (0.485, 0.456, 0.406)
+_C.AUG.STD = (0.229, 0.224, 0.225)
+
+_C.TEST = CN()
+_C.TEST.CROP = True
+_C.TEST.SEQUENTIAL = False  # accepted and unused: every evaluation counts each image once
+
+_C.CHECKPOINT = CN()  # (new)
+# Seconds within which every rank must come to a save or a load before the missing are named.
+_C.CHECKPOINT.RENDEZVOUS_TIMEOUT = 300
+# Seconds that one rank may need longer than another to write, flush or read its files.
+_C.CHECKPOINT.IO_TIMEOUT = 1800
+# Save in the background: training waits only while the state is copied in memory.
+_C.CHECKPOINT.ASYNC = False
+# How many epoch tags stay for their accuracy, beside the newest SAVE_CKPT_NUM (0: none).
+_C.CHECKPOINT.KEEP_BEST = 0
+# Every epoch that this divides stays for good (0: none).
+_C.CHECKPOINT.KEEP_EVERY = 0
+# How many tags saved inside an epoch stay; the one saved last always does.
+_C.CHECKPOINT.KEEP_STEPS = 1
+
+# Let several jobs write into one OUTPUT, where tags, metrics and retention of all are then one.
+_C.CHECKPOINT.SHARED_OUTPUT = False
+# Seconds that a job waits for another one that still writes into its OUTPUT, before it is an error.
+_C.CHECKPOINT.LOCK_WAIT = 0.0
+# Seconds without a sign of life after which a job of another host, whose file locks cannot be seen,
+# no longer holds OUTPUT.
+_C.CHECKPOINT.LOCK_AGE = 60.0
+# Seconds without a write after which a save of such a job was left by a dead one, and is removed.
+_C.CHECKPOINT.LEFTOVER_AGE = 86400.0
+
+_C.BENCH = CN()  # (new)
+# Train so many updates, write how fast they were to OUTPUT/bench.json, and end without evaluating
+# or saving anything; 0: train as usual. EVAL_MODE and THROUGHPUT_MODE come first.
+_C.BENCH.UPDATES = 0
+_C.BENCH.WARMUP = 3  # updates before them, which are not timed
+
+_C.COMM = CN()  # (new)
+# Seconds within which a collective must end, in every process group, and a batch be read.
+_C.COMM.TIMEOUT = 1800
+_C.COMM.INIT_TIMEOUT = 300  # seconds within which all ranks must have joined
+_C.COMM.EXIT_TIMEOUT = 60  # seconds that an ending rank waits for what others still need of it
+# Seconds after which a host that does not answer is taken for dead; a rank that ends is at once.
+_C.COMM.DEAD_AFTER = 10
+# Seconds without an answer after which a rank is called silent, which ends no wait.
+_C.COMM.SILENT_AFTER = 4
+_C.COMM.CONNECT_TIMEOUT = 3  # seconds for one try to reach an address
+_C.COMM.ABORT_TIMEOUT = 5  # seconds that aborting an MPI job may take
+_C.COMM.INTERFACE = ''  # the network interface of rank 0's address; '' finds one that works
+
+# '' is the original flag's default, O1, and lets a ds_config that sets a precision decide.
+_C.AMP_OPT_LEVEL = ''
+_C.AMP_TYPE = 'float16'  # or 'bfloat16'
+_C.OUTPUT = ''
+_C.TAG = 'default'
+_C.SAVE_FREQ = 1  # epochs; 0: after the last one only
+_C.SAVE_CKPT_NUM = 1  # epoch tags kept; below 1: all
+_C.PRINT_FREQ = 10  # micro-batches; 0: after the last one of an epoch only
+_C.EVAL_FREQ = 1  # epochs; 0: after the last one only
+_C.SEED = 0
+_C.EVAL_MODE = False
+_C.THROUGHPUT_MODE = False
+_C.LOCAL_RANK = 0
+_C.EVAL_22K_TO_1K = False

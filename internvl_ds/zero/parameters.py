@@ -1,0 +1,68 @@
+"""Parameters that ZeRO-3 or zero.Init has cut up: one slice a rank, found by DeepSpeed's marks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+from internvl_ds.zero.lazy_tensor import Flat
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether a parameter was cut into one slice a rank by ZeRO-3 or zero.Init."""
+    return hasattr(tensor, 'ds_id')
+
+
+def is_partitioned(parameter: Any) -> bool:
+    """Whether a ZeRO optimizer keeps the parameter's gradient in parts (stages 1 to 3)."""
+    return hasattr(parameter, '_hp_mapping') or is_sharded(parameter)
+
+
+def whole_shape(tensor: Any) -> torch.Size:
+    """The shape that the model declared, of a tensor that may be cut up."""
+    return torch.Size(getattr(tensor, 'ds_shape', tensor.shape))
+
+
+def whole_numel(tensor: Any) -> int:
+    """The elements that the model declared, of a tensor that may be cut up."""
+    return getattr(tensor, 'ds_numel', tensor.numel())
+
+
+def local_values(tensor: Any) -> torch.Tensor:
+    """The values that this rank keeps: a slice, or all of a tensor that is not cut up."""
+    return getattr(tensor, 'ds_tensor', tensor)
+
+
+def unwritable(parameter: Any) -> str:
+    """Why a sharded parameter's slice is not all that holds its values; '' where it is."""
+    if not is_sharded(parameter):
+        return ''
+    if parameter.ds_status != ZeroParamStatus.NOT_AVAILABLE:
+        return 'is gathered at the moment; call it outside of GatheredParameters'
+    second = getattr(parameter, 'ds_secondary_tensor', None)
+    if second is not None or not parameter.ds_tensor.numel():
+        return (
+            'is kept on NVMe or in a second partition (zero_hpz_partition_size), which is not '
+            'supported; build the model without'
+        )
+    return ''
+
+
+def shard_alike(source: Any, tensor: torch.Tensor) -> None:
+    """Cuts a whole tensor up as another parameter is, in place."""
+    source.convert_to_zero_parameters([tensor])
+
+
+def own_slice(parameter: Any) -> tuple[int, int]:
+    """The elements of a sharded parameter that this rank keeps."""
+    length, whole = parameter.ds_tensor.ds_numel, parameter.ds_numel
+    start = torch.distributed.get_rank(group=parameter.ds_process_group) * length
+    return min(start, whole), min(start + length, whole)
+
+
+def copy_slice(parameter: Any, whole: Flat) -> None:
+    """Copies this rank's elements of a whole tensor into its slice of the parameter."""
+    start, stop = own_slice(parameter)
+    whole.copy_to(parameter.ds_tensor.data[: stop - start], start)

@@ -1,0 +1,125 @@
+"""ZeRO stage 0: the client's own optimizer, or FP16_UnfusedOptimizer around it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from internvl_ds.zero.deepspeed_optimizer import DeepSpeedOptimizer
+from internvl_ds.zero.partition import Layout, Slices
+from internvl_ds.zero.wrapper import Wrapper, replaced
+
+
+class _Unpartitioned(Wrapper):
+    """Every rank holds all of the state, parameter by parameter."""
+
+    def partitioning(self) -> tuple[Layout, int]:
+        shapes = {n: tuple(p.shape) for n, p in self.engine.module.named_parameters()}
+        return Slices([{name: shapes[name]} for name in self.masters()], 1), 0
+
+
+class ClientOptimizer(_Unpartitioned):
+    """An engine that steps the client's own optimizer: stage 0 in fp32 or torch autocast."""
+
+    def masters(self) -> dict[str, torch.Tensor]:
+        held = {id(p) for group in self.groups() for p in group}
+        return {n: p for n, p in self.engine.module.named_parameters() if id(p) in held}
+
+    def push_scale(self) -> None:
+        if self.scale is not None:
+            # GradScaler.update(scale) wants a backward before. Its growth is off.
+            self.engine.torch_autocast_z0_gradscaler.load_state_dict(
+                {
+                    'scale': self.scale.scale,
+                    'growth_factor': 2.0,
+                    'backoff_factor': 0.5,
+                    'growth_interval': 2**31 - 1,
+                    '_growth_tracker': 0,
+                }
+            )
+
+    def step(self, clip_grad: float) -> torch.Tensor:
+        """See `Wrapper`. torch's GradScaler decides whether the optimizer steps.
+
+        In fp32 and bf16 too, where the engine would apply what is not finite; a scale of 1 changes
+        no bit of the gradients. The decision is read from the device once, by GradScaler.
+        """
+        engine, optimizer = self.engine, self.optimizer
+        scaler = engine.torch_autocast_z0_gradscaler
+        if scaler is None:
+            scaler = torch.amp.GradScaler(engine.device.type, init_scale=1.0)
+            scaler.scale(torch.zeros((), device=engine.device))  # makes its scale tensor
+        params = [p for group in self.groups() for p in group if p.grad is not None]
+        hook = optimizer.register_step_post_hook(_note_step)
+        try:
+            with (
+                replaced(engine, 'torch_autocast_z0_gradscaler', scaler),
+                replaced(engine._config, 'gradient_clipping', 0.0),
+                # A fused optimizer would be called for every step and decide on the device, where
+                # nobody sees whether it stepped; the scheduler and the count of skipped steps need
+                # that.
+                replaced(optimizer, '_step_supports_amp_scaling', False),
+                replaced(optimizer, 'overflow', True),  # by this the engine counts it as skipped
+            ):
+                scaler.unscale_(optimizer)
+                norm = torch.nn.utils.get_total_norm([p.grad for p in params]).to(torch.float32)
+                if clip_grad > 0:
+                    torch.nn.utils.clip_grads_with_norm_(params, clip_grad, norm)
+                engine.step()
+        finally:
+            hook.remove()
+        return norm
+
+
+def _note_step(optimizer: Any, args: Any, kwargs: Any) -> None:
+    optimizer.overflow = False
+
+
+class UnfusedOptimizer(_Unpartitioned, DeepSpeedOptimizer):
+    """An engine in fp16 or bf16 at stage 0."""
+
+    def attach(self) -> None:
+        """Takes back the step on zero gradients with which DeepSpeed makes the optimizer's state.
+
+        AdamW counts that step and applies its weight decay, so the first real step would differ
+        from plain PyTorch's (seen in DeepSpeed 0.19.8,
+        FP16_UnfusedOptimizer.initialize_optimizer_states). The masters were copied from the
+        low-precision weights and are copied from them again.
+        """
+        if self.engine.global_steps == 0:
+            self.pull_masters()
+            self.client.state.clear()
+        super().attach()
+
+    def masters(self) -> dict[str, torch.Tensor]:
+        names = {id(p): n for n, p in self.engine.module.named_parameters()}
+        return {names[id(low)]: master for low, master in self._pairs()}
+
+    def push_masters(self) -> None:
+        for low, master in self._pairs():
+            low.data.copy_(master.data)
+
+    def groups(self) -> list[list[Any]]:
+        return self.optimizer.fp16_groups
+
+    def scale_loss(self, loss: torch.Tensor) -> torch.Tensor:
+        """See `Wrapper`. ``engine.backward`` scales for ZeRO optimizers only.
+
+        So it does in DeepSpeed 0.19.8 (engine.py:3417), while the step divides by the scale.
+        """
+        return loss if self._holder.cur_scale == 1.0 else loss.float() * self._holder.cur_scale
+
+    @property
+    def _holder(self) -> Any:
+        return self.optimizer.loss_scale_config
+
+    def _reported_norm(self) -> Any:
+        """Without the loss scale, which is in the norm that DeepSpeed reports."""
+        return super()._reported_norm() / (1.0 if self.scale is None else self.scale.scale)
+
+    def _pairs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Each parameter that is trained, and its fp32 master."""
+        for lows, masters in zip(self.groups(), self.optimizer.fp32_groups, strict=True):
+            yield from zip(lows, masters, strict=True)

@@ -1,0 +1,73 @@
+"""ZeRO stages 1 and 2: DeepSpeedZeroOptimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from internvl_ds.dist.rendezvous import rank, world_size
+from internvl_ds.zero.deepspeed_optimizer import ZeroOptimizer
+from internvl_ds.zero.partition import Layout, Runs
+
+
+class Stage1And2(ZeroOptimizer):
+    """An engine at ZeRO stage 1 or 2: each group of parameters is one flat tensor, cut by rank."""
+
+    OFFLOADED_IDS = '_offload_accumulated_param_ids'
+    HAND_OVER = '_finalize_cpu_offload_gradient_accumulation'
+
+    def flat_masters(self) -> Sequence[torch.Tensor]:
+        return self.optimizer.single_partition_of_fp32_groups
+
+    def partitioning(self) -> tuple[Layout, int]:
+        gaps, sizes = self.optimizer.round_robin_bit16_padding, self.optimizer.partition_size
+        return Runs(self.shapes(), gaps, sizes, world_size()), rank()
+
+    def push_masters(self) -> None:
+        self.optimizer.update_lp_params()
+
+    def unpadded(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        return self.optimizer._get_groups_without_padding(tensors)
+
+    def groups(self) -> list[list[Any]]:
+        return self.optimizer.bit16_groups
+
+    def owned_gradients(self) -> dict[torch.Tensor, torch.Tensor] | None:
+        optimizer = self.optimizer
+        owned: dict[torch.Tensor, torch.Tensor] = {}
+        for index, parameters in enumerate(optimizer.params_in_partition):
+            if self._offloads:
+                # The buffers keep an old gradient; the norms of its parts go with the step.
+                if not optimizer.norm_for_param_grads and any(optimizer.params_in_partition):
+                    return None
+                parts = optimizer.offload_gradient_dict[index]
+            else:
+                averaged = optimizer.averaged_gradients.get(index)
+                if averaged is None:
+                    return None
+                parts = [part for part in averaged if not hasattr(part, '_zero_padding')]
+            owned.update(zip(parameters, parts, strict=False))  # padding may be the last part
+        return owned
+
+    def drop_gradients(self) -> None:
+        super().drop_gradients()
+        for gradients in (self.optimizer.averaged_gradients, self.optimizer.all_grad_tensors):
+            gradients.update(dict.fromkeys(gradients))
+
+    def clear_gradients(self) -> None:
+        if self._offloads:
+            for buffer in self.optimizer.accumulated_grads_in_cpu.values():
+                buffer.zero_()
+
+    @property
+    def _offloads(self) -> bool:
+        return self.optimizer.cpu_offload
+
+    def _untouched(self, touched: Container[Any]) -> Iterator[torch.Tensor]:
+        for index, parameters in enumerate(self.optimizer.params_in_partition):
+            parts = self.optimizer.offload_gradient_dict[index]
+            for parameter, part in zip(parameters, parts, strict=False):
+                if self.optimizer.get_param_id(parameter) not in touched:
+                    yield part

@@ -1,0 +1,31 @@
+"""Chooses the `Wrapper` class of an engine, by the optimizer that DeepSpeed gave it."""
+
+from __future__ import annotations
+
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+from internvl_ds.errors import ConfigError
+from internvl_ds.zero.stage_0 import ClientOptimizer, UnfusedOptimizer
+from internvl_ds.zero.stage_1_2 import Stage1And2
+from internvl_ds.zero.stage_3 import Stage3, Stage3Module
+from internvl_ds.zero.wrapper import Wrapper
+
+_BY_STAGE: tuple[type[Wrapper], ...] = (UnfusedOptimizer, Stage1And2, Stage1And2, Stage3)
+
+
+def wrap(engine: DeepSpeedEngine) -> Wrapper:
+    """Makes the wrapper of an engine; nothing of the engine changes.
+
+    Raises:
+        ConfigError: for FusedAdam in fp16 or bf16 at stage 0: the optimizer that DeepSpeed puts
+            around it keeps its masters in one flat tensor.
+    """
+    client, stage = engine.basic_optimizer, int(engine.zero_optimization_stage())
+    if type(engine.optimizer).__name__ == 'FP16_Optimizer':
+        raise ConfigError(
+            f'{type(client).__name__} with fp16 or bf16 at ZeRO stage 0 is not supported by this '
+            'version; pass a torch optimizer to initialize, or use stage 1'
+        )
+    if client is None:
+        return Stage3Module(engine) if stage == 3 else Wrapper(engine)
+    return ClientOptimizer(engine) if engine.optimizer is client else _BY_STAGE[stage](engine)

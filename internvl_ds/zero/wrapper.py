@@ -1,0 +1,269 @@
+"""What this package asks of an engine, and the answers of one without an optimizer."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+from internvl_ds.zero.loss_scale import LossScale
+from internvl_ds.zero.loss_scale_sync import configured_scale
+from internvl_ds.zero.module_state import shapes_of_buffers, tied_names
+from internvl_ds.zero.parameters import whole_numel
+from internvl_ds.zero.partition import Layout
+
+_CLASS_HAS_IT = object()
+
+
+class Wrapper:
+    """An engine without an optimizer; each kind of optimizer has a class of its own (see `wrap`).
+
+    It does not keep its engine alive.
+
+    Attributes:
+        stage: the ZeRO stage.
+        partitioned: whether gradients and optimizer state lie in parts on the ranks (stages 1-3).
+        sharded: whether the module's parameters do (stage 3).
+        scale: the loss scale; None where nothing is scaled.
+        ds_config: that the engine runs with, also where it was made from a file's path.
+        buffers: name and shape of each buffer of the module's state dict, as the engine was made.
+        separate_masters: whether the fp32 masters are other tensors than the module's parameters.
+    """
+
+    separate_masters = False
+
+    def __init__(self, engine: DeepSpeedEngine) -> None:
+        self._engine = weakref.ref(engine)
+        self.stage = int(engine.zero_optimization_stage())
+        self.partitioned, self.sharded = self.stage > 0, self.stage == 3
+        self.scale: LossScale | None = None
+        self.ds_config: dict[str, Any] = engine._config._param_dict
+        self.buffers = shapes_of_buffers(engine.module)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine still is."""
+        return self._engine() is not None
+
+    @property
+    def engine(self) -> DeepSpeedEngine:
+        """The engine, which must be alive."""
+        engine = self._engine()
+        assert engine is not None
+        return engine
+
+    @property
+    def optimizer(self) -> Any:
+        """DeepSpeed's optimizer, or the client's where there is no other."""
+        return self.engine.optimizer
+
+    @property
+    def client(self) -> Any:
+        """The optimizer inside: the client's, or the one that the ds_config names; None if none."""
+        return self.engine.basic_optimizer
+
+    @property
+    def in_step(self) -> bool:
+        """Whether ``engine.step`` runs."""
+        return self.engine._running_engine_step
+
+    @property
+    def names(self) -> Mapping[torch.Tensor, str]:
+        """The name of each parameter of the module, as the engine was made."""
+        return self.engine.param_names
+
+    def attach(self) -> None:
+        """Gives a new engine one loss scale, which `LossScale` alone moves."""
+        self.scale = configured_scale(self.engine) if self.client is not None else None
+        self.push_scale()
+
+    def masters(self) -> dict[str, torch.Tensor]:
+        """The fp32 weights that this rank owns, by parameter name or by group."""
+        return {}
+
+    def partitioning(self) -> tuple[Layout, int]:
+        """The layout whose groups are `masters` in order, and which of its ranks this one is.
+
+        At stage 0 every rank holds all of them.
+        """
+        raise NotImplementedError
+
+    def trained_names(self) -> frozenset[str]:
+        """The parameters that the optimizer has: what it trains, whatever is frozen since."""
+        return frozenset(self.masters())
+
+    def untrained_names(self) -> list[str]:
+        """The parameters that require a gradient, and that the optimizer does not have.
+
+        They were frozen when the engine was made: DeepSpeed decides then what it trains.
+        """
+        trained, named = self.trained_names(), self.engine.module.named_parameters()
+        return [n for n, p in named if p.requires_grad and n not in trained and whole_numel(p)]
+
+    def push_masters(self) -> None:
+        """Sets the module's weights to the fp32 masters. Collective: every rank calls it."""
+
+    def pull_masters(self) -> None:
+        """Sets the fp32 masters to the module's weights."""
+
+    def unpadded(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Views of tensors like `masters`, without padding at the end, as DeepSpeed saves them."""
+        return tensors
+
+    def release_gathered(self) -> None:
+        """Stage 3: frees the whole copies of persistent parameters; only slices are left."""
+
+    def gather_persistent(self) -> None:
+        """Stage 3: makes persistent parameters whole again. Collective: every rank calls it."""
+
+    def groups(self) -> list[list[Any]]:
+        """The module's parameters of each parameter group."""
+        return [group['params'] for group in self.optimizer.param_groups]
+
+    def group_names(self) -> list[list[str]]:
+        """The names of a tag's parameter groups; '' for each where the optimizer has none."""
+        groups = self.optimizer.param_groups
+        return [group.get('param_names') or [''] * len(group['params']) for group in groups]
+
+    def slots(self) -> list[tuple[dict[str, Any], torch.Tensor]]:
+        """The tensors of the client's optimizer in its order, each with the group that it is in."""
+        return [(g, tensor) for g in self.client.param_groups for tensor in g['params']]
+
+    def kept_on_nvme(self) -> list[str]:
+        """Which of 'offload_optimizer' and 'offload_param' the engine has on NVMe."""
+        engine = self.engine
+        offloads = (engine.zero_offload_optimizer(), engine.zero_offload_param())
+        devices = [
+            offload and getattr(offload.device, 'value', offload.device) for offload in offloads
+        ]
+        names = ('offload_optimizer', 'offload_param')
+        return [name for name, device in zip(names, devices, strict=True) if device == 'nvme']
+
+    def saved_tensors(self, rank: int) -> list[Any]:
+        """What DeepSpeed makes a rank save: an estimate from below.
+
+        Each rank saves the masters and the state that it owns, and rank 0 the module (stages 0 to
+        2); at stage 0 it alone saves.
+        """
+        if rank and not self.partitioned:
+            return []
+        trees: list[Any] = [] if rank or self.sharded else [self.engine.module.state_dict()]
+        if self.client is not None:
+            trees.append(list(self.client.state.values()))
+            trees.append(self.masters() if self.separate_masters else [])
+        return trees
+
+    def require_unfrozen(self) -> None:
+        """Refuses an update where a parameter was frozen that the engine was made to train.
+
+        The client's own optimizer skips it then, as in plain PyTorch. DeepSpeed's optimizers give
+        it a gradient of zero, with which momentum and weight decay move it on.
+
+        Raises:
+            ConfigError: names the first of them.
+        """
+
+    def owned_gradients(self) -> dict[torch.Tensor, torch.Tensor] | None:
+        """Parameter -> the part of its gradient that this rank owns, times the loss scale.
+
+        At stage 0 the whole gradient. Parameters without a part here are left out.
+
+        Returns:
+            None when there are no gradients, as after a step.
+        """
+        return {p: p.grad for p in self.engine.module.parameters() if p.grad is not None}
+
+    def begin_backward(self) -> None:
+        """Makes the next backward add to the gradients of those before, as in plain PyTorch.
+
+        Stage 3 by itself adds only where a forward of the engine came in between.
+        """
+
+    def drop_gradients(self) -> None:
+        """Forgets the gradients since the last update that no ``p.grad`` holds, on this rank."""
+
+    def complete_gradients(self) -> None:
+        """Before a step with offload: hands over gradients that the last micro-batch did not.
+
+        Those are of parameters without a part in it; zero where they had none in the whole update.
+        """
+
+    def clear_gradients(self) -> None:
+        """After a step: empties the buffers that the next backward may add to."""
+
+    def scale_loss(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss to give to ``engine.backward``, which does the rest of the scaling."""
+        return loss
+
+    def step(self, clip_grad: float) -> torch.Tensor:
+        """Takes the engine's step, clipped to a global L2 norm; 0 clips nothing.
+
+        Returns:
+            The norm before clipping, unscaled: 0-dim, float32; not finite after a skipped step.
+        """
+        raise NotImplementedError
+
+    def push_scale(self) -> None:
+        """Sets the loss scale in DeepSpeed's fields, which its own rule would have moved."""
+
+    def restore_scale(self, state: Mapping[str, Any] | None) -> None:
+        """Takes over a saved loss scale, where the engine has one.
+
+        Args:
+            state: of `LossScale` or torch's GradScaler; empty or None: what DeepSpeed's own load
+                has put into its fields.
+        """
+        if self.scale is not None:
+            if state:
+                self.scale.load_state_dict(state)
+            else:
+                self.pull_scale(self.scale)
+            self.push_scale()
+
+    def pull_scale(self, scale: LossScale) -> None:
+        """Takes over what DeepSpeed's own load has put into its fields, but for the settings."""
+
+    @contextmanager
+    def saving(self, defer: Callable[[Callable[[], None]], None]) -> Iterator[None]:
+        """Around ``engine.save_checkpoint``: all names of shared parameters, and no needless work.
+
+        DeepSpeed misses the further names of a module, or of a parameter, that its parent has
+        twice.
+
+        Args:
+            defer: called with the copying of DeepSpeed's recovery scripts, to do it later.
+        """
+        engine = self.engine
+        copy, tied = engine._copy_recovery_script, tied_names(engine.module)
+        with (
+            replaced(engine, '_copy_recovery_script', lambda at: defer(lambda: copy(at))),
+            replaced(engine, '_get_shared_params', lambda: tied),
+        ):
+            yield
+
+    @contextmanager
+    def loading(self, model_file: str) -> Iterator[None]:
+        """Around ``engine.load_checkpoint``: without needless work.
+
+        Args:
+            model_file: this rank's model states, where DeepSpeed would take all of such a name.
+        """
+        with replaced(self.engine, '_get_all_ckpt_names', lambda directory, tag: [model_file]):
+            yield
+
+
+@contextmanager
+def replaced(owner: Any, name: str, stand_in: Any) -> Iterator[None]:
+    """Puts something in place of an attribute or method of one object."""
+    before = vars(owner).get(name, _CLASS_HAS_IT)
+    setattr(owner, name, stand_in)
+    try:
+        yield
+    finally:
+        delattr(owner, name)
+        if before is not _CLASS_HAS_IT:
+            setattr(owner, name, before)
