@@ -54,12 +54,7 @@ def wanted_of(wrapper: Wrapper, groups: Sequence[Sequence[str]] | None) -> Wante
 
 
 def prove(staging: Path, names: Iterable[str], wanted: Wanted) -> None:
-    """Makes sure that this rank's files will be accepted, and that nothing is missing from them.
-
-    Args:
-        staging: the directory of the save.
-        names: of the files in it that this rank wrote.
-        wanted: what they have to hold.
+    """Makes sure that this rank's files ``names`` will be accepted, and hold what they must.
 
     Raises:
         CheckpointError: names the file, and the class, parameter or buffer.

@@ -18,13 +18,8 @@ from internvl_ds.errors import CheckpointError, brief, few
 def require_schedule(state: Mapping[str, Any], lr_scheduler: Any, where: object) -> None:
     """Makes sure that a saved schedule has values of the kinds that the running one has.
 
-    Args:
-        state: the saved one is its ``lr_scheduler``.
-        lr_scheduler: the running one, or None.
-        where: the checkpoint, for errors.
-
     Raises:
-        CheckpointError: names the first value that is of another kind.
+        CheckpointError: names the first value of ``state['lr_scheduler']`` of another kind.
     """
     saved = state.get('lr_scheduler')
     if saved is None or lr_scheduler is None:
@@ -117,10 +112,8 @@ def fit_to_groups(
     A group takes a value over only where all its parameters had it; else it keeps its own.
 
     Args:
-        saved: the scheduler's state dict in the checkpoint.
-        saved_groups: the names of the parameters of each group that it is about.
-        own: the state dict of the scheduler that runs.
-        groups: the names of the parameters of each group that runs.
+        saved, own: the state dicts of the saved scheduler and of the running one.
+        saved_groups, groups: the names of the parameters of each of their groups.
     """
     fitted = dict(saved)
     for key in PER_GROUP_LISTS & saved.keys():

@@ -67,12 +67,7 @@ def build_loaders(config: CfgNode, rank: int, world_size: int) -> Loaders:
 def order_of(loader: DataLoader, seed: int) -> dict[str, Any]:
     """What the order of a training loader's images depends on, beside the epoch.
 
-    Args:
-        loader: the training loader from `build_loaders`.
-        seed: the config's SEED.
-
-    Returns:
-        The number of images, the seed, and a digest of the files' names below their folder.
+    The number of images, the seed, and a digest of the files' names below their folder.
     """
     assert isinstance(loader.dataset, SeededImages)
     folder = loader.dataset.images

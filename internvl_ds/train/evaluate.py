@@ -103,9 +103,6 @@ def count_batch(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     Args:
         logits: float32, (images, classes); there may be no images.
         labels: int64, (images,).
-
-    Returns:
-        float64, (4,), on the logits' device.
     """
     top = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
     hits = top == labels[:, None]

@@ -102,14 +102,9 @@ def classifier_of(model: nn.Module, setting: str = 'this') -> nn.Module:
 def set_train_mode(
     model: nn.Module, module: nn.Module, freeze: bool | Sequence[int] | None
 ) -> None:
-    """Puts the model in training mode; a wholly frozen backbone stays in eval mode.
+    """Puts an engine or module in training mode, and its wholly frozen backbone in eval mode.
 
     Dropout and batch statistics of a backbone that does not train would only blur its features.
-
-    Args:
-        model: the engine, or the module itself.
-        module: the bare module.
-        freeze: the value of TRAIN.OPTIMIZER.FREEZE_BACKBONE.
     """
     model.train()
     if freeze is True:

@@ -93,7 +93,7 @@ def write_original(tag: Path, target: Path) -> None:
 def write_safetensors(
     tag: Path, target: Path, dtype: torch.dtype, *, ema: bool, largest: int
 ) -> list[Path]:
-    """Writes weights only.
+    """Writes weights only; returns the files, the index last.
 
     Args:
         tag: a tag.
@@ -101,9 +101,6 @@ def write_safetensors(
         dtype: of floating-point tensors in the file.
         ema: the averaged weights in place of the trained ones.
         largest: bytes of a file; more are several files with an index beside them.
-
-    Returns:
-        The files, the index last.
 
     Raises:
         CheckpointError: when the tag holds no average, cannot be read, or a file not be written.

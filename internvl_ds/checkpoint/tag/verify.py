@@ -95,10 +95,7 @@ def _foreign(path: Path, manifest: Manifest) -> list[str]:
 
 
 def damage_of_tag(tag: Path) -> list[str] | None:
-    """What is wrong with any file of a tag; empty when all is as written.
-
-    Returns:
-        None for a tag without a manifest (plain DeepSpeed's): nothing can be said of it.
+    """What is wrong with any file of a tag; None for a tag without a manifest (plain DeepSpeed's).
 
     Raises:
         CheckpointError: when the manifest cannot be read.

@@ -40,12 +40,7 @@ def finalists(rows: Sequence[Row], shipped: Collection[str], base: str) -> list[
     """The keys of the finalists, the reference first.
 
     They are the best of the ds_configs that ship (where one ran; it is the reference), the
-    configuration as it was given, and the fastest three others.
-
-    Args:
-        rows: of the search and before.
-        shipped: keys of those that ship.
-        base: key of the configuration as it was given.
+    configuration as it was given (``base``), and the fastest three others.
     """
     ranking = sorted((row for row in rows if row.status == OK), key=lambda row: -row.speed)
     order = [row.key for row in ranking]

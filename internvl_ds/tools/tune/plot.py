@@ -31,8 +31,7 @@ def plot_trials(
     Args:
         rows: of all trials.
         names: key -> name.
-        shipped: keys of the ds_configs that ship.
-        winner: key of the result.
+        shipped, winner: keys of the ds_configs that ship, and of the result.
         path: where the PNG goes.
     """
     points = _points(rows)
