@@ -66,7 +66,7 @@ class _Saves:
 
     def at_shutdown(self) -> None:
         if self.last is not None:
-            self.last.peers = None  # shutdown parts from the others by itself
+            self.last.peers = None  # shutdown itself parts from the others
         self.wait()
 
     def at_exit(self) -> None:
@@ -111,7 +111,7 @@ def wait(limit: float | None = None) -> None:
         limit: seconds; None for the limit that the save was started with.
 
     Raises:
-        CheckpointError: when it failed, or is not done in time. It is told once.
+        CheckpointError: when it failed, or is not done in time; raised once.
         RankError: when a rank did not come to the end of the save.
     """
     current_group().part(_Saves).wait(limit)

@@ -25,11 +25,9 @@ from internvl_ds.errors import CheckpointError
 class ShardWriter(CheckpointEngine):
     """Writes this rank's files of a save, flushed and hashed, once DeepSpeed is through.
 
-    ``engine.save_checkpoint`` meets in barriers, which have the time limit of a collective, and a
-    disk may take longer. So it only collects what is to be written, and `finish` writes it; an
-    exception in between would leave the others waiting, and is kept in ``error``.
-
-    Outside of a save of this package, ``engine.save_checkpoint`` writes as DeepSpeed means it to.
+    ``engine.save_checkpoint`` meets in barriers, whose time limit a disk may exceed: it only
+    collects, and `finish` writes. An exception in between would leave the others waiting, and is
+    kept in ``error``. Outside of a save of this package the engine writes as DeepSpeed does.
 
     Attributes:
         identity: what every file of this save says of itself.
@@ -52,12 +50,7 @@ class ShardWriter(CheckpointEngine):
         self._opened: dict[Path, Any] = {}
 
     def begin(self, identity: Identity, *, in_background: bool) -> None:
-        """Begins a save, which `finish` or `forget` ends.
-
-        Args:
-            identity: goes into every file.
-            in_background: collect copies, for training to go on, and not the state itself.
-        """
+        """Begins a save, which `finish` or `forget` ends; one in the background collects copies."""
         self.identity = identity
         self.error = None
         self.written = {}
@@ -73,10 +66,7 @@ class ShardWriter(CheckpointEngine):
         self._collects, self._collected, self._deferred = False, [], []
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        """Nothing to do in a save of this package.
-
-        Rank 0 has made the staging directory; a host that does not see it is to say so.
-        """
+        """Nothing to do in a save of this package: rank 0 has made the staging directory."""
         if not self._collects:
             super().makedirs(path, exist_ok)
 
@@ -84,12 +74,7 @@ class ShardWriter(CheckpointEngine):
         """Nothing to do: the caller has made the staging directory."""
 
     def save(self, state_dict: Any, path: str | Path) -> None:
-        """Collects one file; a failure is kept in ``error``.
-
-        Args:
-            state_dict: what torch.save is to write, or an `EmaFile`.
-            path: where to.
-        """
+        """Collects one file (what torch.save takes, or an `EmaFile`); a failure is kept."""
         if not self._collects:
             self._write(state_dict, Path(path))
             return
@@ -130,12 +115,10 @@ class ShardWriter(CheckpointEngine):
             raise CheckpointError(f'{error}; the file needs {tensor_bytes(value)} bytes') from error
 
     def open(self, path: Path, shards: TagShards) -> None:
-        """Reads one shard now for the loads until `close`, to see whether it can be read.
-
-        DeepSpeed asks for the model states twice; the pickle in them is read once.
+        """Reads one shard now, once for all loads until `close`.
 
         Raises:
-            CheckpointError: when it cannot, or is no data.
+            CheckpointError: when it cannot be read, or is no data.
         """
         self._opened[path] = shards.read(path)
 

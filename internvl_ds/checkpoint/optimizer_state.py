@@ -78,8 +78,7 @@ class RunningOptimizer:
             found: each tensor's saved state, the settings of the group it is in now, and itself.
 
         Returns:
-            Warnings: of another class of the family, of settings that are others now, and where
-            nothing could be compared.
+            Warnings: another class of the family, changed settings, nothing that could be compared.
 
         Raises:
             CheckpointMismatch: naming both optimizers and what they keep.
@@ -127,24 +126,16 @@ class RunningOptimizer:
         }
 
     def _mismatch(
-        self,
-        where: str,
-        saved_by: str,
-        saved: SavedTensor,
-        kept: Kept | None,
-        settings: Mapping[str, Any],
+        self, where: str, saved_by: str, saved: SavedTensor, kept: Kept | None, settings: Mapping
     ) -> CheckpointMismatch:
         with_forms = kept is not None and saved.forms.keys() == kept.forms.keys()
         text = f'{where}: holds {_listed(saved.forms, with_forms)} of '
         text += f'{saved_by or "an optimizer"} for {few(saved.names, 3)}, and {self.name} keeps '
         text += _listed(kept.forms, with_forms) if kept else 'a state of its own'
         changed = self._changed(saved.settings, settings, kept)
-        if saved_by != self.name:
+        if saved_by != self.name or changed:
             text += ': it was saved with another optimizer'
-        elif changed:
-            text += (
-                f': it was saved with another optimizer, by its settings (saved, now): {changed}'
-            )
+            text += f', by its settings (saved, now): {changed}' * (saved_by == self.name)
         else:
             text += ' in this layout: its state goes on only in the layout that it was saved in'
         return CheckpointMismatch(f'{text}. {REMEDY}')

@@ -33,8 +33,7 @@ class Wanted:
         shapes: name -> whole shape of every parameter and buffer of the module's state dict.
         trained: the parameters that the optimizer has, without further names of tied ones.
         groups: their names by parameter group, for stage 0, whose files do not say them.
-        layout: how their masters are partitioned; None where the ranks' files do not hold them.
-        rank: which of the layout's ranks this one is.
+        layout, rank: how their masters are partitioned; None where no file holds them.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -45,12 +44,7 @@ class Wanted:
 
 
 def wanted_of(wrapper: Wrapper, groups: Sequence[Sequence[str]] | None) -> Wanted:
-    """What a save of this engine has to hold.
-
-    Args:
-        wrapper: of the engine that is saved.
-        groups: see `Wanted`.
-    """
+    """What a save of this engine has to hold; ``groups``: see `Wanted`."""
     shapes = model_shapes(wrapper.engine.module)
     if wrapper.client is None:
         return Wanted(shapes, frozenset(), None, None, 0)
@@ -60,12 +54,7 @@ def wanted_of(wrapper: Wrapper, groups: Sequence[Sequence[str]] | None) -> Wante
 
 
 def prove(staging: Path, names: Iterable[str], wanted: Wanted) -> None:
-    """Makes sure that this rank's files will be accepted, and that nothing is missing from them.
-
-    Args:
-        staging: the directory of the save.
-        names: of the files in it that this rank wrote.
-        wanted: what they have to hold.
+    """Makes sure that this rank's files ``names`` will be accepted, and hold what they must.
 
     Raises:
         CheckpointError: names the file, and the class, parameter or buffer.
@@ -117,12 +106,11 @@ def _prove_model(shards: TagShards, wanted: Wanted) -> None:
             f'not at all ({few(untrained) or "none"}): make the optimizer over each parameter once'
         )
     if not shards.zero_stage:
-        held = [group['params'] for group in shards.plain_optimizer().get('param_groups', ())]
-        if list(map(len, held)) != list(map(len, groups)):
-            raise CheckpointError(
-                f'{path}: its optimizer has groups of {few(list(map(len, held)))} tensors, and the '
-                f'engine of {few(list(map(len, groups)))}'
-            )
+        held = [len(g['params']) for g in shards.plain_optimizer().get('param_groups', ())]
+        needed = list(map(len, groups))
+        if held != needed:
+            sizes = f'groups of {few(held)} tensors, and the engine of {few(needed)}'
+            raise CheckpointError(f'{path}: its optimizer has {sizes}')
 
 
 def _prove_partition(path: Path, content: Mapping[str, Any], wanted: Wanted) -> None:

@@ -46,10 +46,10 @@ def require_same_model(
 
 @torch.no_grad()
 def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], where: str) -> None:
-    """Copies whole weights into a plain module or an engine, casting to what it computes with.
+    """Copies whole weights into a plain module or an engine. Collective: every rank calls it.
 
-    At stage 3 each rank takes its own slices; every rank must call it. An engine's fp32 masters
-    are set from the weights that it computes with. The optimizer's state is left as it is.
+    An engine's fp32 masters are set from the weights that it computes with; the optimizer's state
+    is left as it is.
 
     Args:
         model: a plain module, or an engine.

@@ -18,21 +18,16 @@ from internvl_ds.errors import CheckpointError, brief, few
 def require_schedule(state: Mapping[str, Any], lr_scheduler: Any, where: object) -> None:
     """Makes sure that a saved schedule has values of the kinds that the running one has.
 
-    Args:
-        state: the saved one is its ``lr_scheduler``.
-        lr_scheduler: the running one, or None.
-        where: the checkpoint, for errors.
-
     Raises:
-        CheckpointError: names the first value that is of another kind.
+        CheckpointError: names the first value of ``state['lr_scheduler']`` of another kind.
     """
     saved = state.get('lr_scheduler')
     if saved is None or lr_scheduler is None:
         return
     built = lr_scheduler.state_dict()
     for key in sorted(saved.keys() & built.keys()):
-        was, now = _kind(saved[key]), _kind(built[key])
-        if None not in (was, now) and was != now:
+        kinds = {_kind(saved[key]), _kind(built[key])}
+        if None not in kinds and len(kinds) > 1:
             raise CheckpointError(
                 f'{where}: {key} of its lr schedule is {brief(saved[key])}, where the configured '
                 f'{type(lr_scheduler).__name__} has {brief(built[key])}'
@@ -44,11 +39,8 @@ def _kind(value: Any) -> str | None:
     if isinstance(value, list | tuple):
         kinds = sorted({kind for v in value if (kind := _kind(v))})
         return f'list of {kinds}' if kinds else None
-    if isinstance(value, Mapping):
-        return 'mapping'
-    return (
-        'number' if isinstance(value, int | float) else 'text' if isinstance(value, str) else None
-    )
+    kinds_of = {'mapping': Mapping, 'number': int | float, 'text': str}
+    return next((kind for kind, types in kinds_of.items() if isinstance(value, types)), None)
 
 
 def restore_schedule(
@@ -89,13 +81,12 @@ def restore_engines_own(
 ) -> None:
     """Moves the schedule that DeepSpeed itself steps to where the engine is, its lr too.
 
-    It is the ds_config's ``/scheduler``, or what the client gave to ``deepspeed.initialize``.
-
     Args:
         engine: with its counters restored.
-        lr_scheduler: what is restored otherwise.
-        saved: the state of such a schedule in the checkpoint, or None.
+        lr_scheduler: the schedule that is restored otherwise.
+        saved: the state of DeepSpeed's schedule in the checkpoint, or None.
         where: the checkpoint, for the log.
+        logger: gets a warning where the schedule begins anew.
     """
     own, updates = engine.lr_scheduler, engine.global_steps - engine.skipped_steps
     if own is None or own is lr_scheduler or updates == 0:
@@ -121,10 +112,8 @@ def fit_to_groups(
     A group takes a value over only where all its parameters had it; else it keeps its own.
 
     Args:
-        saved: the scheduler's state dict in the checkpoint.
-        saved_groups: the names of the parameters of each group that it is about.
-        own: the state dict of the scheduler that runs.
-        groups: the names of the parameters of each group that runs.
+        saved, own: the state dicts of the saved scheduler and of the running one.
+        saved_groups, groups: the names of the parameters of each of their groups.
     """
     fitted = dict(saved)
     for key in PER_GROUP_LISTS & saved.keys():
@@ -163,10 +152,7 @@ def set_lr_of_schedule(
 def _restore_scheduler(
     lr_scheduler: Any, saved: Mapping[str, Any], path: object, logger: logging.Logger
 ) -> bool:
-    """A schedule is restored as it was saved, as the original does; say so where it differs.
-
-    One of another kind is not: whether it was is returned.
-    """
+    """Restores a schedule as it was saved, with a warning where it differs; not of another kind."""
     built = lr_scheduler.state_dict()
     more, less = sorted(saved.keys() - built.keys()), sorted(built.keys() - saved.keys())
     if more and less:

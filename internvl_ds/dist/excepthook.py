@@ -33,8 +33,8 @@ def speak_on_exceptions(
 
     Errors that this package raises on purpose, and Ctrl-C, have no traceback.
 
-    To be called again once the process group is there: torch then puts a hook of its own around
-    those before, which keeps what they print until they return.
+    It is called again once the process group is there: torch then puts a hook of its own around
+    those before, which holds back what they print until they return.
 
     Args:
         rank: this process's; None where it is not known yet.

@@ -1,4 +1,4 @@
-"""Which ranks are dead, and, on request, which do not answer.
+"""Which ranks are dead, and which do not answer.
 
 Each rank holds a connection to rank 0. The kernel closes it when the process ends, however it ends,
 and when its host has not answered for COMM.DEAD_AFTER seconds; rank 0 tells the others. A rank that
@@ -170,7 +170,7 @@ class Liveness:
         return self._listener is None and bool(self._unheard(self._silent_after))
 
     def speak(self, kind: str) -> None:
-        """Lets all ranks know that this one says why the job ends: its 'cause', or an 'effect'."""
+        """Announces to all ranks that this one prints why the job ends: 'cause' or 'effect'."""
         self.words = kind
         for link in self._links:
             link.tell('spoke', kind)

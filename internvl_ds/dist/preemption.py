@@ -113,7 +113,7 @@ class Preemption:
     def reached(self) -> str | None:
         """Passes a boundary: None, or SAVE or STOP, the same on all ranks.
 
-        Every rank must call it at every boundary.
+        Collective: every rank calls it, at every boundary.
 
         Raises:
             RankError: when a request could not be agreed on; the ranks that did not answer are
@@ -154,7 +154,7 @@ class Preemption:
             self._thread.join(_INTERVAL)
 
     def _wish(self) -> str | None:
-        """What this rank itself is asked for."""
+        """The request to this rank itself."""
         if self._request.signal is not None or (self._file is not None and self._file.exists()):
             return STOP
         due = self._minutes > 0 and time.monotonic() - self._last_save > 60 * self._minutes

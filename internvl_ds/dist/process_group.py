@@ -45,10 +45,12 @@ _SCHEME = 'internvl-ds'
 def init_distributed(config: CfgNode | None = None) -> None:
     """Joins the process group that the launcher announced; a process of its own without one.
 
-    Every rank must call it, once or more often. It knows the deepspeed launcher and torchrun (RANK
-    and its like), Open MPI, MPICH and Intel MPI (through mpi4py), and Slurm's srun. MASTER_ADDR and
-    MASTER_PORT are used where they are given; under MPI rank 0 otherwise finds a free port and an
-    address that all hosts reach. Without a launcher the process becomes rank 0 of 1.
+    Collective: every rank calls it. A later call changes the limits only.
+
+    It knows the deepspeed launcher and torchrun (RANK and its like), Open MPI, MPICH and Intel MPI
+    (through mpi4py), and Slurm's srun. MASTER_ADDR and MASTER_PORT are used where they are given;
+    under MPI rank 0 otherwise finds a free port and an address that all hosts reach. Without a
+    launcher the process becomes rank 0 of 1.
 
     Args:
         config: COMM and TRAIN.TRACEBACK are read.
@@ -210,9 +212,9 @@ def _set_limit(seconds: float) -> None:
 
 @contextmanager
 def collectives_within(seconds: float) -> Iterator[None]:
-    """Lets collectives take this long, where COMM.TIMEOUT is less: ranks read files in between.
+    """Allows collectives this long, where COMM.TIMEOUT is less: ranks read files in between.
 
-    Every rank must call it. Groups that the program made itself, with a limit of its own, keep it.
+    Collective: every rank calls it. A group that the program made itself keeps its limit.
     """
     timeout = current_group().timeout
     longer = timeout is not None and seconds > timeout

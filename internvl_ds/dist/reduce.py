@@ -12,7 +12,9 @@ from internvl_ds.dist.peers import world_size
 
 
 def reduce_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """Averages a tensor over all ranks. Every rank must call it, with the same shape and dtype.
+    """Averages a tensor over all ranks, of the same shape and dtype on each.
+
+    Collective: every rank calls it.
 
     Args:
         tensor: any shape and dtype, on the engine's device; left untouched.

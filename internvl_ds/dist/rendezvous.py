@@ -139,7 +139,7 @@ def begin(
     client.holder = f'{names[0]}, which holds the store,'
     if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
         client.holder = f"the store of torchrun's agent at {where}"
-    group.peers, group.names = peers, names
+    group.peers, group.names, group.store = peers, names, None
     limits = {key: group.limit(key) for key in ('CONNECT_TIMEOUT', 'DEAD_AFTER', 'SILENT_AFTER')}
     group.heartbeat = Liveness(own_rank, names, Offer(*values[0][2]), listener, limits)
     return peers

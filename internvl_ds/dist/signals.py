@@ -29,10 +29,10 @@ _SAME_REQUEST = 1.0
 
 
 class Listener:
-    """Has some signals do nothing but be told of.
+    """Takes over signals, and passes their numbers to a thread at once.
 
     Python runs handlers in the main thread, between two of its instructions: never while it waits
-    for other ranks or for the device. A thread hears of the signals then.
+    for other ranks or for the device.
     """
 
     def __init__(
@@ -41,12 +41,12 @@ class Listener:
         hear: Callable[[int], None],
         handle: Callable[[int, FrameType | None], None] = lambda number, frame: None,
     ) -> None:
-        """Takes the signals over. To be called in the main thread.
+        """Takes the signals over; only the main thread may.
 
         Args:
             numbers: of these, SIGINT and SIGHUP stay ignored where they are.
             hear: called with each signal's number, in a thread, at once.
-            handle: called with it as well, in the main thread, when Python comes to it.
+            handle: called with the number as well, in the main thread, when Python gets there.
         """
         self._hear = hear
         self._reader, self._writer = socket.socketpair()
@@ -93,7 +93,7 @@ class Request(Listener):
         super().__init__(SIGNALS, self._note, self._handle)
 
     def know(self) -> None:
-        """Tells that another rank, or the launch script, was asked."""
+        """Notes that another rank, or the launch script, was asked."""
         if self._since is None:
             self._since = time.monotonic()
 
@@ -114,12 +114,12 @@ class Request(Listener):
 
 
 def end_at_interrupt() -> None:
-    """Has SIGINT end this process at once, with one line and no traceback."""
+    """Makes SIGINT end this process at once, with one line and no traceback."""
     Listener([signal.SIGINT], lambda number: end_at_once('SIGINT'))
 
 
 def end_at_once(why: str) -> None:
-    """Ends this process where it is; rank 0 says so. To be called in any thread."""
+    """Ends this process where it is; rank 0 says so. Any thread may call it."""
     rank = 0
     with contextlib.suppress(ConfigError):  # which the main thread is about to tell
         rank = detect(os.environ).rank

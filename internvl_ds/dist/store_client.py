@@ -2,7 +2,7 @@
 
 torch's own calls do not: where the process that holds the store stands still, or its host is cut
 off, none of them returns, neither a ``wait`` with a time limit nor a new connection. So a thread of
-each connection makes the calls, and who asked waits for that thread.
+each connection makes the calls, and the caller waits for that thread.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import psutil
 
 from internvl_ds.errors import RankError
 
-# Seconds between two looks whether the one who is to answer has died.
+# Seconds between two looks whether the holder of the store has died.
 _LOOK = 0.5
 
 # How often the connections are cut before the process ends.
@@ -53,7 +53,7 @@ class StoreClient:
         self._thread.start()
 
     def call(self, action: Callable[[Any], Any], limit: float) -> Any:
-        """What ``action`` returns, which is called with torch's connection.
+        """Calls ``action`` with torch's connection, and returns what it returns.
 
         Args:
             action: makes one call of the store, or several.
@@ -63,9 +63,7 @@ class StoreClient:
             RankError: when the store has not answered by then, or its holder is dead.
         """
         future, deadline = self.post(action), time.monotonic() + limit
-        while True:
-            if self._given_up:
-                raise RankError(self._given_up)
+        while not self._given_up:
             try:
                 return future.result(max(0.0, min(_LOOK, deadline - time.monotonic())))
             except futures.TimeoutError:
@@ -73,13 +71,14 @@ class StoreClient:
                 if not reason and time.monotonic() >= deadline:
                     reason = f'{self.holder} does not answer: waited {max(limit, 0):.3g} s'
                 self._give_up(reason)
+            except RankError:
+                raise
             except RuntimeError as error:
-                if isinstance(error, RankError):
-                    raise
                 self._give_up(self.dead() or f'{self.holder} is gone: {first_line(error)}')
+        raise RankError(self._given_up)
 
     def post(self, action: Callable[[Any], Any]) -> futures.Future:
-        """Has ``action`` called after the calls before it, and waits for nothing."""
+        """Queues ``action`` behind the calls before it, and waits for nothing."""
         future: futures.Future = futures.Future()
         if not self._given_up:
             self._calls.put((action, future))

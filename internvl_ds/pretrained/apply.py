@@ -137,12 +137,7 @@ def load_state(model: nn.Module, state: State) -> None:
 def write(model: nn.Module, values: Iterable[tuple[str, Tensor | Flat]]) -> None:
     """Copies tensors of fitting shapes into the model one after the other, cast to its dtype.
 
-    Of a parameter that zero.Init has partitioned each rank writes its own slice: no rank holds
-    more than the tensor that it is at.
-
-    Args:
-        model: as `require_writable` lets it pass.
-        values: key of the model's state dict, and value; each is used before the next is taken.
+    Each rank writes its own slice of a partitioned parameter: no rank holds more than one tensor.
     """
     targets: Mapping[str, Any] = model.state_dict(keep_vars=True)
     for key, value in values:

@@ -29,11 +29,6 @@ class HeadPlan(enum.Enum):
 def plan_head(state: State, specs: Specs, rand_init: bool) -> HeadPlan:
     """Decides about the head by the lengths of ``head.bias`` in the checkpoint and the model.
 
-    Args:
-        state: The checkpoint, its keys already named as the model's.
-        specs: The model's shapes and dtypes by key.
-        rand_init: TRAIN.RAND_INIT_FT_HEAD.
-
     Raises:
         PretrainedError: when the lengths differ and no setting says what to do about it.
     """

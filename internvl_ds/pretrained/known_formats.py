@@ -20,11 +20,6 @@ def through_timm(model: nn.Module, state: State, specs: Specs) -> Result:
 
     timm's models have one; it knows OpenAI's CLIP, DINOv2, OpenCLIP and others. Keys that fit
     already stay as they are.
-
-    Args:
-        model: whole, or built under zero.Init.
-        state: the checkpoint so far.
-        specs: the model's shapes and dtypes by key.
     """
     filter_fn = getattr(sys.modules.get(type(model).__module__), 'checkpoint_filter_fn', None)
     missing = [key for key in specs if key not in state and not key.startswith('head.')]

@@ -67,12 +67,7 @@ def build_loaders(config: CfgNode, rank: int, world_size: int) -> Loaders:
 def order_of(loader: DataLoader, seed: int) -> dict[str, Any]:
     """What the order of a training loader's images depends on, beside the epoch.
 
-    Args:
-        loader: the training loader from `build_loaders`.
-        seed: the config's SEED.
-
-    Returns:
-        The number of images, the seed, and a digest of the files' names below their folder.
+    The number of images, the seed, and a digest of the files' names below their folder.
     """
     assert isinstance(loader.dataset, SeededImages)
     folder = loader.dataset.images
@@ -157,17 +152,15 @@ def start_epoch(
 ) -> None:
     """Sets everything random in an epoch as a function of (seed, epoch, rank) alone.
 
-    Order, augmentation, mixup and dropout are then the same in a resumed run as in one that was
-    never interrupted. Each rank calls it for itself.
+    Order, augmentation, mixup and dropout are then the same in a resumed run as in another.
 
     Args:
         loader: a training loader from `build_loaders`.
         seed: the config's SEED.
         epoch: counted from 0.
         rank: this process's global rank.
-        micro_batches: how many to leave out, which were done before.
-        generators_go_on: whether the global generators, for mixup and dropout, are as they were
-            after these, and stay so.
+        micro_batches: how many were done before, and are left out.
+        generators_go_on: whether the global generators are as they were after these, and stay so.
     """
     if not generators_go_on:
         place = [abs(seed), epoch, rank, *([micro_batches] if micro_batches else [])]

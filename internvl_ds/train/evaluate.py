@@ -48,19 +48,17 @@ def evaluate(
     device: torch.device,
     after_batch: Callable[[], object] | None = None,
 ) -> EvalResult:
-    """Evaluates a model on the whole data set. Every rank must call it.
+    """Evaluates a model on the whole data set. Collective: every rank calls it.
 
-    Each image counts exactly once, whatever the number of ranks and the batch size; the sums are
-    float64 and meet in one all-reduce, so the result is the same on every rank.
+    Each image counts exactly once, whatever the number of ranks and the batch size; the result is
+    the same on every rank.
 
     Args:
         config: EVAL_22K_TO_1K, MODEL.NUM_CLASSES and DATA.DATASET are read.
-        model: an engine (then autocast and dtype are its own) or a plain module; left in the
-            training mode that it was in.
+        model: an engine or a plain module; left in the training mode that it was in.
         loader: this rank's share, sampled by `EvalSampler`; or any loader in a world of one.
         device: where the model is.
-        after_batch: called after each batch, of which every rank has as many; it may raise, on all
-            ranks alike, to end the evaluation.
+        after_batch: called after each batch; may raise, on all ranks alike.
 
     Raises:
         RankError: when the ranks together did not count every image once.
@@ -105,9 +103,6 @@ def count_batch(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     Args:
         logits: float32, (images, classes); there may be no images.
         labels: int64, (images,).
-
-    Returns:
-        float64, (4,), on the logits' device.
     """
     top = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
     hits = top == labels[:, None]

@@ -31,9 +31,7 @@ FILE_ONLY = {'file_only': True}
 def open_log(output: str | Path, rank: int, console: bool | None = None) -> logging.Logger:
     """Opens the package's logger: ``log_rank{rank}.txt`` in ``output``, appended to, and a console.
 
-    Messages of every module of this package go the same way. Each rank calls it for itself;
-    calling it again replaces what the first call opened. A file that cannot be written is a
-    warning: the run goes on without it.
+    A second call replaces what the first one opened. A file that cannot be written is a warning.
 
     Args:
         output: a directory; made if it is not there.
@@ -175,11 +173,8 @@ class _ConsoleHandler(logging.StreamHandler):
 
 
 def _line(record: Mapping[str, Any]) -> str:
-    finite = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in record.items()
-    }
-    return json.dumps(finite, allow_nan=False) + '\n'
+    odd = {k: None for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)}
+    return json.dumps({**record, **odd}, allow_nan=False) + '\n'
 
 
 def _plain(value: Any) -> Any:

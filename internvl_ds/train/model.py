@@ -102,14 +102,9 @@ def classifier_of(model: nn.Module, setting: str = 'this') -> nn.Module:
 def set_train_mode(
     model: nn.Module, module: nn.Module, freeze: bool | Sequence[int] | None
 ) -> None:
-    """Puts the model in training mode; a wholly frozen backbone stays in eval mode.
+    """Puts an engine or module in training mode, and its wholly frozen backbone in eval mode.
 
     Dropout and batch statistics of a backbone that does not train would only blur its features.
-
-    Args:
-        model: the engine, or the module itself.
-        module: the bare module.
-        freeze: the value of TRAIN.OPTIMIZER.FREEZE_BACKBONE.
     """
     model.train()
     if freeze is True:
@@ -157,11 +152,8 @@ def _build_timm_model(config: CfgNode) -> nn.Module:
     while True:
         standard = {key: value for key, (_, value) in offered.items()}
         try:
-            return timm.create_model(
-                name,
-                pretrained=False,
-                **{'num_classes': config.MODEL.NUM_CLASSES, **standard, **given},
-            )
+            kwargs = {'num_classes': config.MODEL.NUM_CLASSES, **standard, **given}
+            return timm.create_model(name, pretrained=False, **kwargs)
         except TypeError as error:
             # Not every family takes every argument, and timm has no list of who takes what.
             match = re.search(r"unexpected keyword argument '(\w+)'", str(error))

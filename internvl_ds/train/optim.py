@@ -85,12 +85,7 @@ def build_optimizer(config: CfgNode, model: nn.Module, base_lr: float) -> torch.
     """Builds the optimizer that TRAIN.OPTIMIZER.NAME names over `param_groups`.
 
     'adamw', 'sgd' (Nesterov) and 'sgd_linear_probing' (momentum 0.9, no weight decay) are torch's;
-    any other name is timm's.
-
-    Args:
-        config: TRAIN.OPTIMIZER is read.
-        model: the bare module, before the engine is made.
-        base_lr: the learning rate at the top of the schedule, already scaled to the batch.
+    any other name is timm's. ``base_lr`` is the lr at the top of the schedule.
 
     Raises:
         ConfigError: for a name that timm does not have either.

@@ -65,17 +65,15 @@ class Position:
     ) -> bool:
         """Turns a loaded position into one of the run as it is now.
 
-        All ranks together have seen the first ``micro_batches * images`` images of the epoch's
-        order, which depends on neither. With another batch or number of ranks the position is the
-        last whole update before that. With other training images or another SEED the order is
-        another: the epoch is begun anew.
+        With another batch or number of ranks that is the last whole update before the images that
+        all ranks together have seen. In another order of images the epoch is begun anew.
 
         Args:
             images: in a micro-batch, over all ranks, now.
             ranks: now.
             group: micro-batches of an update, now.
             total: micro-batches of an epoch, now.
-            logger: warned where images will be seen twice.
+            logger: gets a warning where images will be seen twice.
             order: what the order of images depends on, now; None where that is not known.
 
         Returns:

@@ -65,14 +65,9 @@ class Progress:
             self.norms.load_state_dict(meters['norms'])
             self._skipped = meters['skipped']
         self._bar = tqdm(
-            total=micro_batches,
-            initial=done,
-            desc=f'epoch {epoch}/{config.TRAIN.EPOCHS}',
-            unit='batch',
-            dynamic_ncols=True,
-            leave=False,
-            disable=not show_bar,
-        )
+            total=micro_batches, initial=done, desc=f'epoch {epoch}/{config.TRAIN.EPOCHS}',
+            unit='batch', dynamic_ncols=True, leave=False, disable=not show_bar,
+        )  # fmt: skip
 
     def step(
         self,

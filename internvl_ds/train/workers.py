@@ -6,7 +6,7 @@ import atexit
 import ctypes
 import multiprocessing.process
 import signal
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -53,20 +53,40 @@ class Loader(DataLoader):
             # The interpreter's own way is SIGTERM, which they ignore, and to wait for ever.
             atexit.register(_kill)
             _exit_is_watched = True
-        return _in_time(batches, self.timeout) if self.num_workers else batches
+        return _Batches(batches, self.timeout) if self.num_workers else batches
 
 
-def _in_time(batches: Iterator[Any], limit: float) -> Iterator[Any]:
-    try:
-        yield from batches
-    except RuntimeError as error:
-        if 'timed out' not in str(error):
-            raise
-        pids = ', '.join(str(worker.pid) for worker in getattr(batches, '_workers', ()))
-        raise DataError(
-            f'no batch came from the workers of the data loader within COMM.TIMEOUT ({limit:g} s): '
-            f'one of the processes {pids} stands still, or the images cannot be read in that time'
-        ) from error
+class _Batches:
+    """The batches of a loader with workers.
+
+    Attributes:
+        workers: its processes.
+    """
+
+    def __init__(self, batches: Any, limit: float) -> None:
+        self.workers: Sequence[multiprocessing.process.BaseProcess] = batches._workers
+        self._batches, self._limit = batches, limit
+
+    def __iter__(self) -> _Batches:
+        return self
+
+    def __next__(self) -> Any:
+        """The next batch.
+
+        Raises:
+            DataError: when it does not come within the limit.
+        """
+        try:
+            return next(self._batches)
+        except RuntimeError as error:
+            if 'timed out' not in str(error):
+                raise
+            pids = ', '.join(str(worker.pid) for worker in self.workers)
+            raise DataError(
+                'no batch came from the workers of the data loader within COMM.TIMEOUT '
+                f'({self._limit:g} s): one of the processes {pids} stands still, or the images '
+                'cannot be read in that time'
+            ) from error
 
 
 def _begin(worker: int) -> None:

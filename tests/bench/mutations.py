@@ -127,11 +127,10 @@ def judge(mutant: Mutant, root: Path) -> Verdict:
     finally:
         path.write_text(text)
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    results = {0: SURVIVED, 1: CAUGHT, -signal.SIGKILL: CAUGHT}
-    result = results.get(status, ERROR)
+    result = {0: SURVIVED, 1: CAUGHT}.get(status, CAUGHT if status < 0 else ERROR)
     details = {
         SURVIVED: mutant.why,
-        CAUGHT: failed if status > 0 else f'the tests did not end within {LIMIT} s',
+        CAUGHT: failed if status > 0 else f'signal {-status}; 9: no end within {LIMIT} s',
         ERROR: f'pytest ended with status {status}: {failed}',
     }
     return Verdict(mutant, result, details[result], time.monotonic() - start)
@@ -211,7 +210,9 @@ def judge_all(
                 status, failed = run_tests(tests, root)
                 mutant = Mutant('', '', '', tests)
                 result = ERROR if status else CAUGHT
-                return Verdict(mutant, result, f'no patch: status {status}: {failed}', 0.0)
+                return Verdict(
+                    mutant, result, f'{tests} without a patch: status {status}: {failed}', 0.0
+                )
 
             return with_root(work)
 

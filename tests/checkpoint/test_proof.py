@@ -14,7 +14,9 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from internvl_ds.checkpoint.formats.allowed import PortablePickle
 from internvl_ds.checkpoint.formats.outline import _KNOWN, outline
 from internvl_ds.checkpoint.formats.shard_files import read_shard
+from internvl_ds.checkpoint.proof import Wanted, prove
 from internvl_ds.errors import CheckpointError
+from internvl_ds.zero.partition import Runs, Slices
 from tests.harness.ranks import run_ranks
 
 STAGES = [0, 1, 2, 3]
@@ -23,6 +25,100 @@ STAGES = [0, 1, 2, 3]
 def write(path, value):
     torch.save(value, path, pickle_module=PortablePickle)
     return path
+
+
+SHAPES = {'a': (2, 3), 'b': (4,), 'seen': ()}
+MODEL, OPTIM = 'mp_rank_00_model_states.pt', 'zero_pp_rank_0_mp_rank_00_optim_states.pt'
+
+
+def written(folder, stage, harm):
+    """A rank's files of a save at a stage, which ``harm`` may change first; their names."""
+    head = {
+        'module': {name: torch.ones(shape) for name, shape in SHAPES.items()},
+        'buffer_names': ['seen'],
+        'dp_world_size': 1,
+        'global_steps': 4,
+        'ds_config': {'zero_optimization': {'stage': stage}},
+        'param_shapes': [OrderedDict(a=torch.Size((2, 3)), b=torch.Size((4,)))] if stage else None,
+        'shared_params': {},
+        'frozen_param_shapes': OrderedDict(frozen=torch.Size((5,))) if stage == 3 else None,
+        'frozen_param_fragments': OrderedDict(frozen=torch.ones(5)) if stage == 3 else None,
+        'optimizer': None if stage else {'param_groups': [{'params': [0, 1]}], 'state': {}},
+    }
+    masters = 'fp32_flat_groups' if stage == 3 else 'single_partition_of_fp32_groups'
+    optim = {'optimizer_state_dict': {'zero_stage': stage, masters: [torch.ones(10)]}}
+    texts = {'loop_rank_0.json': '{}\n'}
+    harm(head, optim['optimizer_state_dict'], texts)
+    model = f'zero_pp_rank_0_{MODEL}' if stage == 3 else MODEL
+    write(folder / model, head)
+    write(folder / OPTIM, optim)
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    return [model, *([OPTIM] if stage else []), *texts]
+
+
+def wanted(stage):
+    shapes = {**SHAPES, **({'frozen': (5,)} if stage == 3 else {})}
+    group = {'a': (2, 3), 'b': (4,)}
+    layouts = {0: None, 1: Runs([group], None, [10], 1), 3: Slices([group], 1)}
+    return Wanted(shapes, frozenset(group), [list(group)], layouts[stage], 0)
+
+
+@pytest.mark.parametrize('stage', [0, 1, 3])
+def test_files_that_hold_all_are_accepted(tmp_path, stage):
+    prove(tmp_path, written(tmp_path, stage, lambda *_: None), wanted(stage))
+
+
+HARMS = {
+    'a tensor of the module is not in it': (
+        1, lambda head, *_: head['module'].pop('seen'), '1 tensors of the module are not in it: s'
+    ),
+    'a tensor has another shape': (
+        1, lambda head, *_: head['module'].update(b=torch.ones(5)), r'b \(5,\) in place of \(4,\)'
+    ),
+    'a parameter is in two groups': (
+        1, lambda head, *_: head['param_shapes'].append(OrderedDict(a=torch.Size((2, 3)))),
+        r'twice \(a\)',
+    ),
+    'a trained parameter is in no group': (
+        1, lambda head, *_: head['param_shapes'][0].pop('b'), r'not at all \(b\)'
+    ),
+    'a frozen parameter is trained too': (
+        3, lambda head, *_: head['param_shapes'][0].update(frozen=torch.Size((5,))),
+        r'twice \(frozen\)',
+    ),
+    'the optimizer has fewer tensors': (
+        0, lambda head, *_: head['optimizer']['param_groups'][0]['params'].pop(),
+        'groups of 1 tensors, and the engine of 2',
+    ),
+    'the masters of a group are missing': (
+        1, lambda _, optim, *rest: optim['single_partition_of_fp32_groups'].clear(),
+        'the masters of 0 groups, of 1',
+    ),
+    'masters are cut off': (
+        3, lambda _, optim, *rest: optim.update(fp32_flat_groups=[torch.ones(9)]),
+        'holds 9 of 10 elements of the group of a, b',
+    ),
+    'a slice of a frozen parameter is cut off': (
+        3, lambda head, *_: head['frozen_param_fragments'].update(frozen=torch.ones(4)),
+        'holds 4 of 5 elements of frozen',
+    ),
+    'a text is none': (
+        1, lambda _, optim, texts: texts.update({'loop_rank_0.json': '{'}), 'cannot be read'
+    ),
+    'an average is none': (
+        1, lambda _, optim, texts: texts.update({'ema_rank_0.safetensors': 'x' * 99}),
+        'cannot be read',
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('what', HARMS)
+def test_files_that_lack_something_are_refused(tmp_path, what):
+    stage, harm, said = HARMS[what]
+    names = written(tmp_path, stage, harm)
+    with pytest.raises(CheckpointError, match=said):
+        prove(tmp_path, names, wanted(stage))
 
 
 def test_an_outline_is_the_file_without_its_values(tmp_path):

@@ -134,7 +134,7 @@ def test_workers_outlive_the_signals_that_stop_a_run(data):
     loader = build_loaders(config, 0, 1).train
     start_epoch(loader, 0, 0, 0)
     batches = iter(loader)
-    workers = batches._workers  # a worker of an earlier test may still be ending
+    workers = batches.workers  # a worker of an earlier test may still be ending
     for worker in workers:
         # From its first instruction on it blocks them, and ignores them later.
         assert not signals_that_reach(worker.pid)

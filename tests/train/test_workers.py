@@ -1,5 +1,6 @@
 """Which processes end with a rank, and which it leaves alone."""
 
+import multiprocessing
 import os
 import signal
 import time
@@ -38,6 +39,8 @@ def test_a_worker_that_stands_still_is_named_at_the_limit():
     begin = time.monotonic()
     with pytest.raises(DataError, match=r'within COMM.TIMEOUT \(2 s\): one of the processes \d+ '):
         list(Loader(Stuck(), num_workers=1, limit=2))
+    for worker in multiprocessing.active_children():
+        worker.kill()
     assert time.monotonic() - begin < 60
 
 

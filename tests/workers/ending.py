@@ -15,7 +15,6 @@ from internvl_ds.config.tree import default_config, get_config
 from internvl_ds.dist.process_group import init_distributed
 from internvl_ds.dist.rendezvous import exchange, rank
 from internvl_ds.errors import ConfigError
-from internvl_ds.train import workers
 from internvl_ds.train.data import build_loaders, start_epoch
 from internvl_ds.train.loop import run
 from tests.workers.training import small_config
@@ -89,4 +88,4 @@ def beside_a_child(folder: str, data: str) -> list[int]:
     while not Path(folder, f'began {rank()}').exists():
         time.sleep(0.01)
     globals()['kept'] = batches
-    return [worker.pid for worker in workers._started]  # type: ignore[misc]
+    return [worker.pid for worker in batches.workers]

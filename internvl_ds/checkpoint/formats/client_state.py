@@ -1,8 +1,7 @@
 """What a script over plain DeepSpeed kept in its tags, in the words of state.json.
 
-DeepSpeed merges a script's ``client_state`` into the model states. Read are the names that this
-package uses itself, and InternImage's (classification/main_deepspeed.py of OpenGVLab/InternImage
-and of InternVL), whose average is a state dict with the dots left out of its names.
+DeepSpeed merges a script's ``client_state`` into the model states. Read are this package's own
+names, and InternImage's and InternVL's (classification/main_deepspeed.py).
 """
 
 from __future__ import annotations
@@ -158,10 +157,10 @@ def _loss_scale(shards: TagShards) -> dict[str, Any] | None:
 
 
 def _position(shards: TagShards, state: Mapping[str, Any], config: Any) -> dict[str, Any] | None:
-    """Where InternImage's schedule stands, as `LrSchedule.restore` takes it.
+    """Where InternImage's schedule stands, as `LrSchedule.restore` takes it; None for updates.
 
     It is built over TRAIN.EPOCHS epochs of micro-batches, and moved when all but the last of a
-    whole update are counted. None where these are updates.
+    whole update are counted.
     """
     group = int(shards.ds_config.get('gradient_accumulation_steps') or 1)
     if group == 1:

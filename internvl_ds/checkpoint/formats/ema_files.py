@@ -71,11 +71,7 @@ class EmaFiles:
         return header
 
     def names(self, rank: int = 0) -> list[str]:
-        """The names of the tensors in one rank's part, ``shard/...`` and ``buffer/...``, in order.
-
-        Raises:
-            CheckpointError: when it cannot be read.
-        """
+        """The sorted names of the tensors in one rank's part: ``shard/...`` and ``buffer/...``."""
         with self.open(shard_name(rank)) as file:
             return sorted(file.keys())
 

@@ -132,9 +132,7 @@ def ema_fits_directly(model_ema: ShardedEma, saved: EmaFiles) -> bool:
 
 
 def count_on(model_ema: Any, updates: int | None, where: object, logger: logging.Logger) -> None:
-    """Gives an average whose checkpoint does not say how often it was updated a number of updates.
-
-    From that its warm-up goes on; from 0 it would forget what was loaded.
+    """Counts the updates of an average whose checkpoint does not say their number, for its warm-up.
 
     Args:
         updates: of the weights; None for as many as the engine has applied.

@@ -93,7 +93,7 @@ def write_original(tag: Path, target: Path) -> None:
 def write_safetensors(
     tag: Path, target: Path, dtype: torch.dtype, *, ema: bool, largest: int
 ) -> list[Path]:
-    """Writes weights only.
+    """Writes weights only; returns the files, the index last.
 
     Args:
         tag: a tag.
@@ -101,9 +101,6 @@ def write_safetensors(
         dtype: of floating-point tensors in the file.
         ema: the averaged weights in place of the trained ones.
         largest: bytes of a file; more are several files with an index beside them.
-
-    Returns:
-        The files, the index last.
 
     Raises:
         CheckpointError: when the tag holds no average, cannot be read, or a file not be written.
@@ -178,13 +175,11 @@ def _blank_optimizer(
         numbers = list(range(number, number + len(names)))
         param_groups.append({**own, 'param_names': list(names), 'params': numbers})
         for name in names:
-            entry: dict[str, Any] = {
-                key: _blank(flat, fillers) for key, flat in saved.moments.get(name, {}).items()
-            }
+            flats = dict(saved.moments.get(name, {}))
             for key, value in saved.steps.get(name, {}).items():
-                entry[key] = _blank(Flat.of(key, torch.tensor(value)), fillers)
-            if entry:
-                state[number] = entry
+                flats[key] = Flat.of(key, torch.tensor(value))
+            if flats:
+                state[number] = {key: _blank(flat, fillers) for key, flat in flats.items()}
             number += 1
     return {'state': state, 'param_groups': param_groups}
 
@@ -216,14 +211,13 @@ def _fill_tree(written: Any, blank: Any, fillers: Mapping[int, Flat]) -> None:
 def _split(flats: Mapping[str, Flat], dtype: torch.dtype, largest: int) -> list[list[str]]:
     """The names in each file: in order, none above ``largest`` but for a single tensor."""
     parts: list[list[str]] = [[]]
-    size = 0
+    left = largest
     for name, flat in flats.items():
-        own = _size(flat, dtype)
-        if parts[-1] and size + own > largest:
+        left -= _size(flat, dtype)
+        if parts[-1] and left < 0:
             parts.append([])
-            size = 0
+            left = largest - _size(flat, dtype)
         parts[-1].append(name)
-        size += own
     return parts
 
 

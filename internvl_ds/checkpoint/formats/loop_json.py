@@ -40,11 +40,7 @@ class SavedLoop:
                 require_rng_state(self._saved['rng'])
 
     def restore_loop(self, loop: Any, timeout: float) -> None:
-        """Restores ``loop``, before anything else is changed. A meeting of all ranks.
-
-        Args:
-            loop: see `load_checkpoint`.
-            timeout: seconds that a rank may be late.
+        """Restores ``loop``, before anything else is changed. Collective: every rank calls it.
 
         Raises:
             CheckpointError: on all ranks, when the loop of one does not take what was saved.

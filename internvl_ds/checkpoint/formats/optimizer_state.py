@@ -93,14 +93,11 @@ def state_by_order(
 def split(
     where: str, name: str, state: Mapping[str, Any]
 ) -> tuple[dict[str, Flat], dict[str, float], str]:
-    """The tensors and the numbers that an optimizer keeps for a parameter.
+    """The tensors and the numbers that an optimizer keeps for a parameter, and what is neither.
 
     Args:
         where, name: the checkpoint's path and the parameter, for errors.
         state: key -> value.
-
-    Returns:
-        Tensors, numbers, and in words what is neither; '' for nothing.
     """
     tensors, numbers, other = {}, {}, ''
     for key, value in state.items():

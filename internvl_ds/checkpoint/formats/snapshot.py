@@ -54,13 +54,11 @@ class Snapshot:
 
     def _copy_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
         size = tensor.numel() * tensor.element_size()
-        free = self._free[size]
-        if free:
-            storage = free.pop()
+        if self._free[size]:
+            storage = self._free[size].pop()
         else:
             pinned = torch.cuda.is_available() and size > 0
-            buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
-            storage = buffer.untyped_storage()
+            storage = torch.empty(size, dtype=torch.uint8, pin_memory=pinned).untyped_storage()
         self._used[size].append(storage)
         target = torch.empty(0, dtype=tensor.dtype).set_(storage)
         return target.view(tensor.shape).copy_(tensor)

@@ -101,12 +101,8 @@ def read_state(path: Path) -> dict[str, Any]:
 def require_state(state: Mapping[str, Any], where: object) -> None:
     """Makes sure that what training goes on with is of the kinds that it needs.
 
-    Args:
-        state: as state.json holds it; keys may be missing.
-        where: it comes from, for errors.
-
     Raises:
-        CheckpointError: names the first key that is not.
+        CheckpointError: names the first key of ``state`` that is not, and where it comes from.
     """
     for key, is_one in _KINDS.items():
         with interpreting(f'{where}: {key} is {brief(state.get(key))}', CheckpointError):

@@ -152,10 +152,6 @@ _EFFECTS = {
 def require_bounded_steps(data: Any, start: int = 0) -> int:
     """Goes through a pickle without doing what it says, and refuses one that has no measure.
 
-    Args:
-        data: bytes.
-        start: where the pickle begins.
-
     Returns:
         Where it ends: for what torch would not read as data, or is cut off, ``start``.
 

@@ -59,9 +59,7 @@ def require_same_classes(
 def saved_classes(where: str) -> list[str] | None:
     """The class names that a tag keeps, or a file that was exported from one; else None.
 
-    Args:
-        where: as MODEL.RESUME and MODEL.PRETRAINED name it. None for what cannot be read: the load
-            that follows says so.
+    None also for what cannot be read: the load that follows says so.
 
     Raises:
         CheckpointError: when a tag's state.json is not what was written.

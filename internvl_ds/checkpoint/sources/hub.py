@@ -5,6 +5,7 @@ What the client reads from the environment holds: HF_TOKEN, HF_HOME, HF_ENDPOINT
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -62,10 +63,8 @@ def total_size(paths: Iterable[Path]) -> int:
     """The bytes in files, some of which may be gone meanwhile."""
     total = 0
     for path in paths:
-        try:
+        with contextlib.suppress(OSError):  # it is whole now, and has its own name
             total += path.stat().st_size
-        except OSError:  # it is whole now, and has its own name
-            continue
     return total
 
 
@@ -119,13 +118,9 @@ def _get(uri: HfUri, file: str, force: bool) -> str:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
         return hf_hub_download(
-            uri.id,
-            file,
-            repo_type=uri.type,
-            revision=uri.revision,
-            force_download=force,
+            uri.id, file, repo_type=uri.type, revision=uri.revision, force_download=force,
             library_name='internvl_ds',
-        )
+        )  # fmt: skip
     finally:
         session.event_hooks = hooks
         for logger, level in zip(loggers, levels, strict=True):

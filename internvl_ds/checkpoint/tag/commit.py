@@ -121,12 +121,7 @@ def abandon(staging: Staging) -> None:
 def require_files(
     staging: Staging, files: Mapping[str, FileEntry], sizes: Mapping[str, int]
 ) -> None:
-    """Checks that this process sees the files that the ranks say they wrote.
-
-    Args:
-        staging: where they are.
-        files: what the ranks say.
-        sizes: name -> bytes, of what is there.
+    """Checks that this process sees the files that the ranks say they wrote, by their ``sizes``.
 
     Raises:
         CheckpointError: names the first files that it does not see.
@@ -204,16 +199,10 @@ def next_sequence(output: Path) -> int:
 
 
 def prune(output: Path, policies: Sequence[Policy]) -> list[str]:
-    """Removes the epoch and step tags that no policy keeps; a warning where one cannot be removed.
+    """Removes the epoch and step tags that no policy keeps, and returns their names.
 
-    After the first save of a run that was rewound, a warning names what stays of later training.
-
-    Args:
-        output: the directory.
-        policies: at least one.
-
-    Returns:
-        The names of the tags that were removed.
+    A tag that cannot be removed is a warning. After the first save of a run that was rewound, a
+    warning names what stays of later training.
     """
     found = removable_tags(output)
     goes = tags_to_prune(found, policies)

@@ -40,14 +40,7 @@ _crc_switch = threading.Lock()
 
 
 def write_hashed(path: Path, write: Callable[[IO[bytes]], object]) -> FileEntry:
-    """Writes a file and flushes it to disk, hashing on the way.
-
-    Args:
-        path: the file; replaced if it exists.
-        write: given a binary file to write to, from front to back.
-
-    Returns:
-        The size and digest of what was written.
+    """Writes a file from front to back and flushes it to disk, hashing on the way.
 
     Raises:
         OSError: with the path and how many bytes were already there.
@@ -218,20 +211,11 @@ class _HashingFile(io.RawIOBase):
             os.close(self._descriptor)
 
 
-def _load_sync_file_range() -> Any:
-    function = getattr(ctypes.CDLL(None), 'sync_file_range', None)
-    if function is not None:
-        function.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
-    return function
-
-
-_sync_file_range = _load_sync_file_range()
+_sync_file_range = getattr(ctypes.CDLL(None), 'sync_file_range', None)
 
 
 def _start_write_back(descriptor: int, start: int, count: int) -> None:
-    """Asks Linux to begin writing a range to disk; elsewhere the flush does all of it.
-
-    Only a hint: its result does not matter, fsync reports what fails.
-    """
+    """Asks Linux to begin writing a range to disk: a hint, fsync reports what fails."""
     if _sync_file_range is not None:
-        _sync_file_range(descriptor, start, count, _SYNC_FILE_RANGE_WRITE)
+        long = ctypes.c_int64
+        _sync_file_range(descriptor, long(start), long(count), _SYNC_FILE_RANGE_WRITE)

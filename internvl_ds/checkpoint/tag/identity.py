@@ -25,8 +25,8 @@ def model_names(tag: Path, names: Iterable[str], zero_stage: Callable[[str], int
     Args:
         tag: the directory, for errors.
         names: what its manifest lists, or what lies there.
-        zero_stage: tells the ZeRO stage that a file of the optimizer's was saved at; asked only
-            where ``names`` are of two tags, one copied over the other.
+        zero_stage: the ZeRO stage of a file of optimizer states; asked only where ``names`` are of
+            two tags, one copied over the other.
 
     Raises:
         CheckpointError: when there are none, or they are of model-parallel ranks.
@@ -73,8 +73,7 @@ def require_identity(path: Path, said: Any, header: Header) -> None:
     Args:
         path: of the file.
         said: what the file says of itself, as `Identity.to_dict` gives it; None for nothing.
-        header: of the tag that it lies in. One of an earlier version does not say its save, and
-            everything passes.
+        header: of the tag that it lies in; one of an earlier version does not say its save.
 
     Raises:
         CheckpointError: naming both.

@@ -139,11 +139,7 @@ def parse_header(front: str, where: str) -> Header | None:
 
 
 def parse_manifest(text: str, where: str) -> Manifest:
-    """Reads what `Manifest.to_text` gave.
-
-    Args:
-        text: the file's content.
-        where: the file's path, for the error.
+    """Reads what `Manifest.to_text` gave; ``where``: the file, for errors.
 
     Raises:
         CheckpointError: when it is no manifest, is damaged, or has another format.

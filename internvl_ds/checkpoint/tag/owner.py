@@ -70,14 +70,11 @@ def read_owner(place: Path | int) -> Owner | None:
 
 
 def has_ended(owner: Owner | None, held: bool | None) -> bool | None:
-    """Whether the process that a record names is gone.
+    """Whether the process that a record names is gone; None where nothing here can tell.
 
     Args:
         owner: the record; None where there is none.
         held: what `open_lock` said of its lock; None where there is no lock.
-
-    Returns:
-        None where nothing here can tell: for another machine, or without a record.
     """
     if held is False:
         return False

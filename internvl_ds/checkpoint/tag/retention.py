@@ -129,10 +129,6 @@ def tags_to_prune(tags: Iterable[EpochTag], policies: Sequence[Policy]) -> list[
     """The names of the tags that no policy keeps, oldest save first.
 
     The tag saved last always stays: it is the one that a run resumes from.
-
-    Args:
-        tags: all epoch and step tags of an output directory, in any order.
-        policies: at least one.
     """
     ordered = sorted(tags, key=lambda tag: tag[:3])
     kept = {ordered[-1].name} if ordered else set()

@@ -66,10 +66,8 @@ def damage(tag: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
         if actual.size != entry.size:
             found.append(f'{tag / name}: has {actual.size} bytes, not {entry.size}')
         elif actual.digest != entry.digest:
-            found.append(
-                f'{tag / name}: damaged: its xxh3-128 is {actual.digest}, and {entry.digest} was '
-                'written'
-            )
+            digests = f'its xxh3-128 is {actual.digest}, and {entry.digest} was written'
+            found.append(f'{tag / name}: damaged: {digests}')
         else:
             found += _foreign(tag / name, manifest)
     return found
@@ -97,10 +95,7 @@ def _foreign(path: Path, manifest: Manifest) -> list[str]:
 
 
 def damage_of_tag(tag: Path) -> list[str] | None:
-    """What is wrong with any file of a tag; empty when all is as written.
-
-    Returns:
-        None for a tag without a manifest (plain DeepSpeed's): nothing can be said of it.
+    """What is wrong with any file of a tag; None for a tag without a manifest (plain DeepSpeed's).
 
     Raises:
         CheckpointError: when the manifest cannot be read.

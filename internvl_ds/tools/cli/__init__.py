@@ -12,23 +12,14 @@ import logging
 import sys
 import traceback
 from collections.abc import Sequence
-from types import ModuleType
 
 from internvl_ds.dist.signals import INTERRUPTED
 from internvl_ds.errors import InternvlDsError
 from internvl_ds.tools.cli import ckpt, config, digits, doctor, plan, tune, version
 from internvl_ds.tools.text import stdout_for_answers
 
-# Name of the subcommand -> its module, in the order in which --help lists them.
-_COMMANDS: dict[str, ModuleType] = {
-    'ckpt': ckpt,
-    'config': config,
-    'digits': digits,
-    'doctor': doctor,
-    'plan': plan,
-    'tune': tune,
-    'version': version,
-}
+# The subcommands, in the order in which --help lists them; each is named as its module.
+_COMMANDS = (ckpt, config, digits, doctor, plan, tune, version)
 
 USER_ERROR = 2
 
@@ -69,7 +60,8 @@ def build_parser() -> argparse.ArgumentParser:
         help='print the versions of internvl_ds and of what it stands on',
     )
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
-    for name, module in _COMMANDS.items():
+    for module in _COMMANDS:
+        name = module.__name__.rpartition('.')[2]
         summary = (module.__doc__ or '').strip().partition('\n')[0]
         command = commands.add_parser(name, help=summary, description=summary)
         module.add_arguments(command)

@@ -19,13 +19,8 @@ _SOMETHING_BITES = 1
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds --output and --json."""
-    parser.add_argument(
-        '--output',
-        type=Path,
-        default=Path('output'),
-        metavar='DIR',
-        help='where checkpoints go (default: output); 256 MiB are written there, and removed',
-    )
+    text = 'where checkpoints go (default: output); 256 MiB are written there, and removed'
+    parser.add_argument('--output', type=Path, default=Path('output'), metavar='DIR', help=text)
     parser.add_argument('--json', action='store_true', help='print one JSON object')
 
 

@@ -150,8 +150,7 @@ def examine_all(output: Path, contents: bool) -> list[Examined]:
 def choose(path: Path, tag: str | None) -> tuple[list[Path], str | None]:
     """The tags that the words mean, and what auto resume would say to that.
 
-    Without TAG it is what auto resume takes; where that is not what ``latest`` names, the latter
-    follows, because it is the one that someone wants to know about.
+    Without TAG: what auto resume takes, then what ``latest`` names where that is another tag.
 
     Raises:
         CheckpointNotFound: when there is none.

@@ -26,13 +26,11 @@ class _Run:
         self._why_not = ''
         try:
             self._out, self._err = os.memfd_create('answers'), os.memfd_create('errors')
+            words = [sys.executable, '-m', 'internvl_ds.tools.doctor', name, str(output)]
             self._process = subprocess.Popen(
-                [sys.executable, '-m', 'internvl_ds.tools.doctor', name, str(output)],
-                stdin=subprocess.DEVNULL,
-                stdout=self._out,
-                stderr=self._err,
+                words, stdin=subprocess.DEVNULL, stdout=self._out, stderr=self._err,
                 start_new_session=True,
-            )
+            )  # fmt: skip
         except OSError as error:
             self._why_not = str(error)
 

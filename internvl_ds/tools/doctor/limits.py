@@ -76,11 +76,8 @@ def _memory() -> Finding:
         found += f'; the container is limited to {human_size(limit[0])}, {human_size(used)} in use'
         advice = 'over the limit the kernel kills a rank (signal 9, status 137) without a word'
     if available < _MEMORY_NEEDED:
-        return bites(
-            'memory',
-            found,
-            f'two ranks with a tiny model take {human_size(1.4e9)}; {advice or "free some"}',
-        )
+        need = f'two ranks with a tiny model take {human_size(1.4e9)}'
+        return bites('memory', found, f'{need}; {advice or "free some"}')
     return note('memory', found, advice) if advice else ok('memory', found)
 
 

@@ -49,12 +49,9 @@ def _interfaces() -> Finding:
         wanted = [part.lstrip('=') for part in chosen.split(',') if part and chosen[0] != '^']
         missing = [part for part in wanted if not any(n.startswith(part) for n in names)]
         if missing:
-            return bites(
-                'network',
-                f'{found}; {variable} is {chosen!r}',
-                f'there is no interface {", ".join(missing)}: {backend} can make no process group. '
-                'Unset it, or name one that is there',
-            )
+            why = f'there is no interface {", ".join(missing)}: {backend} can make no process group'
+            advice = f'{why}. Unset it, or name one that is there'
+            return bites('network', f'{found}; {variable} is {chosen!r}', advice)
     if not shown:
         return bites('network', found, 'not even ranks of one host can meet: ip link set lo up')
     return ok('network', found)

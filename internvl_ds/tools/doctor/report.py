@@ -46,10 +46,6 @@ def tree(findings: Sequence[Finding], output: str) -> dict[str, Any]:
 
 
 def _wrapped(text: str, head: str) -> list[str]:
-    return textwrap.wrap(
-        ' '.join(text.split()),
-        _WIDTH,
-        initial_indent=head,
-        subsequent_indent=' ' * len(head),
-        break_on_hyphens=False,
-    ) or [head.rstrip()]
+    indents: dict[str, Any] = {'initial_indent': head, 'subsequent_indent': ' ' * len(head)}
+    text = ' '.join(text.split())
+    return textwrap.wrap(text, _WIDTH, break_on_hyphens=False, **indents) or [head.rstrip()]

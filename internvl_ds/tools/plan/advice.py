@@ -29,9 +29,8 @@ def advice(
 
     Args:
         found: by `options`.
-        config: the yacs tree.
-        base: the ds_config that they came from.
-        named: its name on the command line; '' where there is none.
+        config, base: the yacs tree and the ds_config that the options came from.
+        named: the ds_config's name on the command line; '' where there is none.
         machine: what there is.
     """
     taken = choose(found)

@@ -67,14 +67,7 @@ class Layout:
 
 
 def layout_of(resolved: Mapping[str, Any], ranks: int, trained: int, on_gpu: bool = True) -> Layout:
-    """Reads a ds_config.
-
-    Args:
-        resolved: as `ds_config.resolve` returns it.
-        ranks: the world size.
-        trained: elements of all trained parameters.
-        on_gpu: whether the device is a GPU.
-    """
+    """Reads a resolved ds_config, for so many ranks and trained elements."""
     zero = resolved.get('zero_optimization', {})
     stage, precision = int(zero.get('stage', 0)), ds.precision_of(resolved)
     host, pinned = _offload(zero, 'offload_optimizer')

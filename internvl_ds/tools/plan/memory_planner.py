@@ -87,12 +87,7 @@ class Planner:
         return self._sizes
 
     def need(self, resolved: Mapping[str, Any], ranks: int, *, recompute: bool) -> Need:
-        """What a ds_config needs on each rank.
-
-        Args:
-            resolved: as `resolve` returns it.
-            ranks: the world size.
-            recompute: in place of TRAIN.USE_CHECKPOINT.
+        """What a resolved ds_config needs on each rank, TRAIN.USE_CHECKPOINT being ``recompute``.
 
         Raises:
             ConfigError: for a model that cannot be built, recomputed or run without data.

@@ -98,11 +98,7 @@ def options(
 ) -> list[Option]:
     """Plans stages 0 to 3, with and without offload and activation checkpointing.
 
-    Args:
-        planner: of the config.
-        config: the yacs tree.
-        base: a ds_config, as `load_ds_config` returns it, whose other settings stay.
-        machine: what there is.
+    The other settings of the ds_config ``base`` stay.
 
     Raises:
         ConfigError: for settings that disagree, or a model that cannot be planned.

@@ -83,11 +83,7 @@ def can_recompute(config: CfgNode) -> bool:
 
 
 def sizes_of(model: nn.Module, config: CfgNode) -> Sizes:
-    """Counts a model's elements.
-
-    Args:
-        model: as `meta_model` builds it.
-        config: TRAIN is read for the optimizer and its groups.
+    """Counts the elements of a model that `meta_model` built.
 
     Raises:
         ConfigError: for an optimizer that does not exist.

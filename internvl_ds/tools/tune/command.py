@@ -73,14 +73,9 @@ def trial_words(
     user_opts: Sequence[str],
     opts: Mapping[str, Any],
 ) -> list[str]:
-    """The training program's arguments.
+    """The training program's arguments; ``opts`` win over the user's.
 
-    Args:
-        cfg: as the user gave it.
-        folder: of the trial; ds_config.json is there, and ``out`` is to be OUTPUT's parent.
-        data_path: as the user gave it; None leaves it to the configuration.
-        user_opts: KEY VALUE words of the user's.
-        opts: further settings, which win over them.
+    OUTPUT's parent is ``out`` in the trial's ``folder``, where ds_config.json lies.
     """
     data = ['--data-path', data_path] if data_path else []
     return [

@@ -40,12 +40,7 @@ def finalists(rows: Sequence[Row], shipped: Collection[str], base: str) -> list[
     """The keys of the finalists, the reference first.
 
     They are the best of the ds_configs that ship (where one ran; it is the reference), the
-    configuration as it was given, and the fastest three others.
-
-    Args:
-        rows: of the search and before.
-        shipped: keys of those that ship.
-        base: key of the configuration as it was given.
+    configuration as it was given (``base``), and the fastest three others.
     """
     ranking = sorted((row for row in rows if row.status == OK), key=lambda row: -row.speed)
     order = [row.key for row in ranking]
@@ -74,14 +69,11 @@ def standings(rows: Sequence[Row], keys: Sequence[str]) -> list[Standing]:
         speeds.setdefault(row.round, {})[row.key] = row.speed
     every = [speeds[number] for number in sorted(speeds)]
     fair = [one for one in every if one.get(keys[0])]
-    found = [
-        Standing(
-            key,
-            tuple(one.get(key, 0.0) / one[keys[0]] for one in fair),
-            statistics.median([one.get(key, 0.0) for one in every] or [0.0]),
-        )
-        for key in keys
-    ]
+    found = []
+    for key in keys:
+        ratios = tuple(one.get(key, 0.0) / one[keys[0]] for one in fair)
+        speed = statistics.median([one.get(key, 0.0) for one in every] or [0.0])
+        found.append(Standing(key, ratios, speed))
     # A reference that never ran again is no measure.
     return sorted(found, key=lambda s: -s.median if fair else -s.speed)
 

@@ -31,8 +31,7 @@ def plot_trials(
     Args:
         rows: of all trials.
         names: key -> name.
-        shipped: keys of the ds_configs that ship.
-        winner: key of the result.
+        shipped, winner: keys of the ds_configs that ship, and of the result.
         path: where the PNG goes.
     """
     points = _points(rows)
@@ -73,12 +72,10 @@ def _points(rows: Sequence[Row]) -> dict[str, tuple[float, float]]:
     for row in rows:
         if row.status == OK:
             good.setdefault(row.key, []).append(row)
+    median = statistics.median
     return {
-        key: (
-            statistics.median(row.bench['peak_bytes'] / 1e9 for row in same),
-            statistics.median(row.speed for row in same),
-        )
-        for key, same in good.items()
+        key: (median(r.bench['peak_bytes'] / 1e9 for r in rows), median(r.speed for r in rows))
+        for key, rows in good.items()
     }
 
 

@@ -63,8 +63,7 @@ def make_result(
         shipped: key -> name of the ds_configs that ship.
         candidate: the best one's configuration.
         output: where ds_config.tuned.json will be, as it is to be shown.
-        user_opts: KEY VALUE words that the user gave.
-        opts: the settings that the candidate needs beyond them.
+        user_opts, opts: the user's KEY VALUE words, and what the candidate needs beyond them.
     """
     measured = {row.key: row for row in rows if row.kind != FINAL}
     names = {key: row.name for key, row in measured.items()}

@@ -43,10 +43,6 @@ def alone(folder: Path) -> Iterator[None]:
 def same_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     """Notes the settings in a fresh directory; in another one they have to be the same.
 
-    Args:
-        folder: settings.json is there.
-        settings: JSON values; what changes none of the trials is not among them.
-
     Raises:
         ConfigError: names each setting that differs, and both values.
     """

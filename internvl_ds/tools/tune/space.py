@@ -125,13 +125,9 @@ def batch_choice(micro_batch: int, accumulation: int) -> Choice:
 
 
 def batch_pairs(images: int, even: bool = False) -> list[tuple[int, int]]:
-    """Pairs (micro-batch, accumulation) of the same product, the largest micro-batch first.
+    """Pairs (micro-batch, accumulation) whose product is ``images``, the largest micro-batch first.
 
-    Each micro-batch is at most half of the one before.
-
-    Args:
-        images: the product: images of a rank in one update.
-        even: whether mixup needs an even micro-batch.
+    Each micro-batch is at most half of the one before, and even where mixup needs that.
     """
     pairs: list[tuple[int, int]] = []
     for micro in range(images, 0, -1):

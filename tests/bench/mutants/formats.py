@@ -60,7 +60,6 @@ MUTANTS = [
         ('    if beside > _PICKLE_BYTES:', '    if False:'),
     ]),
     *mutants_of('checkpoint/formats', 'checkpoint/formats/test_zero_shards.py', [
-        ("sizes = [part.numel() + pad for part, pad in zip(masters, paddings, strict=True)]", "sizes = [part.numel() for part, pad in zip(masters, paddings, strict=True)]"),
         ("return Runs(groups, first.get('param_alignment_paddings'), sizes", 'return Runs(groups, None, sizes'),
         ("return self.global_steps - int(self.head.get('skipped_steps') or 0)", 'return self.global_steps'),
         ('        if len(self.optim_files) != self.world_size:', '        if False:'),

@@ -108,6 +108,17 @@ def test_the_class_of_a_refused_object_is_named_in_one_line():
     assert refused_class(caught.value) == '_io.StringIO'
 
 
+@pytest.mark.parametrize(
+    ('text', 'reason'),
+    [
+        ('only this\n', 'only this'),
+        ('torch advises\nthis.\n\nthe cause,\nin words\n\nmore advice', 'the cause, in words'),
+    ],
+)
+def test_a_reason_is_the_cause_in_one_line_without_torchs_advice(text, reason):
+    assert reason_of(pickle.UnpicklingError(text)) == reason
+
+
 def test_a_config_is_read_as_plain_data():
     assert type(read(CfgNode({'A': 1}))) is OrderedDict
 

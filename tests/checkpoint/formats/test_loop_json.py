@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from internvl_ds.checkpoint.formats import loop_json
 from internvl_ds.checkpoint.formats.loop_json import SavedLoop
 from internvl_ds.checkpoint.formats.rng import rng_state
 from internvl_ds.checkpoint.formats.state_json import state_text
@@ -48,6 +49,15 @@ def test_on_as_many_ranks_generators_and_loop_go_on(tag, caplog):
     assert loop.loaded == {'at': 0}
     assert random.random() == first_of(7)
     assert not caplog.records
+
+
+def test_each_rank_has_its_own(tag, monkeypatch):
+    monkeypatch.setattr(loop_json, 'rank', lambda: 1)
+    monkeypatch.setattr(loop_json, 'world_size', lambda: 2)
+    for saved_ranks, whose in ((2, 1), (3, 0)):
+        loop = Loop()
+        SavedLoop(tag, saved_ranks).restore_loop(loop, 5)
+        assert loop.loaded == {'at': whose}
 
 
 def test_on_another_number_of_ranks_only_the_loop_does(tag, caplog):

@@ -46,3 +46,21 @@ def test_state_that_is_no_tensor_is_named():
     found = _named(weights, state, ['weight', 'bias'])
     assert found.unnamed == 'Q of bias is a list'
     assert sorted(found.moments['bias']) == ['exp_avg', 'exp_avg_sq']
+    state['state'][0]['P'] = (1,)
+    assert _named(weights, state, ['weight', 'bias']).unnamed == 'P of weight is a tuple'  # first
+
+
+def test_other_groups_and_parameters_that_are_not_there_are_refused():
+    weights, state = _trained(lambda parameters: torch.optim.Adam(parameters))
+    with pytest.raises(CheckpointMismatch, match='1 parameter groups with 2 tensors, and this run'):
+        state_by_order('tag', state, [['weight'], ['bias']], weights)
+    with pytest.raises(CheckpointMismatch, match='1 parameters of the optimizer are not in it: x'):
+        _named(weights, state, ['weight', 'x'])
+
+
+def test_masters_stand_for_rounded_weights():
+    weights, state = _trained(lambda parameters: torch.optim.Adam(parameters))
+    exact = [parameter.detach() for parameter in weights.values()]
+    rounded = {name: parameter.detach().bfloat16() for name, parameter in weights.items()}
+    found = state_by_order('tag', state, [list(weights)], rounded, exact)
+    assert torch.equal(found.masters['weight'].whole(), exact[0])

@@ -1,11 +1,23 @@
 """The original's .pth: into an engine at every stage, and exported back into a plain loop."""
 
 import pytest
+import torch
 
+from internvl_ds.checkpoint.formats.pth_format import weights_of_file
+from internvl_ds.errors import CheckpointMismatch
 from internvl_ds.tools.cli import main
 from tests.harness.ranks import run_ranks
 
 CLOSE = 1e-5
+
+
+@pytest.mark.parametrize('key', ['model', 'module', 'state_dict', None])
+def test_weights_are_found_where_files_keep_them(key):
+    weights = {'head.bias': torch.ones(3)}
+    assert weights_of_file({key: weights, 'epoch': 1} if key else weights, 'x.pth') == weights
+    odd = {'head.bias': torch.ones(3), 'epoch': 1}
+    with pytest.raises(CheckpointMismatch, match=r"x\.pth: 'epoch' is a int, not a tensor"):
+        weights_of_file({key: odd} if key else odd, 'x.pth')
 
 
 @pytest.fixture(scope='module', params=['adamw', 'sgd'])

@@ -6,8 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from internvl_ds.checkpoint.formats.state_json import read_state, state_text
+from internvl_ds.checkpoint.formats.state_json import (
+    read_own,
+    read_state,
+    require_state,
+    state_of,
+    state_text,
+)
+from internvl_ds.checkpoint.tag.hashing import write_hashed
+from internvl_ds.checkpoint.tag.manifest import Identity, Manifest
 from internvl_ds.errors import CheckpointError
+from tests.harness.tags import make_header
 
 
 @pytest.fixture
@@ -53,6 +62,41 @@ def test_torch_schedulers_read_back(read_back):
 def test_what_cannot_be_kept_is_named():
     with pytest.raises(CheckpointError, match=r'state\.json\.lr_scheduler\.table\[1\] is a Tensor'):
         state_text({'lr_scheduler': {'table': [1, torch.zeros(2)]}})
+
+
+@pytest.mark.parametrize(
+    ('key', 'value'),
+    [
+        ('epoch', 1 << 53),
+        ('epoch', [3]),
+        ('step', -1),
+        ('lr_scheduler', 3),
+        ('loss_scale', {'scale': 0.0}),
+        ('loss_scale', {'scale': 1.0, '_growth_tracker': -1}),
+        ('schedule', {'counts': 'epochs', 'position': 3, 'group': 1}),
+        ('schedule', {'position': 3, 'group': 0}),
+        ('class_names', [1]),
+        ('optimizer_groups', [['a'], [1]]),
+    ],
+)
+def test_a_value_of_another_kind_is_named(key, value):
+    with pytest.raises(CheckpointError, match=f'here: {key} is '):
+        require_state({key: value}, 'here')
+
+
+def test_a_file_of_another_save_or_that_no_manifest_lists_is_not_read(tmp_path):
+    def write(name, save):
+        identity = Identity('ckpt_epoch_0', save, 0).to_dict()
+        text = state_text({'epoch': 0, Identity.KEY: identity}).encode()
+        return write_hashed(tmp_path / name, lambda file: file.write(text))
+
+    files = {'state.json': write('state.json', 'other')}
+    write('loop_rank_0.json', '5e6f')
+    header = make_header('ckpt_epoch_0', 0, save='5e6f')
+    (tmp_path / 'manifest.json').write_text(Manifest(header, files).to_text())
+    with pytest.raises(CheckpointError, match="rank 0's file of save other"):
+        state_of(tmp_path)
+    assert read_own(tmp_path, 'loop_rank_0.json') is None
 
 
 def test_a_broken_file_is_named(tmp_path):

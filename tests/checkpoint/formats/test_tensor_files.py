@@ -2,12 +2,14 @@
 
 import io
 import os
+import pickle
 import struct
 import time
 import zipfile
 
 import pytest
 import torch
+from torch import _weights_only_unpickler
 
 from internvl_ds.checkpoint.formats.outline import outline
 from internvl_ds.checkpoint.formats.shard_files import read_shard
@@ -64,6 +66,12 @@ def test_an_entry_that_claims_more_bytes_than_its_file_has_is_refused(tmp_path, 
     assert peak() - before < 200 << 20
 
 
+def test_much_beside_the_tensors_is_refused(tmp_path):
+    zip_of(pickle.dumps({}, 2), tmp_path / 'x.pth', more=bytes(33 << 20))
+    with pytest.raises(ValueError, match='beside its tensors, of 33554432 at most'):
+        load_torch(tmp_path / 'x.pth')
+
+
 def test_what_torch_writes_is_read_as_before(tmp_path):
     path = tmp_path / 'file.pth'
     tree = {
@@ -76,6 +84,7 @@ def test_what_torch_writes_is_read_as_before(tmp_path):
         assert {k: v for k, v in read.items() if k != 'e'} == {k: tree[k] for k in tree if k != 'e'}
         assert read['e'].shape == (1000,)
     # torch's own list is as it was
+    assert _weights_only_unpickler._get_allowed_globals()['builtins.bytearray'] is bytearray
     torch.save(bytearray(3), path)
     assert torch.load(path, weights_only=True) == bytearray(3)
 

@@ -11,7 +11,10 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 
 from internvl_ds.checkpoint.formats.shard_files import read_shard
 from internvl_ds.checkpoint.formats.zero_shards import TagShards
+from internvl_ds.checkpoint.tag.hashing import hash_file
+from internvl_ds.checkpoint.tag.manifest import Identity, Manifest
 from internvl_ds.errors import CheckpointError, CheckpointMismatch
+from tests.harness.tags import make_header
 
 A = torch.arange(15.0).reshape(3, 5)  # 15 elements: 8 a rank and one of padding at stage 3
 B = torch.arange(100.0, 107.0)
@@ -112,6 +115,43 @@ def test_runs_of_stages_1_and_2_are_put_together_with_their_gaps(tmp_path):
         CheckpointMismatch, match='rows of group 0 .* only in the layout that it was'
     ):
         state.require_all_named()
+
+
+def test_gaps_between_the_parameters_of_a_group_are_left_out(tmp_path):
+    shapes = [OrderedDict(a=A.shape, b=B.shape)]
+    head = _head(1, {}, ranks=1, param_shapes=shapes, skipped_steps=1)
+    torch.save(head, tmp_path / 'mp_rank_00_model_states.pt')
+    masters = torch.cat([A.flatten(), torch.full((1,), -1.0), B])
+    state = {
+        'single_partition_of_fp32_groups': [masters], 'group_paddings': [0],
+        'param_alignment_paddings': [[1, 0]],
+        'base_optimizer_state': {'state': {}, 'param_groups': [{'params': [0]}]},
+    }  # fmt: skip
+    path = tmp_path / 'zero_pp_rank_0_mp_rank_00_optim_states.pt'
+    torch.save({'optimizer_state_dict': state}, path)
+    shards = TagShards(tmp_path)
+    named = shards.named_state().masters
+    assert torch.equal(named['a'].whole(), A)
+    assert torch.equal(named['b'].whole(), B)
+    assert (shards.global_steps, shards.updates, shards.fresh) == (4, 3, False)
+
+
+def test_a_file_without_what_all_have_or_of_another_rank_is_refused(tmp_path):
+    model = tmp_path / 'mp_rank_00_model_states.pt'
+    torch.save({'module': {}}, model)
+    said = 'not the model states of DeepSpeed: has no dp_world_size, global_steps'
+    with pytest.raises(CheckpointError, match=said):
+        _ = TagShards(tmp_path).head
+    torch.save([1], model)
+    with pytest.raises(CheckpointError, match='nor its optimizer states'):
+        TagShards(tmp_path).read(model)
+    header = make_header('ckpt_epoch_0', 0, save='5e6f')
+    whose = Identity('ckpt_epoch_0', '5e6f', 1).to_dict()
+    torch.save({Identity.KEY: whose, **_head(0, {}, ranks=1)}, model)
+    manifest = Manifest(header, {model.name: hash_file(model)})
+    (tmp_path / 'manifest.json').write_text(manifest.to_text())
+    with pytest.raises(CheckpointError, match="holds rank 1's file of save 5e6f"):
+        _ = TagShards(tmp_path).head
 
 
 def test_ten_ranks_are_taken_in_the_order_of_their_numbers(tmp_path):
