@@ -166,7 +166,7 @@ MUTANTS = [
         ('        signal.signal(number, signal.SIG_IGN)\n', '        pass\n'),
         ('before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)', 'before = signal.pthread_sigmask(signal.SIG_BLOCK, ())'),
         ("raise OSError('it is no regular file')", 'pass'),
-        ('        drop_last=True,\n', ''),
+        (', drop_last=True)', ')'),
     ]),
     *mutants_of('train/__main__', 'train/test_main.py', [
         ('        status = config.TRAIN.PREEMPT_EXIT_CODE\n', '        pass\n'),
