@@ -22,9 +22,11 @@ def engine(monkeypatch):
     engine = SimpleNamespace(module=module, applied=True, master=torch.zeros(3), pushed=[])
     engine.was_step_applied = lambda: engine.applied
     monkeypatch.setattr(ema, 'engine_of', lambda model: engine)
-    monkeypatch.setattr(ema, 'master_weights', lambda engine: {'0': engine.master})
-    push = lambda engine: engine.pushed.append(engine.master.tolist())  # noqa: E731
-    monkeypatch.setattr(ema, 'push_masters', push)
+    wrapper = SimpleNamespace(
+        masters=lambda: {'0': engine.master},
+        push_masters=lambda: engine.pushed.append(engine.master.tolist()),
+    )
+    monkeypatch.setattr(ema, 'wrapper_of', lambda engine: wrapper)
     return engine
 
 
