@@ -14,7 +14,7 @@ from internvl_ds.checkpoint import async_save as background
 from internvl_ds.checkpoint.formats.state_json import state_of
 from internvl_ds.checkpoint.load_context import Load
 from internvl_ds.checkpoint.sources import downloads
-from internvl_ds.checkpoint.sources.weight_files import open_source
+from internvl_ds.checkpoint.sources.open_weights import open_weights
 from internvl_ds.checkpoint.tag import discovery as lookup
 from internvl_ds.checkpoint.tag import leftovers
 from internvl_ds.checkpoint.tag.manifest import epoch_of, step_of
@@ -230,7 +230,7 @@ def _position(path: Path) -> tuple[int, int] | None:
         epoch, step = header.epoch, header.step
     elif os.path.isfile(path):
         with contextlib.suppress(PretrainedError):  # told when it is loaded
-            epoch = open_source(str(path)).get('epoch')
+            epoch = open_weights(str(path)).get('epoch')
     return (epoch + (step is None), step or 0) if isinstance(epoch, int) else None
 
 

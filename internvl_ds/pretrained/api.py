@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from internvl_ds.checkpoint.sources import downloads
-from internvl_ds.checkpoint.sources.weight_files import open_source
+from internvl_ds.checkpoint.sources.open_weights import open_weights
 from internvl_ds.checkpoint.tag.discovery import is_tag, read_manifest
 from internvl_ds.checkpoint.tag.verify import damage, share_of, weight_files
 from internvl_ds.config.tree import checkpoint_option, get_option
@@ -152,7 +152,7 @@ def _decide(config: CfgNode, path: str, model: nn.Module) -> _Plan:
     _verify_share(path)
     ema = bool(get_option(config, 'MODEL.PRETRAINED_EMA', False))
     with interpreting(path, PretrainedError):
-        source = open_source(path, ema=ema)
+        source = open_weights(path, ema=ema)
     try:
         with interpreting('the file', PretrainedError):
             return _adapt(config, name, source, model)

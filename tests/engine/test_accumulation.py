@@ -115,6 +115,7 @@ def test_a_group_of_which_something_was_dropped_says_nothing_of_the_setting():
         3,
     ]
     assert accumulation.micro_batches == 17
+    assert [group(2), group(3, dropped=1)] == [2, 3]
     assert [group(2), group(4)] == [2, 4]  # the short one before was no sign of a setting
     with pytest.raises(ConfigError, match=r'has 5 micro-batches .* optimizer.zero_grad\(\)'):
         group(5, dropped=2)

@@ -63,6 +63,12 @@ def test_adagrad_would_be_replaced_by_another():
         require_own_adagrad(torch.optim.Adagrad(groups(), lr=0.01))
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, 'Muon'), reason='a torch without Muon')
+def test_an_optimizer_that_takes_matrices_only_is_refused():
+    with pytest.raises(ConfigError, match='Muon at ZeRO stages 1 to 3: its update of an element'):
+        require_elementwise(torch.optim.Muon([nn.Parameter(torch.ones(3, 3))]), CPU)
+
+
 def test_what_cannot_be_tried_is_left_to_the_user():
     optimizer = torch.optim.LBFGS([nn.Parameter(torch.ones(3))])
     require_elementwise(optimizer, CPU)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from internvl_ds import NativeScalerWithGradNormCount, get_grad_norm
-from internvl_ds.engine import grad_scaler
+from internvl_ds.engine import grad_norm, grad_scaler
 from internvl_ds.errors import EngineNotFound, InternvlDsError
 from internvl_ds.zero.loss_scale import LossScale
 from tests.harness.ranks import run_ranks
@@ -300,6 +300,25 @@ def test_grad_norm_of_plain_parameters():
     assert get_grad_norm([torch.zeros(3)]).item() == 0.0
 
 
+@pytest.mark.parametrize('norm_type', [0, -1, math.nan])
+def test_what_is_no_norm_is_refused(norm_type):
+    with pytest.raises(InternvlDsError, match='any p > 0, or inf'):
+        get_grad_norm(torch.zeros(3), norm_type)
+
+
+def test_the_loss_scale_of_an_engine_is_divided_out(monkeypatch):
+    weight = torch.ones(4, requires_grad=True)
+    weight.grad = torch.full((4,), 8.0)
+    monkeypatch.setattr(grad_norm, 'engine_of_parameter', lambda parameter: None)
+    assert get_grad_norm(weight) == 16.0
+    engine = SimpleNamespace(zero_optimization_stage=lambda: 0)
+    monkeypatch.setattr(grad_norm, 'engine_of_parameter', lambda parameter: engine)
+    monkeypatch.setattr(grad_norm, 'loss_scale_of', lambda engine: LossScale(scale=4.0))
+    assert get_grad_norm(weight) == 4.0
+    monkeypatch.setattr(grad_norm, 'loss_scale_of', lambda engine: None)
+    assert get_grad_norm(weight) == 16.0
+
+
 def test_an_optimizer_without_an_engine_is_an_error_that_says_how_to_register():
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -313,5 +332,7 @@ def test_scaler_state():
     assert scaler.state_dict_key == 'amp_scaler'
     assert scaler.state_dict() == {'scale': 1.0}
     scaler.load_state_dict({'scale': 65536.0, 'growth_factor': 2.0})
+    assert scaler.state_dict() == {'scale': 65536.0, 'growth_factor': 2.0}
+    assert scaler.loss_scale == 65536.0
     with pytest.raises(InternvlDsError, match='not the state of a loss scaler'):
         scaler.load_state_dict({'momentum': 1})

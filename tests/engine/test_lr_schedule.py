@@ -82,6 +82,7 @@ def test_a_step_of_someone_else_is_seen(kind):
         (None, 4, 2, False),  # of earlier epochs there is no count
         ('updates', 4, 10, False),
         (None, 1, 10, False),
+        (None, 1, 30, False),  # a little longer than the training, without accumulation
     ],
 )
 def test_a_schedule_longer_than_the_training(counts, group, updates, found):

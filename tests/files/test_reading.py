@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from internvl_ds.checkpoint.sources.weight_files import open_source
+from internvl_ds.checkpoint.sources.open_weights import open_weights
 from internvl_ds.checkpoint.tag.discovery import newest, resolve
 from internvl_ds.config.tree import default_config
 from internvl_ds.errors import (
@@ -182,7 +182,7 @@ def test_a_folder_without_rights_is_an_error_of_this_package():
             'newest': lambda: newest(closed),
             'newest below': lambda: newest(closed / 'out'),
             'resolve': lambda: resolve(str(closed / 'tag')),
-            'weights': lambda: open_source(str(closed)),
+            'weights': lambda: open_weights(str(closed)),
             'digits': lambda: write_digits(closed),
             'digits below': lambda: write_digits(closed / 'digits'),
             'list': lambda: main(['ckpt', 'list', str(closed)]),

@@ -14,7 +14,7 @@ from internvl_ds.checkpoint.formats.client_state import average_of
 from internvl_ds.checkpoint.formats.ema_files import WHOLE, EmaFiles
 from internvl_ds.checkpoint.formats.zero_shards import TagShards
 from internvl_ds.checkpoint.restore import load_weights
-from internvl_ds.checkpoint.sources.weight_files import open_source
+from internvl_ds.checkpoint.sources import weight_files
 from internvl_ds.dist.rendezvous import rank, world_size
 from internvl_ds.engine.ema import ShardedEma
 from internvl_ds.engine.ema_shard import EmaFile
@@ -76,7 +76,7 @@ def _all_flats(saved: EmaFiles) -> dict[str, Flat]:
     path = saved.tag
     if saved.whole:
         with saved.open(WHOLE):
-            whole = open_source(str(path / WHOLE))
+            whole = weight_files.open_file(str(path / WHOLE))
         return {name: Flat.of(f'{path}: {name}', t) for name, t in whole.items()}
     tag = TagShards(path)
     if saved.of_script:

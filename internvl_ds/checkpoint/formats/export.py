@@ -20,7 +20,7 @@ from internvl_ds.checkpoint.formats.client_state import saved_state
 from internvl_ds.checkpoint.formats.ema_files import EmaFiles
 from internvl_ds.checkpoint.formats.ema_tensors import ema_flats
 from internvl_ds.checkpoint.formats.zero_shards import TagShards
-from internvl_ds.checkpoint.sources.weight_files import open_source
+from internvl_ds.checkpoint.sources.open_weights import open_weights
 from internvl_ds.engine.param_groups import PER_GROUP_LISTS
 from internvl_ds.errors import CheckpointError
 from internvl_ds.files import replacing
@@ -85,7 +85,7 @@ def write_original(tag: Path, target: Path) -> None:
             with torch.serialization.skip_data():
                 torch.save(tree, opened)
             with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
-                _fill_tree(open_source(opened), tree, fillers)
+                _fill_tree(open_weights(opened), tree, fillers)
     except OSError as error:
         raise CheckpointError(f'{target}: cannot be written: {error}') from error
 

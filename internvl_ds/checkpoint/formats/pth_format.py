@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from internvl_ds.checkpoint.formats.optimizer_state import state_by_order
-from internvl_ds.checkpoint.sources.weight_files import open_source
+from internvl_ds.checkpoint.sources import weight_files
 from internvl_ds.engine.lr_schedule import UPDATES
 from internvl_ds.errors import CheckpointError, CheckpointMismatch, PretrainedError
 from internvl_ds.zero.lazy_tensor import Flat, NamedState
@@ -21,7 +21,7 @@ def open_file(resume: str) -> Mapping[str, Any]:
         CheckpointError: when it cannot be read, or is more than data.
     """
     try:
-        return open_source(resume)
+        return weight_files.open_file(resume)
     except PretrainedError as error:
         raise CheckpointError(str(error)) from error
 

@@ -12,7 +12,7 @@ from yacs.config import CfgNode
 
 from internvl_ds.checkpoint.formats.state_json import state_of
 from internvl_ds.checkpoint.formats.tensor_files import open_safetensors
-from internvl_ds.checkpoint.sources.weight_files import open_source
+from internvl_ds.checkpoint.sources.open_weights import open_weights
 from internvl_ds.checkpoint.tag import discovery as lookup
 from internvl_ds.checkpoint.tag.manifest import STATE_FILE
 from internvl_ds.checkpoint.tag.verify import damage
@@ -88,7 +88,7 @@ def _in_file(where: str) -> Any:
     if path.suffix == '.safetensors' and path.is_file():
         with open_safetensors(path) as file:
             return parse_json(file.metadata()['class_names'])
-    return open_source(where).get('class_names')
+    return open_weights(where).get('class_names')
 
 
 def _quoted(name: str | None) -> str:

@@ -1,14 +1,12 @@
-"""Weights opened as mappings: files of PyTorch and safetensors, directories, tags, addresses.
+"""Weights opened as mappings: files of PyTorch and safetensors, and directories of them.
 
-A value is a tensor mapped from its file, or a `Flat` that lies in the shards of a tag: it is read
-when it is used. Nothing in a file is ever run: PyTorch files go through ``weights_only``, which
-rebuilds tensors, plain containers and the two configuration classes that public classification
-checkpoints carry.
+A value is a tensor mapped from its file, and read when it is used. Nothing in a file is ever run:
+PyTorch files go through ``weights_only``, which rebuilds tensors, plain containers and the two
+configuration classes that public classification checkpoints carry.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import pickle
 from collections import OrderedDict
@@ -22,41 +20,32 @@ from internvl_ds.checkpoint.formats.allowed import reason_of, refused_class
 from internvl_ds.checkpoint.formats.tensor_files import load_safetensors, load_torch
 from internvl_ds.checkpoint.sources import downloads
 from internvl_ds.checkpoint.tag.discovery import is_tag
-from internvl_ds.errors import CheckpointError, PretrainedError, few
-from internvl_ds.files.addresses import is_address
+from internvl_ds.errors import PretrainedError, few
 from internvl_ds.files.reading import YAML_VALUES, read_json, require_bounded
 
 _READABLE = (
     '.pth, .pt, .bin and .safetensors files are read, directories of them with an index, and tags'
 )
 
-_log = logging.getLogger(__name__)
 
-
-def open_source(path: str, *, ema: bool = False) -> Mapping[str, Any]:
+def open_file(path: str) -> Mapping[str, Any]:
     """Opens weights on the CPU: the whole top-level object, mapped and not read where it can be.
 
     Args:
-        path: a file; a directory with an index (``*.index.json``) of .safetensors or .bin files, or
-            with one file as Hugging Face names it; a tag of this package or of DeepSpeed; or an
-            address, as `downloads.fetch` takes it.
-        ema: take the averaged weights: of a tag, or under ``model_ema`` of a file.
+        path: a local file, or a directory with an index (``*.index.json``) of .safetensors or .bin
+            files, or with one file as Hugging Face names it.
 
     Returns:
-        A mapping of tensors, of `Flat`, or of nested objects. A yacs CfgNode at its top level
-        (``config`` in the original's checkpoints) is a CfgNode again, frozen if it was saved so.
+        A mapping of tensors, or of nested objects. A yacs CfgNode at its top level (``config`` in
+        the original's checkpoints) is a CfgNode again, frozen if it was saved so.
 
     Raises:
         PretrainedError: naming the path and the reason, for what is no such file, is no mapping,
             cannot be read or holds objects of a class that is not allowed.
     """
-    if not path:
-        raise PretrainedError('the path of the weights is empty')
-    if is_address(path):
-        path = str(downloads.fetch(path))
     if os.path.isdir(path):
         try:
-            return _open_directory(Path(path), ema)
+            return _open_directory(Path(path))
         except OSError as error:
             raise PretrainedError(f'{path}: cannot be read: {error}') from error
     try:
@@ -68,10 +57,6 @@ def open_source(path: str, *, ema: bool = False) -> Mapping[str, Any]:
     if not isinstance(source, Mapping):
         kind = type(source).__name__
         raise PretrainedError(f'{path}: holds a {kind}, not a mapping of names to tensors')
-    if ema:
-        if not isinstance(source.get('model_ema'), Mapping):
-            raise PretrainedError(f'{path}: holds no averaged weights (no model_ema in it)')
-        return source['model_ema']
     return source
 
 
@@ -83,11 +68,7 @@ def _open_file(path: str) -> Any:
     return _read(path, load_safetensors if path.endswith('.safetensors') else load_torch)
 
 
-def _open_directory(path: Path, ema: bool) -> Mapping[str, Any]:
-    if is_tag(path):
-        return _open_tag(path, ema)
-    if ema:
-        raise PretrainedError(f'{path}: holds no averaged weights: it is no tag directory')
+def _open_directory(path: Path) -> Mapping[str, Any]:
     indexes = sorted(path.glob('*.index.json'))
     if len(indexes) > 1:  # the same weights in two formats
         indexes = [p for p in indexes if 'safetensors' in p.name] or indexes
@@ -95,32 +76,12 @@ def _open_directory(path: Path, ema: bool) -> Mapping[str, Any]:
         return _open_index(indexes[0])
     for name in ('model.safetensors', 'pytorch_model.bin'):
         if (path / name).exists():
-            return open_source(str(path / name))
+            return open_file(str(path / name))
     tags = [p.name for p in sorted(path.iterdir()) if p.is_dir() and is_tag(p)]
     raise PretrainedError(
         f'{path}: is a directory without an index; '
         + (f'name one of its tags: {few(tags)}' if tags else _READABLE)
     )
-
-
-def _open_tag(path: Path, ema: bool) -> Mapping[str, Any]:
-    # The shards' own module reads files through this one.
-    from internvl_ds.checkpoint.formats.ema_files import EmaFiles
-    from internvl_ds.checkpoint.formats.ema_tensors import ema_flats
-    from internvl_ds.checkpoint.formats.zero_shards import TagShards
-
-    try:
-        if not ema:
-            shards = TagShards(path)
-            if shards.unused:
-                _log.warning(f'{path}: files of another layout are not read: {few(shards.unused)}')
-            return shards.named_weights()
-        saved = EmaFiles(path)
-        if not saved:
-            raise PretrainedError(f'{path}: holds no averaged weights')
-        return ema_flats(saved)
-    except CheckpointError as error:
-        raise PretrainedError(str(error)) from error
 
 
 def _open_index(path: Path) -> dict[str, Any]:
@@ -137,7 +98,7 @@ def _open_index(path: Path) -> dict[str, Any]:
         raise PretrainedError(
             f'{path}: names {refused[0]!r}, which is no file of weights beside it'
         )
-    opened = {file: open_source(str(path.parent / file)) for file in files}
+    opened = {file: open_file(str(path.parent / file)) for file in files}
     missing = [key for key, file in places.items() if key not in opened[file]]
     if missing:
         raise PretrainedError(

@@ -106,14 +106,13 @@ def _sweep_save(output: Path, key: str, there: set[str], age: float) -> bool:
 
 def _sweep_trash(trash: Path) -> None:
     """What has the mark was on its way out, whoever began that; an empty one had it last."""
+    if trash.is_symlink() or not trash.is_dir():
+        return
     try:
-        if trash.is_symlink() or not trash.is_dir():
-            return
         if read_owner(trash / MARK) is None and any(trash.iterdir()):
             _leave(trash)
-            return
-        remove_marked(trash)
-        logger.info('%s: the rest of a tag that was being removed; removed', trash)
+        elif remove_marked(trash):
+            logger.info('%s: the rest of a tag that was being removed; removed', trash)
     except FileNotFoundError:
         return  # whoever began has just ended
     except OSError as error:

@@ -40,27 +40,25 @@ def discard(path: Path) -> bool | None:
         logger.warning('could not remove %s: %s', path, error)
         unlink(path / MARK)
         return False
-    try:
-        remove_marked(trash)
-    except OSError as error:
-        logger.warning('could not remove all of %s: %s', trash, error)
-        return False
-    return True
+    return remove_marked(trash)
 
 
-def remove_marked(trash: Path) -> None:
-    """Removes a directory, its mark last. Another process may do the same at the same time."""
-    while True:
+def remove_marked(trash: Path) -> bool:
+    """Removes a directory, its mark last, as another process may do at the same time; or warns."""
+    while trash.exists():
         try:
             for path in [path for path in trash.iterdir() if path.name != MARK]:
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
                 else:
                     path.unlink()
-            return shutil.rmtree(trash)
+            shutil.rmtree(trash)
         except FileNotFoundError:
-            if not trash.exists():
-                return None
+            continue
+        except OSError as error:
+            logger.warning('could not remove all of %s: %s', trash, error)
+            return False
+    return True
 
 
 def unlink(path: Path) -> None:

@@ -20,13 +20,13 @@ import torch
 from internvl_ds import load_checkpoint
 from internvl_ds.checkpoint.sources import downloads
 from internvl_ds.checkpoint.sources.downloads import fetch
-from internvl_ds.checkpoint.sources.weight_files import open_source
+from internvl_ds.checkpoint.sources.open_weights import open_weights
 from internvl_ds.config.tree import default_config
 from internvl_ds.errors import CheckpointError, ConfigError, PretrainedError
 from internvl_ds.files.addresses import redacted
 from internvl_ds.pretrained import load_pretrained
 from internvl_ds.train.log import write_config
-from tests.checkpoint.sources.test_weight_files import Payload
+from tests.checkpoint.sources.test_open_weights import Payload
 from tests.harness.ranks import base_env
 from tests.harness.servers import redirect, reply, serving, trickle
 
@@ -85,10 +85,10 @@ def test_two_files_of_one_name_are_two(server, cache):
     server.answers |= {'/one/model.safetensors': weights(1), '/two/model.safetensors': weights(2)}
     for _ in range(2):
         for value, folder in ((1, 'one'), (2, 'two')):
-            source = open_source(server.url(f'/{folder}/model.safetensors'))
+            source = open_weights(server.url(f'/{folder}/model.safetensors'))
             assert source['a'][0] == value
     assert len(server.asked) == 2  # and then from the cache
-    open_source(server.url('/one/model.safetensors?v=2'))
+    open_weights(server.url('/one/model.safetensors?v=2'))
     assert len(server.asked) == 3
     assert len(kept(cache)) == 3
 
@@ -112,7 +112,7 @@ def test_a_redirect_to_https_is_followed_and_a_loop_is_not(server):
         '/b.pth': torch_file(3),
         '/loop.pth': redirect('/loop.pth'),
     }
-    assert open_source(server.url('/a.pth'))['a'] == 3
+    assert open_weights(server.url('/a.pth'))['a'] == 3
     refused(server.url('/loop.pth'), '302')
 
 
@@ -147,7 +147,7 @@ def test_a_body_that_is_cut_off_is_not_kept_and_the_next_start_has_it(server, ca
         refused(server.url('/w.pth'))
         assert kept(cache) == []
     server.answers['/w.pth'] = whole
-    assert open_source(server.url('/w.pth'))['a'] == 4
+    assert open_weights(server.url('/w.pth'))['a'] == 4
 
 
 def test_a_body_in_chunks(server):
@@ -156,7 +156,7 @@ def test_a_body_in_chunks(server):
     server.answers['/w.pth'] = lambda h: reply(
         h, body, Content_Length=None, Transfer_Encoding='chunked'
     )
-    assert open_source(server.url('/w.pth'))['a'] == 5
+    assert open_weights(server.url('/w.pth'))['a'] == 5
 
 
 @pytest.mark.parametrize('page', [
@@ -254,14 +254,14 @@ def test_a_kept_file_that_is_damaged_is_downloaded_again(server, cache, caplog):
         assert fetch(server.url(path)).read_bytes() == whole
         assert str(file) in caplog.text
         file.write_bytes(whole[:-1])
-        assert open_source(server.url(path))['a'] == 7
+        assert open_weights(server.url(path))['a'] == 7
 
 
 def test_a_hash_in_the_name_is_checked_and_short_words_are_none(server, cache):
     server.answers |= {'/w-0123abcd.pth': torch_file(8), '/vit-b.pth': torch_file(9)}
     refused(server.url('/w-0123abcd.pth'), '0123abcd', 'sha256')
     assert kept(cache) == []
-    assert open_source(server.url('/vit-b.pth'))['a'] == 9
+    assert open_weights(server.url('/vit-b.pth'))['a'] == 9
 
 
 def test_what_torch_hub_has_is_taken_by_its_hash_only(server, tmp_path):
@@ -274,9 +274,9 @@ def test_what_torch_hub_has_is_taken_by_its_hash_only(server, tmp_path):
     server.answers |= {'/model.safetensors': weights(1), f'/{hashed}': mine}
     assert fetch(server.url(f'/{hashed}')) == old / hashed
     assert not server.asked
-    assert open_source(server.url('/model.safetensors'))['a'][0] == 1
+    assert open_weights(server.url('/model.safetensors'))['a'][0] == 1
     (old / hashed).write_bytes(other)
-    assert open_source(server.url(f'/{hashed}'))['a'] == 1
+    assert open_weights(server.url(f'/{hashed}'))['a'] == 1
     assert (old / hashed).read_bytes() == other  # it is not ours
 
 
@@ -284,7 +284,7 @@ def test_a_kept_file_that_cannot_be_read_is_named(server, cache):
     server.answers['/w.pth'] = b'PK\x03\x04 and then nothing'
     for _ in range(2):
         with pytest.raises(PretrainedError) as caught:
-            open_source(server.url('/w.pth'))
+            open_weights(server.url('/w.pth'))
         (file,) = kept(cache)
         assert str(file) in str(caught.value)
         assert 'Remove that file' in str(caught.value)
@@ -313,7 +313,7 @@ def test_a_payload_is_never_run(server, tmp_path):
     torch.save({'a': Payload(os.system, f'touch {marker}')}, file)
     server.answers['/w.pth'] = file.getvalue()
     with pytest.raises(PretrainedError, match='refused'):
-        open_source(server.url('/w.pth'))
+        open_weights(server.url('/w.pth'))
     assert not marker.exists()
 
 
@@ -374,7 +374,7 @@ def test_links_in_the_cache_are_not_followed(server, cache, tmp_path):
     (folder / 'lock').symlink_to(victim)
     for path in kept(cache):
         path.unlink()
-    assert open_source(server.url('/w.pth'))['a'] == 1
+    assert open_weights(server.url('/w.pth'))['a'] == 1
     assert victim.read_bytes() == b'mine'
 
 
@@ -442,13 +442,13 @@ def test_a_process_that_stands_still_is_not_waited_for(server, cache, caplog, mo
 HUB = """
 import json, logging, sys, torch
 from internvl_ds.errors import PretrainedError
-from internvl_ds.checkpoint.sources.weight_files import open_source
+from internvl_ds.checkpoint.sources.open_weights import open_weights
 from internvl_ds.checkpoint.sources import downloads
 logging.basicConfig(level=logging.DEBUG, format='%(message)s')
 for address in sys.argv[1:]:
     try:
         path = str(downloads.fetch(address, 3))
-        print('ANSWER', json.dumps([path, open_source(address)['a'][0].item()]))
+        print('ANSWER', json.dumps([path, open_weights(address)['a'][0].item()]))
     except PretrainedError as error:
         print('ANSWER', json.dumps([None, str(error)]))
 """

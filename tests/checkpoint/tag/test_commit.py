@@ -14,6 +14,7 @@ from internvl_ds.checkpoint.tag import commit as store
 from internvl_ds.checkpoint.tag import discovery as lookup
 from internvl_ds.checkpoint.tag.manifest import FileEntry, Manifest
 from internvl_ds.checkpoint.tag.retention import KeepBest, KeepLater, KeepNewest
+from internvl_ds.checkpoint.tag.trash import MARK
 from internvl_ds.errors import CheckpointError
 from tests.harness import beds
 from tests.harness.ranks import ROOT, base_env
@@ -194,6 +195,14 @@ def test_the_lock_of_a_save_that_died_before_it_wrote_is_swept(tmp_path, other_p
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_save_that_died_before_its_mark_is_known_by_its_lock(tmp_path, other_process):
+    process, staging = other_process(tmp_path)
+    _kill(process)
+    (staging / MARK).unlink()
+    assert store.sweep(tmp_path) == [staging.name]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_tag_that_stepped_aside_for_a_save_that_died_gets_its_name_again(tmp_path, caplog):
     tag = save_tag(tmp_path, 3, best='best')
     tag.rename(tmp_path / '.old-ckpt_epoch_best')  # killed between the two renames
@@ -248,6 +257,7 @@ def test_a_tag_that_latest_cannot_name_is_not_published(tmp_path):
         staging, files = stage_tag(tmp_path, tag, 'new')
         with pytest.raises(OSError, match=f'{tmp_path}/latest'):
             store.commit(staging, Manifest(make_header(tag, 0, 3), files), latest=True)
+        assert (old / SHARD).read_text() == 'old'  # at once, not by the next save's sweep
         store.abandon(staging)
     assert (old / SHARD).read_text() == 'old'
     names = ['ckpt_epoch_0', 'ckpt_epoch_1', 'latest']

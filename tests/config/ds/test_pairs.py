@@ -9,6 +9,7 @@ from internvl_ds.config.ds.pairs import AGREE, COUNTERPARTS, PAIRS, markdown
 from internvl_ds.config.ds.resolve import resolve, size_buckets
 from internvl_ds.config.ds.schema import find, installed
 from internvl_ds.config.tree import default_config, default_of, set_options
+from tests.harness.ranks import ROOT
 
 
 def test_every_key_of_the_table_is_known_to_its_file():
@@ -17,6 +18,10 @@ def test_every_key_of_the_table_is_known_to_its_file():
         assert default_of(pair.yacs) is not None, pair
         section, _, params = pair.pointer[1:].partition('/params/')
         assert params or find(installed(), section.split('/')), pair
+
+
+def test_the_documentation_shows_the_table():
+    assert markdown().strip() in (ROOT / 'ds_configs' / 'README.md').read_text()
 
 
 def test_the_documentation_has_a_row_for_what_is_filled():

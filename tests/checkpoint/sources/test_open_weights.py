@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from yacs.config import CfgNode
 
-from internvl_ds.checkpoint.sources.weight_files import open_source
+from internvl_ds.checkpoint.sources.open_weights import open_weights
 from internvl_ds.errors import PretrainedError
 
 ZIP_OR_LEGACY = pytest.mark.parametrize('is_zip', [True, False], ids=['zip', 'legacy'])
@@ -52,7 +52,7 @@ class Payload:
 @pytest.mark.parametrize('name', ['w.pth', 'w.pt', 'w.bin', 'w.pth.tar', 'noname'])
 def test_torch_file(tmp_path, name, is_zip):
     path = save({'model': weights(), 'epoch': 3}, tmp_path / name, is_zip)
-    source = open_source(path)
+    source = open_weights(path)
     assert list(source) == ['model', 'epoch']
     assert source['epoch'] == 3
     assert_same(source['model'], weights())
@@ -63,7 +63,7 @@ def test_zip_file_is_mapped_not_read(tmp_path):
     maps = Path('/proc/self/maps')
     if not maps.exists():
         pytest.skip('no /proc')
-    source = open_source(path)
+    source = open_weights(path)
     assert path in maps.read_text()
     assert source['a'].shape == (1 << 20,)
 
@@ -71,7 +71,7 @@ def test_zip_file_is_mapped_not_read(tmp_path):
 def test_safetensors_file(tmp_path):
     path = tmp_path / 'w.safetensors'
     safetensors.torch.save_file(weights(), path)
-    assert_same(dict(sorted(open_source(str(path)).items())), weights())
+    assert_same(dict(sorted(open_weights(str(path)).items())), weights())
 
 
 @ZIP_OR_LEGACY
@@ -82,7 +82,7 @@ def test_original_checkpoint_with_a_yacs_config(tmp_path, is_zip, frozen):
         config.freeze()
     args = argparse.Namespace(cfg='a.yaml', lr=0.1)
     checkpoint = {'model': weights(), 'config': config, 'epoch': 3, 'args': args}
-    source = open_source(save(checkpoint, tmp_path / 'ckpt_epoch_3.pth', is_zip))
+    source = open_weights(save(checkpoint, tmp_path / 'ckpt_epoch_3.pth', is_zip))
     assert list(source) == ['model', 'config', 'epoch', 'args']
     assert_same(source['model'], weights())
     assert type(source['config']) is CfgNode
@@ -107,7 +107,7 @@ def test_hostile_payload_is_refused_and_never_run(tmp_path, make, named, is_zip)
     marker = tmp_path / 'was_run'
     path = save({'model': weights(), 'x': make(marker)}, tmp_path / 'evil.pth', is_zip)
     with pytest.raises(PretrainedError, match=re.escape(path)) as caught:
-        open_source(path)
+        open_weights(path)
     assert named in str(caught.value)
     assert 'refused' in str(caught.value)
     assert 'weights_only' not in str(caught.value)
@@ -121,7 +121,7 @@ def test_plain_pickle_is_refused_and_never_run(tmp_path):
     marker, path = tmp_path / 'was_run', tmp_path / 'evil.pth'
     path.write_bytes(pickle.dumps({'x': Payload(os.system, f'touch {marker}')}, protocol=2))
     with pytest.raises(PretrainedError, match=re.escape(str(path))):
-        open_source(str(path))
+        open_weights(str(path))
     assert not marker.exists()
 
 
@@ -130,14 +130,14 @@ def test_payload_in_the_metadata_is_never_run(tmp_path, is_zip):
     marker, state = tmp_path / 'was_run', weights()
     state._metadata = OrderedDict({'': Payload(os.system, f'touch {marker}')})
     with pytest.raises(PretrainedError, match='refused'):
-        open_source(save(state, tmp_path / 'w.pth', is_zip))
+        open_weights(save(state, tmp_path / 'w.pth', is_zip))
     assert not marker.exists()
 
 
 def test_class_that_is_not_allowed_is_named(tmp_path):
     path = save({'model': weights(), 'acc': np.float64(81.5)}, tmp_path / 'w.pth')
     with pytest.raises(PretrainedError, match=r'object of numpy\.\S+, which is refused'):
-        open_source(path)
+        open_weights(path)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_unreadable_file(tmp_path, name, content):
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(PretrainedError, match=r'cannot be read \(\w+.*\); \.pth') as caught:
-        open_source(str(path))
+        open_weights(str(path))
     assert str(caught.value).startswith(str(path))
 
 
@@ -163,28 +163,28 @@ def test_truncated_file(tmp_path, is_zip):
     path = Path(save(weights(), tmp_path / 'w.pth', is_zip))
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(PretrainedError, match='cannot be read'):
-        open_source(str(path))
+        open_weights(str(path))
 
 
 def test_missing_file_directory_and_empty_path(tmp_path):
     with pytest.raises(PretrainedError, match=r'nowhere\.pth: no such file'):
-        open_source(str(tmp_path / 'nowhere.pth'))
+        open_weights(str(tmp_path / 'nowhere.pth'))
     with pytest.raises(PretrainedError, match=f'{re.escape(str(tmp_path))}: is a directory'):
-        open_source(str(tmp_path))
+        open_weights(str(tmp_path))
     with pytest.raises(PretrainedError, match='path of the weights is empty'):
-        open_source('')
+        open_weights('')
 
 
 def test_top_level_must_be_a_mapping(tmp_path):
     path = save([torch.zeros(1)], tmp_path / 'w.pth')
     with pytest.raises(PretrainedError, match='holds a list, not a mapping'):
-        open_source(path)
+        open_weights(path)
 
 
 @pytest.mark.parametrize('scheme', ['http', 'HTTP', 'ftp', 'file', 's3'])
 def test_nothing_but_https_is_downloaded_from(scheme):
     with pytest.raises(PretrainedError, match=f'{scheme}://example.org/w.pth: .* use https'):
-        open_source(f'{scheme}://example.org/w.pth')
+        open_weights(f'{scheme}://example.org/w.pth')
 
 
 def write_index(folder, places, name='model.safetensors.index.json'):
@@ -198,12 +198,12 @@ def test_indexed_files(tmp_path, by):
     safetensors.torch.save_file({'a': weights()['a']}, tmp_path / '1.safetensors')
     torch.save({'b': weights()['b'], 'c': torch.ones(1)}, tmp_path / '2.bin')
     index = write_index(tmp_path, {'a': '1.safetensors', 'b': '2.bin'})
-    assert_same(open_source(str(tmp_path if by == 'directory' else index)), weights())
+    assert_same(open_weights(str(tmp_path if by == 'directory' else index)), weights())
 
 
 def test_a_directory_with_one_file_as_hugging_face_names_it(tmp_path):
     safetensors.torch.save_file(weights(), tmp_path / 'model.safetensors')
-    assert_same(dict(sorted(open_source(str(tmp_path)).items())), weights())
+    assert_same(dict(sorted(open_weights(str(tmp_path)).items())), weights())
 
 
 @pytest.mark.parametrize('file', ['../secret.pth', '/etc/passwd', 'sub/1.pth', '..', ''])
@@ -214,7 +214,7 @@ def test_an_index_that_points_outside_is_refused_and_nothing_read(tmp_path, file
         torch.save(weights(), place)
     write_index(folder, {'a': file})
     with pytest.raises(PretrainedError, match='which is no file of weights beside it'):
-        open_source(str(folder))
+        open_weights(str(folder))
 
 
 @pytest.mark.parametrize('text', ['{', '[]', '{}', '{"weight_map": {}}', '{"weight_map": [1]}'])
@@ -222,20 +222,20 @@ def test_what_is_no_index(tmp_path, text):
     path = tmp_path / 'model.safetensors.index.json'
     path.write_text(text)
     with pytest.raises(PretrainedError, match='is no index of weights'):
-        open_source(str(tmp_path))
+        open_weights(str(tmp_path))
 
 
 def test_an_index_whose_files_lack_keys_or_are_missing(tmp_path):
     torch.save(weights(), tmp_path / '1.bin')
     write_index(tmp_path, {'a': '1.bin', 'z': '1.bin'})
     with pytest.raises(PretrainedError, match='1 of its keys are not where it says: z in 1.bin'):
-        open_source(str(tmp_path))
+        open_weights(str(tmp_path))
     write_index(tmp_path, {'a': '2.bin'})
     with pytest.raises(PretrainedError, match=r'2\.bin: no such file'):
-        open_source(str(tmp_path))
+        open_weights(str(tmp_path))
     write_index(tmp_path, {'a': 'model.safetensors.index.json'})  # itself
     with pytest.raises(PretrainedError, match='no file of weights beside it'):
-        open_source(str(tmp_path))
+        open_weights(str(tmp_path))
 
 
 def test_a_payload_in_one_file_of_many_is_never_run(tmp_path):
@@ -243,7 +243,7 @@ def test_a_payload_in_one_file_of_many_is_never_run(tmp_path):
     torch.save({'a': Payload(os.system, f'touch {marker}')}, tmp_path / '1.bin')
     write_index(tmp_path, {'a': '1.bin'})
     with pytest.raises(PretrainedError, match='refused'):
-        open_source(str(tmp_path))
+        open_weights(str(tmp_path))
     assert not marker.exists()
 
 
@@ -255,17 +255,17 @@ def test_a_payload_in_a_shard_of_a_tag_is_never_run(tmp_path):
         tag / 'mp_rank_00_model_states.pt',
     )
     with pytest.raises(PretrainedError, match='refused'):
-        open_source(str(tag))
+        open_weights(str(tag))
     assert not marker.exists()
 
 
 def test_the_average_of_a_file_on_request(tmp_path):
     path = save({'model': {}, 'model_ema': weights()}, tmp_path / 'w.pth')
-    assert_same(open_source(path, ema=True), weights())
+    assert_same(open_weights(path, ema=True), weights())
     without = save({'model': weights()}, tmp_path / 'v.pth')
     for place in (without, str(tmp_path)):
         with pytest.raises(PretrainedError, match='holds no averaged weights'):
-            open_source(place, ema=True)
+            open_weights(place, ema=True)
 
 
 def test_a_compressed_archive_is_refused_before_it_is_unpacked(tmp_path):
@@ -276,7 +276,7 @@ def test_a_compressed_archive_is_refused_before_it_is_unpacked(tmp_path):
             out.writestr(entry.filename, source.read(entry))
     assert bomb.stat().st_size < whole.stat().st_size / 100
     with pytest.raises(PretrainedError, match='is compressed, and says that it has'):
-        open_source(str(bomb))
+        open_weights(str(bomb))
 
 
 def test_an_archive_whose_entries_claim_more_than_there_is_is_refused(tmp_path):
@@ -287,7 +287,7 @@ def test_an_archive_whose_entries_claim_more_than_there_is_is_refused(tmp_path):
     at = raw.rindex(real * 2)  # the two sizes in the central directory
     path.write_bytes(raw[:at] + claimed * 2 + raw[at + 8 :])
     with pytest.raises(PretrainedError, match='cannot be read'):
-        open_source(str(path))
+        open_weights(str(path))
 
 
 @pytest.mark.parametrize('is_zip', [True, False])
@@ -302,7 +302,7 @@ def test_a_storage_that_claims_more_than_there_is_is_refused(tmp_path, is_zip):
     assert claimed != raw
     path.write_bytes(claimed)
     with pytest.raises(PretrainedError, match='cannot be read'):
-        open_source(str(path))
+        open_weights(str(path))
 
 
 @pytest.mark.parametrize(
@@ -325,7 +325,7 @@ def test_a_safetensors_header_that_lies_is_refused(tmp_path, change):
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, 'little') + text + raw[8 + size :])
     with pytest.raises(PretrainedError, match='cannot be read'):
-        open_source(str(path))
+        open_weights(str(path))
     path.write_bytes((1 << 60).to_bytes(8, 'little') + raw[8:])
     with pytest.raises(PretrainedError, match='cannot be read'):
-        open_source(str(path))
+        open_weights(str(path))

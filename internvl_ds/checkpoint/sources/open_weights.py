@@ -1,0 +1,65 @@
+"""Weights from wherever MODEL.PRETRAINED may point: a file, a directory, a tag, an address."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from internvl_ds.checkpoint.formats.ema_files import EmaFiles
+from internvl_ds.checkpoint.formats.ema_tensors import ema_flats
+from internvl_ds.checkpoint.formats.zero_shards import TagShards
+from internvl_ds.checkpoint.sources import downloads
+from internvl_ds.checkpoint.sources.weight_files import open_file
+from internvl_ds.checkpoint.tag.discovery import is_tag
+from internvl_ds.errors import CheckpointError, PretrainedError, few
+from internvl_ds.files.addresses import is_address
+
+_log = logging.getLogger(__name__)
+
+
+def open_weights(path: str, *, ema: bool = False) -> Mapping[str, Any]:
+    """Opens weights on the CPU: the whole top-level object, mapped and not read where it can be.
+
+    Args:
+        path: as `open_file` takes it; or a tag of this package or of DeepSpeed; or an address, as
+            `downloads.fetch` takes it.
+        ema: take the averaged weights: of a tag, or under ``model_ema`` of a file.
+
+    Returns:
+        As `open_file`; of a tag the values are `Flat`, which are read when they are used.
+
+    Raises:
+        PretrainedError: as `open_file`.
+    """
+    if not path:
+        raise PretrainedError('the path of the weights is empty')
+    if is_address(path):
+        path = str(downloads.fetch(path))
+    if os.path.isdir(path) and is_tag(Path(path)):
+        return _open_tag(Path(path), ema)
+    if ema and os.path.isdir(path):
+        raise PretrainedError(f'{path}: holds no averaged weights: it is no tag directory')
+    source = open_file(path)
+    if not ema:
+        return source
+    if not isinstance(source.get('model_ema'), Mapping):
+        raise PretrainedError(f'{path}: holds no averaged weights (no model_ema in it)')
+    return source['model_ema']
+
+
+def _open_tag(path: Path, ema: bool) -> Mapping[str, Any]:
+    try:
+        if not ema:
+            shards = TagShards(path)
+            if shards.unused:
+                _log.warning(f'{path}: files of another layout are not read: {few(shards.unused)}')
+            return shards.named_weights()
+        saved = EmaFiles(path)
+        if not saved:
+            raise PretrainedError(f'{path}: holds no averaged weights')
+        return ema_flats(saved)
+    except CheckpointError as error:
+        raise PretrainedError(str(error)) from error
