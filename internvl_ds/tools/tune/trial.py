@@ -90,9 +90,7 @@ def run_trial(
     status = classify(code, text, found is not None)
     if status == OK and found is not None:
         try:
-            bench = read_json(found, ours=True)
-            float(bench['images_per_s'])
-            return Outcome(OK, seconds, bench)
+            return Outcome(OK, seconds, _measured(found))
         except (OSError, ValueError, LookupError, TypeError) as reason:
             return Outcome(CRASH, seconds, error=f'{found}: cannot be read: {reason}')
     error = error_line(text)
@@ -101,6 +99,12 @@ def run_trial(
     elif code == 0:
         error = f'it returned 0, but there is no bench.json below {folder}; last line: {error}'
     return Outcome(status, seconds, error=error)
+
+
+def _measured(path: Path) -> dict[str, Any]:
+    tree = read_json(path, ours=True)
+    float(tree['images_per_s'])
+    return tree
 
 
 def classify(code: int | None, log: str, measured: bool) -> str:
