@@ -150,3 +150,10 @@ def test_a_file_of_our_name_is_opened_as_a_file_only(tmp_path, flags):
     assert not (tmp_path / 'nowhere').exists()
     os.close(open_own(tmp_path / 'new', flags))
     assert (tmp_path / 'new').read_text() == ''
+
+
+def test_an_error_names_the_file_and_not_what_is_written_aside(tmp_path):
+    path = tmp_path / 'missing' / 'x'
+    with pytest.raises(FileNotFoundError) as caught:
+        write_text(path, 'x')
+    assert caught.value.filename == str(path)

@@ -12,7 +12,6 @@ MUTANTS = [
         ("'O2': (FP16, BF16)}", "'O2': (BF16, BF16)}"),
         ("modes.get(level, (AUTOCAST_FP16, AUTOCAST_BF16))", 'modes.get(level, (AUTOCAST_BF16, AUTOCAST_BF16))'),
         ("    if level == '':\n        allowed.add(stated)", "    if False:\n        allowed.add(stated)"),
-        ("    elif amp_type == 'float16':", '    elif True:'),
         ('    if stated not in allowed:', '    if False:'),
         ("'TRAIN.ACCUMULATION_STEPS', AGREE, '', (0, 1))", "'TRAIN.ACCUMULATION_STEPS', AGREE)"),
         ('    if not same and wanted != default:', '    if not same:'),

@@ -323,3 +323,47 @@ def test_a_tag_that_stepped_aside_is_found_without_latest(tmp_path):
     path, warning = lookup.newest(tmp_path)
     assert path == aside
     assert 'there is no' in warning
+
+
+@pytest.mark.parametrize('name', ['.hidden', '../other', 'a/b', '..'])
+def test_latest_names_no_tag_that_is_hidden_or_elsewhere(tmp_path, name):
+    output = tmp_path / 'output'
+    tag = save_tag(output, 0)
+    for path in (output / '.hidden', tmp_path / 'other', output / 'a' / 'b'):
+        shutil.copytree(tag, path)
+    (output / 'latest').write_text(name)
+    assert lookup.read_latest(output) == ''
+
+
+def test_a_latest_that_is_no_file_names_nothing(tmp_path):
+    save_tag(tmp_path, 0)
+    (tmp_path / 'latest').rename(tmp_path / 'elsewhere')
+    assert lookup.read_latest(tmp_path) is None
+    (tmp_path / 'latest').symlink_to('elsewhere')
+    assert lookup.read_latest(tmp_path) == ''
+    (tmp_path / 'latest').unlink()
+    (tmp_path / 'latest').mkdir()
+    assert lookup.read_latest(tmp_path) == ''
+
+
+def test_what_is_no_file_in_a_tag_has_no_size(tmp_path):
+    os.mkfifo(tmp_path / 'pipe')
+    (tmp_path / 'dangling').symlink_to('nowhere')
+    (tmp_path / 'link').symlink_to(__file__)
+    sizes = lookup.file_sizes(tmp_path)
+    assert sizes == {'pipe': -1, 'dangling': -1, 'link': Path(__file__).stat().st_size}
+
+
+def test_a_folder_of_other_files_of_torch_is_no_checkpoint(tmp_path):
+    (tmp_path / 'x.pt').touch()
+    assert lookup.problem(tmp_path) == f'{tmp_path} holds no checkpoint'
+    (tmp_path / 'mp_rank_00_model_states.pt').touch()
+    assert lookup.problem(tmp_path) is None
+    (tmp_path / 'manifest.json').symlink_to('nowhere')
+    assert lookup.problem(tmp_path) == f'{tmp_path}/manifest.json: is a link to nothing'
+
+
+def test_what_stepped_aside_says_for_which_tag(tmp_path):
+    aside = lookup.aside_of(tmp_path / 'ckpt_epoch_best', '0123456789abcdef')
+    assert lookup.tag_of_aside(aside) == 'ckpt_epoch_best'
+    assert lookup.tag_of_aside(tmp_path / '.old-ckpt_epoch_best') == 'ckpt_epoch_best'

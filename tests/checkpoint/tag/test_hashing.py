@@ -210,3 +210,10 @@ def test_a_kernel_that_cannot_ask_for_pages_reads_the_file(tmp_path, monkeypatch
     expected = hashing.hash_file(path)
     monkeypatch.setattr(hashing, '_MADV_POPULATE_READ', 9999)  # as on Linux before 5.14: EINVAL
     assert hashing.hash_file(path) == expected
+
+
+def test_a_file_of_another_size_is_not_read(tmp_path):
+    (tmp_path / 'x').write_bytes(b'abc')
+    assert hashing.hash_file(tmp_path / 'x', 4) == FileEntry(3, '')
+    assert hashing.hash_file(tmp_path / 'x', 3) == hashing.hash_file(tmp_path / 'x')
+    assert hashing.hash_file(tmp_path / 'x').digest == xxhash.xxh3_128(b'abc').hexdigest()

@@ -275,3 +275,12 @@ def test_a_record_that_is_none_says_nothing(tmp_path, text):
     (tmp_path / 'link').symlink_to('/dev/zero')
     os.mkfifo(tmp_path / 'pipe')
     assert read_owner(tmp_path / 'link') is read_owner(tmp_path / 'pipe') is None
+
+
+def test_a_staging_directory_under_another_saves_id_is_left(tmp_path):
+    """Somebody has copied or renamed it: what its mark says is of another."""
+    _in_child(lambda: (stage_tag(tmp_path, 'ckpt_epoch_0'), os.kill(os.getpid(), signal.SIGKILL)))
+    (staging,) = tmp_path.glob('.staging-*')
+    staging.rename(tmp_path / f'.staging-ckpt_epoch_0-{"0" * 16}')
+    assert sweep(tmp_path, age=0) == []
+    assert (tmp_path / f'.staging-ckpt_epoch_0-{"0" * 16}' / SHARD).exists()

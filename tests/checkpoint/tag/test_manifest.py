@@ -153,3 +153,37 @@ def test_a_manifest_cut_off_anywhere_is_refused():
 def test_wrong_files_are_named():
     assert wrong_files(FILES, {'a.pt': 10, 'b.pt': 20, 'more': 1}) == []
     assert wrong_files(FILES, {'a.pt': 9}) == ['a.pt has 9 bytes, not 10', 'b.pt is missing']
+
+
+@pytest.mark.parametrize('name', ['', '.', '..', 'a/../b', '/a', 'a//b', 'a\0b'])
+def test_a_name_that_is_no_file_of_a_tag_is_refused(name):
+    text = Manifest(HEADER, {name: FileEntry(1, 'a' * 32)}).to_text()
+    with pytest.raises(CheckpointError, match='which is no file of a tag'):
+        parse_manifest(text, 'here')
+
+
+@pytest.mark.parametrize('entry', [(-1, 'a'), (True, 'a'), (1.5, 'a'), (1 << 63, 'a'), (1, 2)])
+def test_a_size_that_is_no_count_is_refused(entry):
+    text = Manifest(HEADER, {'a.pt': FileEntry(*entry)}).to_text()
+    with pytest.raises(CheckpointError, match=r'a\.pt has \['):
+        parse_manifest(text, 'here')
+
+
+@pytest.mark.parametrize(
+    ('field', 'value'),
+    [('world_size', 0), ('zero_stage', 4), ('zero_stage', -1), ('sequence', True), ('tag', 3)],
+)
+def test_a_header_with_a_value_of_another_kind_is_refused(field, value):
+    text = Manifest(dataclasses.replace(HEADER, **{field: value}), FILES).to_text()
+    with pytest.raises(CheckpointError, match=f'here: {field} is '):
+        parse_manifest(text, 'here')
+
+
+@pytest.mark.parametrize(
+    ('size', 'words'),
+    [(9, '9 bytes, not 10'), (11, '11 bytes, not 10'), (-1, 'is no regular file'), (None, 'miss')],
+)
+def test_a_file_of_any_other_size_is_wrong(size, words):
+    sizes = {'b.pt': 20, **({} if size is None else {'a.pt': size})}
+    (wrong,) = wrong_files(FILES, sizes)
+    assert words in wrong

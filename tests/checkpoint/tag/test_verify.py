@@ -3,12 +3,22 @@
 import shutil
 
 import pytest
+import torch
 
+from internvl_ds.checkpoint.formats.ema_files import with_identity
+from internvl_ds.checkpoint.formats.state_json import state_text
 from internvl_ds.checkpoint.tag import commit as store
 from internvl_ds.checkpoint.tag.discovery import problem, read_manifest
-from internvl_ds.checkpoint.tag.hashing import write_hashed
-from internvl_ds.checkpoint.tag.manifest import Manifest
-from internvl_ds.checkpoint.tag.verify import damage, damage_of_tag, share_of
+from internvl_ds.checkpoint.tag.hashing import save_safetensors, save_tensors, write_hashed
+from internvl_ds.checkpoint.tag.manifest import FileEntry, Identity, Manifest
+from internvl_ds.checkpoint.tag.verify import (
+    damage,
+    damage_of_tag,
+    ema_files_of_rank,
+    share_of,
+    training_files,
+    weight_files,
+)
 from internvl_ds.errors import CheckpointError
 from tests.harness.tags import make_header
 
@@ -114,3 +124,50 @@ def test_the_ranks_share_the_files_so_that_each_is_read_once(world_size):
     assert sorted(name for share in shares for name in share) == sorted(names)
     if world_size > 1:
         assert NAMES[1] in shares[1]  # its own
+
+
+MODELS = ('zero_pp_rank_0_mp_rank_00_model_states.pt', 'zero_pp_rank_1_mp_rank_00_model_states.pt')
+EMA = ('ema_rank_0.safetensors', 'ema_rank_1.safetensors', 'ema_rank_2.safetensors')
+
+
+def manifest_of(stage, *names):
+    files = {name: FileEntry(1, 'a' * 32) for name in names}
+    return Manifest(make_header('ckpt_epoch_0', 0, zero_stage=stage), files)
+
+
+def test_the_weights_of_stage_3_are_in_all_ranks_files():
+    assert weight_files(manifest_of(1, MODELS[0], NAMES[0])) == ['state.json', MODELS[0]]
+    assert weight_files(manifest_of(3, MODELS[0], NAMES[0])) == ['state.json', MODELS[0], NAMES[0]]
+
+
+def test_each_rank_verifies_what_it_goes_on_from():
+    whole = 'mp_rank_00_model_states.pt'
+    loops = ('loop_rank_0.json', 'loop_rank_1.json')
+    manifest = manifest_of(1, whole, *NAMES, *loops, *EMA)
+    assert training_files(manifest) == ['state.json', whole, *NAMES, *loops]
+    assert training_files(manifest, 1) == ['state.json', whole, NAMES[1], loops[1]]
+    assert ema_files_of_rank(manifest, 1) == ['state.json', EMA[0], EMA[1]]
+
+
+@pytest.mark.parametrize('kind', ['json', 'safetensors', 'pt'])
+def test_a_whole_file_of_another_save_is_damage(tmp_path, kind):
+    def identity(save):
+        return Identity('ckpt_epoch_0', save, 0)
+
+    def write(path, save):
+        if kind == 'json':
+            text = state_text({Identity.KEY: identity(save).to_dict()}).encode()
+            return write_hashed(path, lambda file: file.write(text))
+        if kind == 'safetensors':
+            return save_safetensors({'x': torch.ones(1)}, path, with_identity(None, identity(save)))
+        return save_tensors({Identity.KEY: identity(save).to_dict()}, path)
+
+    names = {'json': 'state.json', 'safetensors': EMA[0], 'pt': 'mp_rank_00_model_states.pt'}
+    path = tmp_path / names[kind]
+    for save, damaged in (('5e6f', False), ('other', True)):
+        manifest = Manifest(
+            make_header('ckpt_epoch_0', 0, save='5e6f'), {path.name: write(path, save)}
+        )
+        found = damage(tmp_path, manifest, manifest.files)
+        assert bool(found) == damaged
+        assert not damaged or "rank 0's file of save other" in found[0]

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from internvl_ds.config.ds import resolve as ds
 from internvl_ds.config.ds.load import load_ds_config
@@ -134,3 +135,31 @@ def test_loading(tmp_path):
     given = {'zero_optimization': {'stage': 1}}
     ds.resolve_or_raise(load_ds_config(given), make_config(), 1)
     assert given == {'zero_optimization': {'stage': 1}}
+
+
+def test_a_mapping_is_copied_to_its_depth():
+    given = {'zero_optimization': {'stage': 1}}
+    load_ds_config(given)['zero_optimization']['stage'] = 3
+    assert given == {'zero_optimization': {'stage': 1}}
+
+
+def test_one_accumulation_step_and_none_mean_the_same():
+    got = _resolved({'gradient_accumulation_steps': 0}, TRAIN__ACCUMULATION_STEPS=1)
+    assert got['gradient_accumulation_steps'] == 1
+
+
+def test_the_loss_scale_is_that_of_torchs_grad_scaler():
+    got = _resolved({}, AMP_OPT_LEVEL='O1', AMP_TYPE='float16')['fp16']
+    torchs = torch.amp.GradScaler('cpu').state_dict()
+    assert 2 ** got['initial_scale_power'] == torchs['scale'] == 65536.0
+    assert got['loss_scale_window'] == torchs['growth_interval'] == 2000
+    assert (got['loss_scale'], got['hysteresis'], got['min_loss_scale']) == (0, 1, 1)
+
+
+@pytest.mark.parametrize('stage', [0, 1, 2, 3])
+def test_an_engine_without_an_optimizer_partitions_nothing_at_stages_1_and_2(stage):
+    tree = {'zero_optimization': {'stage': stage}, 'optimizer': {}, 'bf16': {'enabled': True}}
+    got = ds.for_inference(tree)
+    assert got['zero_optimization']['stage'] == (stage if stage in (0, 3) else 0)
+    assert 'optimizer' not in got
+    assert tree['optimizer'] == {}
