@@ -28,8 +28,8 @@ from internvl_ds import NativeScalerWithGradNormCount, initialize
 from internvl_ds.dist.rendezvous import rank
 from tests.bench.figures import Pair, ratios_report, ratios_table, seconds_report, seconds_table
 from tests.bench.harness import Contender, measure
+from tests.harness.model import make_config, make_optimizer, module_dtype, precision_values
 from tests.harness.ranks import run_ranks
-from tests.workers.model import make_config, make_optimizer, module_dtype, precision_values
 
 PAIRS = (Pair('bridge', 'bare engine', 1.01),)
 _CLIP = 5.0
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f'{precision}, ZeRO stage {stage}...', file=sys.stderr, flush=True)
             with tempfile.TemporaryDirectory(prefix='bench-') as folder:
                 entry = run_ranks(
-                    'tests.bench.bridge:measure_updates', options.ranks, Path(folder),
+                    measure_updates, options.ranks, Path(folder),
                     timeout=_TIMEOUT, env=env, model=options.model, batch=options.batch,
                     steps=options.steps, rounds=options.rounds, stage=stage, precision=precision,
                 )[0]  # fmt: skip

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.bench import worker
 from tests.bench.figures import ratios_table, seconds_table, table
 from tests.harness.ranks import run_ranks
 
@@ -50,7 +51,7 @@ def measure_one(millions: float, stage: int, options: argparse.Namespace) -> dic
     """Starts the ranks for one configuration and returns their report, with the targets judged."""
     with tempfile.TemporaryDirectory(prefix='bench-', dir=options.folder) as folder:
         entry = run_ranks(
-            'tests.bench.worker:measure_checkpoints',
+            worker.measure_checkpoints,
             RANKS,
             Path(folder),
             timeout=_TIMEOUT,

@@ -56,9 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def move(millions: float, source: int, target: int, rounds: int, folder: Path) -> dict[str, Any]:
     """Saves on ``source`` ranks and measures the loads on ``target`` ranks."""
     arguments = {'millions': millions, 'folder': str(folder)}
-    run_ranks('tests.bench.elastic:save_tags', source, folder, timeout=_TIMEOUT, **arguments)
+    run_ranks(save_tags, source, folder, timeout=_TIMEOUT, **arguments)
     entry = run_ranks(
-        'tests.bench.elastic:measure_loads', target, folder, timeout=_TIMEOUT,
+        measure_loads, target, folder, timeout=_TIMEOUT,
         rounds=rounds, **arguments,
     )[0]  # fmt: skip
     return {'source': source, 'target': target, **entry}

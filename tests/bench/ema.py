@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix='bench-') as folder:
         entry = run_ranks(
-            'tests.bench.ema:measure_updates', _RANKS, Path(folder), timeout=_TIMEOUT,
+            measure_updates, _RANKS, Path(folder), timeout=_TIMEOUT,
             millions=options.params, rounds=options.rounds,
         )[0]  # fmt: skip
     print(tables(entry), flush=True)

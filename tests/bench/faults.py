@@ -36,7 +36,7 @@ from tests.harness.ranks import (
     wait_for_words,
 )
 from tests.harness.starts import start_command
-from tests.workers.training import small_config, write_folder
+from tests.harness.training import small_config, write_folder
 
 LIMIT = 10  # every limit, seconds; COMM.INIT_TIMEOUT too where ranks are to miss each other
 # A launcher needs up to 30 s more to end ranks by force, and starting takes some.
@@ -65,7 +65,7 @@ CELLS = [
     and (fault, launcher) != ('unreachable', 'deepspeed')
 ]
 
-# Of `tests.workers.places`, in the training program: where rank 1, or 0, is when it is met.
+# Of `tests.harness.places`, in the training program: where rank 1, or 0, is when it is met.
 _PLACES = ('find newest #1', 'evaluation #1', 'write checkpoint #1', 'end of training #1')
 AT_PLACES = [
     (f'{fault} at {place}', launcher)
@@ -129,7 +129,7 @@ class Job:
             small_config(
                 data, TRAIN__EPOCHS=1 if place else 100000, TRAIN__WARMUP_EPOCHS=0,
                 DATA__BATCH_SIZE=2, SAVE_FREQ=100000,
-                MODEL__FACTORY=f'tests.workers.{"places" if place else "faulty"}:model', **limits,
+                MODEL__FACTORY=f'tests.harness.{"places" if place else "faulty"}:model', **limits,
             ).dump()
         )  # fmt: skip
         (folder / 'plan.json').write_text(json.dumps({'place': place, 'stays': 1}))

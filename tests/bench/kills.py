@@ -33,10 +33,10 @@ from internvl_ds.checkpoint.tag import discovery as lookup
 from internvl_ds.checkpoint.tag.verify import damage_of_tag
 from internvl_ds.config.ds import schema as ds_schema
 from internvl_ds.dist.process_group import free_port
+from tests.harness import killing
+from tests.harness.forking import fork_ranks
 from tests.harness.forkserver import preload
-from tests.workers import killing
-from tests.workers.forking import fork_ranks
-from tests.workers.training import write_folder
+from tests.harness.training import write_folder
 
 RANKS = 2
 EPOCHS = 10  # of two updates each; a chain that comes near the end begins anew

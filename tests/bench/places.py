@@ -1,7 +1,7 @@
 """One of two ranks meets a fault at a named place: seconds until the other ends, and what it says.
 
 The ranks are forked from prepared processes, without a launcher, and go through the stories of
-`tests.workers.places`. At its place a rank is killed, stopped, or its host is cut off from the
+`tests.harness.places`. At its place a rank is killed, stopped, or its host is cut off from the
 other's. Which places there are is found by a normal run of each story.
 """
 
@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from tests.harness import hosts
+from tests.harness import places as places_ranks
 from tests.harness.forkserver import Forked, fork
+from tests.harness.places import STORIES
 from tests.harness.ranks import ROOT, base_env, free_port, run_ranks
-from tests.workers.places import STORIES
-from tests.workers.training import write_folder
+from tests.harness.training import write_folder
 
 KILLED, STOPPED, CUT = 'killed', 'stopped', 'cut'
 FAULTS = (KILLED, STOPPED, CUT)
@@ -57,7 +58,7 @@ class Place:
     """Where a rank is.
 
     Attributes:
-        story: of `tests.workers.places`.
+        story: of `tests.harness.places`.
         name: of the place in it, and for the how many-th time, as 'commit #1'.
     """
 
@@ -189,7 +190,7 @@ class Ranks:
             self.processes.append(
                 fork(
                     f'rank {rank} [] {sys.executable}', [str(plan)], env, self.logs[rank], ROOT,
-                    sys.executable, 'tests.workers.places:live',
+                    sys.executable, 'tests.harness.places:live',
                 )
             )  # fmt: skip
 
@@ -233,7 +234,7 @@ def prepare(folder: Path) -> tuple[Path, list[list[Place]]]:
     """
     shared = folder / 'shared'
     write_folder(shared / 'images', classes=3, train=16, val=8)
-    run_ranks('tests.workers.places:prepare', 2, folder, shared=shared)
+    run_ranks(places_ranks.prepare, 2, folder, shared=shared)
     limits = Trial(KILLED, Place('save', ''), 0).limits()
     for group in (_FIRST, [s for s in STORIES if s not in (*_FIRST, *_THEN)], _THEN):
         runs = {story: Ranks(folder / story, story, shared, limits) for story in group}

@@ -29,8 +29,8 @@ from tests.bench.harness import Contender, measure
 from tests.bench.loads import highest
 from tests.bench.memory import anonymous, peak_growth
 from tests.bench.subject import Stack
+from tests.harness.model import make_config
 from tests.harness.ranks import run_ranks
-from tests.workers.model import make_config
 
 PAIRS = (Pair('load_pretrained', 'torch.load and load_state_dict', 0.5),)
 PLAIN_TARGET, PARTITIONED_TARGET = 1.02, 1.05
@@ -55,12 +55,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         common = {'path': str(path), 'millions': options.params}
         print('plain...', file=sys.stderr, flush=True)
         plain = run_ranks(
-            'tests.bench.pretrained:measure_plain', 1, Path(folder), timeout=_TIMEOUT,
+            measure_plain, 1, Path(folder), timeout=_TIMEOUT,
             rounds=options.rounds, **common,
         )[0]  # fmt: skip
         print('zero.Init...', file=sys.stderr, flush=True)
         partitioned = run_ranks(
-            'tests.bench.pretrained:measure_partitioned', options.ranks, Path(folder),
+            measure_partitioned, options.ranks, Path(folder),
             timeout=_TIMEOUT, **common,
         )[0]  # fmt: skip
     report = {'ranks': options.ranks, 'plain': plain, 'partitioned': partitioned}

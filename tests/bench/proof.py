@@ -70,7 +70,7 @@ def measure_one(millions: float, stage: int, rounds: int, folder: Path | None) -
     """Starts the ranks for one ZeRO stage; returns the report of each."""
     with tempfile.TemporaryDirectory(prefix='bench-', dir=folder) as made:
         return run_ranks(
-            'tests.bench.proof:measure_proof',
+            measure_proof,
             _RANKS,
             Path(made),
             timeout=_TIMEOUT,

@@ -23,7 +23,7 @@ from internvl_ds import (
 )
 from internvl_ds.checkpoint.checkpoint_engine import ShardWriter
 from internvl_ds.dist.rendezvous import rank
-from tests.workers.model import make_config, make_optimizer, precision_values
+from tests.harness.model import make_config, make_optimizer, precision_values
 
 logger = logging.getLogger('bench')
 

@@ -2,8 +2,9 @@
 
 import pytest
 
+from tests.harness import saving
+from tests.harness.model import OFFLOAD, PERSISTENT
 from tests.harness.ranks import free_port, run_command, run_ranks
-from tests.workers.model import OFFLOAD, PERSISTENT
 
 STAGES = [0, 1, 2, 3, OFFLOAD, PERSISTENT]
 
@@ -18,8 +19,8 @@ STAGES = [0, 1, 2, 3, OFFLOAD, PERSISTENT]
 )  # fmt: skip
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, precision, ranks):
     settings = {'stages': STAGES, 'precision': precision, 'root': tmp_path}
-    whole = run_ranks('tests.workers.saving:train_and_save', ranks, tmp_path, **settings)
-    resumed = run_ranks('tests.workers.saving:resume_and_go_on', ranks, tmp_path, **settings)
+    whole = run_ranks(saving.train_and_save, ranks, tmp_path, **settings)
+    resumed = run_ranks(saving.resume_and_go_on, ranks, tmp_path, **settings)
     for stage in map(str, STAGES):
         for before, after in zip(whole, resumed, strict=True):
             a, b = before[stage], after[stage]
@@ -39,7 +40,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, precis
 @pytest.mark.parametrize('precision', ['fp32', 'bf16'])
 def test_eval_mode_loads_the_tag_that_was_asked_for(tmp_path, precision):
     results = run_ranks(
-        'tests.workers.saving:evaluate_by_name', 2, tmp_path,
+        saving.evaluate_by_name, 2, tmp_path,
         stages=STAGES, precision=precision, root=tmp_path,
     )  # fmt: skip
     for stage in map(str, STAGES):
@@ -57,7 +58,7 @@ def test_eval_mode_loads_the_tag_that_was_asked_for(tmp_path, precision):
 @pytest.mark.parametrize('stage', [1, 3])
 def test_a_save_on_rank_0_alone_names_the_missing_rank(tmp_path, stage):
     texts = run_ranks(
-        'tests.workers.saving:save_on_rank_0_only', 2, tmp_path,
+        saving.save_on_rank_0_only, 2, tmp_path,
         expect_failure=True, stage=stage, root=tmp_path / 'out',
     )  # fmt: skip
     assert 'RankError: save_checkpoint: rank 0 waited 3 s and rank 1 on ' in texts[0]
@@ -72,7 +73,7 @@ def test_a_job_that_saves_on_rank_0_alone_ends_with_a_status_that_says_so(tmp_pa
     script = tmp_path / 'train.py'
     script.write_text(
         'from internvl_ds.dist.process_group import init_distributed\n'
-        'from tests.workers.saving import save_on_rank_0_only\n'
+        'from tests.harness.saving import save_on_rank_0_only\n'
         'init_distributed()\n'
         f'save_on_rank_0_only({stage}, {str(tmp_path / "out")!r})\n'
     )
@@ -87,7 +88,7 @@ def test_a_job_that_saves_on_rank_0_alone_ends_with_a_status_that_says_so(tmp_pa
 @pytest.mark.parametrize('best', [None, 'best'])
 def test_ranks_that_save_different_epochs_are_told(tmp_path, best):
     messages = run_ranks(
-        'tests.workers.saving:save_with_another_epoch', 2, tmp_path,
+        saving.save_with_another_epoch, 2, tmp_path,
         root=tmp_path / 'out', best=best,
     )  # fmt: skip
     for message in messages:
@@ -101,7 +102,7 @@ def test_ranks_that_save_different_epochs_are_told(tmp_path, best):
 @pytest.mark.parametrize('stage', [1, 3])
 def test_a_rank_that_cannot_write_fails_the_save_on_all_and_training_goes_on(tmp_path, stage):
     results = run_ranks(
-        'tests.workers.saving:save_that_fails_on_rank_1', 2, tmp_path,
+        saving.save_that_fails_on_rank_1, 2, tmp_path,
         stage=stage, root=tmp_path / 'out',
     )  # fmt: skip
     for result in results:
@@ -114,7 +115,7 @@ def test_a_rank_that_cannot_write_fails_the_save_on_all_and_training_goes_on(tmp
 
 @pytest.mark.ranks
 def test_what_cannot_be_loaded_says_why(tmp_path):
-    for messages in run_ranks('tests.workers.saving:load_errors', 2, tmp_path, root=tmp_path):
+    for messages in run_ranks(saving.load_errors, 2, tmp_path, root=tmp_path):
         assert messages['missing'].startswith('CheckpointNotFound')
         assert 'ckpt_epoch_9: no such checkpoint' in messages['missing']
         assert 'has ckpt_epoch_0' in messages['missing']
@@ -139,7 +140,7 @@ def test_retention_leaves_exactly_the_newest_epoch_tags(tmp_path):
     # (SAVE_CKPT_NUM, SAVE_FREQ, epochs of this run): each run goes on in the same directory.
     runs = [(1, 1, range(0, 3)), (3, 1, range(3, 7)), (3, 2, range(7, 13)), (1, 2, range(13, 17))]
     results = run_ranks(
-        'tests.workers.saving:retain', 2, tmp_path,
+        saving.retain, 2, tmp_path,
         root=tmp_path / 'out', runs=[(keep, freq, list(epochs)) for keep, freq, epochs in runs],
     )  # fmt: skip
     saved: list[int] = []
@@ -159,7 +160,7 @@ def test_retention_leaves_exactly_the_newest_epoch_tags(tmp_path):
 
 @pytest.mark.ranks
 def test_a_rewound_run_keeps_what_it_saves_and_resumes_from_it(tmp_path):
-    results = run_ranks('tests.workers.saving:rewind', 2, tmp_path, root=tmp_path / 'out')
+    results = run_ranks(saving.rewind, 2, tmp_path, root=tmp_path / 'out')
     for result in results:
         # 8 and 9 are later training; without an explicit word they stay until it is done again
         tags = ['ckpt_epoch_4', 'ckpt_epoch_8', 'ckpt_epoch_9']
@@ -168,9 +169,7 @@ def test_a_rewound_run_keeps_what_it_saves_and_resumes_from_it(tmp_path):
 
 @pytest.mark.ranks
 def test_a_script_that_is_started_again_goes_on_from_its_own_output(tmp_path):
-    results = run_ranks(
-        'tests.workers.saving:start_again', 2, tmp_path, stages=[0, 2, 3], root=tmp_path
-    )
+    results = run_ranks(saving.start_again, 2, tmp_path, stages=[0, 2, 3], root=tmp_path)
     for result in results:
         for found in result.values():
             assert found['asked'][0] != found['saved'][0]
@@ -183,9 +182,7 @@ def test_a_script_that_is_started_again_goes_on_from_its_own_output(tmp_path):
 
 @pytest.mark.ranks
 def test_a_tag_of_plain_deepspeed_loads_and_ours_loads_plainly(tmp_path):
-    for result in run_ranks(
-        'tests.workers.saving:interchange', 2, tmp_path, stages=STAGES, root=tmp_path
-    ):
+    for result in run_ranks(saving.interchange, 2, tmp_path, stages=STAGES, root=tmp_path):
         for stage in map(str, STAGES):
             assert result[stage] == {
                 'plain into ours': True,
@@ -199,7 +196,7 @@ def test_a_tag_of_plain_deepspeed_loads_and_ours_loads_plainly(tmp_path):
 @pytest.mark.ranks
 def test_hostile_shards_run_no_code(tmp_path):
     for messages in run_ranks(
-        'tests.workers.saving:hostile', 2, tmp_path, root=tmp_path, target=tmp_path / 'owned'
+        saving.hostile, 2, tmp_path, root=tmp_path, target=tmp_path / 'owned'
     ):
         for message in messages:
             assert message.startswith('CheckpointError')
@@ -209,9 +206,7 @@ def test_hostile_shards_run_no_code(tmp_path):
 
 @pytest.mark.ranks
 def test_what_the_running_configuration_changed_is_said(tmp_path):
-    for result in run_ranks(
-        'tests.workers.saving:resume_with_other_settings', 2, tmp_path, root=tmp_path / 'out'
-    ):
+    for result in run_ranks(saving.resume_with_other_settings, 2, tmp_path, root=tmp_path / 'out'):
         assert result['weight_decay'] == [0.0, 0.5]  # the running configuration's
         assert result['t_initial'] == 30  # the schedule goes on as saved, and that is said
         text = '\n'.join(result['warnings'])

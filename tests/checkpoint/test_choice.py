@@ -10,8 +10,8 @@ from yacs.config import CfgNode
 from internvl_ds import auto_resume_helper
 from internvl_ds.checkpoint.choice import choose, newer_than_best
 from internvl_ds.errors import CheckpointError, CheckpointNotFound
+from tests.harness.model import make_config
 from tests.harness.tags import SHARD, save_tag
-from tests.workers.model import make_config
 
 logger = logging.getLogger('test')
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.checkpoint import damaging
 from tests.harness.ranks import run_ranks
 
 
@@ -9,9 +10,7 @@ from tests.harness.ranks import run_ranks
 @pytest.mark.slow
 @pytest.mark.parametrize('stage', [1, 3])
 def test_every_damage_to_every_file_is_found_and_named(tmp_path, stage):
-    ranks = run_ranks(
-        'tests.workers.damaging:every_damage', 2, tmp_path, stage=stage, root=tmp_path / 'out'
-    )
+    ranks = run_ranks(damaging.every_damage, 2, tmp_path, stage=stage, root=tmp_path / 'out')
     for results in ranks:
         # Shards of 2 ranks, the average of 2 ranks, state.json and the manifest.
         assert len({name.split()[1] for name in results if ' ' in name}) >= 7
@@ -37,7 +36,7 @@ def test_every_damage_to_every_file_is_found_and_named(tmp_path, stage):
 @pytest.mark.parametrize('stage', [1, 3])
 def test_a_pickle_in_any_file_runs_no_code(tmp_path, stage):
     for messages in run_ranks(
-        'tests.workers.damaging:payloads', 2, tmp_path,
+        damaging.payloads, 2, tmp_path,
         stage=stage, root=tmp_path / 'out', target=tmp_path / 'owned',
     ):  # fmt: skip
         for name, message in messages.items():
@@ -50,5 +49,5 @@ def test_a_pickle_in_any_file_runs_no_code(tmp_path, stage):
 
 @pytest.mark.ranks
 def test_a_tag_of_plain_deepspeed_is_loaded_with_a_warning(tmp_path):
-    for result in run_ranks('tests.workers.damaging:plain_tag', 2, tmp_path, root=tmp_path):
+    for result in run_ranks(damaging.plain_tag, 2, tmp_path, root=tmp_path):
         assert any('it could not be verified' in text for text in result['warnings'])

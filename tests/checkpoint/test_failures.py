@@ -12,9 +12,11 @@ from internvl_ds.checkpoint.tag.discovery import newest, problem
 from internvl_ds.checkpoint.tag.output_lock import _release_all, enter_output
 from internvl_ds.checkpoint.tag.verify import damage_of_tag
 from internvl_ds.config.tree import default_config
+from tests.checkpoint import failing
+from tests.checkpoint.failing import start_program
+from tests.dist import waiting
 from tests.harness import beds
 from tests.harness.ranks import run_ranks
-from tests.workers.failing import start_program
 
 
 @pytest.fixture
@@ -28,7 +30,7 @@ def small_disk(tmp_path):
 @pytest.mark.parametrize(('stage', 'in_background'), [(1, False), (3, False), (3, True)])
 def test_a_disk_too_small_for_the_second_save(tmp_path, small_disk, stage, in_background):
     results = run_ranks(
-        'tests.workers.failing:full_disk', 2, tmp_path,
+        failing.full_disk, 2, tmp_path,
         stage=stage, root=small_disk, in_background=in_background,
     )  # fmt: skip
     for result in results:
@@ -53,7 +55,7 @@ def test_a_disk_too_small_for_the_second_save(tmp_path, small_disk, stage, in_ba
 
 @pytest.mark.ranks
 def test_a_read_only_output(tmp_path, small_disk):
-    for result in run_ranks('tests.workers.failing:read_only', 2, tmp_path, root=small_disk):
+    for result in run_ranks(failing.read_only, 2, tmp_path, root=small_disk):
         assert result['error'].startswith(f'CheckpointError: {small_disk}/ckpt_epoch_1: ')
         assert 'Read-only file system' in result['error']
         assert 'ckpt_epoch_0' in result['left']
@@ -65,7 +67,7 @@ def test_a_read_only_output(tmp_path, small_disk):
 @pytest.mark.parametrize('in_background', [False, True])
 def test_a_rank_that_cannot_write_all_of_its_shard(tmp_path, stage, in_background):
     results = run_ranks(
-        'tests.workers.failing:one_rank_is_limited', 2, tmp_path,
+        failing.one_rank_is_limited, 2, tmp_path,
         stage=stage, root=tmp_path / 'out', in_background=in_background,
     )  # fmt: skip
     for result in results:
@@ -87,7 +89,7 @@ def test_a_rank_that_cannot_write_all_of_its_shard(tmp_path, stage, in_backgroun
 
 @pytest.mark.ranks
 def test_a_save_in_the_background_goes_where_it_began_to(tmp_path):
-    found = run_ranks('tests.workers.failing:changes_its_directory', 2, tmp_path, root=tmp_path)
+    found = run_ranks(failing.changes_its_directory, 2, tmp_path, root=tmp_path)
     assert found == ['out/ckpt_epoch_0'] * 2
     assert problem(tmp_path / 'out' / 'ckpt_epoch_0') is None
 
@@ -99,9 +101,7 @@ def test_an_output_that_another_job_holds_or_that_vanished_is_an_error_on_all_ra
     taken = tmp_path / 'job'
     enter_output(taken, default_config(), 30.0)
     try:
-        results = run_ranks(
-            'tests.workers.failing:locked_and_vanished', 2, tmp_path, root=tmp_path, cfg=cfg
-        )
+        results = run_ranks(failing.locked_and_vanished, 2, tmp_path, root=tmp_path, cfg=cfg)
     finally:
         _release_all()
     for result in results:
@@ -120,7 +120,7 @@ def test_an_output_that_another_job_holds_or_that_vanished_is_an_error_on_all_ra
 @pytest.mark.ranks
 def test_where_latest_cannot_be_written_the_tag_is_not_published(tmp_path):
     root = tmp_path / 'out'
-    for result in run_ranks('tests.workers.failing:latest_in_the_way', 2, tmp_path, root=root):
+    for result in run_ranks(failing.latest_in_the_way, 2, tmp_path, root=root):
         said = f'CheckpointError: {root}/ckpt_epoch_1: not saved, and the earlier checkpoints stay'
         assert result['error'].startswith(said)
         assert f"{root}/latest'" in result['error']
@@ -132,7 +132,7 @@ def test_where_latest_cannot_be_written_the_tag_is_not_published(tmp_path):
 @pytest.mark.ranks
 @pytest.mark.slow
 def test_a_disk_may_be_slower_than_a_collective(tmp_path):
-    for result in run_ranks('tests.workers.waiting:slow_disk', 2, tmp_path, root=tmp_path / 'out'):
+    for result in run_ranks(waiting.slow_disk, 2, tmp_path, root=tmp_path / 'out'):
         assert result.pop('pretrained') == 'no error'
         assert len(result) == 4
         for stage, got in result.items():

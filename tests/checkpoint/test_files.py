@@ -8,7 +8,7 @@ from timm.utils import ModelEmaV3
 
 from internvl_ds import load_checkpoint, load_ema_checkpoint
 from internvl_ds.errors import CheckpointError, CheckpointMismatch
-from tests.workers.model import make_config, make_model
+from tests.harness.model import make_config, make_model
 
 logger = logging.getLogger('test')
 

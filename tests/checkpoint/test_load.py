@@ -6,8 +6,8 @@ import pytest
 
 from internvl_ds import load_checkpoint
 from internvl_ds.errors import CheckpointError, CheckpointNotFound
+from tests.harness.model import make_config, make_model
 from tests.harness.tags import SHARD, save_tag
-from tests.workers.model import make_config, make_model
 
 logger = logging.getLogger('test')
 

@@ -9,8 +9,9 @@ from torch import nn
 from internvl_ds.checkpoint.optimizer_state import RunningOptimizer, SavedTensor
 from internvl_ds.engine.optimizer_trial import NUMBER
 from internvl_ds.errors import CheckpointMismatch
+from tests.checkpoint import optimizers
+from tests.checkpoint.optimizers import GROUPS, KINDS
 from tests.harness.ranks import run_ranks
-from tests.workers.optimizers import GROUPS, KINDS
 
 STAGES = (0, 1, 2, 3)
 
@@ -35,7 +36,7 @@ def test_a_large_tensor_is_tried_as_a_small_one():
 def saved(tmp_path_factory):
     """For each rank, 'stage kind' -> the tags of two ranks, and what their runs saw next."""
     root = tmp_path_factory.mktemp('kinds')
-    return run_ranks('tests.workers.optimizers:save_kinds', 2, root, root=root, stages=STAGES)
+    return run_ranks(optimizers.save_kinds, 2, root, root=root, stages=STAGES)
 
 
 @pytest.mark.ranks
@@ -44,9 +45,7 @@ def saved(tmp_path_factory):
 def test_every_ordered_pair_of_optimizers(tmp_path, saved, ranks):
     # Into each stage, tags of another, and on as many ranks those of its own.
     sources = {stage: [(stage + 1) % 4, stage][:ranks] for stage in STAGES}
-    results = run_ranks(
-        'tests.workers.optimizers:load_kinds', ranks, tmp_path, saved=saved[0], sources=sources
-    )
+    results = run_ranks(optimizers.load_kinds, ranks, tmp_path, saved=saved[0], sources=sources)
     for rank, found in enumerate(results):
         for stage, kind in itertools.product(STAGES, KINDS):
             said, runs = found[f'{stage} {kind}'], saved[rank]
@@ -83,12 +82,11 @@ def _is_refused(error, path, saved, running):
 @pytest.mark.ranks
 @pytest.mark.slow
 def test_groups_that_differ_in_a_flag_are_compared_one_by_one(tmp_path):
-    job = 'tests.workers.optimizers:{}'
     more = {'table': 'GROUPS'}
-    runs = run_ranks(job.format('save_kinds'), 2, tmp_path, root=tmp_path, stages=[0, 1], **more)
+    runs = run_ranks(optimizers.save_kinds, 2, tmp_path, root=tmp_path, stages=[0, 1], **more)
     sources = {0: [0, 1], 1: [0, 1]}
     for rank, found in enumerate(
-        run_ranks(job.format('load_kinds'), 2, tmp_path, saved=runs[0], sources=sources, **more)
+        run_ranks(optimizers.load_kinds, 2, tmp_path, saved=runs[0], sources=sources, **more)
     ):
         for stage, source, kind in itertools.product((0, 1), (0, 1), GROUPS):
             said, flag = found[f'{stage} {kind}'], kind.split(',')[0]
@@ -138,7 +136,7 @@ def test_what_class_and_keys_do_not_say_alike(tmp_path):
         ('new sgd', 'adamw', 0, None),
     ]
     results = run_ranks(
-        'tests.workers.optimizers:load_classes', 2, tmp_path,
+        optimizers.load_classes, 2, tmp_path,
         root=tmp_path, stage=1, loads=[load[:3] for load in loads],
     )  # fmt: skip
     for result in results:
@@ -156,7 +154,7 @@ def test_what_class_and_keys_do_not_say_alike(tmp_path):
 @pytest.mark.ranks
 @pytest.mark.slow
 def test_an_originals_file_of_another_optimizer(tmp_path):
-    for result in run_ranks('tests.workers.optimizers:load_file', 2, tmp_path, folder=tmp_path):
+    for result in run_ranks(optimizers.load_file, 2, tmp_path, folder=tmp_path):
         for running, kind in itertools.product(('adamw', 'sgd', 'momentum'), KINDS):
             said = result[f'{kind} -> {running}']
             if kind == running:
@@ -172,14 +170,12 @@ def test_an_originals_file_of_another_optimizer(tmp_path):
 @pytest.mark.ranks
 @pytest.mark.slow
 def test_what_an_optimizer_counts_in_its_groups_goes_on(tmp_path):
-    for result in run_ranks('tests.workers.optimizers:load_counted', 2, tmp_path, root=tmp_path):
+    for result in run_ranks(optimizers.load_counted, 2, tmp_path, root=tmp_path):
         assert len(result) == 12
         assert result == dict.fromkeys(result, True)
 
 
 @pytest.mark.ranks
 def test_an_engine_without_an_optimizer_says_so(tmp_path):
-    for found in run_ranks(
-        'tests.workers.optimizers:load_without_optimizer', 1, tmp_path, root=tmp_path
-    ):
+    for found in run_ranks(optimizers.load_without_optimizer, 1, tmp_path, root=tmp_path):
         assert found == ['CheckpointError: this engine has no optimizer: load with EVAL_MODE'] * 2

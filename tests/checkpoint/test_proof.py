@@ -17,6 +17,7 @@ from internvl_ds.checkpoint.formats.shard_files import read_shard
 from internvl_ds.checkpoint.proof import Wanted, prove
 from internvl_ds.errors import CheckpointError
 from internvl_ds.zero.partition import Runs, Slices
+from tests.checkpoint import proving
 from tests.harness.ranks import run_ranks
 
 STAGES = [0, 1, 2, 3]
@@ -217,9 +218,7 @@ def test_what_an_outline_does_not_know_is_decided_by_the_reader(tmp_path, value)
 @pytest.mark.slow
 @pytest.mark.parametrize('precision', ['fp32', 'bf16'])
 def test_what_is_unfrozen_or_frozen_after_initialize_is_saved_as_it_is(tmp_path, precision):
-    result = run_ranks(
-        'tests.workers.proving:unfreeze', 2, tmp_path, root=tmp_path, precision=precision
-    )
+    result = run_ranks(proving.unfreeze, 2, tmp_path, root=tmp_path, precision=precision)
     for report in result:
         for stage in map(str, STAGES):
             seen = report[stage]
@@ -241,14 +240,14 @@ def test_a_save_that_no_load_would_take_is_refused_and_the_earlier_tags_stay(
     tmp_path, in_background
 ):
     results = run_ranks(
-        'tests.workers.proving:refuse', 2, tmp_path, root=tmp_path, stages=STAGES,
+        proving.refuse, 2, tmp_path, root=tmp_path, stages=STAGES,
         in_background=in_background,
     )  # fmt: skip
     for rank, result in enumerate(results):
         for stage in map(str, STAGES):
             seen, where = result[stage], f'stage {stage}, rank {rank}'
             assert seen['object'].startswith('CheckpointError: '), where
-            assert 'tests.workers.proving.Note' in seen['object'], where
+            assert 'tests.checkpoint.proving.Note' in seen['object'], where
             assert '\n' not in seen['object'], where
             assert 'numpy' in seen['numpy'], where
             assert 'new: extra' in seen['new'], where

@@ -4,6 +4,7 @@ import pytest
 
 from internvl_ds.tools.cli import main
 from internvl_ds.zero.partition import describe
+from tests.harness import elastic
 from tests.harness.ranks import run_ranks
 
 SIZES, STAGES = (1, 2, 4), (0, 1, 2, 3)
@@ -20,9 +21,7 @@ def saved(tmp_path_factory):
     root = tmp_path_factory.mktemp('layouts')
     found = {}
     for ranks in SIZES:
-        result = run_ranks(
-            'tests.workers.elastic:save_layouts', ranks, root, root=root, stages=STAGES
-        )[0]
+        result = run_ranks(elastic.save_layouts, ranks, root, root=root, stages=STAGES)[0]
         found.update({(ranks, stage): result[str(stage)] for stage in STAGES})
     return found
 
@@ -48,7 +47,7 @@ def test_every_pair_of_stages_and_of_sizes_is_loaded():
 def test_any_layout_goes_on_from_any_other(tmp_path, saved, ranks):
     sources = _sources(ranks)
     loads = [(saved[source]['path'], stage, {}) for source, stage in sources]
-    results = run_ranks('tests.workers.elastic:load_layouts', ranks, tmp_path, loads=loads)
+    results = run_ranks(elastic.load_layouts, ranks, tmp_path, loads=loads)
     for rank, result in enumerate(results):
         for (source, stage), got in zip(sources, result, strict=True):
             _same(got, saved[source], f'{source} -> {ranks} x {stage}, rank {rank}')
@@ -74,7 +73,7 @@ def _same(got, was, said):
 @pytest.mark.ranks
 @pytest.mark.slow
 def test_masters_and_moments_move_between_precisions_unrounded(tmp_path):
-    for result in run_ranks('tests.workers.elastic:move_precisions', 2, tmp_path, root=tmp_path):
+    for result in run_ranks(elastic.move_precisions, 2, tmp_path, root=tmp_path):
         assert len(result) == 36
         # the same masters and moments bit for bit; what the module computes with is rounded anew
         assert result == {key: [True, True] for key in result}
@@ -83,7 +82,7 @@ def test_masters_and_moments_move_between_precisions_unrounded(tmp_path):
 @pytest.mark.ranks
 @pytest.mark.slow
 def test_a_sharded_average_moves_to_any_stage(tmp_path):
-    for result in run_ranks('tests.workers.elastic:move_averages', 2, tmp_path, root=tmp_path):
+    for result in run_ranks(elastic.move_averages, 2, tmp_path, root=tmp_path):
         assert result == {key: [True, 0.9, 2] for key in result}
         assert len(result) == 16
 
@@ -103,7 +102,7 @@ def test_other_settings_of_zero_change_the_layout_too(tmp_path, saved):
         (saved[source]['path'], stage, settings)
         for source, (stage, settings) in zip(sources, cases, strict=True)
     ]
-    for result in run_ranks('tests.workers.elastic:load_layouts', 2, tmp_path, loads=loads):
+    for result in run_ranks(elastic.load_layouts, 2, tmp_path, loads=loads):
         for source, case, got in zip(sources, cases, result, strict=True):
             if 'round_robin_gradients' in case[1]:
                 # DeepSpeed 0.19.8's mapping, through which the test looks, has the parameters in
@@ -118,9 +117,7 @@ def test_other_settings_of_zero_change_the_layout_too(tmp_path, saved):
 def test_what_fits_not_is_an_error_before_anything_changes(tmp_path, saved, stage):
     # saved on 1 rank, so that even the same stage goes by name
     path = saved[1, 1]['path']
-    for found in run_ranks(
-        'tests.workers.elastic:load_errors', 2, tmp_path, root=tmp_path, path=path, stage=stage
-    ):
+    for found in run_ranks(elastic.load_errors, 2, tmp_path, root=tmp_path, path=path, stage=stage):
         assert all(text.startswith('CheckpointMismatch: ') for text in found.values()), found
         assert all(path in text for text in found.values()), found
         assert '2 have another shape' in found['shape']
@@ -137,18 +134,14 @@ def test_what_fits_not_is_an_error_before_anything_changes(tmp_path, saved, stag
 @pytest.mark.slow
 def test_frozen_parameters_may_be_in_the_clients_groups(tmp_path):
     kind = 'adamw, frozen in its groups'
-    saved = run_ranks(
-        'tests.workers.elastic:save_layouts', 2, tmp_path, root=tmp_path, stages=[0, 2], kind=kind
-    )[0]
+    saved = run_ranks(elastic.save_layouts, 2, tmp_path, root=tmp_path, stages=[0, 2], kind=kind)[0]
     loads = [(saved['0']['path'], 2, {}), (saved['0']['path'], 3, {}), (saved['2']['path'], 0, {})]
     for number, source in (('0', 0), ('1', 2)):
         out = tmp_path / f'out{number}.pth'
         assert main(['ckpt', 'export', saved[str(source)]['path'], str(out)]) == 0
         assert main(['ckpt', 'diff', saved[str(source)]['path'], str(out)]) == 0
         loads.append((str(out), 1, {}))
-    for result in run_ranks(
-        'tests.workers.elastic:load_layouts', 2, tmp_path, loads=loads, kind=kind
-    ):
+    for result in run_ranks(elastic.load_layouts, 2, tmp_path, loads=loads, kind=kind):
         for source, (path, stage, _), got in zip('00202', loads, result, strict=True):
             _same(got, saved[source], f'{path} -> {stage}')
 
@@ -157,6 +150,6 @@ def test_frozen_parameters_may_be_in_the_clients_groups(tmp_path):
 @pytest.mark.slow
 def test_another_global_batch_is_a_warning(tmp_path, saved):
     loads = [(saved[1, 2]['path'], 2, {'batch_size': 4})]
-    for (got,) in run_ranks('tests.workers.elastic:load_layouts', 2, tmp_path, loads=loads):
+    for (got,) in run_ranks(elastic.load_layouts, 2, tmp_path, loads=loads):
         assert got['state'] == saved[1, 2]['state']
         assert 'saved with a global batch of 16, and this run has 8' in got['said'][1]

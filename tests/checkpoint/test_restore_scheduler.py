@@ -14,8 +14,9 @@ from internvl_ds.checkpoint.restore_scheduler import (
     restore_schedule,
     set_lr_of_schedule,
 )
+from tests.checkpoint import schedule
+from tests.harness.model import make_config
 from tests.harness.ranks import run_ranks
-from tests.workers.model import make_config
 
 
 def test_a_group_takes_the_value_that_all_its_parameters_had():
@@ -118,7 +119,7 @@ class TestRestoring:
 @pytest.mark.ranks
 @pytest.mark.slow
 def test_a_schedule_that_deepspeed_steps_goes_on_in_any_layout(tmp_path):
-    for found in run_ranks('tests.workers.schedule:move_own_schedules', 2, tmp_path, root=tmp_path):
+    for found in run_ranks(schedule.move_own_schedules, 2, tmp_path, root=tmp_path):
         straight, *resumed = found['ds_config']
         # WarmupLR: 0.01 * log(n) / log(10) after update n
         assert straight == pytest.approx([0.01 * math.log10(n) for n in range(4, 9)])

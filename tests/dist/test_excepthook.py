@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from internvl_ds.dist.excepthook import one_line
+from tests.dist import ending
 from tests.harness.ranks import base_env, free_port, run_ranks
-from tests.workers.training import small_config, write_folder
+from tests.harness.training import small_config, write_folder
 
 RANKS = pytest.mark.ranks
 
@@ -29,7 +30,7 @@ def told(texts):
 
 
 def fails(what, folder, ranks=2, **kwargs):
-    return run_ranks(f'tests.workers.ending:{what}', ranks, folder, expect_failure=True, **kwargs)
+    return run_ranks(getattr(ending, what), ranks, folder, expect_failure=True, **kwargs)
 
 
 @RANKS

@@ -17,7 +17,7 @@ pytestmark = [
 
 
 def launch(ranks, what, folder, timeout=120, **env):
-    command = [*MPIRUN, '-np', str(ranks), sys.executable, '-m', 'tests.workers.launched', what]
+    command = [*MPIRUN, '-np', str(ranks), sys.executable, '-m', 'tests.dist.launched', what]
     return run_command([*command, str(folder)], timeout, env=env)
 
 
@@ -44,7 +44,7 @@ def test_an_exception_on_one_rank_ends_the_job(tmp_path):
 def test_a_library_of_another_mpi_is_refused(tmp_path):
     # What MPICH's mpiexec.hydra sets, and Open MPI's library: each process is a world of its own.
     job = run_command(
-        [sys.executable, '-m', 'tests.workers.launched', 'train', str(tmp_path)],
+        [sys.executable, '-m', 'tests.dist.launched', 'train', str(tmp_path)],
         60,
         env={'PMI_RANK': '1', 'PMI_SIZE': '2'},
     )

@@ -15,10 +15,11 @@ from internvl_ds.config.tree import default_config
 from internvl_ds.dist.preemption import STOP, Preemption
 from internvl_ds.dist.signals import SIGNALS
 from internvl_ds.tools.cli.digits import write_digits
+from tests.dist import signalled
+from tests.dist.preempting import RANKS, STOPPED
 from tests.harness.counts import trials as trials_of
+from tests.harness.forking import run_chain
 from tests.harness.ranks import run_ranks
-from tests.workers.forking import run_chain
-from tests.workers.preempting import RANKS, STOPPED
 
 # Another seed tries other moments, and more of them: set these in the environment.
 SEED = int(os.environ.get('INTERNVL_DS_KILL_SEED', '20261124'))
@@ -53,9 +54,7 @@ def digits(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize('ranks', [2, 4])
 def test_all_ranks_stop_at_the_same_boundary(tmp_path, ranks):
-    told = run_ranks(
-        'tests.workers.signalled:boundaries', ranks, tmp_path, seed=SEED, trials=20, count=60
-    )
+    told = run_ranks(signalled.boundaries, ranks, tmp_path, seed=SEED, trials=20, count=60)
     assert all(rank == told[0] for rank in told)
     stops = [actions[-1] for actions in told[0] if actions]
     assert len(stops) >= 5
@@ -82,7 +81,7 @@ def test_a_signal_stops_a_scripts_loop_which_has_its_handlers_back_after_it(numb
 
 @pytest.mark.ranks
 def test_minutes_are_those_of_rank_0s_clock(tmp_path):
-    told = run_ranks('tests.workers.signalled:minutes', 2, tmp_path, count=100)
+    told = run_ranks(signalled.minutes, 2, tmp_path, count=100)
     assert told[0] == told[1]
     assert len(told[0]['saves']) >= 3
     assert {action for _, action in told[0]['saves']} == {'save'}
@@ -101,7 +100,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path, digits, stage, le
     ds_config.write_text(json.dumps({'zero_optimization': {'stage': stage}}))
     opts = ['DATA.DATA_PATH', str(digits), 'AMP_OPT_LEVEL', level, 'AMP_TYPE', 'bfloat16']
     trials = run_chain(
-        'tests.workers.preempting', tmp_path, 100 + 20 * (KILLS + STOPS),
+        'tests.dist.preempting', tmp_path, 100 + 20 * (KILLS + STOPS),
         seed=SEED + stage, kills=KILLS, stops=STOPS, folder=str(tmp_path / 'trials'),
         outputs=str(tmp_path / 'out'), micro_batches=22, cfg=str(cfg), ds_config=str(ds_config),
         opts=opts,

@@ -9,6 +9,8 @@ import torch
 from internvl_ds import reduce_tensor
 from internvl_ds.dist import process_group as comm
 from internvl_ds.dist.reduce import reduce_tensors
+from tests.dist import end_at_limit as harness
+from tests.dist import talking
 from tests.harness.ranks import RankFailed, run_ranks
 
 
@@ -16,7 +18,7 @@ from tests.harness.ranks import RankFailed, run_ranks
 @pytest.mark.parametrize('ranks', [2, 4])
 def test_reduce_tensor_is_the_mean_and_leaves_its_input(tmp_path, ranks):
     mean = sum(range(ranks)) / ranks
-    for rank, got in enumerate(run_ranks('tests.workers.talking:reduce', ranks, tmp_path)):
+    for rank, got in enumerate(run_ranks(talking.reduce, ranks, tmp_path)):
         assert got['mean'] == [mean, 1.0]
         assert got['several'] == [
             ['torch.float32', [mean, 1.0]],
@@ -32,13 +34,13 @@ def test_reduce_tensor_is_the_mean_and_leaves_its_input(tmp_path, ranks):
 
 @pytest.mark.ranks
 def test_rank_0_leaves_last(tmp_path):
-    assert run_ranks('tests.workers.harness:leave_late', 2, tmp_path) == ['', 'x']
+    assert run_ranks(harness.leave_late, 2, tmp_path) == ['', 'x']
 
 
 @pytest.mark.ranks
 def test_the_harness_shows_what_each_rank_printed_and_ends_the_others(tmp_path):
     with pytest.raises(RankFailed) as failure:
-        run_ranks('tests.workers.harness:fail_on_rank_1', 2, tmp_path)
+        run_ranks(harness.fail_on_rank_1, 2, tmp_path)
     text = str(failure.value)
     assert 'ValueError: on purpose' in text
     assert 'rank 0 waits' in text
@@ -48,7 +50,7 @@ def test_the_harness_shows_what_each_rank_printed_and_ends_the_others(tmp_path):
 @pytest.mark.ranks
 def test_the_harness_ends_a_job_at_its_limit_with_all_its_children(tmp_path):
     with pytest.raises(RankFailed, match='ended after 12 s'):
-        run_ranks('tests.workers.harness:hang', 2, tmp_path, timeout=12, folder=tmp_path)
+        run_ranks(harness.hang, 2, tmp_path, timeout=12, folder=tmp_path)
     children = [int(p.read_text()) for p in tmp_path.glob('child_*')]
     for child in children:
         status = f'/proc/{child}/stat'
@@ -60,7 +62,7 @@ def test_the_harness_ends_a_job_at_its_limit_with_all_its_children(tmp_path):
 @pytest.mark.parametrize('stage', [1, 3])
 def test_comm_timeout_bounds_the_collectives_of_deepspeed(tmp_path, stage):
     texts = run_ranks(
-        'tests.workers.talking:wait_for_a_lost_rank', 2, tmp_path,
+        talking.wait_for_a_lost_rank, 2, tmp_path,
         timeout=120, expect_failure=True, stage=stage,
     )  # fmt: skip
     # gloo's words; torch's own default would have kept rank 0 waiting for 30 minutes

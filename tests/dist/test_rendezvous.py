@@ -6,12 +6,13 @@ import re
 import pytest
 
 from internvl_ds.dist import rendezvous as meetings
+from tests.dist import talking, waiting
 from tests.harness.ranks import run_ranks
 
 
 @pytest.mark.ranks
 def test_meetings_exchange_agree_and_pass_errors_on(tmp_path):
-    for rank, got in enumerate(run_ranks('tests.workers.talking:meet', 2, tmp_path)):
+    for rank, got in enumerate(run_ranks(talking.meet, 2, tmp_path)):
         assert got['rounds'] == [[[0, n], [1, n]] for n in range(3)]
         assert got['slow'] == [0, 1]
         failure = 'OSError: [Errno 28] No space left on device'
@@ -26,7 +27,7 @@ def test_meetings_exchange_agree_and_pass_errors_on(tmp_path):
 @pytest.mark.ranks
 @pytest.mark.parametrize('ranks', [2, 4])
 def test_a_rank_that_does_not_come_is_named(tmp_path, ranks):
-    results = run_ranks('tests.workers.talking:missing', ranks, tmp_path)
+    results = run_ranks(talking.missing, ranks, tmp_path)
     for got in results[:-1]:
         missing = rf'waited 2 s and rank {ranks - 1} on \S+ \(pid \d+\) did not come'
         assert re.search(missing, got['message']), got
@@ -39,7 +40,7 @@ def test_a_rank_that_does_not_come_is_named(tmp_path, ranks):
 
 @pytest.mark.ranks
 def test_a_meeting_ends_on_rank_0_when_all_have_read_what_it_holds(tmp_path):
-    results = run_ranks('tests.workers.talking:rank_0_ends_at_once', 2, tmp_path, folder=tmp_path)
+    results = run_ranks(talking.rank_0_ends_at_once, 2, tmp_path, folder=tmp_path)
     assert results == [None, [0, 1]]
 
 
@@ -52,14 +53,14 @@ def test_alone_there_is_nothing_to_wait_for():
 
 @pytest.mark.ranks
 def test_gather_hands_rank_0_what_each_rank_brought(tmp_path):
-    results = run_ranks('tests.workers.talking:gather_twice', 3, tmp_path)
+    results = run_ranks(talking.gather_twice, 3, tmp_path)
     assert results[0] == [[{'rank': r, 'round': n} for r in range(3)] for n in range(2)]
     assert results[1] == results[2] == [None, None]
 
 
 @pytest.mark.ranks
 def test_threads_meet_while_the_main_thread_waits_in_another_meeting(tmp_path):
-    first, second = run_ranks('tests.workers.talking:meet_in_the_background', 2, tmp_path)
+    first, second = run_ranks(talking.meet_in_the_background, 2, tmp_path)
     # Rank 1 comes to the main meeting after its thread; on rank 0 either may be the last to read.
     assert second == ['threads of [0, 1]', 'main']
     assert sorted(first) == sorted(second)
@@ -67,9 +68,7 @@ def test_threads_meet_while_the_main_thread_waits_in_another_meeting(tmp_path):
 
 @pytest.mark.ranks
 def test_threads_meet_after_the_process_group_is_gone(tmp_path):
-    results = run_ranks(
-        'tests.workers.talking:meet_after_the_group_is_gone', 2, tmp_path, timeout=30
-    )
+    results = run_ranks(talking.meet_after_the_group_is_gone, 2, tmp_path, timeout=30)
     assert results == [[0, 1], [0, 1]]
 
 
@@ -78,7 +77,7 @@ def test_threads_meet_after_the_process_group_is_gone(tmp_path):
 @pytest.mark.parametrize(('how', 'dies'), [('sync', 2), ('async', 2), ('async', 0)])
 def test_the_death_of_a_rank_ends_a_save_and_every_later_meeting(tmp_path, how, dies):
     run_ranks(
-        'tests.workers.waiting:a_rank_dies', 3, tmp_path, expect_failure=True,
+        waiting.a_rank_dies, 3, tmp_path, expect_failure=True,
         how=how, dies=dies, folder=tmp_path,
     )  # fmt: skip
     results = [json.loads(path.read_text()) for path in tmp_path.glob('ranks-*/result_*.json')]

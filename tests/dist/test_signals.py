@@ -16,7 +16,7 @@ def start():
     started = []
 
     def begin(what, **more):
-        command = [sys.executable, '-m', 'tests.workers.signalling', what]
+        command = [sys.executable, '-m', 'tests.dist.signalling', what]
         started.append(
             subprocess.Popen(
                 command, env=base_env(), cwd=ROOT, text=True,

@@ -12,6 +12,7 @@ import pytest
 from internvl_ds.dist import store_client
 from internvl_ds.dist.store_client import StoreClient
 from internvl_ds.errors import RankError
+from tests.dist import waiting
 from tests.harness import hosts
 from tests.harness.ranks import ROOT, base_env, free_port, run_ranks
 
@@ -33,7 +34,7 @@ def require_in_time(found):
 @pytest.mark.slow
 def test_every_call_ends_while_rank_0_stands_still(tmp_path):
     _, found = run_ranks(
-        'tests.workers.waiting:rank_0_is_away', 2, tmp_path,
+        waiting.rank_0_is_away, 2, tmp_path,
         limit=LIMIT, folder=tmp_path, how='stopped',
     )  # fmt: skip
     require_in_time(found)
@@ -54,7 +55,7 @@ def test_every_call_ends_after_the_link_is_cut(tmp_path):
                 RANK=str(rank), LOCAL_RANK='0', WORLD_SIZE='2', MASTER_ADDR='10.99.0.1',
                 MASTER_PORT=port,
             )  # fmt: skip
-            command = [sys.executable, '-m', 'tests.workers.waiting', str(LIMIT), str(tmp_path)]
+            command = [sys.executable, '-m', 'tests.dist.waiting', str(LIMIT), str(tmp_path)]
             with (tmp_path / f'log_{rank}').open('wb') as log:
                 ranks.append(
                     subprocess.Popen(
@@ -86,9 +87,7 @@ def test_every_call_ends_after_the_link_is_cut(tmp_path):
 @pytest.mark.slow
 def test_a_start_that_misses_a_rank_ends_at_its_limit_and_names_it(tmp_path):
     limit = 5
-    results = run_ranks(
-        'tests.workers.waiting:ranks_that_miss_each_other', 3, tmp_path, limit=limit
-    )
+    results = run_ranks(waiting.ranks_that_miss_each_other, 3, tmp_path, limit=limit)
     stood_still = results[0].pop('rank 0 stands still')
     said = {name: text for found in results for name, (seconds, text) in found.items()}
     assert max(seconds for found in results for seconds, _ in found.values()) < limit + 5, results

@@ -7,9 +7,10 @@ import torch
 
 from internvl_ds.engine.accumulation import Accumulation
 from internvl_ds.errors import ConfigError
+from tests.engine import accumulating
+from tests.engine.accumulating import BATCHES, EPOCHS, GROUP, plain
+from tests.harness.model import make_model
 from tests.harness.ranks import run_ranks
-from tests.workers.accumulating import BATCHES, EPOCHS, GROUP, plain
-from tests.workers.model import make_model
 
 LAYOUTS = ['zero0', 'zero1', 'zero2', 'zero3']
 OFFLOADED = ['zero1_offload', 'zero2_offload', 'zero3_offload']
@@ -51,7 +52,7 @@ def test_what_an_epoch_leaves_over_is_dropped_by_any_zero_grad(tmp_path):
         for layout in LAYOUTS + OFFLOADED
         for where in ('middle', 'every')
     ]
-    results = run_ranks('tests.workers.accumulating:drop', 2, tmp_path, cells=cells)
+    results = run_ranks(accumulating.drop, 2, tmp_path, cells=cells)
     assert results[0] == results[1]
     for cell, got in zip(cells, results[0], strict=True):
         _, precision, where, _ = cell
@@ -64,7 +65,7 @@ def test_what_an_epoch_leaves_over_is_dropped_by_any_zero_grad(tmp_path):
 def test_a_save_with_a_remainder_pending_changes_nothing_and_is_resumed(tmp_path):
     wanted = plain('fp32', 'epoch')
     for result in run_ranks(
-        'tests.workers.accumulating:save_in_the_middle', 2, tmp_path, root=str(tmp_path),
+        accumulating.save_in_the_middle, 2, tmp_path, root=str(tmp_path),
         layouts=LAYOUTS + OFFLOADED[1:],
     ):  # fmt: skip
         for layout, ways in result.items():
@@ -74,7 +75,7 @@ def test_a_save_with_a_remainder_pending_changes_nothing_and_is_resumed(tmp_path
 
 @pytest.mark.ranks
 def test_a_remainder_that_nobody_drops_is_an_error_that_says_how(tmp_path):
-    for result in run_ranks('tests.workers.accumulating:carry', 2, tmp_path, layouts=LAYOUTS):
+    for result in run_ranks(accumulating.carry, 2, tmp_path, layouts=LAYOUTS):
         for layout, (said, weights_stay, count_stays) in result.items():
             assert said.startswith('ConfigError: this update has 5 micro-batches'), layout
             assert 'optimizer.zero_grad() at the beginning of the next' in said, layout
@@ -84,9 +85,7 @@ def test_a_remainder_that_nobody_drops_is_an_error_that_says_how(tmp_path):
 
 @pytest.mark.ranks
 def test_a_wrong_setting_is_refused_at_the_first_update_whatever_zero_grad_does(tmp_path):
-    for result in run_ranks(
-        'tests.workers.accumulating:wrong_setting', 2, tmp_path, layouts=LAYOUTS
-    ):
+    for result in run_ranks(accumulating.wrong_setting, 2, tmp_path, layouts=LAYOUTS):
         for cell, (said, updates) in result.items():
             assert said.startswith('ConfigError: this update has 3 micro-batches'), cell
             assert f'(TRAIN.ACCUMULATION_STEPS) is {cell[-1]}' in said

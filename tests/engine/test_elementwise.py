@@ -8,6 +8,7 @@ from torch import nn
 from internvl_ds.engine.elementwise import require_elementwise, require_own_adagrad
 from internvl_ds.errors import ConfigError
 from tests.harness.ranks import run_ranks
+from tests.zero import guarding
 
 ELEMENTWISE = {
     'SGD': {'momentum': 0.9, 'nesterov': True},
@@ -76,7 +77,7 @@ def test_what_cannot_be_tried_is_left_to_the_user():
 
 @pytest.mark.ranks
 def test_every_way_to_an_engine_is_looked_at(tmp_path):
-    for told in run_ranks('tests.workers.guarding:whole_tensors', 2, tmp_path):
+    for told in run_ranks(guarding.whole_tensors, 2, tmp_path):
         for way in ('initialize 1', 'initialize 2', 'initialize 3', 'register'):
             assert 'at ZeRO stages 1 to 3: its update' in told[way], way
         assert told['initialize 0'] == 'no error'

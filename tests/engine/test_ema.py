@@ -9,8 +9,10 @@ from torch import nn
 
 from internvl_ds.engine import ema
 from internvl_ds.engine.ema import EmaWarmup, ShardedEma
+from tests.engine import averaging
+from tests.harness import saving
+from tests.harness.model import OFFLOAD, PERSISTENT
 from tests.harness.ranks import run_ranks
-from tests.workers.model import OFFLOAD, PERSISTENT
 
 STAGES = [0, 1, 2, 3, OFFLOAD, PERSISTENT]
 
@@ -94,9 +96,7 @@ def test_it_goes_on_with_what_a_tag_says_of_it(engine):
 @pytest.mark.ranks
 @pytest.mark.parametrize('precision', ['fp32', 'bf16'])
 def test_the_ema_is_the_average_and_evaluates_in_place(tmp_path, precision):
-    results = run_ranks(
-        'tests.workers.saving:ema_in_place', 2, tmp_path, stages=STAGES, precision=precision
-    )
+    results = run_ranks(saving.ema_in_place, 2, tmp_path, stages=STAGES, precision=precision)
     for stage in map(str, STAGES):
         for result in results:
             got = result[stage]
@@ -120,7 +120,7 @@ def _averaged_count(updates: int) -> float:
 @pytest.mark.parametrize('precision', ['fp32', 'bf16', 'fp16'])
 def test_fifty_updates_with_warm_up_are_timms(tmp_path, precision):
     results = run_ranks(
-        'tests.workers.averaging:follow_timm', 2, tmp_path,
+        averaging.follow_timm, 2, tmp_path,
         stages=[0, 1, 2, 3], precision=precision, updates=50,
     )  # fmt: skip
     for result in results:
@@ -138,7 +138,7 @@ def test_fifty_updates_with_warm_up_are_timms(tmp_path, precision):
 @pytest.mark.parametrize('precision', ['fp32', 'bf16', 'autocast_fp16'])
 def test_an_update_talks_to_nobody_and_reads_nothing(tmp_path, precision):
     for result in run_ranks(
-        'tests.workers.averaging:count_update', 2, tmp_path, stages=[0, 1, 2, 3],
+        averaging.count_update, 2, tmp_path, stages=[0, 1, 2, 3],
         precision=precision,
     ):  # fmt: skip
         assert result == {str(s): {'collectives': 0, 'reads': 0} for s in range(4)}
@@ -149,7 +149,7 @@ def test_an_average_moves_to_other_ranks_and_stages_exactly(tmp_path):
     path, wanted, root = None, None, str(tmp_path / 'out')
     for epoch, (ranks, stage) in enumerate([(2, 1), (4, 3), (1, 0), (2, 2)]):
         results = run_ranks(
-            'tests.workers.averaging:go_on', ranks, tmp_path,
+            averaging.go_on, ranks, tmp_path,
             root=root, stage=stage, resume=path, save_as=epoch,
         )  # fmt: skip
         for result in results:
@@ -164,7 +164,7 @@ def test_an_average_moves_to_other_ranks_and_stages_exactly(tmp_path):
 @pytest.mark.parametrize('precision', ['fp32', 'bf16'])
 def test_evaluation_in_place_equals_a_plain_model_of_the_exported_average(tmp_path, precision):
     for result in run_ranks(
-        'tests.workers.averaging:evaluate_export', 2, tmp_path,
+        averaging.evaluate_export, 2, tmp_path,
         root=str(tmp_path), stages=[0, 1, 2, 3], precision=precision,
     ):  # fmt: skip
         assert result == {str(stage): [True, True] for stage in range(4)}
@@ -181,7 +181,7 @@ def test_warm_up_is_timms():
 
 @pytest.mark.ranks
 def test_timm_averages_are_saved_and_loaded(tmp_path):
-    for result in run_ranks('tests.workers.saving:timm_ema', 2, tmp_path, root=tmp_path):
+    for result in run_ranks(saving.timm_ema, 2, tmp_path, root=tmp_path):
         assert result['ModelEma'] == [True, 0.75]
         assert result['ModelEmaV2'] == [True, 0.75]
         assert result['ModelEmaV3'] == [True, 0.75]

@@ -11,9 +11,10 @@ from internvl_ds import NativeScalerWithGradNormCount, get_grad_norm
 from internvl_ds.engine import grad_norm, grad_scaler
 from internvl_ds.errors import EngineNotFound, InternvlDsError
 from internvl_ds.zero.loss_scale import LossScale
+from tests.engine import scaling, stepping
+from tests.harness.model import OFFLOAD, make_model
+from tests.harness.plain_loop import reference
 from tests.harness.ranks import run_ranks
-from tests.workers.model import OFFLOAD, make_model
-from tests.workers.plain_loop import reference
 
 STAGES = [0, 1, 2, 3, OFFLOAD]
 STEPS = 20
@@ -95,7 +96,7 @@ def test_a_skipped_update_moves_the_loss_scale_and_not_the_schedule(monkeypatch,
 def test_every_stage_follows_the_plain_loop(tmp_path, precision):
     accumulations, clips = [1, 4], [None, 0.5]
     results = run_ranks(
-        'tests.workers.stepping:follow_reference', 2, tmp_path,
+        stepping.follow_reference, 2, tmp_path,
         stages=STAGES, precision=precision, steps=STEPS, accumulations=accumulations, clips=clips,
     )  # fmt: skip
     expected = {clip: reference(precision, STEPS, clip) for clip in clips}
@@ -118,7 +119,7 @@ def test_every_stage_follows_the_plain_loop(tmp_path, precision):
 @pytest.mark.ranks
 def test_four_ranks_follow_the_plain_loop(tmp_path):
     results = run_ranks(
-        'tests.workers.stepping:follow_reference', 4, tmp_path,
+        stepping.follow_reference, 4, tmp_path,
         stages=STAGES, precision='fp32', steps=STEPS, accumulations=[2], clips=[0.5],
     )  # fmt: skip
     expected = reference('fp32', STEPS, 0.5)
@@ -132,9 +133,7 @@ def test_four_ranks_follow_the_plain_loop(tmp_path):
 @pytest.mark.ranks
 @pytest.mark.parametrize('precision', PRECISIONS)
 def test_a_layer_that_is_frozen_later_stays_or_the_update_is_refused(tmp_path, precision):
-    results = run_ranks(
-        'tests.workers.stepping:freeze_in_between', 2, tmp_path, stages=STAGES, precision=precision
-    )
+    results = run_ranks(stepping.freeze_in_between, 2, tmp_path, stages=STAGES, precision=precision)
     expected = reference(precision, 4, 0.5)['weights']
     for result, stage in itertools.product(results, STAGES):
         got = result[str(stage)]
@@ -153,9 +152,7 @@ def test_a_layer_that_is_frozen_later_stays_or_the_update_is_refused(tmp_path, p
 @pytest.mark.ranks
 @pytest.mark.parametrize(('precision', 'stages'), [('fp16', [1, 2, 3]), ('bf16', [2, 3])])
 def test_accumulation_in_fp32_follows_the_plain_loop(tmp_path, precision, stages):
-    results = run_ranks(
-        'tests.workers.scaling:accumulate_in_fp32', 2, tmp_path, precision=precision, stages=stages
-    )
+    results = run_ranks(scaling.accumulate_in_fp32, 2, tmp_path, precision=precision, stages=stages)
     norms = pytest.approx(reference(precision, 6, 0.5)['norms'], rel=tolerances(precision)[0])
     assert results == [{str(stage): norms for stage in stages}] * 2
 
@@ -165,7 +162,7 @@ def test_accumulation_in_fp32_follows_the_plain_loop(tmp_path, precision, stages
 def test_a_first_scale_that_overflows_falls_until_it_does_not(tmp_path, precision):
     power = 24
     results = run_ranks(
-        'tests.workers.stepping:follow_reference', 2, tmp_path, stages=STAGES, precision=precision,
+        stepping.follow_reference, 2, tmp_path, stages=STAGES, precision=precision,
         steps=STEPS, accumulations=[1, 4], clips=[0.5], fp16={'initial_scale_power': power},
     )  # fmt: skip
     plain = reference(precision, STEPS, 0.5, scale=2.0**power)
@@ -194,7 +191,7 @@ def test_a_first_scale_that_overflows_falls_until_it_does_not(tmp_path, precisio
 @pytest.mark.parametrize('precision', PRECISIONS)
 def test_gradients_are_applied_at_their_size(tmp_path, precision):
     results = run_ranks(
-        'tests.workers.stepping:follow_reference', 2, tmp_path, stages=STAGES, precision=precision,
+        stepping.follow_reference, 2, tmp_path, stages=STAGES, precision=precision,
         steps=4, accumulations=[2], clips=[None, 0.05], sgd=True,
     )  # fmt: skip
     for stage, clip in itertools.product(STAGES, [None, 0.05]):
@@ -208,7 +205,7 @@ def test_gradients_are_applied_at_their_size(tmp_path, precision):
 @pytest.mark.parametrize('precision', ['fp16', 'autocast_fp16'])
 def test_the_update_on_which_the_scale_grows_is_applied_and_reported_whole(tmp_path, precision):
     results = run_ranks(
-        'tests.workers.stepping:follow_reference', 2, tmp_path, stages=STAGES, precision=precision,
+        stepping.follow_reference, 2, tmp_path, stages=STAGES, precision=precision,
         steps=8, accumulations=[1], clips=[None],
         fp16={'initial_scale_power': 4, 'loss_scale_window': 3}, sgd=True,
     )  # fmt: skip
@@ -225,7 +222,7 @@ def test_the_update_on_which_the_scale_grows_is_applied_and_reported_whole(tmp_p
 @pytest.mark.parametrize('precision', ['fp16', 'autocast_fp16'])
 def test_a_static_scale_stays(tmp_path, precision):
     results = run_ranks(
-        'tests.workers.stepping:follow_reference', 2, tmp_path, stages=STAGES, precision=precision,
+        stepping.follow_reference, 2, tmp_path, stages=STAGES, precision=precision,
         steps=4, accumulations=[1], clips=[0.5], fp16={'loss_scale': 64, 'loss_scale_window': 1},
         sgd=True,
     )  # fmt: skip
@@ -240,9 +237,7 @@ def test_a_static_scale_stays(tmp_path, precision):
 @pytest.mark.ranks
 @pytest.mark.parametrize('precision', PRECISIONS)
 def test_grad_norm_before_the_step(tmp_path, precision):
-    results = run_ranks(
-        'tests.workers.stepping:norms_before_step', 2, tmp_path, stages=STAGES, precision=precision
-    )
+    results = run_ranks(stepping.norms_before_step, 2, tmp_path, stages=STAGES, precision=precision)
     plain = results[0]['0']
     tolerance = tolerances(precision)[0]
     assert plain['2'] == pytest.approx(reference(precision, 1, None)['norms'][0], rel=tolerance)
@@ -258,9 +253,7 @@ def test_grad_norm_before_the_step(tmp_path, precision):
 
 @pytest.mark.ranks
 def test_what_was_unfrozen_later_is_not_in_the_norm(tmp_path):
-    for result in run_ranks(
-        'tests.workers.stepping:norms_with_an_unfrozen_layer', 2, tmp_path, stages=[1, 2, 3]
-    ):
+    for result in run_ranks(stepping.norms_with_an_unfrozen_layer, 2, tmp_path, stages=[1, 2, 3]):
         for stage, pairs in result.items():
             for norm, wanted in pairs:
                 assert norm == pytest.approx(wanted, rel=1e-5), stage
@@ -271,7 +264,7 @@ def test_what_was_unfrozen_later_is_not_in_the_norm(tmp_path):
 @pytest.mark.parametrize('value', ['nan', 'inf'])
 def test_a_bad_gradient_on_one_rank_is_skipped_on_all(tmp_path, precision, value):
     results = run_ranks(
-        'tests.workers.stepping:non_finite', 2, tmp_path,
+        stepping.non_finite, 2, tmp_path,
         stages=STAGES, precision=precision, value=value,
     )  # fmt: skip
     scales = [16.0, 8.0, 8.0] if 'fp16' in precision else [1.0] * 3  # as GradScaler halves it

@@ -7,6 +7,7 @@ import torch
 
 from internvl_ds.engine.overflow import KEPT, OverflowWatch
 from internvl_ds.zero.loss_scale import LossScale
+from tests.engine import scaling
 from tests.harness.ranks import run_ranks
 
 
@@ -83,7 +84,7 @@ def test_a_static_scale_that_is_too_large_is_named(tmp_path):
 
 def _stop(tmp_path, stages, precision, fp16, limit):
     results = run_ranks(
-        'tests.workers.scaling:stop', 2, tmp_path, root=str(tmp_path / 'out'), stages=stages,
+        scaling.stop, 2, tmp_path, root=str(tmp_path / 'out'), stages=stages,
         precision=precision, fp16=fp16, limit=limit,
     )  # fmt: skip
     return [of_stage for result in results for of_stage in result]
@@ -106,9 +107,7 @@ def _require_common(result, updates):
 @pytest.mark.ranks
 @pytest.mark.parametrize('stage', [0, 1, 2, 3])
 def test_the_parameters_are_named_on_all_ranks(tmp_path, stage):
-    for result in run_ranks(
-        'tests.workers.scaling:poison_one', 2, tmp_path, stage=stage, bad_loss=False
-    ):
+    for result in run_ranks(scaling.poison_one, 2, tmp_path, stage=stage, bad_loss=False):
         *names, message = result
         assert names == ['head.bias']
         assert 'Parameters with non-finite gradients: head.bias (1 in all)' in message
@@ -117,8 +116,6 @@ def test_the_parameters_are_named_on_all_ranks(tmp_path, stage):
 
 @pytest.mark.ranks
 def test_a_bad_loss_on_one_rank_is_told_on_all(tmp_path):
-    for result in run_ranks(
-        'tests.workers.scaling:poison_one', 2, tmp_path, stage=2, bad_loss=True
-    ):
+    for result in run_ranks(scaling.poison_one, 2, tmp_path, stage=2, bad_loss=True):
         assert 'The loss itself is not finite on some rank' in result[-1]
         assert 'stem.weight' in result

@@ -11,6 +11,7 @@ from internvl_ds.engine.param_groups import (
     require_trained_groups,
 )
 from internvl_ds.errors import ConfigError
+from tests.checkpoint import schedule
 from tests.harness.ranks import run_ranks
 
 
@@ -90,7 +91,7 @@ def test_tensor_lrs_that_only_print_alike_are_not_merged():
 
 @pytest.mark.ranks
 def test_fifty_steps_of_lr_per_parameter_equal_a_plain_loop(tmp_path):
-    results = run_ranks('tests.workers.schedule:fifty_steps', 2, tmp_path)
+    results = run_ranks(schedule.fifty_steps, 2, tmp_path)
     for result in results:
         assert len(result['expected']) == 50
         for stage in ('0', '1', '2', '3'):

@@ -7,6 +7,8 @@ import pytest
 
 import internvl_ds
 import internvl_ds.utils
+from tests.dist import talking
+from tests.harness import saving
 from tests.harness.ranks import run_ranks
 
 TEN = (
@@ -54,7 +56,7 @@ def test_the_ten_names_and_two_more_are_exported_with_their_signatures(module):
 
 @pytest.mark.ranks
 def test_an_engine_is_found_from_its_module_and_either_optimizer(tmp_path):
-    for result in run_ranks('tests.workers.talking:engine_from_any', 2, tmp_path):
+    for result in run_ranks(talking.engine_from_any, 2, tmp_path):
         assert result == {'0': True, '1': True, '2': True, '3': True}
 
 
@@ -62,9 +64,7 @@ def test_an_engine_is_found_from_its_module_and_either_optimizer(tmp_path):
 @pytest.mark.parametrize(('stage', 'from_file'), [(0, False), (2, True)])
 def test_an_engine_of_plain_deepspeed(tmp_path, stage, from_file):
     folder = str(tmp_path) if from_file else None
-    for result in run_ranks(
-        'tests.workers.talking:plain_engine', 2, tmp_path, stage=stage, folder=folder
-    ):
+    for result in run_ranks(talking.plain_engine, 2, tmp_path, stage=stage, folder=folder):
         assert 'internvl_ds.register(engine)' in result['unknown']
         # With SGD and lr 1 the weights move by the gradient that was applied. The ds_config's
         # gradient_clipping is 0.1, and the calls said clip_grad=None and 0.02.
@@ -80,7 +80,7 @@ def test_an_engine_of_plain_deepspeed(tmp_path, stage, from_file):
 
 @pytest.mark.ranks
 def test_what_initialize_refuses(tmp_path):
-    for result in run_ranks('tests.workers.talking:refusals', 1, tmp_path):
+    for result in run_ranks(talking.refusals, 1, tmp_path):
         assert '/fp16 (AMP_OPT_LEVEL O2 with AMP_TYPE float16): the cpu device' in result['fp16']
         assert 'AMP_OPT_LEVEL O1, torch autocast in float16, works there' in result['fp16']
         assert '/bf16/check_grad_overflow is false' in result['unchecked']
@@ -100,7 +100,7 @@ def test_what_initialize_refuses(tmp_path):
 @pytest.mark.ranks
 def test_the_resolved_ds_config_is_recorded(tmp_path):
     run_ranks(
-        'tests.workers.saving:train_and_save', 1, tmp_path,
+        saving.train_and_save, 1, tmp_path,
         stages=[1], precision='fp32', root=tmp_path,
     )  # fmt: skip
     recorded = json.loads((tmp_path / 'zero1' / 'ds_config.json').read_text())

@@ -2,8 +2,9 @@
 
 import pytest
 
+from tests.engine import scheduling
+from tests.engine.scheduling import BATCHES, GROUP, SKIPPED, plain_lrs
 from tests.harness.ranks import run_ranks
-from tests.workers.scheduling import BATCHES, GROUP, SKIPPED, plain_lrs
 
 STAGES = [0, 1, 2, 3]
 
@@ -12,7 +13,7 @@ STAGES = [0, 1, 2, 3]
 def test_the_lr_is_that_of_a_plain_loop_which_counts_micro_batches(tmp_path):
     cells = [(stage, 'timm', short) for stage in STAGES for short in (True, False)]
     cells += [(0, 'torch', False), (3, 'torch', True)]
-    for result in run_ranks('tests.workers.scheduling:follow', 2, tmp_path, cells=cells):
+    for result in run_ranks(scheduling.follow, 2, tmp_path, cells=cells):
         for (stage, kind, short), got in zip(cells, result, strict=True):
             wanted = plain_lrs(kind, short)
             assert wanted[SKIPPED - 1] == wanted[SKIPPED - 2]  # a skipped update moves nothing
@@ -25,7 +26,7 @@ def test_a_resumed_schedule_goes_on_where_it_was(tmp_path):
     wanted = {kind: plain_lrs(kind, short=False) for kind in ('timm', 'torch')}
     tags = {
         (stage, kind, unit): run_ranks(
-            'tests.workers.scheduling:save', 2, tmp_path, root=str(tmp_path / str(unit)),
+            scheduling.save, 2, tmp_path, root=str(tmp_path / str(unit)),
             stage=stage, kind=kind, schedule_in=unit,
         )[0]
         for stage, kind, unit in (
@@ -49,14 +50,14 @@ def test_a_resumed_schedule_goes_on_where_it_was(tmp_path):
         {**base, 'tag': tag, 'stage': 0, 'group': 2 * GROUP, 'restored': False},
     ]
     for ranks, cells in ((2, same[:6]), (1, same[6:])):
-        for result in run_ranks('tests.workers.scheduling:resume', ranks, tmp_path, cells=cells):
+        for result in run_ranks(scheduling.resume, ranks, tmp_path, cells=cells):
             for cell, got in zip(cells, result, strict=True):
                 lrs = wanted[cell['kind']]
                 third = len(lrs) // 3
                 assert got['lrs'] == pytest.approx(lrs[-third:], rel=1e-12), cell
                 assert got['before'] == pytest.approx(lrs[-third - 1], rel=1e-12), cell
     cells = [{**base, 'tag': of_updates, 'stage': stage} for stage in (2, 3)]
-    got = run_ranks('tests.workers.scheduling:resume', 2, tmp_path, cells=cells)[0]
+    got = run_ranks(scheduling.resume, 2, tmp_path, cells=cells)[0]
     for result in got:  # still by updates, and it says so
         assert result['lrs'] == got[0]['lrs'] != wanted['timm'][-len(result['lrs']) :]
         assert (
@@ -67,7 +68,7 @@ def test_a_resumed_schedule_goes_on_where_it_was(tmp_path):
 
 @pytest.mark.ranks
 def test_a_loop_that_steps_the_engines_schedule_too_is_an_error(tmp_path):
-    for result in run_ranks('tests.workers.scheduling:step_too', 2, tmp_path, stages=STAGES):
+    for result in run_ranks(scheduling.step_too, 2, tmp_path, stages=STAGES):
         for cell, (said, trained, again, stays, updates) in result.items():
             assert said.startswith('ConfigError: the learning rates are ['), cell
             assert 'Remove lr_scheduler.step_update(...) or .step() from the loop' in said, cell
@@ -77,7 +78,7 @@ def test_a_loop_that_steps_the_engines_schedule_too_is_an_error(tmp_path):
 
 @pytest.mark.ranks
 def test_a_schedule_of_which_nobody_says_what_it_counts(tmp_path):
-    got, other = run_ranks('tests.workers.scheduling:warn', 2, tmp_path, root=str(tmp_path))
+    got, other = run_ranks(scheduling.warn, 2, tmp_path, root=str(tmp_path))
     start, end = got['unclear']
     assert 'it would run TRAIN.ACCUMULATION_STEPS=4 times too slowly' in start
     assert "pass schedule_in='micro-batches'; schedule_in='updates' says" in start
@@ -90,5 +91,5 @@ def test_a_schedule_of_which_nobody_says_what_it_counts(tmp_path):
 
 @pytest.mark.ranks
 def test_a_schedule_that_the_script_steps_keeps_its_lr_in_another_layout(tmp_path):
-    for result in run_ranks('tests.workers.scheduling:own_schedule', 2, tmp_path, root=tmp_path):
+    for result in run_ranks(scheduling.own_schedule, 2, tmp_path, root=tmp_path):
         assert result == [result[0]] * 3

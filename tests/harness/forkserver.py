@@ -1,6 +1,6 @@
 """Processes that have imported all that ranks need, and fork them: an import takes five seconds.
 
-    process = fork('rank 2', ['tests.workers.stepping:follow_reference', '/tmp/x'], env, log, cwd)
+    process = fork('rank 2', ['tests.engine.stepping:follow_reference', '/tmp/x'], env, log, cwd)
 
 Each rank number gets a parent of its own, so that hash seeds and addresses differ between the ranks
 of a job, as they do between real ones. A rank starts with one thread and no process group, in a

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib
 import json
 import os
 import pickle
@@ -458,9 +459,10 @@ def main() -> None:
     parser.add_argument('--seed', type=int, default=random.randrange(1 << 32))
     parser.add_argument('--stage', type=int, default=1, choices=(1, 2, 3))
     args = parser.parse_args()
+    fuzzing = importlib.import_module('tests.whole.fuzzing')  # it imports this module
     with tempfile.TemporaryDirectory() as folder:
         (result,) = run_ranks(
-            'tests.workers.fuzzing:fuzz', 1, Path(folder), timeout=60 + args.cases,
+            fuzzing.fuzz, 1, Path(folder), timeout=60 + args.cases,
             root=folder, stage=args.stage, cases=args.cases, seed=args.seed,
         )  # fmt: skip
     print(json.dumps(result, indent=1))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.harness.ranks import base_env, processes_with, remove_shm_buffers, wait_for_words
-from tests.workers.training import small_config, write_folder
+from tests.harness.training import small_config, write_folder
 
 STOPPED = 75  # TRAIN.PREEMPT_EXIT_CODE of these jobs
 
@@ -70,7 +70,7 @@ class Interrupted:
             small_config(
                 self.data, TRAIN__EPOCHS=100000, TRAIN__WARMUP_EPOCHS=0, DATA__BATCH_SIZE=2,
                 DATA__NUM_WORKERS=1, TRAIN__PREEMPT_EXIT_CODE=STOPPED, SAVE_FREQ=100000,
-                EVAL_FREQ=100000, MODEL__FACTORY='tests.workers.faulty:model',
+                EVAL_FREQ=100000, MODEL__FACTORY='tests.harness.faulty:model',
             ).dump()
         )  # fmt: skip
         self.log = folder / 'log'

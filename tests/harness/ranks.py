@@ -1,6 +1,6 @@
 """Runs a test function on real ranks: processes of their own, a free port, and a time limit.
 
-    results = run_ranks('tests.workers.stepping:follow_reference', 2, tmp_path, stage=3)
+    results = run_ranks(stepping.follow_reference, 2, tmp_path, stage=3)
 
 The function runs on every rank with the process group up, gets the keyword arguments (plain JSON
 values) and returns a JSON value; `run_ranks` returns these in rank order. When a rank fails, or the
@@ -18,7 +18,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,7 +69,7 @@ def base_env(**more: str) -> dict[str, str]:
 
 
 def run_ranks(
-    target: str,
+    function: Callable[..., Any],
     ranks: int,
     folder: Path,
     /,
@@ -79,10 +79,10 @@ def run_ranks(
     python: str = sys.executable,
     **kwargs: Any,
 ) -> list[Any]:
-    """Runs ``module:function`` on ``ranks`` processes and returns what each returned.
+    """Runs a function on ``ranks`` processes and returns what each returned.
 
     Args:
-        target: an importable function; it runs with the process group initialised.
+        function: of a module; it runs with the process group initialised.
         ranks: world size.
         folder: where outputs go; usually tmp_path.
         timeout: seconds until the whole job is ended.
@@ -91,6 +91,7 @@ def run_ranks(
         expect_failure: return each rank's output (text) instead of raising when ranks fail.
         **kwargs: passed to the function; JSON values and paths.
     """
+    target = _name_of(function)
     port = str(free_port())
     work = folder / f'ranks-{port}'
     work.mkdir(parents=True)
@@ -123,6 +124,12 @@ def run_ranks(
         )
         raise RankFailed(f'{target} on {ranks} ranks: {reason}\n{shown}')
     return [json.loads((work / f'result_{r}.json').read_text()) for r in range(ranks)]
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    module = sys.modules[function.__module__]
+    spec = module.__spec__  # of a program that was started with -m its name is __main__ otherwise
+    return f'{spec.name if spec else module.__name__}:{function.__name__}'
 
 
 def run_command(

@@ -3,7 +3,7 @@
     python -m tests.harness.recorded_tags OUT                 records under the Python that runs
     python -m tests.harness.recorded_tags --check PATH ...    loads archives or folders
 
-A recording holds a tag of 2 ranks of each layout in tests/workers/recorded.py, and ``record.json``:
+A recording holds a tag of 2 ranks of each layout in tests/harness/recorded.py, and ``record.json``:
 all that is in each, by name. tests/data/recorded_tags/README.md says how those there were made.
 """
 
@@ -21,6 +21,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from tests.harness import recorded
 from tests.harness.ranks import run_ranks
 
 FOLDER = Path(__file__).parents[1] / 'data' / 'recorded_tags'
@@ -43,7 +44,7 @@ def record(folder: Path, *, few: bool = False, plain: bool = False) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as work:
         found = run_ranks(
-            'tests.workers.recorded:save_all', RANKS, Path(work), root=folder, name=folder.name,
+            recorded.save_all, RANKS, Path(work), root=folder, name=folder.name,
             few=few, plain=plain,
         )  # fmt: skip
     assert found[0] == found[1]
@@ -82,7 +83,7 @@ def check(folders: Sequence[Path], work: Path) -> dict[str, dict[str, str]]:
     Returns:
         'RECORDING/LAYOUT' -> way -> 'ok', or what is wrong.
     """
-    by_rank = run_ranks('tests.workers.recorded:load_all', RANKS, work, roots=folders, timeout=500)
+    by_rank = run_ranks(recorded.load_all, RANKS, work, roots=folders, timeout=500)
     names = {str(folder): folder.name for folder in folders}
     found = {}
     for key, ways in by_rank[0].items():
@@ -114,8 +115,8 @@ def _check_alone(tag: Path, expected: dict, work: Path) -> dict[str, str]:
     import torch
 
     from internvl_ds import load_pretrained
-    from tests.workers.model import make_config
-    from tests.workers.recorded import Net, differences, digest
+    from tests.harness.model import make_config
+    from tests.harness.recorded import Net, differences, digest
 
     exported = work / 'exported.pth'
     verified = 0 if (tag / 'manifest.json').exists() else 3

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from tests.workers.plain_sequence import Output, Plain
-from tests.workers.sequence_model import OPTIMIZERS, PARTS
+from tests.harness.plain_sequence import Output, Plain
+from tests.harness.sequence_model import OPTIMIZERS, PARTS
 
 
 @dataclass

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from tests.harness.ranks import run_ranks
-from tests.workers.pretraining import CASES, write_case, write_sources
+from tests.pretrained import pretraining
+from tests.pretrained.pretraining import CASES, write_case, write_sources
 
 
 def _require_same(tmp_path, ranks, jobs):
-    results = run_ranks('tests.workers.pretraining:compare_with_plain', ranks, tmp_path, jobs=jobs)
+    results = run_ranks(pretraining.compare_with_plain, ranks, tmp_path, jobs=jobs)
     for result in results:
         for job, got in zip(jobs, result, strict=True):
             for what in ('same', 'rest', 'changed', 'reports', 'random'):
@@ -40,7 +41,7 @@ def test_every_source_under_zero_init(tmp_path, ranks):
 
 @pytest.mark.ranks
 def test_tags_of_every_stage_and_their_averages(tmp_path):
-    run_ranks('tests.workers.pretraining:save_tags', 2, tmp_path, root=tmp_path)
+    run_ranks(pretraining.save_tags, 2, tmp_path, root=tmp_path)
     jobs = [
         {
             'path': str(tmp_path / str(stage) / 'ckpt_epoch_0'), 'case': 'sizes', 'ema': ema,
@@ -55,7 +56,7 @@ def test_tags_of_every_stage_and_their_averages(tmp_path):
 @pytest.mark.ranks
 @pytest.mark.parametrize('ranks', [2, 4])
 def test_a_partitioned_22k_head_gives_its_rows(tmp_path, ranks):
-    for result in run_ranks('tests.workers.pretraining:convert_partitioned', ranks, tmp_path):
+    for result in run_ranks(pretraining.convert_partitioned, ranks, tmp_path):
         assert result['same']
         assert result['shape'] == [1000, 7]
         assert result['slice'] == -(-7000 // ranks)
@@ -65,9 +66,7 @@ def test_a_partitioned_22k_head_gives_its_rows(tmp_path, ranks):
 @pytest.mark.ranks
 def test_training_goes_on_alike(tmp_path):
     path = str(write_case('same', tmp_path))
-    for plain, partitioned in run_ranks(
-        'tests.workers.pretraining:train_after', 2, tmp_path, path=path
-    ):
+    for plain, partitioned in run_ranks(pretraining.train_after, 2, tmp_path, path=path):
         assert plain == partitioned
 
 
@@ -77,7 +76,7 @@ def test_ranks_with_other_files_are_an_error_on_all(tmp_path):
     state = torch.load(path)['model']
     torch.save({k: v for k, v in state.items() if 'norm' not in k}, other)
     texts = run_ranks(
-        'tests.workers.pretraining:disagree', 2, tmp_path,
+        pretraining.disagree, 2, tmp_path,
         path=str(path), other=str(other), missing=str(tmp_path / 'none.pth'),
     )  # fmt: skip
     for different, missing in texts:

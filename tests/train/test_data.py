@@ -22,7 +22,7 @@ from internvl_ds.train.data import (
 )
 from internvl_ds.train.sampler import TrainSampler
 from internvl_ds.train.transforms import build_transform
-from tests.workers.training import small_config, write_folder
+from tests.harness.training import small_config, write_folder
 
 
 @pytest.fixture(scope='module')

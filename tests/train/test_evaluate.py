@@ -9,8 +9,9 @@ from internvl_ds.pretrained.head import imagenet_22k_rows
 from internvl_ds.train.data import EvalSampler, build_loaders, seed_everything
 from internvl_ds.train.evaluate import count_batch, evaluate, measure_throughput
 from internvl_ds.train.model import build_model
+from tests.harness import training as training_ranks
 from tests.harness.ranks import run_ranks
-from tests.workers.training import small_config, write_folder
+from tests.harness.training import small_config, write_folder
 
 CPU = torch.device('cpu')
 
@@ -123,7 +124,7 @@ def test_throughput_is_images_per_second(data):
 @pytest.mark.parametrize(('stage', 'level', 'ranks'), [(0, 'O0', 3), (3, 'O0', 2), (3, 'O2', 2)])
 def test_through_an_engine_on_several_ranks(data, tmp_path, stage, level, ranks):
     results = run_ranks(
-        'tests.workers.training:evaluate_on_ranks', ranks, tmp_path,
+        training_ranks.evaluate_on_ranks, ranks, tmp_path,
         data=str(data), stage=stage, level=level, batch_size=3,
     )  # fmt: skip
     assert all(result == results[0] for result in results)
@@ -139,9 +140,7 @@ def test_through_an_engine_on_several_ranks(data, tmp_path, stage, level, ranks)
 
 @pytest.mark.ranks
 def test_a_share_that_counts_images_twice_is_an_error(data, tmp_path):
-    texts = run_ranks(
-        'tests.workers.training:evaluate_with_a_padding_sampler', 2, tmp_path, data=str(data)
-    )
+    texts = run_ranks(training_ranks.evaluate_with_a_padding_sampler, 2, tmp_path, data=str(data))
     for text in texts:
         assert 'counted 8 images on 2 ranks' in text
         assert 'has 7' in text

@@ -12,7 +12,7 @@ from PIL import Image
 from internvl_ds.train.log import MetricsLog, close_log, open_log, write_config
 from internvl_ds.train.plot import plot_curves
 from internvl_ds.train.progress import Progress
-from tests.workers.training import small_config
+from tests.harness.training import small_config
 
 
 @pytest.fixture

@@ -9,8 +9,9 @@ from torch import nn
 from internvl_ds.checkpoint.formats.state_json import read_state
 from internvl_ds.train.__main__ import parse_args
 from internvl_ds.train.loop import build_criterion
+from tests.harness import training
 from tests.harness.ranks import free_port, run_command, run_ranks
-from tests.workers.training import small_config, write_folder
+from tests.harness.training import small_config, write_folder
 
 # What depends on the clock alone.
 _TIMES = ('images_per_s', 'seconds')
@@ -46,7 +47,7 @@ def train(tmp_path, cfg, output, stage, *opts, level='O0', ranks=2):
     ds_config.write_text(json.dumps({'zero_optimization': {'stage': stage}}))
     opts = ['AMP_OPT_LEVEL', level, 'AMP_TYPE', 'bfloat16', *opts]
     return run_ranks(
-        'tests.workers.training:train_on_ranks', ranks, tmp_path,
+        training.train_on_ranks, ranks, tmp_path,
         cfg=str(cfg), output=str(tmp_path / output), opts=opts, ds_config=str(ds_config),
     )  # fmt: skip
 
@@ -74,7 +75,7 @@ def test_a_run_that_diverges_saves_and_stops(tmp_path, data):
     ds_config = tmp_path / 'stage1.json'
     ds_config.write_text(json.dumps({'zero_optimization': {'stage': 1}}))
     texts = run_ranks(
-        'tests.workers.training:train_on_ranks', 2, tmp_path, expect_failure=True,
+        training.train_on_ranks, 2, tmp_path, expect_failure=True,
         cfg=str(cfg), output=str(tmp_path / 'out'), opts=[], ds_config=str(ds_config),
     )  # fmt: skip
     (text,) = (text for text in texts if 'GradientOverflow: update' in text)  # all have it alike
@@ -94,7 +95,7 @@ def test_a_run_that_diverges_saves_and_stops(tmp_path, data):
 def test_an_epoch_shorter_than_an_update_is_refused(tmp_path, data):
     cfg = write_config(tmp_path, data, TRAIN__ACCUMULATION_STEPS=8)
     texts = run_ranks(
-        'tests.workers.training:train_on_ranks', 2, tmp_path, expect_failure=True,
+        training.train_on_ranks, 2, tmp_path, expect_failure=True,
         cfg=str(cfg), output=str(tmp_path / 'out'), opts=[], ds_config=None,
     )  # fmt: skip
     words = 'TRAIN.ACCUMULATION_STEPS is 8, but an epoch has 7 micro-batches'
@@ -153,7 +154,7 @@ def test_an_epoch_goes_on_inside_on_another_number_of_ranks(tmp_path, data):
 @pytest.mark.ranks
 def test_epochs_are_those_of_a_plain_loop_over_all_ranks_images(tmp_path, data):
     for results in run_ranks(
-        'tests.workers.training:follow_plain_loop', 2, tmp_path,
+        training.follow_plain_loop, 2, tmp_path,
         data=str(data), output=str(tmp_path / 'out'), stages=[0, 1, 2, 3],
     ):  # fmt: skip
         for stage, result in enumerate(results):
@@ -192,7 +193,7 @@ def test_the_ds_configs_monitor_gets_the_epochs_numbers(tmp_path, data):
         )
     )
     result = run_ranks(
-        'tests.workers.training:train_on_ranks', 2, tmp_path,
+        training.train_on_ranks, 2, tmp_path,
         cfg=str(cfg), output=str(tmp_path / 'out'), opts=['AMP_OPT_LEVEL', 'O0'],
         ds_config=str(ds_config),
     )[0]  # fmt: skip

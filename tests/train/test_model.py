@@ -10,7 +10,7 @@ from torch import nn
 from internvl_ds.config.tree import default_config, find_config_file, get_config
 from internvl_ds.errors import ConfigError
 from internvl_ds.train.model import build_model, classifier_of, input_dtype, set_train_mode
-from tests.workers.training import Brightness, small_config
+from tests.harness.training import Brightness, small_config
 
 
 def trained(model):
@@ -68,7 +68,7 @@ def test_a_setting_that_the_model_lacks_is_said(tmp_path, caplog):
 
 
 def test_a_factory_is_called_with_the_config(tmp_path):
-    config = small_config(tmp_path, MODEL__FACTORY='tests.workers.training:brightness')
+    config = small_config(tmp_path, MODEL__FACTORY='tests.harness.training:brightness')
     model = build_model(config)
     assert isinstance(model, Brightness)
     assert model.head.out_features == 3
@@ -77,9 +77,9 @@ def test_a_factory_is_called_with_the_config(tmp_path):
 @pytest.mark.parametrize(
     ('factory', 'message'),
     [
-        ('tests.workers.training.brightness', 'not of the form'),
+        ('tests.harness.training.brightness', 'not of the form'),
         ('no_such_package:build', 'no_such_package'),
-        ('tests.workers.training:no_such_function', 'has no function no_such_function'),
+        ('tests.harness.training:no_such_function', 'has no function no_such_function'),
         ('tests.train.test_model:no_module', 'returned a str'),
     ],
 )
@@ -152,7 +152,7 @@ def test_freezing_nothing_or_everything_is_an_error(tmp_path, freeze, message):
 def test_activation_checkpointing_is_switched_on_or_refused(tmp_path):
     config = small_config(tmp_path, TRAIN__USE_CHECKPOINT=True)
     assert build_model(config).grad_checkpointing
-    config.MODEL.FACTORY = 'tests.workers.training:brightness'
+    config.MODEL.FACTORY = 'tests.harness.training:brightness'
     with pytest.raises(ConfigError, match=r'TRAIN\.USE_CHECKPOINT True: Brightness'):
         build_model(config)
 

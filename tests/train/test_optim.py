@@ -14,7 +14,7 @@ from internvl_ds.train.optim import (
     scaled_lrs,
     updates_per_epoch,
 )
-from tests.workers.training import small_config
+from tests.harness.training import small_config
 
 
 class Deformable(nn.Module):

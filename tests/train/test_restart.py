@@ -3,21 +3,22 @@
 import pytest
 
 from tests.harness.ranks import run_ranks
+from tests.harness.training import write_folder
+from tests.train import restarting
 from tests.train.test_loop import timeless, write_config
-from tests.workers.training import write_folder
 
 pytestmark = [pytest.mark.ranks, pytest.mark.slow]
 
 
 @pytest.fixture
 def start(tmp_path):
-    """Runs a function of tests/workers/restarting.py on 2 ranks, on images of its own."""
+    """Runs a function of tests/train/restarting.py on 2 ranks, on images of its own."""
     data = write_folder(tmp_path / 'images', classes=3, train=29, val=7)
 
     def run(name, changes_data=False):
         more = {'data': str(data)} if changes_data else {}
         told = run_ranks(
-            f'tests.workers.restarting:{name}', 2, tmp_path,
+            getattr(restarting, name), 2, tmp_path,
             cfg=str(write_config(tmp_path, data)), root=str(tmp_path / 'runs'), stage=1, **more,
         )  # fmt: skip
         ends = [{key: one['end'] for key, one in rank.items()} for rank in told]

@@ -5,8 +5,9 @@ import json
 import pytest
 
 from internvl_ds.train.stopwatch import BENCH_FILE, summarize
+from tests.harness import training
 from tests.harness.ranks import run_ranks
-from tests.workers.training import write_folder
+from tests.harness.training import write_folder
 
 GB = 2**30
 
@@ -47,7 +48,7 @@ def test_the_program_times_updates_of_several_epochs_and_saves_nothing(tmp_path)
     # 12 images on 2 ranks are 3 micro-batches of 2 on each: updates of 2 and of 1 in an epoch.
     data = write_folder(tmp_path / 'data', classes=3, train=12, val=3)
     results = run_ranks(
-        'tests.workers.training:time_on_ranks', 2, tmp_path, data=str(data),
+        training.time_on_ranks, 2, tmp_path, data=str(data),
         output=str(tmp_path / 'out'),
     )  # fmt: skip
     record = json.loads((tmp_path / 'out' / BENCH_FILE).read_text())

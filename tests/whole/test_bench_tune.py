@@ -5,7 +5,7 @@ import pytest
 from internvl_ds.tools.tune.request import Request
 from internvl_ds.tools.tune.tuner import tune
 from tests.bench.tune import RESULT, contenders, measure_again
-from tests.workers.quick_train import write_launcher
+from tests.tools.tune.quick_train import write_launcher
 
 
 def test_the_result_meets_the_fastest_that_ship_in_rounds(tmp_path, capsys):

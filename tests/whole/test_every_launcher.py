@@ -9,7 +9,7 @@ import yaml
 from internvl_ds.checkpoint.formats.zero_shards import TagShards
 from internvl_ds.config.tree import find_config_file
 from internvl_ds.tools.cli.digits import write_digits
-from tests.harness import hosts, mpich
+from tests.harness import hosts, mpich, training
 from tests.harness.ranks import free_port, remove_shm_buffers, run_command, run_ranks
 from tests.harness.starts import start_command
 
@@ -41,7 +41,7 @@ def expected(cfgs, tmp_path_factory):
     for ranks, cfg in cfgs.items():
         output = tmp_path_factory.mktemp('expected')
         run_ranks(
-            'tests.workers.training:train_on_ranks', ranks, output,
+            training.train_on_ranks, ranks, output,
             cfg=str(cfg), output=str(output), opts=[], ds_config=None,
         )  # fmt: skip
         found[ranks] = outcome(output / cfg.stem)

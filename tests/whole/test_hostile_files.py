@@ -10,6 +10,7 @@ import pytest
 
 from tests.harness.counts import trials
 from tests.harness.ranks import run_ranks
+from tests.whole import fuzzing
 
 CASES = trials('INTERNVL_DS_FILES', 1000, soak=10_000)  # at each of two stages
 
@@ -23,7 +24,7 @@ def test_no_file_hangs_a_reader_fills_memory_runs_code_or_changes_what_refuses_i
     seed = random.randrange(1 << 32)
     print(f'python -m tests.harness.hostile --stage {stage} --cases {CASES} --seed {seed}')
     (result,) = run_ranks(
-        'tests.workers.fuzzing:fuzz', 1, tmp_path, timeout=100 + CASES,
+        fuzzing.fuzz, 1, tmp_path, timeout=100 + CASES,
         root=tmp_path, stage=stage, cases=CASES, seed=seed,
     )  # fmt: skip
     assert not result['failures'], json.dumps(result, indent=1)

@@ -8,7 +8,7 @@ from tests.harness.ranks import ROOT, base_env
 
 
 def importing(*words):
-    command = [sys.executable, '-m', 'tests.workers.importing', *words]
+    command = [sys.executable, '-m', 'tests.whole.importing', *words]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=120, env=base_env(), cwd=ROOT
     )

@@ -19,7 +19,7 @@ from tests.harness.ranks import (
     run_command,
     wait_for_words,
 )
-from tests.workers.training import small_config, write_folder
+from tests.harness.training import small_config, write_folder
 
 MPI = pytest.mark.skipif(not shutil.which('mpirun'), reason='the mpi extra is not installed')
 
@@ -256,7 +256,7 @@ def test_a_script_that_is_stopped_saves_and_goes_on(start, cfg, name, options):
 @pytest.mark.ranks
 @pytest.mark.slow
 def test_a_second_signal_ends_the_job_at_once(start):
-    job = start('train_deepspeed.sh', ['-n', '2'], factory='tests.workers.faulty:model')
+    job = start('train_deepspeed.sh', ['-n', '2'], factory='tests.harness.faulty:model')
     job.wait_for('epoch 1:')
     (job.data / 'hang').touch()  # so that no boundary comes any more
     job.process.send_signal(signal.SIGTERM)

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from tests.harness.model import module_dtype
 from tests.harness.pythons import sharing
 from tests.harness.ranks import RankFailed, run_ranks
 from tests.harness.sequences import Seen, Sequence, draw
-from tests.workers.model import module_dtype
+from tests.whole import sequences as sequences_ranks
 
 # tests/conftest.py has the defaults. A number runs that sequence alone.
 SEED = int(os.environ['INTERNVL_DS_SEQUENCE_SEED'])
@@ -78,7 +79,7 @@ def _run(sequences: list[Sequence], pythons: list[str], folder: Path) -> dict[in
             env = {'TESTS_WITHOUT_SHM_OP': '1'} if python else None
             try:
                 results = run_ranks(
-                    'tests.workers.sequences:run_segments', ranks, folder, env=env,
+                    sequences_ranks.run_segments, ranks, folder, env=env,
                     timeout=60 + 5 * len(own), python=pythons[python],
                     folder=folder, work=work, states=states,
                 )  # fmt: skip

@@ -8,7 +8,7 @@ import pytest
 from internvl_ds.checkpoint.tag.discovery import read_header
 from tests.harness import slurm
 from tests.harness.ranks import ROOT, run_command, wait_for_words
-from tests.workers.training import small_config, write_folder
+from tests.harness.training import small_config, write_folder
 
 SCRIPT = str(ROOT / 'launch' / 'train_slurm.sbatch')
 

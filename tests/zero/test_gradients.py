@@ -2,8 +2,9 @@
 
 import pytest
 
+from tests.engine import accumulating
+from tests.engine.accumulating import DROP, plain_branches, plain_forwards_first
 from tests.harness.ranks import run_ranks
-from tests.workers.accumulating import DROP, plain_branches, plain_forwards_first
 
 LAYOUTS = ['zero0', 'zero1', 'zero2', 'zero3', 'zero1_offload', 'zero2_offload', 'zero3_offload']
 
@@ -25,9 +26,7 @@ def near(result):
 
 @pytest.mark.ranks
 def test_a_parameter_without_a_part_in_an_update_stays(tmp_path):
-    for result in run_ranks(
-        'tests.workers.accumulating:branches', 2, tmp_path, layouts=LAYOUTS, plans=PLANS
-    ):
+    for result in run_ranks(accumulating.branches, 2, tmp_path, layouts=LAYOUTS, plans=PLANS):
         for plan in PLANS:
             wanted = near(plain_branches(plan))
             for layout in LAYOUTS:
@@ -37,8 +36,6 @@ def test_a_parameter_without_a_part_in_an_update_stays(tmp_path):
 @pytest.mark.ranks
 def test_losses_whose_forwards_came_first_or_were_the_modules_add_up(tmp_path):
     wanted = near(plain_forwards_first())
-    for result in run_ranks(
-        'tests.workers.accumulating:forwards_first', 2, tmp_path, layouts=LAYOUTS
-    ):
+    for result in run_ranks(accumulating.forwards_first, 2, tmp_path, layouts=LAYOUTS):
         for cell, got in result.items():
             assert got == wanted, cell

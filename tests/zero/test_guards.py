@@ -9,9 +9,10 @@ from torch import nn
 
 from internvl_ds.errors import ConfigError
 from internvl_ds.zero.guards import require_real
+from tests.harness.model import batch, make_model, make_sgd
+from tests.harness.plain_loop import reference
 from tests.harness.ranks import run_ranks
-from tests.workers.model import batch, make_model, make_sgd
-from tests.workers.plain_loop import reference
+from tests.zero import guarding
 
 STAGES = [0, 1, 2, 3]
 
@@ -32,9 +33,7 @@ def trained(weights):
 @pytest.mark.ranks
 def test_a_loop_of_plain_pytorch_is_refused_before_it_changes_anything(tmp_path):
     wanted = reference('fp32', 2, 0.5, sgd=True)
-    results = run_ranks(
-        'tests.workers.guarding:bare_loops', 2, tmp_path, stages=STAGES, accumulations=[1, 2]
-    )
+    results = run_ranks(guarding.bare_loops, 2, tmp_path, stages=STAGES, accumulations=[1, 2])
     assert results[0] == results[1]  # the same words on every rank
     for cell, got in results[0].items():
         for what in ('original', 'retried', 'GradScaler', 'inputs'):
@@ -57,7 +56,7 @@ def test_a_loop_of_plain_pytorch_is_refused_before_it_changes_anything(tmp_path)
 @pytest.mark.ranks
 def test_loops_of_plain_deepspeed_and_of_other_models_go_on(tmp_path):
     wanted = reference('fp32', 2, 0.5, sgd=True)
-    for result in run_ranks('tests.workers.guarding:what_still_works', 2, tmp_path, stages=STAGES):
+    for result in run_ranks(guarding.what_still_works, 2, tmp_path, stages=STAGES):
         for stage, got in result.items():
             assert got['norms'] == pytest.approx(wanted['norms'], rel=ROUNDING), stage
             assert got['weights'] == near(trained(wanted['weights'])), stage
@@ -75,7 +74,7 @@ def test_clipping_by_hand_is_right_at_stage_0_and_refused_where_it_would_do_noth
         optimizer.step()
         optimizer.zero_grad()
     clipped = {n: p.flatten().tolist() for n, p in model.named_parameters()}
-    for result in run_ranks('tests.workers.guarding:clip_by_hand', 2, tmp_path, stages=STAGES):
+    for result in run_ranks(guarding.clip_by_hand, 2, tmp_path, stages=STAGES):
         between, after, weights = result['0']
         assert (between, after) == ('no error', 'no error')
         assert weights == near(trained(clipped))
@@ -97,7 +96,7 @@ def test_one_backward_through_two_engines_is_not_taken_for_a_bare_one(tmp_path):
         near({n: (p - 0.1 * p.grad).flatten().tolist() for n, p in m.named_parameters()})
         for m in models
     ]
-    for result in run_ranks('tests.workers.guarding:two_engines', 2, tmp_path, stages=[1, 2, 3]):
+    for result in run_ranks(guarding.two_engines, 2, tmp_path, stages=[1, 2, 3]):
         assert result == dict.fromkeys('123', wanted)
 
 
@@ -116,7 +115,7 @@ SAME = [('autocast_bf16', 'bfloat16'), ('autocast_fp16', 'float16')]
 def test_an_autocast_of_the_script_is_the_engines_or_an_error(tmp_path):
     without = [(precision, '') for precision in ('fp32', 'bf16', 'autocast_bf16', 'autocast_fp16')]
     for result in run_ranks(
-        'tests.workers.guarding:foreign_autocast', 2, tmp_path, stages=STAGES,
+        guarding.foreign_autocast, 2, tmp_path, stages=STAGES,
         cells=[*without, *CELLS, *SAME],
     ):  # fmt: skip
         for stage, (precision, dtype) in itertools.product(STAGES, [*CELLS, *SAME]):
@@ -144,7 +143,7 @@ def test_wrappers_that_average_gradients_too_are_refused(tmp_path):
         'DataParallel(model)': 'DataParallel: ',
         'engine of an engine': 'DeepSpeedEngine: ',
     }
-    for result in run_ranks('tests.workers.guarding:wrapped', 2, tmp_path, stages=STAGES):
+    for result in run_ranks(guarding.wrapped, 2, tmp_path, stages=STAGES):
         for stage, said in result.items():
             for what, name in names.items():
                 assert said[what].startswith(f'ConfigError: the model is a {name}'), (stage, what)
@@ -161,7 +160,7 @@ def test_wrappers_that_average_gradients_too_are_refused(tmp_path):
 @pytest.mark.ranks
 def test_averages_of_an_engine_are_refused_and_of_its_module_right_where_it_has_values(tmp_path):
     kinds = ('ModelEma', 'ModelEmaV2', 'ModelEmaV3', 'AveragedModel')
-    for result in run_ranks('tests.workers.guarding:averages', 2, tmp_path, stages=STAGES):
+    for result in run_ranks(guarding.averages, 2, tmp_path, stages=STAGES):
         for stage, got in result.items():
             for kind in (*kinds, 'deepcopy'):
                 assert 'ShardedEma(engine, decay)' in got[kind], stage

@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from tests.engine import scaling
 from tests.harness.ranks import run_ranks
 
 PRECISIONS = ['fp32', 'fp16', 'bf16', 'autocast_fp16', 'autocast_bf16']
@@ -12,9 +13,7 @@ PRECISIONS = ['fp32', 'fp16', 'bf16', 'autocast_fp16', 'autocast_bf16']
 @pytest.mark.ranks
 @pytest.mark.parametrize('precision', PRECISIONS)
 def test_the_bridge_adds_no_collective_and_reads_nothing(tmp_path, precision):
-    results = run_ranks(
-        'tests.workers.scaling:count_work', 2, tmp_path, stages=[0, 1, 2, 3], precision=precision
-    )
+    results = run_ranks(scaling.count_work, 2, tmp_path, stages=[0, 1, 2, 3], precision=precision)
     for stage in range(4):
         for result in results:
             got = result[str(stage)]
@@ -27,7 +26,7 @@ def test_the_bridge_adds_no_collective_and_reads_nothing(tmp_path, precision):
 @pytest.mark.ranks
 def test_an_engine_is_not_scaled_by_what_another_one_left_on(tmp_path):
     """DeepSpeed's torch autocast is switched on for the process, and never off again."""
-    for result in run_ranks('tests.workers.scaling:after_autocast', 2, tmp_path):
+    for result in run_ranks(scaling.after_autocast, 2, tmp_path):
         assert result['after'] == result['before']
         assert result['scales'] == [None, None, None]
 
@@ -45,9 +44,7 @@ ACCUMULATIONS = [
 @pytest.mark.ranks
 def test_updates_that_disagree_with_the_accumulation_are_an_error(tmp_path):
     cases = [[groups, agreed] for groups, agreed, _, _ in ACCUMULATIONS]
-    for result in run_ranks(
-        'tests.workers.scaling:accumulate', 2, tmp_path, stages=[0, 2], cases=cases
-    ):
+    for result in run_ranks(scaling.accumulate, 2, tmp_path, stages=[0, 2], cases=cases):
         for of_stage in result:
             for (_, _, updates, message), got in zip(ACCUMULATIONS, of_stage, strict=True):
                 assert len(got['norms']) == updates
@@ -58,9 +55,7 @@ def test_updates_that_disagree_with_the_accumulation_are_an_error(tmp_path):
 @pytest.mark.ranks
 @pytest.mark.parametrize('precision', ['fp16', 'autocast_fp16'])
 def test_the_scale_is_kept_across_save_and_load_into_every_stage(tmp_path, precision):
-    results = run_ranks(
-        'tests.workers.scaling:keep_scale', 2, tmp_path, root=str(tmp_path), precision=precision
-    )
+    results = run_ranks(scaling.keep_scale, 2, tmp_path, root=str(tmp_path), precision=precision)
     # hysteresis 3: overflows 1 and 2 use it up, 3 and 4 halve 1024 twice; then 3 applied updates
     wanted = {'scale': 256.0, '_growth_tracker': 3, 'hysteresis_left': 1, 'micro_batches': 1}
     for result in results:
@@ -78,9 +73,7 @@ def test_the_scale_is_kept_across_save_and_load_into_every_stage(tmp_path, preci
 @pytest.mark.ranks
 def test_a_grad_scalers_state_is_accepted(tmp_path):
     for precision, scale, tracker in (('autocast_fp16', 128.0, 8), ('fp32', 1.0, None)):
-        for result in run_ranks(
-            'tests.workers.scaling:load_grad_scaler', 2, tmp_path, precision=precision
-        ):
+        for result in run_ranks(scaling.load_grad_scaler, 2, tmp_path, precision=precision):
             assert [r[:2] for r in result] == [[scale, tracker]] * 2
             assert all(0.01 < r[2] < 10 for r in result)
 
@@ -99,7 +92,7 @@ def test_grad_norm_of_single_parameters_under_zero_settings(tmp_path, precision)
     ]
     tolerance = 1e-5 if precision == 'fp32' else 4 * 2.0**-8  # as in test_precision.py
     for plain, *others in run_ranks(
-        'tests.workers.scaling:norms_of_parts', 2, tmp_path, precision=precision, settings=settings
+        scaling.norms_of_parts, 2, tmp_path, precision=precision, settings=settings
     ):
         assert plain['after'] == 'no error'
         for zero, got in zip(settings[1:], others, strict=True):

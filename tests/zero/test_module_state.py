@@ -6,6 +6,7 @@ from torch import nn
 
 from internvl_ds.errors import ConfigError
 from internvl_ds.zero.module_state import require_plain_state, require_sendable
+from tests.checkpoint import proving
 from tests.harness.ranks import run_ranks
 
 
@@ -71,7 +72,7 @@ def test_parameters_that_deepspeed_cannot_send_are_named(parameter, words):
 
 @pytest.mark.ranks
 def test_every_name_of_a_shared_module_is_saved_and_changed_buffers_are_refused(tmp_path):
-    for result in run_ranks('tests.workers.proving:share', 2, tmp_path, root=tmp_path):
+    for result in run_ranks(proving.share, 2, tmp_path, root=tmp_path):
         for stage in map(str, range(4)):
             seen = result[stage]
             for target in map(str, range(4)):

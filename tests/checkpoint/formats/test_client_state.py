@@ -15,8 +15,8 @@ from internvl_ds.checkpoint.formats.zero_shards import TagShards
 from internvl_ds.config.tree import default_config
 from internvl_ds.errors import CheckpointMismatch
 from internvl_ds.tools.cli import main
-from tests.harness.ranks import run_ranks
-from tests.workers.intern_image import (
+from tests.checkpoint import intern_image
+from tests.checkpoint.intern_image import (
     ACCUMULATION,
     ACCURACY,
     DECAY,
@@ -26,6 +26,7 @@ from tests.workers.intern_image import (
     groups_of,
     make_schedule,
 )
+from tests.harness.ranks import run_ranks
 
 NAMES = ['layers.1.weight', 'layers.1.bias', 'head.weight']
 
@@ -165,7 +166,7 @@ class TestState:
 def saved(tmp_path_factory):
     """Form -> a tag's path and what it holds."""
     root = tmp_path_factory.mktemp('tags')
-    found = run_ranks('tests.workers.intern_image:save_tags', 2, root, root=root)[0]
+    found = run_ranks(intern_image.save_tags, 2, root, root=root)[0]
     exported = root / 'exported.pth'
     assert main(['ckpt', 'export', found['bf16']['path'], str(exported)]) == 0
     found['exported'] = {**found['bf16'], 'path': str(exported)}
@@ -217,7 +218,7 @@ def test_a_scripts_tag_goes_on_in_engines_of_this_package(saved, tmp_path):
         ('exported', 1, 'bf16', 'cosine', 'micro-batches'),
     ]
     loads = [(saved[form]['path'], *rest) for form, *rest in cases]
-    for results in run_ranks('tests.workers.intern_image:load_tags', 2, tmp_path, loads=loads):
+    for results in run_ranks(intern_image.load_tags, 2, tmp_path, loads=loads):
         for (form, _, precision, kind, _), got in zip(cases, results, strict=True):
             was, path = saved[form], saved[form]['path']
             if form == 'others' or (form, kind) == ('linear', 'cosine'):  # which is not taken over
@@ -259,9 +260,7 @@ def test_a_scripts_tag_goes_on_in_the_scripts_own_engine(saved, tmp_path):
         ('others 0', 0, 'fp32'),
     ]
     loads = [(saved[form]['path'], *rest) for form, *rest in cases]
-    for results in run_ranks(
-        'tests.workers.intern_image:load_in_own_engines', 2, tmp_path, loads=loads
-    ):
+    for results in run_ranks(intern_image.load_in_own_engines, 2, tmp_path, loads=loads):
         for (form, _, precision), got in zip(cases, results, strict=True):
             scale = 512.0 if precision == 'fp16' else None
             # each has the lr that it had: the script steps its schedule
@@ -279,7 +278,7 @@ def test_a_scripts_tag_goes_on_in_the_scripts_own_engine(saved, tmp_path):
 @pytest.mark.slow
 def test_weights_of_a_scripts_tag_are_evaluated_and_start_others(saved, tmp_path):
     was = saved['bf16']
-    for got in run_ranks('tests.workers.intern_image:evaluate', 2, tmp_path, path=was['path']):
+    for got in run_ranks(intern_image.evaluate, 2, tmp_path, path=was['path']):
         assert got['accuracy'] == ACCURACY
         assert got['weights'] == was['weights']
         for name, values in was['weights'].items():

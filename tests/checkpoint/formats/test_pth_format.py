@@ -6,6 +6,7 @@ import torch
 from internvl_ds.checkpoint.formats.pth_format import weights_of_file
 from internvl_ds.errors import CheckpointMismatch
 from internvl_ds.tools.cli import main
+from tests.checkpoint.formats import originals
 from tests.harness.ranks import run_ranks
 
 CLOSE = 1e-5
@@ -24,9 +25,7 @@ def test_weights_are_found_where_files_keep_them(key):
 def loop(request, tmp_path_factory):
     """The optimizer, the folder of its file, and what the plain DDP loop saw."""
     root = tmp_path_factory.mktemp(request.param)
-    result = run_ranks(
-        'tests.workers.originals:train_and_save', 2, root, root=root, kind=request.param
-    )[0]
+    result = run_ranks(originals.train_and_save, 2, root, root=root, kind=request.param)[0]
     return request.param, root, result
 
 
@@ -35,9 +34,7 @@ def loop(request, tmp_path_factory):
 @pytest.mark.parametrize('stage', [1, 2, 3])
 def test_a_plain_loops_file_goes_on_in_an_engine_and_back(loop, stage, tmp_path):
     kind, root, plain = loop
-    results = run_ranks(
-        'tests.workers.originals:resume_in_engine', 2, tmp_path, root=root, kind=kind, stage=stage
-    )
+    results = run_ranks(originals.resume_in_engine, 2, tmp_path, root=root, kind=kind, stage=stage)
     for got in results:
         assert got['accuracy'] == [61.5, 62.5, 0.9]
         assert (got['epoch'], got['updates']) == (1, 3)
@@ -52,9 +49,7 @@ def test_a_plain_loops_file_goes_on_in_an_engine_and_back(loop, stage, tmp_path)
     exported = tmp_path / 'ckpt_epoch_1.pth'
     assert main(['ckpt', 'export', results[0]['path'], str(exported)]) == 0
     assert main(['ckpt', 'diff', results[0]['path'], str(exported)]) == 0
-    for got in run_ranks(
-        'tests.workers.originals:resume_in_loop', 2, tmp_path, path=exported, kind=kind
-    ):
+    for got in run_ranks(originals.resume_in_loop, 2, tmp_path, path=exported, kind=kind):
         assert got['epoch'] == 2
         assert got['losses'] == pytest.approx(plain['losses'][3:], rel=CLOSE)
         for name, weight in got['weights'].items():

@@ -9,8 +9,8 @@ from internvl_ds.checkpoint.formats.export import write_original, write_safetens
 from internvl_ds.checkpoint.sources.classes import require_same_classes, saved_classes
 from internvl_ds.errors import CheckpointError, CheckpointMismatch
 from tests.checkpoint.formats.test_export import _write_tag
+from tests.harness.model import make_config
 from tests.harness.tags import save_tag
-from tests.workers.model import make_config
 
 logger = logging.getLogger('test')
 NAMES = ['cat', 'dog', 'Übergang']

@@ -22,6 +22,7 @@ from internvl_ds.checkpoint.tag.manifest import Manifest
 from internvl_ds.checkpoint.tag.retention import KeepNewest
 from internvl_ds.checkpoint.tag.verify import damage_of_tag
 from internvl_ds.errors import CheckpointNotFound
+from tests.harness import crashing
 from tests.harness.crashes import Recorder, write_tree
 from tests.harness.ranks import run_ranks
 from tests.harness.tags import make_header, save_tag
@@ -154,9 +155,7 @@ def test_a_tag_is_on_disk_before_it_has_its_name(tmp_path):
 
 @pytest.mark.ranks
 def test_all_of_an_engines_tag_is_on_disk_before_it_has_its_name(tmp_path):
-    (found,) = run_ranks(
-        'tests.workers.crashing:unflushed', 1, tmp_path, root=tmp_path, stages=[0, 3]
-    )
+    (found,) = run_ranks(crashing.unflushed, 1, tmp_path, root=tmp_path, stages=[0, 3])
     assert found == [[], []]
 
 

@@ -20,10 +20,11 @@ from internvl_ds.checkpoint.tag.identity import model_names, optim_names, requir
 from internvl_ds.checkpoint.tag.manifest import FILE_NAME, Header, Identity, Manifest
 from internvl_ds.checkpoint.tag.verify import damage_of_tag
 from internvl_ds.errors import CheckpointError, PretrainedError
+from tests.checkpoint import proving
+from tests.harness.elastic import Net
+from tests.harness.model import make_config
 from tests.harness.ranks import run_ranks
 from tests.harness.tags import make_header
-from tests.workers.elastic import Net
-from tests.workers.model import make_config
 
 logger = logging.getLogger('test')
 MODEL, MODEL_3 = 'mp_rank_00_model_states.pt', 'zero_pp_rank_{}_mp_rank_00_model_states.pt'
@@ -70,7 +71,7 @@ def test_a_file_of_another_save_is_named():
 @pytest.fixture(scope='module')
 def saved(tmp_path_factory):
     root = tmp_path_factory.mktemp('tags')
-    return run_ranks('tests.workers.proving:save_tags', 2, root, root=root)[0]
+    return run_ranks(proving.save_tags, 2, root, root=root)[0]
 
 
 def copy_of(tag, tmp_path):
@@ -127,7 +128,7 @@ def test_what_lies_beside_a_tags_files_is_not_read(saved, tmp_path):
 
     loads = [[tag, 1], [tag, 3], [over, 1], [over, 2], [back, 3], [back, 1]]
     wanted = [first, first, first, first, third, third]
-    for results in run_ranks('tests.workers.proving:load_tags', 2, tmp_path, loads=loads):
+    for results in run_ranks(proving.load_tags, 2, tmp_path, loads=loads):
         for (path, stage), got, want in zip(loads, results, wanted, strict=True):
             assert got.get('weights') == want['weights'], (path, stage, got)
             assert got['updates'] == 2, (path, stage)
@@ -146,7 +147,7 @@ def test_of_a_plain_tag_deepspeeds_own_names_are_read_and_the_rest_is_warned_of(
     shutil.copytree(third['plain'], back, dirs_exist_ok=True)
     loads = [[tag, 1], [tag, 2], [over, 1], [over, 3], [back, 3], [back, 1]]
     wanted = [first, first, first, first, third, third]
-    for results in run_ranks('tests.workers.proving:load_tags', 2, tmp_path, loads=loads):
+    for results in run_ranks(proving.load_tags, 2, tmp_path, loads=loads):
         for (path, stage), got, want in zip(loads, results, wanted, strict=True):
             assert got.get('weights') == want['weights'], (path, stage, got)
             assert any('files that are not of its layout' in text for text in got['said']), path
@@ -188,7 +189,7 @@ def test_files_of_another_rank_or_save_are_named_whatever_their_checksums(saved,
         config = make_config(MODEL__PRETRAINED=str(tags[2]))
         with pytest.raises((PretrainedError, CheckpointError), match='belongs here'):
             load_pretrained(config, Net(), logger)
-    for results in run_ranks('tests.workers.proving:load_tags', 2, tmp_path, loads=loads):
+    for results in run_ranks(proving.load_tags, 2, tmp_path, loads=loads):
         for (path, _), name, got in zip(loads, names, results, strict=True):
             assert 'error' in got, path
             assert name in got['error'], (path, got)

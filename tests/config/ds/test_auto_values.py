@@ -6,8 +6,9 @@ import pytest
 
 from internvl_ds.config.ds import resolve as ds
 from internvl_ds.errors import ConfigError
+from tests.config.ds import filling
+from tests.harness.model import make_config
 from tests.harness.ranks import run_ranks
-from tests.workers.model import make_config
 
 
 def _zero(stage, **more):
@@ -151,7 +152,7 @@ def test_every_value_has_an_origin():
 @pytest.mark.ranks
 def test_a_bucket_of_the_models_size_changes_no_bit_and_takes_less(tmp_path):
     """At stages 1 to 3; what was filled is in OUTPUT, in state.json, and in DeepSpeed's shard."""
-    for result in run_ranks('tests.workers.filling:buckets', 2, tmp_path, output=str(tmp_path)):
+    for result in run_ranks(filling.buckets, 2, tmp_path, output=str(tmp_path)):
         for stage in '123':
             filled, stated = result[stage]['filled'], result[stage]['stated']
             assert filled['steps'] == stated['steps']
@@ -165,5 +166,5 @@ def test_a_bucket_of_the_models_size_changes_no_bit_and_takes_less(tmp_path):
 
 @pytest.mark.ranks
 def test_an_optimizer_of_the_json_is_made_from_the_yacs_config(tmp_path):
-    for result in run_ranks('tests.workers.filling:json_optimizer', 2, tmp_path):
+    for result in run_ranks(filling.json_optimizer, 2, tmp_path):
         assert result == {'lr': 1e-3 * 16 / 512, 'weight_decay': 0.1, 'betas': [0.9, 0.98]}

@@ -8,7 +8,7 @@ import torch
 from internvl_ds.config.ds import resolve as ds
 from internvl_ds.config.ds.load import load_ds_config
 from internvl_ds.errors import ConfigError
-from tests.workers.model import make_config
+from tests.harness.model import make_config
 
 
 def _resolved(tree, world_size=2, **values):

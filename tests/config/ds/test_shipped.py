@@ -20,10 +20,11 @@ from internvl_ds.engine.registry import _refuse_unsupported
 from internvl_ds.errors import ConfigError
 from internvl_ds.pretrained.api import load_pretrained
 from internvl_ds.train.model import build_model
+from tests.config.ds import shipping
 from tests.engine.test_grad_scaler import tolerances
+from tests.harness.model import make_config, make_model
+from tests.harness.plain_loop import reference
 from tests.harness.ranks import run_ranks
-from tests.workers.model import make_config, make_model
-from tests.workers.plain_loop import reference
 
 NAMES = sorted(path.stem for path in shipped_dir().glob('*.json'))
 YAMLS = sorted(find_config_file('digits_quickstart').parent.glob('*.yaml'))
@@ -162,9 +163,7 @@ def test_every_file_trains_right_on_two_ranks(tmp_path):
     # One process trains with all: what it was told of an fp16 engine, and DeepSpeed of autocast,
     # stays, so those that need neither come first.
     cells.sort(key=lambda cell: list(CONSTANTS).index(cell[1]))
-    results = run_ranks(
-        'tests.workers.shipping:train_with_each', 2, tmp_path, cells=cells, steps=2, accumulation=2
-    )
+    results = run_ranks(shipping.train_with_each, 2, tmp_path, cells=cells, steps=2, accumulation=2)
     start = {n: p.detach().flatten() for n, p in make_model().named_parameters()}
     expected = {precision: reference(precision, 2, None) for precision in CONSTANTS}
     for result in results:

@@ -78,9 +78,9 @@ def test_failing_trials_are_rows_and_an_interrupted_tuner_goes_on(tmp_path):
     write_digits(tmp_path / 'digits')
 
     def command(*more):
-        factory = ['--opts', 'MODEL.FACTORY', 'tests.workers.fates:model', 'AMP_OPT_LEVEL', 'O0']
+        factory = ['--opts', 'MODEL.FACTORY', 'tests.tools.tune.fates:model', 'AMP_OPT_LEVEL', 'O0']
         space = ['--space', str(tmp_path / 'space.json')]
-        program = [sys.executable, '-m', 'tests.workers.fates']
+        program = [sys.executable, '-m', 'tests.tools.tune.fates']
         return [*program, *words(tmp_path, *space, *more, *factory, launcher=LIMITED)]
 
     tune, log = tmp_path / 'tune', tmp_path / 'log.txt'

@@ -6,7 +6,8 @@ from internvl_ds.config.ds import resolve as ds
 from internvl_ds.tools.plan.memory_planner import Planner
 from internvl_ds.tools.plan.static_memory import checkpoint_bytes
 from tests.harness.ranks import run_ranks
-from tests.workers.measuring import make_config
+from tests.tools.plan import measuring
+from tests.tools.plan.measuring import make_config
 
 _SHARED = 'MODEL.TYPE timm MODEL.NUM_CLASSES 10 MODEL.DROP_PATH_RATE 0.0'
 # Wide and shallow: what Python keeps for each module is not planned.
@@ -43,7 +44,7 @@ def measured(tmp_path_factory):
     for model, stage in keys:
         output = ['OUTPUT', f'{root}/{stage}'] if model == _SAVED else []
         cases.append([[*MODELS[model].split(), *output], ds_config(stage)])
-    of_ranks = run_ranks('tests.workers.measuring:measure', _RANKS, root, timeout=540, cases=cases)
+    of_ranks = run_ranks(measuring.measure, _RANKS, root, timeout=540, cases=cases)
     of_cases = list(zip(*of_ranks, strict=True))[len(once) :]
     return dict(zip(keys, of_cases, strict=True))
 

@@ -27,7 +27,7 @@ from internvl_ds.tools.plan.static_memory import kept, kept_on_host
 from internvl_ds.tools.plan.transient_memory import in_backward, in_update
 from internvl_ds.train.model import build_model
 from tests.harness.ranks import ROOT, base_env
-from tests.workers.measuring import make_config
+from tests.tools.plan.measuring import make_config
 
 TINY = (
     'MODEL.TYPE timm MODEL.NAME vit_tiny_patch16_224 MODEL.KWARGS.depth 3 MODEL.NUM_CLASSES 10 '

@@ -13,8 +13,8 @@ from internvl_ds.errors import ConfigError, InternvlDsError
 from internvl_ds.tools.plan.sizes import can_recompute
 from internvl_ds.tools.tune.request import Request
 from internvl_ds.tools.tune.tuner import tune, updates_for
-from tests.workers.fates import OnlyStage0
-from tests.workers.quick_train import write_launcher
+from tests.tools.tune.fates import OnlyStage0
+from tests.tools.tune.quick_train import write_launcher
 
 STAGES = {
     label: {'ds_config': {'zero_optimization': {'stage': int(label)}}} for label in ('1', '2', '3')
@@ -194,7 +194,7 @@ def test_updates_take_about_three_seconds(seconds, updates):
 
 @pytest.mark.parametrize(
     ('factory', 'can'),
-    [('', True), ('tests.workers.training:brightness', False), ('no.module:model', False)],
+    [('', True), ('tests.harness.training:brightness', False), ('no.module:model', False)],
 )
 def test_whether_a_model_can_recompute(factory, can):
     config = default_config()
