@@ -64,3 +64,10 @@ def test_tensors_are_taken_and_plain_floats_come_out():
     meter = filled([torch.tensor(1.5), torch.tensor(2.5, dtype=torch.bfloat16)])
     assert [type(x) for x in (meter.val, meter.avg, meter.var)] == [float, float, float]
     assert meter.avg == pytest.approx(2.0)
+
+
+def test_a_loaded_meter_keeps_its_own_length():
+    meter = MyAverageMeter(2)
+    meter.load_state_dict({'val': 1.0, 'window': [9.0, 1.0]})
+    meter.update(3.0)
+    assert (meter.val, meter.avg) == (3.0, 2.0)

@@ -38,3 +38,9 @@ def test_of_another_scripts_tree_only_what_the_adapters_read_is_looked_at():
     theirs.SAVE_CKPT_NUM = None
     with pytest.raises(ConfigError, match='SAVE_CKPT_NUM is None; it takes a number$'):
         require_counts(theirs, ('SAVE_CKPT_NUM', 'CHECKPOINT'))
+
+
+def test_no_accumulation_may_be_written_as_none():
+    config = default_config()
+    config.TRAIN.ACCUMULATION_STEPS = None
+    require_counts(config)

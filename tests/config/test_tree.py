@@ -14,6 +14,7 @@ from internvl_ds.config.tree import (
     get_config,
     get_option,
     merge_opts,
+    scale_lr,
 )
 from internvl_ds.errors import ConfigError
 
@@ -560,3 +561,8 @@ class TestGetOption:
 
         assert get_option(tree, 'TRAIN.EMA.DECAY', 0.5) is None
         assert get_option(tree, 'SAVE_CKPT_NUM', 1) == 1
+
+
+def test_a_learning_rate_is_given_for_512_images():
+    assert scale_lr(1e-3, 512) == 1e-3
+    assert scale_lr(1e-3, 1024) == 2e-3

@@ -78,3 +78,21 @@ def test_what_torch_refuses_is_a_pretrained_error():
         PretrainedError, match=r'cannot be loaded: .*\s+size mismatch for norm.weight'
     ):
         apply.load_state(Net(), {'norm.weight': torch.zeros(2)})
+
+
+def test_the_grids_that_a_model_says_of_its_embeddings_and_tables():
+    model = nn.Module()
+    model.attn = nn.Module()
+    model.attn.window_size = (7, 5)
+    model.attn.relative_position_bias_table = nn.Parameter(torch.zeros(13 * 9, 3))
+    model.patch_embed = nn.Module()
+    model.patch_embed.grid_size = (4, 2)
+    model.num_prefix_tokens = 1
+    model.pos_embed = nn.Parameter(torch.zeros(1, 9, 6))
+    specs = apply.describe(model)
+    assert specs['attn.relative_position_bias_table'][2:] == ((13, 9), 0)
+    assert specs['pos_embed'][2:] == ((4, 2), 1)
+    model.no_embed_class = True
+    assert apply.describe(model)['pos_embed'][2:] == (None, 0)  # of another size than it says
+    model.pos_embed = nn.Parameter(torch.zeros(1, 8, 6))
+    assert apply.describe(model)['pos_embed'][2:] == ((4, 2), 0)

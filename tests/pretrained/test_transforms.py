@@ -328,3 +328,11 @@ def test_grid_orientation_survives():
     out = transforms.resize_grid(rows, 4).view(4, 4)
     assert torch.equal(out, out[:, :1].expand(4, 4))
     assert (out[1:] > out[:-1]).all()
+
+
+def test_a_patch_embed_of_other_channels_is_left_as_it_is():
+    key = 'patch_embed.proj.weight'
+    state = {key: torch.ones(8, 4, 14, 14)}
+    result = transforms.resize_patch_embeds(state, {key: TensorSpec((8, 3, 16, 16), torch.float32)})
+    assert result.state[key] is state[key]
+    assert result.notes == ()

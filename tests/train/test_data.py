@@ -165,6 +165,22 @@ def test_augmentation_differs_between_epochs_and_seeds(data):
     assert not torch.equal(same[0], epoch_images(build_loaders(other, 0, 1).train, 0))
 
 
+def test_generators_begin_anew_in_every_epoch_and_position_and_on_every_rank(data):
+    loader = build_loaders(small_config(data), 0, 1).train
+
+    def drawn(**changes):
+        start_epoch(loader, **{'seed': 0, 'epoch': 0, 'rank': 0, **changes})
+        return float(torch.rand(())), float(np.random.rand())
+
+    draws = {drawn(), drawn(epoch=1), drawn(seed=1), drawn(rank=1), drawn(micro_batches=1)}
+    assert len(draws) == 5
+    assert drawn() in draws
+    torch.manual_seed(3)
+    wanted = float(torch.rand(()))
+    torch.manual_seed(3)
+    assert drawn(generators_go_on=True)[0] == wanted
+
+
 def test_mixup_repeats_with_the_epoch(data):
     config = small_config(data, AUG__MIXUP=0.8, AUG__CUTMIX=1.0)
     loader = build_loaders(config, 0, 1).train

@@ -93,3 +93,17 @@ def test_without_a_loaded_position_it_begins():
     position = Position()
     position.fit(images=64, ranks=2, group=1, total=22, logger=logger)
     assert (position.micro_batches, position.images) == (0, 64)
+
+
+@pytest.mark.parametrize('value', [-1, '3', 2.5, None, True])
+def test_what_is_no_count_is_refused_before_anything_is_taken_over(value):
+    position = loaded(micro_batches=5)
+    with pytest.raises(ValueError, match='micro_batches of a position is'):
+        position.load_state_dict({'images': 1, 'micro_batches': value})
+    assert (position.micro_batches, position.images) == (5, 64)
+
+
+def test_no_more_than_an_epoch_is_left_out():
+    position = loaded(micro_batches=22)
+    position.fit(images=64, ranks=2, group=1, total=20, logger=logger, order=ORDER)
+    assert position.micro_batches == 20

@@ -153,10 +153,12 @@ MUTANTS = [
         ('        os.ftruncate(descriptor, len(text))\n', ''),
         ('        known.give_up()  # removed', '        return  # removed'),
     ]),
+    *mutants_of('checkpoint/tag', 'checkpoint/formats/test_zero_shards.py', [
+        ('return sorted(chosen, key=file_rank)', 'return sorted(chosen)'),
+    ]),
     *mutants_of('checkpoint/tag', 'checkpoint/tag/test_identity.py', [
         ('and file_rank(name) < ranks]', ']'),
         ("if name.startswith('bf16_') == bf16]", ']'),
-        ('return sorted(chosen, key=file_rank)', 'return sorted(chosen)'),
         ('whole = [] if optim and zero_stage(optim[0]) == 3 else whole', 'pass'),
         ('    if not header.save or said == wanted:', '    if said is None or said == wanted:'),
         ("if found[name][2] != '00']", 'if False]'),

@@ -12,6 +12,7 @@ import pytest
 
 from internvl_ds.checkpoint.tag import commit as store
 from internvl_ds.checkpoint.tag import discovery as lookup
+from internvl_ds.checkpoint.tag import owner
 from internvl_ds.checkpoint.tag.leftovers import sweep
 from internvl_ds.checkpoint.tag.manifest import Manifest
 from internvl_ds.checkpoint.tag.owner import read_owner
@@ -284,3 +285,31 @@ def test_a_staging_directory_under_another_saves_id_is_left(tmp_path):
     staging.rename(tmp_path / f'.staging-ckpt_epoch_0-{"0" * 16}')
     assert sweep(tmp_path, age=0) == []
     assert (tmp_path / f'.staging-ckpt_epoch_0-{"0" * 16}' / SHARD).exists()
+
+
+def test_a_lock_with_words_that_are_no_record_is_left(tmp_path):
+    lock = tmp_path / f'.lock-ckpt_epoch_0-{"0" * 16}'
+    lock.write_text('somebody else wrote this')
+    assert sweep(tmp_path, age=0) == []
+    assert lock.exists()
+    lock.write_text('')  # killed before it wrote a word
+    sweep(tmp_path, age=0)
+    assert not lock.exists()
+
+
+def test_a_held_lock_is_of_a_process_that_lives_wherever_it_is():
+    elsewhere = owner.this_process()._replace(machine='another', host='another')
+    for record in (elsewhere, None):
+        assert owner.has_ended(record, False) is False
+        assert owner.has_ended(record, None) is None
+    assert owner.has_ended(elsewhere, True) is None  # its lock may not be seen from here
+
+
+def test_a_process_that_has_ended_and_is_not_waited_for_has_no_start():
+    child = os.fork()
+    if not child:
+        os._exit(0)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    assert owner._started(child) == ''
+    os.waitpid(child, 0)
+    assert owner._started(child) is None

@@ -14,7 +14,7 @@ import pytest
 
 from internvl_ds.checkpoint.tag import output_lock
 from internvl_ds.checkpoint.tag.output_lock import LOCK, enter_output, note_save
-from internvl_ds.checkpoint.tag.owner import read_owner
+from internvl_ds.checkpoint.tag.owner import read_owner, this_process
 from internvl_ds.config.tree import default_config
 from internvl_ds.errors import CheckpointError
 from tests.harness import beds
@@ -288,6 +288,41 @@ def test_where_there_are_no_file_locks_the_number_of_the_process_decides(
     _kill(child)
     _enter(tmp_path, LOCK_AGE=6.0)
     assert read_owner(tmp_path / LOCK).pid == str(os.getpid())
+
+
+def test_without_locks_the_last_of_two_that_write_at_once_has_it(tmp_path, monkeypatch):
+    _without_locks(monkeypatch)
+    other = this_process()._replace(host='elsewhere', machine='another')
+    write_other = lambda seconds: (tmp_path / LOCK).write_text(other.to_text())  # noqa: E731
+    monkeypatch.setattr(output_lock.time, 'sleep', write_other)
+    with pytest.raises(CheckpointError, match='writes there: a process that just began'):
+        _enter(tmp_path)
+    assert read_owner(tmp_path / LOCK) == other
+
+
+def test_nothing_is_left_of_a_longer_record(tmp_path):
+    dead = this_process()._replace(pid='999999999', since='2024' * 50)
+    (tmp_path / LOCK).write_text(dead.to_text())
+    _enter(tmp_path)
+    assert read_owner(tmp_path / LOCK).pid == str(os.getpid())
+
+
+def test_what_the_disk_refuses_when_it_is_flushed_is_the_locks_error(tmp_path, monkeypatch):
+    def fsync(descriptor):
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    monkeypatch.setattr(os, 'fsync', fsync)
+    with pytest.raises(OSError, match=f"Disk quota exceeded: '{tmp_path / LOCK}'"):
+        _enter(tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_lock_that_another_took_over_is_not_removed_at_the_end(tmp_path):
+    _enter(tmp_path)
+    other = this_process()._replace(host='elsewhere', machine='another')
+    (tmp_path / LOCK).write_text(other.to_text())
+    output_lock._release_all()
+    assert read_owner(tmp_path / LOCK) == other
 
 
 def test_a_job_that_slept_through_its_age_finds_that_another_took_over(tmp_path, job):

@@ -52,3 +52,9 @@ def test_rules_speak_of_each_fault_by_itself():
         '/zero_optimization/stage3_max_live_parameters',
         '/zero_optimization/offload_param',
     ]
+
+
+@pytest.mark.parametrize('stage', [0, 1, 2, 3])
+def test_scaling_before_the_reduction_is_refused_at_stage_2_only(stage):
+    tree = {'prescale_gradients': True, 'zero_optimization': {'stage': stage}}
+    assert told(tree) == (['/prescale_gradients'] if stage == 2 else [])

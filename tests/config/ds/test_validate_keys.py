@@ -8,7 +8,7 @@ import pytest
 
 from internvl_ds.config.ds.diagnostics import WARNING
 from internvl_ds.config.ds.schema import BOOL, INT, LIST, NULL, NUMBER, OBJECT, TEXT, Key, Value
-from internvl_ds.config.ds.validate_keys import check_shape, misfit
+from internvl_ds.config.ds.validate_keys import Shape, check_shape, misfit
 
 SCHEMA = Key(keys={
     'steps': Key('steps', Value((INT,), above=0)),
@@ -36,6 +36,9 @@ SCHEMA = Key(keys={
         ('B', Value((TEXT,), ('a', 'b')), "'b' is the nearest"),
         (4, Value((INT,), (0, 1)), 'it takes 0, 1'),
         (0, Value((INT,), above=0), 'more than 0'),
+        (0, Value((INT,), least=0), ''),
+        (-1, Value((INT,), least=0), 'at least 0'),
+        (1, Value((INT,), most=1), ''),
         (1.5, Value((NUMBER,), most=1), 'at most 1'),
         (1.0, Value((NUMBER,), below=1), 'less than 1'),
         (-1, Value((NUMBER,), least=0), 'at least 0'),
@@ -90,3 +93,17 @@ def test_what_deepspeed_refuses_by_name_is_told_in_its_words():
 
 def test_keys_that_are_no_text_are_unknown():
     assert [f.pointer for f in check_shape({7: 1}, SCHEMA).findings] == ['/7']  # type: ignore[dict-item]
+
+
+def test_what_lies_in_a_doubtful_block_is_doubtful():
+    shape = Shape(doubtful={'/block'})
+    assert shape.doubts('/block/flag')
+    assert shape.doubts('/steps', '/block')
+    assert not shape.doubts('/blocks', '/steps')
+
+
+def test_a_misspelt_key_does_not_take_the_place_of_the_right_one():
+    for tree in ({'stepz': 1, 'steps': 2}, {'steps': 2, 'stepz': 1}):
+        shape = check_shape(tree, SCHEMA)
+        assert shape.tree == {'steps': 2}
+        assert len(shape.findings) == 1
