@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -61,6 +62,8 @@ def test_a_rank_that_was_stopped_is_silent_and_one_that_was_killed_is_dead(ranks
     first, second, stopped, killed = ranks
     assert [one.describe_silent() for one in (first, second)] == ['', '']
     stopped.send_signal(signal.SIGSTOP)
+    status = Path(f'/proc/{stopped.pid}/stat')
+    wait_until(lambda: status.read_text().rpartition(')')[2].split()[0] == 'T')
     for one in (first, second):
         said = 'rank 2 on host (pid 2) has given no sign of life for 1 s'
         assert one.describe_silent() == said
