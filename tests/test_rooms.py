@@ -52,3 +52,13 @@ def test_files_functions_and_rooms_are_of_a_size_to_read():
                     wrong.append(f'{path}: {node.name} has {lines} lines')
     wrong += [f'{folder}: {count} modules' for folder, count in folders.items() if count > 16]
     assert wrong == []
+
+
+def test_pytest_alone_runs_one_test_on_ranks_of_each_subject():
+    marks: dict[Path, int] = {}
+    for path in (ROOT / 'tests').rglob('test_*.py'):
+        text = path.read_text()
+        if 'mark.ranks' in text and path.parent.name != 'whole':
+            marks[path] = text.count('\n@pytest.mark.first\n')
+    assert sum(marks.values()) > 35
+    assert {path: count for path, count in marks.items() if count > 1} == {}

@@ -36,6 +36,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, precis
             assert micro_batches % 2 == 0  # the accumulation phase: at a boundary
 
 
+@pytest.mark.first
 @pytest.mark.ranks
 @pytest.mark.parametrize('precision', ['fp32', 'bf16'])
 def test_eval_mode_loads_the_tag_that_was_asked_for(tmp_path, precision):

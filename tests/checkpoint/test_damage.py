@@ -32,6 +32,7 @@ def test_every_damage_to_every_file_is_found_and_named(tmp_path, stage):
             assert (what.split()[1] if 'swap manifest' not in what else 'ckpt_epoch_1') in text
 
 
+@pytest.mark.first
 @pytest.mark.ranks
 @pytest.mark.parametrize('stage', [1, 3])
 def test_a_pickle_in_any_file_runs_no_code(tmp_path, stage):

@@ -26,6 +26,7 @@ def small_disk(tmp_path):
         yield path
 
 
+@pytest.mark.first
 @pytest.mark.ranks
 @pytest.mark.parametrize(('stage', 'in_background'), [(1, False), (3, False), (3, True)])
 def test_a_disk_too_small_for_the_second_save(tmp_path, small_disk, stage, in_background):

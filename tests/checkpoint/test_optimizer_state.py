@@ -99,6 +99,7 @@ def test_groups_that_differ_in_a_flag_are_compared_one_by_one(tmp_path):
                 assert said[str(source)][key] == own[key], (source, stage, kind, key)
 
 
+@pytest.mark.first
 @pytest.mark.ranks
 @pytest.mark.slow
 def test_what_class_and_keys_do_not_say_alike(tmp_path):

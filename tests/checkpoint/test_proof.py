@@ -234,6 +234,7 @@ def test_what_is_unfrozen_or_frozen_after_initialize_is_saved_as_it_is(tmp_path,
             assert result[0][stage]['exported'] == result[0][stage]['averaged'] == []
 
 
+@pytest.mark.first
 @pytest.mark.ranks
 @pytest.mark.parametrize('in_background', [False, True])
 def test_a_save_that_no_load_would_take_is_refused_and_the_earlier_tags_stay(

@@ -79,6 +79,7 @@ def test_masters_and_moments_move_between_precisions_unrounded(tmp_path):
         assert result == {key: [True, True] for key in result}
 
 
+@pytest.mark.first
 @pytest.mark.ranks
 @pytest.mark.slow
 def test_a_sharded_average_moves_to_any_stage(tmp_path):

@@ -116,6 +116,7 @@ class TestRestoring:
         assert f'TAG: the lr schedule that was saved {line}' in said
 
 
+@pytest.mark.first
 @pytest.mark.ranks
 @pytest.mark.slow
 def test_a_schedule_that_deepspeed_steps_goes_on_in_any_layout(tmp_path):

@@ -33,6 +33,7 @@ def fails(what, folder, ranks=2, **kwargs):
     return run_ranks(getattr(ending, what), ranks, folder, expect_failure=True, **kwargs)
 
 
+@pytest.mark.first
 @RANKS
 def test_an_error_that_all_have_is_told_once_and_without_a_traceback(tmp_path):
     texts = fails('alike', tmp_path, 3)

@@ -41,6 +41,7 @@ def test_an_exception_on_one_rank_ends_the_job(tmp_path):
     assert time.monotonic() - start < 90  # rank 0 would have slept for 120 s
 
 
+@pytest.mark.first
 def test_a_library_of_another_mpi_is_refused(tmp_path):
     # What MPICH's mpiexec.hydra sets, and Open MPI's library: each process is a world of its own.
     job = run_command(

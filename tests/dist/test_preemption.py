@@ -79,6 +79,7 @@ def test_a_signal_stops_a_scripts_loop_which_has_its_handlers_back_after_it(numb
     assert handlers() == before
 
 
+@pytest.mark.first
 @pytest.mark.ranks
 def test_minutes_are_those_of_rank_0s_clock(tmp_path):
     told = run_ranks(signalled.minutes, 2, tmp_path, count=100)

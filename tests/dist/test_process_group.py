@@ -32,6 +32,7 @@ def test_reduce_tensor_is_the_mean_and_leaves_its_input(tmp_path, ranks):
         assert not got['shared']
 
 
+@pytest.mark.first
 @pytest.mark.ranks
 def test_rank_0_leaves_last(tmp_path):
     assert run_ranks(harness.leave_late, 2, tmp_path) == ['', 'x']

@@ -10,6 +10,7 @@ from tests.dist import talking, waiting
 from tests.harness.ranks import run_ranks
 
 
+@pytest.mark.first
 @pytest.mark.ranks
 def test_meetings_exchange_agree_and_pass_errors_on(tmp_path):
     for rank, got in enumerate(run_ranks(talking.meet, 2, tmp_path)):

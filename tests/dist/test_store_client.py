@@ -30,6 +30,7 @@ def require_in_time(found):
             assert re.search(r'RankError: .*rank 0 on \S+ \(pid \d+\)', message), (name, message)
 
 
+@pytest.mark.first
 @pytest.mark.ranks
 @pytest.mark.slow
 def test_every_call_ends_while_rank_0_stands_still(tmp_path):

@@ -61,6 +61,7 @@ def test_what_an_epoch_leaves_over_is_dropped_by_any_zero_grad(tmp_path):
         require_same(got, wanted, precision, cell)
 
 
+@pytest.mark.first
 @pytest.mark.ranks
 def test_a_save_with_a_remainder_pending_changes_nothing_and_is_resumed(tmp_path):
     wanted = plain('fp32', 'epoch')

@@ -75,6 +75,7 @@ def test_what_cannot_be_tried_is_left_to_the_user():
     require_elementwise(optimizer, CPU)
 
 
+@pytest.mark.first
 @pytest.mark.ranks
 def test_every_way_to_an_engine_is_looked_at(tmp_path):
     for told in run_ranks(guarding.whole_tensors, 2, tmp_path):

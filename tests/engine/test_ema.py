@@ -160,6 +160,7 @@ def test_an_average_moves_to_other_ranks_and_stages_exactly(tmp_path):
         path = results[0]['path']
 
 
+@pytest.mark.first
 @pytest.mark.ranks
 @pytest.mark.parametrize('precision', ['fp32', 'bf16'])
 def test_evaluation_in_place_equals_a_plain_model_of_the_exported_average(tmp_path, precision):

@@ -9,6 +9,7 @@ from tests.harness.ranks import run_ranks
 pytestmark = [pytest.mark.ranks, pytest.mark.slow]
 
 
+@pytest.mark.first
 def test_buffers_that_no_state_dict_has_tied_and_complex_tensors_move_with_the_average(tmp_path):
     """2 ranks -> 2 ranks, and 2 ranks -> 1, from every stage into another, and from a .pth."""
     two = run_ranks(

@@ -149,6 +149,7 @@ def test_a_layer_that_is_frozen_later_stays_or_the_update_is_refused(tmp_path, p
             _require_weights(precision, got['weights'], expected, stage, step)
 
 
+@pytest.mark.first
 @pytest.mark.ranks
 @pytest.mark.parametrize(('precision', 'stages'), [('fp16', [1, 2, 3]), ('bf16', [2, 3])])
 def test_accumulation_in_fp32_follows_the_plain_loop(tmp_path, precision, stages):

@@ -55,6 +55,7 @@ def test_what_the_error_says(scale, bad_loss, why, advice):
     assert 'Parameters with non-finite gradients: head.bias (1 in all)' in text
 
 
+@pytest.mark.first
 @pytest.mark.ranks
 @pytest.mark.parametrize('precision', ['fp16', 'autocast_fp16'])
 def test_a_scale_at_its_minimum_stops_all_ranks(tmp_path, precision):

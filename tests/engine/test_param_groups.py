@@ -89,6 +89,7 @@ def test_tensor_lrs_that_only_print_alike_are_not_merged():
     assert merge_param_groups(optimizer, {}).origins == [0, 1]
 
 
+@pytest.mark.first
 @pytest.mark.ranks
 def test_fifty_steps_of_lr_per_parameter_equal_a_plain_loop(tmp_path):
     results = run_ranks(schedule.fifty_steps, 2, tmp_path)

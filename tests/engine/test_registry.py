@@ -54,6 +54,7 @@ def test_the_ten_names_and_two_more_are_exported_with_their_signatures(module):
     )
 
 
+@pytest.mark.first
 @pytest.mark.ranks
 def test_an_engine_is_found_from_its_module_and_either_optimizer(tmp_path):
     for result in run_ranks(talking.engine_from_any, 2, tmp_path):

@@ -9,6 +9,7 @@ from tests.harness.ranks import run_ranks
 STAGES = [0, 1, 2, 3]
 
 
+@pytest.mark.first
 @pytest.mark.ranks
 def test_the_lr_is_that_of_a_plain_loop_which_counts_micro_batches(tmp_path):
     cells = [(stage, 'timm', short) for stage in STAGES for short in (True, False)]

@@ -28,6 +28,7 @@ def test_every_step_under_zero_init(tmp_path, ranks):
     _require_same(tmp_path, ranks, jobs)
 
 
+@pytest.mark.first
 @pytest.mark.ranks
 @pytest.mark.parametrize('ranks', [2, 4])
 def test_every_source_under_zero_init(tmp_path, ranks):

@@ -120,6 +120,7 @@ def test_throughput_is_images_per_second(data):
     assert measure_throughput(model, build_loaders(config, 0, 1).val, CPU) > 1
 
 
+@pytest.mark.first
 @pytest.mark.ranks
 @pytest.mark.parametrize(('stage', 'level', 'ranks'), [(0, 'O0', 3), (3, 'O0', 2), (3, 'O2', 2)])
 def test_through_an_engine_on_several_ranks(data, tmp_path, stage, level, ranks):

@@ -52,6 +52,7 @@ def train(tmp_path, cfg, output, stage, *opts, level='O0', ranks=2):
     )  # fmt: skip
 
 
+@pytest.mark.first
 @pytest.mark.ranks
 @pytest.mark.slow
 @pytest.mark.parametrize('stage', [0, 2])

@@ -84,6 +84,7 @@ def test_the_same_command_goes_on_where_it_was_whatever_it_resumed_from(start):
     assert 'nothing to train' in told['gone']['log']
 
 
+@pytest.mark.first
 def test_other_class_folders_are_refused_before_anything_is_done(start):
     told, root = start('rename_classes', changes_data=True)
     tag = root / 'out' / 'small' / 'ckpt_epoch_0'

@@ -43,6 +43,7 @@ def test_ranks_of_one_host_share_its_memory():
     )  # fmt: skip
 
 
+@pytest.mark.first
 @pytest.mark.ranks
 def test_the_program_times_updates_of_several_epochs_and_saves_nothing(tmp_path):
     # 12 images on 2 ranks are 3 micro-batches of 2 on each: updates of 2 and of 1 in an epoch.

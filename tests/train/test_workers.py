@@ -15,6 +15,7 @@ from tests.harness.ranks import run_ranks
 from tests.harness.training import write_folder
 
 
+@pytest.mark.first
 @pytest.mark.ranks
 def test_only_workers_of_loaders_are_killed_at_exit(tmp_path):
     data = write_folder(tmp_path / 'images', classes=3, train=24, val=6)

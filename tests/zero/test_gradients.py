@@ -24,6 +24,7 @@ def near(result):
     return {'norms': pytest.approx(result['norms'], rel=1e-5), 'weights': weights}
 
 
+@pytest.mark.first
 @pytest.mark.ranks
 def test_a_parameter_without_a_part_in_an_update_stays(tmp_path):
     for result in run_ranks(accumulating.branches, 2, tmp_path, layouts=LAYOUTS, plans=PLANS):

@@ -30,6 +30,7 @@ def trained(weights):
     return {n: weights[n] for n, p in make_model().named_parameters() if p.requires_grad}
 
 
+@pytest.mark.first
 @pytest.mark.ranks
 def test_a_loop_of_plain_pytorch_is_refused_before_it_changes_anything(tmp_path):
     wanted = reference('fp32', 2, 0.5, sgd=True)

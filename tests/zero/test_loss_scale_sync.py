@@ -23,6 +23,7 @@ def test_the_bridge_adds_no_collective_and_reads_nothing(tmp_path, precision):
                 assert got['bridge']['reads'] <= got['bare']['reads'], stage
 
 
+@pytest.mark.first
 @pytest.mark.ranks
 def test_an_engine_is_not_scaled_by_what_another_one_left_on(tmp_path):
     """DeepSpeed's torch autocast is switched on for the process, and never off again."""

@@ -70,6 +70,7 @@ def test_parameters_that_deepspeed_cannot_send_are_named(parameter, words):
             require_sendable(model)
 
 
+@pytest.mark.first
 @pytest.mark.ranks
 def test_every_name_of_a_shared_module_is_saved_and_changed_buffers_are_refused(tmp_path):
     for result in run_ranks(proving.share, 2, tmp_path, root=tmp_path):

@@ -201,6 +201,7 @@ def lrs_of(kind, position, per_update=1):
 MOVED, NEXT = PER_EPOCH - 1, PER_EPOCH + ACCUMULATION
 
 
+@pytest.mark.first
 @pytest.mark.ranks
 @pytest.mark.slow
 def test_a_scripts_tag_goes_on_in_engines_of_this_package(saved, tmp_path):

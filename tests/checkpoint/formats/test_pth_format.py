@@ -29,6 +29,7 @@ def loop(request, tmp_path_factory):
     return request.param, root, result
 
 
+@pytest.mark.first
 @pytest.mark.ranks
 @pytest.mark.slow
 @pytest.mark.parametrize('stage', [1, 2, 3])

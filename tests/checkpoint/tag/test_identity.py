@@ -104,6 +104,7 @@ def poisoned(path, target):
     torch.save(content, target)
 
 
+@pytest.mark.first
 @pytest.mark.ranks
 def test_what_lies_beside_a_tags_files_is_not_read(saved, tmp_path):
     first, third = saved['1'], saved['3']

@@ -149,6 +149,7 @@ def test_every_value_has_an_origin():
     assert origins['/zero_optimization/reduce_bucket_size'].startswith('the model: 99 trained')
 
 
+@pytest.mark.first
 @pytest.mark.ranks
 def test_a_bucket_of_the_models_size_changes_no_bit_and_takes_less(tmp_path):
     """At stages 1 to 3; what was filled is in OUTPUT, in state.json, and in DeepSpeed's shard."""

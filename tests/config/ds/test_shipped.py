@@ -155,6 +155,7 @@ def test_the_6b_recipe_takes_published_weights_without_the_norms_of_the_width(tm
     assert torch.isfinite(model(torch.ones(1, 3, 224, 224))).all()
 
 
+@pytest.mark.first
 @pytest.mark.ranks
 @pytest.mark.slow
 def test_every_file_trains_right_on_two_ranks(tmp_path):
