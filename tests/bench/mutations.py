@@ -228,10 +228,17 @@ def table_of(verdicts: Iterable[Verdict]) -> str:
     """The verdicts as Markdown, in the order given."""
     rows = ['| room | fault | verdict | by, or why | s |', '| --- | --- | --- | --- | --- |']
     for mutant, result, detail, seconds in verdicts:
-        change = f'`{_short(mutant.old)}` -> `{_short(mutant.new)}`'
-        cells = [mutant.room, change, result, ' '.join(detail.split()), f'{seconds:.1f}']
-        rows.append('| ' + ' | '.join(cell.replace('|', r'\|') for cell in cells) + ' |')
+        cells = [*_front(mutant), result, ' '.join(detail.split()), f'{seconds:.1f}']
+        rows.append(f'{_row(cells)} |')
     return '\n'.join(rows)
+
+
+def _front(mutant: Mutant) -> list[str]:
+    return [mutant.room, f'`{_short(mutant.old)}` -> `{_short(mutant.new)}`']
+
+
+def _row(cells: Iterable[str]) -> str:
+    return '| ' + ' | '.join(cell.replace('|', r'\|') for cell in cells)
 
 
 def _short(text: str) -> str:
@@ -258,12 +265,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('words', nargs='*', help='of rooms, old texts or tests')
     parser.add_argument('--jobs', type=int, default=max(1, (os.cpu_count() or 2) // 2))
     parser.add_argument('--out', type=Path, help='a file for the table')
+    parser.add_argument('--again', type=Path, help='an earlier table: what it has as caught is out')
     args = parser.parse_args(argv)
     from tests.bench.mutants import MUTANTS
 
     texts = {mutant: ' '.join([mutant.room, mutant.old, *mutant.tests]) for mutant in MUTANTS}
     words = args.words or ['']
     chosen = [mutant for mutant, text in texts.items() if any(word in text for word in words)]
+    if args.again:
+        rows = args.again.read_text().splitlines()
+        caught = tuple(row.split(f' | {CAUGHT} | ')[0] for row in rows if f' | {CAUGHT} | ' in row)
+        chosen = [mutant for mutant in chosen if _row(_front(mutant)) not in caught]
     os.environ.update(DS_ACCELERATOR='cpu', CUDA_VISIBLE_DEVICES='')
     for name in _PRELOADED:
         importlib.import_module(name)
