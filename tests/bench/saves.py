@@ -109,7 +109,7 @@ def contenders(subject: Subject, folder: Path) -> dict[str, Contender]:
         'async ours': to('ours-async', async_ours),
         'async DCP': to('dcp', async_dcp),
         'copy in memory': Contender(copy, _settle),
-        'step': Contender(lambda: subject.step() and None, _settle),
+        'step': Contender(lambda: subject.step() and None, _settle),  # type: ignore[return-value]
         'step beside ours': to('ours-step', step_beside_ours),
         'step beside DCP': to('dcp-step', step_beside_dcp),
     }

@@ -132,11 +132,11 @@ class Interrupted:
                     os.kill(pid, signal.SIGKILL)
             self.process.wait(30)
             remove_shm_buffers(self._port)
-        texts = [
+        output, logged, latest = (
             path.read_text(errors='replace') if path.exists() else ''
             for path in (self.log, self._output / 'log_rank0.txt', self._output / 'latest')
-        ]
-        return End(status, *texts, seconds, left)
+        )
+        return End(status, output, logged, latest, seconds, left)
 
     def _read_terminal(self) -> None:
         with self.log.open('ab', buffering=0) as log:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,14 +62,15 @@ class Output:
         self.latest: str | None = None
         self.gone: list[str] = []
 
-    def save(self, tag: Tag, keep: list[int], rewound: bool) -> None:
+    def save(self, tag: Tag, keep: Sequence[int], rewound: bool) -> None:
         self.tags.pop(tag.name, None)
         self.tags[tag.name] = tag
         if tag.best:
             return
         self.latest = tag.name
         counted = [t for t in self.tags.values() if not t.best]
-        kept = _retained(counted, *keep, rewound)
+        newest, best, every, steps = keep
+        kept = _retained(counted, newest, best, every, steps, rewound)
         for name in [t.name for t in counted if t.name not in kept]:
             del self.tags[name]
             self.gone.append(name)

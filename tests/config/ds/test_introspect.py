@@ -56,7 +56,8 @@ def test_reading_leaves_deepspeed_as_it_was():
 def test_keys_of_a_functions_source():
     def reads(config: dict[str, Any], other: dict[str, Any]) -> Any:
         if 'a' in config and 'b' in config.keys():  # noqa: SIM118
-            return config['c'], config.get('d', other['x']), config.pop(_MARK)  # noqa: F821, other.get('y')
+            other.get('y')
+            return config['c'], config.get('d', other['x']), config.pop(_MARK)  # type: ignore[name-defined] # noqa: F821
         return None
 
     reads.__module__ = ds_probe.__name__
