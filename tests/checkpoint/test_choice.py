@@ -48,6 +48,10 @@ def test_a_tag_further_in_training_goes_before_it(output, other, caplog):
     assert _choose(output, asked) == step
     assert _choose(output, save_tag(other, 12)) == step  # the first update after epoch 12
     assert _choose(output, save_tag(other, 13, step=1)) != step
+    assert _choose(output, save_tag(other, 13)) != step  # inside epoch 13, which that has done
+    caplog.clear()
+    assert _choose(output, step) == step  # the newest itself is no newer one
+    assert caplog.text == ''
 
 
 def test_without_auto_resume_it_is_what_was_asked_for(output, other, caplog):

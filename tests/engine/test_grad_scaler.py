@@ -303,13 +303,12 @@ def test_what_is_no_norm_is_refused(norm_type):
 def test_the_loss_scale_of_an_engine_is_divided_out(monkeypatch):
     weight = torch.ones(4, requires_grad=True)
     weight.grad = torch.full((4,), 8.0)
-    monkeypatch.setattr(grad_norm, 'engine_of_parameter', lambda parameter: None)
-    assert get_grad_norm(weight) == 16.0
-    engine = SimpleNamespace(zero_optimization_stage=lambda: 0)
-    monkeypatch.setattr(grad_norm, 'engine_of_parameter', lambda parameter: engine)
-    monkeypatch.setattr(grad_norm, 'loss_scale_of', lambda engine: LossScale(scale=4.0))
+    wrapper = SimpleNamespace(partitioned=False, scale=LossScale(scale=4.0))
+    monkeypatch.setattr(grad_norm, 'wrapper_of_parameter', lambda parameter: wrapper)
     assert get_grad_norm(weight) == 4.0
-    monkeypatch.setattr(grad_norm, 'loss_scale_of', lambda engine: None)
+    wrapper.scale = None
+    assert get_grad_norm(weight) == 16.0
+    monkeypatch.setattr(grad_norm, 'wrapper_of_parameter', lambda parameter: None)
     assert get_grad_norm(weight) == 16.0
 
 

@@ -106,6 +106,16 @@ def test_what_does_not_belong_there_is_an_error_before_the_loop_or_a_generator_c
     assert random.random() == first_of(8)
 
 
+@pytest.mark.parametrize('generator', ['python', 'numpy', 'torch'])
+def test_a_state_that_one_generator_does_not_take_changes_none(tag, generator):
+    text = state_text({'rng': {**rng_state(), generator: [1]}, 'loop': {'at': 0}})
+    (tag / 'loop_rank_0.json').write_text(text)
+    loop = Loop()
+    with pytest.raises(CheckpointError, match=r'loop_rank_0\.json'):
+        restore(tag, INSIDE, 1, loop)
+    assert loop.loaded is None
+
+
 def test_a_state_that_the_loop_does_not_take_is_an_error_that_names_the_tag(tag):
     class Strict(Loop):
         def load_state_dict(self, state):

@@ -42,7 +42,7 @@ def test_state_of_rows_and_columns_is_no_other_order():
 
 def test_state_that_is_no_tensor_is_named():
     weights, state = _trained(lambda parameters: torch.optim.Adam(parameters))
-    state['state'][1]['Q'] = [torch.eye(2)]
+    state['state'][1] |= {'Q': [torch.eye(2)], 'R': (1,)}  # the first is named
     found = _named(weights, state, ['weight', 'bias'])
     assert found.unnamed == 'Q of bias is a list'
     assert sorted(found.moments['bias']) == ['exp_avg', 'exp_avg_sq']
