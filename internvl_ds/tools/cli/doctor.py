@@ -1,10 +1,10 @@
-"""Say what of this machine and environment would bite a run: one screen.
+"""Say what of this machine and environment would break a run: one screen.
 
-Each line has a verdict: ``ok``; ``note``, which may matter to some runs; or ``bites``, with what it
-would do to a run and what to do about it. The exit status is 0 when nothing bites, else 1.
+Each line has a verdict: ``ok``; ``warning``, which may matter to some runs; or ``error``, with what
+it would do to a run and what to do about it. The exit status is 0 without an error, else 1.
 
-``--json`` prints one object: ``output``, the counts ``bites`` and ``notes``, and ``findings``, a
-list of objects with ``topic``, ``verdict``, ``found`` and ``advice`` ('' where there is none).
+``--json`` prints one object: ``output``, the counts ``errors`` and ``warnings``, and ``findings``,
+a list of objects with ``topic``, ``verdict``, ``found`` and ``advice`` ('' where there is none).
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Looks at everything, says it, and returns the exit status."""
     from internvl_ds.tools.doctor.examine import examine
-    from internvl_ds.tools.doctor.finding import BITES
+    from internvl_ds.tools.doctor.finding import ERROR
     from internvl_ds.tools.doctor.report import screen, tree
 
     findings = examine(args.output)
     say(json_text(tree(findings, str(args.output))) if args.json else screen(findings))
-    return _SOMETHING_BITES if any(f.verdict == BITES for f in findings) else 0
+    return _SOMETHING_BITES if any(f.verdict == ERROR for f in findings) else 0

@@ -1,1 +1,1 @@
-"""What of this machine and environment would bite a run."""
+"""What of this machine and environment would break a run."""

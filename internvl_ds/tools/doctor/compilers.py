@@ -12,7 +12,7 @@ import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
 
-from internvl_ds.tools.doctor.finding import Finding, bites, note, ok
+from internvl_ds.tools.doctor.finding import Finding, fault, ok, warn
 
 _OP = 'deepspeed_shm_comm'  # with it CPU ranks of one host reduce gradients
 _SECONDS = 10  # for a program to answer
@@ -59,12 +59,12 @@ def _tools(needed: bool) -> Finding:
         'activate the environment'
     )
     if needed:
-        return bites(
+        return fault(
             'compilers',
             found,
             f'DeepSpeed compiles an op as soon as CPU ranks meet, and fails there. {install}',
         )
-    return note(
+    return warn(
         'compilers', found, f'FusedAdam, CPU Adam and NVMe offload cannot be built. {install}'
     )
 
@@ -72,28 +72,28 @@ def _tools(needed: bool) -> Finding:
 def _op(built: Path) -> Finding:
     topic, place = 'CPU op', built.parent.parent
     if not built.is_file():
-        return note(topic, f'not built yet in {place}', 'the first start on CPU ranks takes 40 s')
+        return warn(topic, f'not built yet in {place}', 'the first start on CPU ranks takes 40 s')
     other = _built_for(built.parent / 'build.ninja')
     torch = _torch_dir()
     if other is not None and torch is not None and other.resolve() != torch.resolve():
         if not other.exists():
             found = f'in {place}, built for a torch that is gone ({other})'
-            return note(topic, found, 'the next start on CPU ranks builds it anew: 40 s')
-        return bites(
+            return warn(topic, found, 'the next start on CPU ranks builds it anew: 40 s')
+        return fault(
             topic,
             f'in {place}, built for the torch of {other.parent}',
             'two environments share this directory: each rebuilds it (40 s), and breaks a run of '
             f'the other. export TORCH_EXTENSIONS_DIR={sys.prefix}/torch_extensions',
         )
     if torch is not None and built.stat().st_mtime < (torch / 'version.py').stat().st_mtime:
-        return note(
+        return warn(
             topic,
             f'in {place}, built before this torch was installed',
             "one built for an earlier torch may not load ('undefined symbol'), and is not rebuilt: "
             f'rm -r {built.parent}',
         )
     if 'TORCH_EXTENSIONS_DIR' not in os.environ:
-        return note(
+        return warn(
             topic,
             f'built, in {place}',
             'every environment of this Python builds there, one over the other: export '

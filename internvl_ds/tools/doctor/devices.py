@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from internvl_ds.tools.doctor.compilers import has_gpu
-from internvl_ds.tools.doctor.finding import Finding, bites, note, ok
+from internvl_ds.tools.doctor.finding import Finding, fault, ok, warn
 
 _GB = 1e9
 
@@ -30,8 +30,8 @@ def _cpu() -> Finding:
     hiding = [v for v in ('DS_ACCELERATOR', 'CUDA_VISIBLE_DEVICES') if v in os.environ]
     if hiding:
         settings = ', '.join(f'{v}={os.environ[v]!r}' for v in hiding)
-        return note('accelerator', f'{found}; there is a GPU, and the environment has {settings}')
-    return bites(
+        return warn('accelerator', f'{found}; there is a GPU, and the environment has {settings}')
+    return fault(
         'accelerator',
         f'{found}, though there is an NVIDIA driver',
         'a run would train on the CPU without a word. torch sees no GPU: is it a CPU build, or is '
@@ -42,7 +42,7 @@ def _cpu() -> Finding:
 def _others(accelerator: Any) -> Finding:
     """An accelerator that this package was never run on."""
     found = f'{accelerator.device_name()}, {accelerator.device_count()} devices'
-    return note('accelerator', found, 'this package was never run on such a device')
+    return warn('accelerator', found, 'this package was never run on such a device')
 
 
 def _cuda(count: int) -> Finding:
@@ -54,7 +54,7 @@ def _cuda(count: int) -> Finding:
         try:
             free, total = torch.cuda.mem_get_info(index)
         except RuntimeError as error:
-            return bites(
+            return fault(
                 'accelerator',
                 f'cuda:{index} of {count}: {str(error).splitlines()[0]}',
                 'a rank that is given this GPU dies at its start: nvidia-smi says more; leave it '
@@ -66,7 +66,7 @@ def _cuda(count: int) -> Finding:
     found = f'cuda, {count} x {" and ".join(sorted(kinds))}'
     if taken:
         advice = 'other processes hold the rest: nvidia-smi names them'
-        return note('accelerator', f'{found}; partly taken: {", ".join(taken)}', advice)
+        return warn('accelerator', f'{found}; partly taken: {", ".join(taken)}', advice)
     return ok('accelerator', found)
 
 
@@ -74,7 +74,7 @@ def _engines(device: str, engines: list[str]) -> Finding:
     found = f'fp32, torch autocast, {", ".join(engines) or "no half-precision engine"}'
     if 'fp16' in engines:
         return ok('precisions', found)
-    return note(
+    return warn(
         'precisions',
         f'{found}; no fp16 engine on this {device}',
         'AMP_OPT_LEVEL O2 with AMP_TYPE float16 is refused; bfloat16 and O1 work',
@@ -92,9 +92,9 @@ def _nvcc() -> Finding:
         version = '.'.join(map(str, builder.installed_cuda_version('')))
         builder.assert_no_cuda_mismatch('')
     except builder.MissingCUDAException:
-        return note('nvcc', f'none; {has}', f'GPU ops cannot be built: {without}')
+        return warn('nvcc', f'none; {has}', f'GPU ops cannot be built: {without}')
     except builder.CUDAMismatchException:
-        return bites(
+        return fault(
             'nvcc',
             f'CUDA {version}; {has}',
             f'DeepSpeed refuses to build GPU ops: {without}. Set CUDA_HOME to the CUDA that torch '

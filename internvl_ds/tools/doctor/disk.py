@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from internvl_ds.files import flush, write_text
-from internvl_ds.tools.doctor.finding import Finding, bites, note, ok
+from internvl_ds.tools.doctor.finding import Finding, fault, ok, warn
 from internvl_ds.tools.text import human_size
 
 _WRITTEN = 256 * 2**20  # bytes
@@ -25,7 +25,7 @@ def probe(output: Path) -> list[Finding]:
     output = output.absolute()
     place = next(p for p in (output, *output.parents) if p.exists())
     if not place.is_dir():
-        return [bites('OUTPUT', f'{place} is a file', 'name a directory')]
+        return [fault('OUTPUT', f'{place} is a file', 'name a directory')]
     findings = [_space(output, place)]
     try:
         _safely(place)
@@ -33,7 +33,7 @@ def probe(output: Path) -> list[Finding]:
     except OSError as error:
         found = f'{place}: {error.strerror} (errno {error.errno})'
         advice = 'every save would fail, and the run with it: name another directory'
-        findings.append(bites('writing OUTPUT', found, advice))
+        findings.append(fault('writing OUTPUT', found, advice))
     return findings
 
 
@@ -45,16 +45,16 @@ def _space(output: Path, place: Path) -> Finding:
     found = f'{where}, {kind}: {human_size(free)} free of {human_size(size)}'
     if free < _FREE_NEEDED or (stats.f_files and not stats.f_favail):
         lacking = 'no inode' if stats.f_files and not stats.f_favail else 'too little room'
-        return bites(
+        return fault(
             'OUTPUT',
             found,
             f'{lacking} for a checkpoint: 300 M parameters take {human_size(_TAG)} a tag, and one '
             'more while it is saved. Free some, or name another directory',
         )
     if kind in _VOLATILE:
-        return note('OUTPUT', found, f'{kind} is {_VOLATILE[kind]}')
+        return warn('OUTPUT', found, f'{kind} is {_VOLATILE[kind]}')
     if free < _FREE_GOOD:
-        return note('OUTPUT', found, f'300 M parameters take {human_size(_TAG)} a tag')
+        return warn('OUTPUT', found, f'300 M parameters take {human_size(_TAG)} a tag')
     return ok('OUTPUT', found)
 
 
@@ -113,7 +113,7 @@ def _rate(place: Path) -> Finding:
     rate = written / seconds
     found = f'{human_size(rate)}/s with fsync ({human_size(written)}); rename and fsync work'
     if rate < _SLOW:
-        return note(
+        return warn(
             'writing OUTPUT',
             found,
             f'a tag of {human_size(_TAG)} takes {_TAG / rate / 60:.0f} min: CHECKPOINT.ASYNC True '

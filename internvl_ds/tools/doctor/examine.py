@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from internvl_ds.tools.doctor.finding import Finding, bites
+from internvl_ds.tools.doctor.finding import Finding, fault
 from internvl_ds.tools.doctor.probes import PROBES, Probe
 
 _AS_WELL = 'a run needs the same, and would '
@@ -38,12 +38,12 @@ class _Run:
         """Waits for its end, or ends it at its limit."""
         if self._process is None:
             found = f'no process can be started: {self._why_not}'
-            return [bites(self._name, found, f'{_AS_WELL}fail: it starts many')]
+            return [fault(self._name, found, f'{_AS_WELL}fail: it starts many')]
         try:
             status = self._process.wait(timeout=max(0.0, self._deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             found = f'no answer within {self._seconds:g} s'
-            return [bites(self._name, found, f'{_AS_WELL}hang')]
+            return [fault(self._name, found, f'{_AS_WELL}hang')]
         finally:
             self.end()
         answers, errors = _take(self._out), _take(self._err)
@@ -69,7 +69,7 @@ class _Run:
         names = {number.value: number.name for number in signal.Signals}
         how = 'failed' if status > 0 else f'died of {names.get(-status, f"signal {-status}")}'
         more = f'All it said: {sys.executable} -m internvl_ds.tools.doctor {self._name!r} .'
-        return bites(self._name, f'the probe {how}: {last}', f'{_AS_WELL}fail. {more}')
+        return fault(self._name, f'the probe {how}: {last}', f'{_AS_WELL}fail. {more}')
 
 
 def examine(output: Path) -> list[Finding]:

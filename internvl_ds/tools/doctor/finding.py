@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-OK, NOTE, BITES = 'ok', 'note', 'bites'
+OK, WARNING, ERROR = 'ok', 'warning', 'error'
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,7 @@ class Finding:
 
     Attributes:
         topic: what was looked at, in a word or two; the same in every run.
-        verdict: `OK`; `NOTE` for what may matter to some runs; `BITES` for what will break one.
+        verdict: `OK`; `WARNING` for what may matter to some runs; `ERROR` for what will break one.
         found: what is there.
         advice: what it would do to a run, and what to do about it; '' where all is well.
     """
@@ -29,11 +29,11 @@ def ok(topic: str, found: str) -> Finding:
     return Finding(topic, OK, found)
 
 
-def note(topic: str, found: str, advice: str = '') -> Finding:
+def warn(topic: str, found: str, advice: str = '') -> Finding:
     """A finding that one should know, and that breaks no run by itself."""
-    return Finding(topic, NOTE, found, advice)
+    return Finding(topic, WARNING, found, advice)
 
 
-def bites(topic: str, found: str, advice: str) -> Finding:
+def fault(topic: str, found: str, advice: str) -> Finding:
     """A finding that will break a run, with how, and what to do."""
-    return Finding(topic, BITES, found, advice)
+    return Finding(topic, ERROR, found, advice)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import time
 
-from internvl_ds.tools.doctor.finding import Finding, bites, ok
+from internvl_ds.tools.doctor.finding import Finding, fault, ok
 
 _NAMES = ('torch', 'torchvision', 'timm')
 
@@ -20,7 +20,7 @@ def probe() -> list[Finding]:
         for name in _NAMES:
             importlib.import_module(name)
     except Exception as error:  # whatever a broken installation raises
-        findings.append(bites('imports', f'import {name}: {_first_line(error)}', _advice(error)))
+        findings.append(fault('imports', f'import {name}: {_first_line(error)}', _advice(error)))
     else:
         seconds = time.monotonic() - start
         findings.append(ok('imports', f'{", ".join(_NAMES)}: {seconds:.1f} s'))
@@ -28,7 +28,7 @@ def probe() -> list[Finding]:
         accelerator = importlib.import_module('deepspeed.accelerator').get_accelerator()
     except Exception as error:
         found = f'import deepspeed: {_first_line(error)}'
-        return [*findings, bites('accelerator', found, _advice(error))]
+        return [*findings, fault('accelerator', found, _advice(error))]
     from internvl_ds.tools.doctor import devices
 
     return findings + devices.describe(accelerator)

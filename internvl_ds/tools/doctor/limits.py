@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from internvl_ds.tools.doctor.finding import Finding, bites, note, ok
+from internvl_ds.tools.doctor.finding import Finding, fault, ok, warn
 from internvl_ds.tools.text import human_size
 
 _CGROUP = Path('/sys/fs/cgroup')
@@ -30,14 +30,14 @@ def _open_files() -> Finding:
     if 0 <= hard < _FILES_GOOD:
         raise_it = 'Raise it in /etc/security/limits.conf, or by docker run --ulimit nofile=65536'
     if 0 <= soft < _FILES_NEEDED:
-        return bites(
+        return fault(
             'open files',
             found,
             'workers, sockets and the files of a checkpoint take more: "Too many open files", '
             f'often hours into a run. {raise_it}',
         )
     if 0 <= soft < _FILES_GOOD:
-        return note('open files', found, f'many ranks with many workers may take more: {raise_it}')
+        return warn('open files', found, f'many ranks with many workers may take more: {raise_it}')
     return ok('open files', found)
 
 
@@ -55,7 +55,7 @@ def _processes() -> Finding:
     if soft >= 0 and os.geteuid() != 0:
         left = min(soft, left) if left is not None else soft
     if left is not None and left < _THREADS_NEEDED:
-        return bites(
+        return fault(
             'processes',
             found,
             'ranks, their workers and threads take hundreds: "Resource temporarily unavailable". '
@@ -77,8 +77,8 @@ def _memory() -> Finding:
         advice = 'over the limit the kernel kills a rank (signal 9, status 137) without a word'
     if available < _MEMORY_NEEDED:
         need = f'two ranks with a tiny model take {human_size(1.4e9)}'
-        return bites('memory', found, f'{need}; {advice or "free some"}')
-    return note('memory', found, advice) if advice else ok('memory', found)
+        return fault('memory', found, f'{need}; {advice or "free some"}')
+    return warn('memory', found, advice) if advice else ok('memory', found)
 
 
 def _used(group: Path) -> int:
@@ -104,7 +104,7 @@ def _cores() -> Finding:
         if quota != 'max':
             quotas.append(int(quota) / int(period))
     if quotas and min(quotas) < cores:
-        return note(
+        return warn(
             'cores',
             f'{cores}, and the container gives the time of {min(quotas):g}',
             'threads and workers are counted by cores, and stand still over that: set '

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from internvl_ds.tools.doctor.compilers import ask
-from internvl_ds.tools.doctor.finding import Finding, bites, note, ok
+from internvl_ds.tools.doctor.finding import Finding, fault, ok, warn
 from internvl_ds.tools.doctor.versions import installed
 
 OPEN_MPI, MPICH, INTEL = 'Open MPI', 'MPICH', 'Intel MPI'
@@ -29,9 +29,9 @@ def probe() -> list[Finding]:
     if len(there) > 1:
         found = f'{" and ".join(there)} are installed in {sys.prefix}'
         why = 'both own bin/mpirun and lib/libmpi.so: the later one wins some of the files'
-        findings.append(note('several MPIs', found, f'{why}. Uninstall both, and install one'))
+        findings.append(warn('several MPIs', found, f'{why}. Uninstall both, and install one'))
     elif mpirun and (others := _of_another_mpi(mpirun, flavour(version))):
-        findings.append(note('several MPIs', f'further back on PATH: {", ".join(others)}'))
+        findings.append(warn('several MPIs', f'further back on PATH: {", ".join(others)}'))
     return findings
 
 
@@ -60,24 +60,24 @@ def judge(library: str, path: str, mpirun: str | None, version: str) -> Finding:
     number = re.search(r'\d+\.\d[\w.]*', version)
     install = 'pip install internvl_ds[mpi] brings Open MPI; no other launcher needs one'
     if mpirun is None and not library:
-        return note('MPI', 'none: no mpirun on PATH, and no library for mpi4py', install)
+        return warn('MPI', 'none: no mpirun on PATH, and no library for mpi4py', install)
     if mpirun is None:
-        return note('MPI', f'{ours or library} at {path}, and no mpirun on PATH', install)
+        return warn('MPI', f'{ours or library} at {path}, and no mpirun on PATH', install)
     if theirs is None:
-        return bites(
+        return fault(
             'MPI',
             f'{mpirun} does not say which MPI it is: {" ".join(version.split())[:80]}',
             'nothing can be started with it; put the mpirun of this environment first on PATH',
         )
     if not library:
-        return bites(
+        return fault(
             'MPI',
             f"{mpirun} is {theirs}'s, and mpi4py finds no library: {path}",
             f'ranks under mpirun stop at the start. Set MPI4PY_LIBMPI to {_THEIR_LIBRARY}',
         )
     # Intel's library and launcher keep to MPICH's ABI and process manager.
     if ours is not None and (ours == OPEN_MPI) != (theirs == OPEN_MPI):
-        return bites(
+        return fault(
             'MPI',
             f"{mpirun} is {theirs}'s, and mpi4py loads {ours} ({path})",
             'every rank would be a world of size 1: this package refuses to start. Put the mpirun '
@@ -85,7 +85,7 @@ def judge(library: str, path: str, mpirun: str | None, version: str) -> Finding:
         )
     found = f'{mpirun} ({theirs} {number[0] if number else ""}), library {path}'
     if theirs == OPEN_MPI and os.geteuid() == 0:
-        return note('MPI', found, 'as root it starts nothing without --allow-run-as-root')
+        return warn('MPI', found, 'as root it starts nothing without --allow-run-as-root')
     return ok('MPI', found)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from internvl_ds.dist import launchers
 from internvl_ds.dist.network import addresses, interface_towards, own_addresses
 from internvl_ds.errors import ConfigError
-from internvl_ds.tools.doctor.finding import Finding, bites, note, ok
+from internvl_ds.tools.doctor.finding import Finding, fault, ok, warn
 
 _STARTERS = ('deepspeed', 'torchrun', 'mpirun', 'srun', 'ssh', 'pdsh')
 _CHOSEN = {'GLOO_SOCKET_IFNAME': 'gloo', 'NCCL_SOCKET_IFNAME': 'NCCL'}
@@ -30,7 +30,7 @@ def probe_name() -> list[Finding]:
         address = socket.gethostbyname(name)
     except OSError as error:
         found = f'{name} does not resolve ({error.strerror or error}): {_COPES}'
-        return [note('host name', found)]
+        return [warn('host name', found)]
     if address.startswith('127.'):
         return [ok('host name', f'{name} is {address}, a loopback address: {_COPES}')]
     return [ok('host name', f'{name} is {address}')]
@@ -51,9 +51,9 @@ def _interfaces() -> Finding:
         if missing:
             why = f'there is no interface {", ".join(missing)}: {backend} can make no process group'
             advice = f'{why}. Unset it, or name one that is there'
-            return bites('network', f'{found}; {variable} is {chosen!r}', advice)
+            return fault('network', f'{found}; {variable} is {chosen!r}', advice)
     if not shown:
-        return bites('network', found, 'not even ranks of one host can meet: ip link set lo up')
+        return fault('network', found, 'not even ranks of one host can meet: ip link set lo up')
     return ok('network', found)
 
 
@@ -64,7 +64,7 @@ def _rank_0() -> Finding:
         interface = interface_towards(given)
         return ok(topic, f'MASTER_ADDR is {given}, by {interface or "loopback or no interface"}')
     if not own:
-        return note(topic, '127.0.0.1: this host has no other address', 'one host only')
+        return warn(topic, '127.0.0.1: this host has no other address', 'one host only')
     return ok(topic, f'127.0.0.1 on one host; towards others the first reached of {", ".join(own)}')
 
 
@@ -73,10 +73,10 @@ def _variables() -> Finding:
     try:
         launch = launchers.detect(os.environ)
     except ConfigError as error:
-        return bites(topic, str(error), 'every start from this shell fails: unset them')
+        return fault(topic, str(error), 'every start from this shell fails: unset them')
     if launch.by == launchers.SINGLE:
         return ok(topic, 'no variables of a launcher are set in this shell')
-    return note(
+    return warn(
         topic,
         f'this process is rank {launch.rank} of {launch.world_size} by {launch.by}',
         'in a plain shell these variables are left over, and a run waits for the other ranks: '

@@ -7,10 +7,10 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from internvl_ds.tools.doctor.finding import BITES, NOTE, Finding
+from internvl_ds.tools.doctor.finding import ERROR, WARNING, Finding
 
 _WIDTH = 100
-_VERDICT, _TOPIC = 7, 18  # columns, with the space behind them
+_VERDICT, _TOPIC = 9, 18  # columns, with the space behind them
 
 
 def screen(findings: Sequence[Finding]) -> str:
@@ -25,22 +25,22 @@ def screen(findings: Sequence[Finding]) -> str:
 
 
 def summary(findings: Sequence[Finding]) -> str:
-    """What bites, in one sentence."""
-    topics = [finding.topic for finding in findings if finding.verdict == BITES]
-    notes = sum(finding.verdict == NOTE for finding in findings)
-    rest = f'{notes} note{"" if notes == 1 else "s"}'
+    """The errors, in one sentence."""
+    topics = [finding.topic for finding in findings if finding.verdict == ERROR]
+    warnings = sum(finding.verdict == WARNING for finding in findings)
+    rest = f'{warnings} warning{"" if warnings == 1 else "s"}'
     if not topics:
-        return f'nothing bites ({rest})'
+        return f'no errors ({rest})'
     listed = textwrap.shorten(', '.join(topics), _WIDTH - 40, placeholder=', ...')
-    return f'{len(topics)} would bite: {listed} ({rest})'
+    return f'{len(topics)} error{"" if len(topics) == 1 else "s"}: {listed} ({rest})'
 
 
 def tree(findings: Sequence[Finding], output: str) -> dict[str, Any]:
     """What --json prints."""
     return {
         'output': output,
-        'bites': sum(finding.verdict == BITES for finding in findings),
-        'notes': sum(finding.verdict == NOTE for finding in findings),
+        'errors': sum(finding.verdict == ERROR for finding in findings),
+        'warnings': sum(finding.verdict == WARNING for finding in findings),
         'findings': [dataclasses.asdict(finding) for finding in findings],
     }
 

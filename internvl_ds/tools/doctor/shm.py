@@ -7,7 +7,7 @@ import pwd
 from collections import Counter
 from pathlib import Path
 
-from internvl_ds.tools.doctor.finding import Finding, bites, note, ok
+from internvl_ds.tools.doctor.finding import Finding, fault, ok, warn
 from internvl_ds.tools.text import human_size
 
 _BUFFERS = 'deepspeed_allreduce_buffer_*'
@@ -22,12 +22,12 @@ def probe(folder: Path = Path('/dev/shm')) -> list[Finding]:
         stats = os.statvfs(folder)
     except OSError as error:
         why = 'DataLoader workers and NCCL cannot pass data. Mount a tmpfs there'
-        return [bites('shared memory', f'{folder}: {error.strerror}', why)]
+        return [fault('shared memory', f'{folder}: {error.strerror}', why)]
     size, free = stats.f_frsize * stats.f_blocks, stats.f_frsize * stats.f_bavail
     found = f'{human_size(free)} free of {human_size(size)} in {folder}'
     room = ok('shared memory', found)
     if free < _ENOUGH:
-        room = bites(
+        room = fault(
             'shared memory',
             found,
             'DataLoader workers die of a bus error, and NCCL of "unhandled system error". docker '
@@ -53,7 +53,7 @@ def _left_over(folder: Path) -> Finding:
         return ok(topic, f'{len(files)} buffers, all in use by running processes')
     owners = Counter(_user(uid) for _, uid in dead)
     whose = ', '.join(f'{count} of {name}' for name, count in sorted(owners.items()))
-    return note(
+    return warn(
         topic,
         f'{human_size(sum(size for size, _ in dead))} in {len(dead)} buffers that no process seen '
         f'from here maps: {whose}',

@@ -17,7 +17,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from internvl_ds.tools.doctor.compilers import ask
-from internvl_ds.tools.doctor.finding import Finding, bites, note, ok
+from internvl_ds.tools.doctor.finding import Finding, fault, ok, warn
 
 _SHOWN = ('internvl_ds', 'torch', 'torchvision', 'deepspeed', 'timm', 'mpi4py', 'numpy')
 
@@ -31,7 +31,7 @@ def probe() -> list[Finding]:
         requirements = metadata.requires('internvl_ds') or []
     except metadata.PackageNotFoundError:
         findings.append(
-            note('version ranges', 'not known: internvl_ds is not installed here', 'pip install .')
+            warn('version ranges', 'not known: internvl_ds is not installed here', 'pip install .')
         )
     else:
         findings.append(_ranges(requirements))
@@ -76,7 +76,7 @@ def pair(torch: str, vision: str, requirements: Iterable[str]) -> Finding:
     for text in requirements:
         requirement = Requirement(text)
         if requirement.name == 'torch' and not requirement.specifier.contains(torch, True):
-            return bites(
+            return fault(
                 topic,
                 f'torchvision {vision} was built for torch{requirement.specifier}, not {torch}',
                 'import torchvision, and so timm, dies. Install both in one pip command',
@@ -84,7 +84,7 @@ def pair(torch: str, vision: str, requirements: Iterable[str]) -> Finding:
     kinds = [_is_cpu(torch), _is_cpu(vision)]
     found = f'torch {torch} with torchvision {vision}'
     if kinds[0] != kinds[1]:
-        return note(
+        return warn(
             topic,
             f'{found}: one is a CPU build by its version, the other is not',
             "a CUDA build of torchvision dies beside a CPU build of torch ('operator "
@@ -104,10 +104,10 @@ def _python() -> Finding:
     except metadata.PackageNotFoundError:
         asked = ''
     if asked and platform.python_version() not in SpecifierSet(asked, prereleases=True):
-        return bites('python', found, f'this package needs Python {asked}')
+        return fault('python', found, f'this package needs Python {asked}')
     first = shutil.which('python')
     if first is None or _prefix_of(first) != sys.prefix:
-        return note(
+        return warn(
             'python',
             f'{found}; `python` on PATH is {first or "not there"}',
             'what starts `python` or `deepspeed` by name takes another environment: activate this',
@@ -126,7 +126,7 @@ def _prefix_of(python: str) -> str:
 def _ranges(requirements: list[str]) -> Finding:
     wrong = unmet(requirements)
     if wrong:
-        return bites(
+        return fault(
             'version ranges',
             '; '.join(wrong),
             'this package was never run on it, and leans on internals that change. Run pip install '

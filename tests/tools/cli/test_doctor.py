@@ -11,7 +11,7 @@ import pytest
 from internvl_ds.tools.cli import main
 from internvl_ds.tools.doctor import examine as examining
 from internvl_ds.tools.doctor.examine import examine
-from internvl_ds.tools.doctor.finding import BITES, OK, Finding, bites, note, ok
+from internvl_ds.tools.doctor.finding import ERROR, OK, Finding, fault, ok, warn
 from internvl_ds.tools.doctor.probes import PROBES, Probe
 from internvl_ds.tools.doctor.report import screen, summary
 from tests.harness.ranks import ROOT, run_command
@@ -58,16 +58,16 @@ def test_a_machine_that_is_unwell_for_real(tmp_path):
     )
     tree = json.loads(job.output)
     findings = [Finding(**fields) for fields in tree['findings']]
-    bad = {finding.topic for finding in findings if finding.verdict == BITES}
+    bad = {finding.topic for finding in findings if finding.verdict == ERROR}
     assert job.returncode == 1
     assert {'open files', 'MPI', 'OUTPUT', 'network'} <= bad
-    assert tree['bites'] == len(bad)
+    assert tree['errors'] == len(bad)
     topics = [finding.topic for finding in findings]
     assert {'python', 'imports', 'accelerator', 'compilers', 'memory', 'starters'} <= set(topics)
     assert len(set(topics)) == len(topics)
     lines = screen(findings).splitlines()
     assert max(map(len, lines)) <= 100
-    # One screen, without the notes of what other jobs on this machine leave and take meanwhile.
+    # One screen, without the warnings of what other jobs on this machine leave and take meanwhile.
     here = [finding for finding in findings if finding.verdict == OK or finding.topic in bad]
     assert len(screen(here).splitlines()) <= 40
 
@@ -77,11 +77,11 @@ def test_the_exit_status_says_whether_something_bites(tmp_path, only, capsys):
     (tmp_path / 'file').touch()
     assert main(['doctor', '--output', str(tmp_path / 'file')]) == 1
     out = capsys.readouterr().out
-    assert out.startswith('bites  OUTPUT            ')
-    assert out.endswith('1 would bite: OUTPUT (0 notes)\n')
+    assert out.startswith('error    OUTPUT            ')
+    assert out.endswith('1 error: OUTPUT (0 warnings)\n')
     only('network')
     assert main(['doctor', '--json']) == 0
-    assert json.loads(capsys.readouterr().out)['bites'] == 0
+    assert json.loads(capsys.readouterr().out)['errors'] == 0
 
 
 def test_an_import_that_raises_is_explained(tmp_path, only):
@@ -93,7 +93,7 @@ def test_an_import_that_raises_is_explained(tmp_path, only):
         deepspeed="raise ImportError('no deepspeed')",
     )
     imports, accelerator = examine(tmp_path)
-    assert imports.verdict == BITES
+    assert imports.verdict == ERROR
     assert imports.found == (
         'import torchvision: RuntimeError: operator torchvision::nms does not exist'
     )
@@ -104,20 +104,20 @@ def test_an_import_that_raises_is_explained(tmp_path, only):
 def test_an_import_that_aborts_is_a_line(tmp_path, only):
     only('imports', tmp_path, torch='import os\nprint("words")\nos.abort()')
     (finding,) = examine(tmp_path)
-    assert (finding.topic, finding.verdict) == ('imports', BITES)
+    assert (finding.topic, finding.verdict) == ('imports', ERROR)
     assert 'died of SIGABRT' in finding.found
 
 
 def test_a_probe_that_hangs_is_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(examining, 'PROBES', {'limits': Probe('limits', 'probe', 0.01)})
     (finding,) = examine(tmp_path)
-    assert (finding.verdict, finding.found) == (BITES, 'no answer within 0.01 s')
+    assert (finding.verdict, finding.found) == (ERROR, 'no answer within 0.01 s')
 
 
 def test_a_probe_that_raises_is_a_line(tmp_path, monkeypatch):
     monkeypatch.setattr(examining, 'PROBES', {'nonesuch': Probe('limits', 'probe', 30)})
     (finding,) = examine(tmp_path)
-    assert finding.verdict == BITES
+    assert finding.verdict == ERROR
     assert finding.found == "the probe failed: KeyError: 'nonesuch'"
 
 
@@ -131,8 +131,8 @@ def test_no_process_to_be_had_is_a_line(tmp_path, monkeypatch):
 
 def test_the_screen_wraps_and_sums_up():
     long = 'word ' * 60
-    lines = screen([ok('a', long), note('b', 'x', 'y'), bites('c', 'z', long)]).splitlines()
+    lines = screen([ok('a', long), warn('b', 'x', 'y'), fault('c', 'z', long)]).splitlines()
     assert max(map(len, lines)) <= 100
-    assert lines[-1] == '1 would bite: c (1 note)'
-    assert '-> y' in screen([note('b', 'x', 'y')])
-    assert summary([ok('a', '')]) == 'nothing bites (0 notes)'
+    assert lines[-1] == '1 error: c (1 warning)'
+    assert '-> y' in screen([warn('b', 'x', 'y')])
+    assert summary([ok('a', '')]) == 'no errors (0 warnings)'

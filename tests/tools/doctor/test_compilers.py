@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from internvl_ds.tools.doctor import compilers
-from internvl_ds.tools.doctor.finding import BITES, NOTE, OK
+from internvl_ds.tools.doctor.finding import ERROR, OK, WARNING
 
 OP = 'deepspeed_shm_comm'
 
@@ -34,7 +34,7 @@ def build(folder, torch):
 def test_this_machine_compiles(extensions):
     tools, op = compilers.probe()
     assert tools.verdict == OK
-    assert op.verdict == NOTE
+    assert op.verdict == WARNING
     assert f'not built yet in {extensions}' in op.found
 
 
@@ -42,7 +42,7 @@ def test_no_compiler_bites_where_the_op_is_still_to_be_built(extensions, monkeyp
     monkeypatch.setenv('PATH', str(extensions))
     monkeypatch.delenv('CXX', raising=False)
     tools, _ = compilers.probe()
-    assert tools.verdict == BITES
+    assert tools.verdict == ERROR
     assert 'missing: the C++ compiler (c++), ninja on PATH' in tools.found
     assert 'apt-get install g++' in tools.advice
 
@@ -51,7 +51,7 @@ def test_no_compiler_is_a_note_where_the_op_is_built(extensions, monkeypatch):
     build(extensions, compilers._torch_dir())
     monkeypatch.setenv('PATH', str(extensions))
     tools, op = compilers.probe()
-    assert (tools.verdict, op.verdict) == (NOTE, OK)
+    assert (tools.verdict, op.verdict) == (WARNING, OK)
 
 
 def test_the_compiler_of_cxx_is_the_one_that_counts(extensions, monkeypatch):
@@ -66,19 +66,19 @@ def test_an_op_of_another_environment_bites_while_that_is_there(extensions):
     other.mkdir(parents=True)
     build(extensions, other)
     op = compilers.probe()[1]
-    assert op.verdict == BITES
+    assert op.verdict == ERROR
     assert f'built for the torch of {other.parent}' in op.found
     assert 'export TORCH_EXTENSIONS_DIR=' in op.advice
     other.rmdir()
     op = compilers.probe()[1]
-    assert (op.verdict, 'a torch that is gone' in op.found) == (NOTE, True)
+    assert (op.verdict, 'a torch that is gone' in op.found) == (WARNING, True)
 
 
 def test_an_op_that_is_older_than_torch_is_a_note(extensions):
     build(extensions, compilers._torch_dir())
     os.utime(extensions / OP / f'{OP}.so', (0, 0))
     op = compilers.probe()[1]
-    assert (op.verdict, f'rm -r {extensions}/{OP}' in op.advice) == (NOTE, True)
+    assert (op.verdict, f'rm -r {extensions}/{OP}' in op.advice) == (WARNING, True)
 
 
 def test_the_directory_that_all_environments_share_is_a_note(extensions, monkeypatch):
@@ -88,7 +88,7 @@ def test_the_directory_that_all_environments_share_is_a_note(extensions, monkeyp
     place.mkdir(parents=True)
     build(place, compilers._torch_dir())
     op = compilers.probe()[1]
-    assert (op.verdict, 'export TORCH_EXTENSIONS_DIR=' in op.advice) == (NOTE, True)
+    assert (op.verdict, 'export TORCH_EXTENSIONS_DIR=' in op.advice) == (WARNING, True)
 
 
 def test_the_directory_is_torchs(monkeypatch, tmp_path):

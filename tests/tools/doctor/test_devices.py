@@ -7,7 +7,7 @@ import torch
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
 from internvl_ds.tools.doctor import devices
-from internvl_ds.tools.doctor.finding import BITES, NOTE, OK
+from internvl_ds.tools.doctor.finding import ERROR, OK, WARNING
 
 
 class Gpu:
@@ -60,7 +60,7 @@ def test_this_cpu(monkeypatch):
     assert accelerator.verdict == OK
     assert 'bf16' in precisions.found
     fp16 = CPU_Accelerator().is_fp16_supported()
-    assert (precisions.verdict == NOTE) == ('is refused' in precisions.advice) == (not fp16)
+    assert (precisions.verdict == WARNING) == ('is refused' in precisions.advice) == (not fp16)
 
 
 def test_a_gpu_that_torch_does_not_see_bites_unless_it_is_meant(monkeypatch):
@@ -68,11 +68,11 @@ def test_a_gpu_that_torch_does_not_see_bites_unless_it_is_meant(monkeypatch):
     for name in ('DS_ACCELERATOR', 'CUDA_VISIBLE_DEVICES'):
         monkeypatch.delenv(name, raising=False)
     finding = devices.describe(CPU_Accelerator())[0]
-    assert finding.verdict == BITES
+    assert finding.verdict == ERROR
     assert 'train on the CPU without a word' in finding.advice
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
     finding = devices.describe(CPU_Accelerator())[0]
-    assert (finding.verdict, "CUDA_VISIBLE_DEVICES=''" in finding.found) == (NOTE, True)
+    assert (finding.verdict, "CUDA_VISIBLE_DEVICES=''" in finding.found) == (WARNING, True)
 
 
 def test_free_gpus(gpus):
@@ -84,26 +84,26 @@ def test_free_gpus(gpus):
 
 def test_a_gpu_that_others_use_is_a_note(gpus):
     finding = gpus(79 * 10**9, 5 * 10**9)[0]
-    assert (finding.verdict, 'partly taken: 1 (5 GB free)' in finding.found) == (NOTE, True)
+    assert (finding.verdict, 'partly taken: 1 (5 GB free)' in finding.found) == (WARNING, True)
 
 
 def test_a_broken_gpu_bites(gpus):
     finding = gpus(79 * 10**9, None)[0]
-    assert finding.verdict == BITES
+    assert finding.verdict == ERROR
     assert finding.found == 'cuda:1 of 2: CUDA error: uncorrectable ECC error encountered'
 
 
 def test_an_nvcc_of_another_cuda_bites_as_deepspeed_would_have_it(gpus):
     finding = gpus(79 * 10**9, nvcc='12.8')[2]
-    assert (finding.verdict, finding.found) == (BITES, 'CUDA 12.8; torch has CUDA 13.0')
+    assert (finding.verdict, finding.found) == (ERROR, 'CUDA 12.8; torch has CUDA 13.0')
     assert 'torch.optim.AdamW needs none' in finding.advice
 
 
 def test_no_nvcc_is_a_note(gpus):
     finding = gpus(79 * 10**9, nvcc=None)[2]
-    assert (finding.verdict, finding.found) == (NOTE, 'none; torch has CUDA 13.0')
+    assert (finding.verdict, finding.found) == (WARNING, 'none; torch has CUDA 13.0')
 
 
 def test_another_device_is_a_note(monkeypatch):
     finding = devices.describe(Gpu('xpu', 4))[0]
-    assert (finding.verdict, finding.found) == (NOTE, 'xpu, 4 devices')
+    assert (finding.verdict, finding.found) == (WARNING, 'xpu, 4 devices')

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from internvl_ds.tools.doctor import disk
-from internvl_ds.tools.doctor.finding import BITES, NOTE, OK
+from internvl_ds.tools.doctor.finding import ERROR, OK, WARNING
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason='mounting a file system needs root')
 
@@ -35,7 +35,7 @@ def test_a_disk_that_is_well(tmp_path, monkeypatch):
     space, writing = disk.probe(tmp_path)
     assert str(tmp_path) in space.found
     assert 'free of' in space.found
-    assert writing.verdict in (OK, NOTE)  # how fast it is nobody promises
+    assert writing.verdict in (OK, WARNING)  # how fast it is nobody promises
     assert '1.0 MB); rename and fsync work' in writing.found
     assert list(tmp_path.iterdir()) == []
 
@@ -50,16 +50,16 @@ def test_a_directory_that_is_not_there_is_looked_at_where_it_would_be(tmp_path, 
 def test_a_file_is_no_output(tmp_path):
     (tmp_path / 'file').touch()
     (finding,) = disk.probe(tmp_path / 'file' / 'run')
-    assert (finding.verdict, finding.found) == (BITES, f'{tmp_path}/file is a file')
+    assert (finding.verdict, finding.found) == (ERROR, f'{tmp_path}/file is a file')
 
 
 @needs_root
 def test_a_small_file_system_bites(mounted):
     space, writing = disk.probe(mounted('size=8m'))
-    assert space.verdict == BITES
+    assert space.verdict == ERROR
     assert 'tmpfs: 8.4 MB free of 8.4 MB' in space.found
     assert 'too little room' in space.advice
-    assert writing.verdict in (OK, NOTE)
+    assert writing.verdict in (OK, WARNING)
     assert '(4.2 MB)' in writing.found  # half of what is free, not more
 
 
@@ -69,7 +69,7 @@ def test_a_full_file_system_bites(mounted):
     filler = place / 'filler'
     filler.write_bytes(b'x' * 2**20)
     space, writing = disk.probe(place)
-    assert space.verdict == writing.verdict == BITES
+    assert space.verdict == writing.verdict == ERROR
     assert 'No space left on device' in writing.found
     assert list(place.iterdir()) == [filler]
 
@@ -79,14 +79,14 @@ def test_no_inodes_bite(mounted):
     place = mounted('size=2g,nr_inodes=2')
     (place / 'one').touch()
     space, _ = disk.probe(place)
-    assert space.verdict == BITES
+    assert space.verdict == ERROR
     assert space.advice.startswith('no inode for a checkpoint')
 
 
 @needs_root
 def test_a_read_only_file_system_bites(mounted):
     _, writing = disk.probe(mounted('ro'))
-    assert writing.verdict == BITES
+    assert writing.verdict == ERROR
     assert 'Read-only file system' in writing.found
     assert 'every save would fail' in writing.advice
 

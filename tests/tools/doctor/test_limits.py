@@ -7,7 +7,7 @@ import resource
 import pytest
 
 from internvl_ds.tools.doctor import limits
-from internvl_ds.tools.doctor.finding import BITES, NOTE, OK
+from internvl_ds.tools.doctor.finding import ERROR, OK, WARNING
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def group(tmp_path, monkeypatch):
     return write
 
 
-@pytest.mark.parametrize(('soft', 'verdict'), [(256, BITES), (1024, NOTE), (4096, OK)])
+@pytest.mark.parametrize(('soft', 'verdict'), [(256, ERROR), (1024, WARNING), (4096, OK)])
 def test_open_files(soft, verdict):
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     if 0 <= before[1] < soft:
@@ -40,7 +40,7 @@ def test_open_files(soft, verdict):
 def test_the_processes_of_a_container(group):
     group(pids_max=600, pids_current=120)
     finding = limits.probe()[1]
-    assert finding.verdict == BITES
+    assert finding.verdict == ERROR
     assert "the container's: 600, 120 in use" in finding.found
     group(pids_max='max')
     assert 'container' not in limits.probe()[1].found
@@ -49,7 +49,7 @@ def test_the_processes_of_a_container(group):
 def test_the_memory_of_a_container(group):
     group(memory_max=10**9, memory_current=6 * 10**8, memory_stat='inactive_file 200000000')
     finding = limits.probe()[2]
-    assert finding.verdict == BITES
+    assert finding.verdict == ERROR
     assert 'the container is limited to 1.0 GB, 400.0 MB in use' in finding.found
     assert 'status 137' in finding.advice
     group(memory_max=2**63 - 4096)  # what an older kernel says for no limit
@@ -59,7 +59,7 @@ def test_the_memory_of_a_container(group):
 def test_the_time_that_a_container_gives(group):
     group(cpu_max='50000 100000')
     finding = limits.probe()[3]
-    assert finding.verdict == NOTE
+    assert finding.verdict == WARNING
     assert 'the container gives the time of 0.5' in finding.found
     assert 'OMP_NUM_THREADS' in finding.advice
     group(cpu_max='max 100000')

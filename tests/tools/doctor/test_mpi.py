@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from internvl_ds.tools.doctor.finding import BITES, NOTE, OK
+from internvl_ds.tools.doctor.finding import ERROR, OK, WARNING
 from internvl_ds.tools.doctor.mpi import INTEL, MPICH, OPEN_MPI, flavour, judge, probe
 
 LIBRARIES = {
@@ -35,21 +35,21 @@ def test_two_mpis_bite_but_for_mpich_and_intel_whose_abi_is_one(library, mpirun,
     monkeypatch.setattr('os.geteuid', lambda: 1000)
     finding = judge(LIBRARIES[library], '/lib/libmpi.so', '/bin/mpirun', MPIRUNS[mpirun])
     same = (library == OPEN_MPI) == (mpirun == OPEN_MPI)
-    assert finding.verdict == (OK if same else BITES)
+    assert finding.verdict == (OK if same else ERROR)
     assert ('a world of size 1' in finding.advice) == (not same)
 
 
 def test_root_is_told_what_open_mpi_wants(monkeypatch):
     monkeypatch.setattr('os.geteuid', lambda: 0)
     finding = judge(LIBRARIES[OPEN_MPI], '/lib/libmpi.so', '/bin/mpirun', MPIRUNS[OPEN_MPI])
-    assert (finding.verdict, '--allow-run-as-root' in finding.advice) == (NOTE, True)
+    assert (finding.verdict, '--allow-run-as-root' in finding.advice) == (WARNING, True)
 
 
 def test_what_is_missing():
-    assert judge('', 'cannot load', None, '').verdict == NOTE
-    assert judge(LIBRARIES[MPICH], '/lib/libmpi.so', None, '').verdict == NOTE
+    assert judge('', 'cannot load', None, '').verdict == WARNING
+    assert judge(LIBRARIES[MPICH], '/lib/libmpi.so', None, '').verdict == WARNING
     assert 'MPI4PY_LIBMPI' in judge('', 'cannot load', '/bin/mpirun', MPIRUNS[MPICH]).advice
-    assert judge(LIBRARIES[MPICH], '/l', '/bin/mpirun', 'no idea').verdict == BITES
+    assert judge(LIBRARIES[MPICH], '/l', '/bin/mpirun', 'no idea').verdict == ERROR
 
 
 def test_an_mpirun_that_cannot_be_run_is_said(tmp_path, monkeypatch):
@@ -61,7 +61,7 @@ def test_an_mpirun_that_cannot_be_run_is_said(tmp_path, monkeypatch):
         'internvl_ds.tools.doctor.mpi._library', lambda: (LIBRARIES[OPEN_MPI], '/l')
     )
     (finding,) = probe()
-    assert finding.verdict == BITES
+    assert finding.verdict == ERROR
     assert 'cannot be run' in finding.found
 
 
@@ -86,5 +86,5 @@ def test_two_mpis_in_one_environment_are_named(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr('internvl_ds.tools.doctor.mpi._library', lambda: (LIBRARIES[MPICH], '/l'))
     finding = probe()[1]
-    assert (finding.topic, finding.verdict) == ('several MPIs', NOTE)
+    assert (finding.topic, finding.verdict) == ('several MPIs', WARNING)
     assert 'openmpi and mpich are installed' in finding.found

@@ -8,7 +8,7 @@ import pytest
 
 from internvl_ds.dist.network import own_addresses
 from internvl_ds.tools.doctor import network
-from internvl_ds.tools.doctor.finding import BITES, NOTE, OK
+from internvl_ds.tools.doctor.finding import ERROR, OK, WARNING
 
 LEFT_OVER = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT', 'GLOO_SOCKET_IFNAME')
 
@@ -37,20 +37,20 @@ def test_a_plain_shell(found):
 
 def test_an_interface_that_is_not_there_bites(found):
     finding = found(GLOO_SOCKET_IFNAME='nonesuch0')['network']
-    assert finding.verdict == BITES
+    assert finding.verdict == ERROR
     assert 'there is no interface nonesuch0' in finding.advice
     assert found(GLOO_SOCKET_IFNAME='lo')['network'].verdict == OK
 
 
 def test_left_over_variables_of_a_launcher(found):
     finding = found(RANK='1', WORLD_SIZE='4', LOCAL_RANK='1')['launcher']
-    assert finding.verdict == NOTE
+    assert finding.verdict == WARNING
     assert 'rank 1 of 4 by deepspeed or torchrun' in finding.found
 
 
 def test_incomplete_variables_bite(found):
     finding = found(RANK='1', WORLD_SIZE='4')['launcher']
-    assert finding.verdict == BITES
+    assert finding.verdict == ERROR
     assert 'LOCAL_RANK is None in the environment' in finding.found
 
 
@@ -64,4 +64,4 @@ def test_the_name_of_this_host(monkeypatch):
     assert finding.verdict == OK
     assert 'localhost is 127.0.0.1, a loopback address: init_distributed copes' in finding.found
     monkeypatch.setattr(socket, 'gethostname', lambda: 'no.such.host.invalid')
-    assert network.probe_name()[0].verdict == NOTE
+    assert network.probe_name()[0].verdict == WARNING

@@ -9,7 +9,7 @@ import subprocess
 import pytest
 
 from internvl_ds.tools.doctor import shm
-from internvl_ds.tools.doctor.finding import BITES, NOTE, OK
+from internvl_ds.tools.doctor.finding import ERROR, OK, WARNING
 
 NAME = 'deepspeed_allreduce_buffer_0_127.0.0.1_29500_0'
 
@@ -23,7 +23,7 @@ def test_nothing_left_over(tmp_path):
 def test_a_left_over_buffer_is_counted_and_its_owner_named(tmp_path):
     (tmp_path / NAME).write_bytes(b'x' * 2**20)
     left = shm.probe(tmp_path)[1]
-    assert left.verdict == NOTE
+    assert left.verdict == WARNING
     assert '1.0 MB in 1 buffers' in left.found
     assert shm._user(os.getuid()) in left.found
     assert f'rm {tmp_path}/deepspeed_allreduce_buffer_*' in left.advice
@@ -35,7 +35,7 @@ def test_a_buffer_that_a_process_maps_is_in_use(tmp_path):
     with path.open('r+b') as file, mmap.mmap(file.fileno(), 0):
         left = shm.probe(tmp_path)[1]
     assert (left.verdict, left.found) == (OK, '1 buffers, all in use by running processes')
-    assert shm.probe(tmp_path)[1].verdict == NOTE
+    assert shm.probe(tmp_path)[1].verdict == WARNING
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason='mounting a file system needs root')
@@ -47,12 +47,12 @@ def test_the_64_mib_of_a_container_bite(tmp_path):
         room = shm.probe(tmp_path)[0]
     finally:
         subprocess.run(['umount', '-l', str(tmp_path)], check=True)
-    assert room.verdict == BITES
+    assert room.verdict == ERROR
     assert '67.1 MB free of 67.1 MB' in room.found
     assert '--shm-size' in room.advice
 
 
 def test_no_shared_memory_at_all_bites(tmp_path):
     (finding,) = shm.probe(tmp_path / 'none')
-    assert finding.verdict == BITES
+    assert finding.verdict == ERROR
     assert 'No such file or directory' in finding.found

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from internvl_ds.tools.doctor.finding import BITES, NOTE, OK
+from internvl_ds.tools.doctor.finding import ERROR, OK, WARNING
 from internvl_ds.tools.doctor.versions import installed, pair, probe, unmet
 
 
@@ -38,16 +38,16 @@ def test_another_python_on_path_is_a_note(tmp_path, monkeypatch):
     stub.chmod(0o755)
     monkeypatch.setenv('PATH', f'{tmp_path}:/bin')
     finding = by_topic(probe())['python']
-    assert (finding.verdict, f'`python` on PATH is {stub}' in finding.found) == (NOTE, True)
+    assert (finding.verdict, f'`python` on PATH is {stub}' in finding.found) == (WARNING, True)
     monkeypatch.setenv('PATH', str(tmp_path / 'none'))
     assert 'is not there' in by_topic(probe())['python'].found
 
 
 def test_a_torch_outside_the_ranges_bites(old_torch):
     found = by_topic(probe())
-    assert found['version ranges'].verdict == BITES
+    assert found['version ranges'].verdict == ERROR
     assert 'torch 2.9.0 (needs <2.16,>=2.14)' in found['version ranges'].found
-    assert found['torch pair'].verdict == BITES
+    assert found['torch pair'].verdict == ERROR
     assert 'not 2.9.0' in found['torch pair'].found
 
 
@@ -64,9 +64,9 @@ def test_unmet_skips_extras_and_names_what_is_not_there():
         ('2.15.0', '0.29.2', 'torch==2.15.0', OK),
         ('2.15.0+cpu', '0.29.2+cpu', 'torch==2.15.0', OK),
         ('2.15.0+cu130', '0.29.2', 'torch==2.15.0', OK),
-        ('2.15.0+cpu', '0.29.2', 'torch==2.15.0', NOTE),  # PyPI's links CUDA
-        ('2.14.1', '0.29.2', 'torch==2.15.0', BITES),
-        ('2.14.1', '0.29.2', 'torch (>=2.15.0)', BITES),
+        ('2.15.0+cpu', '0.29.2', 'torch==2.15.0', WARNING),  # PyPI's links CUDA
+        ('2.14.1', '0.29.2', 'torch==2.15.0', ERROR),
+        ('2.14.1', '0.29.2', 'torch (>=2.15.0)', ERROR),
     ],
 )
 def test_torchvision_fits_the_torch_that_it_names(torch, vision, asks, verdict):
