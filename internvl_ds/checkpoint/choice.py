@@ -121,7 +121,7 @@ def choose(config: CfgNode, logger: logging.Logger, *, as_before: bool = False) 
 def newer_than_best(config: CfgNode) -> str | None:
     """What a run that is started again goes on from, where MODEL.RESUME is its own OUTPUT's best.
 
-    A meeting of all ranks.
+    Collective: every rank calls it.
 
     Returns:
         The newest tag of OUTPUT where it was saved after that best; else None.

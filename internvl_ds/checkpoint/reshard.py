@@ -68,7 +68,7 @@ class Restorer:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Sets weights, optimizer state and counters. Every rank must call it: a collective."""
+        """Sets weights, optimizer state and counters. Collective: every rank calls it."""
         self.wrapper.release_gathered()
         for target, flat, slice_of in self.fixed:
             if slice_of is None:

@@ -62,7 +62,9 @@ def local_rank(communicator: Any) -> tuple[int, int]:
 def agree_on_master(
     communicator: Any, one_host: bool, interface: str, limit: float
 ) -> tuple[str, int]:
-    """An address of rank 0 that all others reach, and a port that is free there. A collective.
+    """An address of rank 0 that all others reach, and a port that is free there.
+
+    Collective: every rank calls it.
 
     Args:
         communicator: of all ranks.

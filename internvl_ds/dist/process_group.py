@@ -230,7 +230,7 @@ def collectives_within(seconds: float) -> Iterator[None]:
 def shutdown() -> None:
     """Leaves the process group, rank 0 last: it holds the store that the others may still read.
 
-    Every rank calls it when its work is done; safe to call twice, and without a process group.
+    Collective: every rank calls it. It is safe to call twice, and without a process group.
 
     Raises:
         InternvlDsError: when a background save failed; the group is left all the same.

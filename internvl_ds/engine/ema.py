@@ -108,7 +108,7 @@ class ShardedEma:
     def swapped_in(self, engine: DeepSpeedEngine | None = None) -> Iterator[None]:
         """Lets the engine compute with the averaged weights; they are put back at the end.
 
-        Every rank must enter and leave it. The weights come back bit for bit, also after an
+        Collective: every rank enters and leaves it. The weights come back bit for bit, also after an
         exception. No step may be made inside.
 
         Args:
@@ -127,7 +127,7 @@ class ShardedEma:
     def whole_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Key of the module's state dict, and averaged tensor, gathered one at a time.
 
-        Every rank must take all of them. Frozen parameters are the module's own. No rank holds
+        Collective: every rank takes all of them. Frozen parameters are the module's own. No rank holds
         more than the tensor that it is at, which is on the engine's device.
         """
         layout, own = self._wrapper.partitioning()
@@ -154,8 +154,8 @@ class ShardedEma:
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The whole average on the CPU, by the keys of the module's state dict.
 
-        A collective: every rank must call it, and gets all of it. `whole_tensors` is for where that
-        is too much.
+        Collective: every rank calls it. Each gets all of it; `whole_tensors` is for where that is
+        too much.
         """
         return {name: tensor.detach().cpu().clone() for name, tensor in self.whole_tensors()}
 

@@ -24,7 +24,7 @@ __all__ = ['NativeScalerWithGradNormCount', 'get_grad_norm']
 class NativeScalerWithGradNormCount:
     """Backward, and on a boundary: clip, step, and report the gradient norm.
 
-    Every rank must make every call. The caller divides the loss by the accumulation steps and
+    Collective: every rank calls it, with the same arguments. The caller divides the loss by the accumulation steps and
     marks the boundary with ``update_grad``; the engine neither divides again nor counts otherwise.
 
     An update with a non-finite gradient on any rank is skipped on all, in every precision. With a

@@ -52,7 +52,7 @@ def initialize(
     lr_scheduler: Any = None,
     schedule_in: str | None = None,
 ) -> tuple[DeepSpeedEngine, Any]:
-    """Makes a DeepSpeed engine from plain parts. Every rank must call it.
+    """Makes a DeepSpeed engine from plain parts. Collective: every rank calls it.
 
     The optimizer's parameter groups of equal settings are merged (no tensor's lr or weight decay
     changes), and the ds_config is resolved against the yacs config (see `ds_config.resolve`).

@@ -20,7 +20,9 @@ _DEFAULT_JOB = 'DeepSpeedJobName'
 
 
 def drop_unwritable_monitors(ds_config: dict[str, Any], timeout: float) -> None:
-    """Turns off, with a warning, monitors whose folder rank 0 cannot write. A meeting of all ranks.
+    """Turns off, with a warning, monitors whose folder rank 0 cannot write.
+
+    Collective: every rank calls it.
 
     Args:
         ds_config: resolved; changed in place.

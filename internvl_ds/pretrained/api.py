@@ -276,7 +276,7 @@ def _decide_on_rank_0(decide: Any, timeout: float) -> _Plan:
 
 
 def _broadcast(state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """The values of rank 0, one at a time. A collective each: all ranks take all of them."""
+    """The values of rank 0, one at a time. Collective: every rank takes all of them."""
     device = get_accelerator().current_device_name()
     for key, value in state.items():
         if rank() == 0:

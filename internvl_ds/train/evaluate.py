@@ -113,7 +113,7 @@ def count_batch(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def measure_throughput(model: nn.Module, loader: DataLoader, device: torch.device) -> float:
-    """Times 30 forward passes over one batch, after 10 to warm up. Every rank must call it.
+    """Times 30 forward passes over one batch, after 10 to warm up. Collective: every rank calls it.
 
     Returns:
         Images per second on this rank.

@@ -37,7 +37,7 @@ from internvl_ds.utils import save_checkpoint
 
 
 def run(config: CfgNode, ds_config: DsConfig = None) -> float:
-    """Trains, evaluates or times the configured model. Every rank must call it.
+    """Trains, evaluates or times the configured model. Collective: every rank calls it.
 
     Args:
         config: from `get_config`. Settings that the ds_config decides, MODEL.RESUME (automatic

@@ -95,7 +95,7 @@ class Run:
 
 
 def setup(config: CfgNode, ds_config: DsConfig, logger: logging.Logger) -> Run:
-    """Sets a run up as the config says. Every rank must call it.
+    """Sets a run up as the config says. Collective: every rank calls it.
 
     Args:
         config: what the ds_config decides, MODEL.RESUME (automatic resume) and TRAIN.START_EPOCH

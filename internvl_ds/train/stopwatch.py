@@ -52,7 +52,7 @@ class Stopwatch:
         self._last = time.perf_counter()
 
     def lap(self, images: int) -> None:
-        """An update has ended. Every rank calls it after every one.
+        """Counts an update. Collective: every rank calls it after every one.
 
         Args:
             images: that it was of, over all ranks.
@@ -71,7 +71,7 @@ class Stopwatch:
             raise TimeTaken
 
     def report(self, config: CfgNode, device: torch.device, logger: logging.Logger) -> float:
-        """Writes OUTPUT/bench.json. Every rank must call it.
+        """Writes OUTPUT/bench.json. Collective: every rank calls it.
 
         Args:
             config: of the run: OUTPUT, the batch settings and CHECKPOINT.RENDEZVOUS_TIMEOUT are
