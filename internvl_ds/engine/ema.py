@@ -108,8 +108,8 @@ class ShardedEma:
     def swapped_in(self, engine: DeepSpeedEngine | None = None) -> Iterator[None]:
         """Lets the engine compute with the averaged weights; they are put back at the end.
 
-        Collective: every rank enters and leaves it. The weights come back bit for bit, also after an
-        exception. No step may be made inside.
+        Collective: every rank enters and leaves it. The weights come back bit for bit, also after
+        an exception. No step may be made inside.
 
         Args:
             engine: accepted for symmetry; the engine of this average is used.
@@ -127,8 +127,8 @@ class ShardedEma:
     def whole_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Key of the module's state dict, and averaged tensor, gathered one at a time.
 
-        Collective: every rank takes all of them. Frozen parameters are the module's own. No rank holds
-        more than the tensor that it is at, which is on the engine's device.
+        Collective: every rank takes all of them. Frozen parameters are the module's own. No rank
+        holds more than the tensor that it is at, which is on the engine's device.
         """
         layout, own = self._wrapper.partitioning()
         shapes, shards = shapes_of(layout), list(self._shards.values())
