@@ -20,9 +20,9 @@ def get_grad_norm(
 ) -> torch.Tensor:
     """The norm of the gradients that the parameters have, taken together as one vector.
 
-    For parameters of a ZeRO engine (stages 1-3), where ``p.grad`` is None, each rank takes the
-    part of the gradients that it owns, and one small all-gather adds them up. Collective: every
-    rank calls it, between the backward of a boundary and the step, with the same parameters. Those that
+    For parameters of a ZeRO engine (stages 1-3), where ``p.grad`` is None, each rank takes the part
+    of the gradients that it owns, and one small all-gather adds them up. Collective: every rank
+    calls it, between the backward of a boundary and the step, with the same parameters. Those that
     the engine does not train, because they were unfrozen after it was made, do not count. An
     engine's loss scale is divided out.
 
