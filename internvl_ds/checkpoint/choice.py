@@ -10,13 +10,12 @@ from pathlib import Path
 
 from yacs.config import CfgNode
 
-from internvl_ds.checkpoint import async_save as background
+from internvl_ds.checkpoint import async_save
 from internvl_ds.checkpoint.formats.state_json import state_of
 from internvl_ds.checkpoint.load_context import Load
 from internvl_ds.checkpoint.sources import downloads
 from internvl_ds.checkpoint.sources.open_weights import open_weights
-from internvl_ds.checkpoint.tag import discovery as lookup
-from internvl_ds.checkpoint.tag import leftovers
+from internvl_ds.checkpoint.tag import discovery, sweep
 from internvl_ds.checkpoint.tag.manifest import epoch_of, step_of
 from internvl_ds.checkpoint.tag.verify import damage, share_of
 from internvl_ds.config.counts import require_counts
@@ -30,7 +29,7 @@ from internvl_ds.files.reading import parse_yaml
 
 _log = logging.getLogger(__name__)
 
-Find = Callable[[Mapping[str, str]], lookup.Resume | None]
+Find = Callable[[Mapping[str, str]], discovery.Resume | None]
 
 
 class _Last:
@@ -58,7 +57,7 @@ def auto_resume_helper(output_dir: str, *, config: CfgNode | None = None) -> str
     Raises:
         CheckpointNotFound: when checkpoints were there and no whole one is left.
     """
-    background.wait()
+    async_save.wait()
     load = Load(_limits_without_config() if config is None else config, _log)
     age = checkpoint_option(load.config, 'LEFTOVER_AGE')
     load.from_rank_0('sweep', lambda: _sweep(Path(output_dir), age))
@@ -129,7 +128,7 @@ def newer_than_best(config: CfgNode) -> str | None:
     load, output, asked = Load(config, _log), Path(config.OUTPUT), Path(config.MODEL.RESUME)
 
     def sequence_of_best() -> int | None:
-        header = lookup.header_or_none(lookup.present(asked))
+        header = discovery.header_or_none(discovery.present(asked))
         inside = os.path.realpath(asked.parent) == os.path.realpath(output)
         return header.sequence if header and inside and epoch_of(asked.name) is None else None
 
@@ -139,7 +138,7 @@ def newer_than_best(config: CfgNode) -> str | None:
     newest = auto_resume_helper(str(output), config=config)
 
     def is_newer() -> bool:
-        header = lookup.header_or_none(Path(newest or ''))
+        header = discovery.header_or_none(Path(newest or ''))
         return header is not None and header.sequence > best
 
     return newest if newest and load.from_rank_0('compare with best', is_newer) else None
@@ -163,8 +162,8 @@ def _choose(
     if not resume:
         raise CheckpointNotFound('MODEL.RESUME is empty: set it to a checkpoint')
 
-    def find(damaged: Mapping[str, str]) -> lookup.Resume | None:
-        newest = lookup.newest(Path(output), damaged)
+    def find(damaged: Mapping[str, str]) -> discovery.Resume | None:
+        newest = discovery.newest(Path(output), damaged)
         if newest is None or newest.path.is_file() or not _is_newer(newest.path, resume):
             return None
         return newest
@@ -201,12 +200,12 @@ def _choose(
 
 def _is_newer(own: Path, resume: str) -> bool:
     """Whether a tag of OUTPUT goes before MODEL.RESUME: see `choose`."""
-    asked = lookup.present(Path(resume))
-    if os.path.isdir(asked) and not lookup.is_tag(asked):
+    asked = discovery.present(Path(resume))
+    if os.path.isdir(asked) and not discovery.is_tag(asked):
         with contextlib.suppress(CheckpointError):  # told when it is loaded, if it is
-            newest = lookup.newest(asked)
+            newest = discovery.newest(asked)
             asked = asked if newest is None else newest.path
-    ours, theirs = lookup.header_or_none(own), lookup.header_or_none(asked)
+    ours, theirs = discovery.header_or_none(own), discovery.header_or_none(asked)
     output = os.path.realpath(own.parent)
     if ours and theirs and os.path.realpath(asked.parent) == output:
         # Who names a tag that was saved as best means that one.
@@ -226,7 +225,7 @@ def _position(path: Path) -> tuple[int, int] | None:
     Of a tag that is not there any more its name says so.
     """
     epoch, step = epoch_of(path.name), step_of(path.name)
-    if header := lookup.header_or_none(path):
+    if header := discovery.header_or_none(path):
         epoch, step = header.epoch, header.step
     elif os.path.isfile(path):
         with contextlib.suppress(PretrainedError):  # told when it is loaded
@@ -250,16 +249,16 @@ def _place(resume: str) -> str:
 
 def _sweep(output: Path, age: float) -> None:
     try:
-        leftovers.sweep(output, age=age)
+        sweep.sweep(output, age=age)
     except OSError as error:  # someone who may only read: it stays as it is
         _log.info('%s: leftovers of dead saves are not swept: %s', output, error)
 
 
-def _newest(load: Load, output: Path) -> lookup.Resume | None:
-    return _verified(load, lambda damaged: lookup.newest(output, damaged))
+def _newest(load: Load, output: Path) -> discovery.Resume | None:
+    return _verified(load, lambda damaged: discovery.newest(output, damaged))
 
 
-def _verified(load: Load, find: Find) -> lookup.Resume | None:
+def _verified(load: Load, find: Find) -> discovery.Resume | None:
     """What ``find`` finds on rank 0, with right checksums. Collective: every rank calls it.
 
     Args:
@@ -280,7 +279,7 @@ def _verified(load: Load, find: Find) -> lookup.Resume | None:
         reports = exchange('verify newest', _damage_of_share(path), load.io_timeout)
         reasons = [reason for report in reports for reason in report]
         if not reasons:
-            return lookup.Resume(path, warning)
+            return discovery.Resume(path, warning)
         damaged[path.name] = '; '.join(reasons[:3])
 
 
@@ -288,7 +287,7 @@ def _damage_of_share(path: Path) -> list[str]:
     if path.is_file():
         return []
     try:
-        manifest = lookup.read_manifest(path)
+        manifest = discovery.read_manifest(path)
     except CheckpointError as error:
         return [str(error)]
     if manifest is None:
@@ -300,8 +299,8 @@ def _resolve(load: Load, resume: str) -> Path | None:
     """The tag or file that MODEL.RESUME names, the same on all ranks; None for an address."""
 
     def named() -> tuple[str, bool]:
-        path = lookup.resolve(resume)
-        return str(path), path.is_file() or lookup.is_tag(path)
+        path = discovery.resolve(resume)
+        return str(path), path.is_file() or discovery.is_tag(path)
 
     if is_address(resume):
         return None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from yacs.config import CfgNode
 
-from internvl_ds.checkpoint import async_save as background
+from internvl_ds.checkpoint import async_save
 from internvl_ds.checkpoint.choice import choose, downloaded
 from internvl_ds.checkpoint.direct_load import load_same_layout
 from internvl_ds.checkpoint.direct_or_reshard import fits_directly
@@ -70,7 +70,7 @@ def load_checkpoint(
         CheckpointMismatch: for another model, optimizer or classes; before any state is changed.
         CheckpointError: when a file cannot be read or is damaged; before any state is changed.
     """
-    background.wait()
+    async_save.wait()
     load = Load(config, logger, lr_scheduler, scaler, loop)
     path = choose(config, logger) or downloaded(load)
     logger.info('==============> Resuming from %s....................', path)

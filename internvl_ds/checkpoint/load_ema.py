@@ -7,7 +7,7 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from internvl_ds.checkpoint import async_save as background
+from internvl_ds.checkpoint import async_save
 from internvl_ds.checkpoint.choice import choose, downloaded
 from internvl_ds.checkpoint.formats.client_state import saved_state
 from internvl_ds.checkpoint.formats.ema_files import EmaFiles
@@ -43,7 +43,7 @@ def load_ema_checkpoint(config: CfgNode, model_ema: Any, logger: logging.Logger)
     Raises:
         CheckpointNotFound, CheckpointMismatch, CheckpointError: as `load_checkpoint`.
     """
-    background.wait()
+    async_save.wait()
     load = Load(config, logger)
     path = choose(config, logger, as_before=True) or downloaded(load)
     where, configured = str(path), model_ema.decay

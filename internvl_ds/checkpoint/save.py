@@ -18,7 +18,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from yacs.config import CfgNode
 
 import internvl_ds
-from internvl_ds.checkpoint import async_save as background
+from internvl_ds.checkpoint import async_save
 from internvl_ds.checkpoint.checkpoint_engine import install_writer
 from internvl_ds.checkpoint.finish_save import Save, abandon, finish
 from internvl_ds.checkpoint.formats.ema_tensors import ema_file
@@ -95,7 +95,7 @@ def save_checkpoint(
         RankError: when a rank does not come within the limit, or with another tag.
         CheckpointError: on all ranks, when any could not write, or the save before it failed.
     """
-    background.wait()
+    async_save.wait()
     engine = engine_of(model)
     wrapper = wrapper_of(engine)
     require_as_made(engine.module, wrapper.names, wrapper.buffers)
@@ -115,7 +115,7 @@ def save_checkpoint(
         abandon(save)
         raise
     if save.in_background:
-        background.start(save.tag, functools.partial(finish, save), limit=3 * save.io_timeout)
+        async_save.start(save.tag, functools.partial(finish, save), limit=3 * save.io_timeout)
     else:
         finish(save)
     return str(Path(config.OUTPUT) / save.tag)

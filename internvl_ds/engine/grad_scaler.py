@@ -24,9 +24,8 @@ __all__ = ['NativeScalerWithGradNormCount', 'get_grad_norm']
 class NativeScalerWithGradNormCount:
     """Backward, and on a boundary: clip, step, and report the gradient norm.
 
-    Collective: every rank calls it, with the same arguments. The caller divides the loss by the
-    accumulation steps and marks the boundary with ``update_grad``; the engine neither divides again
-    nor counts otherwise.
+    Collective: every rank calls it. The caller divides the loss by the accumulation steps and marks
+    the boundary with ``update_grad``; the engine neither divides again nor counts otherwise.
 
     An update with a non-finite gradient on any rank is skipped on all, in every precision. With a
     loss scale (float16) the scale falls then, and grows again as torch's GradScaler would have it.

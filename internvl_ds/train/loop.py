@@ -16,7 +16,7 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 from yacs.config import CfgNode
 
-from internvl_ds.checkpoint import async_save as background
+from internvl_ds.checkpoint import async_save
 from internvl_ds.checkpoint.restore import load_weights
 from internvl_ds.dist.group import current_group
 from internvl_ds.dist.preemption import SAVE, STOP, Preempted, Preemption
@@ -167,9 +167,9 @@ def _train(state: Run) -> float:
                 _run_epoch(state, epoch, metrics)
             except Preempted:
                 _save_step(state, epoch)
-                background.wait()  # while the log is open
+                async_save.wait()  # while the log is open
                 raise
-        background.wait()  # before signals mean something else again
+        async_save.wait()  # before signals mean something else again
     logger.info('trained in %.1f s; best top-1 %.2f %%', time.perf_counter() - start, state.best)
     return state.best
 

@@ -29,7 +29,7 @@ from typing import Any
 import deepspeed
 import torch
 
-from internvl_ds.checkpoint.tag import discovery as lookup
+from internvl_ds.checkpoint.tag import discovery
 from internvl_ds.checkpoint.tag.verify import damage_of_tag
 from internvl_ds.config.ds import schema as ds_schema
 from internvl_ds.dist.process_group import free_port
@@ -226,7 +226,7 @@ class Chain:
         else:
             _require(not self.named, 'latest is gone', life)
         if 0 not in self.may_be:
-            resume = lookup.newest(self.output, {})
+            resume = discovery.newest(self.output, {})
             _require(resume is not None and resume.path in tags, 'nothing to resume', life)
 
     def count(self, life: dict[str, Any]) -> None:

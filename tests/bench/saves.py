@@ -13,7 +13,7 @@ import torch
 from torch import distributed
 from torch.distributed import checkpoint as dcp
 
-from internvl_ds.checkpoint import async_save as background
+from internvl_ds.checkpoint import async_save
 from internvl_ds.checkpoint.tag import hashing
 from internvl_ds.checkpoint.tag.manifest import file_rank
 from internvl_ds.dist.rendezvous import rank
@@ -74,7 +74,7 @@ def contenders(subject: Subject, folder: Path) -> dict[str, Contender]:
         start = time.perf_counter()
         subject.save(path, in_background=True)
         blocked = time.perf_counter() - start
-        background.wait()
+        async_save.wait()
         return {'blocked': blocked, 'total': time.perf_counter() - start}
 
     def async_dcp(path: Path) -> dict[str, float]:
@@ -90,7 +90,7 @@ def contenders(subject: Subject, folder: Path) -> dict[str, Contender]:
     def step_beside_ours(path: Path) -> dict[str, float]:
         subject.save(path, in_background=True)
         parts = step()
-        background.wait()
+        async_save.wait()
         return parts
 
     def step_beside_dcp(path: Path) -> dict[str, float]:

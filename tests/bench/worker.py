@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from internvl_ds.checkpoint import async_save as background
+from internvl_ds.checkpoint import async_save
 from internvl_ds.dist.rendezvous import rank, world_size
 from tests.bench import loads, saves
 from tests.bench.figures import ratios_report, seconds_report
@@ -59,7 +59,7 @@ def _profiles(subject: Subject, root: Path, tag: Path) -> dict[str, str]:
     found = {'save': _profiled(lambda: subject.save(output))}
     for _ in range(2):  # the second finds the buffers of the first
         found['async save, blocked'] = _profiled(lambda: subject.save(output, in_background=True))
-        background.wait()
+        async_save.wait()
     found['load'] = _profiled(lambda: subject.load(tag))
     return found
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from internvl_ds.checkpoint import async_save as background
+from internvl_ds.checkpoint import async_save
 from internvl_ds.checkpoint.formats.ema_files import EmaFiles
 from internvl_ds.checkpoint.tag.discovery import newest
 from internvl_ds.checkpoint.tag.output_lock import LOCK
@@ -44,7 +44,7 @@ def full_disk(stage: int, root: str, in_background: bool) -> dict[str, Any]:
 
     def save(epoch: int) -> None:
         run.save(epoch)
-        background.wait()
+        async_save.wait()
 
     run.steps(0, 1)
     save(0)
@@ -98,16 +98,16 @@ def one_rank_is_limited(stage: int, root: str, in_background: bool) -> dict[str,
     run = Run(stage, 'fp32', root, CHECKPOINT__ASYNC=in_background)
     run.steps(0, 1)
     run.save(0)
-    background.wait()
+    async_save.wait()
     _limit_files(4096 if rank() == 1 else None)
     own = message_of(lambda: run.save(1))
     run.steps(1, 2)
     next_call = message_of(lambda: run.save(2))
     _limit_files(None)
-    background_error = message_of(background.wait)
+    background_error = message_of(async_save.wait)
     left = _left(root)
     run.save(3)
-    background.wait()
+    async_save.wait()
     return {
         'own': own,
         'next': next_call,
@@ -124,7 +124,7 @@ def changes_its_directory(root: str) -> str:
     run = Run(1, 'fp32', 'out', CHECKPOINT__ASYNC=True)
     path = run.save(0)
     os.chdir('/')
-    background.wait()
+    async_save.wait()
     return path
 
 
@@ -140,7 +140,7 @@ def program(root: str, how: str) -> None:
     run.steps(0, 1)
     run.save(0)
     if how == 'fails':
-        background.wait()
+        async_save.wait()
         _limit_files(5000 if rank() == 1 else None)
     run.steps(1, 2)
     if how == 'terminated':

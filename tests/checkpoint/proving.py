@@ -20,7 +20,7 @@ from internvl_ds import (
     load_ema_checkpoint,
     save_checkpoint,
 )
-from internvl_ds.checkpoint import async_save as background
+from internvl_ds.checkpoint import async_save
 from internvl_ds.checkpoint.formats.ema_files import EmaFiles
 from internvl_ds.checkpoint.formats.ema_tensors import read_whole_ema
 from internvl_ds.checkpoint.formats.export import weights_of_tag
@@ -120,7 +120,7 @@ def refuse(root: str, stages: list[int], in_background: bool) -> dict[str, Any]:
         run.config.CHECKPOINT.ASYNC = in_background
         run.steps(0, 1)
         save(run, 0, None)
-        background.wait()
+        async_save.wait()
         module, report = run.engine.module, found.setdefault(str(stage), {})
 
         def attempt(
@@ -129,7 +129,7 @@ def refuse(root: str, stages: list[int], in_background: bool) -> dict[str, Any]:
             do()
             try:
                 save(run, 1, None)
-                background.wait()
+                async_save.wait()
                 report[name] = 'saved'
             except InternvlDsError as error:
                 report[name] = f'{type(error).__name__}: {error}'
@@ -156,7 +156,7 @@ def refuse(root: str, stages: list[int], in_background: bool) -> dict[str, Any]:
         report['latest'] = (Path(output) / 'latest').read_text()
         run.steps(1, 2)
         report['then'] = Path(save(run, 1, None)).name
-        background.wait()
+        async_save.wait()
         fresh = Run(stage, seed=4)
         fresh.load(f'{output}/ckpt_epoch_1')
         report['loads'] = same(weights(run), weights(fresh))

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from internvl_ds import load_pretrained
-from internvl_ds.checkpoint import async_save as background
+from internvl_ds.checkpoint import async_save
 from internvl_ds.checkpoint import reshard as elastic
 from internvl_ds.checkpoint.checkpoint_engine import ShardWriter
 from internvl_ds.dist.group import current_group
@@ -250,7 +250,7 @@ def a_rank_dies(how: str, dies: int, folder: str) -> None:
 
     def save() -> None:
         run.save(0)
-        background.wait()
+        async_save.wait()
 
     found['save'] = timed(save)
     found['next save'] = timed(save)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from internvl_ds import auto_resume_helper, load_ema_checkpoint
-from internvl_ds.checkpoint import async_save as background
+from internvl_ds.checkpoint import async_save
 from internvl_ds.checkpoint.tag.manifest import tag_name
 from internvl_ds.dist.process_group import init_distributed
 from internvl_ds.dist.rendezvous import rank
@@ -144,7 +144,7 @@ class Teller:
 
     def end(self) -> None:
         """Ends a life that nobody killed."""
-        background.wait()
+        async_save.wait()
         self('waited')
         os._exit(0)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from internvl_ds.checkpoint.formats.state_json import state_text
-from internvl_ds.checkpoint.tag import commit as store
+from internvl_ds.checkpoint.tag import commit
 from internvl_ds.checkpoint.tag.hashing import write_hashed
 from internvl_ds.checkpoint.tag.manifest import STATE_FILE, FileEntry, Header, Manifest, tag_name
 
@@ -29,9 +29,9 @@ def make_header(tag: str, epoch: int | None, sequence: int = 1, **more: Any) -> 
 
 def stage_tag(
     output: Path, tag: str, content: str = 'weights'
-) -> tuple[store.Staging, dict[str, FileEntry]]:
+) -> tuple[commit.Staging, dict[str, FileEntry]]:
     """Begins a save and writes its one shard."""
-    staging = store.begin(output, tag)
+    staging = commit.begin(output, tag)
     entry = write_hashed(staging.path / SHARD, lambda file: file.write(content.encode()))
     return staging, {SHARD: entry}
 
@@ -55,9 +55,9 @@ def save_tag(
         text = state_text(state).encode()
         files[STATE_FILE] = write_hashed(staging.path / STATE_FILE, lambda file: file.write(text))
     header = make_header(
-        tag, epoch, store.next_sequence(output), max_accuracy=max_accuracy, step=step
+        tag, epoch, commit.next_sequence(output), max_accuracy=max_accuracy, step=step
     )
-    return store.commit(staging, Manifest(header, files), latest=best is None)
+    return commit.commit(staging, Manifest(header, files), latest=best is None)
 
 
 def hidden(output: Path) -> list[str]:

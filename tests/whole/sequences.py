@@ -21,7 +21,7 @@ from internvl_ds import (
     load_pretrained,
     save_checkpoint,
 )
-from internvl_ds.checkpoint import async_save as background
+from internvl_ds.checkpoint import async_save
 from internvl_ds.dist.rendezvous import rank, world_size
 from internvl_ds.engine.ema import ShardedEma
 from internvl_ds.errors import InternvlDsError
@@ -247,7 +247,7 @@ def run_segments(folder: str, work: list[Any], states: str) -> list[Any]:
         for index, words in enumerate(orders['operations'], 1):
             print(f'  {words}', flush=True)
             seen.append(run.do(words, index == len(orders['operations'])))
-        background.wait()
+        async_save.wait()
         seen.append(tags_in(Path(run.config.OUTPUT)))
         run.engine.destroy()
         kept.append([look.pop('state', None) for look in seen])

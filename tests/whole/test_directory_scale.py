@@ -17,8 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from internvl_ds.checkpoint.tag import commit as store
-from internvl_ds.checkpoint.tag import discovery as lookup
+from internvl_ds.checkpoint.tag import commit, discovery
 from internvl_ds.checkpoint.tag.manifest import FILE_NAME, FileEntry, Manifest
 from internvl_ds.checkpoint.tag.retention import KeepBest, KeepEvery, KeepNewest, tags_to_prune
 from internvl_ds.files import write_text
@@ -102,14 +101,14 @@ def _counted():
 
 
 def _plan(output):
-    return tags_to_prune(lookup.epoch_tags(output), POLICIES)
+    return tags_to_prune(discovery.epoch_tags(output), POLICIES)
 
 
 def test_calls_of_every_kind_are_counted(tmp_path):
     (tmp_path / 'a').mkdir()
     (tmp_path / 'b').write_text('x')
     with _counted() as calls:
-        lookup.file_sizes(tmp_path)
+        discovery.file_sizes(tmp_path)
         (tmp_path / 'b').read_text()
         (tmp_path / 'b').exists()
         os.close(os.open(tmp_path / 'b', os.O_RDONLY))
@@ -120,7 +119,7 @@ def test_a_resume_costs_the_files_of_one_tag_however_many_tags_there_are(outputs
     costs = {}
     for count, output in outputs.items():
         with _counted() as costs[count]:
-            found = lookup.newest(output)
+            found = discovery.newest(output)
         assert found == (output / f'ckpt_epoch_{count - 1}', None)
     assert costs[10] == costs[TAGS]
     # the directory of tags is not listed, no other tag is opened
@@ -142,7 +141,7 @@ def test_a_resume_without_a_right_latest_costs_tags_plus_ranks_and_not_their_pro
             if latest is not None:
                 (output / 'latest').write_text(latest)
             with _counted() as costs[count]:
-                path, warning = lookup.newest(output)
+                path, warning = discovery.newest(output)
         finally:
             (output / 'latest').write_text(before)
         assert path == output / f'ckpt_epoch_{count - 1}'
@@ -165,7 +164,7 @@ def test_a_plan_of_what_to_prune_opens_one_file_per_tag_and_lists_no_tag(outputs
 
 def test_the_number_of_the_next_save_opens_one_file_per_tag_and_lists_no_tag(outputs):
     with _counted() as calls:
-        assert store.next_sequence(outputs[TAGS]) == TAGS + 1
+        assert commit.next_sequence(outputs[TAGS]) == TAGS + 1
     assert calls['open'] == TAGS
     assert calls['scandir'] == 1
 
@@ -174,10 +173,10 @@ def test_seconds(outputs):
     output = outputs[TAGS]
     newest_is_damaged = {f'ckpt_epoch_{TAGS - 1}': 'damaged'}
     shown = {
-        'resume, latest is right': lambda: lookup.newest(output),
-        'resume, latest is damaged': lambda: lookup.newest(output, newest_is_damaged),
+        'resume, latest is right': lambda: discovery.newest(output),
+        'resume, latest is damaged': lambda: discovery.newest(output, newest_is_damaged),
         'plan of what to prune': lambda: _plan(output),
-        'number of the next save': lambda: store.next_sequence(output),
+        'number of the next save': lambda: commit.next_sequence(output),
     }
     print()
     for name, action in shown.items():

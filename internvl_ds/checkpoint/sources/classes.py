@@ -13,7 +13,7 @@ from yacs.config import CfgNode
 from internvl_ds.checkpoint.formats.state_json import state_of
 from internvl_ds.checkpoint.formats.tensor_files import open_safetensors
 from internvl_ds.checkpoint.sources.open_weights import open_weights
-from internvl_ds.checkpoint.tag import discovery as lookup
+from internvl_ds.checkpoint.tag import discovery
 from internvl_ds.checkpoint.tag.manifest import STATE_FILE
 from internvl_ds.checkpoint.tag.verify import damage
 from internvl_ds.config.tree import get_option
@@ -65,8 +65,8 @@ def saved_classes(where: str) -> list[str] | None:
         CheckpointError: when a tag's state.json is not what was written.
     """
     path = Path(where)
-    if path.is_dir() and lookup.is_tag(path):
-        manifest = lookup.read_manifest(path)
+    if path.is_dir() and discovery.is_tag(path):
+        manifest = discovery.read_manifest(path)
         found = damage(path, manifest, [STATE_FILE]) if manifest is not None else []
         if found:
             raise CheckpointError('; '.join(found))

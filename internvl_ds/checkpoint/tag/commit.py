@@ -27,10 +27,10 @@ from internvl_ds.checkpoint.tag.discovery import (
     removable_tags,
     tags,
 )
-from internvl_ds.checkpoint.tag.leftovers import LOCK, STAGING, sweep
 from internvl_ds.checkpoint.tag.manifest import FILE_NAME, FileEntry, Manifest, wrong_files
 from internvl_ds.checkpoint.tag.owner import let_go, open_lock, this_process
 from internvl_ds.checkpoint.tag.retention import EpochTag, Policy, later_tags, tags_to_prune
+from internvl_ds.checkpoint.tag.sweep import LOCK, STAGING, sweep
 from internvl_ds.checkpoint.tag.trash import MARK, discard, unlink
 from internvl_ds.errors import CheckpointError, few
 from internvl_ds.files import flush, replacing, write_text

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from yacs.config import CfgNode
 
-from internvl_ds.checkpoint import async_save as background
+from internvl_ds.checkpoint import async_save
 from internvl_ds.checkpoint.tag import owner as owners
 from internvl_ds.checkpoint.tag.discovery import header_or_none
 from internvl_ds.checkpoint.tag.owner import Owner, read_owner
@@ -207,7 +207,7 @@ def _now_in(output: Path) -> float:
 
 
 def _release_all() -> None:
-    if background.is_pending():  # it still writes there; then the kernel releases the locks
+    if async_save.is_pending():  # it still writes there; then the kernel releases the locks
         return
     for known in _outputs.values():
         path = known.path / LOCK

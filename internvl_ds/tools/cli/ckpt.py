@@ -47,7 +47,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from internvl_ds.checkpoint.tag import commit as store
+from internvl_ds.checkpoint.tag import commit
 from internvl_ds.checkpoint.tag.discovery import (
     file_sizes,
     newest,
@@ -56,7 +56,6 @@ from internvl_ds.checkpoint.tag.discovery import (
     reading,
     removable_tags,
 )
-from internvl_ds.checkpoint.tag.leftovers import STAGING
 from internvl_ds.checkpoint.tag.manifest import STATE_FILE
 from internvl_ds.checkpoint.tag.retention import (
     KeepBest,
@@ -68,6 +67,7 @@ from internvl_ds.checkpoint.tag.retention import (
     later_tags,
     tags_to_prune,
 )
+from internvl_ds.checkpoint.tag.sweep import STAGING
 from internvl_ds.checkpoint.tag.trash import TRASH
 from internvl_ds.errors import (
     CheckpointError,
@@ -310,7 +310,7 @@ def _prune(args: argparse.Namespace) -> int:
             sizes[name] = sum(file_sizes(output / name).values())
     gone, failed = list(sizes), list[str]()
     if not args.dry_run:
-        gone, failed = store.remove(output, [tag for tag in tags if tag.name in sizes])
+        gone, failed = commit.remove(output, [tag for tag in tags if tag.name in sizes])
     kept = [tag.name for tag in tags if tag.name not in goes]
     pruned = [{'tag': name, 'size': sizes.get(name, 0)} for name in gone]
     total = sum(sizes.get(name, 0) for name in gone)

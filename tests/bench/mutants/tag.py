@@ -124,7 +124,7 @@ MUTANTS = [
         ('        if self._error is not None:\n            text', '        if False:\n            text'),
         ('            torch.serialization.set_crc32_options(before)', '            pass'),
     ]),
-    *mutants_of('checkpoint/tag', 'checkpoint/tag/test_leftovers.py', [
+    *mutants_of('checkpoint/tag', 'checkpoint/tag/test_sweep.py', [
         ('_last_write(places) <= age)', '_last_write(places) > age)'),
         ('        if ended is False or (ended', '        if (ended'),
         ('if owner and owner.id == save)', 'if owner)'),

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from internvl_ds.checkpoint.tag import commit as store
-from internvl_ds.checkpoint.tag import discovery as lookup
+from internvl_ds.checkpoint.tag import commit, discovery
 from internvl_ds.checkpoint.tag.manifest import FileEntry, Manifest
 from internvl_ds.checkpoint.tag.retention import KeepBest, KeepLater, KeepNewest
 from internvl_ds.checkpoint.tag.trash import MARK
@@ -22,7 +21,7 @@ from tests.harness.tags import SHARD, hidden, make_header, save_tag, stage_tag
 
 
 def _commit(staging, files, sequence=1):
-    return store.commit(staging, Manifest(make_header(staging.tag, 0, sequence), files))
+    return commit.commit(staging, Manifest(make_header(staging.tag, 0, sequence), files))
 
 
 @pytest.fixture
@@ -31,8 +30,8 @@ def other_process():
     code = """
 import sys
 from pathlib import Path
-from internvl_ds.checkpoint.tag import commit as store
-staging = store.begin(Path(sys.argv[1]), sys.argv[2])
+from internvl_ds.checkpoint.tag import commit
+staging = commit.begin(Path(sys.argv[1]), sys.argv[2])
 (staging.path / 'half').write_text('half')
 print(staging.path, flush=True)
 sys.stdin.read()
@@ -75,39 +74,39 @@ def test_a_save_is_a_tag_and_leaves_nothing_else(tmp_path):
     tag = save_tag(tmp_path, 0)
     assert sorted(p.name for p in tmp_path.iterdir()) == ['ckpt_epoch_0', 'latest']
     assert sorted(p.name for p in tag.iterdir()) == ['manifest.json', SHARD]
-    assert lookup.newest(tmp_path) == (tag, None)
+    assert discovery.newest(tmp_path) == (tag, None)
 
 
 def test_the_output_directory_is_made(tmp_path):
     tag = save_tag(tmp_path / 'a' / 'b', 0)
-    assert lookup.newest(tmp_path / 'a' / 'b') == (tag, None)
+    assert discovery.newest(tmp_path / 'a' / 'b') == (tag, None)
 
 
 def test_a_save_that_cannot_begin_leaves_nothing(tmp_path):
     tag = 'ckpt_epoch_' + 'x' * 229  # a lock of that name can be made, a staging directory not
     with pytest.raises(OSError, match='File name too long'):
-        store.begin(tmp_path, tag)
+        commit.begin(tmp_path, tag)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_save_under_way_is_never_read(tmp_path):
     staging, _ = stage_tag(tmp_path, 'ckpt_epoch_0')
-    assert lookup.newest(tmp_path) is None
-    assert lookup.tags(tmp_path) == []
-    store.abandon(staging)
+    assert discovery.newest(tmp_path) is None
+    assert discovery.tags(tmp_path) == []
+    commit.abandon(staging)
 
 
 def test_an_abandoned_save_leaves_nothing(tmp_path):
     staging, _ = stage_tag(tmp_path, 'ckpt_epoch_0')
-    store.abandon(staging)
-    store.abandon(staging)
+    commit.abandon(staging)
+    commit.abandon(staging)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_abandoned_save_leaves_what_was_there(tmp_path):
     tag = save_tag(tmp_path, 3, best='best', content='old')
     staging, _ = stage_tag(tmp_path, 'ckpt_epoch_best', 'new')
-    store.abandon(staging)
+    commit.abandon(staging)
     assert (tag / SHARD).read_text() == 'old'
     assert list(tmp_path.iterdir()) == [tag]
 
@@ -118,7 +117,7 @@ def test_overwriting_a_tag_keeps_nothing_of_the_old_one(tmp_path):
     tag = save_tag(tmp_path, 5, best='best', content='new')
     assert tag == old
     assert (tag / SHARD).read_text() == 'new'
-    assert lookup.read_manifest(tag).header.epoch == 5
+    assert discovery.read_manifest(tag).header.epoch == 5
     assert sorted(p.name for p in tag.iterdir()) == ['manifest.json', SHARD]
     assert sorted(p.name for p in tmp_path.iterdir()) == ['ckpt_epoch_best']
 
@@ -129,9 +128,9 @@ def test_a_commit_that_fails_leaves_the_old_tag(tmp_path):
     shutil.rmtree(staging.path)  # by someone
     with pytest.raises(FileNotFoundError):
         _commit(staging, files)
-    store.abandon(staging)
+    commit.abandon(staging)
     assert (tag / SHARD).read_text() == 'old'
-    assert lookup.newest(tmp_path) == (tag, None)
+    assert discovery.newest(tmp_path) == (tag, None)
     assert hidden(tmp_path) == []
 
 
@@ -139,7 +138,7 @@ def test_two_saves_of_one_tag_at_once_do_not_meet(tmp_path):
     first, files = stage_tag(tmp_path, 'ckpt_epoch_best', 'first')
     second, more = stage_tag(tmp_path, 'ckpt_epoch_best', 'second')
     assert first.path != second.path
-    assert store.sweep(tmp_path) == []
+    assert commit.sweep(tmp_path) == []
     tag = _commit(second, more, 1)
     assert (tag / SHARD).read_text() == 'second'
     assert _commit(first, files, 2) == tag
@@ -150,7 +149,7 @@ def test_two_saves_of_one_tag_at_once_do_not_meet(tmp_path):
 def test_one_save_may_be_abandoned_while_another_of_the_tag_goes_on(tmp_path):
     first, _ = stage_tag(tmp_path, 'ckpt_epoch_best', 'first')
     second, files = stage_tag(tmp_path, 'ckpt_epoch_best', 'second')
-    store.abandon(first)
+    commit.abandon(first)
     assert (_commit(second, files) / SHARD).read_text() == 'second'
     assert hidden(tmp_path) == []
 
@@ -159,19 +158,19 @@ def test_a_save_of_a_living_process_is_not_swept(tmp_path, other_process, caplog
     process, staging = other_process(tmp_path)
     for path in (staging / 'half', staging):
         os.utime(path, (0, 0))  # however long ago it wrote
-    assert store.sweep(tmp_path) == []
-    own = store.begin(tmp_path, 'ckpt_epoch_0')
+    assert commit.sweep(tmp_path) == []
+    own = commit.begin(tmp_path, 'ckpt_epoch_0')
     assert (staging / 'half').exists()
     assert own.path != staging
     assert process.poll() is None
     assert caplog.text == ''
-    store.abandon(own)
+    commit.abandon(own)
 
 
 def test_a_save_of_a_killed_process_is_swept_with_a_warning(tmp_path, other_process, caplog):
     process, staging = other_process(tmp_path)
     _kill(process)
-    assert store.sweep(tmp_path) == [staging.name]
+    assert commit.sweep(tmp_path) == [staging.name]
     assert f'{staging}: left by a save that died; removed' in caplog.text
     assert list(tmp_path.iterdir()) == []
 
@@ -183,7 +182,7 @@ def test_the_next_save_sweeps_away_only_what_dead_ones_left(tmp_path, other_proc
     tag = save_tag(tmp_path, 0)
     assert not left.exists()
     assert (living / 'half').exists()
-    assert lookup.newest(tmp_path) == (tag, None)
+    assert discovery.newest(tmp_path) == (tag, None)
     assert len(hidden(tmp_path)) == 2  # the living save and its lock
 
 
@@ -191,7 +190,7 @@ def test_the_lock_of_a_save_that_died_before_it_wrote_is_swept(tmp_path, other_p
     process, staging = other_process(tmp_path)
     _kill(process)
     shutil.rmtree(staging)
-    assert store.sweep(tmp_path) == []
+    assert commit.sweep(tmp_path) == []
     assert list(tmp_path.iterdir()) == []
 
 
@@ -199,23 +198,23 @@ def test_a_save_that_died_before_its_mark_is_known_by_its_lock(tmp_path, other_p
     process, staging = other_process(tmp_path)
     _kill(process)
     (staging / MARK).unlink()
-    assert store.sweep(tmp_path) == [staging.name]
+    assert commit.sweep(tmp_path) == [staging.name]
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_tag_that_stepped_aside_for_a_save_that_died_gets_its_name_again(tmp_path, caplog):
     tag = save_tag(tmp_path, 3, best='best')
     tag.rename(tmp_path / '.old-ckpt_epoch_best')  # killed between the two renames
-    store.sweep(tmp_path)
+    commit.sweep(tmp_path)
     assert list(tmp_path.iterdir()) == [tag]
-    assert lookup.resolve(str(tag)) == tag
+    assert discovery.resolve(str(tag)) == tag
     assert f'{tag}: the save that was to replace it died' in caplog.text
 
 
 def test_the_next_save_gives_a_tag_that_stepped_aside_its_name_again(tmp_path):
     tag = save_tag(tmp_path, 3, best='best')
     tag.rename(tmp_path / '.old-ckpt_epoch_best')
-    store.abandon(store.begin(tmp_path, 'ckpt_epoch_best'))
+    commit.abandon(commit.begin(tmp_path, 'ckpt_epoch_best'))
     assert list(tmp_path.iterdir()) == [tag]
 
 
@@ -224,10 +223,10 @@ def test_a_tag_that_stepped_aside_is_left_to_a_save_that_is_alive(tmp_path, othe
     process, staging = other_process(tmp_path, tag.name)
     aside = tmp_path / '.old-ckpt_epoch_best'
     tag.rename(aside)
-    store.sweep(tmp_path)
+    commit.sweep(tmp_path)
     assert aside.exists()
     _kill(process)
-    assert store.sweep(tmp_path) == [staging.name]
+    assert commit.sweep(tmp_path) == [staging.name]
     assert list(tmp_path.iterdir()) == [tag]
 
 
@@ -235,7 +234,7 @@ def test_what_stepped_aside_and_is_not_whole_gets_no_name(tmp_path):
     tag = save_tag(tmp_path, 3, best='best')
     aside = tag.rename(tmp_path / '.old-ckpt_epoch_best')
     (aside / SHARD).unlink()
-    store.sweep(tmp_path)
+    commit.sweep(tmp_path)
     assert not tag.exists()
 
 
@@ -244,7 +243,7 @@ def test_sweeping_leaves_what_is_not_ours(tmp_path):
         (tmp_path / name).mkdir()
     (tmp_path / '.hidden').write_text('x')
     before = sorted(tmp_path.iterdir())
-    assert store.sweep(tmp_path) == []
+    assert commit.sweep(tmp_path) == []
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -256,9 +255,9 @@ def test_a_tag_that_latest_cannot_name_is_not_published(tmp_path):
     for tag in ('ckpt_epoch_0', 'ckpt_epoch_2'):
         staging, files = stage_tag(tmp_path, tag, 'new')
         with pytest.raises(OSError, match=f'{tmp_path}/latest'):
-            store.commit(staging, Manifest(make_header(tag, 0, 3), files), latest=True)
+            commit.commit(staging, Manifest(make_header(tag, 0, 3), files), latest=True)
         assert (old / SHARD).read_text() == 'old'  # at once, not by the next save's sweep
-        store.abandon(staging)
+        commit.abandon(staging)
     assert (old / SHARD).read_text() == 'old'
     names = ['ckpt_epoch_0', 'ckpt_epoch_1', 'latest']
     assert sorted(path.name for path in tmp_path.iterdir()) == names
@@ -274,10 +273,10 @@ def test_where_nothing_can_be_put_back_the_error_says_what_is_there(tmp_path, mo
         (staging.path / 'in the way').touch()
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(store, 'flush', fail)
+    monkeypatch.setattr(commit, 'flush', fail)
     said = f'{tmp_path}/ckpt_epoch_1: saved, but {tmp_path}/latest may name another tag: .*error'
     with pytest.raises(CheckpointError, match=said):
-        store.commit(staging, Manifest(make_header('ckpt_epoch_1', 1, 2), files), latest=True)
+        commit.commit(staging, Manifest(make_header('ckpt_epoch_1', 1, 2), files), latest=True)
     assert (tmp_path / 'latest').read_text() == 'ckpt_epoch_0'
 
 
@@ -285,7 +284,7 @@ def test_a_save_that_cannot_begin_on_a_full_disk_leaks_nothing(tmp_path, full_di
     before = sorted(os.listdir(full_disk)), len(os.listdir('/proc/self/fd'))
     for _ in range(3):
         with pytest.raises(OSError, match=f"No space left on device: '{full_disk}/") as caught:
-            store.begin(full_disk, 'ckpt_epoch_1')
+            commit.begin(full_disk, 'ckpt_epoch_1')
         assert caught.value.errno == errno.ENOSPC
     assert (sorted(os.listdir(full_disk)), len(os.listdir('/proc/self/fd'))) == before
 
@@ -301,31 +300,31 @@ def test_what_cannot_be_unlinked_is_a_warning(tmp_path, caplog, monkeypatch):
 
     monkeypatch.setattr(Path, 'unlink', unlink)
     tag = _commit(staging, files)
-    assert lookup.problem(tag) is None
+    assert discovery.problem(tag) is None
     assert 'could not remove' in caplog.text
 
 
 def test_files_that_rank_0_does_not_see_are_named(tmp_path):
     staging, files = stage_tag(tmp_path, 'ckpt_epoch_0')
-    sizes = lookup.file_sizes(staging.path)
-    store.require_files(staging, files, sizes)
+    sizes = discovery.file_sizes(staging.path)
+    commit.require_files(staging, files, sizes)
     elsewhere = {**files, 'zero_pp_rank_1.pt': FileEntry(5, 'a' * 32)}
     with pytest.raises(CheckpointError, match=r'zero_pp_rank_1\.pt is missing.*must be one dir'):
-        store.require_files(staging, elsewhere, sizes)
+        commit.require_files(staging, elsewhere, sizes)
     with pytest.raises(CheckpointError, match=f'{SHARD} has 6 bytes, not 7'):
-        store.require_files(staging, files, {SHARD: 6})
-    store.abandon(staging)
+        commit.require_files(staging, files, {SHARD: 6})
+    commit.abandon(staging)
 
 
 def test_saves_are_counted_over_all_tags_that_exist(tmp_path):
-    assert store.next_sequence(tmp_path) == 1
+    assert commit.next_sequence(tmp_path) == 1
     save_tag(tmp_path, 7)
     best = save_tag(tmp_path, 7, best='best')
-    assert store.next_sequence(tmp_path) == 3
+    assert commit.next_sequence(tmp_path) == 3
     save_tag(tmp_path, 2)
-    assert store.next_sequence(tmp_path) == 4
+    assert commit.next_sequence(tmp_path) == 4
     (best / 'manifest.json').write_text('{')
-    assert store.next_sequence(tmp_path) == 4
+    assert commit.next_sequence(tmp_path) == 4
 
 
 def test_only_epoch_tags_are_pruned_and_whole(tmp_path):
@@ -333,7 +332,7 @@ def test_only_epoch_tags_are_pruned_and_whole(tmp_path):
         save_tag(tmp_path, epoch, max_accuracy=(1.0, 9.0, 9.0, 9.0)[epoch])
     save_tag(tmp_path, 0, best='best')
     (tmp_path / 'global_step5').mkdir()
-    removed = store.prune(tmp_path, [KeepNewest(1), KeepBest(1)])
+    removed = commit.prune(tmp_path, [KeepNewest(1), KeepBest(1)])
     assert removed == ['ckpt_epoch_0', 'ckpt_epoch_2']
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         'ckpt_epoch_1', 'ckpt_epoch_3', 'ckpt_epoch_best', 'global_step5', 'latest',
@@ -348,7 +347,7 @@ def test_a_tag_that_cannot_be_removed_is_a_warning(tmp_path, caplog):
     (stays / SHARD).touch()
     for epoch in range(2):
         save_tag(tmp_path, epoch)
-    assert store.prune(tmp_path, [KeepNewest(1)]) == ['ckpt_epoch_0']
+    assert commit.prune(tmp_path, [KeepNewest(1)]) == ['ckpt_epoch_0']
     assert f'could not remove {stays}: ' in caplog.text
     assert stays.exists()
     assert (tmp_path / 'ckpt_epoch_1').exists()
@@ -358,7 +357,7 @@ def test_a_rewound_run_is_told_once_what_stays_of_later_training(tmp_path, caplo
     policies = [KeepNewest(1), KeepLater()]
     for epoch in (8, 9, 3, 4):
         save_tag(tmp_path, epoch)
-        store.prune(tmp_path, policies)
+        commit.prune(tmp_path, policies)
     # 8 went when 9 was saved, and 3 when 4 was: what had been saved before it is older training
     assert sorted(p.name for p in tmp_path.iterdir()) == ['ckpt_epoch_4', 'ckpt_epoch_9', 'latest']
     (record,) = caplog.records
@@ -367,9 +366,9 @@ def test_a_rewound_run_is_told_once_what_stays_of_later_training(tmp_path, caplo
         'stay until this run has come as far'
     )
     assert ' and none go; auto resume takes what was saved last' in record.getMessage()
-    assert lookup.newest(tmp_path) == (tmp_path / 'ckpt_epoch_4', None)
+    assert discovery.newest(tmp_path) == (tmp_path / 'ckpt_epoch_4', None)
     save_tag(tmp_path, 9, content='again')
-    store.prune(tmp_path, policies)
+    commit.prune(tmp_path, policies)
     assert sorted(p.name for p in tmp_path.iterdir()) == ['ckpt_epoch_9', 'latest']
     assert len(caplog.records) == 1
 
@@ -377,6 +376,6 @@ def test_a_rewound_run_is_told_once_what_stays_of_later_training(tmp_path, caplo
 def test_a_run_that_was_rewound_on_purpose_is_told_what_goes(tmp_path, caplog):
     for epoch in (7, 8, 9, 3):
         save_tag(tmp_path, epoch)
-    assert store.prune(tmp_path, [KeepNewest(1), KeepLater(2)]) == ['ckpt_epoch_7']
+    assert commit.prune(tmp_path, [KeepNewest(1), KeepLater(2)]) == ['ckpt_epoch_7']
     assert 'ckpt_epoch_8, ckpt_epoch_9 stay' in caplog.text
     assert 'and ckpt_epoch_7 go' in caplog.text

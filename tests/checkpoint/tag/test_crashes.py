@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from internvl_ds.checkpoint.tag import commit as store
-from internvl_ds.checkpoint.tag import discovery, owner
+from internvl_ds.checkpoint.tag import commit, discovery, owner
 from internvl_ds.checkpoint.tag.hashing import (
     flush_and_hash,
     save_safetensors,
@@ -34,7 +33,7 @@ UNREAD = ('.staging-', '.trash-', '.lock-', '.internvl_ds-')
 
 def save(output, tag, sequence, latest):
     """Stages a tag of one file of each kind that a save writes, and commits it."""
-    staging = store.begin(output, tag)
+    staging = commit.begin(output, tag)
     tensor = torch.full((64,), float(sequence))
     (staging.path / 'zero_to_fp32.py').write_text(f'sequence = {sequence}\n' * 20)
     nvme = staging.path / 'offloaded_tensors' / 'rank_0' / 'd.swp'  # where DeepSpeed copies to
@@ -48,7 +47,7 @@ def save(output, tag, sequence, latest):
         'offloaded_tensors/rank_0/d.swp': flush_and_hash(nvme),
     }
     manifest = Manifest(make_header(tag, None, sequence), files)
-    return store.commit(staging, manifest, latest=latest)
+    return commit.commit(staging, manifest, latest=latest)
 
 
 def whole(tag):
@@ -122,7 +121,7 @@ def test_a_power_cut_leaves_the_old_tag_or_the_new_one(
         save(output, tag, NEW, latest)
         recorder.note(DONE)
         if latest:
-            store.prune(output, [KeepNewest(1)])
+            commit.prune(output, [KeepNewest(1)])
     done = [event.call for event in recorder.events].index(DONE)
     seen = set()
     monkeypatch.setattr(os, 'fsync', lambda descriptor: None)  # of the copies, which go at once
@@ -133,7 +132,7 @@ def test_a_power_cut_leaves_the_old_tag_or_the_new_one(
         seen.add(readable)
         write_tree(state, copy)
         require_found(state, events, done, saved, copy)
-        store.sweep(copy, age=0)  # as the next save does first
+        commit.sweep(copy, age=0)  # as the next save does first
         require_found(state, events, done, saved, copy)
         shutil.rmtree(copy)
     assert index > 200

@@ -7,7 +7,7 @@ import torch
 
 from internvl_ds.checkpoint.formats.ema_files import with_identity
 from internvl_ds.checkpoint.formats.state_json import state_text
-from internvl_ds.checkpoint.tag import commit as store
+from internvl_ds.checkpoint.tag import commit
 from internvl_ds.checkpoint.tag.discovery import problem, read_manifest
 from internvl_ds.checkpoint.tag.hashing import save_safetensors, save_tensors, write_hashed
 from internvl_ds.checkpoint.tag.manifest import FileEntry, Identity, Manifest
@@ -28,12 +28,12 @@ SIZE = (1 << 20) + 100
 
 def _save(output, epoch):
     """A tag of two files, whose contents no other tag has."""
-    staging = store.begin(output, f'ckpt_epoch_{epoch}')
+    staging = commit.begin(output, f'ckpt_epoch_{epoch}')
     files = {}
     for number, name in enumerate(NAMES, 10 * epoch):
         content = bytes([number]) * SIZE
         files[name] = write_hashed(staging.path / name, lambda file: file.write(content))
-    return store.commit(staging, Manifest(make_header(staging.tag, epoch), files))
+    return commit.commit(staging, Manifest(make_header(staging.tag, epoch), files))
 
 
 @pytest.fixture

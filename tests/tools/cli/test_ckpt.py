@@ -20,8 +20,7 @@ import pytest
 import torch
 
 from internvl_ds.checkpoint.formats.state_json import state_text
-from internvl_ds.checkpoint.tag import commit as store
-from internvl_ds.checkpoint.tag import verify
+from internvl_ds.checkpoint.tag import commit, verify
 from internvl_ds.checkpoint.tag.hashing import write_hashed
 from internvl_ds.checkpoint.tag.manifest import FORMAT, STATE_FILE, Header, Manifest, tag_name
 from internvl_ds.checkpoint.tag.retention import KeepNewest
@@ -46,19 +45,19 @@ def save(output, epoch, best=None, accuracy=50.0, size=2000):
         'epoch': epoch, 'max_accuracy': accuracy, 'max_accuracy_ema': 51.5, 'ema_decay': 0.999,
         'lr_scheduler': {'last_epoch': epoch, 'base_lrs': [0.1]}, 'scaler': None, 'config': CONFIG,
     }  # fmt: skip
-    staging = store.begin(output, tag)
+    staging = commit.begin(output, tag)
     contents = {SHARD: b'w' * size, STATE_FILE: state_text(state).encode()}
     files = {
         name: write_hashed(staging.path / name, lambda file: file.write(content))
         for name, content in contents.items()
     }
     header = Header(
-        tag=tag, epoch=epoch, max_accuracy=accuracy, sequence=store.next_sequence(output),
+        tag=tag, epoch=epoch, max_accuracy=accuracy, sequence=commit.next_sequence(output),
         saved_at='2024-05-01T12:00:00+00:00', zero_stage=2, world_size=8, precision='bf16',
         global_steps=10, size=sum(entry.size for entry in files.values()),
         versions={'torch': '2.9'},
     )  # fmt: skip
-    return store.commit(staging, Manifest(header, files), latest=best is None)
+    return commit.commit(staging, Manifest(header, files), latest=best is None)
 
 
 def plain(output, name='global_step5'):
@@ -186,8 +185,8 @@ class TestList:
         assert re.search(r'ckpt_epoch_7 .* DAMAGED: holds no checkpoint', out)
         assert 'events' not in out
 
-    def test_leftovers_are_counted(self, ckpt, output):
-        staging = store.begin(output, 'ckpt_epoch_3')
+    def test_sweep_are_counted(self, ckpt, output):
+        staging = commit.begin(output, 'ckpt_epoch_3')
         (output / '.trash-ckpt_epoch_9-00000000').mkdir()
 
         status, out = ckpt('list', output)
@@ -196,7 +195,7 @@ class TestList:
         assert '1 save(s) under way, or left by a run that died' in out
         assert '1 tag(s) half removed' in out
         assert 'ckpt_epoch_3' not in out
-        store.abandon(staging)
+        commit.abandon(staging)
 
     def test_what_stands_in_for_a_tag_is_listed_under_its_name(self, ckpt, output):
         (output / 'ckpt_epoch_2').rename(output / '.old-ckpt_epoch_2')
@@ -640,7 +639,7 @@ def test_beside_a_run_that_saves_and_prunes_nothing_is_called_damaged_or_failed(
         for epoch in itertools.count(10):
             save(output, epoch, best='best')
             save(output, epoch)
-            store.prune(output, [KeepNewest(2)])
+            commit.prune(output, [KeepNewest(2)])
     try:
         bad, end = [], time.monotonic() + 8
         while time.monotonic() < end:
@@ -661,7 +660,7 @@ def test_a_tag_that_is_being_marked_for_removal_is_not_called_damaged(ckpt, outp
 
     def mark():
         while not end.is_set():
-            write_text(tag / store.MARK, '{}')
+            write_text(tag / commit.MARK, '{}')
 
     with ThreadPoolExecutor(1) as pool:
         marking = pool.submit(mark)

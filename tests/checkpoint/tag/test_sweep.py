@@ -10,13 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from internvl_ds.checkpoint.tag import commit as store
-from internvl_ds.checkpoint.tag import discovery as lookup
-from internvl_ds.checkpoint.tag import owner
-from internvl_ds.checkpoint.tag.leftovers import sweep
+from internvl_ds.checkpoint.tag import commit, discovery, owner
 from internvl_ds.checkpoint.tag.manifest import Manifest
 from internvl_ds.checkpoint.tag.owner import read_owner
 from internvl_ds.checkpoint.tag.retention import KeepNewest
+from internvl_ds.checkpoint.tag.sweep import sweep
 from internvl_ds.checkpoint.tag.trash import MARK
 from internvl_ds.files import write_text
 from internvl_ds.tools.cli import main
@@ -88,8 +86,8 @@ def test_a_save_killed_at_any_call_leaves_a_whole_tag_and_is_cleared_up(tmp_path
     def save():
         staging, files = stage_tag(output, 'ckpt_epoch_1', 'new')
         manifest = Manifest(make_header('ckpt_epoch_1', 1, 3), files)
-        store.commit(staging, manifest, latest=True)
-        store.prune(output, [KeepNewest(1)])
+        commit.commit(staging, manifest, latest=True)
+        commit.prune(output, [KeepNewest(1)])
 
     seen = set()
     for call in range(1, 500):
@@ -97,11 +95,11 @@ def test_a_save_killed_at_any_call_leaves_a_whole_tag_and_is_cleared_up(tmp_path
         save_tag(output, 0)
         save_tag(output, 1, content='old')
         killed = _killed_at(call, save)
-        found = lookup.newest(output)
+        found = discovery.newest(output)
         assert found is not None
         seen |= {name.partition('-')[0] for name in hidden(output)}
         sweep(output)
-        assert lookup.problem(output / 'ckpt_epoch_1') is None
+        assert discovery.problem(output / 'ckpt_epoch_1') is None
         content = (output / 'ckpt_epoch_1' / SHARD).read_text()
         assert content == ('old' if killed else 'new') or killed
         assert (output / 'latest').read_text() == 'ckpt_epoch_1'
@@ -150,8 +148,8 @@ def test_what_a_user_named_like_a_tag_is_neither_pruned_nor_replaced(tmp_path):
         save_tag(tmp_path, epoch)
     for epoch in (3, 4, 5):
         with pytest.raises(FileExistsError, match=f'is no tag.*ckpt_epoch_{epoch}'):
-            store.begin(tmp_path, f'ckpt_epoch_{epoch}')
-    assert store.prune(tmp_path, [KeepNewest(1)]) == ['ckpt_epoch_1', 'ckpt_epoch_2']
+            commit.begin(tmp_path, f'ckpt_epoch_{epoch}')
+    assert commit.prune(tmp_path, [KeepNewest(1)]) == ['ckpt_epoch_1', 'ckpt_epoch_2']
     assert main(['ckpt', 'prune', str(tmp_path), '--keep', '1', '--drop-later']) == 0
     assert len(list(tmp_path.glob('*/thesis.tex'))) == 3
     assert (tmp_path / 'ckpt_epoch_4').read_text() == 'notes'
@@ -178,7 +176,7 @@ def test_a_save_of_a_living_process_stays_though_its_lock_was_removed(tmp_path):
         lock.unlink()
     _age(10 * 86400, staging.path, *staging.path.iterdir())
     assert sweep(tmp_path) == []
-    store.abandon(staging)
+    commit.abandon(staging)
 
 
 def test_a_save_of_a_dead_process_goes_though_its_lock_was_removed(tmp_path):
@@ -249,7 +247,7 @@ def test_what_is_removed_is_said(tmp_path, caplog):
 
         save_tag(tmp_path, 1)
         sys.addaudithook(audited)
-        store.prune(tmp_path, [KeepNewest(1)])
+        commit.prune(tmp_path, [KeepNewest(1)])
 
     _in_child(discard_and_die)
     (trash,) = tmp_path.glob('.trash-*')
@@ -263,7 +261,7 @@ def test_retention_removes_a_link_to_a_tag_and_not_the_tag(tmp_path):
     elsewhere = save_tag(tmp_path / 'other', 0)
     save_tag(tmp_path / 'out', 1)
     (tmp_path / 'out' / 'ckpt_epoch_0').symlink_to(elsewhere)
-    assert store.prune(tmp_path / 'out', [KeepNewest(1)]) == ['ckpt_epoch_0']
+    assert commit.prune(tmp_path / 'out', [KeepNewest(1)]) == ['ckpt_epoch_0']
     assert not (tmp_path / 'out' / 'ckpt_epoch_0').is_symlink()
     assert sorted(path.name for path in elsewhere.iterdir()) == ['manifest.json', SHARD]
 
