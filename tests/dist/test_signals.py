@@ -16,7 +16,9 @@ def start():
     started = []
 
     def begin(what, **more):
-        command = [sys.executable, '-m', 'tests.dist.signalling', what]
+        # From 3.12 on Python warns where a program with threads forks: this one means to.
+        quiet = ['-W', 'ignore::DeprecationWarning']
+        command = [sys.executable, *quiet, '-m', 'tests.dist.signalling', what]
         started.append(
             subprocess.Popen(
                 command, env=base_env(), cwd=ROOT, text=True,
