@@ -272,8 +272,8 @@ def _save(state: Run, epoch: int, best: str | None = None, step: int | None = No
     best_ema, decay = (None, None) if state.ema is None else (state.best_ema, state.ema.decay)
     save_checkpoint(
         state.config, epoch, state.engine, state.best, state.optimizer, state.scheduler,
-        state.scaler, state.logger, state.ema, best_ema, decay, best,
-        step=step, loop=state.position, class_names=state.loaders.classes,
+        state.scaler, state.logger, state.ema, best_ema, decay, best=best, step=step,
+        loop=state.position, class_names=state.loaders.classes,
     )  # fmt: skip
     if best is None and state.preemption is not None:
         state.preemption.saved()

@@ -216,7 +216,7 @@ def program(output: str, stage: int, folder: Path, plan: dict[str, Any]) -> None
     def save_and_tell(config: Any, epoch: int, engine: Any, *args: Any, **more: Any) -> str:
         if plan.get('updates'):
             return ''
-        best, step = more.get('best'), more.get('step')
+        best, step = more['best'], more['step']
         return tell.save(
             lambda: save(config, epoch, engine, *args, **more),
             engine.global_steps, tag_name(epoch, best, step), best is None,
