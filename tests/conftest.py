@@ -23,7 +23,11 @@ for _name, _default in _SEQUENCES.items():
     os.environ.setdefault(_name, _default)
 
 # Those that take longest come first, and none is left to the end.
-_FIRST = ('test_preemption.py', 'test_faults.py', 'test_every_launcher.py', 'test_launch_jobs.py')
+_FIRST = (
+    'test_preemption.py', 'test_faults.py', 'test_every_launcher.py', 'test_quickstart.py',
+    'test_launch_jobs.py', 'test_kills.py', 'test_sequences.py', 'test_interrupts.py',
+    'tools/cli/test_tune.py', 'test_hostile_files.py',
+)  # fmt: skip
 
 # What MPICH, Open MPI and DeepSpeed leave in /dev/shm when a rank is killed.
 _SHARED = ('mpich_shm_*', 'sm_segment.*', 'deepspeed_allreduce_buffer_*')
@@ -41,7 +45,11 @@ def pytest_collection_modifyitems(config, items):
         left = [item for item in items if not _is_quick(item)]
         config.hook.pytest_deselected(items=left)
         items[:] = [item for item in items if _is_quick(item)]
-    items.sort(key=lambda item: _FIRST.index(item.path.name) if item.path.name in _FIRST else 99)
+    items.sort(key=lambda item: _place(str(item.path)))
+
+
+def _place(path):
+    return next((n for n, name in enumerate(_FIRST) if path.endswith(name)), len(_FIRST))
 
 
 def _is_quick(item):
