@@ -13,6 +13,7 @@ import contextlib
 import importlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -42,10 +43,16 @@ class Job(NamedTuple):
 
 
 def free_port() -> int:
-    """A TCP port that was free on the loopback interface when asked."""
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        return int(probe.getsockname()[1])
+    """A TCP port that was free on the loopback interface when asked.
+
+    It is below those that the kernel gives to outgoing connections: one of another process could
+    have it before the job listens.
+    """
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(('127.0.0.1', port))
+            return port
 
 
 def base_env(**more: str) -> dict[str, str]:
