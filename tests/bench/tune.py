@@ -19,7 +19,6 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-from internvl_ds.dist.process_group import free_port
 from internvl_ds.tools.cli.digits import write_digits
 from internvl_ds.tools.tune.command import complete, trial_words
 from internvl_ds.tools.tune.records import BASE, OK, SHIPPED, Records
@@ -31,6 +30,7 @@ from tests.bench.figures import (
     seconds_report,
     seconds_table,
 )
+from tests.harness.ranks import free_port
 
 CFG = 'digits_quickstart'
 LAUNCHER = ['deepspeed', '--num_gpus', '2']
