@@ -11,7 +11,7 @@ from internvl_ds.errors import ConfigError
 
 # The least value of each; None for any.
 _LEAST: dict[str, int | None] = {
-    'DATA.BATCH_SIZE': 1, 'DATA.NUM_WORKERS': 0,
+    'DATA.BATCH_SIZE': 1, 'DATA.NUM_WORKERS': 0, 'DATA.WORKER_TIMEOUT': 1,
     'TRAIN.START_EPOCH': 0, 'TRAIN.EPOCHS': 0, 'TRAIN.WARMUP_EPOCHS': 0,
     'TRAIN.ACCUMULATION_STEPS': 0, 'TRAIN.LR_SCHEDULER.DECAY_EPOCHS': 1,
     'TRAIN.MAX_CONSECUTIVE_OVERFLOWS': 0, 'TRAIN.SAVE_STEPS': 0, 'TRAIN.SAVE_MINUTES': 0,

@@ -20,6 +20,7 @@ _C.DATA.ZIP_MODE = False
 _C.DATA.CACHE_MODE = 'part'
 _C.DATA.PIN_MEMORY = True
 _C.DATA.NUM_WORKERS = 8
+_C.DATA.WORKER_TIMEOUT = 30  # seconds for the workers of an epoch to begin; then others start
 _C.DATA.IMG_ON_MEMORY = False
 # (new) Refuse weights that keep names of other classes, by label, than the folders of now have.
 _C.DATA.CHECK_CLASS_NAMES = True

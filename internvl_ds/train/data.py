@@ -191,6 +191,7 @@ def _loader(config: CfgNode, images: Any, sampler: Sampler, **settings: Any) -> 
         sampler=sampler,
         num_workers=config.DATA.NUM_WORKERS,
         limit=config.COMM.TIMEOUT,
+        begin_within=config.DATA.WORKER_TIMEOUT,
         generator=torch.Generator(),  # else each epoch draws from the global one
         pin_memory=bool(config.DATA.PIN_MEMORY and torch.cuda.is_available()),
         **settings,

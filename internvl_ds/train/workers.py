@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import functools
+import logging
 import multiprocessing.process
 import signal
+import time
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader
 
 from internvl_ds.dist.signals import SIGNALS
 from internvl_ds.errors import DataError
 
 _PR_SET_PDEATHSIG = 1
+_TRIES = 3  # to start the workers of an epoch
+
+_log = logging.getLogger(__name__)
 
 # The processes that loaders of this module have started.
 _started: list[multiprocessing.process.BaseProcess] = []
@@ -24,36 +31,70 @@ _exit_is_watched = False
 class Loader(DataLoader):
     """torch's, for a rank that signals ask to save and stop: its workers read on meanwhile.
 
-    A batch that does not come within the limit is a `DataError`. A worker may stand still before it
-    has begun: Python before 3.12 can lock itself out where it forks beside threads of C++.
+    Workers that do not begin are started anew: Python 3.10 can lock a child out of the interpreter
+    where it forks beside threads of C++. A batch that does not come is a `DataError`.
     """
 
-    def __init__(self, *args: Any, limit: float, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, limit: float, begin_within: float = 30, **kwargs: Any) -> None:
         """Takes what torch's takes.
 
         Args:
             limit: seconds for a batch to come from the workers.
+            begin_within: seconds for the workers of an epoch to begin.
         """
+        self._begin_within = begin_within
         if kwargs['num_workers']:
-            kwargs.update(worker_init_fn=_begin, timeout=limit)
+            self._begun = torch.multiprocessing.Semaphore(0)
+            kwargs.update(worker_init_fn=functools.partial(_begin, self._begun), timeout=limit)
         super().__init__(*args, **kwargs)
 
     def __iter__(self) -> Any:
-        """Starts the workers; in the thread that is to outlive them."""
+        """Starts the workers; in the main thread.
+
+        Raises:
+            DataError: when they do not begin, in three tries.
+        """
+        if not self.num_workers:
+            return super().__iter__()
+        generator = self.generator or torch.default_generator
+        state = generator.get_state()
+        for _ in range(_TRIES):
+            batches = self._start()
+            if self._all_begin(batches._workers):
+                return _Batches(batches, self.timeout)
+            pids = ', '.join(str(worker.pid) for worker in batches._workers)
+            late = (
+                f'the workers of the data loader, processes {pids}, did not begin within '
+                f'DATA.WORKER_TIMEOUT ({self._begin_within:g} s)'
+            )
+            _log.warning('%s: they are killed, and others started', late)
+            _kill(batches._workers)
+            batches._shutdown_workers()
+            generator.set_state(state)  # the order and the workers' seeds were drawn from it
+        raise DataError(
+            f'{late}, in {_TRIES} tries: where the machine is this busy, set it larger; with '
+            'DATA.NUM_WORKERS 0 the rank reads itself'
+        )
+
+    def _start(self) -> Any:
         global _exit_is_watched
         # A worker begins with its rank's handlers, or with none: neither must run there.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
-            batches = super().__iter__()
+            batches: Any = super().__iter__()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         _started[:] = [worker for worker in _started if worker.is_alive()]
-        _started.extend(getattr(batches, '_workers', ()))
-        if _started and not _exit_is_watched:
+        _started.extend(batches._workers)
+        if not _exit_is_watched:
             # The interpreter's own way is SIGTERM, which they ignore, and to wait for ever.
-            atexit.register(_kill)
+            atexit.register(_kill, _started)
             _exit_is_watched = True
-        return _Batches(batches, self.timeout) if self.num_workers else batches
+        return batches
+
+    def _all_begin(self, workers: Sequence[multiprocessing.process.BaseProcess]) -> bool:
+        end = time.monotonic() + self._begin_within
+        return all(self._begun.acquire(timeout=max(0, end - time.monotonic())) for _ in workers)
 
 
 class _Batches:
@@ -89,19 +130,20 @@ class _Batches:
             ) from error
 
 
-def _begin(worker: int) -> None:
+def _begin(begun: Any, worker: int) -> None:
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     # Where the rank ends without its exit functions, the kernel ends this process.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    begun.release()
 
 
-def _kill() -> None:
+def _kill(workers: Sequence[multiprocessing.process.BaseProcess]) -> None:
     # torch's handler would raise that a worker was killed, as if memory had run out.
     before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for worker in _started:
+    for worker in workers:
         worker.kill()
-    for worker in _started:
+    for worker in workers:
         worker.join(1)
     signal.signal(signal.SIGCHLD, before)

@@ -227,6 +227,7 @@ def test_keys_that_the_original_lacks_are_these():
         'COMM.SILENT_AFTER',
         'COMM.TIMEOUT',
         'DATA.CHECK_CLASS_NAMES',
+        'DATA.WORKER_TIMEOUT',
         'MODEL.DOWNLOAD_TIMEOUT',
         'MODEL.FACTORY',
         'MODEL.KWARGS',

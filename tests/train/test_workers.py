@@ -7,8 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from internvl_ds.errors import DataError
+from internvl_ds.files import forks
 from internvl_ds.train.workers import Loader
 from tests.dist import ending
 from tests.harness.ranks import run_ranks
@@ -47,3 +49,57 @@ def test_a_worker_that_stands_still_is_named_at_the_limit():
 def test_an_error_in_a_worker_is_that_error():
     with pytest.raises(AttributeError, match='no_such_name'):
         list(Loader([0], num_workers=1, limit=60, collate_fn=lambda batch: os.no_such_name))
+
+
+class Drawn:
+    """A data set of random numbers."""
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        return index, torch.randint(1 << 40, ())
+
+
+@pytest.fixture
+def stand_still(monkeypatch):
+    """Call it: the workers of the next ``tries`` starts stop before they begin; none is left."""
+    others = multiprocessing.active_children()
+    left = [0]
+    start = Loader._start
+
+    def start_some(loader):
+        forks.forget('stand still')
+        if left[0] > 0:
+            left[0] -= 1
+            forks.at_fork('stand still', lambda: os.kill(os.getpid(), signal.SIGSTOP))
+        return start(loader)
+
+    monkeypatch.setattr(Loader, '_start', start_some)
+    yield lambda tries: left.__setitem__(0, tries)
+    forks.forget('stand still')
+    assert not set(multiprocessing.active_children()) - set(others)
+
+
+@pytest.mark.parametrize('generator', [None, torch.Generator()], ids=['global', 'own'])
+@pytest.mark.parametrize('tries', [1, 2])
+def test_workers_that_do_not_begin_are_started_anew(tries, generator, stand_still, caplog):
+    """What Python 3.10 does to a child now and then: it never comes back from the fork."""
+
+    def epochs(tries):
+        (generator or torch.default_generator).manual_seed(5)
+        loader = Loader(
+            Drawn(), num_workers=2, limit=60, begin_within=2, shuffle=True, generator=generator
+        )
+        stand_still(tries)
+        return [[torch.stack(batch).tolist() for batch in loader] for _ in range(2)]
+
+    assert epochs(tries) == epochs(0)
+    assert caplog.text.count('did not begin within DATA.WORKER_TIMEOUT (2 s)') == tries
+
+
+def test_workers_that_never_begin_are_named(stand_still):
+    loader = Loader(Drawn(), num_workers=2, limit=60, begin_within=1)
+    stand_still(3)
+    with pytest.raises(DataError, match=r'\d+, \d+, did not begin .* in 3 tries: .*NUM_WORKERS'):
+        list(loader)
