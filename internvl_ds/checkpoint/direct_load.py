@@ -42,15 +42,19 @@ def load_same_layout(
     """
     registration = registration_of(engine)
     wrapper = registration.wrapper
+    scaled = ['lr_scale' in group for group in wrapper.client.param_groups]
     _load_engine(load, wrapper, shards, str(state.get('optimizer_class') or ''), ready)
     wrapper.restore_scale(state.get('loss_scale'))
     restored = restore_schedule(
         load.config, state, load.lr_scheduler, load.scaler, shards.tag, load.logger
     )
+    groups = wrapper.client.param_groups
+    for group, had in zip(groups, scaled, strict=True):
+        if not (restored or had):  # it goes with the schedule of earlier versions; see by name
+            group.pop('lr_scale', None)
     position = restore_schedule_position(engine, state.get('schedule'), restored)
     steps_it = load.lr_scheduler is registration.scheduler
     if not restored or (steps_it and not shards.has_manifest):  # else the lr is in the shards
-        groups = wrapper.client.param_groups
         set_lr_of_schedule(load.lr_scheduler, groups, position if steps_it else shards.updates)
 
 

@@ -20,6 +20,7 @@ from internvl_ds.checkpoint.load_context import Load
 from internvl_ds.checkpoint.optimizer_state import require_optimizer
 from internvl_ds.checkpoint.reshard import Restorer
 from internvl_ds.checkpoint.restore_scheduler import (
+    adopt_lr_scales,
     fit_to_groups,
     require_schedule,
     restore_engines_own,
@@ -27,7 +28,6 @@ from internvl_ds.checkpoint.restore_scheduler import (
     set_lr_of_schedule,
 )
 from internvl_ds.dist.process_group import collectives_within
-from internvl_ds.engine.param_groups import MergedGroups
 from internvl_ds.engine.registry import applied_updates, engine_of, registration_of, wrapper_of
 from internvl_ds.engine.scheduling import restore_schedule_position, warn_of_slow_schedule
 from internvl_ds.errors import CheckpointError
@@ -44,9 +44,9 @@ def train_from_file(load: Load, resume: str, model: Any) -> float:
     engine = engine_of(model)
     require_optimizer(wrapper_of(engine).client)
     merged = registration_of(engine).client_groups
-    now = _names_of(merged)
+    now = merged.names_now()
 
-    def read() -> tuple[NamedState, dict[str, Any], dict[str, float]]:
+    def read() -> tuple[NamedState, dict[str, Any], list[dict[str, Any]]]:
         checkpoint = open_file(resume)
         with interpreting(resume, CheckpointError):
             saved = state_of_file(checkpoint, resume, [merged.names, now])
@@ -61,11 +61,11 @@ def train_from_file(load: Load, resume: str, model: Any) -> float:
             }
             require_state(state, resume)
             require_schedule(state, load.lr_scheduler, resume)
-            return saved, state, _lrs(groups, settings)
+            return saved, state, _named(groups, settings)
 
-    saved, state, lrs = load.agree('read file', read)
+    saved, state, settings = load.agree('read file', read)
     _restore(load, engine, saved, lambda: None)
-    _finish_restoring(load, engine, state, lrs, resume, None)
+    _finish_restoring(load, engine, state, settings, resume, None)
     load.logger.info('=> loaded successfully %s (epoch %s)', resume, state['epoch'])
     return state['max_accuracy']
 
@@ -78,9 +78,9 @@ def load_other_layout(
     ready: Callable[[], None],
 ) -> None:
     """Goes on from a tag that DeepSpeed could not load into this engine; see `load_same_layout`."""
-    now = _names_of(registration_of(engine).client_groups)
+    now = registration_of(engine).client_groups.names_now()
 
-    def read() -> tuple[NamedState, dict[str, Any], dict[str, float]]:
+    def read() -> tuple[NamedState, dict[str, Any], list[dict[str, Any]]]:
         saved_by = str(state.get('optimizer_class') or '')
         with interpreting(shards.tag, CheckpointError):
             saved, settings = shards.named_state(now), shards.settings()
@@ -89,9 +89,9 @@ def load_other_layout(
             if all(map(all, groups)):
                 schedule = _fitted(load, schedule, groups, now)
             fitted = {**state, 'lr_scheduler': schedule}
-            return dataclasses.replace(saved, optimizer=saved_by), fitted, _lrs(groups, settings)
+            return dataclasses.replace(saved, optimizer=saved_by), fitted, settings
 
-    saved, state, lrs = load.agree('read shards', read)
+    saved, state, settings = load.agree('read shards', read)
     _restore(load, engine, saved, ready)
     batch, own_batch = shards.ds_config.get('train_batch_size'), engine.train_batch_size()
     if isinstance(batch, int) and batch != own_batch:
@@ -100,7 +100,7 @@ def load_other_layout(
             'epoch has another number of updates now, and the schedule counts updates. To keep the '
             'batch, change DATA.BATCH_SIZE or TRAIN.ACCUMULATION_STEPS with the number of ranks.'
         )
-    _finish_restoring(load, engine, state, lrs, shards.tag, shards.head.get('lr_scheduler'))
+    _finish_restoring(load, engine, state, settings, shards.tag, shards.head.get('lr_scheduler'))
 
 
 def _fitted(load: Load, schedule: Any, groups: list[list[str]], now: list[list[str]]) -> Any:
@@ -130,7 +130,7 @@ def _finish_restoring(
     load: Load,
     engine: DeepSpeedEngine,
     state: Mapping[str, Any],
-    lrs: Mapping[str, float],
+    settings: list[dict[str, Any]],
     where: object,
     engines_schedule: Any,
 ) -> None:
@@ -140,13 +140,15 @@ def _finish_restoring(
     wrapper, scheduler = registration.wrapper, registration.scheduler
     wrapper.restore_scale(state.get('loss_scale') or state.get('scaler'))
     restored = restore_schedule(load.config, state, lr_scheduler, load.scaler, where, logger)
-    groups = wrapper.client.param_groups
+    groups, present = wrapper.client.param_groups, registration.client_groups.names_now()
+    if restored:
+        adopt_lr_scales(groups, present, settings)
     position = restore_schedule_position(engine, state.get('schedule'), restored)
     if lr_scheduler is None or lr_scheduler is scheduler:
         set_lr_of_schedule(scheduler, groups, position)
     else:  # the script steps it, and knows what it counts: each group has the lr that it had
         set_lr_of_schedule(lr_scheduler, groups, applied_updates(engine))
-        present = _names_of(registration.client_groups)
+        lrs = {n: group['lr'] for group in settings if 'lr' in group for n in group['param_names']}
         for group, names in zip(groups, present, strict=True):
             had = {lrs.get(name) for name in names}
             group['lr'] = group['lr'] if len(had) > 1 or None in had else had.pop()
@@ -155,19 +157,7 @@ def _finish_restoring(
     restore_engines_own(engine, lr_scheduler, engines_schedule, where, logger)
 
 
-def _lrs(groups: list[list[str]], settings: list[dict[str, Any]]) -> dict[str, float]:
-    """Parameter -> the lr that its group was saved with."""
-    return {
-        name: group['lr']
-        for names, group in zip(groups, settings, strict=True)
-        for name in names
-        if 'lr' in group
-    }
-
-
-def _names_of(merged: MergedGroups) -> list[list[str]]:
-    """The names of each group's parameters as the groups are now."""
-    groups: list[list[str]] = [[] for _ in merged.origins]
-    for names, index in zip(merged.names, merged.became, strict=True):
-        groups[index] += names
-    return groups
+def _named(groups: list[list[str]], settings: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A file's groups with the names of their parameters."""
+    pairs = zip(groups, settings, strict=True)
+    return [{**group, 'param_names': names} for names, group in pairs]

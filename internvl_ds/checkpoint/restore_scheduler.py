@@ -134,6 +134,28 @@ def fit_to_groups(
     return fitted
 
 
+def adopt_lr_scales(
+    groups: Sequence[dict[str, Any]],
+    names: Sequence[Sequence[str]],
+    saved: Sequence[Mapping[str, Any]],
+) -> None:
+    """Gives groups timm's ``lr_scale`` that they were saved with, for the schedule saved with it.
+
+    Earlier versions of the training program kept layer decay so. Groups that have one of their own
+    keep it.
+
+    Args:
+        groups: the optimizer's.
+        names: of the parameters of each.
+        saved: the groups of the checkpoint, with their ``param_names``.
+    """
+    scales = {name: group.get('lr_scale') for group in saved for name in group['param_names']}
+    for group, members in zip(groups, names, strict=True):
+        had = {scales.get(name) for name in members}
+        if len(had) == 1 and None not in had:
+            group.setdefault('lr_scale', had.pop())
+
+
 def set_lr_of_schedule(
     lr_scheduler: Any, param_groups: Sequence[dict[str, Any]], position: float
 ) -> None:

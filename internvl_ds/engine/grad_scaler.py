@@ -163,9 +163,8 @@ class NativeScalerWithGradNormCount:
             wrapper.push_scale()
         losses = registration.accumulation.finish(engine.gradient_accumulation_steps())
         self._watch.record(losses, norm, factor, self.step_was_skipped)
-        if not self.step_was_skipped:
-            step_scheduler(engine)
-        elif flags is not None:
+        step_scheduler(engine, self.step_was_skipped)
+        if self.step_was_skipped and flags is not None:
             self._stop(engine, flags)
         return norm
 

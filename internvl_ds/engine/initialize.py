@@ -72,7 +72,8 @@ def initialize(
             ones so far. 'micro-batches', for one built over ``len(loader)``: all that have come so
             far, those of skipped updates and those that zero_grad dropped included, which is
             ``epoch * len(loader) + idx + 1`` of a loop. timm's ``step_update`` gets that number,
-            and torch's ``step`` is called as many times.
+            and torch's ``step`` is called as many times. 'original': the same less 1, after every
+            whole update, a skipped one too, which are the numbers of the original's loop.
 
     Returns:
         The engine, and the optimizer to pass to the adapters.

@@ -13,7 +13,13 @@ from internvl_ds.errors import ConfigError
 
 _log = logging.getLogger(__name__)
 
-UPDATES, MICRO_BATCHES = 'updates', 'micro-batches'
+UPDATES, MICRO_BATCHES, ORIGINAL = 'updates', 'micro-batches', 'original'
+UNITS = (UPDATES, MICRO_BATCHES, ORIGINAL)
+_WORDS = {
+    UPDATES: 'updates',
+    MICRO_BATCHES: 'micro-batches',
+    ORIGINAL: "micro-batches from 0 (as the original's loop does, one update later)",
+}
 # The length of a schedule: timm's name for it, and torch's.
 _LENGTHS = ('t_initial', 'total_steps', 'T_max')
 
@@ -26,6 +32,8 @@ class LrSchedule:
         scheduler: timm's or torch's.
         counts: 'updates' (applied ones) or 'micro-batches' (all that have come, those of skipped
             updates and dropped ones included). Both move it after an applied update only.
+            'original': micro-batches from 0, and every whole update moves it, skipped or not, as
+            ``step_update(epoch * len(loader) + idx)`` of the original's loop does.
         asked: whether the client said which.
         group: micro-batches of a whole update when the schedule was built, in whose unit it counts.
         per_update: the same of the run as it is now.
@@ -75,19 +83,33 @@ class LrSchedule:
         return _number(self.base + Fraction(come * self.group, self.per_update))
 
     def move(self, updates: int, micro_batches: int, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Moves the scheduler on, after an applied update.
+        """Moves the scheduler on, after an update.
 
         Args:
             updates, micro_batches: as of `position`.
             groups: the parameter groups whose lr it sets.
         """
-        position = self.position(updates, micro_batches)
+        before, self.moved = self.moved_to, self.position(updates, micro_batches)
         if hasattr(self.scheduler, 'step_update'):
-            self.scheduler.step_update(position)
+            self.scheduler.step_update(self.moved_to)
         else:
-            for _ in range(int(position) - int(self.moved)):
+            for _ in range(int(self.moved_to) - int(before)):
                 self.scheduler.step()
-        self.moved, self._left = position, self._now(groups)
+        self._left = self._now(groups)
+
+    def is_due(self, skipped: bool, whole: bool) -> bool:
+        """Whether an update moves it.
+
+        Args:
+            skipped: for gradients that are not finite.
+            whole: whether the update had as many micro-batches as were agreed on.
+        """
+        return whole if self.counts == ORIGINAL else not skipped
+
+    @property
+    def moved_to(self) -> float:
+        """The number that the scheduler was given by the last move; 0 before any."""
+        return max(0, self.moved - 1) if self.counts == ORIGINAL else self.moved
 
     def require_untouched(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Refuses a scheduler that someone else steps too.
@@ -136,14 +158,14 @@ class LrSchedule:
                 if rank() == 0:
                     _log.warning(
                         'the lr schedule counts %s, as when it was saved, and not %s',
-                        counts,
-                        self.counts,
+                        _WORDS[counts],
+                        _WORDS[self.counts],
                     )
                 self.counts = counts
             self.group = saved['group']
         self._left, self.since, self.base = None, micro_batches, updates * self.group
         self.moved = updates if self.counts == UPDATES else self.base
-        if saved and counts == self.counts == MICRO_BATCHES:
+        if saved and UPDATES not in (counts, self.counts):
             scale = Fraction(1 if loaded else built, 1 if loaded else saved['group'])
             self.base = _number(saved['position'] * scale)
             self.moved = _number(saved.get('moved', saved['position']) * scale)
@@ -192,10 +214,10 @@ def require_unit(scheduler: Any, schedule_in: str | None) -> None:
     Raises:
         ConfigError: see above.
     """
-    if schedule_in not in (None, UPDATES, MICRO_BATCHES):
+    if schedule_in not in (None, *UNITS):
         raise ConfigError(
-            f"schedule_in={schedule_in!r}: it is 'updates' or 'micro-batches', which is what the "
-            'lr_scheduler counts'
+            f"schedule_in={schedule_in!r}: it is 'updates', 'micro-batches' or 'original' "
+            "(micro-batches from 0, as the original's loop), which is what the lr_scheduler counts"
         )
     if schedule_in is not None and scheduler is None:
         raise ConfigError(f'schedule_in={schedule_in!r} says what lr_scheduler= counts: pass both')

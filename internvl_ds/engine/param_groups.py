@@ -33,6 +33,13 @@ class MergedGroups(NamedTuple):
     origins: list[int]
     became: list[int]
 
+    def names_now(self) -> list[list[str]]:
+        """The names of each group's parameters as the groups are now."""
+        groups: list[list[str]] = [[] for _ in self.origins]
+        for names, index in zip(self.names, self.became, strict=True):
+            groups[index] += names
+        return groups
+
 
 def merge_param_groups(optimizer: torch.optim.Optimizer, names: Mapping[Any, str]) -> MergedGroups:
     """Merges the optimizer's groups of equal settings, in place, and drops empty ones.

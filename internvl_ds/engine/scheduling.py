@@ -13,12 +13,19 @@ from internvl_ds.config.tree import get_option
 from internvl_ds.engine.registry import applied_updates, registration_of
 
 
-def step_scheduler(engine: DeepSpeedEngine) -> None:
-    """Moves the engine's schedule on, after an applied update."""
+def step_scheduler(engine: DeepSpeedEngine, skipped: bool) -> None:
+    """Moves the engine's schedule on, after an update that its unit counts.
+
+    Args:
+        skipped: whether the update was skipped.
+    """
     registration = registration_of(engine)
-    if registration.schedule is not None:
-        come, groups = registration.accumulation.micro_batches, engine.optimizer.param_groups
-        registration.schedule.move(applied_updates(engine), come, groups)
+    schedule, accumulation = registration.schedule, registration.accumulation
+    # A group that something was dropped of is taken for a whole one; see Accumulation.finish.
+    whole = (accumulation.last_group or 0) >= engine.gradient_accumulation_steps()
+    if schedule is not None and schedule.is_due(skipped, whole):
+        groups = engine.optimizer.param_groups
+        schedule.move(applied_updates(engine), accumulation.micro_batches, groups)
 
 
 def require_schedule_untouched(engine: DeepSpeedEngine) -> None:
@@ -51,14 +58,14 @@ def restore_schedule_position(
         loaded: whether the scheduler itself was restored from the checkpoint.
 
     Returns:
-        Where the learning rates are, in what the schedule counts; applied updates without one.
+        Where the learning rates are, as the scheduler counts; applied updates without one.
     """
     registration, updates = registration_of(engine), applied_updates(engine)
     if registration.schedule is None:
         return updates
     come = registration.accumulation.micro_batches
     registration.schedule.restore(state, updates, come, loaded)
-    return registration.schedule.moved
+    return registration.schedule.moved_to
 
 
 def warn_of_slow_schedule(

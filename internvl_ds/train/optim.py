@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable
 from fnmatch import fnmatch
@@ -9,14 +10,15 @@ from typing import Any, NamedTuple
 
 import torch
 from timm import optim as timm_optim
-from timm.scheduler import CosineLRScheduler, PolyLRScheduler, StepLRScheduler
+from timm.scheduler import CosineLRScheduler, StepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from yacs.config import CfgNode
 
-from internvl_ds.config.tree import scale_lr
 from internvl_ds.errors import ConfigError
 from internvl_ds.zero.parameters import whole_shape
+
+_logger = logging.getLogger(__name__)
 
 # Parameters of deformable convolutions, whose learning rate DCN_LR_MUL scales.
 _DCN_NAMES = ('offset', 'attention_weights', 'center_feature_scale_proj', 'alpha_beta')
@@ -31,10 +33,27 @@ class ScaledLrs(NamedTuple):
 
 
 def scaled_lrs(config: CfgNode, world_size: int) -> ScaledLrs:
-    """Scales TRAIN.{BASE_LR,WARMUP_LR,MIN_LR}, given for a batch of 512, to the global batch."""
-    images = config.DATA.BATCH_SIZE * world_size * accumulation_steps(config)
+    """Scales TRAIN.{BASE_LR,WARMUP_LR,MIN_LR}, given for a batch of 512, to the global batch.
+
+    In the original's order of operations, for the same bits.
+    """
+    batch, steps = config.DATA.BATCH_SIZE, accumulation_steps(config)
     lrs = config.TRAIN.BASE_LR, config.TRAIN.WARMUP_LR, config.TRAIN.MIN_LR
-    return ScaledLrs(*(scale_lr(lr, images) for lr in lrs))
+    return ScaledLrs(*(lr * batch * world_size / 512 * steps for lr in lrs))
+
+
+def told_lrs(config: CfgNode, world_size: int, scaled: ScaledLrs) -> str:
+    """A line of the log that says what `scaled_lrs` did: batch and lrs before and after."""
+    batch, steps = config.DATA.BATCH_SIZE, accumulation_steps(config)
+    train, images = config.TRAIN, batch * world_size * steps
+    before = ScaledLrs(train.BASE_LR, train.WARMUP_LR, train.MIN_LR)
+    pairs = zip(('BASE_LR', 'WARMUP_LR', 'MIN_LR'), before, scaled, strict=True)
+    scales = ', '.join(f'TRAIN.{key} {old:.4g} -> {new:.4g}' for key, old, new in pairs)
+    return (
+        f'learning rates are for 512 images; an update has {images} (DATA.BATCH_SIZE {batch} x '
+        f'{world_size} ranks x {steps} micro-batches), so they are times {images / 512:.4g}: '
+        f'{scales}'
+    )
 
 
 def accumulation_steps(config: CfgNode) -> int:
@@ -48,20 +67,24 @@ def updates_per_epoch(config: CfgNode, micro_batches: int) -> int:
 
 
 def param_groups(model: nn.Module, config: CfgNode, base_lr: float) -> list[dict[str, Any]]:
-    """Groups the trainable parameters: one group per (lr scale, weight decay), names kept.
+    """Groups the trainable parameters: one group per (lr, weight decay), names kept.
 
     One-dimensional tensors, biases, and what ``model.no_weight_decay()`` or
     ``no_weight_decay_keywords()`` name have no weight decay. TRAIN.LR_LAYER_DECAY scales the lr
-    by depth, TRAIN.OPTIMIZER.DCN_LR_MUL that of deformable convolutions' own parameters.
+    by depth and, with it only, TRAIN.OPTIMIZER.DCN_LR_MUL that of deformable convolutions' own
+    parameters, as in the original.
 
     Returns:
-        Groups with ``params``, ``param_names``, ``lr`` (base_lr times the scale), ``lr_scale``,
-        ``initial_lr`` (base_lr, unscaled) and ``weight_decay``. A timm scheduler starts from
-        ``initial_lr`` and multiplies by ``lr_scale``, so the scale is applied once, and to the
-        warm-up and minimum as well.
+        Groups with ``params``, ``param_names``, ``lr`` (base_lr times the scale) and
+        ``weight_decay``. A schedule starts from this lr; its warm-up's first value and its minimum
+        are the same for all groups.
+
+    Raises:
+        ConfigError: for LR_LAYER_DECAY with a model that does not say how deep its parameters are.
     """
     exempt = _no_decay_patterns(model)
     scales = _layer_scales(model, config)
+    multiplier = _dcn_multiplier(config)
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -70,12 +93,11 @@ def param_groups(model: nn.Module, config: CfgNode, base_lr: float) -> list[dict
         dims = len(whole_shape(parameter))
         no_decay = dims <= 1 or name.endswith('.bias') or any(fnmatch(name, p) for p in exempt)
         decay = 0.0 if no_decay else config.TRAIN.WEIGHT_DECAY
-        scale = scales.get(name, 1.0)
-        if config.TRAIN.OPTIMIZER.DCN_LR_MUL is not None and any(n in name for n in _DCN_NAMES):
-            scale *= config.TRAIN.OPTIMIZER.DCN_LR_MUL
-        settings = {'lr': base_lr * scale, 'initial_lr': base_lr, 'lr_scale': scale}
+        lr = scales.get(name, 1.0) * base_lr
+        if any(part in name for part in _DCN_NAMES):
+            lr = multiplier * lr
         lists: dict[str, Any] = {'params': [], 'param_names': []}
-        group = groups.setdefault((scale, decay), {**lists, **settings, 'weight_decay': decay})
+        group = groups.setdefault((lr, decay), {**lists, 'lr': lr, 'weight_decay': decay})
         group['params'].append(parameter)
         group['param_names'].append(name)
     return list(groups.values())
@@ -120,25 +142,28 @@ def build_optimizer(config: CfgNode, model: nn.Module, base_lr: float) -> torch.
 
 
 def build_scheduler(
-    config: CfgNode, optimizer: torch.optim.Optimizer, updates: int, lrs: ScaledLrs
+    config: CfgNode, optimizer: torch.optim.Optimizer, micro_batches: int, lrs: ScaledLrs
 ) -> Scheduler:
-    """Builds the schedule, counted in updates: ``step_update(n)`` after the n-th one.
+    """Builds the original's schedule, which counts micro-batches from 0.
 
-    The first TRAIN.WARMUP_EPOCHS rise linearly from the warm-up lr. 'cosine' and 'step' count
-    from the run's first update, warm-up included; 'linear' falls from the end of the warm-up to
-    1 % of the base lr at the last update.
+    It is moved after each whole update, ``step_update(epoch * micro_batches + idx)``, so an update
+    trains with the lr of the one before; ``schedule_in='original'`` of `initialize` does so.
+
+    The first TRAIN.WARMUP_EPOCHS rise linearly from the warm-up lr. 'cosine' counts from the run's
+    first micro-batch, warm-up included; 'step' from the end of the warm-up (timm's default);
+    'linear' falls from there to 1 % of the lr at the run's end.
 
     Args:
         config: TRAIN is read.
         optimizer: its groups come from `param_groups`.
-        updates: updates in one epoch.
+        micro_batches: those of one epoch on this rank.
         lrs: the scaled learning rates.
 
     Raises:
         ConfigError: for an unknown TRAIN.LR_SCHEDULER.NAME.
     """
-    total = max(1, int(config.TRAIN.EPOCHS * updates))
-    warmup = int(config.TRAIN.WARMUP_EPOCHS * updates)
+    total = max(1, int(config.TRAIN.EPOCHS * micro_batches))
+    warmup = int(config.TRAIN.WARMUP_EPOCHS * micro_batches)
     shared = {'warmup_t': warmup, 'warmup_lr_init': lrs.warmup, 't_in_epochs': False}
     name = config.TRAIN.LR_SCHEDULER.NAME
     if name == 'cosine':
@@ -146,16 +171,41 @@ def build_scheduler(
             optimizer, t_initial=total, lr_min=lrs.min, warmup_prefix=False, **shared
         )
     if name == 'linear':
-        # Every group starts from the same initial_lr, so one absolute floor is 1 % of each.
-        shared |= {'t_initial': max(1, total - warmup), 'lr_min': 0.01 * lrs.base}
-        return PolyLRScheduler(optimizer, power=1.0, warmup_prefix=True, **shared)
+        return LinearSchedule(optimizer, total, warmup, lrs.warmup)
     if name == 'step':
-        decay_t = max(1, int(config.TRAIN.LR_SCHEDULER.DECAY_EPOCHS * updates))
+        decay_t = max(1, int(config.TRAIN.LR_SCHEDULER.DECAY_EPOCHS * micro_batches))
         rate = config.TRAIN.LR_SCHEDULER.DECAY_RATE
         return StepLRScheduler(
-            optimizer, decay_t=decay_t, decay_rate=rate, warmup_prefix=False, **shared
+            optimizer, decay_t=decay_t, decay_rate=rate, warmup_prefix=True, **shared
         )
     raise ConfigError(f'TRAIN.LR_SCHEDULER.NAME {name!r} is none of cosine, linear, step')
+
+
+class LinearSchedule(Scheduler):
+    """A linear warm-up, then a straight line to 1 % of each group's lr. Counts updates, not epochs.
+
+    timm has none that falls to a share of each group's own lr. The attributes, which a checkpoint
+    keeps, have the names that the original's schedule gives them.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, t_initial: int, warmup_t: int, warmup_lr_init: float
+    ) -> None:
+        """``t_initial`` is where the line ends, ``warmup_t`` where the warm-up does."""
+        super().__init__(optimizer, param_group_field='lr', t_in_epochs=False)
+        self.t_initial, self.lr_min_rate = t_initial, 0.01
+        self.warmup_t, self.warmup_lr_init = warmup_t, warmup_lr_init
+        self.warmup_steps: list[float] = [1 for _ in self.base_values]
+        if warmup_t:
+            self.warmup_steps = [(lr - warmup_lr_init) / warmup_t for lr in self.base_values]
+            self.update_groups(warmup_lr_init)
+
+    def _get_lr(self, t: float) -> list[float]:
+        if t < self.warmup_t:
+            return [self.warmup_lr_init + t * step for step in self.warmup_steps]
+        line = max(1, self.t_initial - self.warmup_t)
+        share = min(1.0, (t - self.warmup_t) / line)  # a run that is timed goes on after the end
+        return [lr - (lr - lr * self.lr_min_rate) * share for lr in self.base_values]
 
 
 def _no_decay_patterns(model: nn.Module) -> list[str]:
@@ -176,17 +226,40 @@ def _layer_scales(model: nn.Module, config: CfgNode) -> dict[str, float]:
     if not config.TRAIN.LR_LAYER_DECAY:
         return {}
     ratio = config.TRAIN.LR_LAYER_DECAY_RATIO
-    # The original's own models (built through MODEL.FACTORY) say it by keyword, spelled so.
-    by_keyword = getattr(model, 'lr_decay_keywards', None)
-    if callable(by_keyword):
-        table = by_keyword(ratio)
-        return {
-            name: next((scale for word, scale in table.items() if word in name), 1.0)
-            for name, _ in model.named_parameters()
-        }
+    # The original's models say it by keyword; InternImage's spell it the second way.
+    for method in ('lr_decay_keywords', 'lr_decay_keywards'):
+        by_keyword = getattr(model, method, None)
+        if callable(by_keyword):
+            table = by_keyword(ratio)
+            return {
+                name: next((scale for word, scale in table.items() if word in name), 1.0)
+                for name, _ in model.named_parameters()
+            }
+    if not callable(getattr(model, 'group_matcher', None)):
+        raise ConfigError(
+            f'TRAIN.LR_LAYER_DECAY True: {type(model).__name__} has neither lr_decay_keywords('
+            "decay_ratio), a method that returns {part of a parameter's name: its share of the "
+            "lr}, nor timm's group_matcher(): write one of the two, or set it False"
+        )
     names = {parameter: name for name, parameter in model.named_parameters()}
     return {
         names[parameter]: group['lr_scale']
         for group in timm_optim.param_groups_layer_decay(model, layer_decay=ratio)
         for parameter in group['params']
     }
+
+
+def _dcn_multiplier(config: CfgNode) -> float:
+    """What the lr of deformable convolutions is multiplied by; 1 without LR_LAYER_DECAY."""
+    multiplier = config.TRAIN.OPTIMIZER.DCN_LR_MUL
+    if multiplier is None:
+        return 1.0
+    if not config.TRAIN.LR_LAYER_DECAY:
+        _logger.warning(
+            'TRAIN.OPTIMIZER.DCN_LR_MUL %s is not used: as in the original it takes '
+            'TRAIN.LR_LAYER_DECAY True (with TRAIN.LR_LAYER_DECAY_RATIO 1.0 for the same lr in '
+            'all layers)',
+            multiplier,
+        )
+        return 1.0
+    return multiplier

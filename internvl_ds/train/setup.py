@@ -43,7 +43,7 @@ from internvl_ds.train.optim import (
     build_optimizer,
     build_scheduler,
     scaled_lrs,
-    updates_per_epoch,
+    told_lrs,
 )
 from internvl_ds.train.position import Position
 from internvl_ds.train.stopwatch import Stopwatch
@@ -156,12 +156,11 @@ def _setup_training(
         with for_show(Path(config.OUTPUT) / 'config.json', logger):
             logger.info('configuration, resolved: %s', write_config(config, config.OUTPUT))
     lrs = scaled_lrs(config, world_size())
-    logger.info('lr for the global batch: %.3e, warm-up from %.3e, at least %.3e', *lrs)
+    logger.info(told_lrs(config, world_size(), lrs))
     client = build_optimizer(config, model, lrs.base)
-    updates = updates_per_epoch(config, len(loaders.train))
-    scheduler = build_scheduler(config, client, updates, lrs)
+    scheduler = build_scheduler(config, client, len(loaders.train), lrs)
     engine, optimizer = initialize(
-        config, model, client, resolution, lr_scheduler=scheduler, schedule_in='updates'
+        config, model, client, resolution, lr_scheduler=scheduler, schedule_in='original'
     )
     scaler = NativeScalerWithGradNormCount()
     state = Run(config, logger, loaders, engine, scaler, optimizer, scheduler)

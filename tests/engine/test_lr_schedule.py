@@ -40,6 +40,24 @@ def test_positions():
     assert (old.position(3, 2), old.moved) == (14, 12)
 
 
+def test_the_originals_loop_counts_from_zero_and_skipped_updates_too():
+    schedule, groups = make(counts='original')
+    assert schedule.moved_to == 0
+    schedule.move(1, 4, groups)
+    assert (schedule.position(1, 4), schedule.moved_to) == (4, 3)
+    assert schedule.is_due(skipped=True, whole=True)
+    assert not schedule.is_due(skipped=False, whole=False)
+    kept = schedule.state_dict(1, 7)
+    assert kept == {'counts': 'original', 'position': 7, 'moved': 4, 'group': 4}
+    other, _ = make(counts='original')
+    other.restore(kept, 1, 0, True)
+    assert (other.position(1, 1), other.moved_to) == (8, 3)
+    torchs, groups = make('torch', 'original')
+    for come in (4, 8):
+        torchs.move(come // 4, come, groups)
+        assert torchs.scheduler.last_epoch == come - 1
+
+
 def test_torchs_steps_are_counted():
     schedule, groups = make('torch', 'micro-batches')
     for updates, come in ((1, 4), (2, 7), (3, 8)):  # the second group was short
@@ -93,7 +111,7 @@ def test_a_schedule_longer_than_the_training(counts, group, updates, found):
 
 
 def test_what_is_no_unit():
-    with pytest.raises(ConfigError, match=r"schedule_in='steps': it is 'updates' or 'micro-"):
+    with pytest.raises(ConfigError, match=r"schedule_in='steps': it is 'updates', 'micro-b"):
         make(counts='steps')
     with pytest.raises(ConfigError, match='pass both'):
         LrSchedule.of(None, 'updates', 1)

@@ -147,7 +147,7 @@ def _follow_plain_loop(data: str, output: str, stage: int) -> dict[str, Any]:
     model = build_model(config).train()
     lrs = scaled_lrs(config, world_size())
     optimizer = build_optimizer(config, model, lrs.base)
-    scheduler = build_scheduler(config, optimizer, 2, lrs)
+    scheduler = build_scheduler(config, optimizer, 7, lrs)
     loaders = [build_loaders(config, other, world_size()).train for other in range(world_size())]
     criterion, updates = build_criterion(config, soft_targets=False), 0
     for epoch in range(3):
@@ -162,7 +162,8 @@ def _follow_plain_loop(data: str, output: str, stage: int) -> dict[str, Any]:
             optimizer.step()
             optimizer.zero_grad()
             updates += 1
-            scheduler.step_update(updates)
+            if len(group) == 4:
+                scheduler.step_update(epoch * 7 + 3)
     got, expected = whole_weights(state.engine), dict(model.named_parameters())
     return {
         'moved': max((expected[n] - start[n]).abs().max().item() for n in start),

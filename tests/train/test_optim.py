@@ -1,5 +1,8 @@
 """Learning rates, parameter groups and schedules: what each tensor is really trained with."""
 
+import logging
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -12,9 +15,13 @@ from internvl_ds.train.optim import (
     build_scheduler,
     param_groups,
     scaled_lrs,
+    told_lrs,
     updates_per_epoch,
 )
 from tests.harness.training import small_config
+
+# A cosine's height after the warm-up of 10 of 50 micro-batches.
+FALLEN = 0.5 * (1 + math.cos(math.pi / 5))
 
 
 class Deformable(nn.Module):
@@ -30,7 +37,7 @@ class Deformable(nn.Module):
     def no_weight_decay_keywords(self):
         return {'tabl'}
 
-    def lr_decay_keywards(self, ratio):
+    def lr_decay_keywards(self, ratio):  # InternImage's spelling
         return {'plain': ratio**2}
 
 
@@ -91,7 +98,7 @@ def test_frozen_parameters_are_not_given_to_the_optimizer(tmp_path):
     assert sorted(by_name(groups, 'lr')) == ['head.bias', 'head.weight']
 
 
-def test_layer_decay_scales_the_lr_once_over_the_whole_schedule(tmp_path):
+def test_layer_decay_scales_the_top_of_the_schedule_only(tmp_path):
     config, model = small_model(
         tmp_path, DATA__BATCH_SIZE=512, TRAIN__LR_LAYER_DECAY=True,
         TRAIN__LR_LAYER_DECAY_RATIO=0.5, TRAIN__BASE_LR=1e-2, TRAIN__WARMUP_LR=1e-3,
@@ -104,10 +111,13 @@ def test_layer_decay_scales_the_lr_once_over_the_whole_schedule(tmp_path):
     for name, factor in scale.items():
         assert lr_of(optimizer)[name] == pytest.approx(1e-2 * factor), 'without any scheduler'
     scheduler = build_scheduler(config, optimizer, 5, lrs)
-    for updates, expected in ((0, 1e-3), (5, 5.5e-3), (50, 1e-4)):
-        scheduler.step_update(updates)
+    for count, share in ((0, 0), (5, 0.5), (10, 1), (50, 0)):
+        scheduler.step_update(count)
         for name, factor in scale.items():
-            assert lr_of(optimizer)[name] == pytest.approx(expected * factor), (updates, name)
+            top = 1e-2 * factor if count < 10 else 1e-4 + (1e-2 * factor - 1e-4) * FALLEN
+            foot = 1e-3 if count < 10 else 1e-4
+            expected = foot + (top - foot) * share
+            assert lr_of(optimizer)[name] == pytest.approx(expected), (count, name)
 
 
 def test_deformable_parameters_and_the_model_s_own_tables(tmp_path):
@@ -122,6 +132,32 @@ def test_deformable_parameters_and_the_model_s_own_tables(tmp_path):
     assert lr['table'] == 1.0
     assert decay['table'] == 0.0
     assert decay['plain.weight'] == 0.05
+
+
+def test_without_layer_decay_the_multiplier_is_not_used_and_a_warning_says_so(tmp_path, caplog):
+    config = small_config(tmp_path, TRAIN__OPTIMIZER__DCN_LR_MUL=0.1)
+    with caplog.at_level(logging.WARNING):
+        lr = by_name(param_groups(Deformable(), config, 1.0), 'lr')
+    assert set(lr.values()) == {1.0}
+    assert 'DCN_LR_MUL 0.1 is not used: as in the original it takes TRAIN.LR_LAYER_D' in caplog.text
+
+
+def test_a_model_that_does_not_say_how_deep_its_parameters_are(tmp_path):
+    config = small_config(tmp_path, TRAIN__LR_LAYER_DECAY=True)
+    with pytest.raises(ConfigError, match=r'LR_LAYER_DECAY True: Linear has neither lr_decay_keyw'):
+        param_groups(nn.Linear(2, 2), config, 1.0)
+
+
+def test_the_log_says_what_the_batch_makes_of_the_learning_rates(tmp_path):
+    config = small_config(
+        tmp_path, DATA__BATCH_SIZE=64, TRAIN__BASE_LR=1e-3, TRAIN__WARMUP_LR=1e-6,
+        TRAIN__MIN_LR=1e-5, TRAIN__ACCUMULATION_STEPS=2,
+    )  # fmt: skip
+    assert told_lrs(config, 16, scaled_lrs(config, 16)) == (
+        'learning rates are for 512 images; an update has 2048 (DATA.BATCH_SIZE 64 x 16 ranks x 2 '
+        'micro-batches), so they are times 4: TRAIN.BASE_LR 0.001 -> 0.004, TRAIN.WARMUP_LR 1e-06 '
+        '-> 4e-06, TRAIN.MIN_LR 1e-05 -> 4e-05'
+    )
 
 
 def test_adamw_takes_its_settings(tmp_path):
@@ -203,7 +239,7 @@ def test_linear_is_relative_to_each_layer_s_own_lr(tmp_path):
 
 def test_step_falls_every_decay_epochs(tmp_path):
     seen = lrs_of_schedule(
-        tmp_path, 'step', [20, 29, 30, 60], TRAIN__LR_SCHEDULER__DECAY_EPOCHS=3,
+        tmp_path, 'step', [20, 49, 50, 80], TRAIN__LR_SCHEDULER__DECAY_EPOCHS=3,
         TRAIN__LR_SCHEDULER__DECAY_RATE=0.5,
     )  # fmt: skip
     assert seen == pytest.approx([1.0, 1.0, 0.5, 0.25])

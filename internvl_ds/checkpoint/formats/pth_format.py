@@ -116,4 +116,6 @@ def schedule_of_original(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None
     if not (isinstance(epoch, int) and epochs and schedule.get('t_initial')):
         return None
     position = round((epoch + 1) * schedule['t_initial'] / epochs)
-    return {'position': position, 'group': max(1, train.get('ACCUMULATION_STEPS') or 1)}
+    group = max(1, train.get('ACCUMULATION_STEPS') or 1)
+    rest = round(schedule['t_initial'] / epochs) % group  # of an epoch, which moves nothing
+    return {'position': position, 'moved': position - rest, 'group': group}

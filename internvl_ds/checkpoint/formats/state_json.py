@@ -38,7 +38,7 @@ def _is_position(value: Any) -> bool:
     """Whether it is what `LrSchedule.state_dict` gave, or nothing."""
     if value is None:
         return True
-    known = value.get('counts', 'updates') in ('updates', 'micro-batches')
+    known = value.get('counts', 'updates') in ('updates', 'micro-batches', 'original')
     moved = value.get('moved', value['position'])
     return known and _is_number(value['group'], 1) and _is_number(value['position'] + moved, -2)
 

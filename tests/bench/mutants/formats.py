@@ -80,7 +80,7 @@ MUTANTS = [
         ('    require_identity(tag / name, state.get(Identity.KEY), manifest.header)\n', ''),
         ('            if not is_one(state.get(key)):', '            if False:'),
         ("    return value['scale'] > 0 and all(", '    return all('),
-        ("    known = value.get('counts', 'updates') in ('updates', 'micro-batches')", '    known = True'),
+        ("    known = value.get('counts', 'updates') in ('updates', 'micro-batches', 'original')", '    known = True'),
         ('(_is_number(v, -1) and v < 1 << 53)', '_is_number(v, -1)'),
         ("    if name not in manifest.files:\n        return None\n", ''),
     ]),
