@@ -87,7 +87,7 @@ _C.TRAIN.OPTIMIZER.NAME = 'adamw'
 _C.TRAIN.OPTIMIZER.EPS = 1e-8
 _C.TRAIN.OPTIMIZER.BETAS = (0.9, 0.999)
 _C.TRAIN.OPTIMIZER.MOMENTUM = 0.9
-_C.TRAIN.OPTIMIZER.USE_ZERO = False  # accepted and unused: the ds_config's ZeRO stage decides
+_C.TRAIN.OPTIMIZER.USE_ZERO = False  # ZeRO stage 1, where the ds_config does not state a stage
 _C.TRAIN.OPTIMIZER.FREEZE_BACKBONE = None  # True trains the head only; a list freezes levels.{i}
 _C.TRAIN.OPTIMIZER.DCN_LR_MUL = None
 

@@ -34,12 +34,40 @@ class Launch:
     master: tuple[str, int] | None = None
 
 
-def detect(environ: Mapping[str, str]) -> Launch:
+def detect(
+    environ: Mapping[str, str], launcher: str | None = None, local_rank: int | None = None
+) -> Launch:
     """Reads RANK and its like, or else what mpirun, mpiexec.hydra or srun set.
 
+    Args:
+        environ: the environment of this process.
+        launcher: the original's flag. 'slurm' takes what srun set, whatever else is there;
+            'pytorch' takes RANK and its like; None finds out.
+        local_rank: the original's flag, for those who set RANK and no LOCAL_RANK.
+
     Raises:
-        ConfigError: for variables that are incomplete or no numbers; they are named.
+        ConfigError: for variables that are incomplete or no numbers, and for another launcher than
+            the flag names; they are named.
     """
+    if launcher == 'slurm':
+        if not _is_step(environ):
+            raise ConfigError(
+                '--launcher slurm: srun did not start this process (SLURM_STEP_NUM_TASKS and '
+                'SLURM_PROCID are not both set): start it with srun, or leave the flag out'
+            )
+        return _slurm(environ)
+    found = _detect(environ, local_rank)
+    if launcher == 'pytorch' and found.by not in (ENVIRONMENT, SINGLE):
+        raise ConfigError(
+            f'--launcher pytorch: {found.by} started this process, and RANK and WORLD_SIZE are not '
+            f'set: start it with torchrun, or leave the flag out and {found.by} will do'
+        )
+    return found
+
+
+def _detect(environ: Mapping[str, str], local_rank: int | None) -> Launch:
+    if local_rank is not None:
+        environ = {'LOCAL_RANK': str(local_rank), **environ}
     if 'RANK' in environ and 'WORLD_SIZE' in environ:
         rank, size = _number(environ, 'RANK'), _number(environ, 'WORLD_SIZE')
         if rank >= size:
@@ -58,23 +86,9 @@ def detect(environ: Mapping[str, str]) -> Launch:
     if 'PMI_SIZE' in environ:
         rank, size = _number(environ, 'PMI_RANK'), _number(environ, 'PMI_SIZE')
         return Launch(MPICH, rank, size, None, _given_master(environ))
-    # A batch script itself has SLURM_PROCID too, and is no rank; a step of srun is one.
-    if 'SLURM_STEP_NUM_TASKS' in environ and 'SLURM_PROCID' in environ:
-        size = _number(environ, 'SLURM_STEP_NUM_TASKS')
-        per_node = environ.get('SLURM_STEP_TASKS_PER_NODE', str(size))
-        if sum(expand_tasks(per_node)) != size:
-            raise ConfigError(
-                f'SLURM_STEP_NUM_TASKS is {size}, and SLURM_STEP_TASKS_PER_NODE is {per_node!r}: '
-                'one of them is not of this step; do not set them yourself'
-            )
-        return Launch(
-            SLURM,
-            _number(environ, 'SLURM_PROCID'),
-            size,
-            _number(environ, 'SLURM_LOCALID'),
-            _given_master(environ) or _slurm_master(environ),
-        )
-    return Launch(SINGLE, master=_given_master(environ))
+    if _is_step(environ):
+        return _slurm(environ)
+    return Launch(SINGLE, local_rank=local_rank or 0, master=_given_master(environ))
 
 
 def expand_nodes(text: str) -> list[str]:
@@ -121,13 +135,38 @@ def _expand(part: str) -> list[str]:
     return found
 
 
+def _is_step(environ: Mapping[str, str]) -> bool:
+    """Whether srun started this. A batch script has SLURM_PROCID too, and is no rank."""
+    return 'SLURM_STEP_NUM_TASKS' in environ and 'SLURM_PROCID' in environ
+
+
+def _slurm(environ: Mapping[str, str]) -> Launch:
+    size = _number(environ, 'SLURM_STEP_NUM_TASKS')
+    per_node = environ.get('SLURM_STEP_TASKS_PER_NODE', str(size))
+    if sum(expand_tasks(per_node)) != size:
+        raise ConfigError(
+            f'SLURM_STEP_NUM_TASKS is {size}, and SLURM_STEP_TASKS_PER_NODE is {per_node!r}: '
+            'one of them is not of this step; do not set them yourself'
+        )
+    return Launch(
+        SLURM,
+        _number(environ, 'SLURM_PROCID'),
+        size,
+        _number(environ, 'SLURM_LOCALID'),
+        _given_master(environ) or _slurm_master(environ),
+    )
+
+
 def _slurm_master(environ: Mapping[str, str]) -> tuple[str, int]:
     nodes = environ.get('SLURM_STEP_NODELIST') or environ.get('SLURM_JOB_NODELIST')
     if not nodes:
         raise ConfigError('srun started this process, but SLURM_STEP_NODELIST is not set')
     job, step = (environ.get(key, '0') for key in ('SLURM_JOB_ID', 'SLURM_STEP_ID'))
     number = int(job) * 7 + int(step) if job.isdigit() and step.isdigit() else 0
-    return expand_nodes(nodes)[0], _PORTS[number % len(_PORTS)]
+    host = environ.get('MASTER_ADDR') or expand_nodes(nodes)[0]
+    if 'MASTER_PORT' in environ:
+        return host, _number(environ, 'MASTER_PORT', 0xFFFF)
+    return host, _PORTS[number % len(_PORTS)]
 
 
 def _given_master(environ: Mapping[str, str]) -> tuple[str, int] | None:

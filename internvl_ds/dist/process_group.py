@@ -42,7 +42,12 @@ logger = logging.getLogger(__name__)
 _SCHEME = 'internvl-ds'
 
 
-def init_distributed(config: CfgNode | None = None) -> None:
+def init_distributed(
+    config: CfgNode | None = None,
+    *,
+    launcher: str | None = None,
+    local_rank: int | None = None,
+) -> None:
     """Joins the process group that the launcher announced; a process of its own without one.
 
     Collective: every rank calls it. A later call changes the limits only.
@@ -54,11 +59,12 @@ def init_distributed(config: CfgNode | None = None) -> None:
 
     Args:
         config: COMM and TRAIN.TRACEBACK are read.
+        launcher, local_rank: keyword-only; the original's flags, see `launchers.detect`.
 
     Raises:
         RankError: when mpi4py is of another MPI than the launcher, when rank 0 cannot be reached,
             or when ranks have not come after COMM.INIT_TIMEOUT seconds; they are named.
-        ConfigError: for incomplete variables of a launcher.
+        ConfigError: for incomplete variables of a launcher, or another than the flag names.
     """
     group = current_group()
     given: dict[str, Any] = {}
@@ -71,15 +77,15 @@ def init_distributed(config: CfgNode | None = None) -> None:
         return
     settings = {**default_config().COMM, **given}
     speak_on_exceptions(None)
-    launch = launchers.detect(os.environ)
+    launch = launchers.detect(os.environ, launcher, local_rank)
     speak_on_exceptions(launch.rank, afterwards=_end_while_connecting)
-    local_rank, on_host, master = launch.local_rank or 0, None, launch.master
+    own_rank, on_host, master = launch.local_rank or 0, None, launch.master
     end_job = None
     if launch.by in (launchers.OPEN_MPI, launchers.MPICH):
         communicator = mpi.world(launch)
         end_job = functools.partial(mpi.abort, communicator, settings['ABORT_TIMEOUT'])
         speak_on_exceptions(launch.rank, end_job)
-        local_rank, on_host = mpi.local_rank(communicator)
+        own_rank, on_host = mpi.local_rank(communicator)
         one_host = on_host == launch.world_size
         master = master or mpi.agree_on_master(
             communicator, one_host, settings['INTERFACE'], settings['CONNECT_TIMEOUT']
@@ -94,7 +100,7 @@ def init_distributed(config: CfgNode | None = None) -> None:
             if interface:
                 os.environ.setdefault(variable, interface)
     os.environ.update(
-        RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), LOCAL_RANK=str(local_rank)
+        RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), LOCAL_RANK=str(own_rank)
     )
     _join(launch, settings['INIT_TIMEOUT'])
     patience = mpi.PATIENCE if launch.by == launchers.OPEN_MPI else 0.0

@@ -36,7 +36,7 @@ from internvl_ds.engine.param_groups import (
 from internvl_ds.engine.registry import configure, register, require_fp16
 from internvl_ds.errors import ConfigError
 from internvl_ds.files import for_show, write_text
-from internvl_ds.zero.guards import require_bare, require_real
+from internvl_ds.zero.guards import require_bare, require_real, require_unsharded
 from internvl_ds.zero.module_state import require_plain_state, require_sendable
 from internvl_ds.zero.parameters import whole_numel
 
@@ -84,6 +84,7 @@ def initialize(
     require_counts(config, ('SAVE_CKPT_NUM', 'CHECKPOINT'))
     for require in (require_bare, require_real, require_sendable, require_plain_state):
         require(model)
+    require_unsharded(optimizer)
     require_unit(lr_scheduler, schedule_in)
     init_distributed(config)
     trained = [p for p in model.parameters() if p.requires_grad]

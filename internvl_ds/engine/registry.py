@@ -138,6 +138,13 @@ def configure(engine: DeepSpeedEngine, config: CfgNode, merged: MergedGroups | N
         wrapper.stage,
         f', loss scale {wrapper.scale.scale:g}' if wrapper.scale else '',
     )
+    if get_option(config, 'TRAIN.OPTIMIZER.USE_ZERO') and wrapper.client is not None:
+        logger.info(
+            'TRAIN.OPTIMIZER.USE_ZERO: %s',
+            'DeepSpeed shards the state of the optimizer'
+            if wrapper.partitioned
+            else 'not used: the ds_config states /zero_optimization/stage 0',
+        )
 
 
 def registration_of(engine: DeepSpeedEngine) -> Registration:

@@ -41,8 +41,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--eval', **_switch('evaluate only'))
     add('--throughput', **_switch('time forward passes only'))
     add('--save-ckpt-num', type=int, help='how many epoch checkpoints to keep')
-    add('--use-zero', **_switch('accepted; the ds_config decides the ZeRO stage'))
-    add('--local-rank', '--local_rank', type=int, help='set by the launcher')
+    add('--use-zero', **_switch('ZeRO stage 1, where the ds_config states none'))
+    add('--local-rank', '--local_rank', type=int, help='of a launcher that sets no LOCAL_RANK')
+    launchers = ('pytorch', 'slurm')
+    add('--launcher', choices=launchers, help='found out; slurm: take rank and size from srun')
     add('--deepspeed', **_switch('accepted; DeepSpeed is always used'))
     add('--deepspeed_config', '--deepspeed-config', metavar='FILE', help='DeepSpeed JSON')
     return parser.parse_args(argv)
@@ -65,9 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = get_config(args)
     except ConfigError:
-        _join_to_fail()
+        _join_to_fail(args)
         raise
-    init_distributed(config)
+    init_distributed(config, launcher=args.launcher, local_rank=args.local_rank)
     status, result = 0, 'finished'
     try:
         run(config, args.deepspeed_config)
@@ -84,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def _join_to_fail() -> None:
+def _join_to_fail(args: argparse.Namespace) -> None:
     """Meets the other ranks, which have the same error, so that one of them alone tells it."""
     from internvl_ds.config.tree import default_config
     from internvl_ds.dist.process_group import init_distributed
@@ -92,7 +94,7 @@ def _join_to_fail() -> None:
     config = default_config()
     config.COMM.INIT_TIMEOUT = _JOIN_LIMIT
     with contextlib.suppress(RankError):
-        init_distributed(config)
+        init_distributed(config, launcher=args.launcher, local_rank=args.local_rank)
 
 
 def _switch(text: str) -> dict[str, Any]:

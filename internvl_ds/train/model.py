@@ -6,7 +6,8 @@ import difflib
 import importlib
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import timm
@@ -35,8 +36,10 @@ def build_model(config: CfgNode) -> nn.Module:
         ConfigError: for a factory or model that does not exist, or a setting the model lacks.
     """
     factory = get_option(config, 'MODEL.FACTORY', '')
+    reads = _Reads()
     if factory:
-        model = _load_factory(factory)(config)
+        with _watched(config.TRAIN, reads):
+            model = _load_factory(factory)(config)
         if not isinstance(model, nn.Module):
             raise ConfigError(
                 f'MODEL.FACTORY {factory!r} returned a {type(model).__name__}, not an nn.Module'
@@ -50,7 +53,7 @@ def build_model(config: CfgNode) -> nn.Module:
             'which is called with the config and returns the nn.Module'
         )
     if config.TRAIN.USE_CHECKPOINT:
-        _enable_activation_checkpointing(model)
+        _enable_activation_checkpointing(model, by_factory='USE_CHECKPOINT' in reads)
     freeze_parameters(model, config.TRAIN.OPTIMIZER.FREEZE_BACKBONE)
     return model
 
@@ -170,13 +173,48 @@ def _build_timm_model(config: CfgNode) -> nn.Module:
             raise
 
 
-def _enable_activation_checkpointing(model: nn.Module) -> None:
+def _enable_activation_checkpointing(model: nn.Module, by_factory: bool) -> None:
     setter = getattr(model, 'set_grad_checkpointing', None)
     if not callable(setter):
+        if by_factory:
+            _logger.info('TRAIN.USE_CHECKPOINT True: MODEL.FACTORY reads it and takes care of it')
+            return
         raise ConfigError(
-            f'TRAIN.USE_CHECKPOINT True: {type(model).__name__} has no set_grad_checkpointing()'
+            f'TRAIN.USE_CHECKPOINT True: {type(model).__name__} has no set_grad_checkpointing(), '
+            'and no MODEL.FACTORY has read TRAIN.USE_CHECKPOINT to build it so'
         )
     try:
         setter(True)
     except AssertionError as error:  # timm's way to say that a model has none
         raise ConfigError(f'TRAIN.USE_CHECKPOINT True: {type(model).__name__}: {error}') from error
+
+
+class _Reads(set[str]):
+    """Keys of a section; copies of the section add to the same."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Reads:
+        return self
+
+
+class _Watched(CfgNode):
+    """A section of the configuration that notes the keys that are read from it."""
+
+    def __getitem__(self, key: str) -> Any:
+        self.__dict__['reads'].add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.__dict__['reads'].add(key)
+        return super().get(key, default)
+
+
+@contextmanager
+def _watched(section: CfgNode, reads: _Reads) -> Iterator[None]:
+    """Adds to ``reads`` the keys that are read from a section meanwhile."""
+    section.__dict__['reads'] = reads
+    object.__setattr__(section, '__class__', _Watched)  # a CfgNode takes attributes for keys
+    try:
+        yield
+    finally:
+        object.__setattr__(section, '__class__', CfgNode)
+        del section.__dict__['reads']

@@ -6,6 +6,7 @@ Each is one of plain PyTorch that DeepSpeed takes, and answers with nothing or w
 from __future__ import annotations
 
 import functools
+import logging
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -14,12 +15,16 @@ import torch
 from deepspeed.runtime.engine import _ENGINE_BACKWARD_GRAPH_TRACKER, DeepSpeedEngine
 from deepspeed.utils.torch import is_functorch_transforming
 from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.utils import clip_grad
 
+from internvl_ds.dist.rendezvous import rank
 from internvl_ds.errors import ConfigError, few
 from internvl_ds.zero.parameters import is_sharded, whole_numel
 from internvl_ds.zero.wrapper import Wrapper
+
+_log = logging.getLogger(__name__)
 
 _INSTEAD = (
     'write grad_norm = loss_scaler(loss, optimizer, clip_grad=config.TRAIN.CLIP_GRAD, '
@@ -68,6 +73,21 @@ def require_real(model: nn.Module) -> None:
         )
 
 
+def require_unsharded(optimizer: torch.optim.Optimizer | None) -> None:
+    """Refuses torch's own ZeRO, which an engine would step and shard once more.
+
+    Raises:
+        ConfigError: says what to write.
+    """
+    if isinstance(optimizer, ZeroRedundancyOptimizer):
+        inner = type(optimizer.optim).__name__
+        raise ConfigError(
+            f'the optimizer is a ZeroRedundancyOptimizer around {inner}: give initialize the '
+            f'{inner} itself, and ZeRO stage 1, 2 or 3 in the ds_config (stage 1 is what '
+            'TRAIN.OPTIMIZER.USE_ZERO gives)'
+        )
+
+
 def guard(wrapper: Wrapper) -> None:
     """Makes an engine refuse what it would answer wrongly; once for each engine."""
     engine, client = wrapper.engine, wrapper.client
@@ -86,6 +106,8 @@ def guard(wrapper: Wrapper) -> None:
         )
     if client is None:
         return
+    for part in {client, wrapper.optimizer}:
+        part.consolidate_state_dict = _Consolidation()
     for name in ('_backward_prologue', '_backward_prologue_per_tensor'):
         setattr(engine, name, functools.partial(_in_backward, weakref.ref(engine), name))
     if client not in _guarded:
@@ -108,6 +130,22 @@ class _Refusal:
         raise ConfigError(self._message)
 
     __iter__ = __call__
+
+
+class _Consolidation:
+    """Stands for ZeroRedundancyOptimizer.consolidate_state_dict, which the original calls."""
+
+    told = False
+
+    def __call__(self, to: int = 0) -> None:
+        """Does nothing: each rank saves its own part."""
+        if not _Consolidation.told and rank() == 0:
+            _log.warning(
+                'optimizer.consolidate_state_dict(to=%d) does nothing over an engine: '
+                'save_checkpoint, which every rank calls, saves each part where it is',
+                to,
+            )
+        _Consolidation.told = True
 
 
 def _require_unwrapped(module: nn.Module, _: Any) -> None:

@@ -51,6 +51,41 @@ def test_what_each_launcher_sets(environ, expected):
     assert detect(environ) == expected
 
 
+BATCH = {key: value for key, value in SRUN.items() if 'STEP' not in key}
+OF_SRUN = Launch(SLURM, 9, 16, 1, ('gpu03', 20000 + 4711 * 7 % 12000))
+
+
+@pytest.mark.parametrize(
+    ('environ', 'launcher', 'local_rank', 'expected'),
+    [
+        (SRUN, 'slurm', 0, OF_SRUN),  # the original's scripts give --local-rank 0 to all
+        # what a batch script has exported, and srun's own PMI, are not asked
+        (SRUN | {'RANK': '0', 'WORLD_SIZE': '1'} | HYDRA, 'slurm', None, OF_SRUN),
+        (SRUN | {'MASTER_PORT': '4242'}, 'slurm', None, Launch(SLURM, 9, 16, 1, ('gpu03', 4242))),
+        (TORCHRUN, 'pytorch', None, Launch(ENVIRONMENT, 3, 8, 1, ('10.1.2.3', 4242))),
+        (TORCHRUN, 'pytorch', 0, Launch(ENVIRONMENT, 3, 8, 1, ('10.1.2.3', 4242))),
+        ({'RANK': '3', 'WORLD_SIZE': '8'}, None, 2, Launch(ENVIRONMENT, 3, 8, 2)),
+        ({}, 'pytorch', 1, Launch(SINGLE, local_rank=1)),
+    ],
+)
+def test_the_originals_flags(environ, launcher, local_rank, expected):
+    assert detect(environ, launcher, local_rank) == expected
+
+
+@pytest.mark.parametrize(
+    ('environ', 'launcher', 'named'),
+    [
+        ({}, 'slurm', '--launcher slurm: srun did not start this process'),
+        (BATCH, 'slurm', '--launcher slurm: srun did not start this process'),
+        (SRUN, 'pytorch', '--launcher pytorch: Slurm started this process'),
+        (OMPI, 'pytorch', '--launcher pytorch: Open MPI started this process'),
+    ],
+)
+def test_another_launcher_than_the_flag_names_is_an_error(environ, launcher, named):
+    with pytest.raises(ConfigError, match=named):
+        detect(environ, launcher)
+
+
 def test_two_steps_of_slurm_have_other_ports():
     ports = {detect(SRUN | {'SLURM_STEP_ID': str(n)}).master[1] for n in range(5)}
     ports |= {detect(SRUN | {'SLURM_JOB_ID': str(n)}).master[1] for n in range(5000, 5050)}

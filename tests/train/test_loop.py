@@ -246,6 +246,8 @@ def test_the_launchers_own_flags_are_taken():
     )
     assert (args.local_rank, args.deepspeed_config) == (1, 'zero2')
     assert parse_args(['--cfg', 'x', '--local-rank', '3']).local_rank == 3
+    args = parse_args(['--cfg', 'x', '--local-rank', '0', '--launcher', 'slurm', '--use-zero'])
+    assert (args.launcher, args.local_rank, args.use_zero) == ('slurm', 0, True)
 
 
 @pytest.mark.parametrize('flag', ['--batchsize', '--batch', '--accumulation-step'])

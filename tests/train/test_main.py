@@ -15,7 +15,7 @@ from internvl_ds.train import loop
 @pytest.fixture
 def program(monkeypatch, tmp_path):
     """Runs the program with a training that ends as a test says; gives its status and its word."""
-    monkeypatch.setattr(process_group, 'init_distributed', lambda config: None)
+    monkeypatch.setattr(process_group, 'init_distributed', lambda config, **flags: None)
     monkeypatch.setattr(process_group, 'shutdown', lambda: None)
     monkeypatch.setattr(signals, 'end_at_interrupt', lambda: None)
     monkeypatch.setenv('INTERNVL_DS_RESULT', str(tmp_path / 'result'))

@@ -6,6 +6,7 @@ from argparse import Namespace
 import pytest
 import torch
 from torch import nn
+from yacs.config import CfgNode
 
 from internvl_ds.config.tree import default_config, find_config_file, get_config
 from internvl_ds.errors import ConfigError
@@ -27,6 +28,28 @@ class Levels(nn.Module):
 
 def levels(config):
     return Levels()
+
+
+def checkpointed(asked):
+    model = Levels()
+    model.with_cp = asked
+    return model
+
+
+def by_attribute(config):
+    return checkpointed(config.TRAIN.USE_CHECKPOINT)
+
+
+def by_item(config):
+    return checkpointed(config['TRAIN']['USE_CHECKPOINT'])
+
+
+def by_get(config):
+    return checkpointed(config.TRAIN.get('USE_CHECKPOINT'))
+
+
+def by_clone(config):
+    return checkpointed(config.clone().TRAIN.USE_CHECKPOINT)
 
 
 def no_module(config):
@@ -155,6 +178,11 @@ def test_activation_checkpointing_is_switched_on_or_refused(tmp_path):
     config.MODEL.FACTORY = 'tests.harness.training:brightness'
     with pytest.raises(ConfigError, match=r'TRAIN\.USE_CHECKPOINT True: Brightness'):
         build_model(config)
+    for name in ('attribute', 'item', 'get', 'clone'):
+        config.MODEL.FACTORY = f'tests.train.test_model:by_{name}'
+        assert build_model(config).with_cp
+    assert type(config.TRAIN) is CfgNode
+    assert 'reads' not in vars(config.TRAIN)
 
 
 def test_images_take_the_dtype_of_the_weights():

@@ -11,11 +11,13 @@ import torch
 from timm.optim import Lamb
 from timm.utils import ModelEma, ModelEmaV2, ModelEmaV3
 from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from internvl_ds import NativeScalerWithGradNormCount, get_grad_norm, initialize, register
 from internvl_ds.dist.rendezvous import rank, world_size
+from tests.engine.scheduling import caught_warnings
 from tests.engine.stepping import make_engine, masters, train_step
 from tests.harness.calls import message_of
 from tests.harness.model import make_config, make_model, make_sgd, micro_batch, zero_json
@@ -110,7 +112,16 @@ def _what_still_works(stage: int) -> dict[str, Any]:
         engine.backward(_loss(engine, step))
         norms.append(float(get_grad_norm(engine.parameters())))
         engine.step()
-    found = {'norms': norms, 'weights': masters(engine), 'critic': float(critic.weight.grad.norm())}
+    with caught_warnings() as told:
+        for _ in range(2):
+            engine.optimizer.consolidate_state_dict(to=0)
+            engine.basic_optimizer.consolidate_state_dict()
+    found = {
+        'norms': norms,
+        'weights': masters(engine),
+        'critic': float(critic.weight.grad.norm()),
+        'told': told,
+    }
     engine.destroy()
     return found
 
@@ -206,6 +217,11 @@ def _wrapped(stage: int) -> dict[str, str]:
                   **zero_json(stage)}  # fmt: skip
         register(deepspeed.initialize(model=model, optimizer=make_sgd(model), config=config)[0])
 
+    def sharded() -> None:
+        model = make_model()
+        client = ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)
+        initialize(make_config(DATA__BATCH_SIZE=8), model, client, zero_json(stage))
+
     engine, _ = make_engine(stage, 'fp32', sgd=True)
     outer = nn.Sequential(engine, nn.Linear(5, 5))
     found = {
@@ -226,6 +242,7 @@ def _wrapped(stage: int) -> dict[str, str]:
     model = make_model()
     before = DistributedDataParallel(model)
     initialize(make_config(DATA__BATCH_SIZE=8), model, make_sgd(model), zero_json(stage))
+    found['ZeRO of torch'] = message_of(sharded)
     found['DDP before'] = message_of(lambda: before(torch.ones(2, 12)))
     # A copy is a module of its own, with the ranks to itself.
     if stage < 3:

@@ -91,6 +91,7 @@ def markdown() -> str:
     """The table of the documentation: what an open field ('auto', or left out) takes."""
     rows = [(pair.pointer, pair.origin()) for pair in PAIRS if pair.rule != NAMED]
     rows += [(f'/fp16/{key}', f"GradScaler's: {value}") for key, value in GRAD_SCALER.items()]
+    rows.append(('/zero_optimization/stage', '1 with TRAIN.OPTIMIZER.USE_ZERO, else 0'))
     rows.append(('/zero_optimization/reduce_bucket_size', 'the trained elements, at most 5e8'))
     lines = (f'| `{pointer[1:].replace("/", ".")}` | {origin} |' for pointer, origin in rows)
     return '\n'.join(('| field | from |', '| --- | --- |', *lines))

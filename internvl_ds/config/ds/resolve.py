@@ -72,7 +72,9 @@ def resolve(
     """
     filling = Filling(ds_config)
     settle_batch(filling, config, world_size)
-    filling.fill('/zero_optimization/stage', 0, DEFAULT)
+    sharded = bool(get_option(config, 'TRAIN.OPTIMIZER.USE_ZERO'))
+    origin = 'TRAIN.OPTIMIZER.USE_ZERO' if sharded else DEFAULT
+    filling.fill('/zero_optimization/stage', int(sharded), origin)
     mode = precision_or_fault(filling.tree, config)
     if isinstance(mode, Diagnostic):
         filling.findings.append(mode)

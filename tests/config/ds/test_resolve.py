@@ -26,6 +26,15 @@ def test_what_ships_resolves_in_fp32_and_bf16(name):
     assert 'auto' not in json.dumps(low)
 
 
+@pytest.mark.parametrize(('stated', 'stage'), [(None, 1), ('auto', 1), (0, 0), (2, 2)])
+def test_use_zero_shards_the_optimizer_where_no_stage_is_stated(stated, stage):
+    tree = {} if stated is None else {'zero_optimization': {'stage': stated}}
+    got = ds.resolve(tree, make_config(TRAIN__OPTIMIZER__USE_ZERO=True), 2)
+    assert got.tree['zero_optimization']['stage'] == stage
+    origin = 'TRAIN.OPTIMIZER.USE_ZERO' if stage == 1 else 'the ds_config'
+    assert got.origins['/zero_optimization/stage'] == origin
+
+
 def test_auto_and_absent_fields_come_from_the_yacs_config():
     for tree in ({}, {'train_batch_size': 'auto', 'gradient_clipping': 'auto'}):
         got = _resolved(
