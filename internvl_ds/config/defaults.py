@@ -67,6 +67,10 @@ _C.TRAIN.MAX_CONSECUTIVE_OVERFLOWS = 25
 # (new) The training program saves ckpt_epoch_overflow before that error.
 _C.TRAIN.SAVE_ON_OVERFLOW = False
 _C.TRAIN.USE_CHECKPOINT = False  # activation checkpointing
+# (new) For training at ZeRO stage 3: whether the model is built in slices, with at most 1/N of the
+# weights and the largest of them on each of N ranks: 'auto' from 2 GiB (float32) on, 'always',
+# 'never'. The numbers are the same.
+_C.TRAIN.SHARDED_BUILD = 'auto'
 # (new) Save inside an epoch, as ckpt_epoch_E_step_S: every so many updates, and at the first update
 # that ends so many minutes after the last save; 0: not.
 _C.TRAIN.SAVE_STEPS = 0

@@ -18,6 +18,7 @@ from internvl_ds.zero.parameters import (
     unwritable,
     whole_shape,
 )
+from internvl_ds.zero.sharded_build import settle
 
 _HEAD_SCALE = 0.001
 
@@ -28,6 +29,7 @@ def require_writable(model: nn.Module, caller: str) -> None:
     Raises:
         PretrainedError: saying what to do instead.
     """
+    settle()
     if _has_engine(model):
         raise PretrainedError(
             f'call {caller} before initialize: this {type(model).__name__} belongs to a DeepSpeed '

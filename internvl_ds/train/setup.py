@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
@@ -33,7 +34,7 @@ from internvl_ds.dist.rendezvous import exchange, from_rank_0, rank, world_size
 from internvl_ds.engine.ema import ShardedEma
 from internvl_ds.engine.grad_scaler import NativeScalerWithGradNormCount
 from internvl_ds.engine.initialize import initialize
-from internvl_ds.errors import ConfigError
+from internvl_ds.errors import ConfigError, few
 from internvl_ds.files import for_show
 from internvl_ds.train.data import Loaders, build_loaders, order_of, seed_everything
 from internvl_ds.train.log import write_config
@@ -53,6 +54,10 @@ from internvl_ds.utils import (
     load_ema_checkpoint,
     load_pretrained,
 )
+from internvl_ds.zero.parameters import whole_numel
+from internvl_ds.zero.sharded_build import ShardedBuild, choose_build
+
+_HALVES = {ds.FP16: torch.float16, ds.BF16: torch.bfloat16}
 
 DsConfig = str | Path | Mapping[str, Any] | None
 
@@ -117,13 +122,14 @@ def setup(config: CfgNode, ds_config: DsConfig, logger: logging.Logger) -> Run:
     _share_cores(config)
     loaders = build_loaders(config, rank(), world_size())
     seed_everything(config.SEED)  # the same weights on every rank
-    model = build_model(config)
+    model, build = _build(config, choose_build(config, resolution.tree) if trains else None)
     seed_everything(config.SEED + rank())
-    sizes = {p: p.numel() / 1e6 for p in model.parameters()}
+    sizes = {p: whole_numel(p) / 1e6 for p in model.parameters()}
     trained = sum(size for p, size in sizes.items() if p.requires_grad)
     name = config.MODEL.FACTORY or config.MODEL.NAME
     logger.info(
         f'model {name}: {sum(sizes.values()):.2f} M parameters, {trained:.2f} M of them trained'
+        f'{f", built in {world_size()} slices" if build else ""}'
     )
     if config.THROUGHPUT_MODE:  # any weights are as fast
         engine = _inference_engine(config, model, resolution)
@@ -134,7 +140,31 @@ def setup(config: CfgNode, ds_config: DsConfig, logger: logging.Logger) -> Run:
         load_pretrained(config, model, logger)
     if config.EVAL_MODE:
         return _setup_evaluation(config, model, resolution, loaders, logger)
+    if build is not None:
+        build.cast(model, _HALVES.get(ds.precision_of(resolution.tree)))
     return _setup_training(config, model, resolution, loaders, logger)
+
+
+def _build(config: CfgNode, build: ShardedBuild | None) -> tuple[nn.Module, ShardedBuild | None]:
+    """The model, and what built it in slices, if anything has.
+
+    Raises:
+        ConfigError: where ranks have built other weights, of which slices would be a mixture.
+    """
+    with build or contextlib.nullcontext():
+        model = build_model(config)
+    if build is None or not build.finish(model):
+        return model, None
+    timeout = config.CHECKPOINT.RENDEZVOUS_TIMEOUT
+    digests = exchange('weights as built', build.digest(model), timeout)
+    others = [r for r, digest in enumerate(digests) if digest != digests[0]]
+    if others:
+        raise ConfigError(
+            f'ranks {few(others)} have built other weights than rank 0, with the same seed: have '
+            "MODEL.FACTORY draw from torch's, numpy's or random's generators alone, or set "
+            "TRAIN.SHARDED_BUILD 'never', which takes those of rank 0"
+        )
+    return model, build
 
 
 def _setup_training(

@@ -239,6 +239,7 @@ def test_keys_that_the_original_lacks_are_these():
         'TRAIN.MAX_CONSECUTIVE_OVERFLOWS',
         'TRAIN.PREEMPT_EXIT_CODE',
         'TRAIN.SAVE_MINUTES',
+        'TRAIN.SHARDED_BUILD',
         'TRAIN.SAVE_ON_OVERFLOW',
         'TRAIN.SAVE_STEPS',
         'TRAIN.TRACEBACK',

@@ -13,7 +13,7 @@ from internvl_ds.config.ds import resolve as ds
 from internvl_ds.tools.plan.activations import Step, Timeline, watch_step
 from internvl_ds.tools.plan.layout import Layout, layout_of
 from internvl_ds.tools.plan.sizes import Sizes, meta_model, sizes_of, with_recompute
-from internvl_ds.tools.plan.static_memory import Parts, kept, kept_on_host
+from internvl_ds.tools.plan.static_memory import Parts, built_bytes, kept, kept_on_host
 from internvl_ds.tools.plan.transient_memory import in_backward, in_update, in_update_on_host
 from internvl_ds.train.data import build_mixup
 from internvl_ds.train.loop import build_criterion
@@ -110,7 +110,7 @@ class Planner:
             micro_batch=layout.micro_batch,
             device=stays.total + max(passes.total, update),
             host=host.total + in_update_on_host(sizes, layout),
-            build=4 * (sizes.parameters + sizes.float_buffers) + sizes.other_buffers,
+            build=built_bytes(sizes, layout, self._config.TRAIN.SHARDED_BUILD),
             parts=parts,
             kept=stays,
             host_parts=host,

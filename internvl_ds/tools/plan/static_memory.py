@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from internvl_ds.tools.plan.layout import Layout
 from internvl_ds.tools.plan.sizes import Sizes
+from internvl_ds.zero.sharded_build import ALWAYS, AUTO, LIMIT
 
 FP32_BYTES = 4
 
@@ -91,6 +92,22 @@ def kept_on_host(sizes: Sizes, layout: Layout, ema: bool) -> Parts:
         optimizer = sum(masters) + _moments(sizes, layout)
         average = FP32_BYTES * owned if ema else 0
     return Parts(weights, gradients, optimizer, buffers, average)
+
+
+def built_bytes(sizes: Sizes, layout: Layout, sharded_build: str) -> int:
+    """In each rank's memory while the model is built, in float32.
+
+    Args:
+        sharded_build: TRAIN.SHARDED_BUILD.
+    """
+    whole, buffers = FP32_BYTES * sizes.parameters, FP32_BYTES * sizes.float_buffers
+    sharded = sharded_build == ALWAYS or (sharded_build == AUTO and whole > LIMIT)
+    if layout.stage == 3 and sharded:
+        slices = sum(math.ceil(n / layout.ranks) for n in all_parameters(sizes))
+        at_first = LIMIT if sharded_build == AUTO else 0  # until it is known that there are more
+        largest = max(all_parameters(sizes))
+        whole = max(FP32_BYTES * (slices + largest), at_first + FP32_BYTES * largest)
+    return whole + buffers + sizes.other_buffers
 
 
 def shard(sizes: Sizes, layout: Layout) -> int:
