@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -11,11 +12,13 @@ import timm
 import torch
 from torch import nn
 
+from internvl_ds import load_pretrained
 from internvl_ds.dist.rendezvous import rank
 from internvl_ds.zero.parameters import is_sharded, local_values
 from internvl_ds.zero.sharded_build import ShardedBuild
 from tests.bench.memory import peak_growth
 from tests.harness.calls import message_of
+from tests.harness.model import make_config
 
 STAGE_3 = {'zero_optimization': {'stage': 3}}
 
@@ -58,7 +61,12 @@ class Odd(nn.Module):
 
 
 def build(name: str) -> nn.Module:
-    """A model of timm by name, or `Odd`."""
+    """A model of timm by name, `Odd`, or one whose constructor loads weights from a path."""
+    if name.endswith('.pth'):
+        model = nn.Sequential(nn.Linear(700, 300), nn.Linear(300, 40))
+        load_pretrained(make_config(MODEL__PRETRAINED=name), model, logging.getLogger('test'))
+        nn.init.trunc_normal_(model[1].bias)
+        return model
     return Odd() if name == 'odd' else timm.create_model(name, num_classes=10)
 
 

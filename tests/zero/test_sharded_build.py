@@ -1,6 +1,8 @@
 """A build in slices gives the numbers of a whole build, bit for bit, in 1/N of its memory."""
 
 import pytest
+import torch
+from torch import nn
 
 from internvl_ds.config.tree import default_config
 from internvl_ds.errors import ConfigError
@@ -14,7 +16,10 @@ MODELS = ['odd', 'vit_tiny_patch16_224', 'swin_tiny_patch4_window7_224']
 @pytest.mark.first
 @pytest.mark.ranks
 def test_the_numbers_are_those_of_a_whole_build(tmp_path):
-    for result in run_ranks(sharding.compare, 2, tmp_path, names=MODELS):
+    model = nn.Sequential(nn.Linear(700, 300), nn.Linear(300, 40))
+    torch.save(model.state_dict(), tmp_path / 'weights.pth')
+    names = [*MODELS, str(tmp_path / 'weights.pth')]
+    for result in run_ranks(sharding.compare, 2, tmp_path, names=names):
         for name, got in result.items():
             assert got['finished'], name
             assert got['wrong'] == [], name

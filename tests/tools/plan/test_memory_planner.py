@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from internvl_ds.tools.plan.layout import bucket_elements, layout_of
 from internvl_ds.tools.plan.memory_planner import Planner
 from internvl_ds.tools.plan.options import ALL, NONE, OPTIMIZER, Machine, choose, options, variant
 from internvl_ds.tools.plan.sizes import Sizes, meta_model, sizes_of
-from internvl_ds.tools.plan.static_memory import kept, kept_on_host
+from internvl_ds.tools.plan.static_memory import built_bytes, kept, kept_on_host
 from internvl_ds.tools.plan.transient_memory import in_backward, in_update
 from internvl_ds.train.model import build_model
 from tests.harness.ranks import ROOT, base_env
@@ -70,6 +71,28 @@ class TestQuantities:
         assert parse_rate('2GB/s') == 2 * 10**9
         with pytest.raises(argparse.ArgumentTypeError, match='2GB/s'):
             parse_rate('2GB')
+
+
+class TestBuild:
+    @pytest.mark.parametrize(
+        ('stage', 'build', 'elements'),
+        [
+            (3, 'always', 2 + 1 + 1 + 1 + 5),  # slices for 4 ranks, and the largest
+            (2, 'auto', 13),
+            (3, 'never', 13),
+            (3, 'auto', 13),  # less than 2 GiB
+        ],
+    )
+    def test_each_rank_has_its_slices_and_the_largest_tensor(self, stage, build, elements):
+        sizes = Sizes(((5, 4),), (3, 1), float_buffers=5, other_buffers=7, moments=2.0,
+                      largest_module=5)  # fmt: skip
+        layout = SimpleNamespace(stage=stage, ranks=4)
+        assert built_bytes(sizes, layout, build) == 4 * (elements + 5) + 7
+
+    def test_a_big_model_is_built_so_by_itself(self):
+        sizes = Sizes(((1 << 30, 1 << 20),), (), 0, 0, 2.0, 1 << 30)
+        got = built_bytes(sizes, SimpleNamespace(stage=3, ranks=8), 'auto')
+        assert got == max(4 * ((1 << 27) + (1 << 17) + (1 << 30)), (2 << 30) + 4 * (1 << 30))
 
 
 class TestSizes:
