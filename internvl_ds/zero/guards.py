@@ -73,14 +73,14 @@ def require_real(model: nn.Module) -> None:
         )
 
 
-def require_unsharded(optimizer: torch.optim.Optimizer | None) -> None:
+def require_unsharded(client: torch.optim.Optimizer | None) -> None:
     """Refuses torch's own ZeRO, which an engine would step and shard once more.
 
     Raises:
         ConfigError: says what to write.
     """
-    if isinstance(optimizer, ZeroRedundancyOptimizer):
-        inner = type(optimizer.optim).__name__
+    if isinstance(client, ZeroRedundancyOptimizer):
+        inner = type(client.optim).__name__
         raise ConfigError(
             f'the optimizer is a ZeroRedundancyOptimizer around {inner}: give initialize the '
             f'{inner} itself, and ZeRO stage 1, 2 or 3 in the ds_config (stage 1 is what '

@@ -66,7 +66,7 @@ def _require_weights(
 
 
 @pytest.mark.parametrize('skipped', [True, False])
-def test_a_skipped_update_moves_the_loss_scale_and_not_the_schedule(monkeypatch, skipped):
+def test_a_skipped_update_moves_the_loss_scale_and_is_told_to_the_schedule(monkeypatch, skipped):
     """The order of one update, without an engine."""
     calls, scale = [], LossScale(scale=64.0, growth_interval=1)
     engine = SimpleNamespace(
@@ -81,12 +81,12 @@ def test_a_skipped_update_moves_the_loss_scale_and_not_the_schedule(monkeypatch,
     registration = SimpleNamespace(wrapper=wrapper, overflow_limit=0, accumulation=accumulation)
     for name, stand_in in {
         'registration_of': lambda engine: registration,
-        'step_scheduler': lambda engine: calls.append('schedule'),
+        'step_scheduler': lambda engine, was_skipped: calls.append(('schedule', was_skipped)),
     }.items():
         monkeypatch.setattr(grad_scaler, name, stand_in)
     scaler = NativeScalerWithGradNormCount()
     assert scaler._update(engine, 0.0) == 64.0  # the scale of this update, not of the next
-    assert calls == ([('push', 32.0)] if skipped else [('push', 128.0), 'schedule'])
+    assert calls == [('push', 32.0 if skipped else 128.0), ('schedule', skipped)]
     assert scaler.step_was_skipped is skipped
     assert scaler._watch.in_a_row == skipped
 

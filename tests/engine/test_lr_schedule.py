@@ -58,6 +58,13 @@ def test_the_originals_loop_counts_from_zero_and_skipped_updates_too():
         assert torchs.scheduler.last_epoch == come - 1
 
 
+@pytest.mark.parametrize('counts', ['updates', 'micro-batches'])
+def test_a_skipped_update_does_not_move_a_scripts_schedule(counts):
+    schedule, _ = make(counts=counts)
+    assert not schedule.is_due(skipped=True, whole=True)
+    assert schedule.is_due(skipped=False, whole=False)
+
+
 def test_torchs_steps_are_counted():
     schedule, groups = make('torch', 'micro-batches')
     for updates, come in ((1, 4), (2, 7), (3, 8)):  # the second group was short

@@ -115,6 +115,12 @@ TABLE = [
     Names(PARTITION, MARKS, 'parameters',
           'ds_id ds_shape ds_numel ds_tensor ds_status ds_process_group ds_secondary_tensor '
           'convert_to_zero_parameters', '0.18.9'),
+    Names(PARTITION, MARKS, 'sharded_build',
+          'ds_tensor ds_shape ds_status ds_process_group', '0.19.8'),
+    Names(PARTITION, 'Init', 'sharded_build',
+          '_convert_to_deepspeed_param local_device remote_device', '0.19.8'),
+    Names(PARTITION, 'InsertPostInitMethodToModuleSubClasses', 'sharded_build',
+          'mem_efficient_linear _enable_mem_efficient_linear', '0.19.8'),
     Names('utils/mixed_precision_linkage.py', MARKS, 'parameters', '_hp_mapping', '0.18.9'),
 ]  # fmt: skip
 
