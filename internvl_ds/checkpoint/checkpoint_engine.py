@@ -16,6 +16,9 @@ from internvl_ds.checkpoint.formats.ema_files import with_identity
 from internvl_ds.checkpoint.formats.shard_files import read_shard
 from internvl_ds.checkpoint.formats.snapshot import Snapshot, tensor_bytes
 from internvl_ds.checkpoint.formats.zero_shards import TagShards
+from internvl_ds.checkpoint.frozen import frozen_file
+from internvl_ds.checkpoint.frozen.frozen_file import FrozenFile
+from internvl_ds.checkpoint.frozen.sharing import Seen, Sharing
 from internvl_ds.checkpoint.tag.hashing import save_safetensors, save_tensors
 from internvl_ds.checkpoint.tag.manifest import FileEntry, Identity
 from internvl_ds.engine.ema_shard import EmaFile
@@ -34,6 +37,8 @@ class ShardWriter(CheckpointEngine):
         written: path -> size and digest, of the files of this save.
         error: the first failure of this save.
         last_size: bytes that this rank wrote in its last whole save; None before one.
+        sharing: how this save keeps frozen parameters apart; None where each tag holds them.
+        seen: what it may trust of earlier saves.
     """
 
     def __init__(self) -> None:
@@ -43,15 +48,19 @@ class ShardWriter(CheckpointEngine):
         self.written: dict[Path, FileEntry] = {}
         self.error: Exception | None = None
         self.last_size: int | None = None
+        self.sharing: Sharing | None = None
+        self.seen: Seen = set()
         self._collects = self._in_background = False
         self._collected: list[tuple[Path, Any]] = []
         self._deferred: list[Callable[[], None]] = []
         self._snapshot = Snapshot()
         self._opened: dict[Path, Any] = {}
 
-    def begin(self, identity: Identity, *, in_background: bool) -> None:
+    def begin(
+        self, identity: Identity, *, in_background: bool, sharing: Sharing | None = None
+    ) -> None:
         """Begins a save, which `finish` or `forget` ends; one in the background collects copies."""
-        self.identity = identity
+        self.identity, self.sharing = identity, sharing
         self.error = None
         self.written = {}
         self.forget()
@@ -79,10 +88,13 @@ class ShardWriter(CheckpointEngine):
             self._write(state_dict, Path(path))
             return
         try:
-            if self._in_background:
+            parts = [(Path(path), state_dict)]
+            if self.sharing is not None:
+                parts = self.sharing.parts(state_dict, Path(path))
+            for place, value in parts:
                 # An EmaFile is a tuple of a name, tensors and metadata: it is copied as one.
-                state_dict = self._snapshot.copy(state_dict)
-            self._collected.append((Path(path), state_dict))
+                kept = self._snapshot.copy(value) if self._in_background else value
+                self._collected.append((place, kept))
         except Exception as error:
             self.error = self.error or error
 
@@ -105,7 +117,9 @@ class ShardWriter(CheckpointEngine):
 
     def _write(self, value: Any, path: Path) -> None:
         try:
-            if isinstance(value, EmaFile):
+            if isinstance(value, FrozenFile):
+                frozen_file.write(value, path)
+            elif isinstance(value, EmaFile):
                 metadata = with_identity(value.metadata, self.identity)
                 self.written[path] = save_safetensors(value.tensors, path, metadata)
             else:
@@ -125,7 +139,9 @@ class ShardWriter(CheckpointEngine):
     def load(self, path: str | Path, map_location: Any = None) -> Any:
         """Reads one shard as data, mapped into memory; what is no data is refused."""
         opened = self._opened.get(Path(path))
-        return read_shard(path, mmap=True) if opened is None else opened
+        if opened is None:  # a script calls DeepSpeed's own load
+            opened = frozen_file.joined(Path(path).parent, Path(path), read_shard(path, mmap=True))
+        return opened
 
     def close(self) -> None:
         """Lets go of what was opened."""

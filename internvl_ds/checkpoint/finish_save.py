@@ -12,9 +12,17 @@ from internvl_ds.checkpoint.checkpoint_engine import ShardWriter
 from internvl_ds.checkpoint.formats.state_json import state_text
 from internvl_ds.checkpoint.proof import Wanted, prove
 from internvl_ds.checkpoint.tag import commit
-from internvl_ds.checkpoint.tag.discovery import file_sizes
+from internvl_ds.checkpoint.tag.discovery import sizes_of
 from internvl_ds.checkpoint.tag.hashing import flush_and_hash, write_hashed
-from internvl_ds.checkpoint.tag.manifest import LOOP_FILE, STATE_FILE, FileEntry, Header, Manifest
+from internvl_ds.checkpoint.tag.manifest import (
+    FORMAT_APART,
+    LOOP_FILE,
+    STATE_FILE,
+    FileEntry,
+    Header,
+    Manifest,
+    is_shared,
+)
 from internvl_ds.checkpoint.tag.output_lock import note_save
 from internvl_ds.checkpoint.tag.retention import Policy
 from internvl_ds.checkpoint.tag.trash import MARK
@@ -110,9 +118,10 @@ def _write_own_files(save: Save) -> dict[str, Any]:
 
 
 def _named(save: Save) -> dict[str, FileEntry]:
-    """The files that this rank wrote, by their names in the tag."""
-    written = save.writer.written
-    return {str(path.relative_to(save.staging_path)): entry for path, entry in written.items()}
+    """The files of this rank, by their names in the tag."""
+    written, sharing = save.writer.written, save.writer.sharing
+    named = {str(path.relative_to(save.staging_path)): entry for path, entry in written.items()}
+    return named if sharing is None else {**named, **sharing.files}
 
 
 def _write_text(save: Save, name: str, text: str) -> None:
@@ -129,10 +138,13 @@ def _commit(save: Save, reports: list[dict[str, Any]] | None) -> None:
         raise CheckpointError(not_saved + '; '.join(f'rank {r}: {e}' for r, e in failed.items()))
     files = {n: FileEntry(*e) for report in reports for n, e in report['files'].items()}
     try:
-        sizes = file_sizes(save.staging_path)
+        sizes = sizes_of(save.staging_path, files)
         commit.require_files(save.staging, files, sizes)
         for name in sizes.keys() - files.keys() - {MARK}:  # what DeepSpeed wrote by itself
             files[name] = flush_and_hash(save.staging_path / name)
+        if any(map(is_shared, files)):
+            save.header['frozen'] = {'kept': 'once', 'output': str(save.output)}
+            save.header['format'] = FORMAT_APART
         header = Header(
             tag=save.tag,
             sequence=commit.next_sequence(save.output),

@@ -18,8 +18,10 @@ from internvl_ds.checkpoint.formats.ema_files import open_safetensors
 from internvl_ds.checkpoint.formats.outline import outline
 from internvl_ds.checkpoint.formats.state_json import read_state
 from internvl_ds.checkpoint.formats.zero_shards import TagShards, masters_in
+from internvl_ds.checkpoint.frozen.frozen_file import joined
 from internvl_ds.checkpoint.restore import model_shapes
 from internvl_ds.checkpoint.tag.manifest import file_rank
+from internvl_ds.checkpoint.tag.places import place_of
 from internvl_ds.errors import CheckpointError, few
 from internvl_ds.zero.partition import Layout
 from internvl_ds.zero.wrapper import Wrapper
@@ -61,14 +63,14 @@ def prove(staging: Path, names: Iterable[str], wanted: Wanted) -> None:
     """
     opened: dict[Path, Any] = {}
     for name in sorted(names):
-        path = staging / name
+        path = place_of(staging, name)
         if name.endswith('.json'):
             read_state(path)
         elif name.endswith('.safetensors'):
             with open_safetensors(path):
                 pass
         elif name.endswith('.pt'):
-            opened[path] = outline(path)
+            opened[path] = joined(staging, path, outline(path))
     for path, content in opened.items():
         if path.name.endswith('_optim_states.pt') and wanted.layout is not None:
             _prove_partition(path, content, wanted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import json
@@ -24,6 +25,7 @@ from internvl_ds.checkpoint.finish_save import Save, abandon, finish
 from internvl_ds.checkpoint.formats.ema_tensors import ema_file
 from internvl_ds.checkpoint.formats.rng import rng_state
 from internvl_ds.checkpoint.formats.snapshot import tensor_bytes
+from internvl_ds.checkpoint.frozen.sharing import frozen_bytes, keeps_once, sharing
 from internvl_ds.checkpoint.optimizer_state import optimizer_name
 from internvl_ds.checkpoint.proof import wanted_of
 from internvl_ds.checkpoint.tag import commit
@@ -110,7 +112,7 @@ def save_checkpoint(
     _warn(save, engine, config)
     try:
         state = functools.partial(_state, save, engine, values, lr_scheduler, scaler)
-        _stage(save, wrapper, average, state, loop)
+        _stage(save, wrapper, average, state, loop, keeps_once(config))
     except BaseException:
         abandon(save)
         raise
@@ -230,6 +232,8 @@ def _begin(save: Save, wrapper: Wrapper, average: EmaFile | None, config: CfgNod
     size = save.writer.last_size
     if size is None:
         size = tensor_bytes([*wrapper.saved_tensors(rank()), average])
+        if keeps_once(config):  # maybe they are there: a disk that is full for them says so
+            size -= frozen_bytes(wrapper)
     own = [save.tag, save.header['epoch'], str(config.OUTPUT), save.in_background]
     calls = exchange('save_checkpoint', [own, size], timeout)
     if any(call[0] != calls[0][0] for call in calls):
@@ -271,11 +275,13 @@ def _stage(
     average: EmaFile | None,
     state: Callable[[], dict[str, Any]],
     loop: Any,
+    once: bool,
 ) -> None:
     """Collects this rank's files. What fails is kept, for all ranks to hear of later."""
     writer = save.writer
     identity = Identity(save.tag, save.header['save'], rank())
-    writer.begin(identity, in_background=save.in_background)
+    apart = sharing(wrapper, save.output, save.staging_path, writer.seen) if once else None
+    writer.begin(identity, in_background=save.in_background, sharing=apart)
     if not save.staging_path.is_dir():
         writer.error = CheckpointError(
             f'{save.staging_path}: made by rank 0, and not there for this rank: OUTPUT must be one '
@@ -284,6 +290,7 @@ def _stage(
     # Meets in barriers: every rank calls it, whatever has happened.
     with (
         wrapper.saving(writer.defer),
+        wrapper.handing_over_fragments() if once else contextlib.nullcontext(),
         # What is on NVMe is copied to the tag between barriers.
         collectives_within(save.io_timeout if wrapper.kept_on_nvme() else 0),
     ):

@@ -136,6 +136,14 @@ _C.CHECKPOINT.KEEP_EVERY = 0
 # How many tags saved inside an epoch stay; the one saved last always does.
 _C.CHECKPOINT.KEEP_STEPS = 1
 
+# What a tag does with the parameters that the optimizer does not train.
+# 'keep': each tag holds them. The default, because such a tag is whole by itself, and plain
+#     DeepSpeed's load_checkpoint takes it as it is; a tag is as large as the model then.
+# 'once': they stand in a file that all tags of OUTPUT with the same values share, by hard links:
+#     one on disk, whole in each tag and in a copy of one (where the file system has no links, next
+#     to the tags). Plain DeepSpeed loads the rest, with load_module_strict=False.
+_C.CHECKPOINT.FROZEN = 'keep'
+
 # Let several jobs write into one OUTPUT, where tags, metrics and retention of all are then one.
 _C.CHECKPOINT.SHARED_OUTPUT = False
 # Seconds that a job waits for another one that still writes into its OUTPUT, before it is an error.

@@ -16,6 +16,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 from yacs.config import CfgNode
 
+from internvl_ds.config.choices import frozen_of
 from internvl_ds.config.counts import require_counts
 from internvl_ds.config.ds import resolve as ds
 from internvl_ds.config.ds.check import examine, require_right
@@ -81,6 +82,7 @@ def initialize(
         ConfigError: for settings that disagree or that this version cannot train right.
     """
     require_counts(config, ('SAVE_CKPT_NUM', 'CHECKPOINT'))
+    frozen_of(config)
     for require in (require_bare, require_real, require_sendable, require_plain_state):
         require(model)
     require_unit(lr_scheduler, schedule_in)

@@ -13,7 +13,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from internvl_ds.zero.loss_scale import LossScale
 from internvl_ds.zero.loss_scale_sync import configured_scale
 from internvl_ds.zero.module_state import shapes_of_buffers, tied_names
-from internvl_ds.zero.parameters import whole_numel
+from internvl_ds.zero.parameters import local_values, whole_numel
 from internvl_ds.zero.partition import Layout
 
 _CLASS_HAS_IT = object()
@@ -243,6 +243,19 @@ class Wrapper:
             replaced(engine, '_copy_recovery_script', lambda at: defer(lambda: copy(at))),
             replaced(engine, '_get_shared_params', lambda: tied),
         ):
+            yield
+
+    @contextmanager
+    def handing_over_fragments(self) -> Iterator[None]:
+        """Around ``engine.save_checkpoint``: of frozen parameters it gives no copies, but views.
+
+        DeepSpeed copies all of them to the host, on each rank at stage 2 too.
+        """
+
+        def view(parameter: Any) -> torch.Tensor:
+            return local_values(parameter).detach()
+
+        with replaced(self.engine, '_get_param_fragment_func', view):
             yield
 
     @contextmanager

@@ -209,6 +209,7 @@ def test_keys_that_the_original_lacks_are_these():
         'BENCH.UPDATES',
         'BENCH.WARMUP',
         'CHECKPOINT.ASYNC',
+        'CHECKPOINT.FROZEN',
         'CHECKPOINT.IO_TIMEOUT',
         'CHECKPOINT.KEEP_BEST',
         'CHECKPOINT.KEEP_EVERY',

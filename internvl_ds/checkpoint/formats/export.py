@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import mmap
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -19,6 +18,7 @@ from yacs.config import CfgNode
 from internvl_ds.checkpoint.formats.client_state import saved_state
 from internvl_ds.checkpoint.formats.ema_files import EmaFiles
 from internvl_ds.checkpoint.formats.ema_tensors import ema_flats
+from internvl_ds.checkpoint.formats.tensor_files import safetensors_header
 from internvl_ds.checkpoint.formats.zero_shards import TagShards
 from internvl_ds.checkpoint.sources.open_weights import open_weights
 from internvl_ds.engine.param_groups import PER_GROUP_LISTS
@@ -27,12 +27,6 @@ from internvl_ds.files import replacing
 from internvl_ds.files.reading import parse_yaml
 from internvl_ds.zero.lazy_tensor import Flat, NamedState
 from internvl_ds.zero.loss_scale import LossScale
-
-_SAFETENSORS_DTYPES = {
-    torch.float64: 'F64', torch.float32: 'F32', torch.float16: 'F16', torch.bfloat16: 'BF16',
-    torch.int64: 'I64', torch.int32: 'I32', torch.int16: 'I16', torch.int8: 'I8',
-    torch.uint8: 'U8', torch.bool: 'BOOL',
-}  # fmt: skip
 
 
 def write_original(tag: Path, target: Path) -> None:
@@ -232,18 +226,9 @@ def _size(flat: Flat, dtype: torch.dtype) -> int:
 def _write_safetensors(
     file: IO[bytes], flats: Mapping[str, Flat], dtype: torch.dtype, classes: list[str] | None
 ) -> None:
-    """The format is 8 bytes of length, a JSON header, and the tensors' bytes one after another."""
     named = {'class_names': json.dumps(classes)} if classes else {}  # metadata is text only
-    header: dict[str, Any] = {'__metadata__': {'format': 'pt', **named}}
-    offset = 0
-    for name, flat in flats.items():
-        end = offset + _size(flat, dtype)
-        kind = _SAFETENSORS_DTYPES[_dtype_in_file(flat, dtype)]
-        header[name] = {'dtype': kind, 'shape': list(flat.shape), 'data_offsets': [offset, end]}
-        offset = end
-    text = json.dumps(header).encode()
-    text += b' ' * (-len(text) % 8)
-    file.write(struct.pack('<Q', len(text)) + text)
+    kinds = {name: (_dtype_in_file(flat, dtype), flat.shape) for name, flat in flats.items()}
+    file.write(safetensors_header(kinds, {'format': 'pt', **named}))
     for flat in flats.values():
         if flat.numel:
             tensor = flat.whole(_dtype_in_file(flat, dtype)).contiguous()

@@ -16,6 +16,7 @@ import torch
 
 from internvl_ds.checkpoint.formats.allowed import reason_of, refused_class
 from internvl_ds.checkpoint.formats.tensor_files import load_torch
+from internvl_ds.checkpoint.frozen.frozen_file import joined
 from internvl_ds.checkpoint.tag.discovery import file_sizes, read_manifest
 from internvl_ds.checkpoint.tag.identity import (
     is_first_optim,
@@ -120,7 +121,7 @@ class ShardFiles:
                 )
             if self._header is not None:
                 require_identity(path, content.get(Identity.KEY), self._header)
-            self._opened[path] = content
+            self._opened[path] = joined(self.tag, path, content)
         return self._opened[path]
 
     def _stage_in(self, name: str) -> int:

@@ -7,12 +7,14 @@ the errors of `internvl_ds.files.reading`, or of the library.
 
 from __future__ import annotations
 
+import json
+import math
 import mmap
 import os
 import pickletools
 import struct
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,11 @@ from safetensors import safe_open
 from internvl_ds.checkpoint.formats.allowed import allowing
 from internvl_ds.files.reading import Unreadable, open_data, require_bounded
 
+SAFETENSORS_DTYPES = {
+    torch.float64: 'F64', torch.float32: 'F32', torch.float16: 'F16', torch.bfloat16: 'BF16',
+    torch.int64: 'I64', torch.int32: 'I32', torch.int16: 'I16', torch.int8: 'I8',
+    torch.uint8: 'U8', torch.bool: 'BOOL',
+}  # fmt: skip
 _ZIP_MAGIC = b'PK\x03\x04'
 _LOCAL_HEADER = struct.Struct('<26xHH')
 # The largest pickle of a file, its steps (50,000 tensors have so many), the largest header.
@@ -75,6 +82,29 @@ def open_safetensors(path: Path | str) -> Iterator[Any]:
             raise Unreadable(f'its header has {length} bytes, and up to {_HEADER_BYTES} are read')
     with safe_open(path, 'pt') as opened:
         yield opened
+
+
+def safetensors_header(
+    tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str]
+) -> bytes:
+    """The front of a file, which the tensors' bytes follow, one after another.
+
+    It is 8 bytes of length and JSON. The same arguments give the same bytes.
+
+    Args:
+        tensors: name -> dtype and shape, in the order of their bytes.
+        metadata: text only.
+    """
+    header: dict[str, Any] = {'__metadata__': dict(metadata)}
+    offset = 0
+    for name, (dtype, shape) in tensors.items():
+        end = offset + math.prod(shape) * dtype.itemsize
+        kind = SAFETENSORS_DTYPES[dtype]
+        header[name] = {'dtype': kind, 'shape': list(shape), 'data_offsets': [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b' ' * (-len(text) % 8)
+    return struct.pack('<Q', len(text)) + text
 
 
 def load_safetensors(path: Path | str) -> dict[str, torch.Tensor]:

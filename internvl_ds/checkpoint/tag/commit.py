@@ -30,6 +30,7 @@ from internvl_ds.checkpoint.tag.discovery import (
 from internvl_ds.checkpoint.tag.manifest import FILE_NAME, FileEntry, Manifest, wrong_files
 from internvl_ds.checkpoint.tag.owner import let_go, open_lock, this_process
 from internvl_ds.checkpoint.tag.retention import EpochTag, Policy, later_tags, tags_to_prune
+from internvl_ds.checkpoint.tag.shared import remove_unneeded
 from internvl_ds.checkpoint.tag.sweep import LOCK, STAGING, sweep
 from internvl_ds.checkpoint.tag.trash import MARK, discard, unlink
 from internvl_ds.errors import CheckpointError, few
@@ -85,6 +86,7 @@ def begin(output: Path, tag: str, *, age: float | None = None) -> Staging:
     """
     output.mkdir(parents=True, exist_ok=True)
     sweep(output, age=age)
+    remove_unneeded(output)
     final = output / tag
     # Whether it is there last: another process may have removed it meanwhile.
     if not is_tag(final) and not _is_empty(final) and os.path.lexists(final):
@@ -236,6 +238,7 @@ def remove(output: Path, goes: Sequence[EpochTag]) -> tuple[list[str], list[str]
         done = discard(output / tag.name)
         if done is not None:
             (removed if done else failed).append(tag.name)
+    remove_unneeded(output)
     return removed, failed
 
 

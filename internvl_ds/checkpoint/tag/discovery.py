@@ -10,12 +10,13 @@ import contextlib
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from internvl_ds.checkpoint.tag import manifest as manifests
 from internvl_ds.checkpoint.tag.manifest import FILE_NAME, Header, Manifest, epoch_of
+from internvl_ds.checkpoint.tag.places import place_of
 from internvl_ds.checkpoint.tag.retention import EpochTag
 from internvl_ds.errors import CheckpointError, CheckpointNotFound, brief, shown
 from internvl_ds.files.reading import JSON_BYTES, NAME_BYTES, Unreadable, open_data, read_text
@@ -228,6 +229,15 @@ def file_sizes(directory: Path) -> dict[str, int]:
     return sizes
 
 
+def sizes_of(tag: Path, files: Iterable[str]) -> dict[str, int]:
+    """As `file_sizes`, and of those of ``files`` that lie next to the tag."""
+    sizes = file_sizes(tag)
+    for name in files:
+        if name not in sizes and os.path.isfile(path := place_of(tag, name)):
+            sizes[name] = path.stat().st_size
+    return sizes
+
+
 def _size(entry: os.DirEntry[str]) -> int | None:
     try:
         status = entry.stat()
@@ -260,7 +270,8 @@ def _problem(tag: Path) -> str | None:
             return f'{tag}: {FILE_NAME} is missing'
         whole = any(name.endswith('_model_states.pt') for name in os.listdir(tag))
         return None if whole else f'{tag} holds no checkpoint'
-    wrong = manifests.wrong_files(manifest.files, file_sizes(tag))
+    lay_in = manifest.header.frozen.get('output', '')
+    wrong = manifests.wrong_files(manifest.files, sizes_of(tag, manifest.files), lay_in)
     return f'{tag}: {"; ".join(wrong[:3])}' if wrong else None
 
 

@@ -22,14 +22,16 @@ list: ``output``; ``latest``, the tag that the file of that name names; ``resume
 verify: ``output``; ``warning``; ``tags``, each with the keys of a tag.
 a tag: ``tag``, ``path``, ``size`` (bytes), ``epoch``, ``max_accuracy``, ``sequence``, ``saved_at``,
     ``zero_stage``, ``world_size``, ``precision``, ``global_steps``, ``versions``, ``step``;
+    ``frozen``, where frozen parameters are that the tag shares with others (see
+    CHECKPOINT.FROZEN): ``kept`` and ``output``; or an empty object;
     ``verified``, one of 'sizes', 'checksums', 'no manifest', 'damaged'; ``problems``, a list of
     sentences.
 show: the keys of a tag; ``format`` of the manifest; ``files``, each with ``name``, ``size`` and
     ``xxh3_128``; ``state``: ``epoch``, ``max_accuracy``, ``max_accuracy_ema``, ``ema_decay``, the
     names that ``lr_scheduler`` and ``scaler`` hold, and ``classes``, how many class names it keeps;
     with --config ``config``, YAML.
-prune: ``output``; ``dry_run``; ``pruned``, each with ``tag`` and ``size``; ``size``, their sum;
-    ``kept`` and ``failed``, names of epoch and step tags.
+prune: ``output``; ``dry_run``; ``pruned``, each with ``tag`` and ``size``; ``size``, their sum,
+    without what stays in other tags; ``kept`` and ``failed``, names of epoch and step tags.
 export: ``tag``; ``verified``, whether its checksums could be compared; ``files``, each with
     ``path`` and ``size``.
 diff: ``a`` and ``b``, paths; ``tensors``, how many each has; ``found``, each with ``name``,
@@ -55,6 +57,7 @@ from internvl_ds.checkpoint.tag.discovery import (
     read_manifest,
     reading,
     removable_tags,
+    sizes_of,
 )
 from internvl_ds.checkpoint.tag.manifest import STATE_FILE
 from internvl_ds.checkpoint.tag.retention import (
@@ -67,6 +70,7 @@ from internvl_ds.checkpoint.tag.retention import (
     later_tags,
     tags_to_prune,
 )
+from internvl_ds.checkpoint.tag.shared import own_size
 from internvl_ds.checkpoint.tag.sweep import STAGING
 from internvl_ds.checkpoint.tag.trash import TRASH
 from internvl_ds.errors import (
@@ -232,7 +236,7 @@ def _show(args: argparse.Namespace) -> int:
         manifest = read_manifest(path)
         digests = {n: e.digest for n, e in manifest.files.items()} if manifest else {}
     with contextlib.suppress(OSError):
-        sizes = file_sizes(path)
+        sizes = sizes_of(path, digests)
     files = [{'name': n, 'size': s, 'xxh3_128': digests.get(n)} for n, s in sorted(sizes.items())]
     tree = tree_of(examined) | {'format': examined.header and examined.header.format}
     tree |= {'files': files, 'state': _summary(state)}
@@ -273,7 +277,8 @@ def _summary(state: dict[str, Any] | None) -> dict[str, Any] | None:
 def _say_tree(tree: dict[str, Any]) -> None:
     lines = {key: tree[key] for key in tree if key not in ('files', 'state', 'versions')}
     lines['size'] = f'{tree["size"]} ({human_size(tree["size"])})'
-    lines['versions'] = ', '.join(f'{n} {v}' for n, v in (tree['versions'] or {}).items()) or None
+    for key in ('versions', 'frozen'):
+        lines[key] = ', '.join(f'{n} {v}' for n, v in (tree[key] or {}).items()) or None
     lines['problems'] = '; '.join(tree['problems']) or None
     for key, value in (tree['state'] or {}).items():
         lines[f'state: {key}'] = ', '.join(value) if isinstance(value, list) else value
@@ -307,7 +312,7 @@ def _prune(args: argparse.Namespace) -> int:
     sizes = {}
     for name in goes:
         with contextlib.suppress(FileNotFoundError):  # a run that saves meanwhile has pruned it
-            sizes[name] = sum(file_sizes(output / name).values())
+            sizes[name] = own_size(output / name, file_sizes(output / name).items())
     gone, failed = list(sizes), list[str]()
     if not args.dry_run:
         gone, failed = commit.remove(output, [tag for tag in tags if tag.name in sizes])
