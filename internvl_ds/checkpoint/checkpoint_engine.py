@@ -18,6 +18,7 @@ from internvl_ds.checkpoint.formats.snapshot import Snapshot, tensor_bytes
 from internvl_ds.checkpoint.formats.zero_shards import TagShards
 from internvl_ds.checkpoint.frozen import frozen_file
 from internvl_ds.checkpoint.frozen.frozen_file import FrozenFile
+from internvl_ds.checkpoint.frozen.omitting import Compared, Omitting
 from internvl_ds.checkpoint.frozen.sharing import Seen, Sharing
 from internvl_ds.checkpoint.tag.hashing import save_safetensors, save_tensors
 from internvl_ds.checkpoint.tag.manifest import FileEntry, Identity
@@ -37,8 +38,8 @@ class ShardWriter(CheckpointEngine):
         written: path -> size and digest, of the files of this save.
         error: the first failure of this save.
         last_size: bytes that this rank wrote in its last whole save; None before one.
-        sharing: how this save keeps frozen parameters apart; None where each tag holds them.
-        seen: what it may trust of earlier saves.
+        apart: how this save keeps frozen parameters apart; None where each tag holds them.
+        seen, compared: what it may trust of earlier saves.
     """
 
     def __init__(self) -> None:
@@ -48,8 +49,9 @@ class ShardWriter(CheckpointEngine):
         self.written: dict[Path, FileEntry] = {}
         self.error: Exception | None = None
         self.last_size: int | None = None
-        self.sharing: Sharing | None = None
+        self.apart: Sharing | Omitting | None = None
         self.seen: Seen = set()
+        self.compared: Compared = {}
         self._collects = self._in_background = False
         self._collected: list[tuple[Path, Any]] = []
         self._deferred: list[Callable[[], None]] = []
@@ -57,10 +59,10 @@ class ShardWriter(CheckpointEngine):
         self._opened: dict[Path, Any] = {}
 
     def begin(
-        self, identity: Identity, *, in_background: bool, sharing: Sharing | None = None
+        self, identity: Identity, *, in_background: bool, apart: Sharing | Omitting | None = None
     ) -> None:
         """Begins a save, which `finish` or `forget` ends; one in the background collects copies."""
-        self.identity, self.sharing = identity, sharing
+        self.identity, self.apart = identity, apart
         self.error = None
         self.written = {}
         self.forget()
@@ -89,8 +91,8 @@ class ShardWriter(CheckpointEngine):
             return
         try:
             parts = [(Path(path), state_dict)]
-            if self.sharing is not None:
-                parts = self.sharing.parts(state_dict, Path(path))
+            if self.apart is not None:
+                parts = self.apart.parts(state_dict, Path(path))
             for place, value in parts:
                 # An EmaFile is a tuple of a name, tensors and metadata: it is copied as one.
                 kept = self._snapshot.copy(value) if self._in_background else value

@@ -21,7 +21,6 @@ from internvl_ds.checkpoint.tag.manifest import (
     FileEntry,
     Header,
     Manifest,
-    is_shared,
 )
 from internvl_ds.checkpoint.tag.output_lock import note_save
 from internvl_ds.checkpoint.tag.retention import Policy
@@ -119,9 +118,9 @@ def _write_own_files(save: Save) -> dict[str, Any]:
 
 def _named(save: Save) -> dict[str, FileEntry]:
     """The files of this rank, by their names in the tag."""
-    written, sharing = save.writer.written, save.writer.sharing
+    written, apart = save.writer.written, save.writer.apart
     named = {str(path.relative_to(save.staging_path)): entry for path, entry in written.items()}
-    return named if sharing is None else {**named, **sharing.files}
+    return named if apart is None else {**named, **apart.files}
 
 
 def _write_text(save: Save, name: str, text: str) -> None:
@@ -142,9 +141,8 @@ def _commit(save: Save, reports: list[dict[str, Any]] | None) -> None:
         commit.require_files(save.staging, files, sizes)
         for name in sizes.keys() - files.keys() - {MARK}:  # what DeepSpeed wrote by itself
             files[name] = flush_and_hash(save.staging_path / name)
-        if any(map(is_shared, files)):
-            save.header['frozen'] = {'kept': 'once', 'output': str(save.output)}
-            save.header['format'] = FORMAT_APART
+        if save.writer.apart is not None and save.writer.apart.header:
+            save.header |= {'frozen': save.writer.apart.header, 'format': FORMAT_APART}
         header = Header(
             tag=save.tag,
             sequence=commit.next_sequence(save.output),

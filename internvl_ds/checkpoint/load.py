@@ -19,6 +19,8 @@ from internvl_ds.checkpoint.formats.ema_files import EmaFiles
 from internvl_ds.checkpoint.formats.loop_json import SavedLoop
 from internvl_ds.checkpoint.formats.pth_format import open_file, weights_of_file
 from internvl_ds.checkpoint.formats.zero_shards import TagShards
+from internvl_ds.checkpoint.frozen.omitting import adopt_origins
+from internvl_ds.checkpoint.frozen.sources import named_in_config
 from internvl_ds.checkpoint.load_by_name import load_other_layout, train_from_file
 from internvl_ds.checkpoint.load_context import Load
 from internvl_ds.checkpoint.optimizer_state import require_optimizer
@@ -33,6 +35,7 @@ from internvl_ds.errors import CheckpointError, few
 from internvl_ds.files.reading import interpreting
 
 
+@named_in_config
 def load_checkpoint(
     config: CfgNode,
     model: Any,
@@ -137,6 +140,7 @@ def _train_from_tag(load: Load, tag: Path, model: Any) -> dict[str, Any]:
         saved_loop.restore_loop(load.loop, load.timeout)
 
     (load_same_layout if direct else load_other_layout)(load, engine, shards, state, ready)
+    adopt_origins(engine.module, shards.head)
     saved_loop.restore_generators(state, load.logger)
     if get_option(load.config, 'TRAIN.EMA.ENABLE', None) is False and EmaFiles(tag):
         load.logger.info(

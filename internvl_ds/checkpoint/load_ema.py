@@ -20,6 +20,7 @@ from internvl_ds.checkpoint.formats.ema_tensors import (
 )
 from internvl_ds.checkpoint.formats.pth_format import open_file
 from internvl_ds.checkpoint.formats.zero_shards import TagShards
+from internvl_ds.checkpoint.frozen.sources import named_in_config
 from internvl_ds.checkpoint.load_context import Load
 from internvl_ds.checkpoint.tag.verify import ema_files_of_rank
 from internvl_ds.dist.rendezvous import rank
@@ -28,6 +29,7 @@ from internvl_ds.errors import CheckpointError
 from internvl_ds.files.reading import interpreting
 
 
+@named_in_config
 def load_ema_checkpoint(config: CfgNode, model_ema: Any, logger: logging.Logger) -> float:
     """Loads the averaged weights of what `load_checkpoint` loaded. Collective: every rank calls it.
 

@@ -70,7 +70,7 @@ def prove(staging: Path, names: Iterable[str], wanted: Wanted) -> None:
             with open_safetensors(path):
                 pass
         elif name.endswith('.pt'):
-            opened[path] = joined(staging, path, outline(path))
+            opened[path] = joined(staging, path, outline(path), outline=True)
     for path, content in opened.items():
         if path.name.endswith('_optim_states.pt') and wanted.layout is not None:
             _prove_partition(path, content, wanted)

@@ -25,7 +25,8 @@ from internvl_ds.checkpoint.finish_save import Save, abandon, finish
 from internvl_ds.checkpoint.formats.ema_tensors import ema_file
 from internvl_ds.checkpoint.formats.rng import rng_state
 from internvl_ds.checkpoint.formats.snapshot import tensor_bytes
-from internvl_ds.checkpoint.frozen.sharing import frozen_bytes, keeps_once, sharing
+from internvl_ds.checkpoint.frozen.omitting import omitting
+from internvl_ds.checkpoint.frozen.sharing import bytes_apart, sharing
 from internvl_ds.checkpoint.optimizer_state import optimizer_name
 from internvl_ds.checkpoint.proof import wanted_of
 from internvl_ds.checkpoint.tag import commit
@@ -39,6 +40,7 @@ from internvl_ds.checkpoint.tag.retention import (
     KeepSteps,
     Policy,
 )
+from internvl_ds.config.choices import frozen_of
 from internvl_ds.config.ds.resolve import precision_of
 from internvl_ds.config.tree import checkpoint_option, get_option
 from internvl_ds.dist.process_group import collectives_within
@@ -112,7 +114,7 @@ def save_checkpoint(
     _warn(save, engine, config)
     try:
         state = functools.partial(_state, save, engine, values, lr_scheduler, scaler)
-        _stage(save, wrapper, average, state, loop, keeps_once(config))
+        _stage(save, wrapper, average, state, loop, frozen_of(config))
     except BaseException:
         abandon(save)
         raise
@@ -232,8 +234,8 @@ def _begin(save: Save, wrapper: Wrapper, average: EmaFile | None, config: CfgNod
     size = save.writer.last_size
     if size is None:
         size = tensor_bytes([*wrapper.saved_tensors(rank()), average])
-        if keeps_once(config):  # maybe they are there: a disk that is full for them says so
-            size -= frozen_bytes(wrapper)
+        if frozen_of(config) != 'keep':  # maybe they are there: a disk too full for them says so
+            size -= bytes_apart(wrapper)
     own = [save.tag, save.header['epoch'], str(config.OUTPUT), save.in_background]
     calls = exchange('save_checkpoint', [own, size], timeout)
     if any(call[0] != calls[0][0] for call in calls):
@@ -275,13 +277,17 @@ def _stage(
     average: EmaFile | None,
     state: Callable[[], dict[str, Any]],
     loop: Any,
-    once: bool,
+    frozen: str,
 ) -> None:
     """Collects this rank's files. What fails is kept, for all ranks to hear of later."""
     writer = save.writer
     identity = Identity(save.tag, save.header['save'], rank())
-    apart = sharing(wrapper, save.output, save.staging_path, writer.seen) if once else None
-    writer.begin(identity, in_background=save.in_background, sharing=apart)
+    apart: Any = None
+    if frozen == 'once':
+        apart = sharing(wrapper, save.output, save.staging_path, writer.seen)
+    elif frozen == 'omit':
+        apart = omitting(wrapper, writer.compared)
+    writer.begin(identity, in_background=save.in_background, apart=apart)
     if not save.staging_path.is_dir():
         writer.error = CheckpointError(
             f'{save.staging_path}: made by rank 0, and not there for this rank: OUTPUT must be one '
@@ -290,7 +296,7 @@ def _stage(
     # Meets in barriers: every rank calls it, whatever has happened.
     with (
         wrapper.saving(writer.defer),
-        wrapper.handing_over_fragments() if once else contextlib.nullcontext(),
+        contextlib.nullcontext() if apart is None else wrapper.handing_over_fragments(),
         # What is on NVMe is copied to the tag between barriers.
         collectives_within(save.io_timeout if wrapper.kept_on_nvme() else 0),
     ):

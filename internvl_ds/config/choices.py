@@ -7,7 +7,7 @@ from yacs.config import CfgNode
 from internvl_ds.config.tree import checkpoint_option
 from internvl_ds.errors import ConfigError
 
-_FROZEN = ('keep', 'once')
+_FROZEN = ('keep', 'once', 'omit')
 
 
 def frozen_of(config: CfgNode) -> str:

@@ -142,6 +142,8 @@ _C.CHECKPOINT.KEEP_STEPS = 1
 # 'once': they stand in a file that all tags of OUTPUT with the same values share, by hard links:
 #     one on disk, whole in each tag and in a copy of one (where the file system has no links, next
 #     to the tags). Plain DeepSpeed loads the rest, with load_module_strict=False.
+# 'omit': no tag holds them. A tag says which file load_pretrained took them from, and their digest;
+#     a load takes them from there, or from where MODEL.PRETRAINED is now, and refuses another file.
 _C.CHECKPOINT.FROZEN = 'keep'
 
 # Let several jobs write into one OUTPUT, where tags, metrics and retention of all are then one.

@@ -28,6 +28,7 @@ from internvl_ds.dist.rendezvous import exchange, rank, world_size
 from internvl_ds.engine.elementwise import require_own_adagrad
 from internvl_ds.engine.lr_schedule import require_unit
 from internvl_ds.engine.monitors import drop_unwritable_monitors, guard_monitors
+from internvl_ds.engine.origins import warn_of_unknown_origins
 from internvl_ds.engine.param_groups import (
     MergedGroups,
     merge_param_groups,
@@ -82,7 +83,7 @@ def initialize(
         ConfigError: for settings that disagree or that this version cannot train right.
     """
     require_counts(config, ('SAVE_CKPT_NUM', 'CHECKPOINT'))
-    frozen_of(config)
+    warn_of_unknown_origins(frozen_of(config), model)
     for require in (require_bare, require_real, require_sendable, require_plain_state):
         require(model)
     require_unit(lr_scheduler, schedule_in)

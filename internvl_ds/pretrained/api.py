@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ from internvl_ds.checkpoint.tag.verify import damage, share_of, weight_files
 from internvl_ds.config.tree import checkpoint_option, get_option
 from internvl_ds.dist.process_group import collectives_within, init_distributed
 from internvl_ds.dist.rendezvous import agree, exchange, from_rank_0, rank, world_size
+from internvl_ds.engine.origins import Origin, note_origins
 from internvl_ds.errors import ConfigError, PretrainedError, RankError
 from internvl_ds.files.addresses import shown
 from internvl_ds.files.reading import interpreting
@@ -51,11 +53,13 @@ class _Plan:
     Attributes:
         state: key of the model -> value, not read yet; only what the model has.
         rescale: whether the model's own head is scaled by 0.001.
+        origins: key of the model -> where its value came from; None for what was made of others.
     """
 
     state: dict[str, Any]
     rescale: bool
     report: PretrainedReport
+    origins: dict[str, Origin | None]
 
 
 def load_pretrained(config: CfgNode, model: nn.Module, logger: logging.Logger) -> PretrainedReport:
@@ -102,6 +106,7 @@ def load_pretrained(config: CfgNode, model: nn.Module, logger: logging.Logger) -
             apply.write(model, values)
         else:
             apply.load_state(model, plan.state)
+    note_origins(model, plan.origins)
     return plan.report
 
 
@@ -155,7 +160,9 @@ def _decide(config: CfgNode, path: str, model: nn.Module) -> _Plan:
         source = open_weights(path, ema=ema)
     try:
         with interpreting('the file', PretrainedError):
-            return _adapt(config, name, source, model)
+            plan = _adapt(config, name, source, model)
+            beginning = ('model_ema',) if ema else ()
+            return replace(plan, origins=_origins(path, beginning, source, plan.state, model))
     except PretrainedError as error:
         raise PretrainedError(f'{name}: {error}') from error
 
@@ -193,7 +200,27 @@ def _adapt(config: CfgNode, path: str, source: State, model: nn.Module) -> _Plan
     for value in plan_state.values():
         if isinstance(value, Flat):
             value.pieces(0, value.numel)  # opens the shards that it lies in
-    return _Plan(plan_state, rescale, report)
+    return _Plan(plan_state, rescale, report, {})
+
+
+def _origins(
+    path: str, beginning: tuple[str, ...], source: State, state: State, model: nn.Module
+) -> dict[str, Origin | None]:
+    """Of each value that is written, where it is in the file, if it is there as it is.
+
+    A tag is no file to come from: retention may remove it.
+    """
+    if Path(path).is_dir() and is_tag(Path(path)):
+        return {}
+    inner = {name: value for name, value in source.items() if isinstance(value, Mapping)}
+    places = {id(v): (*beginning, n, k) for n, part in inner.items() for k, v in part.items()}
+    places |= {id(value): (*beginning, name) for name, value in source.items()}
+    dtypes = {n: str(t.dtype).removeprefix('torch.') for n, t in model.state_dict().items()}
+    where = os.path.abspath(path)
+    return {
+        key: Origin(where, place, (dtypes[key],)) if (place := places.get(id(value))) else None
+        for key, value in state.items()
+    }
 
 
 def _all_tensors(state: State) -> bool:
@@ -254,6 +281,7 @@ def _decide_on_rank_0(decide: Any, timeout: float) -> _Plan:
             'matched': report.matched,
             'notes': [list(vars(note).values()) for note in report.notes],
             'rescale': plans[0].rescale,
+            'origins': {k: o and list(astuple(o)) for k, o in plans[0].origins.items()},
             'values': [
                 [key, list(value.shape), str(value.dtype).removeprefix('torch.')]
                 for key, value in plans[0].state.items()
@@ -272,7 +300,11 @@ def _decide_on_rank_0(decide: Any, timeout: float) -> _Plan:
         key: torch.empty(shape, dtype=getattr(torch, dtype), device='meta')
         for key, shape, dtype in told['values']
     }
-    return _Plan(state, told['rescale'], report)
+    origins = {
+        key: said and Origin(said[0], tuple(said[1]), tuple(said[2]))
+        for key, said in told['origins'].items()
+    }
+    return _Plan(state, told['rescale'], report, origins)
 
 
 def _broadcast(state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:

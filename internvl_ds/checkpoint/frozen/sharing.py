@@ -13,16 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from yacs.config import CfgNode
-
-from internvl_ds.checkpoint.frozen import frozen_file
+from internvl_ds.checkpoint.frozen import frozen_bytes
 from internvl_ds.checkpoint.frozen.frozen_file import FrozenFile
 from internvl_ds.checkpoint.frozen.model_file import KEY, split
 from internvl_ds.checkpoint.tag.hashing import hash_file
 from internvl_ds.checkpoint.tag.manifest import FileEntry, shared_name
 from internvl_ds.checkpoint.tag.shared import holders
 from internvl_ds.checkpoint.tag.trash import MARK
-from internvl_ds.config.choices import frozen_of
 from internvl_ds.dist.rendezvous import rank
 from internvl_ds.zero.module_state import tied_names
 from internvl_ds.zero.wrapper import Wrapper
@@ -31,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 # What says that a file gets no further name here, and not that it has gone.
 _NO_LINK = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EACCES}
-_MODEL = '_model_states.pt'
+MODEL_FILE = '_model_states.pt'
 
 # Of files whose content was compared: device, inode, size, time of the last write.
 Seen = set[tuple[int, int, int, int]]
@@ -58,14 +55,19 @@ class Sharing:
     seen: Seen
     files: dict[str, FileEntry] = field(default_factory=dict)
 
+    @property
+    def header(self) -> dict[str, str]:
+        """What the manifest says of it: `Header.frozen`."""
+        return {'kept': 'once', 'output': str(self.output)} if self.files else {}
+
     def parts(self, state: Any, path: Path) -> list[tuple[Path, Any]]:
         """What is to be written for a file of DeepSpeed's: place and content of one or two."""
-        if not path.name.endswith(_MODEL):
+        if not path.name.endswith(MODEL_FILE):
             return [(path, state)]
         left, tensors = split(state, self.frozen, self.aliases, sharded=self.sharded)
         if not tensors:
             return [(path, state)]
-        entry = frozen_file.entry_of(tensors)
+        entry = frozen_bytes.entry_of(tensors)
         name = shared_name(rank(), entry.digest)
         left[KEY] |= {'file': name, 'output': str(self.output)}
         self.files[name] = entry
@@ -107,15 +109,6 @@ class Sharing:
         return True
 
 
-def keeps_once(config: CfgNode) -> bool:
-    """Whether CHECKPOINT.FROZEN is 'once'.
-
-    Raises:
-        ConfigError: when it is not one of the words that it may be.
-    """
-    return frozen_of(config) == 'once'
-
-
 def sharing(wrapper: Wrapper, output: Path, staging: Path, seen: Seen) -> Sharing:
     """For a save of this engine; see `Sharing`."""
     module = wrapper.engine.module
@@ -137,7 +130,7 @@ def frozen_names(wrapper: Wrapper) -> frozenset[str]:
     )
 
 
-def frozen_bytes(wrapper: Wrapper) -> int:
+def bytes_apart(wrapper: Wrapper) -> int:
     """Bytes of the frozen parameters in what `Wrapper.saved_tensors` gives on this rank."""
     if rank() or wrapper.sharded:
         return 0

@@ -8,6 +8,7 @@ from pathlib import Path
 from internvl_ds.checkpoint.formats.ema_files import identity_in, open_safetensors
 from internvl_ds.checkpoint.formats.outline import outline
 from internvl_ds.checkpoint.formats.state_json import read_state
+from internvl_ds.checkpoint.frozen.frozen_file import joined
 from internvl_ds.checkpoint.tag.discovery import read_manifest
 from internvl_ds.checkpoint.tag.hashing import hash_file
 from internvl_ds.checkpoint.tag.identity import require_identity
@@ -119,4 +120,18 @@ def damage_of_tag(tag: Path) -> list[str] | None:
         CheckpointError: when the manifest cannot be read.
     """
     manifest = read_manifest(tag)
-    return None if manifest is None else damage(tag, manifest, manifest.files)
+    if manifest is None:
+        return None
+    return damage(tag, manifest, manifest.files) or damage_of_sources(tag, manifest)
+
+
+def damage_of_sources(tag: Path, manifest: Manifest) -> list[str]:
+    """What is wrong with the files that a tag takes omitted parameters from."""
+    found: dict[str, None] = {}  # once for all ranks
+    names = manifest.files if manifest.header.frozen.get('kept') == 'omit' else ()
+    for path in (tag / name for name in names if name.endswith('_model_states.pt')):
+        try:
+            joined(tag, path, outline(path))
+        except CheckpointError as error:
+            found[str(error)] = None
+    return list(found)

@@ -223,7 +223,7 @@ def tree_of(examined: Examined) -> dict[str, Any]:
 
 def _damage(path: Path, manifest: Manifest) -> list[str]:
     # imports torch, which the other actions can do without
-    from internvl_ds.checkpoint.tag.verify import damage
+    from internvl_ds.checkpoint.tag.verify import damage, damage_of_sources
 
     names, found = iter(manifest.files), dict[str, list[str]]()
 
@@ -237,7 +237,8 @@ def _damage(path: Path, manifest: Manifest) -> list[str]:
         thread.start()
     for thread in threads:
         thread.join()
-    return [problem for name in sorted(manifest.files) for problem in found[name]]
+    problems = [problem for name in sorted(manifest.files) for problem in found[name]]
+    return problems or damage_of_sources(path, manifest)
 
 
 def _recency(examined: Examined) -> tuple[bool, int, float]:

@@ -4,23 +4,40 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import distributed
 
-from internvl_ds import load_checkpoint, load_ema_checkpoint, save_checkpoint
+from internvl_ds import (
+    NativeScalerWithGradNormCount,
+    initialize,
+    load_checkpoint,
+    load_ema_checkpoint,
+    load_pretrained,
+    save_checkpoint,
+)
 from internvl_ds.checkpoint import async_save
 from internvl_ds.checkpoint.checkpoint_engine import install_writer
-from internvl_ds.checkpoint.frozen import frozen_file, sharing
+from internvl_ds.checkpoint.formats.shard_files import read_shard
+from internvl_ds.checkpoint.frozen import frozen_bytes, sharing
 from internvl_ds.checkpoint.tag.manifest import is_shared
-from internvl_ds.dist.rendezvous import rank
+from internvl_ds.dist.rendezvous import rank, world_size
 from internvl_ds.engine.ema import ShardedEma
 from internvl_ds.errors import InternvlDsError
 from tests.checkpoint.proving import same, weights
-from tests.harness.elastic import ADAM, Net, Run, full_state, logger
-from tests.harness.model import make_config
+from tests.harness.elastic import (
+    ADAM,
+    Net,
+    Run,
+    full_state,
+    logger,
+    make_client,
+    make_scheduler,
+)
+from tests.harness.model import make_config, module_dtype, precision_values
 
 
 def run_of(stage: int, output: str, how: str = 'once', seed: int = 0, **values: Any) -> Run:
@@ -80,7 +97,7 @@ def share(root: str) -> dict[str, Any]:
         run.steps(2, 3)
         ema.update()
         second, writer = save(run, 1, ema), install_writer(run.engine)
-        got['written'] = [writer.last_size, frozen_file.entry_of(frozen(run)).size]
+        got['written'] = [writer.last_size, frozen_bytes.entry_of(frozen(run)).size]
         best = save(run, 1, ema, best='best')
         got['shared'] = [shared_in(tag) for tag in (first, second, best)]
         want, state = weights(run), full_state(run.engine, ADAM)
@@ -175,6 +192,80 @@ def fail(root: str, tag: str) -> list[str]:
     said.append(str(same(weights(run), before)))
     run.engine.destroy()
     return said if rank() == 0 else []
+
+
+def pretrained_run(
+    stage: int, output: str, source: str, seed: int = 0, dtype: str = 'fp32', **values: Any
+) -> Run:
+    """A run of CHECKPOINT.FROZEN 'omit', whose weights load_pretrained took from a file."""
+    run = Run.__new__(Run)
+    config = make_config(
+        output, DATA__BATCH_SIZE=16 // world_size(), SAVE_CKPT_NUM=0, CHECKPOINT__FROZEN='omit',
+        MODEL__PRETRAINED=source, **precision_values(dtype), **values,
+    )  # fmt: skip
+    run.config, run.dtype = config, module_dtype(dtype)
+    config.defrost()
+    torch.manual_seed(seed)
+    model = Net()
+    if source:
+        load_pretrained(config, model, logger)
+    client = make_client(model, 'adamw')
+    run.scheduler = make_scheduler(client)
+    zero: dict[str, Any] = {'stage': stage}
+    if stage == 3:
+        zero['stage3_param_persistence_threshold'] = 10
+    run.engine, run.optimizer = initialize(
+        config, model, client, {'zero_optimization': zero}, lr_scheduler=run.scheduler
+    )
+    run.scaler = NativeScalerWithGradNormCount()
+    return run
+
+
+def attempt(act: Callable[[], Any]) -> str:
+    try:
+        act()
+    except InternvlDsError as error:
+        return f'{type(error).__name__}: {error}'
+    return 'done'
+
+
+def omit(root: str, source: str) -> dict[str, Any]:
+    """At each stage: tags without what is frozen, loaded by all; and what is refused."""
+    found: dict[str, Any] = {}
+    for stage in range(4):
+        dtype = 'bf16' if stage == 2 else 'fp32'
+        got: dict[str, Any] = found.setdefault(str(stage), {})
+        run = pretrained_run(stage, f'{root}/{stage}', source, dtype=dtype)
+        run.steps(0, 2)
+        first = save(run, 0)
+        run.steps(2, 3)
+        second = save(run, 1)
+        got['held'] = [[n for n in _names(tag) if 'frozen' in n] for tag in (first, second)]
+        want, state, losses = weights(run), full_state(run.engine, ADAM), run.steps(3, 5)
+        change_frozen(run)
+        got['changed'] = attempt(lambda: save(run, 2))
+        run.engine.destroy()
+        got['bare'] = [] if stage == 2 else same(evaluated(second), want)
+        for other in (stage, (stage + 1) % 4):
+            # As the program does: what is resumed is not loaded before.
+            again = pretrained_run(other, f'{root}/other', '', seed=9, dtype=dtype)
+            again.load(str(second))
+            loaded = [same(weights(again), want), full_state(again.engine, ADAM) == state]
+            again.config.OUTPUT = f'{root}/{stage}-{other}'
+            loaded.append(attempt(lambda: save(again, 3)))
+            got[f'into {other}'] = [*loaded, again.steps(3, 5), losses]
+            again.engine.destroy()
+    plain = pretrained_run(1, f'{root}/none', '')
+    found['none'] = attempt(lambda: save(plain, 0))
+    plain.engine.destroy()
+    return found
+
+
+def _names(tag: Path) -> list[str]:
+    """What the model file of a tag holds, of rank 0."""
+    path = next(p for p in sorted(tag.iterdir()) if p.name.endswith('mp_rank_00_model_states.pt'))
+    content = read_shard(path)
+    return [*content['module'], *(content['frozen_param_fragments'] or {})]
 
 
 def save_one(root: str) -> None:

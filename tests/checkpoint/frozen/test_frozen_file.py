@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from internvl_ds.checkpoint.frozen.frozen_file import FrozenFile, entry_of, joined, write
+from internvl_ds.checkpoint.frozen.frozen_bytes import entry_of
+from internvl_ds.checkpoint.frozen.frozen_file import FrozenFile, joined, write
 from internvl_ds.checkpoint.frozen.model_file import KEY, split
 from internvl_ds.checkpoint.tag.hashing import hash_file
 from internvl_ds.errors import CheckpointError
