@@ -26,7 +26,7 @@ from internvl_ds.checkpoint.formats.ema_tensors import ema_file
 from internvl_ds.checkpoint.formats.rng import rng_state
 from internvl_ds.checkpoint.formats.snapshot import tensor_bytes
 from internvl_ds.checkpoint.frozen.omitting import omitting
-from internvl_ds.checkpoint.frozen.sharing import bytes_apart, sharing
+from internvl_ds.checkpoint.frozen.sharing import bytes_apart, frozen_parameters, sharing
 from internvl_ds.checkpoint.optimizer_state import optimizer_name
 from internvl_ds.checkpoint.proof import wanted_of
 from internvl_ds.checkpoint.tag import commit
@@ -108,7 +108,8 @@ def save_checkpoint(
         'max_accuracy_ema': max_accuracy_ema, 'class_names': class_names, 'config': config,
     }  # fmt: skip
     save = _new_save(engine, values, best, logger)
-    average = ema_file(model_ema)
+    apart = frozen_of(config) != 'keep'
+    average = ema_file(model_ema, frozen_parameters(wrapper) if apart else None)
     _begin(save, wrapper, average, config)
     logger.info('%s saving......', save.output / save.tag)
     _warn(save, engine, config)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,11 +22,20 @@ from internvl_ds.engine.ema import ShardedEma
 from internvl_ds.engine.ema_shard import EmaFile
 from internvl_ds.engine.registry import applied_updates, wrapper_of
 from internvl_ds.errors import CheckpointError
+from internvl_ds.files.reading import parse_json
 from internvl_ds.zero.lazy_tensor import Flat
 
+# In the header of a whole average: the names of what is as the tag's weights are.
+_AS_IN_MODEL = 'as_in_model'
 
-def ema_file(model_ema: Any) -> EmaFile | None:
+
+def ema_file(model_ema: Any, frozen: Mapping[str, torch.Tensor] | None = None) -> EmaFile | None:
     """What this rank writes of an average: its part of a sharded one; rank 0 the whole of timm's.
+
+    Args:
+        model_ema: the average.
+        frozen: parameters of the model that stand apart from a tag: of these a whole average leaves
+            out what is the same.
 
     Raises:
         CheckpointError: for what is no average, or one that holds no values.
@@ -43,8 +54,14 @@ def ema_file(model_ema: Any) -> EmaFile | None:
         )
     if rank() != 0:
         return None
-    state = module.state_dict()
-    return EmaFile(WHOLE, {n.removeprefix('module.'): t for n, t in state.items()}, None)
+    state = {n.removeprefix('module.'): t for n, t in module.state_dict().items()}
+    same = [n for n, t in (frozen or {}).items() if n in state and _same(state[n], t)]
+    metadata = {_AS_IN_MODEL: json.dumps(same)} if same else None
+    return EmaFile(WHOLE, {n: t for n, t in state.items() if n not in set(same)}, metadata)
+
+
+def _same(averaged: torch.Tensor, tensor: torch.Tensor) -> bool:
+    return torch.equal(averaged, tensor.to(averaged))
 
 
 def _ema_module(model_ema: Any) -> nn.Module:
@@ -75,9 +92,12 @@ def _all_flats(saved: EmaFiles) -> dict[str, Flat]:
     """As `ema_flats`, with the buffers that are not persistent, where the average keeps them."""
     path = saved.tag
     if saved.whole:
-        with saved.open(WHOLE):
+        with saved.open(WHOLE) as file:
+            same = parse_json((file.metadata() or {}).get(_AS_IN_MODEL, '[]'))
             whole = weight_files.open_file(str(path / WHOLE))
-        return {name: Flat.of(f'{path}: {name}', t) for name, t in whole.items()}
+        weights = TagShards(path).named_weights() if same else {}
+        found = {name: weights[name] for name in same}
+        return found | {name: Flat.of(f'{path}: {name}', t) for name, t in whole.items()}
     tag = TagShards(path)
     if saved.of_script:
         weights = tag.named_weights()

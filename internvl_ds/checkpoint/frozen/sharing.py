@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from internvl_ds.checkpoint.frozen import frozen_bytes
 from internvl_ds.checkpoint.frozen.frozen_file import FrozenFile
 from internvl_ds.checkpoint.frozen.model_file import KEY, split
@@ -22,6 +24,7 @@ from internvl_ds.checkpoint.tag.shared import holders
 from internvl_ds.checkpoint.tag.trash import MARK
 from internvl_ds.dist.rendezvous import rank
 from internvl_ds.zero.module_state import tied_names
+from internvl_ds.zero.parameters import is_sharded
 from internvl_ds.zero.wrapper import Wrapper
 
 logger = logging.getLogger(__name__)
@@ -134,5 +137,10 @@ def bytes_apart(wrapper: Wrapper) -> int:
     """Bytes of the frozen parameters in what `Wrapper.saved_tensors` gives on this rank."""
     if rank() or wrapper.sharded:
         return 0
+    return sum(p.numel() * p.element_size() for p in frozen_parameters(wrapper).values())
+
+
+def frozen_parameters(wrapper: Wrapper) -> dict[str, torch.Tensor]:
+    """The parameters of `frozen_names`, where they are whole; none at stage 3."""
     frozen, named = frozen_names(wrapper), wrapper.engine.module.named_parameters()
-    return sum(p.numel() * p.element_size() for name, p in named if name in frozen)
+    return {n: p.detach() for n, p in named if n in frozen and not is_sharded(p)}

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from timm.utils import ModelEmaV3
 from torch import distributed
 
 from internvl_ds import (
@@ -117,9 +119,28 @@ def share(root: str) -> dict[str, Any]:
             loaded.append(same(average.state_dict(), averaged))
             got[f'into {other}'] = [*loaded, again.steps(3, 5), losses]
             again.engine.destroy()
+        if stage == 1:
+            got['timm'] = average_whole(f'{root}/timm')
         if stage in (1, 3):  # the layouts of the file
             got['plain'] = plain_deepspeed(stage, second, want)
     return found
+
+
+def average_whole(output: str) -> list[Any]:
+    """timm's average, whose frozen parameters are those of the model, but for one."""
+    run = run_of(1, output)
+    ema = ModelEmaV3(run.engine.module, 0.5)
+    run.steps(0, 1)
+    ema.update(run.engine.module)
+    ema.module.frozen.bias.add_(1.0)
+    tag = save(run, 0, ema)
+    with safe_open(tag / 'ema.safetensors', 'pt') as file:
+        held = [name for name in file.keys() if name.startswith('frozen')]  # noqa: SIM118
+    run.config.MODEL.RESUME = str(tag)
+    other = ModelEmaV3(Net(), 0.5)
+    load_ema_checkpoint(run.config, other, logger)
+    run.engine.destroy()
+    return [held, same(other.module.state_dict(), ema.module.state_dict())]
 
 
 def plain_deepspeed(stage: int, tag: Path, want: dict[str, torch.Tensor]) -> list[Any]:
