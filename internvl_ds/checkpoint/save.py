@@ -26,7 +26,7 @@ from internvl_ds.checkpoint.formats.ema_tensors import ema_file
 from internvl_ds.checkpoint.formats.rng import rng_state
 from internvl_ds.checkpoint.formats.snapshot import tensor_bytes
 from internvl_ds.checkpoint.frozen.omitting import omitting
-from internvl_ds.checkpoint.frozen.sharing import bytes_apart, frozen_parameters, sharing
+from internvl_ds.checkpoint.frozen.sharing import apart_from, sharing
 from internvl_ds.checkpoint.optimizer_state import optimizer_name
 from internvl_ds.checkpoint.proof import wanted_of
 from internvl_ds.checkpoint.tag import commit
@@ -108,8 +108,7 @@ def save_checkpoint(
         'max_accuracy_ema': max_accuracy_ema, 'class_names': class_names, 'config': config,
     }  # fmt: skip
     save = _new_save(engine, values, best, logger)
-    apart = frozen_of(config) != 'keep'
-    average = ema_file(model_ema, frozen_parameters(wrapper) if apart else None)
+    average = ema_file(model_ema, apart_from(wrapper, config))
     _begin(save, wrapper, average, config)
     logger.info('%s saving......', save.output / save.tag)
     _warn(save, engine, config)
@@ -235,8 +234,8 @@ def _begin(save: Save, wrapper: Wrapper, average: EmaFile | None, config: CfgNod
     size = save.writer.last_size
     if size is None:
         size = tensor_bytes([*wrapper.saved_tensors(rank()), average])
-        if frozen_of(config) != 'keep':  # maybe they are there: a disk too full for them says so
-            size -= bytes_apart(wrapper)
+        # Maybe they are there: a disk that is too full for them says so.
+        size -= tensor_bytes(apart_from(wrapper, config)) if rank() == 0 else 0
     own = [save.tag, save.header['epoch'], str(config.OUTPUT), save.in_background]
     calls = exchange('save_checkpoint', [own, size], timeout)
     if any(call[0] != calls[0][0] for call in calls):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from yacs.config import CfgNode
 
 from internvl_ds.checkpoint.frozen import frozen_bytes
 from internvl_ds.checkpoint.frozen.frozen_file import FrozenFile
@@ -22,6 +23,7 @@ from internvl_ds.checkpoint.tag.hashing import hash_file
 from internvl_ds.checkpoint.tag.manifest import FileEntry, shared_name
 from internvl_ds.checkpoint.tag.shared import holders
 from internvl_ds.checkpoint.tag.trash import MARK
+from internvl_ds.config.choices import frozen_of
 from internvl_ds.dist.rendezvous import rank
 from internvl_ds.zero.module_state import tied_names
 from internvl_ds.zero.parameters import is_sharded
@@ -133,14 +135,9 @@ def frozen_names(wrapper: Wrapper) -> frozenset[str]:
     )
 
 
-def bytes_apart(wrapper: Wrapper) -> int:
-    """Bytes of the frozen parameters in what `Wrapper.saved_tensors` gives on this rank."""
-    if rank() or wrapper.sharded:
-        return 0
-    return sum(p.numel() * p.element_size() for p in frozen_parameters(wrapper).values())
-
-
-def frozen_parameters(wrapper: Wrapper) -> dict[str, torch.Tensor]:
-    """The parameters of `frozen_names`, where they are whole; none at stage 3."""
+def apart_from(wrapper: Wrapper, config: CfgNode) -> dict[str, torch.Tensor]:
+    """The whole parameters that stand apart from a tag; none at stage 3, where they are slices."""
+    if frozen_of(config) == 'keep':
+        return {}
     frozen, named = frozen_names(wrapper), wrapper.engine.module.named_parameters()
     return {n: p.detach() for n, p in named if n in frozen and not is_sharded(p)}

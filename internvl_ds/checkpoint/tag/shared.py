@@ -65,6 +65,18 @@ def own_size(tag: Path, sizes: Iterable[tuple[str, int]]) -> int:
     return total
 
 
+def counted_again(tags: Iterable[Path]) -> int:
+    """Bytes in the sizes of tags that are on disk once, and in more than one of them."""
+    total, once = 0, {}
+    for tag in tags:
+        for name in filter(is_shared, os.listdir(tag) if tag.is_dir() else ()):
+            if _is_file(tag / name):
+                status = (tag / name).stat()
+                total += status.st_size
+                once[status.st_dev, status.st_ino] = status.st_size
+    return total - sum(once.values())
+
+
 def _is_file(path: Path) -> bool:
     try:
         return stat.S_ISREG(os.lstat(path).st_mode)

@@ -70,7 +70,7 @@ from internvl_ds.checkpoint.tag.retention import (
     later_tags,
     tags_to_prune,
 )
-from internvl_ds.checkpoint.tag.shared import own_size
+from internvl_ds.checkpoint.tag.shared import counted_again, own_size
 from internvl_ds.checkpoint.tag.sweep import STAGING
 from internvl_ds.checkpoint.tag.trash import TRASH
 from internvl_ds.errors import (
@@ -165,6 +165,8 @@ def _list(args: argparse.Namespace) -> int:
         return _status(found)
     titles = ('tag', 'epoch', 'accuracy', 'size', 'age', 'stage x ranks', 'precision', 'verified')
     say(table(titles, [_row(e, latest) for e in found], right=titles[1:5]))
+    if again := counted_again(examined.path for examined in found):
+        say(f'{human_size(again)} of these sizes are frozen parameters that tags share, there once')
     if stagings:
         say(f'{len(stagings)} save(s) under way, or left by a run that died (.staging-*)')
     if trash:

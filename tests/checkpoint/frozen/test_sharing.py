@@ -14,6 +14,7 @@ from internvl_ds.checkpoint.tag.manifest import is_shared
 from internvl_ds.checkpoint.tag.verify import damage_of_tag
 from internvl_ds.errors import PretrainedError
 from internvl_ds.tools.cli import main
+from internvl_ds.tools.text import human_size
 from tests.checkpoint.frozen import freezing
 from tests.harness.elastic import Net
 from tests.harness.ranks import run_ranks
@@ -57,6 +58,9 @@ def look_at(output, capsys):
     assert exported.keys() == source.keys() == {*Net().state_dict()}
     assert all(torch.equal(exported[name], tensor) for name, tensor in source.items())
     capsys.readouterr()
+    sizes = [p.stat().st_size for p in second.iterdir() if is_shared(p.name)]
+    assert main(['ckpt', 'list', str(output)]) == 0  # first, second and best have one file each
+    assert f'{human_size(2 * sum(sizes))} of these sizes are frozen' in capsys.readouterr().out
     assert main(['ckpt', 'diff', str(first), str(third), '--json']) == 1
     names = [d['name'] for d in json.loads(capsys.readouterr().out)['found']]
     assert {'model/frozen.weight', 'model/frozen.bias'} <= {*names}
