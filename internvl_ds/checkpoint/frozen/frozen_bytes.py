@@ -32,7 +32,9 @@ def bytes_of(tensors: Mapping[str, torch.Tensor]) -> Iterator[bytes | memoryview
         for part in flat.split(_PIECE):
             if part.device.type != 'cpu':
                 if host is None:
-                    host = torch.empty(_PIECE, dtype=torch.uint8, pin_memory=True)
+                    host = torch.empty(
+                        _PIECE, dtype=torch.uint8, pin_memory=torch.cuda.is_available()
+                    )
                 part = host[: part.numel()].copy_(part)
             if part.numel():
                 yield memoryview(part.numpy())

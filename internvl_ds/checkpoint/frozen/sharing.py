@@ -87,6 +87,9 @@ class Sharing:
             try:
                 if not self._is_whole(path, entry):
                     continue
+            except OSError:  # it has gone, or is not for this user to read
+                continue
+            try:
                 os.link(path, self.staging / name)
                 return True
             except OSError as error:

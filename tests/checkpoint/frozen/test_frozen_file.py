@@ -53,3 +53,18 @@ def test_a_model_file_names_no_other_file(tmp_path, name):
     left[KEY]['file'] = name
     with pytest.raises(CheckpointError, match=r'm\.pt: says that its frozen parameters are in'):
         joined(tmp_path, tmp_path / 'm.pt', left)
+
+
+@pytest.mark.parametrize(
+    'apart',
+    [
+        1, [], {}, {'sharded': False}, {'sharded': False, 'omitted': 1},
+        {'sharded': False, 'omitted': {'a': [1]}, 'digests': {}},
+        {'sharded': False, 'omitted': {'a': [['/etc/passwd', ['a'], ['float32']], 'float32', [7],
+         0, 7, 7]}, 'digests': {'/etc/passwd': 'x'}},
+    ],
+)  # fmt: skip
+def test_what_says_nonsense_of_its_parameters_is_one_error(tmp_path, apart):
+    content = {'module': {}, KEY: apart}
+    with pytest.raises(CheckpointError, match=f'{tmp_path}'):
+        joined(tmp_path, tmp_path / 'm.pt', content)

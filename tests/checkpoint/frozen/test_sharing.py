@@ -9,15 +9,24 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from internvl_ds.checkpoint.frozen import frozen_file
+from internvl_ds.checkpoint.frozen.frozen_file import FrozenFile
+from internvl_ds.checkpoint.frozen.sharing import Sharing
 from internvl_ds.checkpoint.sources.open_weights import open_weights
-from internvl_ds.checkpoint.tag.manifest import is_shared
+from internvl_ds.checkpoint.tag import commit
+from internvl_ds.checkpoint.tag.manifest import FileEntry, Manifest, is_shared, shared_name
+from internvl_ds.checkpoint.tag.shared import remove_unneeded
+from internvl_ds.checkpoint.tag.trash import MARK
 from internvl_ds.checkpoint.tag.verify import damage_of_tag
-from internvl_ds.errors import PretrainedError
+from internvl_ds.config.choices import frozen_of
+from internvl_ds.errors import ConfigError, PretrainedError
 from internvl_ds.tools.cli import main
 from internvl_ds.tools.text import human_size
 from tests.checkpoint.frozen import freezing
 from tests.harness.elastic import Net
+from tests.harness.model import make_config
 from tests.harness.ranks import run_ranks
+from tests.harness.tags import make_header
 
 
 @pytest.mark.ranks
@@ -122,3 +131,72 @@ def test_a_load_names_what_is_missing_on_all_ranks_and_changes_nothing(tmp_path)
     told = f'{second} is missing: it holds frozen parameters'
     assert [told in text for text in said] == [True, True, False]
     assert said[2] == '[]'
+
+
+def staged(output, number, value=1.0, seen=None):
+    """A tag of one model file, made as a save makes it, and the shared file's place in it."""
+    tag = output / f'ckpt_epoch_{number}'
+    tag.mkdir(parents=True)
+    (tag / MARK).touch()
+    apart = Sharing(
+        output, tag, frozenset('w'), {}, sharded=False, seen=set() if seen is None else seen
+    )
+    state = {'module': {'w': torch.full((64,), value), 'x': torch.zeros(4)}}
+    for path, content in apart.parts(state, tag / 'mp_rank_00_model_states.pt'):
+        if isinstance(content, FrozenFile):
+            frozen_file.write(content, path)
+    (name,) = apart.files
+    return tag / name
+
+
+def test_the_next_tag_has_the_same_file_and_another_value_another_one(tmp_path):
+    first, second, other = staged(tmp_path, 0), staged(tmp_path, 1), staged(tmp_path, 2, 2.0)
+    assert first.samefile(second)
+    assert other.name != first.name
+    first.unlink()
+    assert staged(tmp_path, 3).samefile(second)
+
+
+def test_a_damaged_file_is_not_shared_on(tmp_path, caplog):
+    first = staged(tmp_path, 0)
+    content = first.read_bytes()
+    first.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    second = staged(tmp_path, 1)
+    assert f'{first}: damaged; the frozen parameters are written anew' in caplog.text
+    assert second.read_bytes() == content
+    assert staged(tmp_path, 2).samefile(second)
+
+
+def test_a_file_that_was_compared_is_compared_again_when_it_was_written_since(tmp_path, caplog):
+    seen = set()
+    first = staged(tmp_path, 0, seen=seen)
+    assert staged(tmp_path, 1, seen=seen).samefile(first)
+    content = first.read_bytes()
+    first.write_bytes(bytes(len(content)))
+    assert staged(tmp_path, 2, seen=seen).read_bytes() == content
+    assert 'damaged' in caplog.text
+
+
+def test_a_file_next_to_the_tags_stays_while_a_save_is_under_way_or_a_tag_needs_it(tmp_path):
+    name = shared_name(0, 'a' * 32)
+    (tmp_path / name).touch()
+    staging = commit.begin(tmp_path, 'ckpt_epoch_0')  # which removes it: nobody needs it
+    assert not (tmp_path / name).exists()
+    (tmp_path / name).touch()
+    assert remove_unneeded(tmp_path) == []
+    commit.commit(staging, Manifest(make_header('ckpt_epoch_0', 0), {name: FileEntry(0, 'a' * 32)}))
+    assert remove_unneeded(tmp_path) == []
+    (tmp_path / 'ckpt_epoch_1').mkdir()
+    (tmp_path / 'ckpt_epoch_1' / 'manifest.json').write_text('{')  # it may need it
+    shutil.rmtree(tmp_path / 'ckpt_epoch_0')
+    assert remove_unneeded(tmp_path) == []
+    shutil.rmtree(tmp_path / 'ckpt_epoch_1')
+    assert remove_unneeded(tmp_path) == [name]
+
+
+@pytest.mark.parametrize('value', ['once ', 'none', True])
+def test_another_word_is_refused_before_training(value):
+    with pytest.raises(
+        ConfigError, match='CHECKPOINT.FROZEN is .*; it can be keep or once or omit'
+    ):
+        frozen_of(make_config(CHECKPOINT__FROZEN=value))
