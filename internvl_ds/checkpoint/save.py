@@ -98,6 +98,7 @@ def save_checkpoint(
     async_save.wait()
     engine = engine_of(model)
     wrapper = wrapper_of(engine)
+    wrapper.require_own_weights('save_checkpoint')
     require_as_made(engine.module, wrapper.names, wrapper.buffers)
     values = {
         'epoch': epoch, 'step': step, 'max_accuracy': max_accuracy, 'ema_decay': ema_decay,
@@ -231,7 +232,7 @@ def _begin(save: Save, wrapper: Wrapper, average: EmaFile | None, config: CfgNod
     if size is None:
         size = tensor_bytes([*wrapper.saved_tensors(rank()), average])
     own = [save.tag, save.header['epoch'], str(config.OUTPUT), save.in_background]
-    calls = exchange('save_checkpoint', [own, size], timeout)
+    calls = exchange('save_checkpoint', [own, size], timeout, warn=save.logger.warning)
     if any(call[0] != calls[0][0] for call in calls):
         raise RankError(
             'save_checkpoint: the ranks came with different (tag, epoch, OUTPUT, '

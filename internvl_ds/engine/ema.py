@@ -21,9 +21,10 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from internvl_ds.dist.rendezvous import rank, world_size
+from internvl_ds.engine.averaged_module import AveragedModule
 from internvl_ds.engine.ema_shard import EmaFile, shard_name
 from internvl_ds.engine.registry import engine_of, wrapper_of
-from internvl_ds.errors import CheckpointMismatch, few
+from internvl_ds.errors import CheckpointMismatch, ConfigError, few
 from internvl_ds.zero.lazy_tensor import Flat, fill
 from internvl_ds.zero.parameters import is_sharded
 from internvl_ds.zero.partition import owned, shapes_of
@@ -64,6 +65,8 @@ class ShardedEma:
         decay: the share of the old average that stays in an update.
         warmup: how the decay rises to that; None where it is the same from the start.
         num_updates: how many updates have been made.
+        ema: the average as a module to evaluate: ``validate(config, loader, model_ema.ema)``.
+        is_swapped_in: whether the engine computes with the average, inside `swapped_in`.
     """
 
     def __init__(
@@ -83,15 +86,39 @@ class ShardedEma:
         self.num_updates = 0
         self._shards = {name: t.detach().clone() for name, t in self._wrapper.masters().items()}
         self._buffers = {n: _kept(b) for n, b in self.engine.module.named_buffers()}
+        self.is_swapped_in = False
+        self.ema = AveragedModule(self)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the module's parameters are cut up (ZeRO stage 3)."""
+        return self._wrapper.sharded
+
+    def kept_tensors(self) -> dict[str, torch.Tensor]:
+        """The parameters and buffers of the module that have an average, by name."""
+        module, trained = self.engine.module, self._wrapper.trained_names()
+        parameters = {n: p for n, p in module.named_parameters() if n in trained}
+        return {**parameters, **dict(module.named_buffers())}
 
     @torch.no_grad()
-    def update(self) -> None:
+    def update(self, model: Any = None) -> None:
         """Takes the weights after a step into the average; a skipped step changes nothing.
 
         Call it on every rank after each boundary. It talks to no other rank.
+
+        Args:
+            model: accepted for timm's ``update(model)``: the engine of this average, or its module.
+
+        Raises:
+            ConfigError: for another model, and inside `swapped_in`.
         """
+        if model is not None and engine_of(model) is not self.engine:
+            raise ConfigError('ShardedEma.update: this model belongs to another engine')
+        if self.is_swapped_in:
+            raise ConfigError('ShardedEma.update inside swapped_in: the weights are the average')
         if not self.engine.was_step_applied():
             return
+        self.ema.drop_copies()
         self.num_updates += 1
         decay = self.warmup.decay(self.num_updates, self.decay) if self.warmup else self.decay
         averages, weights = list(self._shards.values()), list(self._wrapper.masters().values())
@@ -109,20 +136,26 @@ class ShardedEma:
         """Lets the engine compute with the averaged weights; they are put back at the end.
 
         Collective: every rank enters and leaves it. The weights come back bit for bit, also after
-        an exception. No step may be made inside.
+        an exception. No step and no save may be made inside; entered again, it does nothing.
 
         Args:
             engine: accepted for symmetry; the engine of this average is used.
         """
+        if self.is_swapped_in:
+            yield
+            return
         buffers = dict(self.engine.module.named_buffers())
         kept = {name: buffer.detach().clone() for name, buffer in buffers.items()}
         self._exchange_masters()
         self._set_buffers(self._buffers)
+        outer = self._wrapper.holds_average  # another average may be swapped in
+        self._note_swap(True, True)
         try:
             yield
         finally:
             self._exchange_masters()
             self._set_buffers(kept)
+            self._note_swap(False, outer)
 
     def whole_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Key of the module's state dict, and averaged tensor, gathered one at a time.
@@ -199,6 +232,7 @@ class ShardedEma:
             values = {name: saved.tensor(owner, name) for name in names}
             _require_same(values, tensors, saved.tag / shard_name(owner))
             pairs += [(target, values[name]) for name, target in tensors.items()]
+        self.ema.drop_copies()
         for target, value in pairs:
             target.copy_(value)
         self.take_header(header)
@@ -236,10 +270,15 @@ class ShardedEma:
                 f'{where}: its EMA is of another model: {len(wrong)} of {len(shapes)} tensors are '
                 f'not in it or have another shape, {wrong[:5]} among them'
             )
+        self.ema.drop_copies()
         for shard, runs in zip(self._shards.values(), owned(layout, own), strict=True):
             fill(shard, runs, weights)
         for name, buffer in buffers.items():
             buffer.copy_(weights[name].whole())
+
+    def _note_swap(self, own: bool, holds_average: bool) -> None:
+        self.is_swapped_in, self._wrapper.holds_average = own, holds_average
+        torch.clear_autocast_cache()  # of the weights that were in place
 
     def _unpadded(self, shards: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Views without the alignment padding, in the layout in which DeepSpeed saves masters."""

@@ -95,6 +95,7 @@ class NativeScalerWithGradNormCount:
             )
         wrapper, accumulation = wrapper_of(engine), registration_of(engine).accumulation
         wrapper.require_unfrozen()
+        wrapper.require_own_weights('an update')
         require_schedule_untouched(engine)
         if update_grad:
             accumulation.require_agreed(engine.gradient_accumulation_steps(), engine.global_steps)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
+from internvl_ds.errors import ConfigError
 from internvl_ds.zero.loss_scale import LossScale
 from internvl_ds.zero.loss_scale_sync import configured_scale
 from internvl_ds.zero.module_state import shapes_of_buffers, tied_names
@@ -31,6 +32,7 @@ class Wrapper:
         scale: the loss scale; None where nothing is scaled.
         ds_config: that the engine runs with, also where it was made from a file's path.
         buffers: name and shape of each buffer of the module's state dict, as the engine was made.
+        holds_average: whether averaged weights are where the weights belong.
         separate_masters: whether the fp32 masters are other tensors than the module's parameters.
     """
 
@@ -43,6 +45,7 @@ class Wrapper:
         self.scale: LossScale | None = None
         self.ds_config: dict[str, Any] = engine._config._param_dict
         self.buffers = shapes_of_buffers(engine.module)
+        self.holds_average = False
 
     @property
     def alive(self) -> bool:
@@ -103,6 +106,21 @@ class Wrapper:
         """
         trained, named = self.trained_names(), self.engine.module.named_parameters()
         return [n for n, p in named if p.requires_grad and n not in trained and whole_numel(p)]
+
+    def require_own_weights(self, call: str) -> None:
+        """Refuses what would save or train averaged weights in place of the weights.
+
+        Args:
+            call: for the error.
+
+        Raises:
+            ConfigError: inside ``ShardedEma.swapped_in``.
+        """
+        if self.holds_average:
+            raise ConfigError(
+                f'{call} inside `with model_ema.swapped_in():`: the engine holds the averaged '
+                'weights there. Leave the block first; only evaluate in it'
+            )
 
     def push_masters(self) -> None:
         """Sets the module's weights to the fp32 masters. Collective: every rank calls it."""

@@ -25,6 +25,7 @@ def engine(monkeypatch):
     engine.was_step_applied = lambda: engine.applied
     monkeypatch.setattr(ema, 'engine_of', lambda model: engine)
     wrapper = SimpleNamespace(
+        holds_average=False,
         masters=lambda: {'0': engine.master},
         push_masters=lambda: engine.pushed.append(engine.master.tolist()),
     )
