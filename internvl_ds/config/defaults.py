@@ -161,6 +161,8 @@ _C.COMM.EXIT_TIMEOUT = 60  # seconds that an ending rank waits for what others s
 _C.COMM.DEAD_AFTER = 10
 # Seconds without an answer after which a rank is called silent, which ends no wait.
 _C.COMM.SILENT_AFTER = 4
+# Seconds after which a save warns that ranks have not come, which ends no wait; 0: it does not.
+_C.COMM.WARN_AFTER = 5
 _C.COMM.CONNECT_TIMEOUT = 3  # seconds for one try to reach an address
 _C.COMM.ABORT_TIMEOUT = 5  # seconds that aborting an MPI job may take
 _C.COMM.INTERFACE = ''  # the network interface of rank 0's address; '' finds one that works

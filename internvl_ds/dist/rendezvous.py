@@ -30,7 +30,9 @@ T = TypeVar('T')
 logger = logging.getLogger(__name__)
 
 
-def exchange(what: str, value: Any, timeout: float) -> list[Any]:
+def exchange(
+    what: str, value: Any, timeout: float, *, warn: Callable[[str], None] | None = None
+) -> list[Any]:
     """Meets all ranks and hands every rank the value of each, in rank order.
 
     Collective: every rank calls it.
@@ -39,6 +41,7 @@ def exchange(what: str, value: Any, timeout: float) -> list[Any]:
         what: the name of the meeting, the same on all ranks; it stands in the error.
         value: anything JSON can hold, small (it travels through rank 0's store).
         timeout: seconds to wait for the others.
+        warn: told once who has not come after COMM.WARN_AFTER seconds, on the lowest rank that has.
 
     Raises:
         RankError: when a rank does not come in time, or is known to be dead; it is named.
@@ -46,16 +49,26 @@ def exchange(what: str, value: Any, timeout: float) -> list[Any]:
     if world_size() == 1:
         return [value]
     deadline = time.monotonic() + timeout
-    return _exchange(_peers(what, timeout), what, value, timeout, deadline)
+    return _exchange(_peers(what, timeout), what, value, timeout, deadline, warn)
 
 
-def _exchange(peers: Peers, what: str, value: Any, timeout: float, deadline: float) -> list[Any]:
+def _exchange(
+    peers: Peers,
+    what: str,
+    value: Any,
+    timeout: float,
+    deadline: float,
+    warn: Callable[[str], None] | None = None,
+) -> list[Any]:
     group = current_group()
     while True:
         turn = group.rounds[what]
         place = group.key(f'{what}/{turn}')
         peers.come(place, json.dumps({'value': value}))
         try:
+            if warn is not None and group.limit('WARN_AFTER') < timeout:
+                _warn_of_missing(peers, what, place, timeout, warn)
+            warn = None
             if missing := peers.missing_at(place, deadline, without_dead=False):
                 raise RankError(_reproach(missing, peers.rank, timeout))
         except RankError as error:
@@ -70,6 +83,23 @@ def _exchange(peers: Peers, what: str, value: Any, timeout: float, deadline: flo
             _let_all_read(peers, f'{place}/read', deadline)
             return [item['value'] for item in items]
         # Others gave this round up before this rank came: they meet in the next one, if at all.
+
+
+def _warn_of_missing(
+    peers: Peers, what: str, place: str, timeout: float, warn: Callable[[str], None]
+) -> None:
+    """Waits for COMM.WARN_AFTER seconds at most, and says who has not come then."""
+    group = current_group()
+    if not (seconds := group.limit('WARN_AFTER')):
+        return
+    missing = peers.missing_at(place, time.monotonic() + seconds, without_dead=False)
+    present = set(range(peers.world_size)).difference(missing)
+    if missing and peers.rank == min(present) and not set(missing) & set(group.dead_ranks()):
+        warn(
+            f'{what}: rank {peers.rank} has waited {seconds:g} s, and {group.named(missing)} has '
+            'not come. Every rank must make this call: if it stands under `if dist.get_rank() == '
+            f'0`, remove that condition. If not, nothing is lost: it waits up to {timeout:g} s.'
+        )
 
 
 def _reproach(missing: list[int], own_rank: int, timeout: float) -> str:

@@ -226,6 +226,7 @@ def test_keys_that_the_original_lacks_are_these():
         'COMM.INTERFACE',
         'COMM.SILENT_AFTER',
         'COMM.TIMEOUT',
+        'COMM.WARN_AFTER',
         'DATA.CHECK_CLASS_NAMES',
         'DATA.WORKER_TIMEOUT',
         'MODEL.DOWNLOAD_TIMEOUT',
