@@ -1,4 +1,4 @@
-"""``load_pretrained`` and ``convert_22k_head_to_1k``: both run before an engine exists."""
+"""``load_pretrained``, before training, and ``convert_22k_head_to_1k``, before an engine exists."""
 
 from __future__ import annotations
 
@@ -23,11 +23,13 @@ from internvl_ds.checkpoint.tag.verify import damage, share_of, weight_files
 from internvl_ds.config.tree import checkpoint_option, get_option
 from internvl_ds.dist.process_group import collectives_within, init_distributed
 from internvl_ds.dist.rendezvous import agree, exchange, from_rank_0, rank, world_size
+from internvl_ds.engine.registry import find_engine
 from internvl_ds.errors import ConfigError, PretrainedError, RankError
 from internvl_ds.files.addresses import shown
 from internvl_ds.files.reading import interpreting
 from internvl_ds.pretrained import apply, head, transforms
 from internvl_ds.pretrained.known_formats import through_timm
+from internvl_ds.pretrained.open_engine import open_engine
 from internvl_ds.pretrained.report import PretrainedReport
 from internvl_ds.pretrained.transforms import Note, Specs, State, Step
 from internvl_ds.zero.lazy_tensor import Flat
@@ -59,15 +61,18 @@ class _Plan:
 
 
 def load_pretrained(config: CfgNode, model: nn.Module, logger: logging.Logger) -> PretrainedReport:
-    """Loads the weights at MODEL.PRETRAINED into a module, adapted to it, before ``initialize``.
+    """Loads the weights at MODEL.PRETRAINED into a module, adapted to it, before training.
 
     Collective: every rank calls it. Everything is checked before the first tensor of the model
-    changes. A module built under ``deepspeed.zero.Init`` gets its slices tensor by tensor.
+    changes. A module built under ``deepspeed.zero.Init`` gets its slices tensor by tensor. Into an
+    engine, or its module, they come as they would have before ``initialize``; a `ShardedEma` is
+    made afterwards.
 
     Args:
         config: MODEL.PRETRAINED (a file, a directory, a tag or an address) and its settings are
             read, and TRAIN.RAND_INIT_FT_HEAD.
-        model: a module that belongs to no engine, on any device and of any dtype.
+        model: a module on any device and of any dtype; or an engine that has not trained yet, or
+            its module.
         logger: gets a line per step that did something, and the missing and unexpected keys.
 
     Returns:
@@ -75,9 +80,19 @@ def load_pretrained(config: CfgNode, model: nn.Module, logger: logging.Logger) -
 
     Raises:
         PretrainedError: where the file cannot be read, has nothing or too little in common with the
-            model, or does not fit it; and where the model belongs to an engine.
+            model, or does not fit it; and for an engine that has trained.
     """
-    apply.require_writable(model, 'load_pretrained')
+    engine = find_engine(model)
+    if engine is not None:
+        with open_engine(engine) as module:
+            return _load(config, module, logger, in_engine=True)
+    return _load(config, model, logger, in_engine=False)
+
+
+def _load(
+    config: CfgNode, model: nn.Module, logger: logging.Logger, in_engine: bool
+) -> PretrainedReport:
+    apply.require_writable(model, 'load_pretrained', in_engine=in_engine)
     readers = str(get_option(config, 'MODEL.PRETRAINED_READERS', 'all'))
     if readers not in ('all', 'one'):
         raise ConfigError(f"MODEL.PRETRAINED_READERS is {readers!r}; it can be 'all' or 'one'")

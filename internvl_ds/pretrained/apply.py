@@ -22,13 +22,18 @@ from internvl_ds.zero.parameters import (
 _HEAD_SCALE = 0.001
 
 
-def require_writable(model: nn.Module, caller: str) -> None:
+def require_writable(model: nn.Module, caller: str, in_engine: bool = False) -> None:
     """Refuses what holds weights elsewhere too, such as an engine, or has no memory for them.
+
+    Args:
+        model: to be written into.
+        caller: for errors.
+        in_engine: whether the model is an engine's, whose copies the caller sees to.
 
     Raises:
         PretrainedError: saying what to do instead.
     """
-    if _has_engine(model):
+    if not in_engine and _has_engine(model):
         raise PretrainedError(
             f'call {caller} before initialize: this {type(model).__name__} belongs to a DeepSpeed '
             f'engine already, whose optimizer may keep copies of the weights that would not follow'
