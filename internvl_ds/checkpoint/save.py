@@ -21,7 +21,7 @@ import internvl_ds
 from internvl_ds.checkpoint import async_save
 from internvl_ds.checkpoint.checkpoint_engine import install_writer
 from internvl_ds.checkpoint.finish_save import Save, abandon, finish
-from internvl_ds.checkpoint.formats.ema_tensors import ema_file
+from internvl_ds.checkpoint.formats.ema_tensors import ema_file, warn_of_rounding
 from internvl_ds.checkpoint.formats.rng import rng_state
 from internvl_ds.checkpoint.formats.snapshot import tensor_bytes
 from internvl_ds.checkpoint.optimizer_state import optimizer_name
@@ -98,7 +98,6 @@ def save_checkpoint(
     async_save.wait()
     engine = engine_of(model)
     wrapper = wrapper_of(engine)
-    wrapper.require_own_weights('save_checkpoint')
     require_as_made(engine.module, wrapper.names, wrapper.buffers)
     values = {
         'epoch': epoch, 'step': step, 'max_accuracy': max_accuracy, 'ema_decay': ema_decay,
@@ -108,7 +107,7 @@ def save_checkpoint(
     average = ema_file(model_ema)
     _begin(save, wrapper, average, config)
     logger.info('%s saving......', save.output / save.tag)
-    _warn(save, engine, config)
+    _warn(save, engine, config, model_ema)
     try:
         state = functools.partial(_state, save, engine, values, lr_scheduler, scaler)
         _stage(save, wrapper, average, state, loop)
@@ -128,6 +127,7 @@ def _new_save(
     config, epoch, step = values['config'], values['epoch'], values['step']
     registration = registration_of(engine)
     wrapper = registration.wrapper
+    wrapper.require_own_weights('save_checkpoint')
     counted = best is None and isinstance(epoch, int)
     groups = None if wrapper.client is None else registration.client_groups.names
     return Save(
@@ -145,7 +145,8 @@ def _new_save(
     )
 
 
-def _warn(save: Save, engine: DeepSpeedEngine, config: CfgNode) -> None:
+def _warn(save: Save, engine: DeepSpeedEngine, config: CfgNode, model_ema: Any) -> None:
+    warn_of_rounding(model_ema, save.logger)
     registration = registration_of(engine)
     untrained = registration.wrapper.untrained_names()
     if untrained:

@@ -80,3 +80,30 @@ def test_the_signature_is_the_missions():
     by_position = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     assert by_position[-4:] == ['model_ema', 'max_accuracy_ema', 'ema_decay', 'best']
     assert internvl_ds.save_checkpoint is save_checkpoint
+
+
+# The original's own arguments, in its order.
+ORIGINAL = {
+    'auto_resume_helper': 'output_dir',
+    'convert_22k_head_to_1k': 'model logger',
+    'get_grad_norm': 'parameters norm_type',
+    'load_checkpoint': 'config model optimizer lr_scheduler scaler logger',
+    'load_ema_checkpoint': 'config model_ema logger',
+    'load_pretrained': 'config model logger',
+    'reduce_tensor': 'tensor',
+    'MyAverageMeter': 'max_len',
+    'NativeScalerWithGradNormCount': '',
+}
+
+
+@pytest.mark.parametrize('name', ORIGINAL)
+def test_the_other_names_take_the_originals_arguments_in_its_order(name):
+    parameters = inspect.signature(getattr(internvl_ds, name)).parameters.values()
+    by_position = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert by_position == ORIGINAL[name].split()
+
+
+def test_the_scaler_is_called_with_the_originals_arguments():
+    call = inspect.signature(internvl_ds.NativeScalerWithGradNormCount.__call__).parameters
+    wanted = ['self', 'loss', 'optimizer', 'clip_grad', 'parameters', 'create_graph', 'update_grad']
+    assert list(call) == wanted

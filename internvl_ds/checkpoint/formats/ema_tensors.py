@@ -59,6 +59,26 @@ def _ema_module(model_ema: Any) -> nn.Module:
     )
 
 
+def warn_of_rounding(model_ema: Any, logger: logging.Logger) -> None:
+    """Says so where an average is kept in so low a precision that its updates round away.
+
+    A copy of the module of a bf16 or fp16 engine is; timm's ModelEmaV3 rounds bf16 at random.
+    """
+    if model_ema is None or isinstance(model_ema, ShardedEma):
+        return
+    types = {p.dtype for p in _ema_module(model_ema).parameters()}
+    low = types & {torch.bfloat16, torch.float16}
+    if getattr(model_ema, 'stochastic_rounding', False):
+        low -= {torch.bfloat16}
+    if low:
+        name = str(low.pop()).removeprefix('torch.')
+        logger.warning(
+            f'{type(model_ema).__name__} averages in {name}, where most of an update with '
+            f'decay {model_ema.decay} is rounded away: use '
+            'internvl_ds.ShardedEma(engine, decay), which averages the fp32 masters'
+        )
+
+
 def ema_flats(saved: EmaFiles) -> dict[str, Flat]:
     """Name -> averaged tensor of the model's state dict, from either kind of EMA in a tag.
 

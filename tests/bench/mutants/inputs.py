@@ -122,7 +122,7 @@ MUTANTS = [
     ]),
     *mutants_of('pretrained', 'pretrained/test_apply.py pretrained/test_api.py', [
         ('_HEAD_SCALE = 0.001', '_HEAD_SCALE = 0.01'),
-        ('    if _has_engine(model):\n', '    if False:\n'),
+        ('    if not in_engine and _has_engine(model):\n', '    if False:\n'),
         ('    if meta:\n', '    if False:\n'),
         ('    if not any(key in specs for key in state):', '    if False:'),
         ('    if wrong:\n        raise PretrainedError(f\'{len(wrong)} entries', '    if False:\n        raise PretrainedError(f\'{len(wrong)} entries'),
