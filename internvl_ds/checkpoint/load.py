@@ -11,7 +11,7 @@ import torch
 from yacs.config import CfgNode
 
 from internvl_ds.checkpoint import async_save
-from internvl_ds.checkpoint.choice import choose, downloaded
+from internvl_ds.checkpoint.choice import choose, fetch_resume
 from internvl_ds.checkpoint.direct_load import load_same_layout
 from internvl_ds.checkpoint.direct_or_reshard import fits_directly
 from internvl_ds.checkpoint.formats.client_state import saved_state, unread_keys
@@ -72,7 +72,7 @@ def load_checkpoint(
     """
     async_save.wait()
     load = Load(config, logger, lr_scheduler, scaler, loop)
-    path = choose(config, logger) or downloaded(load)
+    path = choose(config, logger) or fetch_resume(load)
     logger.info('==============> Resuming from %s....................', path)
     evaluates = get_option(config, 'EVAL_MODE', False)
     if not evaluates:

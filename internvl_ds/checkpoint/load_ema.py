@@ -8,7 +8,7 @@ from typing import Any
 from yacs.config import CfgNode
 
 from internvl_ds.checkpoint import async_save
-from internvl_ds.checkpoint.choice import choose, downloaded
+from internvl_ds.checkpoint.choice import choose, fetch_resume
 from internvl_ds.checkpoint.formats.client_state import saved_state
 from internvl_ds.checkpoint.formats.ema_files import EmaFiles
 from internvl_ds.checkpoint.formats.ema_tensors import (
@@ -45,7 +45,7 @@ def load_ema_checkpoint(config: CfgNode, model_ema: Any, logger: logging.Logger)
     """
     async_save.wait()
     load = Load(config, logger)
-    path = choose(config, logger, as_before=True) or downloaded(load)
+    path = choose(config, logger, as_before=True) or fetch_resume(load)
     where, configured = str(path), model_ema.decay
     if path.is_file():
         loaded, state = load.agree('read EMA', lambda: _load_file(model_ema, where, logger))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -42,22 +42,18 @@ class Restorer:
         shapes = {name: tuple(flat.shape) for name, flat in weights.items()}
         require_same_model(shapes, model_shapes(engine.module), saved.where)
         self.layout, self.rank = self.wrapper.partitioning()
-        saved = _with_frozen(saved, engine, self.layout)
-        self.saved = saved
+        self.saved = saved = _with_frozen(saved, engine, self.layout)
         self.masters = list(self.wrapper.masters().values())
         _require_same_trained(saved, self.layout)
         _require_known_layout(self.layout, self.rank, self.masters)
         self.fragments = owned(self.layout, self.rank)
         self.groups = self._groups_of_masters()
         self.warnings = self._require_same_optimizer(optimizer)
-        self.kept = [
-            optimizer.kept(group, master)
-            for group, master in zip(self.groups, self.masters, strict=True)
-        ]
+        self.trials = list(map(optimizer.kept, self.groups, self.masters))
         self.keys = [self._keys_of_group(index) for index in range(len(self.masters))]
         self.steps = [self._steps_of_group(index) for index in range(len(self.masters))]
         self.counters = self._counters()
-        self.fixed = _fixed(engine, weights, self.layout)
+        self.fixed = list(_fixed(engine, weights, self.layout))
         for fragments in self.fragments:
             for name, place in fragments:
                 # Opens what `restore` will read.
@@ -79,8 +75,8 @@ class Restorer:
         for index, master in enumerate(self.masters):
             fill(master.data, self.fragments[index], self.saved.masters)
             self._restore_group_state(index, master, state)
-        for group, counted in self.counters:
-            group.update(counted)
+        for group, counts in self.counters:
+            group.update(counts)
         self.wrapper.push_masters()
         counters = self.saved.counters
         self.engine.global_steps = counters.get('global_steps', 0)
@@ -98,16 +94,16 @@ class Restorer:
         for key in keys:
             moments = {n: self.saved.moments[n][key] for n in self.layout.groups[index]}
             shape = self._whole_shape(next(iter(moments)), key) or master.shape
-            own = before.get(key)
-            if not isinstance(own, torch.Tensor) or own.shape != shape:
+            tensor = before.get(key)
+            if not isinstance(tensor, torch.Tensor) or tensor.shape != shape:
                 before[key] = torch.zeros(shape, dtype=master.dtype, device=master.device)
             if shape == master.shape:
                 fill(before[key], self.fragments[index], moments)
             else:
                 before[key].copy_(next(iter(moments.values())).whole())
-        kept = self.kept[index]
+        trial = self.trials[index]
         for key, number in steps.items():
-            before[key] = like(number, kept.numbers.get(key) if kept else None)
+            before[key] = like(number, trial.numbers.get(key) if trial else None)
 
     def _groups_of_masters(self) -> list[dict[str, Any]]:
         """For each master, the group of the optimizer that it is in."""
@@ -118,18 +114,18 @@ class Restorer:
         return [groups[id(master)] for master in self.masters]
 
     def _require_same_optimizer(self, optimizer: RunningOptimizer) -> list[str]:
-        saved, found = self.saved, []
+        saved, comparisons = self.saved, []
         for index, (group, master) in enumerate(zip(self.groups, self.masters, strict=True)):
             for name, shape in self.layout.groups[index].items():
                 forms = forms_of({**saved.steps[name], **saved.moments[name]}, shape)
                 settings = saved.settings.get(name, {})
-                found.append((SavedTensor([name], forms, settings), group, master))
-        return optimizer.require_saved_by(saved.where, saved.optimizer, saved.fresh, found)
+                comparisons.append((SavedTensor([name], forms, settings), group, master))
+        return optimizer.require_saved_by(saved.where, saved.optimizer, saved.fresh, comparisons)
 
     def _whole_shape(self, name: str, key: str) -> torch.Size | None:
         """The shape of state that has not a number for each element of its parameter."""
-        own = self.saved.moments[name][key].shape
-        return None if own == self.saved.masters[name].shape else own
+        shape = self.saved.moments[name][key].shape
+        return None if shape == self.saved.masters[name].shape else shape
 
     def _keys_of_group(self, index: int) -> list[str]:
         """The tensors that the optimizer keeps for a group, which is one to it."""
@@ -153,39 +149,39 @@ class Restorer:
         names = list(self.layout.groups[index])
         steps = self._steps_of(names[0], index)
         for name in names:
-            own = self._steps_of(name, index)
-            if own != steps:
+            other_steps = self._steps_of(name, index)
+            if other_steps != steps:
                 raise CheckpointMismatch(
                     f'{self.saved.where}: the optimizer has counted {steps} for {names[0]} and '
-                    f'{own} for {name}, and they are one group now'
+                    f'{other_steps} for {name}, and they are one group now'
                 )
         return steps
 
     def _steps_of(self, name: str, index: int) -> dict[str, float]:
         """The numbers of a parameter, of which some optimizers have one for all of a group."""
-        steps, kept = dict(self.saved.steps[name]), self.kept[index]
-        if kept is None or not (steps or self.saved.moments[name]):
+        steps, trial = dict(self.saved.steps[name]), self.trials[index]
+        if trial is None or not (steps or self.saved.moments[name]):
             return steps
         settings = self.saved.settings.get(name, {})
-        numbers = {key for key, form in kept.forms.items() if form == NUMBER}
+        numbers = {key for key, form in trial.forms.items() if form == NUMBER}
         steps.update({k: float(settings[k]) for k in numbers - steps.keys() if k in settings})
-        return {key: steps[key] for key in steps if key in kept.forms or key in kept.late}
+        return {key: steps[key] for key in steps if key in trial.forms or key in trial.late}
 
     def _counters(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
         """The entries that the optimizer counts in its groups, and what the checkpoint has."""
-        found: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
-        for index, (group, kept) in enumerate(zip(self.groups, self.kept, strict=True)):
-            counted = found.setdefault(id(group), (group, {}))[1]
+        groups: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
+        for index, (group, trial) in enumerate(zip(self.groups, self.trials, strict=True)):
+            counts = groups.setdefault(id(group), (group, {}))[1]
             for name in self.layout.groups[index]:
                 settings = self.saved.settings.get(name, {})
-                for key in settings.keys() & (kept.counters.keys() if kept else ()):
+                for key in settings.keys() & (trial.counters.keys() if trial else ()):
                     value = like(settings[key], group.get(key, settings[key]))
-                    if repr(counted.setdefault(key, value)) != repr(value):
+                    if repr(counts.setdefault(key, value)) != repr(value):
                         raise CheckpointMismatch(
                             f'{self.saved.where}: the groups of the optimizer have counted {key} '
-                            f'{counted[key]} and {value}, and they are one group now'
+                            f'{counts[key]} and {value}, and they are one group now'
                         )
-        return list(found.values())
+        return list(groups.values())
 
 
 def _require_in_memory(wrapper: Wrapper) -> None:
@@ -216,15 +212,15 @@ def _with_frozen(saved: NamedState, engine: DeepSpeedEngine, layout: Layout) -> 
 
 def _require_same_trained(saved: NamedState, layout: Layout) -> None:
     running = shapes_of(layout)
-    missing = [name for name in running if name not in saved.masters]
+    gaps = [name for name in running if name not in saved.masters]
     # A torch optimizer's groups may hold frozen parameters too; it keeps no state for them.
-    extra = [n for n in saved.masters if n not in running and (saved.moments[n] or saved.steps[n])]
-    if missing or extra:
+    extras = [n for n in saved.masters if n not in running and (saved.moments[n] or saved.steps[n])]
+    if gaps or extras:
         parts = []
-        if missing:
-            parts.append(f'{len(missing)} parameters are trained now and were not: {few(missing)}')
-        if extra:
-            parts.append(f'{len(extra)} were trained and are not now: {few(extra)}')
+        if gaps:
+            parts.append(f'{len(gaps)} parameters are trained now and were not: {few(gaps)}')
+        if extras:
+            parts.append(f'{len(extras)} were trained and are not now: {few(extras)}')
         raise CheckpointMismatch(f'{saved.where}: {"; ".join(parts)}')
 
 
@@ -242,20 +238,13 @@ def _require_known_layout(layout: Layout, rank: int, masters: list[torch.Tensor]
 
 def _fixed(
     engine: DeepSpeedEngine, weights: Mapping[str, Flat], layout: Layout
-) -> list[tuple[torch.Tensor, Flat, tuple[int, int] | None]]:
+) -> Iterator[tuple[torch.Tensor, Flat, tuple[int, int] | None]]:
     """Frozen parameters and buffers: where to, what, and which elements of it (None for all)."""
     trained = shapes_of(layout).keys()
     names = {id(p): name for name, p in engine.module.named_parameters()}
-    found: list[tuple[torch.Tensor, Flat, tuple[int, int] | None]] = []
     for name, target in engine.module.state_dict(keep_vars=True).items():
         if names.get(id(target)) in trained:
             continue
-        flat = weights[name]
-        if is_sharded(target):
-            bounds = own_slice(target)
-            flat.pieces(*bounds)
-            found.append((local_values(target).data, flat, bounds))
-        else:
-            flat.pieces(0, flat.numel)
-            found.append((target, flat, None))
-    return found
+        flat, bounds = weights[name], own_slice(target) if is_sharded(target) else None
+        flat.pieces(*(bounds or (0, flat.numel)))  # opens what `restore` will read
+        yield (target if bounds is None else local_values(target).data), flat, bounds
