@@ -44,14 +44,14 @@ def load_same_layout(
     wrapper = registration.wrapper
     _load_engine(load, wrapper, shards, str(state.get('optimizer_class') or ''), ready)
     wrapper.restore_scale(state.get('loss_scale'))
-    restored = restore_schedule(
+    is_restored = restore_schedule(
         load.config, state, load.lr_scheduler, load.scaler, shards.tag, load.logger
     )
-    position = restore_schedule_position(engine, state.get('schedule'), restored)
-    steps_it = load.lr_scheduler is registration.scheduler
-    if not restored or (steps_it and not shards.has_manifest):  # else the lr is in the shards
+    position = restore_schedule_position(engine, state.get('schedule'), is_restored)
+    is_stepped = load.lr_scheduler is registration.scheduler
+    if not is_restored or (is_stepped and not shards.has_manifest):  # else the lr is in the shards
         groups = wrapper.client.param_groups
-        set_lr_of_schedule(load.lr_scheduler, groups, position if steps_it else shards.updates)
+        set_lr_of_schedule(load.lr_scheduler, groups, position if is_stepped else shards.updates)
 
 
 def _load_engine(

@@ -46,27 +46,27 @@ def load_ema_checkpoint(config: CfgNode, model_ema: Any, logger: logging.Logger)
     async_save.wait()
     load = Load(config, logger)
     path = choose(config, logger, as_before=True) or fetch_resume(load)
-    where, configured = str(path), model_ema.decay
+    where, decay = str(path), model_ema.decay
     if path.is_file():
-        loaded, state = load.agree('read EMA', lambda: _load_file(model_ema, where, logger))
+        is_loaded, state = load.agree('read EMA', lambda: _load_file(model_ema, where, logger))
     else:
         saved = load.agree('find EMA', lambda: EmaFiles(path), load.timeout)
-        if loaded := bool(saved):
+        if is_loaded := bool(saved):
             _load_tag(load, model_ema, saved)
         shards = load.agree('find shards', lambda: TagShards(path), load.timeout)
         state = load.agree('read state', lambda: saved_state(shards), load.timeout)
         shards.warn_unverified(logger)
         if saved and not saved.sharded:
             count_on(model_ema, shards.updates, where, logger)
-    if not loaded:
-        logger.warning('%s has no EMA: starting from the loaded weights', where)
-    else:
+    if is_loaded:
         logger.info('loaded the EMA of %s', where)
+    else:
+        logger.warning('%s has no EMA: starting from the loaded weights', where)
     if state.get('ema_decay') is not None:
         model_ema.decay = state['ema_decay']
-    if model_ema.decay != configured:
-        own = f'its EMA goes on with its decay of {model_ema.decay}'
-        logger.warning(f'{where}: {own}; {configured} is configured now')
+    if model_ema.decay != decay:
+        text = f'its EMA goes on with its decay of {model_ema.decay}'
+        logger.warning(f'{where}: {text}; {decay} is configured now')
     return float(state.get('max_accuracy_ema') or 0.0)
 
 
