@@ -26,8 +26,7 @@ from internvl_ds.zero.lazy_tensor import Flat
 def ema_file(model_ema: Any) -> EmaFile | None:
     """What this rank writes of an average: its part of a sharded one; rank 0 the whole of timm's.
 
-    Raises:
-        CheckpointError: for what is no average, or one that holds no values.
+    CheckpointError for what is no average, or holds no values.
     """
     if model_ema is None:
         return None
@@ -60,13 +59,7 @@ def _ema_module(model_ema: Any) -> nn.Module:
 
 
 def ema_flats(saved: EmaFiles) -> dict[str, Flat]:
-    """Name -> averaged tensor of the model's state dict, from either kind of EMA in a tag.
-
-    Nothing is read yet.
-
-    Raises:
-        CheckpointError: when a file is missing or cannot be read.
-    """
+    """Name -> averaged tensor of the model's state dict, not read yet, from any EMA of a tag."""
     flats = _all_flats(saved)
     return {name: flats[name] for name in TagShards(saved.tag).shapes() if name in flats}
 
@@ -89,14 +82,14 @@ def _all_flats(saved: EmaFiles) -> dict[str, Flat]:
     shards = [n for n in names if n.startswith('shard/')]
     if tag.zero_stage:
         read = functools.cache(lambda r, g: saved.tensor(r, shards[g]).reshape(-1))
-        averaged = tag.flats(read)
+        averages = tag.flats(read)
     else:
-        averaged = {
+        averages = {
             n.removeprefix('shard/'): Flat.of(f'{path}: {n}', saved.tensor(0, n)) for n in shards
         }
-    kept = {n.removeprefix('buffer/'): n for n in names if n.startswith('buffer/')}
-    buffers = {n: Flat.of(f'{path}: {key}', saved.tensor(0, key)) for n, key in kept.items()}
-    weights = {**tag.named_weights(), **averaged, **buffers}
+    keys = {n.removeprefix('buffer/'): n for n in names if n.startswith('buffer/')}
+    buffers = {n: Flat.of(f'{path}: {key}', saved.tensor(0, key)) for n, key in keys.items()}
+    weights = {**tag.named_weights(), **averages, **buffers}
     weights.update({alias: weights[name] for alias, name in tag.aliases().items()})
     return weights
 
@@ -107,19 +100,15 @@ def read_whole_ema(saved: EmaFiles) -> dict[str, torch.Tensor]:
 
 
 def load_whole_ema(model_ema: Any, weights: Any, where: str) -> None:
-    """Copies whole averaged weights by name into any kind of average.
-
-    Raises:
-        CheckpointMismatch: for weights of another model.
-    """
-    stripped = {name.removeprefix('module.'): t for name, t in weights.items()}
+    """Copies whole averaged weights by name into any kind of average of the same model."""
+    tensors = {name.removeprefix('module.'): t for name, t in weights.items()}
     if isinstance(model_ema, ShardedEma):
-        flats = {name: Flat.of(f'{where}: {name}', t) for name, t in stripped.items()}
+        flats = {name: Flat.of(f'{where}: {name}', t) for name, t in tensors.items()}
         model_ema.load_whole(flats, where)
         return
     module = _ema_module(model_ema)
-    wrapped = all(name.startswith('module.') for name in module.state_dict())
-    load_weights(module, {f'module.{n}' if wrapped else n: t for n, t in stripped.items()}, where)
+    has_prefix = all(name.startswith('module.') for name in module.state_dict())
+    load_weights(module, {f'module.{n}' if has_prefix else n: t for n, t in tensors.items()}, where)
 
 
 def ema_fits_directly(model_ema: ShardedEma, saved: EmaFiles) -> bool:
@@ -134,9 +123,7 @@ def ema_fits_directly(model_ema: ShardedEma, saved: EmaFiles) -> bool:
 def count_on(model_ema: Any, updates: int | None, where: object, logger: logging.Logger) -> None:
     """Counts the updates of an average whose checkpoint does not say their number, for its warm-up.
 
-    Args:
-        updates: of the weights; None for as many as the engine has applied.
-        where: the checkpoint, for the log.
+    ``updates``: of the weights; None for as many as the engine has applied.
     """
     if isinstance(model_ema, ShardedEma):
         applied = applied_updates(model_ema.engine)

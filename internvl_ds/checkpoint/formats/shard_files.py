@@ -28,20 +28,17 @@ from internvl_ds.errors import CheckpointError, few
 
 
 def read_shard(path: Path | str, *, mmap: bool = False) -> Any:
-    """Reads one file that torch.save wrote, allowing only tensors, plain types and what
-    `allowed.allowed_globals` lists.
-
-    Raises:
-        CheckpointError: when the file cannot be read, or holds anything else (which is named).
+    """Reads one file that torch.save wrote. CheckpointError, naming it, for anything in it but
+    tensors, plain types and what `allowed.allowed_globals` lists.
     """
     try:
         return load_torch(path, mapped=mmap)
     except pickle.UnpicklingError as error:
-        refused = refused_class(error)
-        if refused is None:
+        class_name = refused_class(error)
+        if class_name is None:
             raise CheckpointError(f'{path}: cannot be read: {reason_of(error)}') from error
         raise CheckpointError(
-            f'{path}: refused, because it holds more than tensors and plain data: {refused}'
+            f'{path}: refused, because it holds more than tensors and plain data: {class_name}'
         ) from error
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise CheckpointError(f'{path}: cannot be read: {error or repr(error)}') from error
@@ -155,9 +152,9 @@ class ShardFiles:
     @cached_property
     def ds_config(self) -> Mapping[str, Any]:
         """The ds_config of the run that saved it; where that was a path, what its files show."""
-        said = self.head.get('ds_config')
-        if isinstance(said, Mapping):
-            return said
+        config = self.head.get('ds_config')
+        if isinstance(config, Mapping):
+            return config
         stages = [self._stage_in(n) for n in self._names if is_first_optim(n)]
         dtypes = {tensor.dtype for tensor in self.head['module'].values()}
         return {
