@@ -23,16 +23,13 @@ _log = logging.getLogger(__name__)
 def open_weights(path: str, *, ema: bool = False) -> Mapping[str, Any]:
     """Opens weights on the CPU: the whole top-level object, mapped and not read where it can be.
 
+    As `open_file` in all but this: the values of a tag are `Flat`, which are read when they are
+    used.
+
     Args:
         path: as `open_file` takes it; or a tag of this package or of DeepSpeed; or an address, as
             `downloads.fetch` takes it.
         ema: take the averaged weights: of a tag, or under ``model_ema`` of a file.
-
-    Returns:
-        As `open_file`; of a tag the values are `Flat`, which are read when they are used.
-
-    Raises:
-        PretrainedError: as `open_file`.
     """
     if not path:
         raise PretrainedError('the path of the weights is empty')

@@ -131,7 +131,7 @@ MUTANTS = [
         ('saved == list(now):', 'sorted(saved) == sorted(now):'),
         ('    if not saved or not now or', '    if'),
         ("if get_option(config, 'DATA.CHECK_CLASS_NAMES', True):", 'if False:'),
-        ('        if found:\n            raise CheckpointError', '        if False:\n            raise CheckpointError'),
+        ('        if damages:\n            raise CheckpointError', '        if False:\n            raise CheckpointError'),
     ]),
     *mutants_of('checkpoint', 'checkpoint/test_choice.py', [
         ('return ours.sequence > theirs.sequence and epoch_of(rival.name) is not None', 'return ours.sequence > theirs.sequence'),

@@ -106,7 +106,7 @@ MUTANTS = [
         ('        elif old is None or grid is None:', '        elif False:'),
         ('out[key] = resize_grid(read(value), grid).to(spec.dtype)', 'out[key] = resize_grid(read(value), grid)'),
         ('num_prefix_tokens=spec.prefix', 'num_prefix_tokens=1'),
-        ('value.shape[2] != spec.shape[2] or old * old != have', 'old * old != have'),
+        ('value.shape[2] != spec.shape[2] or old * old != length', 'old * old != length'),
         ('    if len(new) < len(state):\n', '    if False:\n'),
         ("        grid = spec.grid or _square(new_length)", '        grid = _square(new_length)'),
         ("or value.shape[:2] != spec.shape[:2]:", ':'),
