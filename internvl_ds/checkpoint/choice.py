@@ -74,10 +74,10 @@ def _limits_without_config() -> CfgNode:
     config = default_config()
     for key in ('RENDEZVOUS_TIMEOUT', 'IO_TIMEOUT'):
         config.CHECKPOINT[key] = checkpoint_option(last_config() or config, key)
-        if given := os.environ.get(f'INTERNVL_DS_{key}'):
-            if not given.isdecimal():
-                raise ConfigError(f'INTERNVL_DS_{key} is {given!r}; it takes whole seconds')
-            config.CHECKPOINT[key] = int(given)
+        if seconds := os.environ.get(f'INTERNVL_DS_{key}'):
+            if not seconds.isdecimal():
+                raise ConfigError(f'INTERNVL_DS_{key} is {seconds!r}; it takes whole seconds')
+            config.CHECKPOINT[key] = int(seconds)
     require_counts(config, ('CHECKPOINT',))
     return config
 

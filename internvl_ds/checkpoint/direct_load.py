@@ -145,11 +145,11 @@ def _require_same_optimizer(
     names = groups if stage else [[name] for group in groups for name in group]
     comparisons = []
     slots = zip(wrapper.slots(), shards.optimizer_state(rank()), names, strict=True)
-    for index, ((group, tensor), saved, names_of_tensor) in enumerate(slots):
+    for index, ((group, tensor), tensor_state, names_of_tensor) in enumerate(slots):
         # A partition is flat whatever the parameters' shapes, and not here where it is on NVMe.
         shape = None if stage else tensor.shape
         shown_names = [name for name in names_of_tensor if name] or [f'parameter {index}']
-        entry = SavedTensor(shown_names, forms_of(saved.state, shape), saved.settings)
+        entry = SavedTensor(shown_names, forms_of(tensor_state.state, shape), tensor_state.settings)
         comparisons.append((entry, group, tensor if tensor is not None else torch.empty(0)))
     warnings = optimizer.require_saved_by(str(shards.tag), saved_by, shards.fresh, comparisons)
     return warnings, [optimizer.kept(group, tensor) for _, group, tensor in comparisons]

@@ -86,11 +86,11 @@ def layout_of_engine(engine: DeepSpeedEngine) -> TagLayout:
 
 def same_groups(engine: DeepSpeedEngine, shards: TagShards) -> bool:
     """Whether the parameter groups of a tag are those of an engine, and in its order."""
-    saved, running = shards.groups(), wrapper_of(engine).group_names()
-    if [len(group) for group in saved] != [len(group) for group in running]:
+    tag_groups, engine_groups = shards.groups(), wrapper_of(engine).group_names()
+    if [len(group) for group in tag_groups] != [len(group) for group in engine_groups]:
         return False
     return all(
         not a or not b or a == b
-        for one, other in zip(saved, running, strict=True)
+        for one, other in zip(tag_groups, engine_groups, strict=True)
         for a, b in zip(one, other, strict=True)
     )

@@ -125,8 +125,8 @@ def _train_from_tag(load: Load, tag: Path, model: Any) -> dict[str, Any]:
 
     def read_state() -> tuple[SavedLoop, dict[str, Any]]:
         state = saved_state(shards)
-        engines_own = load.lr_scheduler is None and engine.lr_scheduler is not None
-        if engines_own and not shards.has_manifest:
+        has_schedule = load.lr_scheduler is None and engine.lr_scheduler is not None
+        if has_schedule and not shards.has_manifest:
             state['lr_scheduler'] = None  # it is restored with the engine
         require_schedule(state, load.lr_scheduler, tag)
         return SavedLoop(tag, shards.world_size), state
@@ -152,8 +152,8 @@ def _shards_of(path: Path, logger: logging.Logger) -> TagShards:
         _ = shards.world_size, shards.shapes()
     shards.warn_unverified(logger)
     if shards.unused:
-        strange = f'files that are not of its layout ({few(shards.unused)})'
-        logger.warning(f'{path} has no manifest, and {strange}: they are not read')
-    if unread := unread_keys(shards):
-        logger.warning('%s: what its client_state has of %s is not restored', path, few(unread))
+        text = f'files that are not of its layout ({few(shards.unused)})'
+        logger.warning(f'{path} has no manifest, and {text}: they are not read')
+    if keys := unread_keys(shards):
+        logger.warning('%s: what its client_state has of %s is not restored', path, few(keys))
     return shards

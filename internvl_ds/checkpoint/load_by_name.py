@@ -41,7 +41,7 @@ def train_from_file(load: Load, resume: str, model: Any) -> float:
     def read() -> tuple[NamedState, dict[str, Any], dict[str, float]]:
         checkpoint = open_file(resume)
         with interpreting(resume, CheckpointError):
-            saved = state_of_file(checkpoint, resume, [client_groups.names, now])
+            source = state_of_file(checkpoint, resume, [client_groups.names, now])
             settings = checkpoint['optimizer']['param_groups']
             groups = client_groups.names if len(client_groups.names) == len(settings) else now
             state = {
@@ -53,10 +53,10 @@ def train_from_file(load: Load, resume: str, model: Any) -> float:
             }
             require_state(state, resume)
             require_schedule(state, load.lr_scheduler, resume)
-            return saved, state, _lrs(groups, settings)
+            return source, state, _lrs(groups, settings)
 
-    saved, state, lrs = load.agree('read file', read)
-    _restore(load, engine, saved, lambda: None)
+    source, state, lrs = load.agree('read file', read)
+    _restore(load, engine, source, lambda: None)
     _finish_restoring(load, engine, state, lrs, resume, None)
     load.logger.info('=> loaded successfully %s (epoch %s)', resume, state['epoch'])
     return state['max_accuracy']
@@ -75,16 +75,16 @@ def load_other_layout(
     def read() -> tuple[NamedState, dict[str, Any], dict[str, float]]:
         saved_by = str(state.get('optimizer_class') or '')
         with interpreting(shards.tag, CheckpointError):
-            saved, settings = shards.named_state(now), shards.settings()
+            source, settings = shards.named_state(now), shards.settings()
             groups = [group['param_names'] for group in settings]
             schedule = state.get('lr_scheduler')
             if all(map(all, groups)):
                 schedule = _fit_schedule(load, schedule, groups, now)
-            fit_state = {**state, 'lr_scheduler': schedule}
-            return dataclasses.replace(saved, optimizer=saved_by), fit_state, _lrs(groups, settings)
+            rest = {**state, 'lr_scheduler': schedule}
+            return dataclasses.replace(source, optimizer=saved_by), rest, _lrs(groups, settings)
 
-    saved, state, lrs = load.agree('read shards', read)
-    _restore(load, engine, saved, ready)
+    source, state, lrs = load.agree('read shards', read)
+    _restore(load, engine, source, ready)
     batch, new_batch = shards.ds_config.get('train_batch_size'), engine.train_batch_size()
     if isinstance(batch, int) and batch != new_batch:
         load.logger.warning(
@@ -103,17 +103,17 @@ def _fit_schedule(load: Load, schedule: Any, groups: list[list[str]], now: list[
 
 
 def _restore(
-    load: Load, engine: DeepSpeedEngine, saved: NamedState, ready: Callable[[], None]
+    load: Load, engine: DeepSpeedEngine, source: NamedState, ready: Callable[[], None]
 ) -> None:
     def check() -> Restorer:
-        with interpreting(saved.where, CheckpointError):
-            return Restorer(engine, saved)
+        with interpreting(source.where, CheckpointError):
+            return Restorer(engine, source)
 
     restorer = load.agree('check state', check)
     ready()
     for warning in restorer.warnings:
         load.logger.warning(warning)
-    load.logger.info('%s: from %s to %s', saved.where, saved.layout, layout_of_engine(engine))
+    load.logger.info('%s: from %s to %s', source.where, source.layout, layout_of_engine(engine))
     with collectives_within(load.io_timeout):
         load.agree('restore state', restorer.restore)
 

@@ -80,25 +80,25 @@ class RunningOptimizer:
         Returns:
             Warnings: another class of the family, changed settings, nothing that could be compared.
         """
-        related = not saved_by or same_family(saved_by, self.name)
-        stateless = not saved_by and not any(saved.forms for saved, _, _ in states)
+        is_related = not saved_by or same_family(saved_by, self.name)
+        is_stateless = not saved_by and not any(entry.forms for entry, _, _ in states)
         changes: dict[str, tuple[Any, Any]] = {}
         is_unknown = False
-        for saved, settings, tensor in states:
+        for entry, settings, tensor in states:
             trial = self.kept(settings, tensor)
             is_unknown = is_unknown or (trial is None and not saved_by)
-            changes = {**self._changes(saved.settings, settings, trial), **changes}
-            if trial is None or (fresh and not saved.forms):
+            changes = {**self._changes(entry.settings, settings, trial), **changes}
+            if trial is None or (fresh and not entry.forms):
                 fits = True  # saved before the first update, there is nothing to take over
-            elif saved.forms:
-                fits = _same_forms(saved, trial)
-            elif stateless:  # nor does anything else say which optimizer that was
+            elif entry.forms:
+                fits = _same_forms(entry, trial)
+            elif is_stateless:  # nor does anything else say which optimizer that was
                 fits = not trial.forms
             else:  # of a parameter that had no gradient, or of a plain SGD
-                old_trial = self.kept({**settings, **saved.settings}, tensor)
+                old_trial = self.kept({**settings, **entry.settings}, tensor)
                 fits = old_trial is None or old_trial.forms == trial.forms
-            if not (related and fits):
-                raise self._mismatch(where, saved_by, saved, trial, settings)
+            if not (is_related and fits):
+                raise self._mismatch(where, saved_by, entry, trial, settings)
         warnings = []
         if is_unknown:
             warnings.append(
@@ -123,13 +123,13 @@ class RunningOptimizer:
         }
 
     def _mismatch(
-        self, where: str, saved_by: str, saved: SavedTensor, trial: Kept | None, settings: Mapping
+        self, where: str, saved_by: str, entry: SavedTensor, trial: Kept | None, settings: Mapping
     ) -> CheckpointMismatch:
-        with_forms = trial is not None and saved.forms.keys() == trial.forms.keys()
-        text = f'{where}: holds {_list_of(saved.forms, with_forms)} of '
-        text += f'{saved_by or "an optimizer"} for {few(saved.names, 3)}, and {self.name} keeps '
+        with_forms = trial is not None and entry.forms.keys() == trial.forms.keys()
+        text = f'{where}: holds {_list_of(entry.forms, with_forms)} of '
+        text += f'{saved_by or "an optimizer"} for {few(entry.names, 3)}, and {self.name} keeps '
         text += _list_of(trial.forms, with_forms) if trial else 'a state of its own'
-        changes = self._changes(saved.settings, settings, trial)
+        changes = self._changes(entry.settings, settings, trial)
         if saved_by != self.name or changes:
             text += ': it was saved with another optimizer'
             text += f', by its settings (saved, now): {changes}' * (saved_by == self.name)
@@ -151,15 +151,15 @@ def _equal(one: Any, other: Any) -> bool:
     return one == other if numbers else repr(one) == repr(other)
 
 
-def _same_forms(saved: SavedTensor, trial: Kept) -> bool:
-    for key in saved.forms.keys() | trial.forms.keys():
-        form, running = saved.forms.get(key), trial.forms.get(key)
+def _same_forms(entry: SavedTensor, trial: Kept) -> bool:
+    for key in entry.forms.keys() | trial.forms.keys():
+        form, running = entry.forms.get(key), trial.forms.get(key)
         if running is None:
             # Its number may be kept for all parameters of a group together, or be a later one's.
             if key not in trial.late and not (key in trial.counters and form == NUMBER):
                 return False
         elif form is None:
-            if running != NUMBER or key not in saved.settings:
+            if running != NUMBER or key not in entry.settings:
                 return False
         elif form == TENSOR:
             if running != ELEMENTS and not isinstance(running, tuple):

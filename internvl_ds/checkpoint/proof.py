@@ -57,7 +57,7 @@ def prove(staging: Path, names: Iterable[str], wanted: Wanted) -> None:
     """Raises CheckpointError where the reader refuses one of this rank's files ``names``, or where
     one lacks what it must hold; the error names the file, and the class, parameter or buffer.
     """
-    opened: dict[Path, Any] = {}
+    contents: dict[Path, Any] = {}
     for name in sorted(names):
         path = staging / name
         if name.endswith('.json'):
@@ -66,14 +66,14 @@ def prove(staging: Path, names: Iterable[str], wanted: Wanted) -> None:
             with open_safetensors(path):
                 pass
         elif name.endswith('.pt'):
-            opened[path] = outline(path)
-    for path, content in opened.items():
+            contents[path] = outline(path)
+    for path, content in contents.items():
         if path.name.endswith('_optim_states.pt') and wanted.layout is not None:
             _prove_partition(path, content, wanted)
         elif path.name.endswith('_model_states.pt'):
             _prove_fragments(path, content)
             if file_rank(path.name) == 0:
-                _prove_model(TagShards(staging, opened), wanted)
+                _prove_model(TagShards(staging, contents), wanted)
 
 
 def _prove_model(shards: TagShards, wanted: Wanted) -> None:
@@ -94,8 +94,8 @@ def _prove_model(shards: TagShards, wanted: Wanted) -> None:
     if not all(name for group in groups for name in group):
         groups = [list(group) for group in wanted.groups or groups]
     count = Counter(name for group in groups for name in group)
-    frozen = (shards.head.get('frozen_param_shapes') or {}) if shards.zero_stage == 3 else {}
-    count.update(frozen.keys())
+    frozen_shapes = (shards.head.get('frozen_param_shapes') or {}) if shards.zero_stage == 3 else {}
+    count.update(frozen_shapes.keys())
     repeats = [name for name, number in count.items() if number > 1]
     omissions = sorted(wanted.trained - count.keys())
     if repeats or omissions:

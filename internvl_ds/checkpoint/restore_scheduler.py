@@ -20,13 +20,13 @@ def require_schedule(state: Mapping[str, Any], lr_scheduler: Any, where: object)
     saved = state.get('lr_scheduler')
     if saved is None or lr_scheduler is None:
         return
-    built = lr_scheduler.state_dict()
-    for key in sorted(saved.keys() & built.keys()):
-        kinds = {_kind(saved[key]), _kind(built[key])}
+    running = lr_scheduler.state_dict()
+    for key in sorted(saved.keys() & running.keys()):
+        kinds = {_kind(saved[key]), _kind(running[key])}
         if None not in kinds and len(kinds) > 1:
             raise CheckpointError(
                 f'{where}: {key} of its lr schedule is {brief(saved[key])}, where the configured '
-                f'{type(lr_scheduler).__name__} has {brief(built[key])}'
+                f'{type(lr_scheduler).__name__} has {brief(running[key])}'
             )
 
 
@@ -147,8 +147,8 @@ def _restore_scheduler(
     lr_scheduler: Any, saved: Mapping[str, Any], path: object, logger: logging.Logger
 ) -> bool:
     """Restores a schedule as it was saved, with a warning where it differs; not of another kind."""
-    built = lr_scheduler.state_dict()
-    more, less = sorted(saved.keys() - built.keys()), sorted(built.keys() - saved.keys())
+    running = lr_scheduler.state_dict()
+    more, less = sorted(saved.keys() - running.keys()), sorted(running.keys() - saved.keys())
     if more and less:
         # timm's is given the number of updates, torch's counts for itself
         goes_on = hasattr(lr_scheduler, 'step_update')
@@ -164,12 +164,12 @@ def _restore_scheduler(
         logger.warning(f'{path}: the lr schedule that was saved has {difference}')
     # torch's schedulers keep their position with their settings; timm's keep none.
     position = {'last_epoch', '_step_count', '_last_lr', '_get_lr_called_within_step', 'metric'}
-    keys = saved.keys() & built.keys() - position
-    changes = {key: (saved[key], built[key]) for key in keys if saved[key] != built[key]}
+    keys = saved.keys() & running.keys() - position
+    changes = {key: (saved[key], running[key]) for key in keys if saved[key] != running[key]}
     if changes:
         logger.warning(
             f'{path}: the lr schedule goes on as it was saved; (saved, configured now) differ in '
             f'{changes}'
         )
-    lr_scheduler.load_state_dict({key: saved[key] for key in saved if key in built})
+    lr_scheduler.load_state_dict({key: saved[key] for key in saved if key in running})
     return True

@@ -85,21 +85,21 @@ def load_pretrained(config: CfgNode, model: nn.Module, logger: logging.Logger) -
     if not path:
         raise PretrainedError('MODEL.PRETRAINED is empty: there are no weights to load')
     decide = functools.partial(_decide, config, path, model)
-    partitioned = any(map(is_sharded, model.parameters()))
+    is_partitioned = any(map(is_sharded, model.parameters()))
     values: Iterable[tuple[str, Any]]
     if readers == 'one':
         init_distributed(config)
         plan = _decide_on_rank_0(decide, checkpoint_option(config, 'IO_TIMEOUT'))
         values = _broadcast(plan.state)
     else:
-        plan = _decide_alike(decide, config) if partitioned else decide()
+        plan = _decide_alike(decide, config) if is_partitioned else decide()
         values = plan.state.items()
     plan.report.log(logger)
     if plan.rescale:
         apply.rescale_head(model)
     with collectives_within(checkpoint_option(config, 'IO_TIMEOUT')):
         all_tensors = all(isinstance(value, Tensor) for value in plan.state.values())
-        if partitioned or readers == 'one' or not all_tensors:
+        if is_partitioned or readers == 'one' or not all_tensors:
             apply.write(model, values)
         else:
             apply.load_state(model, plan.state)
@@ -187,7 +187,7 @@ def _adapt(config: CfgNode, path: str, source: State, model: nn.Module) -> _Plan
         loaded=tuple(key for key in state if key in specs),
         missing=tuple(key for key in specs if key not in state),
         unexpected=tuple(key for key in state if key not in specs),
-        matched=_matched(model, state, rescale),
+        matched=_share_in(model, state, rescale),
     )
     report.require(float(get_option(config, 'MODEL.PRETRAINED_MIN_MATCH')))
     plan_state = {key: state[key] for key in report.loaded}
@@ -197,7 +197,7 @@ def _adapt(config: CfgNode, path: str, source: State, model: nn.Module) -> _Plan
     return _Plan(plan_state, rescale, report)
 
 
-def _matched(model: nn.Module, state: State, rescale: bool) -> float:
+def _share_in(model: nn.Module, state: State, rescale: bool) -> float:
     names = [n for n, _ in model.named_parameters() if not (rescale and n.startswith('head.'))]
     return sum(name in state for name in names) / len(names) if names else 1.0
 

@@ -45,19 +45,19 @@ def through_timm(model: nn.Module, state: State, specs: Specs) -> Result:
 
 def _wide(key: str, value: torch.Tensor) -> torch.Tensor:
     """In float32 what the function may resize, because it rounds to the stored dtype again."""
-    resized = any(word in key for word in ('pos', 'patch', 'conv1'))
-    return value.float() if resized and value.is_floating_point() else value
+    is_resized = any(word in key for word in ('pos', 'patch', 'conv1'))
+    return value.float() if is_resized and value.is_floating_point() else value
 
 
 @contextmanager
 def _whole_shapes(model: nn.Module) -> Iterator[None]:
     """Shows partitioned parameters in their whole shapes, with nothing in them."""
-    sharded: list[Any] = [p for p in model.parameters() if is_sharded(p)]
-    slices = [p.data for p in sharded]
+    parameters: list[Any] = [p for p in model.parameters() if is_sharded(p)]
+    slices = [p.data for p in parameters]
     try:
-        for p in sharded:
+        for p in parameters:
             p.data = torch.zeros(1, dtype=p.dtype, device=p.device).expand(whole_shape(p))
         yield
     finally:
-        for p, data in zip(sharded, slices, strict=True):
+        for p, data in zip(parameters, slices, strict=True):
             p.data = data

@@ -126,7 +126,7 @@ def strip_prefixes(state: State, specs: Specs) -> Result:
         for prefix in _PREFIXES:
             keys = sum(key.startswith(prefix) for key in state)
             if keys and not any(key.startswith(prefix) for key in specs):
-                state = _renamed(state, {key: key.removeprefix(prefix) for key in state})
+                state = _rename(state, {key: key.removeprefix(prefix) for key in state})
                 notes.append(Note(f'took the prefix {prefix} off {keys} keys'))
     return Result(state, tuple(notes))
 
@@ -158,7 +158,7 @@ def rename_by(pairs: Sequence[Sequence[str]], what: str = 'renamed') -> Step:
         count = sum(key != name for key, name in names.items())
         if not count:
             return Result(state)
-        return Result(_renamed(state, names), (Note(f'{what} {count} keys'),))
+        return Result(_rename(state, names), (Note(f'{what} {count} keys'),))
 
     return rename
 
@@ -295,7 +295,7 @@ def _by(grid: Sequence[int]) -> str:
     return 'x'.join(map(str, grid))
 
 
-def _renamed(state: State, names: Mapping[str, str]) -> dict[str, Any]:
+def _rename(state: State, names: Mapping[str, str]) -> dict[str, Any]:
     """The state under new names, of which no two may be the same."""
     new = {names[key]: value for key, value in state.items()}
     if len(new) < len(state):

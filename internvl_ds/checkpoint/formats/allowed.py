@@ -60,7 +60,7 @@ def allowing() -> Iterator[None]:
     torch keeps its list for the whole process, and a thread that leaves takes its entries away from
     the others: one thread at a time reads, where several verify or save.
     """
-    with _reading, torch.serialization.safe_globals(allowed_globals()), _bounded():
+    with _reading, torch.serialization.safe_globals(allowed_globals()), _bound_builtins():
         yield
 
 
@@ -68,7 +68,7 @@ _reading = threading.Lock()
 
 
 @contextmanager
-def _bounded() -> Iterator[None]:
+def _bound_builtins() -> Iterator[None]:
     """Puts functions that copy in the place of two of torch's own list that can grow."""
     table = _weights_only_unpickler._get_allowed_globals()
     copies = {'builtins.bytearray': _bytearray, '_codecs.encode': _encode}

@@ -94,8 +94,8 @@ def average_of(shards: TagShards) -> dict[str, torch.Tensor]:
         if name in averages and not torch.equal(averages[name], tensor):
             raise CheckpointMismatch(f'{where} has two averages of {name}, which is tied')
         averages[name] = tensor
-    trained = (name for group in shards.groups() for name in group if name)
-    gaps = [name for name in trained if aliases.get(name, name) not in averages]
+    trained_names = (name for group in shards.groups() for name in group if name)
+    gaps = [name for name in trained_names if aliases.get(name, name) not in averages]
     if gaps:
         raise CheckpointMismatch(
             f'{where} is of another model: {len(gaps)} trained parameters are not in it: '
@@ -166,8 +166,8 @@ def _position(shards: TagShards, state: Mapping[str, Any], config: Any) -> dict[
     else:
         position = schedule['position']
         rest = position // (state['epoch'] + 1) % group  # of an epoch, after its last whole update
-    moved = position - rest - 1
-    return {'counts': MICRO_BATCHES, 'position': position, 'moved': moved, 'group': group}
+    move = position - rest - 1
+    return {'counts': MICRO_BATCHES, 'position': position, 'moved': move, 'group': group}
 
 
 def _number(value: Any) -> float | None:

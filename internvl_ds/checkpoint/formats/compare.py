@@ -74,7 +74,7 @@ def differences(a: Contents, b: Contents) -> Iterator[Difference]:
             yield Difference(name, f'shape {tuple(one.shape)} and {tuple(other.shape)}')
         elif one.numel != other.numel:
             yield Difference(name, f'{one.numel} and {other.numel} elements')
-        elif (difference := _compared(one, other)) is not None:
+        elif (difference := _compare(one, other)) is not None:
             yield Difference(name, *difference)
     for name in sorted(a.numbers.keys() | b.numbers.keys()):
         left, right = a.numbers.get(name), b.numbers.get(name)
@@ -82,7 +82,7 @@ def differences(a: Contents, b: Contents) -> Iterator[Difference]:
             yield Difference(name, f'{left} and {right}')
 
 
-def _compared(one: Flat, other: Flat) -> tuple[str, float] | None:
+def _compare(one: Flat, other: Flat) -> tuple[str, float] | None:
     count, largest = 0, 0.0
     for start in range(0, one.numel, _PIECE):
         size = min(_PIECE, one.numel - start)
@@ -104,22 +104,22 @@ def _compared(one: Flat, other: Flat) -> tuple[str, float] | None:
 def _contents_of_tag(tag: Path) -> Contents:
     shards = TagShards(tag)
     state = saved_state(shards)
-    tensors = _prefixed('model', weights_of_tag(shards))
+    tensors = _prefix('model', weights_of_tag(shards))
     numbers = _known_numbers(state)
     if shards.optim_files or shards.head.get('optimizer'):
-        saved = shards.named_state(state.get('optimizer_groups'))
-        saved.require_all_named()
-        tensors |= _of_optimizer(saved.moments)
-        numbers |= _of_optimizer(saved.steps)
+        named_state = shards.named_state(state.get('optimizer_groups'))
+        named_state.require_all_named()
+        tensors |= _of_optimizer(named_state.moments)
+        numbers |= _of_optimizer(named_state.steps)
     average = EmaFiles(tag)
     if average:
-        tensors |= _prefixed('ema', ema_flats(average))
+        tensors |= _prefix('ema', ema_flats(average))
     return Contents(tensors, numbers)
 
 
 def _contents_of_file(source: Mapping[str, Any], where: str) -> Contents:
-    weights = _stripped(weights_of_file(source, where))
-    tensors = _prefixed('model', _flats(where, weights))
+    weights = _strip(weights_of_file(source, where))
+    tensors = _prefix('model', _flats(where, weights))
     numbers = _known_numbers(source)
     optimizer = source.get('optimizer')
     if isinstance(optimizer, Mapping) and 'param_groups' in optimizer:
@@ -130,7 +130,7 @@ def _contents_of_file(source: Mapping[str, Any], where: str) -> Contents:
         tensors |= _of_optimizer(state.moments)
         numbers |= _of_optimizer(state.steps)
     if isinstance(source.get('model_ema'), Mapping):
-        tensors |= _prefixed('ema', _flats(where, _stripped(source['model_ema'])))
+        tensors |= _prefix('ema', _flats(where, _strip(source['model_ema'])))
     return Contents(tensors, numbers)
 
 
@@ -167,7 +167,7 @@ def _group_names(optimizer: Mapping[str, Any], weights: Mapping[str, Any]) -> li
     return groups
 
 
-def _stripped(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _strip(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name.removeprefix('module.'): tensor for name, tensor in weights.items()}
 
 
@@ -175,7 +175,7 @@ def _flats(where: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, Flat]:
     return {name: Flat.of(f'{where}: {name}', tensor) for name, tensor in tensors.items()}
 
 
-def _prefixed(prefix: str, flats: Mapping[str, Flat]) -> dict[str, Flat]:
+def _prefix(prefix: str, flats: Mapping[str, Flat]) -> dict[str, Flat]:
     return {f'{prefix}/{name}': flat for name, flat in flats.items()}
 
 

@@ -53,14 +53,14 @@ def write_original(tag: Path, target: Path) -> None:
     index_of = {name: i for i, names in enumerate(engine_groups) for name in names}
     # Frozen parameters may be in the client's groups; an empty group has no settings of its own.
     indices = [next((index_of[n] for n in names if n in index_of), 0) for names in groups]
-    saved = shards.named_state(groups)
-    saved.require_all_named()
+    source = shards.named_state(groups)
+    source.require_all_named()
     fillers: dict[int, Flat] = {}
     tree: dict[str, Any] = {
-        'model': _blank_weights(shards.in_order(saved.weights()), saved.aliases, fillers),
-        'optimizer': _blank_optimizer(saved, groups, indices, settings, fillers),
+        'model': _blank_weights(shards.in_order(source.weights()), source.aliases, fillers),
+        'optimizer': _blank_optimizer(source, groups, indices, settings, fillers),
         'optimizer_class': state.get('optimizer_class'),
-        'lr_scheduler': _expanded(state.get('lr_scheduler'), indices, len(engine_groups)),
+        'lr_scheduler': _expand(state.get('lr_scheduler'), indices, len(engine_groups)),
         'schedule': state.get('schedule'),  # what it counts, for a load of ours
         'max_accuracy': state.get('max_accuracy') or 0.0,
         'epoch': state.get('epoch'),
@@ -71,18 +71,18 @@ def write_original(tag: Path, target: Path) -> None:
     }
     if state.get('class_names'):
         tree['class_names'] = state['class_names']
-    saved_average = EmaFiles(tag)
-    if saved_average:
-        average = shards.in_order(ema_flats(saved_average))
-        tree['model_ema'] = _blank_weights(average, saved.aliases, fillers)
+    ema_files = EmaFiles(tag)
+    if ema_files:
+        average = shards.in_order(ema_flats(ema_files))
+        tree['model_ema'] = _blank_weights(average, source.aliases, fillers)
     try:
         with replacing(target) as file:
             # The file that is open, whatever its name is meanwhile: torch takes names only here.
-            opened = f'/proc/self/fd/{file.fileno()}'
+            proc_path = f'/proc/self/fd/{file.fileno()}'
             with torch.serialization.skip_data():
-                torch.save(tree, opened)
+                torch.save(tree, proc_path)
             with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
-                _fill_tree(open_weights(opened), tree, fillers)
+                _fill_tree(open_weights(proc_path), tree, fillers)
     except OSError as error:
         raise CheckpointError(f'{target}: cannot be written: {error}') from error
 
@@ -156,7 +156,7 @@ def _blank(flat: Flat, fillers: dict[int, Flat]) -> torch.Tensor:
 
 
 def _blank_optimizer(
-    saved: NamedState,
+    source: NamedState,
     groups: list[list[str]],
     indices: list[int],
     settings: list[dict[str, Any]],
@@ -169,8 +169,8 @@ def _blank_optimizer(
         numbers = list(range(number, number + len(names)))
         param_groups.append({**values, 'param_names': list(names), 'params': numbers})
         for name in names:
-            flats = dict(saved.moments.get(name, {}))
-            for key, value in saved.steps.get(name, {}).items():
+            flats = dict(source.moments.get(name, {}))
+            for key, value in source.steps.get(name, {}).items():
                 flats[key] = Flat.of(key, torch.tensor(value))
             if flats:
                 state[number] = {key: _blank(flat, fillers) for key, flat in flats.items()}
@@ -178,7 +178,7 @@ def _blank_optimizer(
     return {'state': state, 'param_groups': param_groups}
 
 
-def _expanded(schedule: Any, indices: list[int], groups: int) -> Any:
+def _expand(schedule: Any, indices: list[int], groups: int) -> Any:
     """A scheduler's state for the client's groups: a value for each of them."""
     if not isinstance(schedule, Mapping):
         return schedule

@@ -114,12 +114,12 @@ def _require_same_order(where: str, result: State, weights: Mapping[str, torch.T
     """Refuses parameters in another order, which shows in tensors of each other's shapes."""
     shapes = {name: weights[name].shape for name in result.masters}
     kinds = {n: {flat.shape for flat in moments.values()} for n, moments in result.moments.items()}
-    one_each = all(len(kind) <= 1 for kind in kinds.values())
+    has_one_each = all(len(kind) <= 1 for kind in kinds.values())
     counts = Counter(shape for kind in kinds.values() for shape in kind)
     # Else the state has not a number for each element: Adafactor's, of rows and columns.
-    reordered = one_each and counts <= Counter(shapes.values())
+    is_by_element = has_one_each and counts <= Counter(shapes.values())
     for index, (name, shape) in enumerate(shapes.items()):
-        tensors = result.moments[name] if reordered else {}
+        tensors = result.moments[name] if is_by_element else {}
         for what, flat in (('the master', result.masters[name]), *tensors.items()):
             if flat.shape != shape:
                 raise CheckpointMismatch(

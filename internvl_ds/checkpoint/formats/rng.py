@@ -43,8 +43,8 @@ def require_rng_state(state: Any) -> None:
     random.Random().setstate(state['python'])
     np.random.RandomState().set_state(_of_numpy(state))
     torch.Generator().set_state(_tensor(state['torch']))
-    if (saved := state['accelerator']) is not None:
-        _ = saved['name'].lower(), _tensor(saved['state'])
+    if (entry := state['accelerator']) is not None:
+        _ = entry['name'].lower(), _tensor(entry['state'])
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
@@ -53,9 +53,9 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
         random.setstate(state['python'])
         np.random.set_state(_of_numpy(state))
         torch.set_rng_state(_tensor(state['torch']))
-        saved, accelerator = state['accelerator'], get_accelerator()
-        if saved and saved['name'] == accelerator.device_name():
-            accelerator.set_rng_state(_tensor(saved['state']))
+        entry, accelerator = state['accelerator'], get_accelerator()
+        if entry and entry['name'] == accelerator.device_name():
+            accelerator.set_rng_state(_tensor(entry['state']))
 
 
 def _of_numpy(state: Mapping[str, Any]) -> Any:

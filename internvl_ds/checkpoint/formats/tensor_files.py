@@ -71,14 +71,14 @@ def open_safetensors(path: Path | str) -> Iterator[Any]:
         length = int.from_bytes(file.read(8) or b'', 'little')
         if not length or length > min(_HEADER_BYTES, os.fstat(file.fileno()).st_size):
             raise Unreadable(f'its header has {length} bytes, and up to {_HEADER_BYTES} are read')
-    with safe_open(path, 'pt') as opened:
-        yield opened
+    with safe_open(path, 'pt') as tensors:
+        yield tensors
 
 
 def load_safetensors(path: Path | str) -> dict[str, torch.Tensor]:
     """All tensors of a file, mapped."""
-    with open_safetensors(path) as opened:
-        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    with open_safetensors(path) as tensors:
+        return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
 
 
 def _require_bounded_pickle(file: Any) -> bool:

@@ -124,8 +124,8 @@ class TagShards(ShardFiles):
 
     def settings(self) -> list[dict[str, Any]]:
         """The settings of each parameter group, as the optimizer kept them, and its names."""
-        saved = self._optimizer_of(0) if self.zero_stage else self.plain_optimizer()
-        groups = saved.get('param_groups', [])
+        optimizer = self._optimizer_of(0) if self.zero_stage else self.plain_optimizer()
+        groups = optimizer.get('param_groups', [])
         names = self.groups()
         if self.zero_stage == 3:  # a group may be several sub-groups
             parts = iter(names)
@@ -170,7 +170,7 @@ class TagShards(ShardFiles):
         moments: dict[str, dict[str, Flat]] = {name: {} for name in shapes}
         steps: dict[str, dict[str, float]] = {}
         settings: dict[str, Mapping[str, Any]] = {}
-        kept, unnamed = self.optimizer_state(0), ''
+        tensors_of_rank, unnamed = self.optimizer_state(0), ''
         for index, group in enumerate(self.layout.groups):
             state = self._group_state(0, index)
             tensors, numbers, other = split(str(self.tag), f'group {index}', state)
@@ -185,7 +185,7 @@ class TagShards(ShardFiles):
                     of = f'{self.tag}: {key} of {name}'
                     moments[name][key] = Flat(of, shapes[name], places, source)
             steps.update(dict.fromkeys(group, numbers))
-            settings.update(dict.fromkeys(group, kept[index].settings))
+            settings.update(dict.fromkeys(group, tensors_of_rank[index].settings))
         return State(self.flats(self._master), moments, steps, settings, unnamed)
 
     def _lengths(self, group: int) -> list[int]:

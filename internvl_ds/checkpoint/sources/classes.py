@@ -35,16 +35,16 @@ def require_same_classes(
     Raises:
         CheckpointMismatch: names the first difference.
     """
-    saved = saved_classes(where)
-    if not saved or not now or saved == list(now):
+    old_names = saved_classes(where)
+    if not old_names or not now or old_names == list(now):
         return
-    pairs = zip([*saved, None], [*now, None], strict=False)
+    pairs = zip([*old_names, None], [*now, None], strict=False)
     label, (old, new) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
     message = (
         f'{where}: trained on other classes than those of now: class {label} was '
-        f'{_quoted(old)}, and is {_quoted(new)} ({len(saved)} classes then, {len(now)} now'
+        f'{_quote(old)}, and is {_quote(new)} ({len(old_names)} classes then, {len(now)} now'
     )
-    for what, names, others in (('gone', saved, set(now)), ('new', now, set(saved))):
+    for what, names, others in (('gone', old_names, set(now)), ('new', now, set(old_names))):
         changes = [name for name in names if name not in others]
         message += f'; {what}: {few(changes)}' if changes else ''
     message += ')'
@@ -89,5 +89,5 @@ def _in_file(where: str) -> Any:
     return open_weights(where).get('class_names')
 
 
-def _quoted(name: str | None) -> str:
+def _quote(name: str | None) -> str:
     return 'none' if name is None else brief(name)

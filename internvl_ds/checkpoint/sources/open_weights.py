@@ -54,9 +54,9 @@ def _open_tag(path: Path, ema: bool) -> Mapping[str, Any]:
             if shards.unused:
                 _log.warning(f'{path}: files of another layout are not read: {few(shards.unused)}')
             return shards.named_weights()
-        saved = EmaFiles(path)
-        if not saved:
+        files = EmaFiles(path)
+        if not files:
             raise PretrainedError(f'{path}: holds no averaged weights')
-        return ema_flats(saved)
+        return ema_flats(files)
     except CheckpointError as error:
         raise PretrainedError(str(error)) from error

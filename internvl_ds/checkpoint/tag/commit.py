@@ -141,7 +141,7 @@ def commit(staging: Staging, manifest: Manifest, *, latest: bool = False) -> Pat
         for name in names:
             flush(Path(folder, name))
     write_text(staging.path / FILE_NAME, manifest.to_text())
-    published = False
+    is_published = False
     try:
         with replacing(output / LATEST) if latest else contextlib.nullcontext() as file:
             if file is not None:
@@ -153,10 +153,10 @@ def commit(staging: Staging, manifest: Manifest, *, latest: bool = False) -> Pat
             if final.exists():
                 final.rename(staging.aside)
             staging.path.rename(final)
-            published = True
+            is_published = True
             flush(output)
     except OSError as error:
-        _take_back(staging, published, error)
+        _take_back(staging, is_published, error)
         raise
     if staging.aside.exists():
         discard(staging.aside)
@@ -164,15 +164,15 @@ def commit(staging: Staging, manifest: Manifest, *, latest: bool = False) -> Pat
     return final
 
 
-def _take_back(staging: Staging, published: bool, cause: OSError) -> None:
+def _take_back(staging: Staging, is_published: bool, cause: OSError) -> None:
     final = staging.output / staging.tag
     try:
-        if published:
+        if is_published:
             final.rename(staging.path)
         if staging.aside.exists() and not final.exists():
             staging.aside.rename(final)
     except OSError as error:
-        state = 'saved' if published else 'not saved'
+        state = 'saved' if is_published else 'not saved'
         raise CheckpointError(
             f'{final}: {state}, but {staging.output / LATEST} may name another tag: {cause}; and '
             f'what was there cannot be put back: {error}'

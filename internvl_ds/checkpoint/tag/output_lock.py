@@ -145,16 +145,16 @@ def _lock(entry: _Output, wait: float, age: float, limit: float) -> None:
         descriptor, is_held = owners.open_lock(path)
         owner, beat = read_owner(descriptor), os.fstat(descriptor).st_mtime
         free = True if is_held is not False and owner is None else owners.has_ended(owner, is_held)
-        silent = 0.0
+        silence = 0.0
         if free is None:
             first_beat = first_beat or beat
-            silent = _now_in(entry.path) - beat
-            free = False if beat != first_beat else silent > age or None
+            silence = _now_in(entry.path) - beat
+            free = False if beat != first_beat else silence > age or None
         if free and _take(entry, descriptor, is_held, age):
             return
         owners.let_go(descriptor)
         if time.monotonic() - start >= (limit if free is None else wait):
-            unsure = f', silent for {silent:.0f} s and dead after LOCK_AGE {age:g} s'
+            unsure = f', silent for {silence:.0f} s and dead after LOCK_AGE {age:g} s'
             raise CheckpointError(
                 f'{entry.path}: another job writes there: {owner or "a process that just began"}'
                 f'{unsure if free is None else ""}. Two jobs in one OUTPUT mix their tags: give '

@@ -88,7 +88,7 @@ MUTANTS = [
         ('    if [len(group) for group in saved] != [len(group) for group in groups]:', '    if False:'),
         ('    if gaps:\n        raise CheckpointMismatch(\n            f\'{where}: {len(gaps)} parameters of', '    if False:\n        raise CheckpointMismatch(\n            f\'{where}: {len(gaps)} parameters of'),
         ('            if flat.shape != shape:', '            if False:'),
-        ('reordered = one_each and counts <= Counter(shapes.values())', 'reordered = True'),
+        ('is_by_element = has_one_each and counts <= Counter(shapes.values())', 'is_by_element = True'),
         ('        if isinstance(value, torch.Tensor) and value.dim():', '        if isinstance(value, torch.Tensor):'),
         ("            other = other or f'{key} of {name} is a", "            other = f'{key} of {name} is a"),
         ("weights[name] if masters is None else masters[index].detach()", 'weights[name]'),
@@ -119,7 +119,7 @@ MUTANTS = [
         ('        if count < length:\n', '        if False:\n'),
         ("        if name.endswith('.json'):\n            read_state(path)", "        if name.endswith('.json'):\n            pass"),
         ("            with open_safetensors(path):\n                pass", '            pass'),
-        ('    count.update(frozen.keys())\n', ''),
+        ('    count.update(frozen_shapes.keys())\n', ''),
         ('            if file_rank(path.name) == 0:', '            if False:'),
     ]),
     *mutants_of('checkpoint', 'checkpoint/test_restore.py', [
@@ -128,8 +128,8 @@ MUTANTS = [
         ('    changes = [n for n in running if n in saved and tuple(saved[n]) != tuple(running[n])]', '    changes = []'),
     ]),
     *mutants_of('checkpoint', 'checkpoint/sources/test_classes.py', [
-        ('saved == list(now):', 'sorted(saved) == sorted(now):'),
-        ('    if not saved or not now or', '    if'),
+        ('old_names == list(now):', 'sorted(old_names) == sorted(now):'),
+        ('    if not old_names or not now or', '    if'),
         ("if get_option(config, 'DATA.CHECK_CLASS_NAMES', True):", 'if False:'),
         ('        if damages:\n            raise CheckpointError', '        if False:\n            raise CheckpointError'),
     ]),

@@ -10,7 +10,7 @@ CRASHES = [
     ('files', '        os.fsync(descriptor)\n', '        pass\n'),
     ('checkpoint/tag', '                file.flush()\n                os.fsync(file.fileno())\n', ''),
     ('checkpoint/tag', '                os.fsync(file.fileno())\n', ''),
-    ('checkpoint/tag', '            published = True\n            flush(output)\n', '            published = True\n'),
+    ('checkpoint/tag', '            is_published = True\n            flush(output)\n', '            is_published = True\n'),
     ('checkpoint/tag', '            flush(Path(folder, name))\n', '            pass\n'),
     ('checkpoint/tag', '                os.fsync(self._descriptor)\n', '                pass\n'),
     ('checkpoint/tag', '    flush(path)\n    return hash_file(path)', '    return hash_file(path)'),
@@ -23,8 +23,8 @@ MUTANTS = [
     *(mutant for room, *patch in CRASHES for mutant in mutants_of(room, 'checkpoint/tag/test_crashes.py', [patch])),
     *mutants_of('checkpoint/tag', 'checkpoint/tag/test_commit.py', [
         ('            (staging.path / MARK).unlink(missing_ok=True)\n', ''),
-        ('        _take_back(staging, published, error)\n', ''),
-        ('        if published:\n', '        if False:\n'),
+        ('        _take_back(staging, is_published, error)\n', ''),
+        ('        if is_published:\n', '        if False:\n'),
         ('        if staging.aside.exists() and not final.exists():', '        if False:'),
         ('    if staging.aside.exists():\n        discard(staging.aside)\n', ''),
         ('                unlink(_lock_of(self.path))\n', '                pass\n'),
@@ -144,7 +144,7 @@ MUTANTS = [
     *mutants_of('checkpoint/tag', 'checkpoint/tag/test_output_lock.py', [
         ('    if place == entry.place:\n', '    if True:\n'),
         ('    if not is_ours and not any(', '    if not any('),
-        ('silent > age or None', 'True'),
+        ('silence > age or None', 'True'),
         ('        os.fsync(descriptor)\n', ''),
         ('            if read_owner(path) == owner:\n                os.utime', '            if False:\n                os.utime'),
         ('    forks.at_fork(_release_all, _outputs.clear)', '    pass'),
