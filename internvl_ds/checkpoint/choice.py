@@ -40,9 +40,9 @@ class _Last:
 
 
 def auto_resume_helper(output_dir: str, *, config: CfgNode | None = None) -> str | None:
-    """The newest checkpoint in a directory, for MODEL.RESUME; the same answer on every rank.
+    """The newest checkpoint in a directory, for MODEL.RESUME. Collective: every rank calls it.
 
-    Collective: every rank calls it. The newest is what was saved last. Its checksums are verified;
+    The newest is what was saved last; every rank gets the same answer. Its checksums are verified;
     a damaged tag is passed over with a warning. What dead saves left is swept away.
 
     Args:
@@ -119,7 +119,6 @@ def choose(config: CfgNode, logger: logging.Logger, *, as_before: bool = False) 
 
 def newer_than_best(config: CfgNode) -> str | None:
     """OUTPUT's newest tag, if MODEL.RESUME is OUTPUT's best tag and was saved before; else None.
-
     Collective: every rank calls it.
     """
     load, output, resume = Load(config, _log), Path(config.OUTPUT), Path(config.MODEL.RESUME)

@@ -32,7 +32,10 @@ from internvl_ds.zero.lazy_tensor import NamedState
 
 
 def train_from_file(load: Load, resume: str, model: Any) -> float:
-    """Goes on from an original's .pth, each rank with its part; returns the saved max_accuracy."""
+    """Goes on from an original's .pth, each rank with its part. Collective: every rank calls it.
+
+    Returns the saved max_accuracy.
+    """
     engine = engine_of(model)
     require_optimizer(wrapper_of(engine).client)
     client_groups = registration_of(engine).client_groups
@@ -69,7 +72,10 @@ def load_other_layout(
     state: dict[str, Any],
     ready: Callable[[], None],
 ) -> None:
-    """Goes on from a tag that DeepSpeed could not load into this engine; see `load_same_layout`."""
+    """Goes on from a tag of another layout, by parameter name. Collective: every rank calls it.
+
+    See `load_same_layout` for the arguments.
+    """
     now = _names_of(registration_of(engine).client_groups)
 
     def read() -> tuple[NamedState, dict[str, Any], dict[str, float]]:

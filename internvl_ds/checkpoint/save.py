@@ -265,7 +265,10 @@ def _require_space(save: Save, sizes: list[int]) -> None:
 def _stage(
     save: Save, wrapper: Wrapper, average: EmaFile | None, state: Callable[[], Any], loop: Any
 ) -> None:
-    """Collects this rank's files. What fails is kept, for all ranks to hear of later."""
+    """Collects this rank's files. Collective: every rank calls it.
+
+    A failure is kept, for all ranks to hear of later.
+    """
     writer = save.writer
     identity = Identity(save.tag, save.header['save'], rank())
     writer.begin(identity, in_background=save.in_background)

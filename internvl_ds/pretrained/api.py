@@ -60,9 +60,10 @@ class _Plan:
 
 def load_pretrained(config: CfgNode, model: nn.Module, logger: logging.Logger) -> PretrainedReport:
     """Loads the weights at MODEL.PRETRAINED into a module, adapted to it, before ``initialize``.
+    Collective: every rank calls it.
 
-    Collective: every rank calls it. Everything is checked before the first tensor of the model
-    changes. A module built under ``deepspeed.zero.Init`` gets its slices tensor by tensor.
+    Everything is checked before the first tensor of the model changes. A module built under
+    ``deepspeed.zero.Init`` gets its slices tensor by tensor.
 
     Args:
         config: MODEL.PRETRAINED (a file, a directory, a tag or an address) and its settings are

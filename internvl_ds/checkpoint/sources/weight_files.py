@@ -111,19 +111,17 @@ def _read(path: str, reader: Callable[[str], Any]) -> Any:
     """Runs a reader; whatever a broken or hostile file makes it raise becomes one error."""
     try:
         return _restore_configs(reader(path))
-    except pickle.UnpicklingError as error:
-        class_name = refused_class(error)
-        if class_name is None:
-            raise PretrainedError(_unreadable(path, reason_of(error))) from error
-        raise PretrainedError(
-            f'{path}: holds an object of {class_name}, which is refused: it could run code of its '
-            f'own when it is read. If you trust the file, read it once yourself and save the '
-            f'weights alone with torch.save'
-        ) from error
     # A damaged legacy pickle can raise nearly anything (KeyError, struct.error, ...).
     except Exception as error:
-        reason = f'{type(error).__name__}: {error}'
-        raise PretrainedError(_unreadable(path, reason)) from error
+        is_refusal = isinstance(error, pickle.UnpicklingError)
+        if is_refusal and (class_name := refused_class(error)):
+            raise PretrainedError(
+                f'{path}: holds an object of {class_name}, which is refused: it could run code of '
+                'its own when it is read. If you trust the file, read it once yourself and save '
+                'the weights alone with torch.save'
+            ) from error
+        reason = reason_of(error) if is_refusal else f'{type(error).__name__}: {error}'
+        raise PretrainedError(f'{path}: cannot be read ({reason[:500]}); {_READABLE}') from error
 
 
 def _restore_configs(source: Any) -> Any:
@@ -144,7 +142,3 @@ def config_node(value: Any) -> CfgNode | None:
     if state[CfgNode.IMMUTABLE]:
         config.freeze()
     return config
-
-
-def _unreadable(path: str, reason: str) -> str:
-    return f'{path}: cannot be read ({reason[:500]}); {_READABLE}'
