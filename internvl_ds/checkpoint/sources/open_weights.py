@@ -21,10 +21,7 @@ _log = logging.getLogger(__name__)
 
 
 def open_weights(path: str, *, ema: bool = False) -> Mapping[str, Any]:
-    """Opens weights on the CPU: the whole top-level object, mapped and not read where it can be.
-
-    As `open_file` in all but this: the values of a tag are `Flat`, which are read when they are
-    used.
+    """Opens weights as `open_file` does; of a tag as `Flat` values, read when they are used.
 
     Args:
         path: as `open_file` takes it; or a tag of this package or of DeepSpeed; or an address, as

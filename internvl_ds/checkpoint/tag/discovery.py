@@ -99,7 +99,7 @@ def _newest(output: Path, damages: Mapping[str, str]) -> Resume | None:
 
 
 def resolve(resume: str) -> Path:
-    """The tag, whose files have the right sizes, output directory or file that MODEL.RESUME names.
+    """What MODEL.RESUME names: a file, an output directory, or a tag with files of the right sizes.
 
     Raises:
         CheckpointNotFound: when nothing is there; names the path and the tags beside it.
