@@ -27,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Looks at everything, says it, and returns the exit status."""
     from internvl_ds.tools.doctor.examine import examine
-    from internvl_ds.tools.doctor.finding import ERROR
-    from internvl_ds.tools.doctor.report import screen, tree
+    from internvl_ds.tools.doctor.probe_result import ERROR
+    from internvl_ds.tools.doctor.screen import screen, tree
 
     findings = examine(args.output)
     say(json_text(tree(findings, str(args.output))) if args.json else screen(findings))

@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     from internvl_ds.config.ds.load import load_ds_config
     from internvl_ds.config.tree import get_config
     from internvl_ds.tools.plan.advice import advice
-    from internvl_ds.tools.plan.memory_planner import Planner
+    from internvl_ds.tools.plan.memory_planner import MemoryPlanner
     from internvl_ds.tools.plan.options import USABLE, Machine, choose, options
 
     config = get_config(argparse.Namespace(cfg=args.cfg, opts=args.opts))
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         disk_rate=args.disk_rate,
     )
     resolved = ds.resolve_or_raise(base, config, machine.gpus)
-    planner = Planner(config)
+    planner = MemoryPlanner(config)
     found = options(planner, config, base, machine)
     taken, words = choose(found), advice(found, config, base, args.deepspeed_config, machine)
     if args.json:

@@ -45,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add(
         '--space', type=Path, metavar='FILE',
-        help='JSON of what to try, as internvl_ds/tools/tune/space.py says (default: built in)',
+        help='JSON of what to try, as internvl_ds/tools/tune/search_space.py says '
+        '(default: built in)',
     )  # fmt: skip
     add('--output', type=Path, default=Path('tune'), metavar='DIR', help='default: ./tune')
     add('--trials', type=whole(1), default=40, metavar='N', help='configurations to run (40)')
@@ -78,16 +79,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _tune(args: argparse.Namespace) -> int:
-    from internvl_ds.tools.plan.memory_planner import Planner
-    from internvl_ds.tools.tune.report import as_json, table_rows
+    from internvl_ds.tools.plan.memory_planner import MemoryPlanner
     from internvl_ds.tools.tune.request import Request
+    from internvl_ds.tools.tune.result import as_json, table_rows
     from internvl_ds.tools.tune.tuner import tune
 
     given: dict[str, Any] = {
         field.name: getattr(args, field.name, None) for field in fields(Request)
     }
     given |= {'ds_config': args.deepspeed_config, 'budget': 60 * args.budget}
-    result = tune(Request(**given), Planner)
+    result = tune(Request(**given), MemoryPlanner)
     if args.json:
         say(json_text(as_json(result)))
         return 0

@@ -12,13 +12,13 @@ import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
 
-from internvl_ds.tools.doctor.finding import Finding, fault, ok, warn
+from internvl_ds.tools.doctor.probe_result import ProbeResult, fault, ok, warn
 
 _OP = 'deepspeed_shm_comm'  # with it CPU ranks of one host reduce gradients
 _SECONDS = 10  # for a program to answer
 
 
-def probe() -> list[Finding]:
+def probe() -> list[ProbeResult]:
     """The compiler, ninja and Python's headers; and the op of CPU ranks."""
     built = extensions_dir() / _OP / f'{_OP}.so'
     return [_tools(needed=not has_gpu() and not built.is_file()), _op(built)]
@@ -41,7 +41,7 @@ def extensions_dir() -> Path:
     return cache / 'torch_extensions' / f'{python}_{kind}'
 
 
-def _tools(needed: bool) -> Finding:
+def _tools(needed: bool) -> ProbeResult:
     compiler = (os.environ.get('CXX') or 'c++').split()[0]
     header = Path(sysconfig.get_path('include'), 'Python.h')
     missing = []
@@ -69,7 +69,7 @@ def _tools(needed: bool) -> Finding:
     )
 
 
-def _op(built: Path) -> Finding:
+def _op(built: Path) -> ProbeResult:
     topic, place = 'CPU op', built.parent.parent
     if not built.is_file():
         return warn(topic, f'not built yet in {place}', 'the first start on CPU ranks takes 40 s')

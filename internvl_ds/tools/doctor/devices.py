@@ -6,12 +6,12 @@ import os
 from typing import Any
 
 from internvl_ds.tools.doctor.compilers import has_gpu
-from internvl_ds.tools.doctor.finding import Finding, fault, ok, warn
+from internvl_ds.tools.doctor.probe_result import ProbeResult, fault, ok, warn
 
 _GB = 1e9
 
 
-def describe(accelerator: Any) -> list[Finding]:
+def describe(accelerator: Any) -> list[ProbeResult]:
     """Findings about a DeepSpeed accelerator; imports parts of DeepSpeed and torch."""
     name = accelerator.device_name()
     engines = {'bf16': accelerator.is_bf16_supported(), 'fp16': accelerator.is_fp16_supported()}
@@ -23,7 +23,7 @@ def describe(accelerator: Any) -> list[Finding]:
     return [_cuda(accelerator.device_count()), _engines(name, there), _nvcc()]
 
 
-def _cpu() -> Finding:
+def _cpu() -> ProbeResult:
     found = "cpu: torch's gloo between ranks"
     if not has_gpu():
         return ok('accelerator', found)
@@ -39,13 +39,13 @@ def _cpu() -> Finding:
     )
 
 
-def _others(accelerator: Any) -> Finding:
+def _others(accelerator: Any) -> ProbeResult:
     """An accelerator that this package was never run on."""
     found = f'{accelerator.device_name()}, {accelerator.device_count()} devices'
     return warn('accelerator', found, 'this package was never run on such a device')
 
 
-def _cuda(count: int) -> Finding:
+def _cuda(count: int) -> ProbeResult:
     """Asks every GPU for its memory, which a broken one, or one that is taken, does not tell."""
     import torch
 
@@ -70,7 +70,7 @@ def _cuda(count: int) -> Finding:
     return ok('accelerator', found)
 
 
-def _engines(device: str, engines: list[str]) -> Finding:
+def _engines(device: str, engines: list[str]) -> ProbeResult:
     found = f'fp32, torch autocast, {", ".join(engines) or "no half-precision engine"}'
     if 'fp16' in engines:
         return ok('precisions', found)
@@ -81,7 +81,7 @@ def _engines(device: str, engines: list[str]) -> Finding:
     )
 
 
-def _nvcc() -> Finding:
+def _nvcc() -> ProbeResult:
     """Asks DeepSpeed whether it would build GPU ops: it knows which CUDA versions go together."""
     import torch
     from deepspeed.ops.op_builder import builder

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from internvl_ds.files import flush, write_text
-from internvl_ds.tools.doctor.finding import Finding, fault, ok, warn
+from internvl_ds.tools.doctor.probe_result import ProbeResult, fault, ok, warn
 from internvl_ds.tools.text import human_size
 
 _WRITTEN = 256 * 2**20  # bytes
@@ -20,7 +20,7 @@ _TAG = 4.2e9  # bytes: weights, masters and moments of 300 M parameters, bf16 wi
 _VOLATILE = {'tmpfs': 'memory: gone at a reboot', 'overlay': "a container's: gone with it"}
 
 
-def probe(output: Path) -> list[Finding]:
+def probe(output: Path) -> list[ProbeResult]:
     """Space, then safety and rate, of the directory or of the nearest one that exists."""
     output = output.absolute()
     place = next(p for p in (output, *output.parents) if p.exists())
@@ -37,7 +37,7 @@ def probe(output: Path) -> list[Finding]:
     return findings
 
 
-def _space(output: Path, place: Path) -> Finding:
+def _space(output: Path, place: Path) -> ProbeResult:
     stats = os.statvfs(place)
     free, size = stats.f_frsize * stats.f_bavail, stats.f_frsize * stats.f_blocks
     kind = filesystem(place, Path('/proc/self/mountinfo').read_text())
@@ -92,7 +92,7 @@ def _safely(place: Path) -> None:
             raise OSError(0, 'a file that was replaced by a rename still shows its old content')
 
 
-def _rate(place: Path) -> Finding:
+def _rate(place: Path) -> ProbeResult:
     """Writes up to 256 MiB, or for some seconds, flushed every 16 MiB; the file has no name.
 
     Should this be killed, the kernel frees the space.

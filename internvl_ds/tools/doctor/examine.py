@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from internvl_ds.tools.doctor.finding import Finding, fault
+from internvl_ds.tools.doctor.probe_result import ProbeResult, fault
 from internvl_ds.tools.doctor.probes import PROBES, Probe
 
 _AS_WELL = 'a run needs the same, and would '
@@ -34,7 +34,7 @@ class _Run:
         except OSError as error:
             self._why_not = str(error)
 
-    def findings(self) -> list[Finding]:
+    def findings(self) -> list[ProbeResult]:
         """Waits for its end, or ends it at its limit."""
         if self._process is None:
             found = f'no process can be started: {self._why_not}'
@@ -49,7 +49,7 @@ class _Run:
         answers, errors = _take(self._out), _take(self._err)
         try:
             if status == 0:
-                return [Finding(**fields) for fields in json.loads(answers)]
+                return [ProbeResult(**fields) for fields in json.loads(answers)]
         except (ValueError, TypeError) as error:
             errors = f'{answers[:200]!r} is no answer: {error}'
         return [self._failed(status, errors)]
@@ -64,7 +64,7 @@ class _Run:
         except ProcessLookupError:  # all of it has ended
             return
 
-    def _failed(self, status: int, errors: str) -> Finding:
+    def _failed(self, status: int, errors: str) -> ProbeResult:
         last = (errors.strip().splitlines() or ['without a word'])[-1][:200]
         names = {number.value: number.name for number in signal.Signals}
         how = 'failed' if status > 0 else f'died of {names.get(-status, f"signal {-status}")}'
@@ -72,7 +72,7 @@ class _Run:
         return fault(self._name, f'the probe {how}: {last}', f'{_AS_WELL}fail. {more}')
 
 
-def examine(output: Path) -> list[Finding]:
+def examine(output: Path) -> list[ProbeResult]:
     """All findings, in the order of `PROBES`.
 
     The slow ones begin first, the others run meanwhile one by one, and what is timed comes last.

@@ -8,12 +8,12 @@ from __future__ import annotations
 import importlib
 import time
 
-from internvl_ds.tools.doctor.finding import Finding, fault, ok
+from internvl_ds.tools.doctor.probe_result import ProbeResult, fault, ok
 
 _NAMES = ('torch', 'torchvision', 'timm')
 
 
-def probe() -> list[Finding]:
+def probe() -> list[ProbeResult]:
     """Imports what the training program imports, in its order, then asks for the device."""
     findings, start = [], time.monotonic()
     try:

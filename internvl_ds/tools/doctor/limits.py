@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from internvl_ds.tools.doctor.finding import Finding, fault, ok, warn
+from internvl_ds.tools.doctor.probe_result import ProbeResult, fault, ok, warn
 from internvl_ds.tools.text import human_size
 
 _CGROUP = Path('/sys/fs/cgroup')
@@ -18,12 +18,12 @@ _MEMORY_NEEDED = 2e9  # bytes; two CPU ranks with a tiny model take 1.4 GB
 _UNLIMITED = 2**60  # what the kernel's older interface says for no limit is above it
 
 
-def probe() -> list[Finding]:
+def probe() -> list[ProbeResult]:
     """One line each."""
     return [_open_files(), _processes(), _memory(), _cores()]
 
 
-def _open_files() -> Finding:
+def _open_files() -> ProbeResult:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     found = f'soft limit {_shown(soft)}, hard limit {_shown(hard)}'
     raise_it = f'ulimit -n {min(65536, hard) if hard >= 0 else 65536}'
@@ -41,7 +41,7 @@ def _open_files() -> Finding:
     return ok('open files', found)
 
 
-def _processes() -> Finding:
+def _processes() -> ProbeResult:
     """Threads count too, and a container's own limit is the one that is forgotten."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NPROC)
     pids = _tightest('pids.max')
@@ -64,7 +64,7 @@ def _processes() -> Finding:
     return ok('processes', found)
 
 
-def _memory() -> Finding:
+def _memory() -> ProbeResult:
     memory = psutil.virtual_memory()
     available = memory.available
     found = f'{human_size(available)} available of {human_size(memory.total)}'
@@ -92,7 +92,7 @@ def _used(group: Path) -> int:
     return max(0, total - cache)
 
 
-def _cores() -> Finding:
+def _cores() -> ProbeResult:
     """Cores that this process may run on, against the time that a container gives it."""
     cores = len(os.sched_getaffinity(0))
     quotas = []

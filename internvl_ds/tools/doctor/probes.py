@@ -6,7 +6,7 @@ import importlib
 from pathlib import Path
 from typing import NamedTuple
 
-from internvl_ds.tools.doctor.finding import Finding
+from internvl_ds.tools.doctor.probe_result import ProbeResult
 
 
 class Probe(NamedTuple):
@@ -41,7 +41,7 @@ PROBES = {
 }
 
 
-def find(name: str, output: Path) -> list[Finding]:
+def find(name: str, output: Path) -> list[ProbeResult]:
     """Runs one probe here and now."""
     probe = PROBES[name]
     module = importlib.import_module(f'internvl_ds.tools.doctor.{probe.module}')

@@ -7,7 +7,7 @@ import pwd
 from collections import Counter
 from pathlib import Path
 
-from internvl_ds.tools.doctor.finding import Finding, fault, ok, warn
+from internvl_ds.tools.doctor.probe_result import ProbeResult, fault, ok, warn
 from internvl_ds.tools.text import human_size
 
 _BUFFERS = 'deepspeed_allreduce_buffer_*'
@@ -16,7 +16,7 @@ _BUFFERS = 'deepspeed_allreduce_buffer_*'
 _ENOUGH = 512 * 2**20
 
 
-def probe(folder: Path = Path('/dev/shm')) -> list[Finding]:
+def probe(folder: Path = Path('/dev/shm')) -> list[ProbeResult]:
     """Room for data loader workers, NCCL and CPU collectives; then left-over buffers."""
     try:
         stats = os.statvfs(folder)
@@ -36,7 +36,7 @@ def probe(folder: Path = Path('/dev/shm')) -> list[Finding]:
     return [room, _left_over(folder)]
 
 
-def _left_over(folder: Path) -> Finding:
+def _left_over(folder: Path) -> ProbeResult:
     topic = 'left in /dev/shm'
     files = []
     for path in folder.glob(_BUFFERS):

@@ -17,12 +17,12 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from internvl_ds.tools.doctor.compilers import ask
-from internvl_ds.tools.doctor.finding import Finding, fault, ok, warn
+from internvl_ds.tools.doctor.probe_result import ProbeResult, fault, ok, warn
 
 _SHOWN = ('internvl_ds', 'torch', 'torchvision', 'deepspeed', 'timm', 'mpi4py', 'numpy')
 
 
-def probe() -> list[Finding]:
+def probe() -> list[ProbeResult]:
     """Python, the packages, their ranges, and whether torch and torchvision fit."""
     versions = {name: installed(name) for name in _SHOWN}
     shown = ', '.join(f'{name} {version or "none"}' for name, version in versions.items())
@@ -64,7 +64,7 @@ def unmet(requirements: Iterable[str]) -> list[str]:
     return wrong
 
 
-def pair(torch: str, vision: str, requirements: Iterable[str]) -> Finding:
+def pair(torch: str, vision: str, requirements: Iterable[str]) -> ProbeResult:
     """Whether a torchvision was built for the torch that is there.
 
     Args:
@@ -97,7 +97,7 @@ def _is_cpu(version: str) -> bool:
     return Version(version).local == 'cpu'
 
 
-def _python() -> Finding:
+def _python() -> ProbeResult:
     found = f'{platform.python_version()}, {sys.executable}'
     try:
         asked = metadata.metadata('internvl_ds').json.get('requires_python', '')
@@ -123,7 +123,7 @@ def _prefix_of(python: str) -> str:
         return str(error)
 
 
-def _ranges(requirements: list[str]) -> Finding:
+def _ranges(requirements: list[str]) -> ProbeResult:
     wrong = unmet(requirements)
     if wrong:
         return fault(

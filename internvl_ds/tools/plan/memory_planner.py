@@ -11,10 +11,10 @@ from yacs.config import CfgNode
 
 from internvl_ds.config.ds import resolve as ds
 from internvl_ds.tools.plan.activations import Step, Timeline, watch_step
-from internvl_ds.tools.plan.layout import Layout, layout_of
 from internvl_ds.tools.plan.sizes import Sizes, meta_model, sizes_of, with_recompute
-from internvl_ds.tools.plan.static_memory import Parts, kept, kept_on_host
+from internvl_ds.tools.plan.static_memory import Parts, static_host_parts, static_parts
 from internvl_ds.tools.plan.transient_memory import in_backward, in_update, in_update_on_host
+from internvl_ds.tools.plan.zero_scheme import ZeroScheme, scheme_of
 from internvl_ds.train.data import build_mixup
 from internvl_ds.train.loop import build_criterion
 
@@ -29,7 +29,7 @@ class Need:
         host: under offload, in the host's memory, with what the optimizer takes there.
         build: in the host's memory while the model is built, before there is an engine.
         parts: of ``device``, at the moment in forward and backward when they are most.
-        kept: of them, those that stay from one update to the next.
+        static: of them, those that stay from one update to the next.
         host_parts: of ``host``, between two updates.
         update: what the optimizer's update has on the device beside weights and states; it counts
             where it is more than the gradients, buffers and activations of ``parts``.
@@ -40,12 +40,12 @@ class Need:
     host: int
     build: int
     parts: Parts
-    kept: Parts
+    static: Parts
     host_parts: Parts
     update: int
 
 
-class Planner:
+class MemoryPlanner:
     """Tells what a configured run needs, without allocating any of it.
 
     The model is measured when it is first asked for, once for each precision, with and without
@@ -92,46 +92,48 @@ class Planner:
         Raises:
             ConfigError: for a model that cannot be built, recomputed or run without data.
         """
-        return self.need_of(self.layout(resolved, ranks), recompute=recompute)
+        return self.need_of(self.scheme(resolved, ranks), recompute=recompute)
 
-    def layout(self, resolved: Mapping[str, Any], ranks: int) -> Layout:
+    def scheme(self, resolved: Mapping[str, Any], ranks: int) -> ZeroScheme:
         """How a resolved ds_config has the states kept, on so many ranks."""
-        return layout_of(resolved, ranks, self.sizes.trained, self._on_gpu)
+        return scheme_of(resolved, ranks, self.sizes.trained, self._on_gpu)
 
-    def need_of(self, layout: Layout, *, recompute: bool) -> Need:
-        """As `need`, of a layout."""
+    def need_of(self, scheme: ZeroScheme, *, recompute: bool) -> Need:
+        """As `need`, of a scheme."""
         sizes, ema = self.sizes, self.keeps_ema
-        step = self.step_of(layout, recompute=recompute)
-        stays, passes = kept(sizes, layout, ema), in_backward(sizes, layout, step)
-        update = in_update(sizes, layout)
-        host = kept_on_host(sizes, layout, ema)
+        step = self.step_of(scheme, recompute=recompute)
+        stays, passes = static_parts(sizes, scheme, ema), in_backward(sizes, scheme, step)
+        update = in_update(sizes, scheme)
+        host = static_host_parts(sizes, scheme, ema)
         parts = Parts(*map(sum, zip(vars(stays).values(), vars(passes).values(), strict=True)))
         return Need(
-            micro_batch=layout.micro_batch,
+            micro_batch=scheme.micro_batch,
             device=stays.total + max(passes.total, update),
-            host=host.total + in_update_on_host(sizes, layout),
+            host=host.total + in_update_on_host(sizes, scheme),
             build=4 * (sizes.parameters + sizes.float_buffers) + sizes.other_buffers,
             parts=parts,
-            kept=stays,
+            static=stays,
             host_parts=host,
             update=update,
         )
 
-    def step_of(self, layout: Layout, *, recompute: bool) -> Timeline:
-        """What a training step of the layout's micro-batch and precision holds, over its course."""
-        return self._step(recompute, layout.precision).at(layout.micro_batch)
+    def step_of(self, scheme: ZeroScheme, *, recompute: bool) -> Timeline:
+        """What a training step of the scheme's micro-batch and precision holds, over its course."""
+        return self._step(recompute, scheme.precision).at(scheme.micro_batch)
 
-    def largest_micro_batch(self, layout: Layout, device_bytes: float, *, recompute: bool) -> int:
+    def largest_micro_batch(
+        self, scheme: ZeroScheme, device_bytes: float, *, recompute: bool
+    ) -> int:
         """The most images of a micro-batch with which a rank fits; 0 where none does.
 
         Args:
-            layout: its own micro-batch is not read.
+            scheme: its own micro-batch is not read.
             device_bytes: what there is on the device.
             recompute: as for `need`.
         """
 
         def fits(steps: int) -> bool:
-            tried = replace(layout, micro_batch=steps * step)
+            tried = replace(scheme, micro_batch=steps * step)
             return self.need_of(tried, recompute=recompute).device <= device_bytes
 
         step, most = self.step_of_micro_batch, 1

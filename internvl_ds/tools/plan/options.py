@@ -10,10 +10,10 @@ from typing import Any
 from yacs.config import CfgNode
 
 from internvl_ds.config.ds import resolve as ds
-from internvl_ds.tools.plan.layout import Layout
-from internvl_ds.tools.plan.memory_planner import Need, Planner
+from internvl_ds.tools.plan.memory_planner import MemoryPlanner, Need
 from internvl_ds.tools.plan.sizes import can_recompute
 from internvl_ds.tools.plan.static_memory import checkpoint_bytes
+from internvl_ds.tools.plan.zero_scheme import ZeroScheme
 
 # The share of a memory that is planned with. The rest is for what is not counted: the CUDA context,
 # NCCL's buffers and fragmentation, or the system and the data loaders.
@@ -94,7 +94,7 @@ class Option:
 
 
 def options(
-    planner: Planner, config: CfgNode, base: Mapping[str, Any], machine: Machine
+    planner: MemoryPlanner, config: CfgNode, base: Mapping[str, Any], machine: Machine
 ) -> list[Option]:
     """Plans stages 0 to 3, with and without offload and activation checkpointing.
 
@@ -146,18 +146,22 @@ def choose(found: Sequence[Option]) -> Option | None:
 
 
 def _option(
-    planner: Planner, resolved: Mapping[str, Any], offload: str, recompute: bool, machine: Machine
+    planner: MemoryPlanner,
+    resolved: Mapping[str, Any],
+    offload: str,
+    recompute: bool,
+    machine: Machine,
 ) -> Option:
-    layout = planner.layout(resolved, machine.gpus)
-    need = planner.need_of(layout, recompute=recompute)
+    scheme = planner.scheme(resolved, machine.gpus)
+    need = planner.need_of(scheme, recompute=recompute)
     room = USABLE * machine.gpu_bytes
-    largest = planner.largest_micro_batch(layout, room, recompute=recompute)
-    share = layout.micro_batch * layout.accumulation
-    micro = _micro_batch(planner, layout, min(share, largest), room, recompute)
+    largest = planner.largest_micro_batch(scheme, room, recompute=recompute)
+    share = scheme.micro_batch * scheme.accumulation
+    micro = _micro_batch(planner, scheme, min(share, largest), room, recompute)
     on_host = machine.gpus_per_host * max(need.host, need.build)
-    saved = checkpoint_bytes(planner.sizes, layout, planner.keeps_ema)
+    saved = checkpoint_bytes(planner.sizes, scheme, planner.keeps_ema)
     return Option(
-        stage=layout.stage,
+        stage=scheme.stage,
         offload=offload,
         recompute=recompute,
         need=need,
@@ -171,15 +175,17 @@ def _option(
     )
 
 
-def _micro_batch(planner: Planner, layout: Layout, most: int, room: float, recompute: bool) -> int:
+def _micro_batch(
+    planner: MemoryPlanner, scheme: ZeroScheme, most: int, room: float, recompute: bool
+) -> int:
     """The largest micro-batch that divides a rank's share of the batch and fits; 0 if none does.
 
     More micro-batches in an update keep more gradients between them, so each is looked at anew.
     """
-    share, step = layout.micro_batch * layout.accumulation, planner.step_of_micro_batch
+    share, step = scheme.micro_batch * scheme.accumulation, planner.step_of_micro_batch
     for images in range(most - most % step, 0, -step):
         if share % images == 0:
-            tried = replace(layout, micro_batch=images, accumulation=share // images)
+            tried = replace(scheme, micro_batch=images, accumulation=share // images)
             if planner.need_of(tried, recompute=recompute).device <= room:
                 return images
     return 0

@@ -18,7 +18,7 @@ from internvl_ds.config.ds.pairs import ACCUMULATION, MICRO_BATCH
 from internvl_ds.config.tree import get_config, get_option
 from internvl_ds.tools.tune.command import opt_words
 from internvl_ds.tools.tune.records import BASE, SEARCH, SHIPPED
-from internvl_ds.tools.tune.space import Choice, Labels, Space, batch_choice, merged
+from internvl_ds.tools.tune.search_space import Choice, Labels, SearchSpace, batch_choice, merged
 
 # Those that ship and differ in more than the precision, which tuning leaves as it is.
 _SHIPPED = (
@@ -95,7 +95,7 @@ class Subject:
         trees = {name: merged(load_ds_config(name), batch.ds_config) for name in _SHIPPED}
         return [self._settle(SHIPPED, name, tree, batch.opts) for name, tree in trees.items()]
 
-    def proposal(self, space: Space, labels: Labels) -> Candidate:
+    def proposal(self, space: SearchSpace, labels: Labels) -> Candidate:
         """What labels stand for.
 
         Raises:

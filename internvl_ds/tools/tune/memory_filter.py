@@ -9,9 +9,9 @@ from typing import Any
 from yacs.config import CfgNode
 
 from internvl_ds.config.tree import set_options
-from internvl_ds.tools.plan.memory_planner import Need, Planner
+from internvl_ds.tools.plan.memory_planner import MemoryPlanner, Need
 
-PlannerFactory = Callable[..., Planner]
+PlannerFactory = Callable[..., MemoryPlanner]
 
 
 class Plans:
@@ -19,9 +19,9 @@ class Plans:
 
     def __init__(self, make: PlannerFactory, gpu: bool) -> None:
         self._make, self._gpu = make, gpu
-        self._made: dict[str, Planner] = {}
+        self._made: dict[str, MemoryPlanner] = {}
 
-    def of(self, config: CfgNode) -> Planner:
+    def of(self, config: CfgNode) -> MemoryPlanner:
         """The planner of this yacs tree; batch and recomputation are asked of it, not set in it."""
         same = {
             'DATA.BATCH_SIZE': 1, 'TRAIN.ACCUMULATION_STEPS': 1, 'TRAIN.USE_CHECKPOINT': False,
@@ -33,7 +33,7 @@ class Plans:
 
 
 @dataclass(frozen=True)
-class Room:
+class MemoryLimits:
     """What one rank may have.
 
     Attributes:
@@ -48,7 +48,7 @@ class Room:
     baseline: int = 0
 
     @classmethod
-    def of(cls, bench: Mapping[str, Any]) -> Room:
+    def of(cls, bench: Mapping[str, Any]) -> MemoryLimits:
         """What a trial's bench.json tells of it."""
         on_cpu = bench['device'] == 'cpu'
         baseline = bench['baseline_bytes'] if on_cpu else 0

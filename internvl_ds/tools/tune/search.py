@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from internvl_ds.errors import InternvlDsError
-from internvl_ds.tools.tune.space import Labels, Space
+from internvl_ds.tools.tune.search_space import Labels, SearchSpace
 
 # The first proposals are drawn at random: the sampler has nothing to go by yet.
 _RANDOM = 8
@@ -15,7 +15,9 @@ _RANDOM = 8
 class Search:
     """Proposes labels, and learns from how fast they were; the study is in memory only."""
 
-    def __init__(self, space: Space, seed: int, known: Sequence[tuple[Labels, float]] = ()) -> None:
+    def __init__(
+        self, space: SearchSpace, seed: int, known: Sequence[tuple[Labels, float]] = ()
+    ) -> None:
         """Begins, or goes on.
 
         Args:

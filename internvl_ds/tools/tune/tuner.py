@@ -22,7 +22,7 @@ from internvl_ds.tools.plan.sizes import can_recompute
 from internvl_ds.tools.tune.candidates import Candidate, Subject, name_of
 from internvl_ds.tools.tune.command import complete, trial_words
 from internvl_ds.tools.tune.final_rounds import MOST_FINALISTS, finalists, order_of_round, standings
-from internvl_ds.tools.tune.memory_filter import PlannerFactory, Plans, Room
+from internvl_ds.tools.tune.memory_filter import MemoryLimits, PlannerFactory, Plans
 from internvl_ds.tools.tune.records import (
     BASE,
     FINAL,
@@ -34,11 +34,11 @@ from internvl_ds.tools.tune.records import (
     Records,
     Row,
 )
-from internvl_ds.tools.tune.report import Result, make_result, write_result
 from internvl_ds.tools.tune.request import Request
+from internvl_ds.tools.tune.result import Result, make_result, write_result
 from internvl_ds.tools.tune.search import Search, import_optuna
+from internvl_ds.tools.tune.search_space import SearchSpace, default_space, parse_space, read_space
 from internvl_ds.tools.tune.session import alone, same_settings
-from internvl_ds.tools.tune.space import Space, default_space, parse_space, read_space
 from internvl_ds.tools.tune.trial import end, run_trial
 
 _FIRST_LIMIT = 600.0  # seconds for the first trial, which tells how long one takes
@@ -140,9 +140,9 @@ class _Tuner:
             row = self._add(replace(row, key=self._subject.base.key))
         self._updates = request.updates or updates_for(row.bench['seconds_per_update'])
         self._limit = request.limit or max(_LEAST_LIMIT, _LIMIT_FACTOR * row.seconds)
-        self._room = Room.of(row.bench)
+        self._memory = MemoryLimits.of(row.bench)
         if self._planner is not None:
-            self._plans = Plans(self._planner, gpu=not self._room.on_cpu)
+            self._plans = Plans(self._planner, gpu=not self._memory.on_cpu)
         return row
 
     def _explain(self, row: Row) -> None:
@@ -154,7 +154,7 @@ class _Tuner:
             f'{log}:\n' + '\n'.join(f'    {line}' for line in lines)
         )
 
-    def _make_space(self, base: Row) -> Space:
+    def _make_space(self, base: Row) -> SearchSpace:
         config, images = self._subject.configured(), self._subject.images()
         if self._request.space is None:
             mixes = config.AUG.MIXUP > 0 or config.AUG.CUTMIX > 0 or config.AUG.CUTMIX_MINMAX
@@ -164,7 +164,7 @@ class _Tuner:
             )  # fmt: skip
         return self._given_space(images)
 
-    def _given_space(self, images: int | None) -> Space:
+    def _given_space(self, images: int | None) -> SearchSpace:
         """The file's space, with every setting in it tried on the configuration."""
         try:
             space = parse_space(self._space_file, images)
@@ -275,7 +275,7 @@ class _Tuner:
         except Exception as error:  # a model of the user's own can fail there in any way
             _tell(f'not planned, and so not left out: {candidate.name}: {error}')
             return ''
-        return self._room.lacks(need)
+        return self._memory.lacks(need)
 
     def _run(self, candidate: Candidate, kind: str, limit: float) -> Row:
         number = 1 + max((row.trial for row in self._records.rows), default=-1)

@@ -61,7 +61,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Space:
+class SearchSpace:
     """The configurations that can be tried.
 
     Attributes:
@@ -139,7 +139,7 @@ def batch_pairs(images: int, even: bool = False) -> list[tuple[int, int]]:
 
 def default_space(
     images: int, ranks: int, *, even: bool = False, offload: bool = True, recompute: bool = True
-) -> Space:
+) -> SearchSpace:
     """The space that is searched when none is given.
 
     Args:
@@ -181,7 +181,7 @@ def default_space(
             'no': Choice(opts={'TRAIN.USE_CHECKPOINT': False}),
             'yes': Choice(opts={'TRAIN.USE_CHECKPOINT': True}),
         }
-    return Space(axes, only)
+    return SearchSpace(axes, only)
 
 
 def read_space(path: Path) -> Any:
@@ -196,7 +196,7 @@ def read_space(path: Path) -> Any:
         raise ConfigError(f'--space {path}: cannot be read as JSON: {error}') from error
 
 
-def parse_space(tree: Any, images: int | None) -> Space:
+def parse_space(tree: Any, images: int | None) -> SearchSpace:
     """Makes a space of what its file holds; the module's text says how it is written.
 
     Args:
@@ -220,7 +220,7 @@ def parse_space(tree: Any, images: int | None) -> Space:
         }
     if not axes:
         raise ConfigError('/axes is empty: there is nothing to try')
-    return Space(axes, _parse_only(tree.get('only', {}), axes))
+    return SearchSpace(axes, _parse_only(tree.get('only', {}), axes))
 
 
 def _zero(**values: Any) -> Choice:

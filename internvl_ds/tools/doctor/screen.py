@@ -7,13 +7,13 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from internvl_ds.tools.doctor.finding import ERROR, WARNING, Finding
+from internvl_ds.tools.doctor.probe_result import ERROR, WARNING, ProbeResult
 
 _WIDTH = 100
 _VERDICT, _TOPIC = 9, 18  # columns, with the space behind them
 
 
-def screen(findings: Sequence[Finding]) -> str:
+def screen(findings: Sequence[ProbeResult]) -> str:
     """A line for each finding, with what to do below those that are not as they should be."""
     lines = []
     for finding in findings:
@@ -24,7 +24,7 @@ def screen(findings: Sequence[Finding]) -> str:
     return '\n'.join([*lines, summary(findings)])
 
 
-def summary(findings: Sequence[Finding]) -> str:
+def summary(findings: Sequence[ProbeResult]) -> str:
     """The errors, in one sentence."""
     topics = [finding.topic for finding in findings if finding.verdict == ERROR]
     warnings = sum(finding.verdict == WARNING for finding in findings)
@@ -35,7 +35,7 @@ def summary(findings: Sequence[Finding]) -> str:
     return f'{len(topics)} error{"" if len(topics) == 1 else "s"}: {listed} ({rest})'
 
 
-def tree(findings: Sequence[Finding], output: str) -> dict[str, Any]:
+def tree(findings: Sequence[ProbeResult], output: str) -> dict[str, Any]:
     """What --json prints."""
     return {
         'output': output,

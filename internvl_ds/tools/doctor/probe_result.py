@@ -8,7 +8,7 @@ OK, WARNING, ERROR = 'ok', 'warning', 'error'
 
 
 @dataclass(frozen=True)
-class Finding:
+class ProbeResult:
     """One thing looked at.
 
     Attributes:
@@ -24,16 +24,16 @@ class Finding:
     advice: str = ''
 
 
-def ok(topic: str, found: str) -> Finding:
+def ok(topic: str, found: str) -> ProbeResult:
     """A finding that is as it should be."""
-    return Finding(topic, OK, found)
+    return ProbeResult(topic, OK, found)
 
 
-def warn(topic: str, found: str, advice: str = '') -> Finding:
+def warn(topic: str, found: str, advice: str = '') -> ProbeResult:
     """A finding that one should know, and that breaks no run by itself."""
-    return Finding(topic, WARNING, found, advice)
+    return ProbeResult(topic, WARNING, found, advice)
 
 
-def fault(topic: str, found: str, advice: str) -> Finding:
+def fault(topic: str, found: str, advice: str) -> ProbeResult:
     """A finding that will break a run, with how, and what to do."""
-    return Finding(topic, ERROR, found, advice)
+    return ProbeResult(topic, ERROR, found, advice)

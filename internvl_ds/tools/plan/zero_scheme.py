@@ -13,7 +13,7 @@ _BYTES = {'fp32': 4, 'float32': 4, 'fp16': 2, 'float16': 2, 'half': 2, 'bf16': 2
 
 
 @dataclass(frozen=True)
-class Layout:
+class ZeroScheme:
     """How DeepSpeed is to keep weights, gradients and optimizer state.
 
     Attributes:
@@ -66,7 +66,9 @@ class Layout:
         return self.precision in (ds.AUTOCAST_BF16, ds.AUTOCAST_FP16)
 
 
-def layout_of(resolved: Mapping[str, Any], ranks: int, trained: int, on_gpu: bool = True) -> Layout:
+def scheme_of(
+    resolved: Mapping[str, Any], ranks: int, trained: int, on_gpu: bool = True
+) -> ZeroScheme:
     """Reads a resolved ds_config, for so many ranks and trained elements."""
     zero = resolved.get('zero_optimization', {})
     stage, precision = int(zero.get('stage', 0)), ds.precision_of(resolved)
@@ -76,7 +78,7 @@ def layout_of(resolved: Mapping[str, Any], ranks: int, trained: int, on_gpu: boo
     low = 2 if precision in (ds.BF16, ds.FP16) else 4
     dtype = resolved.get('data_types', {}).get('grad_accum_dtype')
     live = _given(zero, 'max_live_parameters')
-    return Layout(
+    return ZeroScheme(
         stage=stage,
         ranks=ranks,
         precision=precision,
