@@ -1,4 +1,4 @@
-"""What a probe found: one line of the screen."""
+"""What a probe says of one topic: one line of the screen."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class ProbeResult:
 
 
 def ok(topic: str, found: str) -> ProbeResult:
-    """A finding that is as it should be."""
+    """A topic that is as it should be."""
     return ProbeResult(topic, OK, found)
 
 
 def warn(topic: str, found: str, advice: str = '') -> ProbeResult:
-    """A finding that one should know, and that breaks no run by itself."""
+    """A topic that one should know of, and that breaks no run by itself."""
     return ProbeResult(topic, WARNING, found, advice)
 
 
 def fault(topic: str, found: str, advice: str) -> ProbeResult:
-    """A finding that will break a run, with how, and what to do."""
+    """A topic that will break a run, with how, and what to do."""
     return ProbeResult(topic, ERROR, found, advice)

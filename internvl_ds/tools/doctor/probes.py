@@ -14,7 +14,7 @@ class Probe(NamedTuple):
 
     Attributes:
         module: of this package; imported in that process only.
-        function: of the module; returns findings.
+        function: of the module; returns results.
         seconds: after which it is ended, and said to hang.
         slow: whether others run beside it.
         of_output: whether it is given OUTPUT; it then runs after the others, which would falsify
@@ -41,7 +41,7 @@ PROBES = {
 }
 
 
-def find(name: str, output: Path) -> list[ProbeResult]:
+def run_probe(name: str, output: Path) -> list[ProbeResult]:
     """Runs one probe here and now."""
     probe = PROBES[name]
     module = importlib.import_module(f'internvl_ds.tools.doctor.{probe.module}')

@@ -1,4 +1,4 @@
-"""The findings as one screen of text, or as JSON's tree. Pure."""
+"""The results of probes as one screen of text, or as JSON's tree. Pure."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ _WIDTH = 100
 _VERDICT, _TOPIC = 9, 18  # columns, with the space behind them
 
 
-def screen(findings: Sequence[ProbeResult]) -> str:
-    """A line for each finding, with what to do below those that are not as they should be."""
+def screen(results: Sequence[ProbeResult]) -> str:
+    """A line for each result, with what to do below those that are not as they should be."""
     lines = []
-    for finding in findings:
-        head = f'{finding.verdict:<{_VERDICT}}{finding.topic:<{_TOPIC}}'
-        lines += _wrapped(finding.found, head)
-        if finding.advice:
-            lines += _wrapped(f'-> {finding.advice}', ' ' * len(head))
-    return '\n'.join([*lines, summary(findings)])
+    for result in results:
+        head = f'{result.verdict:<{_VERDICT}}{result.topic:<{_TOPIC}}'
+        lines += _wrapped(result.found, head)
+        if result.advice:
+            lines += _wrapped(f'-> {result.advice}', ' ' * len(head))
+    return '\n'.join([*lines, summary(results)])
 
 
-def summary(findings: Sequence[ProbeResult]) -> str:
+def summary(results: Sequence[ProbeResult]) -> str:
     """The errors, in one sentence."""
-    topics = [finding.topic for finding in findings if finding.verdict == ERROR]
-    warnings = sum(finding.verdict == WARNING for finding in findings)
+    topics = [result.topic for result in results if result.verdict == ERROR]
+    warnings = sum(result.verdict == WARNING for result in results)
     rest = f'{warnings} warning{"" if warnings == 1 else "s"}'
     if not topics:
         return f'no errors ({rest})'
@@ -35,13 +35,13 @@ def summary(findings: Sequence[ProbeResult]) -> str:
     return f'{len(topics)} error{"" if len(topics) == 1 else "s"}: {listed} ({rest})'
 
 
-def tree(findings: Sequence[ProbeResult], output: str) -> dict[str, Any]:
+def tree(results: Sequence[ProbeResult], output: str) -> dict[str, Any]:
     """What --json prints."""
     return {
         'output': output,
-        'errors': sum(finding.verdict == ERROR for finding in findings),
-        'warnings': sum(finding.verdict == WARNING for finding in findings),
-        'findings': [dataclasses.asdict(finding) for finding in findings],
+        'errors': sum(result.verdict == ERROR for result in results),
+        'warnings': sum(result.verdict == WARNING for result in results),
+        'findings': [dataclasses.asdict(result) for result in results],
     }
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import platform
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterable
 from importlib import metadata
@@ -23,22 +22,14 @@ _SHOWN = ('internvl_ds', 'torch', 'torchvision', 'deepspeed', 'timm', 'mpi4py', 
 
 
 def probe() -> list[ProbeResult]:
-    """Python, the packages, their ranges, and whether torch and torchvision fit."""
+    """Python, the packages, their ranges, and whether torch and torchvision match."""
     versions = {name: installed(name) for name in _SHOWN}
-    shown = ', '.join(f'{name} {version or "none"}' for name, version in versions.items())
-    findings = [_python(), ok('packages', shown)]
-    try:
-        requirements = metadata.requires('internvl_ds') or []
-    except metadata.PackageNotFoundError:
-        findings.append(
-            warn('version ranges', 'not known: internvl_ds is not installed here', 'pip install .')
-        )
-    else:
-        findings.append(_ranges(requirements))
+    packages = ', '.join(f'{name} {version or "none"}' for name, version in versions.items())
+    results = [_python(), ok('packages', packages), _ranges()]
     torch, vision = versions['torch'], versions['torchvision']
     if torch and vision:
-        findings.append(pair(torch, vision, metadata.requires('torchvision') or []))
-    return findings
+        results.append(pair(torch, vision, metadata.requires('torchvision') or []))
+    return results
 
 
 def installed(name: str) -> str | None:
@@ -76,60 +67,47 @@ def pair(torch: str, vision: str, requirements: Iterable[str]) -> ProbeResult:
     for text in requirements:
         requirement = Requirement(text)
         if requirement.name == 'torch' and not requirement.specifier.contains(torch, True):
-            return fault(
-                topic,
-                f'torchvision {vision} was built for torch{requirement.specifier}, not {torch}',
-                'import torchvision, and so timm, dies. Install both in one pip command',
-            )
-    kinds = [_is_cpu(torch), _is_cpu(vision)]
-    found = f'torch {torch} with torchvision {vision}'
-    if kinds[0] != kinds[1]:
-        return warn(
-            topic,
-            f'{found}: one is a CPU build by its version, the other is not',
+            text = f'torchvision {vision} was built for torch{requirement.specifier}, not {torch}'
+            advice = 'import torchvision, and so timm, dies. Install both in one pip command'
+            return fault(topic, text, advice)
+    text = f'torch {torch} with torchvision {vision}'
+    if (Version(torch).local == 'cpu') != (Version(vision).local == 'cpu'):
+        advice = (
             "a CUDA build of torchvision dies beside a CPU build of torch ('operator "
-            "torchvision::nms does not exist'). Install both from one index",
+            "torchvision::nms does not exist'). Install both from one index"
         )
-    return ok(topic, found)
-
-
-def _is_cpu(version: str) -> bool:
-    return Version(version).local == 'cpu'
+        return warn(topic, f'{text}: one is a CPU build by its version, the other is not', advice)
+    return ok(topic, text)
 
 
 def _python() -> ProbeResult:
-    found = f'{platform.python_version()}, {sys.executable}'
+    text = f'{platform.python_version()}, {sys.executable}'
     try:
-        asked = metadata.metadata('internvl_ds').json.get('requires_python', '')
+        pythons = metadata.metadata('internvl_ds').json.get('requires_python', '')
     except metadata.PackageNotFoundError:
-        asked = ''
-    if asked and platform.python_version() not in SpecifierSet(asked, prereleases=True):
-        return fault('python', found, f'this package needs Python {asked}')
+        pythons = ''
+    if pythons and platform.python_version() not in SpecifierSet(pythons, prereleases=True):
+        return fault('python', text, f'this package needs Python {pythons}')
     first = shutil.which('python')
-    if first is None or _prefix_of(first) != sys.prefix:
-        return warn(
-            'python',
-            f'{found}; `python` on PATH is {first or "not there"}',
-            'what starts `python` or `deepspeed` by name takes another environment: activate this',
+    # Python itself says its environment: a path may be a link or a wrapper.
+    if first is None or ask(first, '-c', 'import sys; print(sys.prefix)').strip() != sys.prefix:
+        advice = (
+            'what starts `python` or `deepspeed` by name takes another environment: activate this'
         )
-    return ok('python', found)
+        return warn('python', f'{text}; `python` on PATH is {first or "not there"}', advice)
+    return ok('python', text)
 
 
-def _prefix_of(python: str) -> str:
-    """The environment of a Python, as it says itself: a path may be a link or a wrapper."""
+def _ranges() -> ProbeResult:
+    topic = 'version ranges'
     try:
-        return ask(python, '-c', 'import sys; print(sys.prefix)').strip()
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return str(error)
-
-
-def _ranges(requirements: list[str]) -> ProbeResult:
-    wrong = unmet(requirements)
+        wrong = unmet(metadata.requires('internvl_ds') or [])
+    except metadata.PackageNotFoundError:
+        return warn(topic, 'not known: internvl_ds is not installed here', 'pip install .')
     if wrong:
-        return fault(
-            'version ranges',
-            '; '.join(wrong),
+        advice = (
             'this package was never run on it, and leans on internals that change. Run pip install '
-            "with the ranges named: pip install 'internvl_ds' in a fresh environment",
+            "with the ranges named: pip install 'internvl_ds' in a fresh environment"
         )
-    return ok('version ranges', 'all that internvl_ds requires is there, within its ranges')
+        return fault(topic, '; '.join(wrong), advice)
+    return ok(topic, 'all that internvl_ds requires is there, within its ranges')
