@@ -84,8 +84,8 @@ def run(args: argparse.Namespace) -> int:
     )
     resolved = ds.resolve_or_raise(base, config, machine.gpus)
     planner = MemoryPlanner(config)
-    found = options(planner, config, base, machine)
-    taken, words = choose(found), advice(found, config, base, args.deepspeed_config, machine)
+    ways = options(planner, config, base, machine)
+    choice, words = choose(ways), advice(ways, config, base, args.deepspeed_config, machine)
     if args.json:
         tree = {
             'model': {k: getattr(planner.sizes, k) for k in ('parameters', 'trained', 'moments')},
@@ -93,8 +93,8 @@ def run(args: argparse.Namespace) -> int:
             'micro_batch': resolved['train_micro_batch_size_per_gpu'],
             'accumulation': resolved['gradient_accumulation_steps'],
             'machine': {**asdict(machine), 'usable': USABLE},
-            'options': [_tree(option) for option in found],
-            'choice': found.index(taken) if taken else None,
+            'options': list(map(_tree, ways)),
+            'choice': ways.index(choice) if choice else None,
             'advice': words,
         }
         say(json_text(tree))
@@ -106,18 +106,17 @@ def run(args: argparse.Namespace) -> int:
             f'bytes on each of {machine.gpus} GPUs at {resolved["train_micro_batch_size_per_gpu"]} '
             'images a micro-batch, at the moment when a GPU needs most\n'
         )
-        say(_table(found, taken))
-        say(f'\n{words}')
-    return 0 if taken else NOTHING_FITS
+        say(f'{_table(ways, choice)}\n\n{words}')
+    return 0 if choice else NOTHING_FITS
 
 
-def _table(found: Sequence[Option], taken: Option | None) -> str:
+def _table(ways: Sequence[Option], choice: Option | None) -> str:
     rows = []
-    for option in found:
+    for option in ways:
         sizes = *asdict(option.need.parts).values(), option.need.device
         rows.append(
             [
-                f'{option.stage}{" <-" if option is taken else ""}',
+                f'{option.stage}{" <-" if option is choice else ""}',
                 '' if option.offload == 'none' else option.offload,
                 'yes' if option.recompute else '',
                 *map(human_size, sizes),

@@ -22,10 +22,10 @@ from typing import Any
 from internvl_ds.tools.cli.quantities import whole
 from internvl_ds.tools.text import json_text, say, table
 
-_SIGNALLED = 128  # and the signal's number: the exit status of what a signal ended
+_SIGNAL_STATUS = 128  # and the signal's number: the exit status of what a signal ended
 
 
-class _Ended(BaseException):
+class _Signal(BaseException):
     """A signal asks tuning to end."""
 
     def __init__(self, number: int) -> None:
@@ -67,15 +67,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Tunes, and prints the finals and the words to use the result."""
     try:
-        with _ends_by_signal():
+        with _raise_on_signals():
             return _tune(args)
-    except _Ended as ended:
-        print(
-            '\nended by a signal: what ran is stopped, and not recorded. The same command goes on '
-            'from there.',
-            file=sys.stderr,
-        )
-        return _SIGNALLED + ended.number
+    except _Signal as error:
+        text = 'ended by a signal: what ran is stopped, and not recorded.'
+        print(f'\n{text} The same command goes on from there.', file=sys.stderr)
+        return _SIGNAL_STATUS + error.number
 
 
 def _tune(args: argparse.Namespace) -> int:
@@ -84,11 +81,9 @@ def _tune(args: argparse.Namespace) -> int:
     from internvl_ds.tools.tune.result import as_json, table_rows
     from internvl_ds.tools.tune.tuner import tune
 
-    given: dict[str, Any] = {
-        field.name: getattr(args, field.name, None) for field in fields(Request)
-    }
-    given |= {'ds_config': args.deepspeed_config, 'budget': 60 * args.budget}
-    result = tune(Request(**given), MemoryPlanner)
+    words: dict[str, Any] = {f.name: getattr(args, f.name, None) for f in fields(Request)}
+    words |= {'ds_config': args.deepspeed_config, 'budget': 60 * args.budget}
+    result = tune(Request(**words), MemoryPlanner)
     if args.json:
         say(json_text(as_json(result)))
         return 0
@@ -102,25 +97,25 @@ def _tune(args: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _ends_by_signal() -> Iterator[None]:
-    """Has SIGINT, SIGTERM and SIGHUP raise, so that the trial that runs is ended too.
+def _raise_on_signals() -> Iterator[None]:
+    """Makes SIGINT, SIGTERM and SIGHUP raise `_Signal`, so that the present trial is ended too.
 
-    The first of them does; those that come while its trial is being ended change nothing.
+    Only the first raises: those that come while the trial is being ended change nothing.
     """
 
     def end(number: int, frame: FrameType | None) -> None:
-        for each in before:
+        for each in handlers:
             signal.signal(each, signal.SIG_IGN)
-        raise _Ended(number)
+        raise _Signal(number)
 
     numbers = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup sees to that
         numbers.append(signal.SIGHUP)
-    before = {number: signal.signal(number, end) for number in numbers}
+    handlers = {number: signal.signal(number, end) for number in numbers}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 

@@ -104,9 +104,8 @@ def _cores() -> ProbeResult:
             'threads and workers are counted by cores, and stand still over that: set '
             'OMP_NUM_THREADS and DATA.NUM_WORKERS by what is given'
         )
-        return warn(
-            'cores', f'{cores}, and the container gives the time of {min(quotas):g}', advice
-        )
+        text = f'{cores}, and the container gives the time of {min(quotas):g}'
+        return warn('cores', text, advice)
     return ok('cores', f'{cores} for this process')
 
 
