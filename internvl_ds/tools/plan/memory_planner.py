@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -53,16 +54,10 @@ class MemoryPlanner:
     """
 
     def __init__(self, config: CfgNode, *, gpu: bool = True) -> None:
-        """Remembers what is to be planned.
-
-        Args:
-            config: the yacs tree: MODEL, DATA.IMG_SIZE, TRAIN and AUG are read.
-            gpu: whether the run is to be on GPUs; False for ranks on CPUs.
-        """
+        """Plans for a yacs tree (MODEL, DATA.IMG_SIZE, TRAIN, AUG), on GPUs or on CPUs."""
         self._config = config
         self._on_gpu = gpu
         self._steps: dict[tuple[bool, str], Step] = {}
-        self._sizes: Sizes | None = None
 
     @property
     def keeps_ema(self) -> bool:
@@ -74,17 +69,15 @@ class MemoryPlanner:
         """What a micro-batch is a multiple of: 2 with mixup, else 1."""
         return 1 if build_mixup(self._config) is None else 2
 
-    @property
+    @functools.cached_property
     def sizes(self) -> Sizes:
         """The model's elements.
 
         Raises:
             ConfigError: for a model or optimizer that cannot be built.
         """
-        if self._sizes is None:
-            config = with_recompute(self._config, False)
-            self._sizes = sizes_of(meta_model(config), config)
-        return self._sizes
+        config = with_recompute(self._config, False)
+        return sizes_of(meta_model(config), config)
 
     def need(self, resolved: Mapping[str, Any], ranks: int, *, recompute: bool) -> Need:
         """What a resolved ds_config needs on each rank, TRAIN.USE_CHECKPOINT being ``recompute``.
@@ -95,7 +88,7 @@ class MemoryPlanner:
         return self.need_of(self.scheme(resolved, ranks), recompute=recompute)
 
     def scheme(self, resolved: Mapping[str, Any], ranks: int) -> ZeroScheme:
-        """How a resolved ds_config has the states kept, on so many ranks."""
+        """The scheme of a resolved ds_config on so many ranks."""
         return scheme_of(resolved, ranks, self.sizes.trained, self._on_gpu)
 
     def need_of(self, scheme: ZeroScheme, *, recompute: bool) -> Need:
@@ -119,22 +112,25 @@ class MemoryPlanner:
 
     def step_of(self, scheme: ZeroScheme, *, recompute: bool) -> Timeline:
         """What a training step of the scheme's micro-batch and precision holds, over its course."""
-        return self._step(recompute, scheme.precision).at(scheme.micro_batch)
+        # What fp16 and bf16 allocate is the same.
+        twins = {ds.FP16: ds.BF16, ds.AUTOCAST_FP16: ds.AUTOCAST_BF16}
+        key = recompute, twins.get(scheme.precision, scheme.precision)
+        if key not in self._steps:
+            model = meta_model(with_recompute(self._config, recompute))
+            self._steps[key] = watch_step(model, self._config.DATA.IMG_SIZE, key[1], self._loss)
+        return self._steps[key].at(scheme.micro_batch)
 
     def largest_micro_batch(
         self, scheme: ZeroScheme, device_bytes: float, *, recompute: bool
     ) -> int:
-        """The most images of a micro-batch with which a rank fits; 0 where none does.
+        """The most images of a micro-batch whose need the device's bytes cover; 0 where none.
 
-        Args:
-            scheme: its own micro-batch is not read.
-            device_bytes: what there is on the device.
-            recompute: as for `need`.
+        The scheme's own micro-batch is not read; ``recompute`` is as for `need`.
         """
 
         def fits(steps: int) -> bool:
-            tried = replace(scheme, micro_batch=steps * step)
-            return self.need_of(tried, recompute=recompute).device <= device_bytes
+            larger = replace(scheme, micro_batch=steps * step)
+            return self.need_of(larger, recompute=recompute).device <= device_bytes
 
         step, most = self.step_of_micro_batch, 1
         while most <= _MOST_IMAGES and fits(most):
@@ -144,16 +140,6 @@ class MemoryPlanner:
             middle = (least + most) // 2
             least, most = (middle, most) if fits(middle) else (least, middle)
         return least * step
-
-    def _step(self, recompute: bool, precision: str) -> Step:
-        # What fp16 and bf16 allocate is the same.
-        same = {ds.FP16: ds.BF16, ds.AUTOCAST_FP16: ds.AUTOCAST_BF16}.get(precision, precision)
-        if (recompute, same) not in self._steps:
-            model = meta_model(with_recompute(self._config, recompute))
-            self._steps[recompute, same] = watch_step(
-                model, self._config.DATA.IMG_SIZE, same, self._loss
-            )
-        return self._steps[recompute, same]
 
     def _loss(self, logits: torch.Tensor) -> torch.Tensor:
         """The training loss of the loop, with targets of its shape."""

@@ -103,13 +103,13 @@ def options(
     Raises:
         ConfigError: for settings that disagree, or a model that cannot be planned.
     """
-    found = []
+    ways = []
     recomputes = (False, True) if can_recompute(config) else (False,)
     for stage, offloads in _OFFLOADS.items():
         for offload in offloads:
             resolved = ds.resolve_or_raise(variant(base, stage, offload), config, machine.gpus)
-            found += [_option(planner, resolved, offload, again, machine) for again in recomputes]
-    return found
+            ways += [_option(planner, resolved, offload, again, machine) for again in recomputes]
+    return ways
 
 
 def variant(base: Mapping[str, Any], stage: int, offload: str) -> dict[str, Any]:
@@ -125,12 +125,7 @@ def variant(base: Mapping[str, Any], stage: int, offload: str) -> dict[str, Any]
 
 
 def section(stage: int, offload: str) -> dict[str, Any]:
-    """/zero_optimization of a stage and offload.
-
-    Args:
-        stage: 0 to 3.
-        offload: 'none', 'optimizer' or 'all'.
-    """
+    """/zero_optimization of a stage and an offload: `NONE`, `OPTIMIZER` or `ALL`."""
     tree: dict[str, Any] = {'stage': stage}
     if offload != NONE:
         tree['offload_optimizer'] = dict(_TO_CPU)
@@ -139,10 +134,9 @@ def section(stage: int, offload: str) -> dict[str, Any]:
     return tree
 
 
-def choose(found: Sequence[Option]) -> Option | None:
+def choose(ways: Sequence[Option]) -> Option | None:
     """The option to take: what fits and, by a rule of thumb, trains fastest; None if none fits."""
-    fitting = [option for option in found if option.fits]
-    return min(fitting, key=_cost) if fitting else None
+    return min((option for option in ways if option.fits), key=_cost, default=None)
 
 
 def _option(
@@ -154,12 +148,12 @@ def _option(
 ) -> Option:
     scheme = planner.scheme(resolved, machine.gpus)
     need = planner.need_of(scheme, recompute=recompute)
-    room = USABLE * machine.gpu_bytes
-    largest = planner.largest_micro_batch(scheme, room, recompute=recompute)
+    usable = USABLE * machine.gpu_bytes
+    largest = planner.largest_micro_batch(scheme, usable, recompute=recompute)
     share = scheme.micro_batch * scheme.accumulation
-    micro = _micro_batch(planner, scheme, min(share, largest), room, recompute)
+    micro = _micro_batch(planner, scheme, min(share, largest), usable, recompute)
     on_host = machine.gpus_per_host * max(need.host, need.build)
-    saved = checkpoint_bytes(planner.sizes, scheme, planner.keeps_ema)
+    size = checkpoint_bytes(planner.sizes, scheme, planner.keeps_ema)
     return Option(
         stage=scheme.stage,
         offload=offload,
@@ -170,13 +164,13 @@ def _option(
         fits_host=machine.host_bytes is None or on_host <= USABLE * machine.host_bytes,
         micro_batch=micro,
         accumulation=share // micro if micro else 0,
-        checkpoint_bytes=saved,
-        save_seconds=saved / machine.disk_rate,
+        checkpoint_bytes=size,
+        save_seconds=size / machine.disk_rate,
     )
 
 
 def _micro_batch(
-    planner: MemoryPlanner, scheme: ZeroScheme, most: int, room: float, recompute: bool
+    planner: MemoryPlanner, scheme: ZeroScheme, most: int, usable: float, recompute: bool
 ) -> int:
     """The largest micro-batch that divides a rank's share of the batch and fits; 0 if none does.
 
@@ -185,14 +179,13 @@ def _micro_batch(
     share, step = scheme.micro_batch * scheme.accumulation, planner.step_of_micro_batch
     for images in range(most - most % step, 0, -step):
         if share % images == 0:
-            tried = replace(scheme, micro_batch=images, accumulation=share // images)
-            if planner.need_of(tried, recompute=recompute).device <= room:
+            divided = replace(scheme, micro_batch=images, accumulation=share // images)
+            if planner.need_of(divided, recompute=recompute).device <= usable:
                 return images
     return 0
 
 
 def _cost(option: Option) -> tuple[float, int]:
     cost = _STAGE_COST[option.stage] * _OFFLOAD_COST[option.offload]
-    if option.recompute:
-        cost *= _RECOMPUTE_COST
+    cost *= _RECOMPUTE_COST if option.recompute else 1.0
     return cost * (1 + _IDLE_IMAGES / option.micro_batch), option.stage

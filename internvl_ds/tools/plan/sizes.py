@@ -89,11 +89,11 @@ def sizes_of(model: nn.Module, config: CfgNode) -> Sizes:
         ConfigError: for an optimizer that does not exist.
     """
     optimizer = build_optimizer(config, model, 1e-3)
-    groups = [[p.numel() for p in group['params']] for group in optimizer.param_groups]
+    groups = [tuple(p.numel() for p in group['params']) for group in optimizer.param_groups]
     floats = [b for b in model.buffers() if b.is_floating_point()]
     others = [b for b in model.buffers() if not b.is_floating_point()]
     return Sizes(
-        groups=tuple(tuple(group) for group in groups if group),
+        groups=tuple(filter(None, groups)),
         frozen=tuple(p.numel() for p in model.parameters() if not p.requires_grad),
         float_buffers=sum(b.numel() for b in floats),
         other_buffers=sum(b.numel() * b.element_size() for b in others),

@@ -46,23 +46,19 @@ class Parts:
 def static_parts(sizes: Sizes, scheme: ZeroScheme, ema: bool) -> Parts:
     """What stays on the device from one update to the next, one rank's share."""
     weights = scheme.weight_bytes * _elements_of_weights(sizes, scheme) + _buffers(sizes, scheme)
-    masters = 0 if scheme.optimizer_on_host else _masters(sizes, scheme)
-    moments = 0 if scheme.optimizer_on_host else _moments(sizes, scheme)
-    gradients = buffers = 0
-    if scheme.stage == 3:
-        buffers = bucket_bytes(scheme)
-        if not scheme.optimizer_on_host:
-            gradients = scheme.gradient_bytes * shard(sizes, scheme)
+    owned = shard(sizes, scheme)
+    gradients = optimizer = average = 0
+    if not scheme.optimizer_on_host:
+        # Under ZeRO there are fp32 masters beside fp32 weights too.
+        in_place = scheme.stage == 0 and scheme.weight_bytes == FP32_BYTES
+        optimizer = (0 if in_place else FP32_BYTES * owned) + _moments(sizes, scheme)
+        gradients = scheme.gradient_bytes * owned if scheme.stage == 3 else 0
+        average = FP32_BYTES * owned
+    buffers = bucket_bytes(scheme) if scheme.stage == 3 else 0
     if scheme.optimizer_on_host and scheme.stage < 3:
         buffers = scheme.weight_bytes * sizes.largest  # temp_grad_buffer_for_gpu_offload
-    average = 0 if scheme.optimizer_on_host else _ema_shard(sizes, scheme)
-    return Parts(
-        weights=weights,
-        gradients=gradients,
-        optimizer=masters + moments,
-        buffers=buffers,
-        ema=average + _ema_buffers(sizes) if ema else 0,
-    )
+    average = average + _ema_buffers(sizes) if ema else 0
+    return Parts(weights, gradients, optimizer, buffers, average)
 
 
 def static_host_parts(sizes: Sizes, scheme: ZeroScheme, ema: bool) -> Parts:
@@ -100,13 +96,13 @@ def shard(sizes: Sizes, scheme: ZeroScheme) -> int:
 
 def checkpoint_bytes(sizes: Sizes, scheme: ZeroScheme, ema: bool) -> int:
     """Bytes of tensors in a tag, the files of all ranks together."""
-    weights = scheme.weight_bytes * sizes.parameters + _buffers(sizes, scheme)
-    states = (1 + sizes.moments) * FP32_BYTES * sizes.trained
+    elements, states = sizes.parameters, (1 + sizes.moments) * FP32_BYTES * sizes.trained
     if scheme.stage == 0 and scheme.weight_bytes == FP32_BYTES:
         states = sizes.moments * FP32_BYTES * sizes.trained  # the weights are the masters
     if scheme.stage == 3:
-        weights = scheme.weight_bytes * sum(sizes.frozen) + _buffers(sizes, scheme)
+        elements = sum(sizes.frozen)
         states = (1 + sizes.moments) * FP32_BYTES * scheme.ranks * shard(sizes, scheme)
+    weights = scheme.weight_bytes * elements + _buffers(sizes, scheme)
     # Each rank writes what it keeps, and at stage 0 each keeps the whole average.
     copies = scheme.ranks if scheme.stage == 0 else 1
     average = FP32_BYTES * sizes.trained * copies + _ema_buffers(sizes) if ema else 0
@@ -140,18 +136,8 @@ def group_shards(sizes: Sizes, scheme: ZeroScheme) -> Iterable[int]:
             yield sum(math.ceil(n / scheme.ranks) for n in group)
 
 
-def _masters(sizes: Sizes, scheme: ZeroScheme) -> int:
-    """fp32 masters; under ZeRO beside fp32 weights too."""
-    in_place = scheme.stage == 0 and scheme.weight_bytes == FP32_BYTES
-    return 0 if in_place else FP32_BYTES * shard(sizes, scheme)
-
-
 def _moments(sizes: Sizes, scheme: ZeroScheme) -> int:
     return int(sizes.moments * FP32_BYTES * shard(sizes, scheme))
-
-
-def _ema_shard(sizes: Sizes, scheme: ZeroScheme) -> int:
-    return FP32_BYTES * shard(sizes, scheme)
 
 
 def _ema_buffers(sizes: Sizes) -> int:

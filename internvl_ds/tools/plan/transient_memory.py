@@ -23,37 +23,36 @@ _FP64_BYTES = 8
 def in_backward(sizes: Sizes, scheme: ZeroScheme, step: Timeline) -> Parts:
     """What is on the device beside `static_parts` when forward and backward need most.
 
-    Args:
-        step: of the scheme's micro-batch. Its gradients are whole ones, in the weights' dtype.
+    The step is of the scheme's micro-batch, with whole gradients in the weights' dtype.
     """
     if scheme.stage == 3:
         return _in_backward_of_shards(sizes, scheme, step)
     size, active = scheme.weight_bytes, step.activations
     # Stage 1 keeps whole gradients in the dtype in which they accumulate.
     of_each = scheme.gradient_bytes if scheme.stage == 1 else size
-    done, whole = step.gradients * (of_each / size), of_each * sizes.trained
+    finished, whole = step.gradients * (of_each / size), of_each * sizes.trained
     buckets = bucket_bytes(scheme) if scheme.stage else 0
-    copied, owned = _copied(sizes, scheme), _owned_gradients(sizes, scheme)
+    copy_bytes, owned = _copy_bytes(sizes, scheme), _owned_gradients(sizes, scheme)
     if scheme.stage == 2 and scheme.optimizer_on_host:
-        copied += _FP64_BYTES * sizes.largest  # in which the norm of each gradient is taken
+        copy_bytes += _FP64_BYTES * sizes.largest  # in which the norm of each gradient is taken
     reducing = np.zeros_like(active)  # the copy of a bucket, while it is reduced
     if scheme.stage < 2 and scheme.accumulation > 1:
-        held = np.full_like(done, whole)
+        gradients = np.full_like(finished, whole)
     elif scheme.stage == 0 or (scheme.stage == 1 and not scheme.overlap):
-        held = done
+        gradients = finished
     else:
-        # The whole room for a rank's gradients is made when the first bucket is reduced.
+        # All memory for a rank's gradients is allocated when the first bucket is reduced.
         earlier = owned if scheme.accumulation > 1 else 0
-        held = np.where(done >= of_each * scheme.bucket, owned, 0) + earlier
-        reducing = np.where(_reduces(step, scheme), copied, 0)
-    passing = _at_peak(active, held, buckets + reducing)
+        gradients = np.where(finished >= of_each * scheme.bucket, owned, 0) + earlier
+        reducing = np.where(_reduces(step, scheme), copy_bytes, 0)
+    passing = _at_peak(active, gradients, buckets + reducing)
     # After the backward pass the rest is reduced, from the buckets that hold a part of it.
-    left = float(whole) if scheme.stage == 0 else held[-1]
-    if scheme.stage == 1 and held[-1] > owned:
-        left = whole - of_each * min(scheme.bucket, sizes.trained) + owned
+    rest = float(whole) if scheme.stage == 0 else gradients[-1]
+    if scheme.stage == 1 and gradients[-1] > owned:
+        rest = whole - of_each * min(scheme.bucket, sizes.trained) + owned
     elif scheme.stage and not reducing.any():
-        left += owned
-    return max(passing, Parts(gradients=int(left), buffers=buckets + copied), key=_total)
+        rest += owned
+    return max(passing, Parts(gradients=int(rest), buffers=buckets + copy_bytes), key=_total)
 
 
 def _in_backward_of_shards(sizes: Sizes, scheme: ZeroScheme, step: Timeline) -> Parts:
@@ -69,9 +68,9 @@ def _in_backward_of_shards(sizes: Sizes, scheme: ZeroScheme, step: Timeline) -> 
     gathered = np.full_like(step.activations, size * whole)
     gathered[: step.forward] += sent * ahead
     gathered[step.forward :] += sent * min(ahead, elements - whole)
-    reducing = np.where(_reduces(step, scheme), _copied(sizes, scheme), 0)
+    reducing = np.where(_reduces(step, scheme), _copy_bytes(sizes, scheme), 0)
     passing = _at_peak(step.activations, np.zeros_like(gathered), gathered + reducing)
-    ending = Parts(buffers=size * whole + _copied(sizes, scheme))
+    ending = Parts(buffers=size * whole + _copy_bytes(sizes, scheme))
     return max(passing, ending, key=_total)
 
 
@@ -92,15 +91,15 @@ def in_update(sizes: Sizes, scheme: ZeroScheme) -> int:
         at_once = sizes.trained if scheme.on_gpu else sizes.largest
         return whole + grown + temporaries * FP32_BYTES * at_once
     groups = list(group_shards(sizes, scheme))
-    held = _owned_gradients(sizes, scheme) if scheme.stage < 3 else 0
+    gradients = _owned_gradients(sizes, scheme) if scheme.stage < 3 else 0
     copy = scheme.gradient_bytes if scheme.gradient_bytes < FP32_BYTES else 0
     most = 0
     for index, elements in enumerate(groups):
-        updated = min(elements, scheme.sub_group) if scheme.stage == 3 else elements
+        at_once = min(elements, scheme.sub_group) if scheme.stage == 3 else elements
         # One tensor holds the gradients of all groups: it goes before the last one's update.
-        beside = held if index + 1 < len(groups) else 0
-        making = held + (copy + FP32_BYTES) * updated
-        most = max(most, making, beside + FP32_BYTES * (1 + temporaries) * updated)
+        beside = gradients if index + 1 < len(groups) else 0
+        making = gradients + (copy + FP32_BYTES) * at_once
+        most = max(most, making, beside + FP32_BYTES * (1 + temporaries) * at_once)
     return most
 
 
@@ -123,7 +122,7 @@ def _owned_gradients(sizes: Sizes, scheme: ZeroScheme) -> int:
         return 0
     if scheme.gradient_bytes != scheme.weight_bytes:
         return scheme.gradient_bytes * shard(sizes, scheme)
-    touched = np.zeros(scheme.ranks, dtype=np.int64)
+    whole = np.zeros(scheme.ranks, dtype=np.int64)
     for group, owned in zip(sizes.groups, group_shards(sizes, scheme), strict=True):
         ends = np.cumsum(group)
         first = np.arange(scheme.ranks) * owned
@@ -132,11 +131,11 @@ def _owned_gradients(sizes: Sizes, scheme: ZeroScheme) -> int:
         end = np.searchsorted(ends, last, side='left')  # and that at its end
         starts = np.concatenate(([0], ends))
         inside = first < ends[-1]
-        touched += np.where(inside, ends[np.minimum(end, len(ends) - 1)] - starts[begin], 0)
-    return scheme.weight_bytes * int(np.max(touched))
+        whole += np.where(inside, ends[np.minimum(end, len(ends) - 1)] - starts[begin], 0)
+    return scheme.weight_bytes * int(np.max(whole))
 
 
-def _copied(sizes: Sizes, scheme: ZeroScheme) -> int:
+def _copy_bytes(sizes: Sizes, scheme: ZeroScheme) -> int:
     """The flat copy in which gradients are reduced; one that fits no bucket is there beside it."""
     if scheme.stage == 0:
         return scheme.weight_bytes * reduce_bucket_of(sizes.trained)

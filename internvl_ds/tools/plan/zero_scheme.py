@@ -1,4 +1,4 @@
-"""What of a resolved ds_config decides where the states lie, and how many bytes each takes."""
+"""The ZeRO scheme of a resolved ds_config: where the states lie, and how many bytes each takes."""
 
 from __future__ import annotations
 
@@ -72,28 +72,28 @@ def scheme_of(
     """Reads a resolved ds_config, for so many ranks and trained elements."""
     zero = resolved.get('zero_optimization', {})
     stage, precision = int(zero.get('stage', 0)), ds.precision_of(resolved)
-    host, pinned = _offload(zero, 'offload_optimizer')
+    optimizer, optimizer_pinned = _offload(zero, 'offload_optimizer')
     parameters, parameters_pinned = _offload(zero, 'offload_param')
     overlap = zero.get('overlap_comm')
     low = 2 if precision in (ds.BF16, ds.FP16) else 4
     dtype = resolved.get('data_types', {}).get('grad_accum_dtype')
-    live = _given(zero, 'max_live_parameters')
+    live = _stage_3_setting(zero, 'max_live_parameters')
     return ZeroScheme(
         stage=stage,
         ranks=ranks,
         precision=precision,
         micro_batch=int(resolved['train_micro_batch_size_per_gpu']),
         accumulation=int(resolved['gradient_accumulation_steps']),
-        optimizer_on_host=host and stage > 0,
+        optimizer_on_host=optimizer and stage > 0,
         parameters_on_host=parameters and stage == 3,
-        optimizer_pinned=pinned,
+        optimizer_pinned=optimizer_pinned,
         parameters_pinned=parameters_pinned,
         bucket=bucket_elements(resolved, trained),
         overlap=stage == 3 if overlap is None else bool(overlap),
         gradient_bytes=_BYTES.get(str(dtype), low),
-        reuse_distance=_given(zero, 'max_reuse_distance'),
-        prefetch=min(live, _given(zero, 'prefetch_bucket_size')),
-        persistence=_given(zero, 'param_persistence_threshold'),
+        reuse_distance=_stage_3_setting(zero, 'max_reuse_distance'),
+        prefetch=min(live, _stage_3_setting(zero, 'prefetch_bucket_size')),
+        persistence=_stage_3_setting(zero, 'param_persistence_threshold'),
         sub_group=int(zero.get('sub_group_size', default_at('/zero_optimization/sub_group_size'))),
         on_gpu=on_gpu,
     )
@@ -107,11 +107,11 @@ def bucket_elements(resolved: Mapping[str, Any], trained: int) -> int:
     zero = resolved.get('zero_optimization', {})
     if not zero.get('stage', 0):
         return 0
-    stated = zero.get('reduce_bucket_size', 'auto')
-    return reduce_bucket_of(trained) if stated == 'auto' else int(stated)
+    size = zero.get('reduce_bucket_size', 'auto')
+    return reduce_bucket_of(trained) if size == 'auto' else int(size)
 
 
-def _given(zero: Mapping[str, Any], key: str) -> int:
+def _stage_3_setting(zero: Mapping[str, Any], key: str) -> int:
     """A setting of stage 3, by either of the two names that DeepSpeed takes, or its default."""
     default = default_at(f'/zero_optimization/stage3_{key}')
     return int(zero.get(f'stage3_{key}', zero.get(key, default)))
