@@ -18,7 +18,7 @@ from internvl_ds.config.ds.pairs import ACCUMULATION, MICRO_BATCH
 from internvl_ds.config.tree import get_config, get_option
 from internvl_ds.tools.tune.command import opt_words
 from internvl_ds.tools.tune.records import BASE, SEARCH, SHIPPED
-from internvl_ds.tools.tune.search_space import Choice, Labels, SearchSpace, batch_choice, merged
+from internvl_ds.tools.tune.search_space import Labels, SearchSpace, batch_choice, merged
 
 # Those that ship and differ in more than the precision, which tuning leaves as it is.
 _SHIPPED = (
@@ -50,10 +50,10 @@ class Candidate:
 
     @property
     def key(self) -> str:
-        """Equal for two that train with the same settings, however these were said."""
-        # A section that is only switched off says what its absence does.
-        said = {key: value for key, value in self.resolved.items() if value != {'enabled': False}}
-        text = json.dumps(said, sort_keys=True) + self.config.dump()
+        """Equal for two that train with the same settings, however these were written."""
+        # A section that is only switched off means what its absence does.
+        tree = {key: value for key, value in self.resolved.items() if value != {'enabled': False}}
+        text = json.dumps(tree, sort_keys=True) + self.config.dump()
         return xxhash.xxh3_64_hexdigest(text.encode())
 
 
@@ -91,7 +91,7 @@ class Subject:
     @functools.cached_property
     def shipped(self) -> list[Candidate]:
         """The ds_configs that ship, with the batch that is configured."""
-        batch = self._batch()
+        batch = batch_choice(*self._batch_numbers())
         trees = {name: merged(load_ds_config(name), batch.ds_config) for name in _SHIPPED}
         return [self._settle(SHIPPED, name, tree, batch.opts) for name, tree in trees.items()]
 
@@ -101,7 +101,7 @@ class Subject:
         Raises:
             ConfigError: where their pieces contradict each other.
         """
-        batch = self._batch()
+        batch = batch_choice(*self._batch_numbers())
         ds_config, opts = space.build(merged(self.ds_config, batch.ds_config), labels)
         opts = {**batch.opts, **opts}
         return self._settle(SEARCH, name_of(labels), ds_config, opts, labels)
@@ -121,9 +121,6 @@ class Subject:
             if value != (configured := get_option(config, key, None))
             and not (key in alike and {value, configured} <= alike[key])
         }
-
-    def _batch(self) -> Choice:
-        return batch_choice(*self._batch_numbers())
 
     def _batch_numbers(self) -> tuple[int, int]:
         resolved = self.base.resolved

@@ -1,4 +1,4 @@
-"""Leaves out what the plan says cannot fit."""
+"""Leaves out what needs more memory than there is, by the plan."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Plans:
 
     def __init__(self, make: PlannerFactory, gpu: bool) -> None:
         self._make, self._gpu = make, gpu
-        self._made: dict[str, MemoryPlanner] = {}
+        self._planners: dict[str, MemoryPlanner] = {}
 
     def of(self, config: CfgNode) -> MemoryPlanner:
         """The planner of this yacs tree; batch and recomputation are asked of it, not set in it."""
@@ -27,14 +27,14 @@ class Plans:
             'DATA.BATCH_SIZE': 1, 'TRAIN.ACCUMULATION_STEPS': 1, 'TRAIN.USE_CHECKPOINT': False,
         }  # fmt: skip
         key = set_options(config.clone(), same).dump()
-        if key not in self._made:
-            self._made[key] = self._make(config, gpu=self._gpu)
-        return self._made[key]
+        if key not in self._planners:
+            self._planners[key] = self._make(config, gpu=self._gpu)
+        return self._planners[key]
 
 
 @dataclass(frozen=True)
 class MemoryLimits:
-    """What one rank may have.
+    """The memory that one rank may take.
 
     Attributes:
         device, host: bytes.
@@ -49,13 +49,13 @@ class MemoryLimits:
 
     @classmethod
     def of(cls, bench: Mapping[str, Any]) -> MemoryLimits:
-        """What a trial's bench.json tells of it."""
+        """By a trial's bench.json."""
         on_cpu = bench['device'] == 'cpu'
         baseline = bench['baseline_bytes'] if on_cpu else 0
         return cls(bench['device_bytes'], bench['host_bytes'], on_cpu, baseline)
 
     def lacks(self, need: Need) -> str:
-        """Why this does not fit, in one line; '' where it does."""
+        """Why a need exceeds it, in one line; '' where it does not."""
         if self.on_cpu:
             total = need.device + need.host + self.baseline
             return _compare("a rank's", total, self.host)

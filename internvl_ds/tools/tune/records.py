@@ -76,10 +76,10 @@ class Row:
 def _row(tree: dict[str, Any]) -> Row:
     row, like = Row(**tree), Row(0, '', '', '', {}, {}, {}, '')
     for name, value in asdict(like).items():
-        held = getattr(row, name)
+        actual = getattr(row, name)
         kinds = (int, float) if isinstance(value, float) else type(value)
-        if not isinstance(held, kinds):
-            raise TypeError(f'{name} is {brief(held)}')
+        if not isinstance(actual, kinds):
+            raise TypeError(f'{name} is {brief(actual)}')
     float(row.speed)
     return row
 

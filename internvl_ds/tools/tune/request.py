@@ -52,10 +52,7 @@ class Request:
     def settings(self, config: CfgNode, ds_config: Any, space: Any) -> dict[str, Any]:
         """What has to stay the same for trials to be comparable, as JSON values.
 
-        Args:
-            config: the yacs tree.
-            ds_config: content of the one that tuning starts from.
-            space: content of the file.
+        They include the yacs tree, and the contents of the ds_config and of the space's file.
         """
         return {
             '--cfg': json.loads(json.dumps(config, default=str)),

@@ -1,4 +1,4 @@
-"""What tuning found: ds_config.tuned.json, result.json, the plot, and the words to use it."""
+"""The result of tuning: ds_config.tuned.json, result.json, the plot, and the words to use it."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ TUNED_FILE = 'ds_config.tuned.json'
 
 @dataclass(frozen=True)
 class Result:
-    """What tuning found.
+    """The result of tuning.
 
     Attributes:
         winner: the row, of before the finals, of the configuration to take.
-        ds_config: it, as a file's content.
+        ds_config: of the winner, as a file's content.
         words: arguments of the training program that take it.
         standings: the finalists, best first.
         reference: key of the finalist that the others' ratios are against.
@@ -57,9 +57,7 @@ def make_result(
     """Puts a result together.
 
     Args:
-        rows: of all trials.
-        order: the finalists, best first.
-        reference: key of the finalist that they were compared with.
+        rows, order, reference: as in `Result`; ``order`` are its standings.
         shipped: key -> name of the ds_configs that ship.
         candidate: the best one's configuration.
         output: where ds_config.tuned.json will be, as it is to be shown.
@@ -88,10 +86,10 @@ def as_json(result: Result) -> dict[str, Any]:
     """The result as JSON values; the keys stay."""
     winner = result.winner
     finals = [
-        {'name': result.names[s.key], 'images_per_s': s.speed, 'ratio': s.median}
-        | {'ratios': list(s.ratios)}
+        {'name': result.names[s.key], 'images_per_s': s.speed, 'ratio': s.median,
+         'ratios': list(s.ratios)}
         for s in result.standings
-    ]
+    ]  # fmt: skip
     return {
         'winner': result.names[winner.key],
         'labels': winner.labels,

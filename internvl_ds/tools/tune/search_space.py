@@ -81,14 +81,14 @@ class SearchSpace:
     def combinations(self) -> Iterator[dict[str, str]]:
         """Every combination of labels, each once."""
 
-        def extend(labels: dict[str, str], left: list[str]) -> Iterator[dict[str, str]]:
-            if not left:
+        def extend(labels: dict[str, str], axes: list[str]) -> Iterator[dict[str, str]]:
+            if not axes:
                 yield labels
-            elif not self.active(left[0], labels):
-                yield from extend(labels, left[1:])
+            elif not self.active(axes[0], labels):
+                yield from extend(labels, axes[1:])
             else:
-                for label in self.axes[left[0]]:
-                    yield from extend({**labels, left[0]: label}, left[1:])
+                for label in self.axes[axes[0]]:
+                    yield from extend({**labels, axes[0]: label}, axes[1:])
 
         return extend({}, list(self.axes))
 
@@ -131,8 +131,8 @@ def batch_pairs(images: int, even: bool = False) -> list[tuple[int, int]]:
     """
     pairs: list[tuple[int, int]] = []
     for micro in range(images, 0, -1):
-        fits = images % micro == 0 and not (even and micro % 2)
-        if fits and (not pairs or 2 * micro <= pairs[-1][0]):
+        usable = images % micro == 0 and not (even and micro % 2)
+        if usable and (not pairs or 2 * micro <= pairs[-1][0]):
             pairs.append((micro, images // micro))
     return pairs
 
