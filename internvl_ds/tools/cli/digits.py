@@ -25,19 +25,12 @@ _DARKEST = 16  # scikit-learn's pixels are 0..16
 
 @dataclass(frozen=True)
 class DigitsSummary:
-    """What a digits folder holds.
+    """What a digits folder holds."""
 
-    Attributes:
-        root: the folder, with ``train/<class>/NNNN.png`` and ``val/<class>/NNNN.png`` below it.
-        train: number of training images.
-        val: number of validation images.
-        written: whether this call wrote them; False when they were there already.
-    """
-
-    root: Path
-    train: int
-    val: int
-    written: bool
+    root: Path  # the folder, with ``train/<class>/NNNN.png`` and ``val/<class>/NNNN.png`` below it
+    train: int  # number of training images
+    val: int  # number of validation images
+    written: bool  # whether this call wrote them; False when they were there already
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

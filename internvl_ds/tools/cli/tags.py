@@ -24,23 +24,14 @@ _NOT_SHOWN = ('tag', 'size', 'format', 'save')
 
 @dataclass(frozen=True)
 class Examined:
-    """A tag, and what its files say.
+    """A tag, and what its files say."""
 
-    Attributes:
-        path: the directory.
-        header: None without a manifest, or without a readable one.
-        size: bytes of all its files, but for the manifest.
-        time_of_save: seconds since the epoch: the header's time, else the directory's.
-        verified: 'sizes', 'checksums', 'no manifest' or 'damaged'.
-        problems: what is wrong with it.
-    """
-
-    path: Path
-    header: Header | None
-    size: int
-    time_of_save: float
-    verified: str
-    problems: list[str]
+    path: Path  # the directory
+    header: Header | None  # None without a manifest, or without a readable one
+    size: int  # bytes of all its files, but for the manifest
+    time_of_save: float  # seconds since the epoch: the header's time, else the directory's
+    verified: str  # 'sizes', 'checksums', 'no manifest' or 'damaged'
+    problems: list[str]  # what is wrong with it
 
     @property
     def name(self) -> str:

@@ -9,19 +9,13 @@ OK, WARNING, ERROR = 'ok', 'warning', 'error'
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """One thing looked at.
+    """One thing looked at."""
 
-    Attributes:
-        topic: what was looked at, in a word or two; the same in every run.
-        verdict: `OK`; `WARNING` for what may matter to some runs; `ERROR` for what will break one.
-        found: what is there.
-        advice: what it would do to a run, and what to do about it; '' where all is well.
-    """
-
-    topic: str
+    topic: str  # what was looked at, in a word or two; the same in every run
+    # `OK`; `WARNING` for what may matter to some runs; `ERROR` for what will break one
     verdict: str
-    found: str
-    advice: str = ''
+    found: str  # what is there
+    advice: str = ''  # what it would do to a run, and what to do about it; '' where all is well
 
 
 def ok(topic: str, found: str) -> ProbeResult:

@@ -10,21 +10,14 @@ from internvl_ds.tools.doctor.probe_result import ProbeResult
 
 
 class Probe(NamedTuple):
-    """Something to look at, in a process of its own.
+    """Something to look at, in a process of its own."""
 
-    Attributes:
-        module: of this package; imported in that process only.
-        function: of the module; returns results.
-        seconds: after which it is ended, and said to hang.
-        slow: whether others run beside it.
-        of_output: whether it is given OUTPUT; it then runs after the others, which would falsify
-            the rate that it measures.
-    """
-
-    module: str
-    function: str
-    seconds: float
-    slow: bool = False
+    module: str  # of this package; imported in that process only
+    function: str  # of the module; returns results
+    seconds: float  # after which it is ended, and said to hang
+    slow: bool = False  # whether others run beside it
+    # whether it is given OUTPUT; it then runs after the others, which would falsify the rate that
+    # it measures
     of_output: bool = False
 
 

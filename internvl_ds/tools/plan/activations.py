@@ -35,17 +35,11 @@ Loss = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Timeline:
-    """Bytes that are alive after each operation of a step, weights and buffers left out.
+    """Bytes that are alive after each operation of a step, weights and buffers left out."""
 
-    Attributes:
-        activations: all but finished gradients; float64, one entry an operation.
-        gradients: of the parameters whose gradient is finished; the same length.
-        forward: how many of the operations are the forward pass, the loss included.
-    """
-
-    activations: np.ndarray
-    gradients: np.ndarray
-    forward: int
+    activations: np.ndarray  # all but finished gradients; float64, one entry an operation
+    gradients: np.ndarray  # of the parameters whose gradient is finished; the same length
+    forward: int  # how many of the operations are the forward pass, the loss included
 
     @property
     def saved(self) -> int:
@@ -58,15 +52,12 @@ class Step:
     """A training step of any batch, computed from steps of two batches that were watched.
 
     Operation by operation, what is alive is a constant and a part that grows with the batch.
-
-    Attributes:
-        small, large: the steps of the smaller and of the larger batch.
-        batches: images of the two.
     """
 
+    # the steps of the smaller and of the larger batch
     small: Timeline
     large: Timeline
-    batches: tuple[int, int]
+    batches: tuple[int, int]  # images of the two
 
     def at(self, batch: int) -> Timeline:
         """The step of a micro-batch of ``batch`` images."""

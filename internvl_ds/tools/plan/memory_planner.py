@@ -22,27 +22,17 @@ from internvl_ds.train.loop import build_criterion
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that one rank needs.
+    """Bytes that one rank needs."""
 
-    Attributes:
-        micro_batch: images that it is for.
-        device: at most, on the GPU.
-        host: under offload, in the host's memory, with what the optimizer takes there.
-        build: in the host's memory while the model is built, before there is an engine.
-        parts: of ``device``, at the moment in forward and backward when they are most.
-        static: of them, those that stay from one update to the next.
-        host_parts: of ``host``, between two updates.
-        update: what the optimizer's update has on the device beside weights and states; it counts
-            where it is more than the gradients, buffers and activations of ``parts``.
-    """
-
-    micro_batch: int
-    device: int
-    host: int
-    build: int
-    parts: Parts
-    static: Parts
-    host_parts: Parts
+    micro_batch: int  # images that it is for
+    device: int  # at most, on the GPU
+    host: int  # under offload, in the host's memory, with what the optimizer takes there
+    build: int  # in the host's memory while the model is built, before there is an engine
+    parts: Parts  # of ``device``, at the moment in forward and backward when they are most
+    static: Parts  # of them, those that stay from one update to the next
+    host_parts: Parts  # of ``host``, between two updates
+    # what the optimizer's update has on the device beside weights and states; it counts where it is
+    # more than the gradients, buffers and activations of ``parts``
     update: int
 
 

@@ -32,52 +32,30 @@ _IDLE_IMAGES = 2.0  # a GPU idles with micro-batches of few images as if it had 
 
 @dataclass(frozen=True)
 class Machine:
-    """What there is to train on.
+    """What there is to train on."""
 
-    Attributes:
-        gpus: data-parallel ranks.
-        gpu_bytes: memory of each.
-        gpus_per_host: of them that share a host.
-        host_bytes: memory of a host; None where it is not to be looked at.
-        disk_rate: bytes a second that all ranks together write.
-    """
-
-    gpus: int
-    gpu_bytes: int
-    gpus_per_host: int
-    host_bytes: int | None
-    disk_rate: float
+    gpus: int  # data-parallel ranks
+    gpu_bytes: int  # memory of each
+    gpus_per_host: int  # of them that share a host
+    host_bytes: int | None  # memory of a host; None where it is not to be looked at
+    disk_rate: float  # bytes a second that all ranks together write
 
 
 @dataclass(frozen=True)
 class Option:
-    """One way to train.
+    """One way to train."""
 
-    Attributes:
-        stage: of ZeRO.
-        offload: 'none', 'optimizer', or 'all' for the parameters too.
-        recompute: with activation checkpointing.
-        need: of the configured micro-batch.
-        largest_micro_batch: images that fit; 0 where none does.
-        host_bytes: on each host, at most.
-        fits_host: whether a host has that.
-        micro_batch: images to train with, so that the configured batch stays; 0 where none fits.
-        accumulation: micro-batches of an update with them.
-        checkpoint_bytes: of a tag.
-        save_seconds: to write it.
-    """
-
-    stage: int
-    offload: str
-    recompute: bool
-    need: Need
-    largest_micro_batch: int
-    host_bytes: int
-    fits_host: bool
-    micro_batch: int
-    accumulation: int
-    checkpoint_bytes: int
-    save_seconds: float
+    stage: int  # of ZeRO
+    offload: str  # 'none', 'optimizer', or 'all' for the parameters too
+    recompute: bool  # with activation checkpointing
+    need: Need  # of the configured micro-batch
+    largest_micro_batch: int  # images that fit; 0 where none does
+    host_bytes: int  # on each host, at most
+    fits_host: bool  # whether a host has that
+    micro_batch: int  # images to train with, so that the configured batch stays; 0 where none fits
+    accumulation: int  # micro-batches of an update with them
+    checkpoint_bytes: int  # of a tag
+    save_seconds: float  # to write it
 
     @property
     def fits(self) -> bool:

@@ -20,23 +20,15 @@ _PROBE = 64  # elements of the tensor that tells how much state an optimizer kee
 
 @dataclass(frozen=True)
 class Sizes:
-    """The elements of a model.
+    """The elements of a model."""
 
-    Attributes:
-        groups: of each trained parameter, by the optimizer's parameter group.
-        frozen: of each parameter that is not trained.
-        float_buffers: of all buffers that are floating point.
-        other_buffers: bytes of those that are not.
-        moments: fp32 values that the optimizer keeps for each trained element.
-        largest_module: of the module with the most parameters of its own.
-    """
-
+    # of each trained parameter, by the optimizer's parameter group
     groups: tuple[tuple[int, ...], ...]
-    frozen: tuple[int, ...]
-    float_buffers: int
-    other_buffers: int
-    moments: float
-    largest_module: int
+    frozen: tuple[int, ...]  # of each parameter that is not trained
+    float_buffers: int  # of all buffers that are floating point
+    other_buffers: int  # bytes of those that are not
+    moments: float  # fp32 values that the optimizer keeps for each trained element
+    largest_module: int  # of the module with the most parameters of its own
 
     @property
     def trained(self) -> int:

@@ -19,23 +19,14 @@ FP32_BYTES = 4
 
 @dataclass(frozen=True)
 class Parts:
-    """Bytes of one rank in one memory.
+    """Bytes of one rank in one memory."""
 
-    Attributes:
-        weights: what the module computes with, and its buffers.
-        gradients: finished ones.
-        optimizer: fp32 masters and moments.
-        buffers: what DeepSpeed reduces, gathers and copies in.
-        ema: the averaged weights.
-        activations: all else that a forward and backward pass keeps.
-    """
-
-    weights: int = 0
-    gradients: int = 0
-    optimizer: int = 0
-    buffers: int = 0
-    ema: int = 0
-    activations: int = 0
+    weights: int = 0  # what the module computes with, and its buffers
+    gradients: int = 0  # finished ones
+    optimizer: int = 0  # fp32 masters and moments
+    buffers: int = 0  # what DeepSpeed reduces, gathers and copies in
+    ema: int = 0  # the averaged weights
+    activations: int = 0  # all else that a forward and backward pass keeps
 
     @property
     def total(self) -> int:

@@ -14,45 +14,26 @@ _BYTES = {'fp32': 4, 'float32': 4, 'fp16': 2, 'float16': 2, 'half': 2, 'bf16': 2
 
 @dataclass(frozen=True)
 class ZeroScheme:
-    """How DeepSpeed is to keep weights, gradients and optimizer state.
+    """How DeepSpeed is to keep weights, gradients and optimizer state."""
 
-    Attributes:
-        stage: of ZeRO, 0 to 3.
-        ranks: among which the states are divided.
-        precision: one of the constants of `ds_config`.
-        micro_batch: images, on each rank.
-        accumulation: micro-batches of an update.
-        optimizer_on_host: masters and moments are offloaded.
-        parameters_on_host: the weights' shards are, at stage 3.
-        optimizer_pinned: page-locked host memory for the former.
-        parameters_pinned: the same for the latter.
-        bucket: elements of a reduce bucket.
-        overlap: reduction beside the backward pass, with a second bucket at stages 1 and 2.
-        gradient_bytes: of an element of the accumulated gradients.
-        reuse_distance: elements; stage 3 keeps a weight whole that is used again within.
-        prefetch: elements that stage 3 gathers ahead.
-        persistence: elements below which a parameter is whole on every rank at stage 3.
-        sub_group: elements that stage 3 updates at a time.
-        on_gpu: whether the device is a GPU: torch's optimizers then work on lists of tensors, and
-            page-locked memory is rounded up.
-    """
-
-    stage: int
-    ranks: int
-    precision: str
-    micro_batch: int
-    accumulation: int
-    optimizer_on_host: bool
-    parameters_on_host: bool
-    optimizer_pinned: bool
-    parameters_pinned: bool
-    bucket: int
-    overlap: bool
-    gradient_bytes: int
-    reuse_distance: int
-    prefetch: int
-    persistence: int
-    sub_group: int
+    stage: int  # of ZeRO, 0 to 3
+    ranks: int  # among which the states are divided
+    precision: str  # one of the constants of `ds_config`
+    micro_batch: int  # images, on each rank
+    accumulation: int  # micro-batches of an update
+    optimizer_on_host: bool  # masters and moments are offloaded
+    parameters_on_host: bool  # the weights' shards are, at stage 3
+    optimizer_pinned: bool  # into page-locked host memory
+    parameters_pinned: bool  # likewise
+    bucket: int  # elements of a reduce bucket
+    overlap: bool  # reduction beside the backward pass, with a second bucket at stages 1 and 2
+    gradient_bytes: int  # of an element of the accumulated gradients
+    reuse_distance: int  # elements; stage 3 keeps a weight whole that is used again within
+    prefetch: int  # elements that stage 3 gathers ahead
+    persistence: int  # elements below which a parameter is whole on every rank at stage 3
+    sub_group: int  # elements that stage 3 updates at a time
+    # whether the device is a GPU: torch's optimizers then work on lists of tensors, and page-locked
+    # memory is rounded up
     on_gpu: bool
 
     @property

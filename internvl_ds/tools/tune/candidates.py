@@ -28,25 +28,16 @@ _SHIPPED = (
 
 @dataclass(frozen=True)
 class Candidate:
-    """A configuration, whole.
+    """A configuration, whole."""
 
-    Attributes:
-        kind: where it is from: BASE, SHIPPED or SEARCH of `records`.
-        name: for people.
-        ds_config: what the training program is given.
-        opts: further yacs settings that it is given.
-        labels: of the search's proposal.
-        config: the yacs tree that it trains with.
-        resolved: the ds_config that it trains with; empty where it is not known how many ranks do.
-    """
-
-    kind: str
-    name: str
-    ds_config: Mapping[str, Any]
-    opts: Mapping[str, Any]
-    config: CfgNode
+    kind: str  # where it is from: BASE, SHIPPED or SEARCH of `records`
+    name: str  # for people
+    ds_config: Mapping[str, Any]  # what the training program is given
+    opts: Mapping[str, Any]  # further yacs settings that it is given
+    config: CfgNode  # the yacs tree that it trains with
+    # the ds_config that it trains with; empty where it is not known how many ranks do
     resolved: Mapping[str, Any]
-    labels: Labels = field(default_factory=dict)
+    labels: Labels = field(default_factory=dict)  # of the search's proposal
 
     @property
     def key(self) -> str:
@@ -64,19 +55,14 @@ def name_of(labels: Labels) -> str:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is tuned: the configuration as the user gave it.
+    """What is tuned: the configuration as the user gave it."""
 
-    Attributes:
-        cfg, data_path, opts: as for the training program.
-        ds_config: that tuning starts from.
-        ranks: how many train; 0 while that is not known, and only `base` can be had.
-    """
-
+    # as for the training program, as `data_path` and `opts` are
     cfg: str
     data_path: str | None
     opts: Sequence[str]
-    ds_config: Mapping[str, Any]
-    ranks: int
+    ds_config: Mapping[str, Any]  # that tuning starts from
+    ranks: int  # how many train; 0 while that is not known, and only `base` can be had
 
     def configured(self, more: Mapping[str, Any] | None = None) -> CfgNode:
         """The yacs tree, with further settings."""

@@ -18,17 +18,12 @@ MOST_FINALISTS = 2 + _SEARCHED
 
 @dataclass(frozen=True)
 class Standing:
-    """How a finalist did.
+    """How a finalist did."""
 
-    Attributes:
-        key: of its configuration.
-        ratios: its images per second over the reference's, of each round; 0 where it failed.
-        speed: its images per second, the median of all rounds.
-    """
-
-    key: str
+    key: str  # of its configuration
+    # its images per second over the reference's, of each round; 0 where it failed
     ratios: tuple[float, ...]
-    speed: float
+    speed: float  # its images per second, the median of all rounds
 
     @property
     def median(self) -> float:

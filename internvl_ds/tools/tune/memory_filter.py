@@ -34,18 +34,12 @@ class Plans:
 
 @dataclass(frozen=True)
 class MemoryLimits:
-    """The memory that one rank may take.
+    """The memory that one rank may take."""
 
-    Attributes:
-        device, host: bytes.
-        on_cpu: whether both are the same memory.
-        baseline: bytes that a rank has taken before it builds a model; of the host's.
-    """
-
-    device: int
-    host: int
-    on_cpu: bool
-    baseline: int = 0
+    device: int  # bytes
+    host: int  # bytes
+    on_cpu: bool  # whether both are the same memory
+    baseline: int = 0  # bytes that a rank has taken before it builds a model; of the host's
 
     @classmethod
     def of(cls, bench: Mapping[str, Any]) -> MemoryLimits:

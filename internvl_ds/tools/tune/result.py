@@ -21,27 +21,16 @@ TUNED_FILE = 'ds_config.tuned.json'
 
 @dataclass(frozen=True)
 class Result:
-    """The result of tuning.
+    """The result of tuning."""
 
-    Attributes:
-        winner: the row, of before the finals, of the configuration to take.
-        ds_config: of the winner, as a file's content.
-        words: arguments of the training program that take it.
-        standings: the finalists, best first.
-        reference: key of the finalist that the others' ratios are against.
-        names: key -> name of each configuration.
-        shipped: keys of those that ship.
-        rows: of all trials.
-    """
-
-    winner: Row
-    ds_config: Mapping[str, Any]
-    words: Sequence[str]
-    standings: Sequence[Standing]
-    reference: str
-    names: Mapping[str, str]
-    shipped: Sequence[str]
-    rows: Sequence[Row]
+    winner: Row  # the row, of before the finals, of the configuration to take
+    ds_config: Mapping[str, Any]  # of the winner, as a file's content
+    words: Sequence[str]  # arguments of the training program that take it
+    standings: Sequence[Standing]  # the finalists, best first
+    reference: str  # key of the finalist that the others' ratios are against
+    names: Mapping[str, str]  # key -> name of each configuration
+    shipped: Sequence[str]  # keys of those that ship
+    rows: Sequence[Row]  # of all trials
 
 
 def make_result(

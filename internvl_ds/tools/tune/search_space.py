@@ -49,28 +49,20 @@ _BATCH = {'micro_batch': MICRO_BATCH, 'accumulation': ACCUMULATION}
 
 @dataclass(frozen=True)
 class Choice:
-    """A piece of a configuration.
+    """A piece of a configuration."""
 
-    Attributes:
-        ds_config: merged over the ds_config; None as a value removes a key.
-        opts: yacs key -> value.
-    """
-
+    # merged over the ds_config; None as a value removes a key
     ds_config: Mapping[str, Any] = field(default_factory=dict)
-    opts: Mapping[str, Any] = field(default_factory=dict)
+    opts: Mapping[str, Any] = field(default_factory=dict)  # yacs key -> value
 
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """The configurations that can be tried.
+    """The configurations that can be tried."""
 
-    Attributes:
-        axes: name -> label -> choice, in the order in which they are merged.
-        only: name of an axis -> name of an earlier one -> the labels of that one with which it
-            counts.
-    """
-
+    # name -> label -> choice, in the order in which they are merged
     axes: Mapping[str, Mapping[str, Choice]]
+    # name of an axis -> name of an earlier one -> the labels of that one with which it counts
     only: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
 
     def active(self, axis: str, labels: Labels) -> bool:

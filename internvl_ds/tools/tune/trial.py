@@ -43,19 +43,13 @@ _ERROR_LINE = re.compile(r'^(\[[^]]*\]:? *)?(\w+\.)*\w*(Error|Exception)\b.*|.*\
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a trial ended.
+    """How a trial ended."""
 
-    Attributes:
-        status: OK, MEMORY, CRASH or HANG of `records`.
-        seconds: from start to end.
-        bench: what bench.json held; empty unless the status is OK.
-        error: the line of the log that says why, unless the status is OK.
-    """
-
-    status: str
-    seconds: float
+    status: str  # OK, MEMORY, CRASH or HANG of `records`
+    seconds: float  # from start to end
+    # what bench.json held; empty unless the status is OK
     bench: dict[str, Any] = field(default_factory=dict)
-    error: str = ''
+    error: str = ''  # the line of the log that says why, unless the status is OK
 
 
 def run_trial(
