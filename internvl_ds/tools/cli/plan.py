@@ -52,14 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--gpu-mem', required=True, type=parse_size, metavar='SIZE', help='80GB, or 80GiB')
     add('--cpu-mem', type=parse_size, metavar='SIZE', help='memory of a host; not limited else')
     add('--gpus-per-host', type=whole(1), default=8, metavar='N', help='default: 8')
-    add(
-        '--disk-rate', type=parse_rate, default=parse_rate('1GB/s'), metavar='RATE',
-        help='what all ranks together write; default: 1GB/s',
-    )  # fmt: skip
-    add(
-        '--deepspeed_config', '--deepspeed-config', default='', metavar='FILE',
-        help='DeepSpeed JSON whose other settings are kept: buckets, precision, ...',
-    )  # fmt: skip
+    text = 'what all ranks together write; default: 1GB/s'
+    add('--disk-rate', type=parse_rate, default=parse_rate('1GB/s'), metavar='RATE', help=text)
+    text = 'DeepSpeed JSON whose other settings are kept: buckets, precision, ...'
+    add('--deepspeed_config', '--deepspeed-config', default='', metavar='FILE', help=text)
     add('--opts', nargs='+', metavar='KEY VALUE', help='settings that win over the YAML file')
     add('--json', action='store_true', help='one JSON object instead of the table')
 

@@ -39,25 +39,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--cfg', required=True, metavar='YAML', help='as for the training program')
     add('--data-path', metavar='DIR', help='as for the training program')
     add('--opts', nargs='+', default=[], metavar='KEY VALUE', help='as for the training program')
-    add(
-        '--deepspeed_config', '--deepspeed-config', metavar='FILE',
-        help='the ds_config that tuning starts from (default: none)',
-    )  # fmt: skip
-    add(
-        '--space', type=Path, metavar='FILE',
-        help='JSON of what to try, as internvl_ds/tools/tune/search_space.py says '
-        '(default: built in)',
-    )  # fmt: skip
+    text = 'the ds_config that tuning starts from (default: none)'
+    add('--deepspeed_config', '--deepspeed-config', metavar='FILE', help=text)
+    text = 'JSON of what to try, as internvl_ds/tools/tune/search_space.py says (default: built in)'
+    add('--space', type=Path, metavar='FILE', help=text)
     add('--output', type=Path, default=Path('tune'), metavar='DIR', help='default: ./tune')
     add('--trials', type=whole(1), default=40, metavar='N', help='configurations to run (40)')
     add('--budget', type=_positive, default=30, metavar='MINUTES', help='for all trials (30)')
     add('--confirm', type=whole(0), default=3, metavar='ROUNDS', help='rounds of the finals (3)')
     add('--updates', type=whole(0), default=0, metavar='N', help='timed (0: what takes 3 s)')
     add('--warmup', type=whole(0), default=3, metavar='N', help='updates that are not timed (3)')
-    add(
-        '--limit', type=_positive, default=0, metavar='SECONDS',
-        help='of one trial (default: four times the first, at least 120)',
-    )  # fmt: skip
+    text = 'of one trial (default: four times the first, at least 120)'
+    add('--limit', type=_positive, default=0, metavar='SECONDS', help=text)
     add('--ranks', type=whole(1), default=0, metavar='N', help='that the launcher has to start')
     add('--seed', type=int, default=0, metavar='N', help='of the search (0)')
     add('--json', action='store_true', help='print one JSON object')

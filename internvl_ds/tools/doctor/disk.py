@@ -54,18 +54,13 @@ def _free_space(output: Path, place: Path) -> ProbeResult:
 
 
 def filesystem(place: Path, mountinfo: str) -> str:
-    """The type of the file system that a path is on.
-
-    Args:
-        place: an existing path.
-        mountinfo: the text of /proc/self/mountinfo.
-    """
-    resolved, best, kind = place.resolve(), -1, 'unknown'
+    """The type of the file system of an existing path, by the text of /proc/self/mountinfo."""
+    place, best, kind = place.resolve(), -1, 'unknown'
     for line in mountinfo.splitlines():
         before, _, after = line.partition(' - ')
         point = before.split()[4].encode().decode('unicode_escape')
         # a later mount hides an earlier one of the same place
-        if resolved.is_relative_to(point) and len(point) >= best:
+        if place.is_relative_to(point) and len(point) >= best:
             best, kind = len(point), after.split()[0]
     return kind
 

@@ -37,14 +37,14 @@ class Parts:
 def static_parts(sizes: Sizes, scheme: ZeroScheme, ema: bool) -> Parts:
     """What stays on the device from one update to the next, one rank's share."""
     weights = scheme.weight_bytes * _elements_of_weights(sizes, scheme) + _buffers(sizes, scheme)
-    owned = shard(sizes, scheme)
+    elements = shard(sizes, scheme)
     gradients = optimizer = average = 0
     if not scheme.optimizer_on_host:
         # Under ZeRO there are fp32 masters beside fp32 weights too.
         in_place = scheme.stage == 0 and scheme.weight_bytes == FP32_BYTES
-        optimizer = (0 if in_place else FP32_BYTES * owned) + _moments(sizes, scheme)
-        gradients = scheme.gradient_bytes * owned if scheme.stage == 3 else 0
-        average = FP32_BYTES * owned
+        optimizer = (0 if in_place else FP32_BYTES * elements) + _moments(sizes, scheme)
+        gradients = scheme.gradient_bytes * elements if scheme.stage == 3 else 0
+        average = FP32_BYTES * elements
     buffers = bucket_bytes(scheme) if scheme.stage == 3 else 0
     if scheme.optimizer_on_host and scheme.stage < 3:
         buffers = scheme.weight_bytes * sizes.largest  # temp_grad_buffer_for_gpu_offload
@@ -55,7 +55,7 @@ def static_parts(sizes: Sizes, scheme: ZeroScheme, ema: bool) -> Parts:
 def static_host_parts(sizes: Sizes, scheme: ZeroScheme, ema: bool) -> Parts:
     """What stays in the host's memory under offload, one rank's share."""
     weights = gradients = optimizer = buffers = average = 0
-    size, owned = scheme.weight_bytes, shard(sizes, scheme)
+    size, elements = scheme.weight_bytes, shard(sizes, scheme)
     groups = list(group_shards(sizes, scheme))
     if scheme.parameters_on_host:
         frozen = sum(math.ceil(n / scheme.ranks) for n in sizes.frozen)
@@ -68,15 +68,15 @@ def static_host_parts(sizes: Sizes, scheme: ZeroScheme, ema: bool) -> Parts:
         gradients = sum(_locked(n, scheme, pinned) for n in masters)
         if scheme.stage == 3:
             # Beside the gradient of the masters, one in the accumulation dtype.
-            gradients += _locked(scheme.gradient_bytes * owned, scheme, pinned)
+            gradients += _locked(scheme.gradient_bytes * elements, scheme, pinned)
         else:
             masters = [_locked(n, scheme, pinned) for n in masters]
             buffers = sum(_locked(size * n, scheme, pinned) for n in groups)
             buffers += _locked(size * sizes.largest, scheme, pinned)
             if scheme.stage == 2 and scheme.accumulation > 1:
-                gradients += size * owned
+                gradients += size * elements
         optimizer = sum(masters) + _moments(sizes, scheme)
-        average = FP32_BYTES * owned if ema else 0
+        average = FP32_BYTES * elements if ema else 0
     return Parts(weights, gradients, optimizer, buffers, average)
 
 

@@ -30,29 +30,29 @@ def in_backward(sizes: Sizes, scheme: ZeroScheme, step: Timeline) -> Parts:
     size, active = scheme.weight_bytes, step.activations
     # Stage 1 keeps whole gradients in the dtype in which they accumulate.
     of_each = scheme.gradient_bytes if scheme.stage == 1 else size
-    finished, whole = step.gradients * (of_each / size), of_each * sizes.trained
+    growth, total = step.gradients * (of_each / size), of_each * sizes.trained
     buckets = bucket_bytes(scheme) if scheme.stage else 0
-    copy_bytes, owned = _copy_bytes(sizes, scheme), _owned_gradients(sizes, scheme)
+    copies, shard_bytes = _copy_bytes(sizes, scheme), _owned_gradients(sizes, scheme)
     if scheme.stage == 2 and scheme.optimizer_on_host:
-        copy_bytes += _FP64_BYTES * sizes.largest  # in which the norm of each gradient is taken
+        copies += _FP64_BYTES * sizes.largest  # in which the norm of each gradient is taken
     reducing = np.zeros_like(active)  # the copy of a bucket, while it is reduced
     if scheme.stage < 2 and scheme.accumulation > 1:
-        gradients = np.full_like(finished, whole)
+        gradients = np.full_like(growth, total)
     elif scheme.stage == 0 or (scheme.stage == 1 and not scheme.overlap):
-        gradients = finished
+        gradients = growth
     else:
         # All memory for a rank's gradients is allocated when the first bucket is reduced.
-        earlier = owned if scheme.accumulation > 1 else 0
-        gradients = np.where(finished >= of_each * scheme.bucket, owned, 0) + earlier
-        reducing = np.where(_reduces(step, scheme), copy_bytes, 0)
+        earlier = shard_bytes if scheme.accumulation > 1 else 0
+        gradients = np.where(growth >= of_each * scheme.bucket, shard_bytes, 0) + earlier
+        reducing = np.where(_reduces(step, scheme), copies, 0)
     passing = _at_peak(active, gradients, buckets + reducing)
     # After the backward pass the rest is reduced, from the buckets that hold a part of it.
-    rest = float(whole) if scheme.stage == 0 else gradients[-1]
-    if scheme.stage == 1 and gradients[-1] > owned:
-        rest = whole - of_each * min(scheme.bucket, sizes.trained) + owned
+    rest = float(total) if scheme.stage == 0 else gradients[-1]
+    if scheme.stage == 1 and gradients[-1] > shard_bytes:
+        rest = total - of_each * min(scheme.bucket, sizes.trained) + shard_bytes
     elif scheme.stage and not reducing.any():
-        rest += owned
-    return max(passing, Parts(gradients=int(rest), buffers=buckets + copy_bytes), key=_total)
+        rest += shard_bytes
+    return max(passing, Parts(gradients=int(rest), buffers=buckets + copies), key=_total)
 
 
 def _in_backward_of_shards(sizes: Sizes, scheme: ZeroScheme, step: Timeline) -> Parts:
@@ -64,20 +64,20 @@ def _in_backward_of_shards(sizes: Sizes, scheme: ZeroScheme, step: Timeline) -> 
     whole = min(elements, scheme.reuse_distance // 2 + ahead)
     # What is gathered at a time is there twice, until the last of it is used: once as it was
     # sent, under autocast in half precision.
-    sent = 2 if scheme.in_autocast else size
-    gathered = np.full_like(step.activations, size * whole)
-    gathered[: step.forward] += sent * ahead
-    gathered[step.forward :] += sent * min(ahead, elements - whole)
+    sent_size = 2 if scheme.in_autocast else size
+    weights = np.full_like(step.activations, size * whole)
+    weights[: step.forward] += sent_size * ahead
+    weights[step.forward :] += sent_size * min(ahead, elements - whole)
     reducing = np.where(_reduces(step, scheme), _copy_bytes(sizes, scheme), 0)
-    passing = _at_peak(step.activations, np.zeros_like(gathered), gathered + reducing)
+    passing = _at_peak(step.activations, np.zeros_like(weights), weights + reducing)
     ending = Parts(buffers=size * whole + _copy_bytes(sizes, scheme))
     return max(passing, ending, key=_total)
 
 
 def _reduces(step: Timeline, scheme: ZeroScheme) -> np.ndarray:
     """Where a gradient is finished after which a bucket may be full."""
-    finished = np.diff(step.gradients, prepend=0) > 0
-    return finished & (step.gradients >= scheme.weight_bytes * scheme.bucket)
+    ends = np.diff(step.gradients, prepend=0) > 0
+    return ends & (step.gradients >= scheme.weight_bytes * scheme.bucket)
 
 
 def in_update(sizes: Sizes, scheme: ZeroScheme) -> int:
@@ -123,11 +123,11 @@ def _owned_gradients(sizes: Sizes, scheme: ZeroScheme) -> int:
     if scheme.gradient_bytes != scheme.weight_bytes:
         return scheme.gradient_bytes * shard(sizes, scheme)
     whole = np.zeros(scheme.ranks, dtype=np.int64)
-    for group, owned in zip(sizes.groups, group_shards(sizes, scheme), strict=True):
+    for group, size in zip(sizes.groups, group_shards(sizes, scheme), strict=True):
         ends = np.cumsum(group)
-        first = np.arange(scheme.ranks) * owned
+        first = np.arange(scheme.ranks) * size
         begin = np.searchsorted(ends, first, side='right')  # parameter at the partition's begin
-        last = np.minimum(first + owned, ends[-1])
+        last = np.minimum(first + size, ends[-1])
         end = np.searchsorted(ends, last, side='left')  # and that at its end
         starts = np.concatenate(([0], ends))
         inside = first < ends[-1]

@@ -273,7 +273,7 @@ def _is_object(where: str, tree: Any) -> Mapping[str, Any]:
     return tree
 
 
-def _only_keys(where: str, tree: Mapping[str, Any], known: set[str]) -> None:
-    if unknown := sorted(set(tree) - known):
-        have = ', '.join(sorted(known))
+def _only_keys(where: str, tree: Mapping[str, Any], keys: set[str]) -> None:
+    if unknown := sorted(set(tree) - keys):
+        have = ', '.join(sorted(keys))
         raise ConfigError(f'{where}/{unknown[0]}: unknown key; {have} can be given')
