@@ -30,12 +30,12 @@ def stdout_for_answers() -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """Prints a line at once, `printable`. When nobody reads any more (``| head``), it goes nowhere.
+    """Prints a line at once, `printable`.
 
-    The program goes on, so that its exit status stays true.
+    A reader that is gone (``| head``) is no error: the program keeps its exit status.
 
     Raises:
-        InternvlDsError: where it cannot be written, as on a full disk.
+        InternvlDsError: where the line cannot be written, as on a full disk.
     """
     stream = _answers or sys.stdout
     text = printable(text)

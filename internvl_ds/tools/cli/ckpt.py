@@ -111,7 +111,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the action; an error of the file system's is told as one of the user's."""
+    """Runs the action; an error of the file system becomes a `CheckpointError`."""
     with discovery.reading(args.path):
         status: int = args.act(args)
     return status
@@ -218,7 +218,7 @@ def _show(args: argparse.Namespace) -> int:
 
 
 def _state_of(path: Path, examined: Examined) -> dict[str, Any] | None:
-    """What a tag keeps beside its tensors."""
+    """The state that a tag keeps beside its tensors."""
     from internvl_ds.checkpoint.formats.state_json import read_state
 
     if os.path.lexists(path / STATE_FILE):

@@ -25,7 +25,7 @@ _DARKEST = 16  # scikit-learn's pixels are 0..16
 
 @dataclass(frozen=True)
 class DigitsSummary:
-    """What a digits folder holds."""
+    """The content of a digits folder."""
 
     root: Path  # the folder, with ``train/<class>/NNNN.png`` and ``val/<class>/NNNN.png`` below it
     train: int  # number of training images

@@ -1,4 +1,4 @@
-"""What the ``ckpt`` command finds out about tags. Files only; reads, and changes nothing."""
+"""Examines tags for the ``ckpt`` command. Files only; reads, and changes nothing."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def examine_chosen(
 
 
 def find_tags(output: Path) -> list[Path]:
-    """What holds, or by its name should hold, a tag; in no order.
+    """The paths that hold a tag, or should by their names; in no order.
 
     Raises:
         CheckpointNotFound: when there is no such directory, or it is a tag itself.
@@ -188,7 +188,7 @@ def find_tags(output: Path) -> list[Path]:
 
 
 def _is_named_as_tag(path: Path) -> bool:
-    """Whether a name is one of our tags: of a file or a link to nowhere it is damage."""
+    """Whether a name is one of our tags; a file or a dead link of such a name is damage."""
     return path.name.startswith('ckpt_epoch_') and not path.suffix
 
 

@@ -1,4 +1,4 @@
-"""What DeepSpeed needs to compile its ops, and the op of CPU ranks. Imports no torch."""
+"""The tools that compile DeepSpeed's ops, and the op of CPU ranks. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Whether torch, torchvision, timm and DeepSpeed can be imported; then the device that it takes.
+"""Imports torch, torchvision, timm and DeepSpeed, then looks at the device that DeepSpeed chose.
 
-An import may kill the process: a probe runs in one of its own.
+An import may kill the process: a probe has a process of its own.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ def probe() -> list[ProbeResult]:
 
 
 def probe_name() -> list[ProbeResult]:
-    """What this host's name resolves to; asking may take long where a name server is away."""
+    """The address of this host's name; a name server that is away makes it slow."""
     name = socket.gethostname()
     try:
         address = socket.gethostbyname(name)

@@ -1,4 +1,4 @@
-"""What a probe says of one topic: one line of the screen."""
+"""The result of a probe for one topic: one line of the screen."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ OK, WARNING, ERROR = 'ok', 'warning', 'error'
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """One thing looked at."""
+    """The state of one topic."""
 
     topic: str  # what was looked at, in a word or two; the same in every run
     # `OK`; `WARNING` for what may matter to some runs; `ERROR` for what will break one

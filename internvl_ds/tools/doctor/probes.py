@@ -10,7 +10,7 @@ from internvl_ds.tools.doctor.probe_result import ProbeResult
 
 
 class Probe(NamedTuple):
-    """Something to look at, in a process of its own."""
+    """A function that looks at one part of the machine, in a process of its own."""
 
     module: str  # of this package; imported in that process only
     function: str  # of the module; returns results

@@ -14,7 +14,7 @@ _VERDICT, _TOPIC = 9, 18  # columns, with the space behind them
 
 
 def screen(results: Sequence[ProbeResult]) -> str:
-    """A line for each result, with what to do below those that are not as they should be."""
+    """A line for each result, with its advice below."""
     lines = []
     for result in results:
         head = f'{result.verdict:<{_VERDICT}}{result.topic:<{_TOPIC}}'
@@ -36,7 +36,7 @@ def summary(results: Sequence[ProbeResult]) -> str:
 
 
 def tree(results: Sequence[ProbeResult], output: str) -> dict[str, Any]:
-    """What --json prints."""
+    """The object that --json prints."""
     return {
         'output': output,
         'errors': sum(result.verdict == ERROR for result in results),

@@ -1,6 +1,6 @@
-"""Versions of what a run stands on, against the ranges that this package asks for.
+"""Versions of the packages that a run needs, against the ranges that this package requires.
 
-Read from metadata; nothing is imported, since what does not fit may not be importable.
+Read from metadata: a package of a wrong version may not be importable.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def installed(name: str) -> str | None:
 
 
 def unmet(requirements: Iterable[str]) -> list[str]:
-    """What is asked for and is not there, or is of another version: ``torch 2.9.0 (<2.16)``."""
+    """The requirements that are not met, each as ``torch 2.9.0 (needs <2.16)``."""
     wrong = []
     for text in requirements:
         requirement = Requirement(text)

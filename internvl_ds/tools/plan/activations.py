@@ -1,4 +1,4 @@
-"""What one training step holds beside the weights, watched on tensors that hold nothing.
+"""The memory of one training step beside the weights, watched on tensors without data.
 
 The step (forward, loss, backward) runs under FakeTensorMode: each operation makes tensors of the
 right shapes and dtypes without memory, in the order in which a real step would, and frees them as
@@ -43,7 +43,7 @@ class Timeline:
 
     @property
     def saved(self) -> int:
-        """What the forward pass leaves for the backward pass, bytes; the loss with it."""
+        """Bytes that the forward pass leaves for the backward pass, the loss included."""
         return int(self.activations[self.forward - 1])
 
 
@@ -153,7 +153,7 @@ class _Watch(TorchDispatchMode):
         self._forward = len(self._history)
 
     def timeline(self) -> Timeline:
-        """What was alive after each operation, and each time that a gradient was finished."""
+        """The bytes after each operation, and after each finished gradient."""
         activations, gradients = np.array(self._history, dtype=np.float64).T
         return Timeline(activations, gradients, self._forward)
 
@@ -216,7 +216,7 @@ def _like(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 @contextmanager
 def _collector_off() -> Iterator[None]:
-    """Lets tensors die when their last reference goes, not whenever a collection comes by."""
+    """Turns garbage collection off: a tensor dies when its last reference goes, not later."""
     enabled = gc.isenabled()
     gc.disable()
     try:

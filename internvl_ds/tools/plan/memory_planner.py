@@ -1,4 +1,4 @@
-"""What a configuration needs on each rank, and how much of it fits."""
+"""The memory that a configuration needs on each rank, and the largest micro-batch for it."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class Need:
 class MemoryPlanner:
     """Tells what a configured run needs, without allocating any of it.
 
-    The model is measured when it is first asked for, once for each precision, with and without
-    activation checkpointing.
+    It measures the model at first use, once for each precision, with and without activation
+    checkpointing.
     """
 
     def __init__(self, config: CfgNode, *, gpu: bool = True) -> None:
@@ -56,7 +56,7 @@ class MemoryPlanner:
 
     @property
     def step_of_micro_batch(self) -> int:
-        """What a micro-batch is a multiple of: 2 with mixup, else 1."""
+        """The number that divides every micro-batch: 2 with mixup, else 1."""
         return 1 if build_mixup(self._config) is None else 2
 
     @functools.cached_property
@@ -70,7 +70,7 @@ class MemoryPlanner:
         return sizes_of(meta_model(config), config)
 
     def need(self, resolved: Mapping[str, Any], ranks: int, *, recompute: bool) -> Need:
-        """What a resolved ds_config needs on each rank, TRAIN.USE_CHECKPOINT being ``recompute``.
+        """The need of a resolved ds_config on each rank; ``recompute`` is TRAIN.USE_CHECKPOINT.
 
         Raises:
             ConfigError: for a model that cannot be built, recomputed or run without data.
@@ -101,7 +101,7 @@ class MemoryPlanner:
         )
 
     def step_of(self, scheme: ZeroScheme, *, recompute: bool) -> Timeline:
-        """What a training step of the scheme's micro-batch and precision holds, over its course."""
+        """The memory of a training step of the scheme's micro-batch and precision, over time."""
         # What fp16 and bf16 allocate is the same.
         twins = {ds.FP16: ds.BF16, ds.AUTOCAST_FP16: ds.AUTOCAST_BF16}
         key = recompute, twins.get(scheme.precision, scheme.precision)

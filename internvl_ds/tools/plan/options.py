@@ -32,12 +32,12 @@ _IDLE_IMAGES = 2.0  # a GPU idles with micro-batches of few images as if it had 
 
 @dataclass(frozen=True)
 class Machine:
-    """What there is to train on."""
+    """The GPUs, hosts and disk to train on."""
 
     gpus: int  # data-parallel ranks
     gpu_bytes: int  # memory of each
     gpus_per_host: int  # of them that share a host
-    host_bytes: int | None  # memory of a host; None where it is not to be looked at
+    host_bytes: int | None  # memory of a host; None for no limit
     disk_rate: float  # bytes a second that all ranks together write
 
 
@@ -59,7 +59,7 @@ class Option:
 
     @property
     def fits(self) -> bool:
-        """Whether it can be trained with at all."""
+        """Whether both the device and the host have the memory."""
         return self.micro_batch > 0 and self.fits_host
 
     @property

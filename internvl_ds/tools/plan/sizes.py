@@ -97,9 +97,9 @@ def sizes_of(model: nn.Module, config: CfgNode) -> Sizes:
 
 
 def _moments(config: CfgNode) -> float:
-    """What the configured optimizer keeps for a flat fp32 tensor, as ZeRO gives it, an element.
+    """fp32 values that the configured optimizer keeps for each element of a flat tensor.
 
-    It is asked: it makes one step with a tensor of a few elements.
+    The optimizer makes one step with a tensor of a few elements, flat as ZeRO's are.
     """
     probe = nn.Linear(_PROBE, 1, bias=False)
     probe.weight = nn.Parameter(torch.zeros(_PROBE))

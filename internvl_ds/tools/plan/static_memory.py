@@ -1,6 +1,6 @@
 """Bytes of weights, gradients and optimizer state, as DeepSpeed 0.19.8 allocates them. Pure.
 
-What is said here of DeepSpeed is read in its runtime/zero/stage_1_and_2.py, stage3.py and
+The facts about DeepSpeed are read in its runtime/zero/stage_1_and_2.py, stage3.py and
 runtime/fp16/unfused_optimizer.py, and compared with what real ranks allocate in
 tests/tools/plan/test_measured.py.
 """
@@ -35,7 +35,7 @@ class Parts:
 
 
 def static_parts(sizes: Sizes, scheme: ZeroScheme, ema: bool) -> Parts:
-    """What stays on the device from one update to the next, one rank's share."""
+    """The bytes of one rank that stay on the device from one update to the next."""
     weights = scheme.weight_bytes * _elements_of_weights(sizes, scheme) + _buffers(sizes, scheme)
     elements = shard(sizes, scheme)
     gradients = optimizer = average = 0
@@ -53,7 +53,7 @@ def static_parts(sizes: Sizes, scheme: ZeroScheme, ema: bool) -> Parts:
 
 
 def static_host_parts(sizes: Sizes, scheme: ZeroScheme, ema: bool) -> Parts:
-    """What stays in the host's memory under offload, one rank's share."""
+    """The bytes of one rank that stay in the host's memory under offload."""
     weights = gradients = optimizer = buffers = average = 0
     size, elements = scheme.weight_bytes, shard(sizes, scheme)
     groups = list(group_shards(sizes, scheme))

@@ -1,4 +1,4 @@
-"""What comes and goes within an update, and how much of it there is at most. Pure."""
+"""The memory that is allocated and freed within an update: its maximum. Pure."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FP64_BYTES = 8
 
 
 def in_backward(sizes: Sizes, scheme: ZeroScheme, step: Timeline) -> Parts:
-    """What is on the device beside `static_parts` when forward and backward need most.
+    """The bytes on the device beside `static_parts` when forward and backward need most.
 
     The step is of the scheme's micro-batch, with whole gradients in the weights' dtype.
     """
@@ -114,7 +114,7 @@ def in_update_on_host(sizes: Sizes, scheme: ZeroScheme) -> int:
 
 
 def _owned_gradients(sizes: Sizes, scheme: ZeroScheme) -> int:
-    """What the rank with the most of them keeps of the gradients at stages 1 and 2, on the device.
+    """Bytes of gradients at stages 1 and 2 on the device, of the rank that keeps most.
 
     Gradients in the weights' dtype are kept whole where the rank owns any part of a parameter.
     """

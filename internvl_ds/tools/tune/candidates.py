@@ -55,7 +55,7 @@ def name_of(labels: Labels) -> str:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is tuned: the configuration as the user gave it."""
+    """The configuration to tune, as the user gave it."""
 
     # as for the training program, as `data_path` and `opts` are
     cfg: str
@@ -82,7 +82,7 @@ class Subject:
         return [self._settle(SHIPPED, name, tree, batch.opts) for name, tree in trees.items()]
 
     def proposal(self, space: SearchSpace, labels: Labels) -> Candidate:
-        """What labels stand for.
+        """The configuration that labels stand for.
 
         Raises:
             ConfigError: where their pieces contradict each other.

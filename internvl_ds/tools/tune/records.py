@@ -1,4 +1,4 @@
-"""What has been tried: trials.jsonl, one flushed line a trial, and trials.csv made from it."""
+"""The trials of a directory: trials.jsonl, one flushed line each, and trials.csv made from it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from internvl_ds.files.reading import LOG_BYTES, parse_json, read_text
 OK, MEMORY, CRASH, HANG = 'ok', 'out of memory', 'crash', 'hang'
 NO_ROOM, REFUSED = 'no room', 'refused'
 
-# What a trial was for.
+# The purpose of a trial.
 BASE, SHIPPED, SEARCH, FINAL = 'base', 'shipped', 'search', 'final'
 
 _COLUMNS = (
@@ -34,15 +34,15 @@ class Row:
     """One trial."""
 
     trial: int  # its number, from 0 on: trials/NNN holds its log
-    kind: str  # what for: BASE, SHIPPED, SEARCH or FINAL
+    kind: str  # its purpose: BASE, SHIPPED, SEARCH or FINAL
     name: str  # for people
     key: str  # the same for configurations that are the same when resolved
     labels: dict[str, str]  # of a proposal of the search; else empty
     ds_config: dict[str, Any]  # as given to the training program
     opts: dict[str, Any]  # likewise
     status: str  # how it ended: one of this module's constants
-    seconds: float = 0.0  # that it took in all, starting included
-    error: str = ''  # the line that says why, where it did not end well
+    seconds: float = 0.0  # of the whole trial, its start included
+    error: str = ''  # why it failed; '' for OK
     # what bench.json held; empty where there was none
     bench: dict[str, Any] = field(default_factory=dict)
     round: int = -1  # of the finals; -1 before them

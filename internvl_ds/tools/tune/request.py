@@ -1,4 +1,4 @@
-"""What to tune, and how far."""
+"""The request of a user to tune."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from yacs.config import CfgNode
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asks of `tune`."""
+    """The configuration to tune, the launcher, and the limits."""
 
     # as for the training program, as `data_path` and `opts` are
     cfg: str
@@ -37,7 +37,7 @@ class Request:
     seed: int = 0  # of the search and of the order in the finals
 
     def settings(self, config: CfgNode, ds_config: Any, space: Any) -> dict[str, Any]:
-        """What has to stay the same for trials to be comparable, as JSON values.
+        """The settings on which all trials of a directory must agree, as JSON values.
 
         They include the yacs tree, and the contents of the ds_config and of the space's file.
         """

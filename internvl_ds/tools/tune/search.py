@@ -1,4 +1,4 @@
-"""Which labels to try next: Optuna's TPE sampler, asked and told."""
+"""Proposes the labels to try next, by Optuna's TPE sampler."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class Search:
     def __init__(
         self, space: SearchSpace, seed: int, known: Sequence[tuple[Labels, float]] = ()
     ) -> None:
-        """Begins, or goes on after ``known``: earlier proposals, as `learn` takes them.
+        """Starts a study, or resumes one after ``known``: earlier proposals, as `learn` takes them.
 
         Raises:
             InternvlDsError: when Optuna is not installed.
         """
         self._optuna = optuna = import_optuna()
         self._space = space
-        # A sampler that goes on must not draw again what it drew first.
+        # A resumed sampler must not repeat its first draws.
         sampler = optuna.samplers.TPESampler(seed=seed + len(known), n_startup_trials=_RANDOM)
         self._study = optuna.create_study(direction='maximize', sampler=sampler)
         for labels, speed in known:
@@ -43,7 +43,7 @@ class Search:
         return labels
 
     def learn(self, labels: Labels, speed: float) -> None:
-        """How fast labels are, in images per second; 0 where they cannot run."""
+        """Records the speed of labels, in images per second; 0 if they cannot run."""
         categorical = self._optuna.distributions.CategoricalDistribution
         axes = {axis: categorical(list(self._space.axes[axis])) for axis in labels}
         create = self._optuna.trial.create_trial

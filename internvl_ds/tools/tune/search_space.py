@@ -1,4 +1,4 @@
-"""What is tried: axes of labelled choices, each a piece of a ds_config and some settings. Pure.
+"""The search space: axes of labelled choices, each a piece of a ds_config and settings. Pure.
 
 A space can be given as JSON:
 
@@ -177,7 +177,7 @@ def default_space(
 
 
 def read_space(path: Path) -> Any:
-    """What a space's file holds, unchecked.
+    """The content of a space's file, unchecked.
 
     Raises:
         ConfigError: when it cannot be read.
@@ -189,7 +189,7 @@ def read_space(path: Path) -> Any:
 
 
 def parse_space(tree: Any, images: int | None) -> SearchSpace:
-    """Makes a space of what its file holds; the module's text says how it is written.
+    """Makes a space of its file's content; the module's docstring has the format.
 
     Args:
         tree: as `read_space` returned it.

@@ -43,12 +43,12 @@ _TAIL = 15  # lines of a log that an error shows
 
 
 def tune(request: Request, planner: PlannerFactory | None = None) -> Result:
-    """Tunes, or goes on where an earlier call in the same directory was interrupted.
+    """Tunes, or resumes an earlier call in the same directory.
 
     Writes into the output: trials.jsonl (the truth), trials.csv, trials/NNN/ with each one's log,
     ds_config.tuned.json, result.json and tuned.png.
 
-    What ``planner`` says needs more memory than there is, is left out.
+    Configurations that need too much memory by the ``planner`` are left out.
 
     Raises:
         ConfigError: for settings that cannot be, or that differ from those of the directory.
@@ -88,7 +88,7 @@ class _Tuner:
         self._bar: tqdm | None = None
 
     def run(self) -> Result:
-        """All of it."""
+        """Runs all trials and finals, and writes the result."""
         with self._progress('trials', self._request.trials):
             base = self._run_base()
             self._space = self._make_space(base)
@@ -110,7 +110,7 @@ class _Tuner:
         return result
 
     def _run_base(self) -> Row:
-        """The first trial: it has to run, and tells ranks, memory and how long a trial takes."""
+        """The first trial, which must succeed: it shows ranks, memory and the length of a trial."""
         request = self._request
         earlier = next(self._records.of(BASE), None)
         self._updates = request.updates or _FEWEST
