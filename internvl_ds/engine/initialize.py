@@ -19,9 +19,8 @@ from yacs.config import CfgNode
 from internvl_ds.config.counts import require_counts
 from internvl_ds.config.ds import resolve as ds
 from internvl_ds.config.ds.check import examine, require_right
-from internvl_ds.config.ds.diagnostics import value_at
 from internvl_ds.config.ds.load import load_ds_config
-from internvl_ds.config.tree import checkpoint_option, get_option
+from internvl_ds.config.tree import checkpoint_option, get_option, value_at
 from internvl_ds.dist.process_group import init_distributed, limit_collectives, making_groups
 from internvl_ds.dist.rendezvous import exchange, rank, world_size
 from internvl_ds.engine.elementwise import require_own_adagrad

@@ -9,7 +9,7 @@ from typing import Any
 
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from internvl_ds.config.ds.diagnostics import value_at
+from internvl_ds.config.tree import value_at
 from internvl_ds.dist.rendezvous import from_rank_0
 from internvl_ds.files import for_show
 

@@ -13,10 +13,10 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 from yacs.config import CfgNode
 
-from internvl_ds.config.ds.diagnostics import refuse, value_at
+from internvl_ds.config.ds.diagnostics import refuse
 from internvl_ds.config.ds.resolve import precision_of
 from internvl_ds.config.ds.unsupported import unsupported_settings
-from internvl_ds.config.tree import default_of, get_option
+from internvl_ds.config.tree import default_of, get_option, value_at
 from internvl_ds.dist.process_group import limit_collectives
 from internvl_ds.engine.accumulation import Accumulation, watch_zero_grad
 from internvl_ds.engine.elementwise import require_elementwise

@@ -6,14 +6,14 @@ found wrong keeps silent: that fault has its finding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from yacs.config import CfgNode
 
 from internvl_ds.config.ds.auto_values import Filling
-from internvl_ds.config.ds.diagnostics import Diagnostic, diagnostic, nearest, shown, value_at
+from internvl_ds.config.ds.diagnostics import Diagnostic, diagnostic, nearest, shown
 from internvl_ds.config.ds.pairs import ACCUMULATION, BATCH, MICRO_BATCH
 from internvl_ds.config.ds.resolve import (
     OF_PARTITIONED_UPDATES,
@@ -31,6 +31,7 @@ from internvl_ds.config.ds.schema import (
 )
 from internvl_ds.config.ds.unsupported import NAMES_OF_DTYPE, unsupported_settings
 from internvl_ds.config.ds.validate_keys import Shape, check_shape
+from internvl_ds.config.tree import value_at
 
 _ZERO = 'zero_optimization'
 
@@ -107,12 +108,12 @@ def precision_rule(facts: Facts) -> Iterator[Diagnostic]:
         yield mode
     if isinstance(mode, Diagnostic) or doubtful:
         return
-    wanted = value_at(facts.tree, 'data_types', 'param_dtype')
+    dtype = value_at(facts.tree, 'data_types', 'param_dtype')
     names = NAMES_OF_DTYPE.get(facts.low or '', ('fp32', 'float32', 'float', 'torch.float32'))
-    if wanted not in (None, 'auto', *names):
+    if dtype not in (None, 'auto', *names):
         yield diagnostic(
             '/data_types/param_dtype',
-            f'is {shown(wanted)}, but the model trains in {names[0]} (AMP_OPT_LEVEL and the '
+            f'is {shown(dtype)}, but the model trains in {names[0]} (AMP_OPT_LEVEL and the '
             'precision blocks): DeepSpeed refuses that; remove the key',
             yacs='AMP_OPT_LEVEL',
         )
@@ -259,8 +260,7 @@ def unsupported_rule(facts: Facts) -> Iterator[Diagnostic]:
     """`unsupported_settings` of the configuration at hand."""
     if facts.stage is None:
         return
-    zero = {**facts.zero, 'stage': facts.stage}
-    tree = {**facts.tree, _ZERO: zero}
+    tree = {**facts.tree, _ZERO: {**facts.zero, 'stage': facts.stage}}
     yield from unsupported_settings(tree, facts.low, optimizer=not facts.optimizer_in_code)
 
 
@@ -270,10 +270,8 @@ RULES: tuple[Callable[[Facts], Iterator[Diagnostic]], ...] = (
 )  # fmt: skip
 
 
-def _type_of(
-    facts: Facts, section: str, known: list[str]
-) -> Iterator[Diagnostic] | Any:  # a generator that returns the name, or None
-    """The type of a section; a finding and None where the type is missing or unknown."""
+def _type_of(facts: Facts, section: str, types: list[str]) -> Generator[Diagnostic, None, Any]:
+    """Returns the type of a section; a finding and None where it is missing or unknown."""
     pointer = f'/{section}/type'
     name = facts.tree[section].get('type')
     if facts.shape.doubts(pointer):
@@ -281,11 +279,11 @@ def _type_of(
     if name is None:
         yield diagnostic(pointer, f'is missing: DeepSpeed would train without this {section}')
         return None
-    lower_case = {k for k in known if k == k.lower()}  # DeepSpeed's own optimizers, in any case
-    if name in known or name.lower() in lower_case:
+    lower_case = {k for k in types if k == k.lower()}  # DeepSpeed's own optimizers, in any case
+    if name in types or name.lower() in lower_case:
         return name
-    near = nearest(name, known, 0.6)
-    hint = f'the nearest is {near}' if near else f'known are {", ".join(known)}'
+    near = nearest(name, types, 0.6)
+    hint = f'the nearest is {near}' if near else f'known are {", ".join(types)}'
     yield diagnostic(pointer, f'is {shown(name)}, and DeepSpeed knows no such {section}; {hint}')
     return None
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from internvl_ds.config.ds.diagnostics import Diagnostic, diagnostic, value_at
+from internvl_ds.config.ds.diagnostics import Diagnostic, diagnostic
+from internvl_ds.config.tree import value_at
 
 NAMES_OF_DTYPE = {
     'fp16': ('fp16', 'float16', 'half', 'torch.float16'),
