@@ -52,7 +52,7 @@ def speak_on_exceptions(
         follows = _follows(value)
         time.sleep(patience if follows else 0.0)
         heartbeat = group.heartbeat if joined and follows else None
-        others = heartbeat.describe_silent() if heartbeat else ''
+        clause = heartbeat.describe_silent() if heartbeat else ''
         speaks = not group.over and (not joined or _may_speak(not follows))
         group.over = True
         traces = group.traces or logger.isEnabledFor(logging.DEBUG)
@@ -61,7 +61,7 @@ def speak_on_exceptions(
             before(kind, value, traceback)
         if speaks:
             reason = f'{kind.__name__}: {one_line(value)}' if str(value) else kind.__name__
-            text = printable('; '.join(filter(None, [others, reason])))
+            text = printable('; '.join(filter(None, [clause, reason])))
             who = 'a rank' if rank is None else f'rank {rank}'
             line = f'{who} on {socket.gethostname()} ends the job: {text}'
             with contextlib.suppress(OSError):  # the terminal is gone
@@ -115,5 +115,5 @@ def one_line(error: BaseException) -> str:
 
 def _follows(error: BaseException) -> bool:
     """Whether this is what the end of another rank looks like."""
-    known = isinstance(error, torch_dist.DistError | RankError)
-    return known or (isinstance(error, RuntimeError) and 'gloo' in str(error))
+    is_of_ranks = isinstance(error, torch_dist.DistError | RankError)
+    return is_of_ranks or (isinstance(error, RuntimeError) and 'gloo' in str(error))

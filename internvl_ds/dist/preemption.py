@@ -186,17 +186,17 @@ class Preemption:
     def _agree(self, request: str, wish: str | None) -> str:
         """Settles a request with the other ranks' threads; waits until this rank has acted."""
         with self._changed:
-            mine = self._passed
-            self._limit = mine + 1
+            boundary = self._passed
+            self._limit = boundary + 1
         who = self._reason() if wish == STOP else ''
-        answers = exchange(request, [mine, wish, who], self._timeout)
+        answers = exchange(request, [boundary, wish, who], self._timeout)
         reasons = [reason for _, _, reason in answers if reason]
-        action = STOP if any(theirs == STOP for _, theirs, _ in answers) else SAVE
+        action = STOP if any(wish == STOP for _, wish, _ in answers) else SAVE
         if action == STOP:
             self._announce(reasons)
         with self._changed:
             # No rank has passed this one: each waits for the answer at the first after its own.
-            self._target, self._action = 1 + max(passed for passed, _, _ in answers), action
+            self._target, self._action = 1 + max(number for number, _, _ in answers), action
             self._changed.notify_all()
             while self._target is not None and not self._closing.is_set():
                 self._changed.wait(1.0)

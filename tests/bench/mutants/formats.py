@@ -27,7 +27,7 @@ MUTANTS = [
         ('    flags |= os.O_NOFOLLOW | os.O_NONBLOCK', '    flags |= os.O_NONBLOCK'),
         ('    if not stat.S_ISREG(os.fstat(descriptor).st_mode):', '    if False:'),
         ('                    aside.unlink()\n', '                    pass\n'),
-        ('        if str(what) not in _told:', '        if True:'),
+        ('        if str(what) not in _warnings:', '        if True:'),
         ('        raise OSError(error.errno, error.strerror, str(path)) from error\n\n\ndef write_text', '        raise\n\n\ndef write_text'),
     ]),
     *mutants_of('checkpoint/formats', 'checkpoint/formats/test_allowed.py', [
