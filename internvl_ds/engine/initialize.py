@@ -111,11 +111,7 @@ def _resolve(
     ds_config: str | Path | Mapping[str, Any] | ds.Resolution | None,
     has_scheduler: bool,
 ) -> dict[str, Any]:
-    """The ds_config to train with, once it is right for this model and optimizer.
-
-    Raises:
-        ConfigError: names what is not.
-    """
+    """The ds_config to train with; raises ConfigError where it does not suit the parts."""
     if not isinstance(ds_config, ds.Resolution):
         ds_config = examine(
             load_ds_config(ds_config),
@@ -139,8 +135,7 @@ def _merge_groups(
 ) -> MergedGroups | None:
     """Merges the optimizer's groups of equal settings, and makes the scheduler follow.
 
-    Raises:
-        ConfigError: where the optimizer or the scheduler does not go with them.
+    Raises ConfigError where the optimizer or the scheduler does not go with them.
     """
     if optimizer is None:
         if lr_scheduler is not None:

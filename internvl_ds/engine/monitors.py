@@ -22,18 +22,14 @@ _DEFAULT_JOB = 'DeepSpeedJobName'
 def drop_unwritable_monitors(ds_config: dict[str, Any], timeout: float) -> None:
     """Turns off, with a warning, monitors whose folder rank 0 cannot write.
 
-    Collective: every rank calls it.
-
-    Args:
-        ds_config: resolved; changed in place.
-        timeout: seconds that a rank may be late.
+    Collective: every rank calls it. The resolved ``ds_config`` is changed in place.
     """
     names = [name for name in _WITH_FOLDER if value_at(ds_config, name, 'enabled')]
     if names:
-        found = from_rank_0(
+        names = from_rank_0(
             'monitors', lambda: [n for n in names if not _can_write(ds_config[n])], timeout
         )
-        for name in found:
+        for name in names:
             ds_config[name] = {**ds_config[name], 'enabled': False}
 
 

@@ -31,9 +31,7 @@ class OverflowWatch:
     def would_stop(self, scale: LossScale | None, limit: int) -> bool:
         """Whether a skipped update now would be the last.
 
-        Args:
-            scale: the present one; None without.
-            limit: skipped updates in a row that stop the run; 0 for no limit.
+        ``limit`` is of skipped updates in a row; 0 for none.
         """
         return (scale is not None and scale.exhausted) or 0 < limit <= self.in_a_row + 1
 

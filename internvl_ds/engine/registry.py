@@ -59,6 +59,11 @@ class Registration:
         return self.schedule.scheduler if self.schedule else None
 
     @property
+    def progress(self) -> tuple[int, int]:
+        """The applied updates, and the micro-batches that have come in this process."""
+        return applied_updates(self.wrapper.engine), self.accumulation.micro_batches
+
+    @property
     def client_groups(self) -> MergedGroups:
         """The parameter groups as the client built them, before `initialize` merged equal ones.
 
@@ -114,10 +119,8 @@ def register(
             _engines[part] = weakref.ref(engine)
     if lr_scheduler is not None:
         schedule = LrSchedule.of(lr_scheduler, schedule_in, engine.gradient_accumulation_steps())
-        registration = _registrations[engine]
-        come = registration.accumulation.micro_batches
-        schedule.restore(None, applied_updates(engine), come, loaded=False)
-        registration.schedule = schedule
+        schedule.restore(None, *_registrations[engine].progress, loaded=False)
+        _registrations[engine].schedule = schedule
     return engine
 
 
@@ -178,10 +181,10 @@ def find_engine(part: Any) -> DeepSpeedEngine | None:
     if isinstance(part, DeepSpeedEngine):
         return part if part in _registrations else register(part)
     try:
-        known = _engines.get(part)
+        reference = _engines.get(part)
     except TypeError:  # not hashable, or no weak reference to it is possible
         return None
-    return known() if known is not None else None
+    return reference() if reference is not None else None
 
 
 def last_config() -> CfgNode | None:
@@ -196,11 +199,7 @@ def applied_updates(engine: DeepSpeedEngine) -> int:
 
 
 def require_fp16(ds_config: Mapping[str, Any]) -> None:
-    """Refuses an fp16 engine where this machine's device has none, whatever another one has.
-
-    Raises:
-        ConfigError: says what works instead.
-    """
+    """Raises ConfigError for an fp16 engine where this machine's device has none."""
     if value_at(ds_config, 'fp16', 'enabled') and not get_accelerator().is_fp16_supported():
         raise ConfigError(
             f'/fp16 (AMP_OPT_LEVEL O2 with AMP_TYPE float16): the {get_accelerator().device_name()}'

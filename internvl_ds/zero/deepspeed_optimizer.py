@@ -137,11 +137,11 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         if not self._offloads:
             return
         optimizer, touched = self.optimizer, self.optimizer.norm_for_param_grads
-        seen = getattr(optimizer, self.OFFLOADED_IDS)
-        if late := seen - touched.keys():
-            setattr(optimizer, self.OFFLOADED_IDS, late)
+        ids = getattr(optimizer, self.OFFLOADED_IDS)
+        if rest := ids - touched.keys():
+            setattr(optimizer, self.OFFLOADED_IDS, rest)
             getattr(optimizer, self.HAND_OVER)()
-            setattr(optimizer, self.OFFLOADED_IDS, seen)
+            setattr(optimizer, self.OFFLOADED_IDS, ids)
         for part in self._untouched(touched):
             part.zero_()
 
@@ -192,12 +192,12 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         parameter since, a save at stage 3 would write it twice or not at all, and a load at stages
         2 and 3 would look for what is not there.
         """
-        trained, named = self.trained_names(), self.engine.module.named_parameters()
-        changed = [p for name, p in named if p.requires_grad != (name in trained)]
-        for parameter in changed:
+        trained, pairs = self.trained_names(), self.engine.module.named_parameters()
+        parameters = [p for name, p in pairs if p.requires_grad != (name in trained)]
+        for parameter in parameters:
             parameter.requires_grad_(not parameter.requires_grad)
         try:
             yield
         finally:
-            for parameter in changed:
+            for parameter in parameters:
                 parameter.requires_grad_(not parameter.requires_grad)

@@ -24,8 +24,8 @@ class ClientOptimizer(_Unpartitioned):
     """An engine that steps the client's own optimizer: stage 0 in fp32 or torch autocast."""
 
     def masters(self) -> dict[str, torch.Tensor]:
-        held = {id(p) for group in self.groups() for p in group}
-        return {n: p for n, p in self.engine.module.named_parameters() if id(p) in held}
+        ids = {id(p) for group in self.groups() for p in group}
+        return {n: p for n, p in self.engine.module.named_parameters() if id(p) in ids}
 
     def push_scale(self) -> None:
         if self.scale is not None:

@@ -136,5 +136,7 @@ class Stage3(Stage3Module, ZeroOptimizer):
 
 def _is_sent_as_it_is(parameter: Any) -> bool:
     """Whether one collective for all would bring the very values: torch autocast's rounds them."""
-    own = parameter.ds_tensor
-    return get_allgather_dtype(parameter, own) == own.dtype and not hasattr(own, 'ds_quant_scale')
+    part = parameter.ds_tensor
+    return get_allgather_dtype(parameter, part) == part.dtype and not hasattr(
+        part, 'ds_quant_scale'
+    )
