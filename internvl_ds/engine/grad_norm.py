@@ -102,11 +102,8 @@ def _scale_of(parameters: list[torch.Tensor]) -> float:
 
 
 def _norm_of(tensors: list[torch.Tensor], norm_type: float, device: Any) -> torch.Tensor:
-    norms = [
-        torch.linalg.vector_norm(t.detach().float(), norm_type).to(device)
-        for t in tensors
-        if t.numel()
-    ]
+    norms = [torch.linalg.vector_norm(t.detach().float(), norm_type) for t in tensors if t.numel()]
+    norms = [norm.to(device) for norm in norms]
     if not norms:
         return torch.zeros((), device=device)
     return torch.linalg.vector_norm(torch.stack(norms), norm_type)

@@ -125,11 +125,8 @@ class LrSchedule:
         if record and loaded:
             if record.get('counts', self.counts) != self.counts:
                 if rank() == 0:
-                    _log.warning(
-                        'the lr schedule counts %s, as when it was saved, and not %s',
-                        counts,
-                        self.counts,
-                    )
+                    text = 'the lr schedule counts %s, as when it was saved, and not %s'
+                    _log.warning(text, counts, self.counts)
                 self.counts = counts
             self.group = record['group']
         self._mark, self.since, self.base = None, micro_batches, updates * self.group

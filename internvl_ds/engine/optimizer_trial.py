@@ -123,11 +123,7 @@ class Trials:
         return Kept(first.forms, first.numbers, shape == tensor.shape, late, counters)
 
     def _after(
-        self,
-        updates: int,
-        settings: Mapping[str, Any],
-        tensor: torch.Tensor,
-        shape: tuple[int, ...],
+        self, updates: int, settings: Mapping[str, Any], tensor: torch.Tensor, shape: Sequence[int]
     ) -> Kept | None:
         """What a copy keeps for a blank tensor after updates; None where it cannot be stepped."""
         texts = sorted((key, repr(settings[key])) for key in settings.keys() - NOT_SETTINGS)

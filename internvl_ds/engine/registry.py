@@ -135,12 +135,9 @@ def configure(engine: DeepSpeedEngine, config: CfgNode, merged: MergedGroups | N
     registration.config, registration.merged = config, merged
     registration.overflow_limit = get_option(config, _LIMIT_KEY, registration.overflow_limit)
     wrapper = registration.wrapper
-    logger.info(
-        'trains in %s at ZeRO stage %d%s',
-        precision_of(wrapper.ds_config),
-        wrapper.stage,
-        f', loss scale {wrapper.scale.scale:g}' if wrapper.scale else '',
-    )
+    mode = precision_of(wrapper.ds_config)
+    scale = f', loss scale {wrapper.scale.scale:g}' if wrapper.scale else ''
+    logger.info('trains in %s at ZeRO stage %d%s', mode, wrapper.stage, scale)
 
 
 def registration_of(engine: DeepSpeedEngine) -> Registration:

@@ -66,13 +66,9 @@ class DeepSpeedOptimizer(Wrapper):
         if scale.dynamic:
             holder = self._holder
             successes = holder.cur_iter - (holder.last_overflow_iter or -1) - 2
-            scale.load_state_dict(
-                {
-                    'scale': holder.cur_scale,
-                    '_growth_tracker': max(0, successes) % scale.growth_interval,
-                    'hysteresis_left': self._hysteresis_left(),
-                }
-            )
+            tracker = max(0, successes) % scale.growth_interval
+            state = {'scale': holder.cur_scale, '_growth_tracker': tracker}
+            scale.load_state_dict({**state, 'hysteresis_left': self._hysteresis_left()})
 
     @property
     def _holder(self) -> Any:

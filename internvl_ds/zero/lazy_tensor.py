@@ -11,6 +11,9 @@ import torch
 from internvl_ds.errors import CheckpointError, CheckpointMismatch
 from internvl_ds.zero.partition import Place
 
+# (rank, group) -> the flat tensor there, mapped into memory.
+Source = Callable[[int, int], torch.Tensor]
+
 
 class Flat:
     """A tensor's elements, where they lie in the flat tensors of one or more ranks.
@@ -20,20 +23,9 @@ class Flat:
     """
 
     def __init__(
-        self,
-        name: str,
-        shape: Sequence[int],
-        places: Sequence[Place],
-        source: Callable[[int, int], torch.Tensor],
+        self, name: str, shape: Sequence[int], places: Sequence[Place], source: Source
     ) -> None:
-        """Describes a tensor.
-
-        Args:
-            name: for errors.
-            shape: of the whole tensor.
-            places: in the order of its elements.
-            source: (rank, group) -> the flat tensor there, mapped into memory.
-        """
+        """Describes a tensor: its places in the order of its elements; ``name`` is for errors."""
         self.name, self.shape = name, torch.Size(shape)
         self._places, self._source = places, source
 

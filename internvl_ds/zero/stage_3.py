@@ -137,6 +137,5 @@ class Stage3(Stage3Module, ZeroOptimizer):
 def _is_sent_as_it_is(parameter: Any) -> bool:
     """Whether one collective for all would bring the very values: torch autocast's rounds them."""
     part = parameter.ds_tensor
-    return get_allgather_dtype(parameter, part) == part.dtype and not hasattr(
-        part, 'ds_quant_scale'
-    )
+    rounds = get_allgather_dtype(parameter, part) != part.dtype
+    return not (rounds or hasattr(part, 'ds_quant_scale'))

@@ -135,11 +135,8 @@ class Wrapper:
 
     def kept_on_nvme(self) -> list[str]:
         """Which of 'offload_optimizer' and 'offload_param' the engine has on NVMe."""
-        engine = self.engine
-        offloads = (engine.zero_offload_optimizer(), engine.zero_offload_param())
-        devices = [
-            offload and getattr(offload.device, 'value', offload.device) for offload in offloads
-        ]
+        offloads = (self.engine.zero_offload_optimizer(), self.engine.zero_offload_param())
+        devices = [each and getattr(each.device, 'value', each.device) for each in offloads]
         names = ('offload_optimizer', 'offload_param')
         return [name for name, device in zip(names, devices, strict=True) if device == 'nvme']
 

@@ -12,23 +12,12 @@ from typing import Any
 
 from yacs.config import CfgNode
 
+from internvl_ds.config.ds import resolve as ds
+from internvl_ds.config.ds import schema
 from internvl_ds.config.ds.auto_values import Filling
 from internvl_ds.config.ds.diagnostics import Diagnostic, diagnostic, nearest, shown
 from internvl_ds.config.ds.pairs import ACCUMULATION, BATCH, MICRO_BATCH
-from internvl_ds.config.ds.resolve import (
-    OF_PARTITIONED_UPDATES,
-    PRECISION_BLOCKS,
-    precision_or_fault,
-    settle_batch,
-)
-from internvl_ds.config.ds.schema import (
-    Key,
-    find,
-    optimizer_params,
-    optimizer_types,
-    scheduler_params,
-    scheduler_types,
-)
+from internvl_ds.config.ds.schema import Key
 from internvl_ds.config.ds.unsupported import NAMES_OF_DTYPE, unsupported_settings
 from internvl_ds.config.ds.validate_keys import Shape, check_shape
 from internvl_ds.config.tree import value_at
@@ -86,14 +75,14 @@ class Facts:
     @property
     def low(self) -> str | None:
         """The block of the low-precision engine that trains; None for none, or where in doubt."""
-        mode = precision_or_fault(self.tree, self.config)
+        mode = ds.precision_or_fault(self.tree, self.config)
         return mode if isinstance(mode, str) and mode in NAMES_OF_DTYPE else None
 
 
 def batch_rule(facts: Facts) -> Iterator[Diagnostic]:
     """Batch sizes and clipping against the yacs config, and the batch triple against itself."""
     filling = Filling(facts.tree)
-    settle_batch(filling, facts.config, facts.world_size)
+    ds.settle_batch(filling, facts.config, facts.world_size)
     factors_doubtful = facts.shape.doubts(MICRO_BATCH.pointer, ACCUMULATION.pointer)
     for fault in filling.findings:
         if fault.pointer != BATCH.pointer or not factors_doubtful:
@@ -102,8 +91,8 @@ def batch_rule(facts: Facts) -> Iterator[Diagnostic]:
 
 def precision_rule(facts: Facts) -> Iterator[Diagnostic]:
     """Precision blocks against each other and against AMP_OPT_LEVEL and AMP_TYPE."""
-    doubtful = facts.shape.doubts(*(f'/{block}/enabled' for block in PRECISION_BLOCKS))
-    mode = precision_or_fault(facts.tree, facts.config)
+    doubtful = facts.shape.doubts(*(f'/{block}/enabled' for block in ds.PRECISION_BLOCKS))
+    mode = ds.precision_or_fault(facts.tree, facts.config)
     if isinstance(mode, Diagnostic) and not (doubtful and mode.pointer):
         yield mode
     if isinstance(mode, Diagnostic) or doubtful:
@@ -131,7 +120,7 @@ def stage_rule(facts: Facts) -> Iterator[Diagnostic]:
     if stage is None:
         return
     for name, value in facts.zero.items() if stage < 3 else ():
-        key = find(facts.schema, (_ZERO, name))
+        key = schema.find(facts.schema, (_ZERO, name))
         if key is None or key.deprecated or value in ('auto', key.default):
             continue  # a default changes nothing, at any stage
         if key.name.startswith('stage3_') or name in _STAGE_3_ONLY:
@@ -140,7 +129,7 @@ def stage_rule(facts: Facts) -> Iterator[Diagnostic]:
                 f'is an option of ZeRO stage 3, and /{_ZERO}/stage is {stage}: it would have no '
                 'effect; remove it, or set the stage to 3',
             )
-    for block, name in OF_PARTITIONED_UPDATES:
+    for block, name in ds.OF_PARTITIONED_UPDATES:
         if stage == 0 and value_at(facts.tree, block, name) is True:
             yield diagnostic(
                 f'/{block}/{name}', f'needs ZeRO stage 1, 2 or 3, and /{_ZERO}/stage is 0'
@@ -222,14 +211,14 @@ def optimizer_rule(facts: Facts) -> Iterator[Diagnostic]:
             'clips a second time, and DeepSpeed refuses it; use /gradient_clipping alone',
         )
         params = {name: value for name, value in params.items() if name != 'max_grad_norm'}
-    name = yield from _type_of(facts, 'optimizer', optimizer_types())
+    name = yield from _type_of(facts, 'optimizer', schema.optimizer_types())
     if name is None:
         return
     on_cpu = value_at(facts.zero, 'offload_optimizer', 'device', default='none') != 'none'
-    key = optimizer_params(name, params, on_cpu)
+    key = schema.optimizer_params(name, params, on_cpu)
     if key is not None and isinstance(params, Mapping):
         # torch_adam chooses the class, misspelt as well
-        key = optimizer_params(name, check_shape(params, key).tree, on_cpu)
+        key = schema.optimizer_params(name, check_shape(params, key).tree, on_cpu)
         yield from _params('optimizer', params, key)
 
 
@@ -249,11 +238,11 @@ def scheduler_rule(facts: Facts) -> Iterator[Diagnostic]:
     if not has_optimizer and not facts.shape.doubts('/optimizer'):
         yield diagnostic('/scheduler', 'needs an optimizer: there is no /optimizer section')
         return
-    name = yield from _type_of(facts, 'scheduler', scheduler_types())
+    name = yield from _type_of(facts, 'scheduler', schema.scheduler_types())
     params = section.get('params', {})
     doubtful = facts.shape.doubts('/scheduler/params')
     if name is not None and not doubtful and isinstance(params, Mapping):
-        yield from _params('scheduler', params, scheduler_params(name))
+        yield from _params('scheduler', params, schema.scheduler_params(name))
 
 
 def unsupported_rule(facts: Facts) -> Iterator[Diagnostic]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import deepspeed
 
+from internvl_ds.config.ds import schema
 from internvl_ds.config.ds.diagnostics import (
     ERROR,
     WARNING,
@@ -24,18 +25,7 @@ from internvl_ds.config.ds.diagnostics import (
 )
 from internvl_ds.config.ds.introspect import Path
 from internvl_ds.config.ds.pairs import COUNTERPARTS
-from internvl_ds.config.ds.schema import (
-    BOOL,
-    INT,
-    LIST,
-    NULL,
-    NUMBER,
-    OBJECT,
-    TEXT,
-    Key,
-    Value,
-    walk,
-)
+from internvl_ds.config.ds.schema import BOOL, INT, LIST, NULL, NUMBER, OBJECT, TEXT, Key, Value
 
 _ALIKE = 0.6  # how like a known key one must be to be taken for a misspelling of it
 # And where it may well be something else: a key that DeepSpeed reads and nobody here knows of, or
@@ -143,7 +133,7 @@ class _Walk:
         if self.root is None:
             return None
         by_name: dict[str, list[Path]] = {}
-        for path, entry in walk(self.root):
+        for path, entry in schema.walk(self.root):
             if not entry.refused:
                 by_name.setdefault(path[-1], []).append(path)
         like = nearest(name, by_name, 1.0 if exactly else _ALIKE_IN_DOUBT)
