@@ -217,12 +217,9 @@ def _as_type_of(default: Any, value: Any, where: str) -> Any:
             literal = CN._decode_cfg_value(value)
         except (RecursionError, MemoryError) as error:  # of Python's parser, of a strange text
             raise ConfigError(f'{where}: cannot be read as a value: {brief(value)}') from error
-        if not isinstance(default, str):
-            value = literal
-        elif literal is not None:
-            return repr(value)  # yacs takes text for a literal: so '7' stays what it is
-        else:
-            return None
+        if isinstance(default, str):  # yacs takes text for a literal: so '7' stays what it is
+            return None if literal is None else repr(value)
+        value = literal
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     both_sequences = isinstance(default, list | tuple) and isinstance(value, list | tuple)

@@ -56,8 +56,8 @@ def speak_on_exceptions(
         speaks = not group.over and (not joined or _may_speak(not follows))
         group.over = True
         traces = group.traces or logger.isEnabledFor(logging.DEBUG)
-        expected = isinstance(value, InternvlDsError | Preempted | KeyboardInterrupt)
-        if traces or (speaks and not expected):
+        is_ours = isinstance(value, InternvlDsError | Preempted | KeyboardInterrupt)
+        if traces or (speaks and not is_ours):
             before(kind, value, traceback)
         if speaks:
             reason = f'{kind.__name__}: {one_line(value)}' if str(value) else kind.__name__
@@ -85,9 +85,9 @@ def _may_speak(is_cause: bool) -> bool:
 
     def claim(store: Any) -> bool:
         is_first = store.add(f'{place}/{kind}', 1) == 1
-        silent = not store.check([place])
+        is_free = not store.check([place])
         store.set(place, kind)
-        return is_first and (is_cause or silent)
+        return is_first and (is_cause or is_free)
 
     # A rank 0 that is silent already is not waited for.
     limit = 0 if group.heartbeat.rank_0_is_silent() else group.limit('SILENT_AFTER')

@@ -75,16 +75,16 @@ def agree_on_master(
     Raises:
         RankError: on all ranks, when no address of rank 0 is reached by all.
     """
-    first = communicator.Get_rank() == 0
+    is_rank_0 = communicator.Get_rank() == 0
     with socket.socket() as listener:
         offer = None
-        if first:
+        if is_rank_0:
             addresses = ['127.0.0.1'] if one_host else own_addresses(interface)
             listener.bind(('127.0.0.1' if one_host else '', 0))
             listener.listen(communicator.Get_size())
             offer = addresses, listener.getsockname()[1], socket.gethostname()
         addresses, port, host = communicator.bcast(offer)
-        answers = [a for a in addresses if first or not why_not_reached(a, port, limit)]
+        answers = [a for a in addresses if is_rank_0 or not why_not_reached(a, port, limit)]
         reports = communicator.allgather((answers, socket.gethostname()))
     common = [a for a in addresses if all(a in answers for answers, _ in reports)]
     if common:

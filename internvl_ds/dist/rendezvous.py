@@ -194,7 +194,8 @@ def request_is_raised(name: str, peers: Peers, limit: float) -> bool:
 def gather(what: str, value: Any, timeout: float) -> list[Any] | None:
     """Meets all ranks and hands rank 0 alone the value of each, in rank order.
 
-    As `exchange`, for values too large for every rank to read from every other.
+    Collective: every rank calls it. As `exchange`, for values too large for every rank to read
+    from every other.
     """
     if world_size() == 1:
         return [value]

@@ -156,9 +156,7 @@ def _keeps_after(
 ) -> Kept:
     """What a copy keeps for a parameter of its own after updates."""
     parameter = nn.Parameter(blank)
-    memo: dict[int, Any] = {
-        id(p): parameter for group in optimizer.param_groups for p in group['params']
-    }
+    memo: dict[int, Any] = {id(p): parameter for g in optimizer.param_groups for p in g['params']}
     group = copy.deepcopy({key: value for key, value in settings.items() if key != 'params'}, memo)
     group['params'] = [parameter]
     trial = apart(optimizer, [group], memo)

@@ -132,13 +132,13 @@ class ZeroOptimizer(DeepSpeedOptimizer):
     def complete_gradients(self) -> None:
         if not self._offloads:
             return
-        optimizer, touched = self.optimizer, self.optimizer.norm_for_param_grads
+        optimizer, norms = self.optimizer, self.optimizer.norm_for_param_grads
         ids = getattr(optimizer, self.OFFLOADED_IDS)
-        if rest := ids - touched.keys():
+        if rest := ids - norms.keys():
             setattr(optimizer, self.OFFLOADED_IDS, rest)
             getattr(optimizer, self.HAND_OVER)()
             setattr(optimizer, self.OFFLOADED_IDS, ids)
-        for part in self._untouched(touched):
+        for part in self._idle_parts(norms):
             part.zero_()
 
     def push_scale(self) -> None:
@@ -164,7 +164,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
     def _offloads(self) -> bool:
         raise NotImplementedError
 
-    def _untouched(self, touched: Container[Any]) -> Iterator[torch.Tensor]:
+    def _idle_parts(self, norms: Container[Any]) -> Iterator[torch.Tensor]:
         """The gradients that the offloaded optimizer will read, of parameters of other ids."""
         raise NotImplementedError
 

@@ -183,30 +183,25 @@ def _watch_clipping() -> None:
     It would find ``p.grad`` None and return 0, or clip a rank's own part of the gradients.
     """
     function = clip_grad._clip_grads_with_norm_
-    if not isinstance(function, _Clipping):
-        clip_grad._clip_grads_with_norm_ = _Clipping(function)
+    if getattr(function, 'func', None) is not _clip:
+        clip_grad._clip_grads_with_norm_ = functools.partial(_clip, function)
 
 
-class _Clipping:
+def _clip(function: Any, parameters: Any, *args: Any, **kwargs: Any) -> Any:
     """Stands for what clip_grad_norm_ calls when it has the norm."""
-
-    def __init__(self, function: Any) -> None:
-        self._function = function
-
-    def __call__(self, parameters: Any, *args: Any, **kwargs: Any) -> Any:
-        for p in [parameters] if isinstance(parameters, torch.Tensor) else parameters:
-            if p.requires_grad and _kept_by_zero(p):
-                raise ConfigError(
-                    'clip_grad_norm_ of parameters of a ZeRO engine: their gradients are not in '
-                    'p.grad, so it would return 0 and clip nothing. Pass clip_grad= to '
-                    'loss_scaler(loss, optimizer, ...), which returns the norm, or set '
-                    'TRAIN.CLIP_GRAD (/gradient_clipping) for engine.step(); get_grad_norm reads '
-                    'the norm between engine.backward and engine.step'
-                )
-        return self._function(parameters, *args, **kwargs)
+    for p in [parameters] if isinstance(parameters, torch.Tensor) else parameters:
+        if p.requires_grad and _is_of_zero(p):
+            raise ConfigError(
+                'clip_grad_norm_ of parameters of a ZeRO engine: their gradients are not in '
+                'p.grad, so it would return 0 and clip nothing. Pass clip_grad= to '
+                'loss_scaler(loss, optimizer, ...), which returns the norm, or set '
+                'TRAIN.CLIP_GRAD (/gradient_clipping) for engine.step(); get_grad_norm reads '
+                'the norm between engine.backward and engine.step'
+            )
+    return function(parameters, *args, **kwargs)
 
 
-def _kept_by_zero(parameter: torch.Tensor) -> bool:
+def _is_of_zero(parameter: torch.Tensor) -> bool:
     """Whether the gradient of a parameter is ZeRO's; the same on all ranks."""
     if is_sharded(parameter) or any(parameter is flat for flat in _flat_partitions()):
         return True

@@ -32,9 +32,8 @@ class Flat:
     @classmethod
     def of(cls, name: str, tensor: torch.Tensor) -> Flat:
         """A whole tensor."""
-        return cls(
-            name, tensor.shape, [Place(0, 0, 0, 0, tensor.numel())], lambda *_: tensor.reshape(-1)
-        )
+        places = [Place(0, 0, 0, 0, tensor.numel())]
+        return cls(name, tensor.shape, places, lambda *_: tensor.reshape(-1))
 
     @property
     def numel(self) -> int:

@@ -126,17 +126,17 @@ def _fill_optimizer(filling: Filling, config: CfgNode, images: int) -> None:
     for pair in PAIRS:
         if pair.rule != ARGUMENT or pair.key not in arguments:
             continue
-        value, stated = get_option(config, pair.yacs), filling.value_of(pair.pointer)
+        value, entry = get_option(config, pair.yacs), filling.value_of(pair.pointer)
         is_set = value != default_of(pair.yacs)
         if pair.key == 'lr':
             value = scale_lr(value, images)
         elif isinstance(value, tuple):
             value = list(value)
         origin = pair.origin(images)
-        if stated is not None and is_set and not _same(stated, value):
+        if entry is not None and is_set and not _same(entry, value):
             filling.refuse(
                 pair.pointer,
-                f'{pair.pointer} is {stated} in the ds_config, but {origin} is {value}; make them '
+                f'{pair.pointer} is {entry} in the ds_config, but {origin} is {value}; make them '
                 "agree, or set the JSON's to 'auto'",
             )
         filling.fill(pair.pointer, value, origin)
@@ -160,9 +160,9 @@ def _fill_scheduler(filling: Filling, config: CfgNode, images: int) -> None:
             filling.put(pointer, value, pair.origin(images))
 
 
-def _same(stated: Any, value: Any) -> bool:
+def _same(entry: Any, value: Any) -> bool:
     """Equal, but for what rounding does to a learning rate."""
-    numbers = [list(v) if isinstance(v, list | tuple) else [v] for v in (stated, value)]
+    numbers = [list(v) if isinstance(v, list | tuple) else [v] for v in (entry, value)]
     try:
         return len(numbers[0]) == len(numbers[1]) and all(map(math.isclose, *numbers))
     except TypeError:  # one of them is no number

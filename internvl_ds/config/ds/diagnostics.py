@@ -69,8 +69,8 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else f'{text[:57]}...'
 
 
-def nearest(name: str, known: Iterable[str], least: float) -> str | None:
+def nearest(name: str, names: Iterable[str], least: float) -> str | None:
     """The known name most like one, in any case of letters; None below ``least``, from 0 to 1."""
-    by_lower = {key.lower(): key for key in known}
+    by_lower = {key.lower(): key for key in names}
     near = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=least)
     return by_lower[near[0]] if near else None

@@ -54,9 +54,9 @@ class Read:
 class _Probe(dict):
     """A block of a ds_config that notes what it is asked for, and holds what is stated."""
 
-    def __init__(self, reads: dict[Path, Read], path: Path, stated: dict[str, Any]) -> None:
+    def __init__(self, reads: dict[Path, Read], path: Path, tree: dict[str, Any]) -> None:
         super().__init__(
-            {k: _Probe(reads, (*path, k), v) if type(v) is dict else v for k, v in stated.items()}
+            {k: _Probe(reads, (*path, k), v) if type(v) is dict else v for k, v in tree.items()}
         )
         self.reads, self.path = reads, path
         if path:  # an entry of the top level would be taken for a key
@@ -210,9 +210,9 @@ def _state_together(reads: dict[Path, Read], block: Path, below: Collection[Path
     _run(reads, nest(block, {**blocks, **switches}))
 
 
-def _run(reads: dict[Path, Read], stated: dict[str, Any]) -> Exception | None:
+def _run(reads: dict[Path, Read], tree: dict[str, Any]) -> Exception | None:
     # Without a batch size it stops before its last checks, which read a few keys more.
-    probe = _Probe(reads, (), {'train_batch_size': 1, **stated})
+    probe = _Probe(reads, (), {'train_batch_size': 1, **tree})
     try:
         ds_runtime_config.DeepSpeedConfig(probe)
     except Exception as error:  # whatever a form provokes: what was read before it counts

@@ -39,9 +39,9 @@ def load_ds_config(source: str | Path | Mapping[str, Any] | None) -> dict[str, A
     path = _find(source)
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        twice = sorted(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)
-        if twice:
-            raise ConfigError(f'{path}: key stated twice: {few(twice)}')
+        duplicates = sorted(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)
+        if duplicates:
+            raise ConfigError(f'{path}: key stated twice: {few(duplicates)}')
         return dict(pairs)
 
     try:

@@ -180,22 +180,22 @@ def precision_or_fault(ds_config: Mapping[str, Any], config: CfgNode) -> str | D
         pointer = f'/{_block_of(choice)}/enabled'
         message = f'{keys} asks for {choice}, but {pointer} is false in the ds_config'
         return diagnostic(pointer, message)
-    stated = blocks[0] if blocks else FP32
-    if stated == 'torch_autocast':
-        half = ds_config[stated].get('dtype', 'bfloat16') in ('float16', 'fp16', 'half')
-        stated = AUTOCAST_FP16 if half else AUTOCAST_BF16
+    mode = blocks[0] if blocks else FP32
+    if mode == 'torch_autocast':
+        half = ds_config[mode].get('dtype', 'bfloat16') in ('float16', 'fp16', 'half')
+        mode = AUTOCAST_FP16 if half else AUTOCAST_BF16
     # A yacs value left at its default gives way: the level '', and the type float16.
     modes = {choice}
     if level == '':
-        modes.add(stated)
+        modes.add(mode)
     elif amp_type == 'float16':
         modes.add(_from_yacs(level, 'bfloat16'))
-    if stated not in modes:
+    if mode not in modes:
         return diagnostic(
             f'/{(blocks or PRECISION_BLOCKS)[0]}/enabled',
-            f'the ds_config states {stated}, but {keys} asks for {choice}; change one of the two',
+            f'the ds_config states {mode}, but {keys} asks for {choice}; change one of the two',
         )
-    return stated
+    return mode
 
 
 def precision_of(resolved: Any) -> str:
@@ -240,18 +240,18 @@ def _set_precision(filling: Filling, mode: str) -> None:
 
 def _settle_number(filling: Filling, pair: Pair, config: CfgNode) -> float:
     """One number that both files may state; that of the JSON where they disagree."""
-    number, stated = get_option(config, pair.yacs) or 0, filling.value_of(pair.pointer)
-    if stated is None:
+    number, entry = get_option(config, pair.yacs) or 0, filling.value_of(pair.pointer)
+    if entry is None:
         return number
-    if isinstance(stated, bool) or not isinstance(stated, int | float):
-        message = f'{pair.pointer} is {stated!r}; it must be a number or "auto"'
+    if isinstance(entry, bool) or not isinstance(entry, int | float):
+        message = f'{pair.pointer} is {entry!r}; it must be a number or "auto"'
         filling.refuse(pair.pointer, message)
         return number
-    same = stated == number or {stated, number} <= {*pair.alike}
+    same = entry == number or {entry, number} <= {*pair.alike}
     if not same and number != default_of(pair.yacs):
         filling.refuse(
             pair.pointer,
-            f'{pair.pointer} is {stated} in the ds_config, but {pair.yacs} is {number}; make them '
+            f'{pair.pointer} is {entry} in the ds_config, but {pair.yacs} is {number}; make them '
             "agree, or set the JSON's to 'auto'",
         )
-    return stated
+    return entry

@@ -256,8 +256,8 @@ def _key_of_field(name: str, info: FieldInfo) -> Key:
     else:
         value = _value_of(info.annotation)
         for limit in info.metadata:
-            for here, theirs in (('least', 'ge'), ('most', 'le'), ('above', 'gt'), ('below', 'lt')):
-                if (number := getattr(limit, theirs, None)) is not None:
+            for here, there in (('least', 'ge'), ('most', 'le'), ('above', 'gt'), ('below', 'lt')):
+                if (number := getattr(limit, there, None)) is not None:
                     value = replace(value, **{here: number})
         key = Key(name, value)
         key.default = None if info.is_required() else info.get_default(call_default_factory=False)

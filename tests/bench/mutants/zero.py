@@ -83,7 +83,7 @@ MUTANTS = [
         ('self.step_was_skipped = not engine.was_step_applied()', 'self.step_was_skipped = engine.was_step_applied()'),
         ('        factor = 1.0 if scale is None else scale.scale\n', '        factor = 1.0\n'),
         ('norm, factor, self.step_was_skipped)', 'norm, factor, False)'),
-        ('            return {\'scale\': 1.0, **self._loaded}', "            return {'scale': 1.0}"),
+        ('            return {\'scale\': 1.0, **self._early_state}', "            return {'scale': 1.0}"),
         ('        require_scaler_state(state_dict)\n', ''),
         ('    if not norm_type > 0:', '    if False:'),
         ('        return torch.zeros((), device=device)\n    return torch.linalg.vector_norm(torch.stack(norms), norm_type)', '        return torch.zeros((), device=device)\n    return torch.linalg.vector_norm(torch.stack(norms))'),
