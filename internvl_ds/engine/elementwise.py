@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from internvl_ds.engine.optimizer_trial import apart
+from internvl_ds.engine.optimizer_trial import copy_of
 from internvl_ds.errors import ConfigError
 
 _UPDATES = 3
@@ -100,7 +100,7 @@ def _weights_after(
     group = copy.deepcopy({k: v for k, v in settings.items() if k != 'params'}, memo)
     # A warm-up begins with 0, with which nothing moves.
     group['lr'] = torch.full_like(group['lr'], 0.01) if torch.is_tensor(group['lr']) else 0.01
-    trial = apart(optimizer, [{**group, 'params': copies}], memo)
+    trial = copy_of(optimizer, [{**group, 'params': copies}], memo)
     for update in range(_UPDATES):
         for parameter, gradient in zip(copies, gradients, strict=True):
             parameter.grad = gradient * (1 + update)

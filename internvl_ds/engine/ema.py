@@ -235,7 +235,10 @@ class ShardedEma:
     @torch.no_grad()
     def _exchange_masters(self) -> None:
         for name, master in self._wrapper.masters().items():
-            _swap(self._shards[name], master)
+            shard = self._shards[name]
+            copy = shard.detach().clone()
+            shard.data.copy_(master.data)
+            master.data.copy_(copy)
         self._wrapper.push_masters()
 
     @torch.no_grad()
@@ -248,12 +251,6 @@ def _copy_to_average(buffer: torch.Tensor) -> torch.Tensor:
     """A copy to average: in float32 where it is floating point."""
     dtype = torch.float32 if buffer.is_floating_point() else buffer.dtype
     return buffer.detach().to(dtype, copy=True)
-
-
-def _swap(a: torch.Tensor, b: torch.Tensor) -> None:
-    copy = a.detach().clone()
-    a.data.copy_(b.data)
-    b.data.copy_(copy)
 
 
 def _require_same(

@@ -16,7 +16,6 @@ from internvl_ds.files import for_show
 logger = logging.getLogger(__name__)
 
 _WITH_FOLDER = ('tensorboard', 'csv_monitor')
-_DEFAULT_JOB = 'DeepSpeedJobName'
 
 
 def drop_unwritable_monitors(ds_config: dict[str, Any], timeout: float) -> None:
@@ -34,7 +33,7 @@ def drop_unwritable_monitors(ds_config: dict[str, Any], timeout: float) -> None:
 
 
 def guard_monitors(engine: DeepSpeedEngine) -> None:
-    """Makes a failure to write events a warning, told once."""
+    """Makes the first failure to write events a warning, and ignores the next ones."""
     write = engine.monitor.write_events
 
     def write_events(events: Any) -> None:
@@ -45,9 +44,9 @@ def guard_monitors(engine: DeepSpeedEngine) -> None:
 
 
 def _can_write(section: dict[str, Any]) -> bool:
-    folder = Path(section.get('output_path') or '', section.get('job_name', _DEFAULT_JOB))
+    folder = Path(section.get('output_path') or '', section.get('job_name', 'DeepSpeedJobName'))
     with for_show(folder, logger):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
         return True
-    return False  # the failure was told
+    return False  # `for_show` has logged the failure

@@ -59,9 +59,9 @@ def state_of_optimizer(optimizer: Any) -> Any:
 
 
 def form_of(value: Any, shape: Sequence[int] | None = None) -> Form:
-    """The form of what an optimizer keeps for a tensor of a shape: a number, a tensor or other.
+    """The form of a value (number, tensor, `Flat` or other) that an optimizer keeps for a tensor.
 
-    Without ``shape``, shapes do not matter.
+    ``shape`` is the shape of that tensor; None where shapes do not matter.
     """
     if isinstance(value, int | float):
         return NUMBER
@@ -99,7 +99,7 @@ class Trials:
         self._results: dict[Any, Kept | None] = {}
 
     def kept(self, settings: Mapping[str, Any], tensor: torch.Tensor) -> Kept | None:
-        """What it keeps for a tensor of a group's settings; None where that cannot be told.
+        """What the optimizer keeps for a tensor of a group's settings; None where it is not known.
 
         Of the tensor only shape, dtype and device matter.
         """
@@ -113,7 +113,7 @@ class Trials:
         defaults, counters = self.optimizer.defaults, at_end.counters
         fresh = {k: v for k, v in settings.items() if k not in counters}
         fresh.update({key: defaults[key] for key in counters if key in defaults})
-        shape = _cut(tensor.shape)
+        shape = _trial_shape(tensor.shape)
         first = self._after(1, fresh, tensor, shape)
         small = self._after(1, fresh, tensor, _SMALL)
         later = self._after(_UPDATES, fresh, tensor, _SMALL)
@@ -143,7 +143,7 @@ class Trials:
         return self._results[key]
 
 
-def _cut(shape: Sequence[int]) -> tuple[int, ...]:
+def _trial_shape(shape: Sequence[int]) -> tuple[int, ...]:
     """A shape, its long sides cut where the tensor would be too large to try."""
     if math.prod(shape) <= _LARGEST:
         return tuple(shape)
@@ -159,7 +159,7 @@ def _keeps_after(
     memo: dict[int, Any] = {id(p): parameter for g in optimizer.param_groups for p in g['params']}
     group = copy.deepcopy({key: value for key, value in settings.items() if key != 'params'}, memo)
     group['params'] = [parameter]
-    trial = apart(optimizer, [group], memo)
+    trial = copy_of(optimizer, [group], memo)
     for _ in range(updates):
         parameter.grad = torch.ones_like(parameter)
         type(optimizer).step(trial)
@@ -171,7 +171,7 @@ def _keeps_after(
     return Kept(forms, numbers, True, frozenset(), counters)
 
 
-def apart(optimizer: Any, groups: list[dict[str, Any]], memo: dict[int, Any]) -> Any:
+def copy_of(optimizer: Any, groups: list[dict[str, Any]], memo: dict[int, Any]) -> Any:
     """A copy of an optimizer for other groups, which shares nothing that a step could change.
 
     Args:
@@ -185,7 +185,7 @@ def apart(optimizer: Any, groups: list[dict[str, Any]], memo: dict[int, Any]) ->
         if name.endswith('_hooks'):
             trial.__dict__[name] = OrderedDict()
         elif isinstance(value, torch.optim.Optimizer):
-            trial.__dict__[name] = apart(value, groups, memo)
+            trial.__dict__[name] = copy_of(value, groups, memo)
         elif isinstance(value, nn.Module):
             trial.__dict__[name] = value
         elif name not in ('state', 'param_groups', 'step'):  # a scheduler puts a step there

@@ -208,5 +208,5 @@ def require_fp16(ds_config: Mapping[str, Any]) -> None:
 def _refuse_unsupported(ds_config: Mapping[str, Any]) -> None:
     """The same for a configuration that `require_right` has not seen: of plain DeepSpeed."""
     require_fp16(ds_config)
-    enabled = (name for name in ('bf16', 'fp16') if value_at(ds_config, name, 'enabled'))
-    refuse(list(unsupported_settings(ds_config, next(enabled, None))))
+    blocks = (name for name in ('bf16', 'fp16') if value_at(ds_config, name, 'enabled'))
+    refuse(list(unsupported_settings(ds_config, next(blocks, None))))

@@ -32,7 +32,7 @@ _warnings: set[str] = set()
 
 @contextlib.contextmanager
 def for_show(what: str | Path, logger: logging.Logger) -> Iterator[None]:
-    """Runs a block that writes what only people read: its failure is a warning, told once.
+    """Runs a block that writes what only people read: its first failure is logged as a warning.
 
     Args:
         what: a file, or another name for what is written.

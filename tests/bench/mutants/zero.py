@@ -112,7 +112,7 @@ MUTANTS = [
         ('            self._exchange_masters()\n            self._set_buffers(copies)', '            self._set_buffers(copies)'),
         ('            self._exchange_masters()\n            self._set_buffers(copies)', '            self._exchange_masters()'),
         ('        self._wrapper.push_masters()\n', ''),
-        ('    copy = a.detach().clone()\n', '    copy = a.detach()\n'),
+        ('            copy = shard.detach().clone()\n', '            copy = shard.detach()\n'),
         ('dtype = torch.float32 if buffer.is_floating_point() else buffer.dtype', 'dtype = buffer.dtype'),
         ('self.warmup.decay(self.num_updates, self.decay) if self.warmup else self.decay', 'self.decay'),
         ("        self.decay, self.num_updates = float(saved['decay']), int(saved['num_updates'])", "        self.decay, self.num_updates = float(saved['decay']), 0"),
