@@ -20,14 +20,8 @@ from yacs.config import CfgNode
 
 from internvl_ds.config.tree import checkpoint_option, get_option
 from internvl_ds.dist.group import current_group
-from internvl_ds.dist.peers import background_meetings
-from internvl_ds.dist.rendezvous import (
-    connect_peers,
-    exchange,
-    raise_request,
-    rank,
-    request_is_raised,
-)
+from internvl_ds.dist.peers import background_meetings, rank
+from internvl_ds.dist.rendezvous import connect_peers, exchange, raise_request, request_is_raised
 from internvl_ds.dist.signals import Request
 from internvl_ds.errors import Preempted as Preempted
 from internvl_ds.errors import RankError, few

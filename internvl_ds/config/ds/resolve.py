@@ -12,16 +12,10 @@ from typing import Any, NamedTuple
 
 from yacs.config import CfgNode
 
+from internvl_ds.config.ds import pairs
 from internvl_ds.config.ds.auto_values import DEFAULT, Filling, fill_buckets, fill_open_values
 from internvl_ds.config.ds.diagnostics import Diagnostic, diagnostic, refuse
-from internvl_ds.config.ds.pairs import (
-    ACCUMULATION,
-    BATCH,
-    CLIPPING,
-    GRAD_SCALER,
-    MICRO_BATCH,
-    Pair,
-)
+from internvl_ds.config.ds.pairs import ACCUMULATION, BATCH, CLIPPING, MICRO_BATCH, Pair
 from internvl_ds.config.tree import default_of, get_option, set_options
 from internvl_ds.errors import ConfigError
 
@@ -120,8 +114,8 @@ def settle_batch(filling: Filling, config: CfgNode, world_size: int) -> None:
 
 def adopt(config: CfgNode, resolved: Mapping[str, Any]) -> None:
     """Writes into the yacs config what the JSON decided, so that loop and engine agree."""
-    pairs = (MICRO_BATCH, ACCUMULATION, CLIPPING)
-    set_options(config, {pair.yacs: resolved[pair.key] for pair in pairs})
+    settings = (MICRO_BATCH, ACCUMULATION, CLIPPING)
+    set_options(config, {pair.yacs: resolved[pair.key] for pair in settings})
 
 
 def for_inference(resolved: Mapping[str, Any]) -> dict[str, Any]:
@@ -231,7 +225,7 @@ def _set_precision(filling: Filling, mode: str) -> None:
     if mode in (FP16, AUTOCAST_FP16):
         # DeepSpeed reads these for torch autocast too, where the section is not enabled.
         filling.fill('/fp16/enabled', False, origin)
-        for key, value in GRAD_SCALER.items():
+        for key, value in pairs.GRAD_SCALER.items():
             filling.fill(f'/fp16/{key}', value, "torch's GradScaler")
     if mode in (AUTOCAST_FP16, AUTOCAST_BF16):
         dtype = 'float16' if mode == AUTOCAST_FP16 else 'bfloat16'

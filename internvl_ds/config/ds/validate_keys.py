@@ -13,16 +13,8 @@ from typing import Any
 
 import deepspeed
 
-from internvl_ds.config.ds import schema
-from internvl_ds.config.ds.diagnostics import (
-    ERROR,
-    WARNING,
-    Diagnostic,
-    diagnostic,
-    nearest,
-    pointer_of,
-    shown,
-)
+from internvl_ds.config.ds import diagnostics, schema
+from internvl_ds.config.ds.diagnostics import Diagnostic, diagnostic, nearest, pointer_of, shown
 from internvl_ds.config.ds.introspect import Path
 from internvl_ds.config.ds.pairs import COUNTERPARTS
 from internvl_ds.config.ds.schema import BOOL, INT, LIST, NULL, NUMBER, OBJECT, TEXT, Key, Value
@@ -144,12 +136,12 @@ class _Walk:
         return pointer_of(shortest)
 
     def _deprecated(self, entry: Key, block: Key, tree: Mapping[str, Any], path: Path) -> None:
-        keys, text, severity = block.keys or {}, 'is deprecated', WARNING
+        keys, text, severity = block.keys or {}, 'is deprecated', diagnostics.WARNING
         successor = keys.get(entry.successor)
         names = sorted(n for n in tree if successor is not None and keys.get(n) is successor)
         if names:
             text += f', and its successor {names[0]} is stated as well; remove {path[-1]}'
-            severity = ERROR
+            severity = diagnostics.ERROR
         elif entry.successor:
             name = successor.name if successor is not None else ''
             text += f'; use {name or entry.successor}'
