@@ -100,8 +100,8 @@ class AveragedModule:
         """Copies what the average keeps. Frozen parameters are the module's own."""
         engine = self._average.engine
         with torch.inference_mode(False), torch.no_grad(), self._average.swapped_in():
-            kept = self._average.kept_tensors()
-            self._copies = {name: tensor.detach().clone() for name, tensor in kept.items()}
+            tensors = self._average.averaged_tensors()
+            self._copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         self._hook = engine.register_forward_pre_hook(self._drop_in_training)
 
     def _drop_in_training(self, *_: Any) -> None:

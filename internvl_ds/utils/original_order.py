@@ -30,36 +30,36 @@ def save_checkpoint(*args: Any, **kwargs: Any) -> str:
     return save.save_checkpoint(*args[:_SHARED], **last)
 
 
-def _last_arguments(given: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
+def _last_arguments(values: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:
     """The arguments from the 12th on, by name.
 
     Args:
-        given: those given by position.
-        named: those given by name, whichever they are.
+        values: those given by position.
+        keywords: those given by name, whichever they are.
     """
-    numbers = f'{_SHARED + 1} to {_SHARED + len(given)}'
-    if len(given) > len(_ORIGINAL):
+    numbers = f'{_SHARED + 1} to {_SHARED + len(values)}'
+    if len(values) > len(_ORIGINAL):
         raise ConfigError(
-            f'save_checkpoint: {_SHARED + len(given)} arguments by position; it takes '
+            f'save_checkpoint: {_SHARED + len(values)} arguments by position; it takes '
             f'{_SHARED + 1}, or {_SHARED + len(_ORIGINAL)} in the original order'
         )
-    names = _ORIGINAL[: len(given)]
-    if given and isinstance(given[0], str):
-        if len(given) > 1:
+    names = _ORIGINAL[: len(values)]
+    if values and isinstance(values[0], str):
+        if len(values) > 1:
             raise ConfigError(
-                f'save_checkpoint: of the arguments {numbers} the first is {given[0]!r}, which is '
+                f'save_checkpoint: of the arguments {numbers} the first is {values[0]!r}, which is '
                 f"`best` in this package's order, and in the original's it would be model_ems: "
-                f'pass best={given[0]!r} by name, and the others without it'
+                f'pass best={values[0]!r} by name, and the others without it'
             )
         names = ('best',)
-    elif len(given) == 1 and given[0] is None and 'best' not in named:
+    elif len(values) == 1 and values[0] is None and 'best' not in keywords:
         names = ('best',)  # in the original order it is model_ems, None as well
-    if twice := [name for name in names if name in named]:
+    if duplicates := [name for name in names if name in keywords]:
         raise ConfigError(
-            f'save_checkpoint: {twice[0]} is given by name, and by position as one of the '
+            f'save_checkpoint: {duplicates[0]} is given by name, and by position as one of the '
             f'arguments {numbers}, which are {", ".join(names)}: pass it once'
         )
-    last = {**named, **dict(zip(names, given, strict=True))}
+    last = {**keywords, **dict(zip(names, values, strict=True))}
     for name in _NOT_KEPT:
         if (value := last.pop(name, None)) is not None:
             raise ConfigError(

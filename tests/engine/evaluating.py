@@ -72,6 +72,8 @@ def call_the_average(pairs: list[tuple[int, str]]) -> dict[str, Any]:
                 'save': message_of(lambda run=run: _save(run)),
                 'step': message_of(lambda run=run: run.half(3, 1)),
                 'update': message_of(run.average.update),
+                'state': message_of(run.average.ema.state_dict),
+                'load': message_of(lambda run=run: run.average.load_whole({}, '')),
             }
         modes = [module.training, module.stem.training, module.norm.training]
         module.norm.train()

@@ -36,7 +36,11 @@ def test_it_evaluates_the_average_and_leaves_the_training_as_it_was(tmp_path):
             words = 'inside `with model_ema.swapped_in():`: the engine holds the averaged weights'
             assert f'save_checkpoint {words}' in got['inside']['save'], name
             assert f'an update {words}' in got['inside']['step'], name
-            assert 'ShardedEma.update inside swapped_in' in got['inside']['update'], name
+            for what, call in (
+                ('update', 'ShardedEma.update'), ('state', 'ShardedEma.state_dict'),
+                ('load', 'load_ema_checkpoint'),
+            ):  # fmt: skip
+                assert f'{call} inside swapped_in' in got['inside'][what], name
 
 
 def test_what_a_module_has_and_an_average_has_not_says_what_to_do():

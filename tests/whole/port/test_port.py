@@ -104,6 +104,9 @@ def listed(value):
 @pytest.mark.slow
 def test_the_port_trains_as_the_script_under_ddp_did(tmp_path):
     plain, ported = run(tmp_path, 'plain', [0]), run(tmp_path, 'ported', [0, 1, 2, 3])
+    # three micro-batches are left over in every epoch; six saves come then
+    log = Path(tmp_path, 'ported/3/4-None/port/log_rank0.txt').read_text()
+    assert log.count('saving between two micro-batches') == 1
     assert max(line.get('norm', 0) for line in plain[0, '1-None'][0]) > 6  # clipped to 5
     assert [line.keys() for line in plain[0, 'eval'][0]][1:] == [
         {'resumed', 'max_accuracy'}, {'resumed_ema'},
