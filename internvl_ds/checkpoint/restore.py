@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -21,14 +21,17 @@ def model_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def require_same_model(
-    saved: Mapping[str, tuple[int, ...]], running: Mapping[str, tuple[int, ...]], where: str
+    saved: Mapping[str, tuple[int, ...]],
+    running: Mapping[str, tuple[int, ...]],
+    where: str,
+    may_lack: Container[str] = (),
 ) -> None:
-    """Refuses a checkpoint of another model.
+    """Refuses a checkpoint of another model, which has other names than ``may_lack`` excuses.
 
     Raises:
         CheckpointMismatch: names the checkpoint and the first keys that differ.
     """
-    missing = [name for name in running if name not in saved]
+    missing = [n for n in running if n not in saved and n not in may_lack]
     unexpected = [name for name in saved if name not in running]
     reshaped = [n for n in running if n in saved and tuple(saved[n]) != tuple(running[n])]
     if not (missing or unexpected or reshaped):
@@ -44,8 +47,21 @@ def require_same_model(
     raise CheckpointMismatch(f'{where}: made for another model; {"; ".join(parts)}')
 
 
+def given_by_backbone(module: nn.Module) -> frozenset[str]:
+    """The names that a .pth of a head alone may lack: another file has just given their values.
+
+    The model says so by an attribute of that name.
+    """
+    return frozenset(getattr(module, 'given_by_backbone', ()))
+
+
 @torch.no_grad()
-def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], where: str) -> None:
+def load_weights(
+    model: nn.Module,
+    weights: Mapping[str, torch.Tensor],
+    where: str,
+    may_lack: Container[str] = (),
+) -> None:
     """Copies whole weights into a plain module or an engine. Collective: every rank calls it.
 
     An engine's fp32 masters are set from the weights that it computes with; the optimizer's state
@@ -55,6 +71,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], where: s
         model: a plain module, or an engine.
         weights: name -> whole tensor, any device and dtype.
         where: the checkpoint's path, for errors.
+        may_lack: names that stay as they are where the weights lack them.
 
     Raises:
         CheckpointMismatch: before anything is changed.
@@ -62,17 +79,19 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], where: s
     engine = model if isinstance(model, DeepSpeedEngine) else None
     module = engine.module if engine is not None else model
     shapes = {name: tuple(t.shape) for name, t in weights.items()}
-    require_same_model(shapes, model_shapes(module), where)
+    require_same_model(shapes, model_shapes(module), where, may_lack)
     wrapper = wrapper_of(engine) if engine is not None else None
     if wrapper is not None and wrapper.sharded:
         wrapper.release_gathered()
         for name, target in module.state_dict(keep_vars=True).items():
+            if name not in weights:
+                continue
             if is_sharded(target):
                 copy_slice(target, Flat.of(f'{where}: {name}', weights[name]))
             else:
                 target.copy_(weights[name])
         wrapper.gather_persistent()
     else:
-        module.load_state_dict(weights)
+        module.load_state_dict(weights, strict=False)  # of the same names, but for may_lack
     if wrapper is not None:
         wrapper.pull_masters()
