@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_iter
 
 from internvl_ds.config.ds import resolve as ds
 from internvl_ds.errors import ConfigError
+from internvl_ds.train.models.batch_norm import SyncBatchNorm
 
 _CHANNELS = 3
 _BATCHES = 2, 4  # that are watched; mixup needs even ones
@@ -214,9 +215,10 @@ def _without_data(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
             for name, tensor in store.items():
                 if isinstance(tensor, torch.Tensor):
                     places.append((store, name, tensor))
+    wide = {id(b) for m in model.modules() if isinstance(m, SyncBatchNorm) for b in m.buffers()}
     for store, name, tensor in places:
         if id(tensor) not in made:
-            made[id(tensor)] = _like(tensor, dtype)
+            made[id(tensor)] = _like(tensor, tensor.dtype if id(tensor) in wide else dtype)
         store[name] = made[id(tensor)]
     try:
         yield
