@@ -31,7 +31,7 @@ from internvl_ds.pretrained.known_formats import through_timm
 from internvl_ds.pretrained.report import PretrainedReport
 from internvl_ds.pretrained.transforms import Note, Specs, State, Step
 from internvl_ds.zero.lazy_tensor import Flat
-from internvl_ds.zero.parameters import is_sharded, shard_alike, whole_shape
+from internvl_ds.zero.parameters import is_sharded, outside_zero_init, shard_alike, whole_shape
 
 _M = TypeVar('_M', bound=nn.Module)
 
@@ -85,6 +85,7 @@ def load_pretrained(config: CfgNode, model: nn.Module, logger: logging.Logger) -
     return load_planned(config, model, decide, logger)
 
 
+@outside_zero_init()
 def load_planned(
     config: CfgNode,
     model: nn.Module,
