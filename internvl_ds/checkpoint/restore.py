@@ -21,17 +21,14 @@ def model_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def require_same_model(
-    saved: Mapping[str, tuple[int, ...]],
-    running: Mapping[str, tuple[int, ...]],
-    where: str,
-    may_lack: Container[str] = (),
+    saved: Mapping[str, tuple[int, ...]], running: Mapping[str, tuple[int, ...]], where: str
 ) -> None:
-    """Refuses a checkpoint of another model, which has other names than ``may_lack`` excuses.
+    """Refuses a checkpoint of another model.
 
     Raises:
         CheckpointMismatch: names the checkpoint and the first keys that differ.
     """
-    missing = [n for n in running if n not in saved and n not in may_lack]
+    missing = [name for name in running if name not in saved]
     unexpected = [name for name in saved if name not in running]
     reshaped = [n for n in running if n in saved and tuple(saved[n]) != tuple(running[n])]
     if not (missing or unexpected or reshaped):
@@ -79,7 +76,9 @@ def load_weights(
     engine = model if isinstance(model, DeepSpeedEngine) else None
     module = engine.module if engine is not None else model
     shapes = {name: tuple(t.shape) for name, t in weights.items()}
-    require_same_model(shapes, model_shapes(module), where, may_lack)
+    running = model_shapes(module).items()
+    expected = {name: shape for name, shape in running if name in shapes or name not in may_lack}
+    require_same_model(shapes, expected, where)
     wrapper = wrapper_of(engine) if engine is not None else None
     if wrapper is not None and wrapper.sharded:
         wrapper.release_gathered()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from internvl_ds import (
@@ -75,6 +76,8 @@ def _in_engine(stage: int, level: str, kind: str, output: str, freeze: bool) -> 
         TRAIN__USE_CHECKPOINT=not freeze,
     )  # fmt: skip
     config.AMP_OPT_LEVEL, config.AMP_TYPE, config.OUTPUT = level, kind, output
+    if (level, kind) == ('O2', 'float16'):  # the CPU computes in it, and DeepSpeed refuses to
+        get_accelerator().is_fp16_supported = lambda: True
     engine, optimizer = _engine(config, stage)
     module, scaler = engine.module, NativeScalerWithGradNormCount()
     ema, seen = ShardedEma(engine, _DECAY), []
@@ -133,7 +136,7 @@ def _beside_plain_loop(config: Any, engine: Any) -> float:
     got, want = whole_weights(engine), dict(model.named_parameters())
     moved = torch.stack([(want[n] - start[n]).norm() for n in start]).norm()
     off = torch.stack([(want[n] - got[n]).norm() for n in start]).norm()
-    return float(off / moved)
+    return float((off / moved).detach())
 
 
 def _resumed(config: Any, stage: int, buffers: Any, averaged: Any) -> list[str]:
