@@ -99,7 +99,9 @@ def local_files(config: CfgNode, path: str) -> tuple[Path, Path | None]:
     if repository is None:
         file = Path(downloads.local(path, config))
         settings = (file if file.is_dir() else file.parent) / 'config.json'
-        return file, settings if settings.is_file() else None
+        # A .pth is the original's, which writes no such file: one beside it is of something else.
+        known = settings.is_file() and file.suffix not in ('.pth', '.pt')
+        return file, settings if known else None
     try:
         return Path(downloads.local(repository, config)), Path(
             downloads.local(f'{repository}:config.json', config)
@@ -156,7 +158,7 @@ def _adapt(source: State, model: nn.Module, backbone: Backbone, name: str) -> Pl
         raise PretrainedError(
             f'is of another backbone: {len(missing)} names of the model are not in it '
             f'({few(missing) or "none"}), and {len(unexpected)} of its names are not in the model '
-            f'({few(unexpected) or "none"})'
+            f'({few(unexpected) or "none"}). Set the keys beside {backbone.key} as for the file'
         )
     apply.require_shapes(kept, specs)
     if others:

@@ -39,6 +39,7 @@ def hugging_face(state):
 
 
 def write_pth(folder, state):
+    (folder / 'config.json').write_text('of something else')
     torch.save({'module': state}, folder / 'backbone.pth')
     return folder / 'backbone.pth'
 
