@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from internvl_ds.checkpoint.sources import downloads
 from internvl_ds.errors import PretrainedError
 from internvl_ds.train.model import build_model
 from internvl_ds.train.models.build import warn_of_random_backbone
@@ -193,6 +194,24 @@ def test_what_no_shape_tells_is_read_beside_the_file(tmp_path, settings, message
     (tmp_path / 'config.json').write_text(json.dumps(settings))
     with pytest.raises(PretrainedError, match=message):
         build_model(tiny_config(PRETRAINED=str(tmp_path)))
+
+
+@pytest.mark.parametrize('name', ['org/tower', 'hf-hub:org/tower'])
+def test_a_repository_comes_with_its_settings(tmp_path, monkeypatch, name):
+    state = published('clip_vit')
+    theirs = {n.replace('model.', 'vision_model.', 1): t for n, t in state.items()}
+    save_file({n: t.contiguous() for n, t in theirs.items()}, tmp_path / 'model.safetensors')
+    settings = tmp_path / 'settings'  # the client's cache has each file where it likes
+    answers = {'hf-hub:org/tower': tmp_path / 'model.safetensors'}
+    answers['hf-hub:org/tower:config.json'] = settings
+    monkeypatch.setattr(downloads, 'fetch', lambda address, timeout: answers[address])
+    config = tiny_config('clip_vit', PRETRAINED=name)
+    settings.write_text(json.dumps({'vision_config': {'num_attention_heads': 4}}))
+    model = build_model(config)
+    assert all(torch.equal(model.state_dict()[n], t) for n, t in state.items())
+    settings.write_text(json.dumps({'vision_config': {'num_attention_heads': 2}}))
+    with pytest.raises(PretrainedError, match='num_attention_heads 2'):
+        build_model(config)
 
 
 def test_a_repository_that_cannot_be_had_is_named(monkeypatch):
