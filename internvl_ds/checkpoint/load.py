@@ -11,7 +11,7 @@ import torch
 from yacs.config import CfgNode
 
 from internvl_ds.checkpoint import async_save
-from internvl_ds.checkpoint.choice import choose, downloaded
+from internvl_ds.checkpoint.choice import choose, fetch_resume
 from internvl_ds.checkpoint.direct_load import load_same_layout
 from internvl_ds.checkpoint.direct_or_reshard import fits_directly
 from internvl_ds.checkpoint.formats.client_state import saved_state, unread_keys
@@ -72,7 +72,7 @@ def load_checkpoint(
     """
     async_save.wait()
     load = Load(config, logger, lr_scheduler, scaler, loop)
-    path = choose(config, logger) or downloaded(load)
+    path = choose(config, logger) or fetch_resume(load)
     logger.info('==============> Resuming from %s....................', path)
     evaluates = get_option(config, 'EVAL_MODE', False)
     if not evaluates:
@@ -127,8 +127,8 @@ def _train_from_tag(load: Load, tag: Path, model: Any) -> dict[str, Any]:
 
     def read_state() -> tuple[SavedLoop, dict[str, Any]]:
         state = saved_state(shards)
-        engines_own = load.lr_scheduler is None and engine.lr_scheduler is not None
-        if engines_own and not shards.has_manifest:
+        has_schedule = load.lr_scheduler is None and engine.lr_scheduler is not None
+        if has_schedule and not shards.has_manifest:
             state['lr_scheduler'] = None  # it is restored with the engine
         require_schedule(state, load.lr_scheduler, tag)
         return SavedLoop(tag, shards.world_size), state
@@ -154,8 +154,8 @@ def _shards_of(path: Path, logger: logging.Logger) -> TagShards:
         _ = shards.world_size, shards.shapes()
     shards.warn_unverified(logger)
     if shards.unused:
-        strange = f'files that are not of its layout ({few(shards.unused)})'
-        logger.warning(f'{path} has no manifest, and {strange}: they are not read')
-    if unread := unread_keys(shards):
-        logger.warning('%s: what its client_state has of %s is not restored', path, few(unread))
+        text = f'files that are not of its layout ({few(shards.unused)})'
+        logger.warning(f'{path} has no manifest, and {text}: they are not read')
+    if keys := unread_keys(shards):
+        logger.warning('%s: what its client_state has of %s is not restored', path, few(keys))
     return shards

@@ -23,24 +23,20 @@ def model_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 def require_same_model(
     saved: Mapping[str, tuple[int, ...]], running: Mapping[str, tuple[int, ...]], where: str
 ) -> None:
-    """Refuses a checkpoint of another model.
-
-    Raises:
-        CheckpointMismatch: names the checkpoint and the first keys that differ.
-    """
-    missing = [name for name in running if name not in saved]
-    unexpected = [name for name in saved if name not in running]
-    reshaped = [n for n in running if n in saved and tuple(saved[n]) != tuple(running[n])]
-    if not (missing or unexpected or reshaped):
+    """Raises CheckpointMismatch for a checkpoint of another model; names the first keys."""
+    gaps = [name for name in running if name not in saved]
+    extras = [name for name in saved if name not in running]
+    changes = [n for n in running if n in saved and tuple(saved[n]) != tuple(running[n])]
+    if not (gaps or extras or changes):
         return
     parts = []
-    if missing:
-        parts.append(f'{len(missing)} keys are not in it: {few(missing)}')
-    if unexpected:
-        parts.append(f'{len(unexpected)} keys are not in the model: {few(unexpected)}')
-    if reshaped:
-        shapes = [f'{n} {tuple(saved[n])} -> {tuple(running[n])}' for n in reshaped]
-        parts.append(f'{len(reshaped)} have another shape (checkpoint -> model): {few(shapes)}')
+    if gaps:
+        parts.append(f'{len(gaps)} keys are not in it: {few(gaps)}')
+    if extras:
+        parts.append(f'{len(extras)} keys are not in the model: {few(extras)}')
+    if changes:
+        shapes = [f'{n} {tuple(saved[n])} -> {tuple(running[n])}' for n in changes]
+        parts.append(f'{len(changes)} have another shape (checkpoint -> model): {few(shapes)}')
     raise CheckpointMismatch(f'{where}: made for another model; {"; ".join(parts)}')
 
 
@@ -67,11 +63,8 @@ def load_weights(
     Args:
         model: a plain module, or an engine.
         weights: name -> whole tensor, any device and dtype.
-        where: the checkpoint's path, for errors.
+        where: the checkpoint's path, for the CheckpointMismatch before anything is changed.
         may_lack: names that stay as they are where the weights lack them.
-
-    Raises:
-        CheckpointMismatch: before anything is changed.
     """
     engine = model if isinstance(model, DeepSpeedEngine) else None
     module = engine.module if engine is not None else model

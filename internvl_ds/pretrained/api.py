@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -60,9 +60,10 @@ class Plan:
 
 def load_pretrained(config: CfgNode, model: nn.Module, logger: logging.Logger) -> PretrainedReport:
     """Loads the weights at MODEL.PRETRAINED into a module, adapted to it, before ``initialize``.
+    Collective: every rank calls it.
 
-    Collective: every rank calls it. Everything is checked before the first tensor of the model
-    changes. A module built under ``deepspeed.zero.Init`` gets its slices tensor by tensor.
+    Everything is checked before the first tensor of the model changes. A module built under
+    ``deepspeed.zero.Init`` gets its slices tensor by tensor.
 
     Args:
         config: MODEL.PRETRAINED (a file, a directory, a tag or an address) and its settings are
@@ -106,20 +107,21 @@ def load_planned(
     readers = str(get_option(config, 'MODEL.PRETRAINED_READERS', 'all'))
     if readers not in ('all', 'one'):
         raise ConfigError(f"MODEL.PRETRAINED_READERS is {readers!r}; it can be 'all' or 'one'")
-    partitioned = any(map(is_sharded, model.parameters()))
+    is_partitioned = any(map(is_sharded, model.parameters()))
     values: Iterable[tuple[str, Any]]
     if readers == 'one':
         init_distributed(config)
         plan = _decide_on_rank_0(decide, checkpoint_option(config, 'IO_TIMEOUT'))
         values = _broadcast(plan.state)
     else:
-        plan = _decide_alike(decide, config) if partitioned or alike else decide()
+        plan = _decide_alike(decide, config) if is_partitioned or alike else decide()
         values = plan.state.items()
     plan.report.log(logger)
     if plan.rescale:
         apply.rescale_head(model)
     with collectives_within(checkpoint_option(config, 'IO_TIMEOUT')):
-        if partitioned or readers == 'one' or not _all_tensors(plan.state):
+        all_tensors = all(isinstance(value, Tensor) for value in plan.state.values())
+        if is_partitioned or readers == 'one' or not all_tensors:
             apply.write(model, values)
         else:
             apply.load_state(model, plan.state)
@@ -196,18 +198,18 @@ def _adapt(config: CfgNode, path: str, source: State, model: nn.Module) -> Plan:
     )
     state, notes = run_steps(naming, source, specs)
     apply.require_overlap(state, specs)
-    state, resized = run_steps(_SIZING, state, specs)
+    state, size_notes = run_steps(_SIZING, state, specs)
     plan = head.plan_head(state, specs, bool(get_option(config, 'TRAIN.RAND_INIT_FT_HEAD', False)))
-    state, fitted = run_steps((lambda s, _: head.fit_head(s, plan),), state, specs)
+    state, head_notes = run_steps((lambda s, _: head.fit_head(s, plan),), state, specs)
     apply.require_shapes(state, specs)
     rescale = plan is head.HeadPlan.RESCALE
     report = PretrainedReport(
         path=path,
-        notes=notes + resized + fitted,
+        notes=notes + size_notes + head_notes,
         loaded=tuple(key for key in state if key in specs),
         missing=tuple(key for key in specs if key not in state),
         unexpected=tuple(key for key in state if key not in specs),
-        matched=_matched(model, state, rescale),
+        matched=_share_in(model, state, rescale),
     )
     report.require(float(get_option(config, 'MODEL.PRETRAINED_MIN_MATCH')))
     plan_state = {key: state[key] for key in report.loaded}
@@ -217,11 +219,7 @@ def _adapt(config: CfgNode, path: str, source: State, model: nn.Module) -> Plan:
     return Plan(plan_state, rescale, report)
 
 
-def _all_tensors(state: State) -> bool:
-    return all(isinstance(value, Tensor) for value in state.values())
-
-
-def _matched(model: nn.Module, state: State, rescale: bool) -> float:
+def _share_in(model: nn.Module, state: State, rescale: bool) -> float:
     names = [n for n, _ in model.named_parameters() if not (rescale and n.startswith('head.'))]
     return sum(name in state for name in names) / len(names) if names else 1.0
 
@@ -242,23 +240,23 @@ def _verify_share(path: str) -> None:
     if manifest is None:
         return
     names = [*weight_files(manifest), *(name for name in manifest.files if name.startswith('ema'))]
-    damaged = damage(Path(path), manifest, share_of(names, rank(), world_size()))
-    if damaged:
-        raise PretrainedError('; '.join(damaged))
+    damages = damage(Path(path), manifest, share_of(names, rank(), world_size()))
+    if damages:
+        raise PretrainedError('; '.join(damages))
 
 
 def _decide_alike(decide: Any, config: CfgNode) -> Plan:
     """Every rank decides for itself, and all go on only if all decided the same."""
     timeout = checkpoint_option(config, 'IO_TIMEOUT')
     plan: Plan = agree('read pretrained weights', decide, timeout, PretrainedError)
-    own = [plan.report.path, list(plan.state), [list(v.shape) for v in plan.state.values()]]
-    seen = exchange('compare pretrained weights', own, timeout)
-    other = next((r for r, theirs in enumerate(seen) if theirs != seen[0]), None)
+    summary = [plan.report.path, list(plan.state), [list(v.shape) for v in plan.state.values()]]
+    answers = exchange('compare pretrained weights', summary, timeout)
+    other = next((r for r, theirs in enumerate(answers) if theirs != answers[0]), None)
     if other is not None:
         raise RankError(
-            f'load_pretrained: rank {other} would load {len(seen[other][1])} entries of '
-            f'{seen[other][0]}, and rank 0 {len(seen[0][1])} of {seen[0][0]}: MODEL.PRETRAINED '
-            'must be the same weights on all ranks'
+            f'load_pretrained: rank {other} would load {len(answers[other][1])} entries of '
+            f'{answers[other][0]}, and rank 0 {len(answers[0][1])} of {answers[0][0]}: '
+            'MODEL.PRETRAINED must be the same weights on all ranks'
         )
     return plan
 
@@ -267,33 +265,25 @@ def _decide_on_rank_0(decide: Any, timeout: float) -> Plan:
     """Rank 0 decides and tells; the others get a plan whose values are still to come."""
     plans: list[Plan] = []
 
-    def tell() -> dict[str, Any]:
-        plans.append(decide())
-        report = plans[0].report
-        return {
-            'report': [report.path, report.loaded, report.missing, report.unexpected],
-            'matched': report.matched,
-            'notes': [list(vars(note).values()) for note in report.notes],
-            'rescale': plans[0].rescale,
-            'values': [
-                [key, list(value.shape), str(value.dtype).removeprefix('torch.')]
-                for key, value in plans[0].state.items()
-            ],
-        }
+    def tell() -> list[Any]:
+        plan = decide()
+        plans.append(plan)
+        values = [
+            [key, list(value.shape), str(value.dtype).removeprefix('torch.')]
+            for key, value in plan.state.items()
+        ]
+        return [values, plan.rescale, asdict(plan.report)]
 
-    told = from_rank_0('read pretrained weights', tell, timeout)
+    values, rescale, fields = from_rank_0('read pretrained weights', tell, timeout)
     if plans:
         return plans[0]
-    path, loaded, missing, unexpected = told['report']
-    notes = tuple(Note(*note) for note in told['notes'])
-    report = PretrainedReport(
-        path, notes, tuple(loaded), tuple(missing), tuple(unexpected), told['matched']
-    )
     state = {
         key: torch.empty(shape, dtype=getattr(torch, dtype), device='meta')
-        for key, shape, dtype in told['values']
+        for key, shape, dtype in values
     }
-    return Plan(state, told['rescale'], report)
+    fields['notes'] = [Note(**note) for note in fields['notes']]
+    lists = {key: tuple(value) for key, value in fields.items() if isinstance(value, list)}
+    return Plan(state, rescale, PretrainedReport(**{**fields, **lists}))
 
 
 def _broadcast(state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
@@ -313,7 +303,7 @@ def _take_rows(parameter: Any) -> nn.Parameter:
     sharded = is_sharded(parameter)
     with deepspeed.zero.GatheredParameters([parameter], enabled=sharded):
         rows = head.imagenet_22k_rows().to(parameter.device)
-        taken = nn.Parameter(parameter.detach()[rows], requires_grad=parameter.requires_grad)
+        result = nn.Parameter(parameter.detach()[rows], requires_grad=parameter.requires_grad)
     if sharded:
-        shard_alike(parameter, taken)
-    return taken
+        shard_alike(parameter, result)
+    return result

@@ -74,16 +74,13 @@ def total_size(paths: Iterable[Path]) -> int:
 
 
 def download(
-    uri: HfUri,
-    run: Callable[[Callable[[], str]], str],
-    digest_of: Callable[[Path], str],
+    uri: HfUri, run: Callable[[Callable[[], str]], str], digest_of: Callable[[Path], str]
 ) -> Path:
     """The file in the client's cache, downloaded where the hub has another; its hash is checked.
 
     Beside an index the files that it names are in the cache then too.
 
     Args:
-        uri: from `parse`.
         run: runs what it is given, and ends it at its limit.
         digest_of: the sha256 of a file, by which the cache names it.
     """
@@ -111,10 +108,10 @@ def _whole(
 ) -> Path:
     for force in (False, True):
         path = Path(run(lambda: _get(uri, file, force)))  # noqa: B023
-        named = Path(os.readlink(path)).name if path.is_symlink() else ''
-        if len(named) != 64 or digest_of(path) == named:
+        digest = Path(os.readlink(path)).name if path.is_symlink() else ''
+        if len(digest) != 64 or digest_of(path) == digest:
             return path
-        _log.warning(f'{path}: is damaged: it is not what its name {named} says')
+        _log.warning(f'{path}: is damaged: it is not what its name {digest} says')
     raise PretrainedError(f'{path}: is damaged, and was again when it was downloaded again')
 
 
