@@ -22,7 +22,7 @@ from internvl_ds.checkpoint.formats.zero_shards import TagShards
 from internvl_ds.checkpoint.load_by_name import load_other_layout, train_from_file
 from internvl_ds.checkpoint.load_context import Load
 from internvl_ds.checkpoint.optimizer_state import require_optimizer
-from internvl_ds.checkpoint.restore import load_weights
+from internvl_ds.checkpoint.restore import given_by_backbone, load_weights
 from internvl_ds.checkpoint.restore_scheduler import require_schedule
 from internvl_ds.checkpoint.sources.classes import require_same_classes
 from internvl_ds.checkpoint.tag.verify import weight_files
@@ -94,7 +94,9 @@ def _evaluate_file(load: Load, where: str, model: Any) -> float:
         with interpreting(where, CheckpointError):
             weights = weights_of_file(checkpoint, where)
             accuracy = float(checkpoint.get('max_accuracy') or 0.0)
-        load_weights(find_engine(model) or model, weights, where)
+        engine = find_engine(model)
+        given = given_by_backbone(model if engine is None else engine.module)
+        load_weights(engine or model, weights, where, given)
         load.logger.info('=> loaded the weights of %s', where)
         return accuracy
 

@@ -6,15 +6,22 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from internvl_ds.checkpoint.direct_or_reshard import layout_of_engine
-from internvl_ds.checkpoint.formats.pth_format import open_file, schedule_of_original, state_of_file
+from internvl_ds.checkpoint.formats.pth_format import (
+    open_file,
+    schedule_of_original,
+    state_of_file,
+    weights_of_file,
+)
 from internvl_ds.checkpoint.formats.state_json import require_state
 from internvl_ds.checkpoint.formats.zero_shards import TagShards
 from internvl_ds.checkpoint.load_context import Load
 from internvl_ds.checkpoint.optimizer_state import require_optimizer
-from internvl_ds.checkpoint.reshard import Restorer
+from internvl_ds.checkpoint.reshard import Restorer, require_in_memory
+from internvl_ds.checkpoint.restore import given_by_backbone, load_weights
 from internvl_ds.checkpoint.restore_scheduler import (
     fit_to_groups,
     require_schedule,
@@ -28,15 +35,19 @@ from internvl_ds.engine.registry import applied_updates, engine_of, registration
 from internvl_ds.engine.scheduling import restore_schedule_position, warn_of_slow_schedule
 from internvl_ds.errors import CheckpointError
 from internvl_ds.files.reading import interpreting
-from internvl_ds.zero.lazy_tensor import NamedState
+from internvl_ds.zero.lazy_tensor import Flat, NamedState, fill
+from internvl_ds.zero.partition import owned
 
 
 def train_from_file(load: Load, resume: str, model: Any) -> float:
     """Goes on from an original's .pth, each rank with its part. Collective: every rank calls it.
 
-    Returns the saved max_accuracy.
+    Where a .pth holds a head alone, and no optimizer, training begins with that: see
+    `given_by_backbone`. Returns the saved max_accuracy.
     """
     engine = engine_of(model)
+    if _is_head_alone(load, engine, resume):
+        return _train_from_head(load, engine, resume)
     require_optimizer(wrapper_of(engine).client)
     client_groups = registration_of(engine).client_groups
     now = _names_of(client_groups)
@@ -63,6 +74,45 @@ def train_from_file(load: Load, resume: str, model: Any) -> float:
     _finish_restoring(load, engine, state, lrs, resume, None)
     load.logger.info('=> loaded successfully %s (epoch %s)', resume, state['epoch'])
     return state['max_accuracy']
+
+
+def _is_head_alone(load: Load, engine: DeepSpeedEngine, resume: str) -> bool:
+    given = given_by_backbone(engine.module)
+
+    def look() -> bool:
+        checkpoint = open_file(resume)
+        with interpreting(resume, CheckpointError):
+            lacks = given - weights_of_file(checkpoint, resume).keys()
+            return bool(lacks) and 'optimizer' not in checkpoint
+
+    return bool(given) and bool(load.from_rank_0('look at file', look))
+
+
+def _train_from_head(load: Load, engine: DeepSpeedEngine, resume: str) -> float:
+    """Sets the head's weights, in float32 where the optimizer has masters; all else is as it was.
+
+    Returns:
+        0.0: no accuracy was reached in this training.
+    """
+    wrapper = wrapper_of(engine)
+
+    @torch.no_grad()
+    def take() -> None:
+        require_in_memory(wrapper)
+        checkpoint = open_file(resume)
+        with interpreting(resume, CheckpointError):
+            weights = weights_of_file(checkpoint, resume)
+        load_weights(engine, weights, resume, given_by_backbone(engine.module))
+        flats = {name: Flat.of(f'{resume}: {name}', t) for name, t in weights.items()}
+        layout, own = wrapper.partitioning()
+        for master, runs in zip(wrapper.masters().values(), owned(layout, own), strict=True):
+            fill(master.data, [(n, place) for n, place in runs if n in flats], flats)
+        wrapper.push_masters()
+
+    with collectives_within(load.io_timeout):
+        load.agree('read weights', take)
+    load.logger.info('=> loaded the head of %s, which has no optimizer: training begins', resume)
+    return 0.0
 
 
 def load_other_layout(

@@ -35,7 +35,7 @@ class Restorer:
             CheckpointError: when a shard cannot be read, or the engine keeps its state on NVMe.
         """
         self.engine, self.wrapper = engine, wrapper_of(engine)
-        _require_in_memory(self.wrapper)
+        require_in_memory(self.wrapper)
         state.require_all_named()
         optimizer = RunningOptimizer(self.wrapper.client)
         weights = state.weights()
@@ -184,7 +184,12 @@ class Restorer:
         return list(groups.values())
 
 
-def _require_in_memory(wrapper: Wrapper) -> None:
+def require_in_memory(wrapper: Wrapper) -> None:
+    """Refuses an engine that keeps parameters or optimizer state on NVMe.
+
+    Raises:
+        CheckpointError: names the setting.
+    """
     for what in wrapper.kept_on_nvme():
         raise CheckpointError(
             f'/zero_optimization/{what}/device is nvme: a checkpoint of another layout cannot '

@@ -16,6 +16,11 @@ _LEAST: dict[str, int | None] = {
     'TRAIN.ACCUMULATION_STEPS': 0, 'TRAIN.LR_SCHEDULER.DECAY_EPOCHS': 1,
     'TRAIN.MAX_CONSECUTIVE_OVERFLOWS': 0, 'TRAIN.SAVE_STEPS': 0, 'TRAIN.SAVE_MINUTES': 0,
     'BENCH.UPDATES': 0, 'BENCH.WARMUP': 0, 'SAVE_FREQ': 0, 'PRINT_FREQ': 0, 'EVAL_FREQ': 0,
+    **{
+        f'MODEL.{section}.{size}': 1
+        for section in ('INTERN_VIT_6B', 'CLIP_VIT')
+        for size in ('PATCH_SIZE', 'PRETRAIN_SIZE', 'EMBED_DIM', 'NUM_HEADS', 'DEPTH')
+    },
     # The adapters read only these of another script's tree.
     'SAVE_CKPT_NUM': None, 'CHECKPOINT.RENDEZVOUS_TIMEOUT': 1, 'CHECKPOINT.IO_TIMEOUT': 1,
     'CHECKPOINT.KEEP_BEST': 0, 'CHECKPOINT.KEEP_EVERY': 0, 'CHECKPOINT.KEEP_STEPS': 0,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,7 +33,7 @@ from internvl_ds.pretrained.open_engine import open_engine
 from internvl_ds.pretrained.report import PretrainedReport
 from internvl_ds.pretrained.transforms import Note, Specs, State, Step
 from internvl_ds.zero.lazy_tensor import Flat
-from internvl_ds.zero.parameters import is_sharded, shard_alike, whole_shape
+from internvl_ds.zero.parameters import is_sharded, outside_zero_init, shard_alike, whole_shape
 
 _M = TypeVar('_M', bound=nn.Module)
 
@@ -47,7 +47,7 @@ _SIZING: tuple[Step, ...] = (
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """What is to be written, decided before anything is.
 
     Attributes:
@@ -93,13 +93,34 @@ def _load(
     config: CfgNode, model: nn.Module, logger: logging.Logger, in_engine: bool
 ) -> PretrainedReport:
     apply.require_writable(model, 'load_pretrained', in_engine=in_engine)
-    readers = str(get_option(config, 'MODEL.PRETRAINED_READERS', 'all'))
-    if readers not in ('all', 'one'):
-        raise ConfigError(f"MODEL.PRETRAINED_READERS is {readers!r}; it can be 'all' or 'one'")
     path = str(get_option(config, 'MODEL.PRETRAINED', ''))
     if not path:
         raise PretrainedError('MODEL.PRETRAINED is empty: there are no weights to load')
     decide = functools.partial(_decide, config, path, model)
+    return load_planned(config, model, decide, logger)
+
+
+@outside_zero_init()
+def load_planned(
+    config: CfgNode,
+    model: nn.Module,
+    decide: Callable[[], Plan],
+    logger: logging.Logger,
+    *,
+    alike: bool = False,
+) -> PretrainedReport:
+    """Decides what is to be written, and writes it. Collective: every rank calls it.
+
+    Args:
+        config: MODEL.PRETRAINED_READERS and CHECKPOINT.IO_TIMEOUT are read.
+        model: as for `load_pretrained`.
+        decide: reads files and changes nothing; no rank speaks to another in it.
+        logger: gets the report.
+        alike: whether ranks that hold whole models make sure that all decide the same, too.
+    """
+    readers = str(get_option(config, 'MODEL.PRETRAINED_READERS', 'all'))
+    if readers not in ('all', 'one'):
+        raise ConfigError(f"MODEL.PRETRAINED_READERS is {readers!r}; it can be 'all' or 'one'")
     is_partitioned = any(map(is_sharded, model.parameters()))
     values: Iterable[tuple[str, Any]]
     if readers == 'one':
@@ -107,7 +128,7 @@ def _load(
         plan = _decide_on_rank_0(decide, checkpoint_option(config, 'IO_TIMEOUT'))
         values = _broadcast(plan.state)
     else:
-        plan = _decide_alike(decide, config) if is_partitioned else decide()
+        plan = _decide_alike(decide, config) if is_partitioned or alike else decide()
         values = plan.state.items()
     plan.report.log(logger)
     if plan.rescale:
@@ -162,7 +183,7 @@ def convert_22k_head_to_1k(model: _M, logger: logging.Logger) -> _M:
     return model
 
 
-def _decide(config: CfgNode, path: str, model: nn.Module) -> _Plan:
+def _decide(config: CfgNode, path: str, model: nn.Module) -> Plan:
     """Opens the weights and adapts them. Reads files; no rank speaks to another."""
     name, path = shown(path), downloads.local(path, config)
     _verify_share(path)
@@ -176,7 +197,7 @@ def _decide(config: CfgNode, path: str, model: nn.Module) -> _Plan:
         raise PretrainedError(f'{name}: {error}') from error
 
 
-def _adapt(config: CfgNode, path: str, source: State, model: nn.Module) -> _Plan:
+def _adapt(config: CfgNode, path: str, source: State, model: nn.Module) -> Plan:
     specs = apply.describe(model)
     rename = get_option(config, 'MODEL.PRETRAINED_RENAME', [])
     naming: tuple[Step, ...] = (
@@ -189,11 +210,11 @@ def _adapt(config: CfgNode, path: str, source: State, model: nn.Module) -> _Plan
         functools.partial(through_timm, model),
         transforms.drop_rebuilt,
     )
-    state, notes = _run(naming, source, specs)
+    state, notes = run_steps(naming, source, specs)
     apply.require_overlap(state, specs)
-    state, size_notes = _run(_SIZING, state, specs)
+    state, size_notes = run_steps(_SIZING, state, specs)
     plan = head.plan_head(state, specs, bool(get_option(config, 'TRAIN.RAND_INIT_FT_HEAD', False)))
-    state, head_notes = _run((lambda s, _: head.fit_head(s, plan),), state, specs)
+    state, head_notes = run_steps((lambda s, _: head.fit_head(s, plan),), state, specs)
     apply.require_shapes(state, specs)
     rescale = plan is head.HeadPlan.RESCALE
     report = PretrainedReport(
@@ -209,7 +230,7 @@ def _adapt(config: CfgNode, path: str, source: State, model: nn.Module) -> _Plan
     for value in plan_state.values():
         if isinstance(value, Flat):
             value.pieces(0, value.numel)  # opens the shards that it lies in
-    return _Plan(plan_state, rescale, report)
+    return Plan(plan_state, rescale, report)
 
 
 def _share_in(model: nn.Module, state: State, rescale: bool) -> float:
@@ -217,7 +238,7 @@ def _share_in(model: nn.Module, state: State, rescale: bool) -> float:
     return sum(name in state for name in names) / len(names) if names else 1.0
 
 
-def _run(steps: Iterable[Step], state: State, specs: Specs) -> tuple[State, tuple[Note, ...]]:
+def run_steps(steps: Iterable[Step], state: State, specs: Specs) -> tuple[State, tuple[Note, ...]]:
     notes: tuple[Note, ...] = ()
     for step in steps:
         result = step(state, specs)
@@ -238,10 +259,10 @@ def _verify_share(path: str) -> None:
         raise PretrainedError('; '.join(damages))
 
 
-def _decide_alike(decide: Any, config: CfgNode) -> _Plan:
+def _decide_alike(decide: Any, config: CfgNode) -> Plan:
     """Every rank decides for itself, and all go on only if all decided the same."""
     timeout = checkpoint_option(config, 'IO_TIMEOUT')
-    plan: _Plan = agree('read pretrained weights', decide, timeout, PretrainedError)
+    plan: Plan = agree('read pretrained weights', decide, timeout, PretrainedError)
     summary = [plan.report.path, list(plan.state), [list(v.shape) for v in plan.state.values()]]
     answers = exchange('compare pretrained weights', summary, timeout)
     other = next((r for r, theirs in enumerate(answers) if theirs != answers[0]), None)
@@ -254,9 +275,9 @@ def _decide_alike(decide: Any, config: CfgNode) -> _Plan:
     return plan
 
 
-def _decide_on_rank_0(decide: Any, timeout: float) -> _Plan:
+def _decide_on_rank_0(decide: Any, timeout: float) -> Plan:
     """Rank 0 decides and tells; the others get a plan whose values are still to come."""
-    plans: list[_Plan] = []
+    plans: list[Plan] = []
 
     def tell() -> list[Any]:
         plan = decide()
@@ -276,7 +297,7 @@ def _decide_on_rank_0(decide: Any, timeout: float) -> _Plan:
     }
     fields['notes'] = [Note(**note) for note in fields['notes']]
     lists = {key: tuple(value) for key, value in fields.items() if isinstance(value, list)}
-    return _Plan(state, rescale, PretrainedReport(**{**fields, **lists}))
+    return Plan(state, rescale, PretrainedReport(**{**fields, **lists}))
 
 
 def _broadcast(state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:

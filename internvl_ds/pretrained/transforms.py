@@ -69,7 +69,7 @@ _SIM_RENAMES = {
 }
 
 # InternViT in the Hugging Face naming -> the original's, which timm's vit_intern300m has too.
-_INTERNVIT_RENAMES = (
+INTERNVIT_RENAMES = (
     (r'^embeddings\.class_embedding$', 'cls_token'),
     (r'^embeddings\.position_embedding$', 'pos_embed'),
     (r'^embeddings\.patch_embedding\.', 'patch_embed.proj.'),
@@ -135,7 +135,7 @@ def rename_internvit(state: State, specs: Specs) -> Result:
     """Gives an InternViT of the Hugging Face naming the names of the original's and timm's."""
     if 'embeddings.class_embedding' not in state:
         return Result(state)
-    return rename_by(_INTERNVIT_RENAMES, 'InternViT: renamed')(state, specs)
+    return rename_by(INTERNVIT_RENAMES, 'InternViT: renamed')(state, specs)
 
 
 def rename_by(pairs: Sequence[Sequence[str]], what: str = 'renamed') -> Step:

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_iter
 
 from internvl_ds.config.ds import resolve as ds
 from internvl_ds.errors import ConfigError
+from internvl_ds.train.models.batch_norm import SyncBatchNorm
 
 _CHANNELS = 3
 _BATCHES = 2, 4  # that are watched; mixup needs even ones
@@ -195,8 +196,13 @@ def _without_data(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
         for name, tensor in store.items()
         if isinstance(tensor, torch.Tensor)
     ]
+    norms = (module for module in model.modules() if isinstance(module, SyncBatchNorm))
+    wide = {id(buffer) for norm in norms for buffer in norm.buffers()}
     # By identity, so that a tied tensor stays tied.
-    substitutes = {id(tensor): _like(tensor, dtype) for *_, tensor in places}
+    substitutes = {
+        id(tensor): _like(tensor, tensor.dtype if id(tensor) in wide else dtype)
+        for *_, tensor in places
+    }
     for store, name, tensor in places:
         store[name] = substitutes[id(tensor)]
     try:

@@ -401,6 +401,24 @@ raise SystemExit(main([
 """
 
 
+_INTERN_VIT_6B = [
+    'plan', '--cfg', 'intern_vit_6b_224_linear_probe', '--gpus', '8', '--gpu-mem', '80GB', '--json',
+    '--deepspeed_config', 'intern_vit_6b_224_linear_probe',
+]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_linear_probe_of_intern_vit_6b_is_planned(capsys):
+    assert main(_INTERN_VIT_6B) == 0
+    tree = json.loads(capsys.readouterr().out)
+    # All but the head is frozen: its batch norm, and 1000 rows of twice the width.
+    assert tree['model']['trained'] == 2 * 6400 + 6400 * 1000 + 1000
+    assert tree['model']['parameters'] == 5_909_207_400
+    least = tree['options'][tree['choice']]
+    assert 11.8e9 < least['device']['weights'] < 11.9e9
+    assert least['largest_micro_batch'] >= 128
+
+
 @pytest.mark.slow
 def test_a_model_of_5_9_g_parameters_is_planned_in_2_gib():
     done = subprocess.run(
