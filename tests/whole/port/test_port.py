@@ -24,8 +24,9 @@ AMP = {
 }
 EXACT = ('1-None', 'pretrained', 'eval')
 UPDATES = 22  # two epochs of 11
-# Continuous integration takes two stages, --soak all.
-RESUMED = [3, 1, 0, 2][: trials('INTERNVL_DS_PORTS', 2, soak=4)]
+# ZeRO stage, AMP_OPT_LEVEL, accumulation, CLIP_GRAD; --soak takes all, continuous integration two.
+RESUMED = [(3, 'O0', 4, '5.0'), (1, 'O1', 1, 'None'), (0, 'O0', 1, '5.0'), (2, 'O1', 4, 'None')]
+RESUMED = RESUMED[: trials('INTERNVL_DS_PORTS', 2, soak=4)]
 
 
 def changes():
@@ -130,20 +131,21 @@ def test_the_port_trains_as_the_script_under_ddp_did(tmp_path):
             assert off(wanted, found, kind) <= most, (stage, name, kind)
 
 
-def arguments(output):
+def arguments(output, level, accumulation, clip):
     """Of a script with all that is random in it, and workers; EVAL_FREQ leaves one epoch out."""
     return [
-        '--output', str(output), '--amp-opt-level', 'O0', '--accumulation-steps', '4', '--opts',
-        'TRAIN.EPOCHS', '3', 'DATA.NUM_WORKERS', '2', 'AUG.NOISE', '0.1', 'AUG.MIXUP', '0.2',
-        'MODEL.DROP_RATE', '0.2', 'EVAL_FREQ', '2',
+        '--output', str(output), '--amp-opt-level', level, '--accumulation-steps',
+        str(accumulation), '--opts', 'TRAIN.EPOCHS', '3', 'DATA.NUM_WORKERS', '2', 'AUG.NOISE',
+        '0.1', 'AUG.MIXUP', '0.2', 'MODEL.DROP_RATE', '0.2', 'EVAL_FREQ', '2', 'AMP_TYPE',
+        'float16', 'TRAIN.CLIP_GRAD', clip,
     ]  # fmt: skip
 
 
-def launch(folder, output, stage):
+def launch(folder, stage, arguments):
     """The ported script as a program of its own, which makes its process group itself."""
     command = [
         sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port',
-        str(free_port()), '-m', 'tests.whole.port.ported', *arguments(output),
+        str(free_port()), '-m', 'tests.whole.port.ported', *arguments,
     ]  # fmt: skip
     job = run_command(command, timeout=240, env={'DS_CONFIG': ds_config(folder, stage)})
     assert job.returncode == 0, job.output[-3000:]
@@ -163,18 +165,21 @@ def numbers(output):
 @pytest.mark.ranks
 @pytest.mark.slow
 @pytest.mark.soak
-@pytest.mark.parametrize('stage', RESUMED)
-def test_a_killed_port_goes_on_as_if_it_had_not_been(tmp_path, stage):
-    job = {'ds_config': ds_config(tmp_path, stage), 'arguments': arguments(tmp_path / 'whole')}
+@pytest.mark.parametrize(('stage', 'level', 'accumulation', 'clip'), RESUMED)
+def test_a_killed_port_goes_on_as_if_it_had_not_been(tmp_path, stage, level, accumulation, clip):
+    setting = level, accumulation, clip
+    whole = arguments(tmp_path / 'whole', *setting)
+    job = {'ds_config': ds_config(tmp_path, stage), 'arguments': whole}
     run_ranks(running.run_script, 2, tmp_path, script='ported', jobs=[job])
-    job.update(arguments=arguments(tmp_path / 'killed'), kill='2:5')
+    killed = arguments(tmp_path / 'killed', *setting)
+    job.update(arguments=killed, kill='2:5')
     run_ranks(
         running.run_script, 2, tmp_path, expect_failure=True, script='ported', jobs=[job]
     )  # fmt: skip
     output, other = tmp_path / 'whole' / 'port', tmp_path / 'killed' / 'port'
     assert (other / 'ckpt_epoch_1').exists()
     assert not (other / 'ckpt_epoch_2').exists()
-    launch(tmp_path, tmp_path / 'killed', stage)
+    launch(tmp_path, stage, killed)
     wanted, found = numbers(output), numbers(other)
     assert found.keys() == wanted.keys()
     again = 0
