@@ -21,9 +21,9 @@ from internvl_ds.checkpoint.frozen.sharing import MODEL_FILE, frozen_names
 from internvl_ds.checkpoint.frozen.sources import Omitted, pieces_of
 from internvl_ds.checkpoint.sources.weight_files import open_file
 from internvl_ds.checkpoint.tag.manifest import FileEntry
-from internvl_ds.engine.origins import Origin, note_origins, origins_of
 from internvl_ds.errors import CheckpointError, InternvlDsError, few
 from internvl_ds.zero.module_state import tied_names
+from internvl_ds.zero.origins import Origin, note_origins, origins_of
 from internvl_ds.zero.parameters import is_sharded, own_slice, whole_shape
 from internvl_ds.zero.wrapper import Wrapper
 

@@ -19,9 +19,9 @@ from yacs.config import CfgNode
 
 from internvl_ds.checkpoint.frozen.frozen_bytes import entry_of
 from internvl_ds.checkpoint.sources.weight_files import open_file
-from internvl_ds.engine.origins import Origin
 from internvl_ds.errors import CheckpointError, InternvlDsError
 from internvl_ds.files.addresses import is_address
+from internvl_ds.zero.origins import Origin
 
 _P = ParamSpec('_P')
 _T = TypeVar('_T')

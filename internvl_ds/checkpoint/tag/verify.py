@@ -59,16 +59,13 @@ def ema_files_of_rank(manifest: Manifest, rank: int) -> list[str]:
 def damage(tag: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
     """Reads the named files whole, and says of each that differs from the manifest how it does.
 
-    Args:
-        tag: the directory.
-        manifest: what its files were when they were saved.
-        names: of files in the manifest; a name that it does not list is damage too.
+    A name that the manifest does not list is damage too.
     """
-    found = []
+    damages = []
     for name in names:
         entry = manifest.files.get(name)
         if entry is None:
-            found.append(f'{tag / name}: not a file of this checkpoint')
+            damages.append(f'{tag / name}: not a file of this checkpoint')
             continue
         path = place_of(tag, name)
         try:
@@ -79,16 +76,16 @@ def damage(tag: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
             if is_shared(name) and isinstance(error, FileNotFoundError):
                 lay_in = manifest.header.frozen.get('output', '')
                 text = f'{tag}: {wrong_files({name: entry}, {}, lay_in)[0]}'
-            found.append(text)
+            damages.append(text)
             continue
         if actual.size != entry.size:
-            found.append(f'{path}: has {actual.size} bytes, not {entry.size}')
+            damages.append(f'{path}: has {actual.size} bytes, not {entry.size}')
         elif actual.digest != entry.digest:
             digests = f'its xxh3-128 is {actual.digest}, and {entry.digest} was written'
-            found.append(f'{path}: damaged: {digests}')
+            damages.append(f'{path}: damaged: {digests}')
         else:
-            found += _foreign(path, manifest)
-    return found
+            damages += _foreign(path, manifest)
+    return damages
 
 
 def _foreign(path: Path, manifest: Manifest) -> list[str]:
@@ -98,27 +95,23 @@ def _foreign(path: Path, manifest: Manifest) -> list[str]:
         return []
     try:
         if path.suffix == '.json':
-            said = read_state(path).get(Identity.KEY)
+            entry = read_state(path).get(Identity.KEY)
         elif path.suffix == '.safetensors':
             with open_safetensors(path) as file:
-                said = identity_in(file.metadata())
+                entry = identity_in(file.metadata())
         elif path.name.endswith('_states.pt'):
             with interpreting(path, CheckpointError):
-                said = outline(path).get(Identity.KEY)
+                entry = outline(path).get(Identity.KEY)
         else:  # DeepSpeed's scripts
             return []
-        require_identity(path, said, manifest.header)
+        require_identity(path, entry, manifest.header)
     except CheckpointError as error:
         return [str(error)]
     return []
 
 
 def damage_of_tag(tag: Path) -> list[str] | None:
-    """What is wrong with any file of a tag; None for a tag without a manifest (plain DeepSpeed's).
-
-    Raises:
-        CheckpointError: when the manifest cannot be read.
-    """
+    """What is wrong with any file of a tag; None for one without a manifest (plain DeepSpeed's)."""
     manifest = read_manifest(tag)
     if manifest is None:
         return None

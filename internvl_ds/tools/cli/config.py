@@ -50,14 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog, parser.formatter_class = _EPILOG, argparse.RawDescriptionHelpFormatter
     actions = parser.add_subparsers(dest='action', metavar='ACTION', required=True)
     text = 'find every typo, wrong type and contradiction of ds_configs'
-    check = actions.add_parser(
-        'check',
-        help=text,
-        description=text,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = check.add_argument
+    shape: Any = {'epilog': _EPILOG, 'formatter_class': parser.formatter_class}
+    add = actions.add_parser('check', help=text, description=text, **shape).add_argument
     add('files', nargs='+', metavar='FILE', help='a path, or the name of one that ships (zero2)')
     add('--cfg', required=True, metavar='YAML', help='the yacs configuration')
     add('--world-size', required=True, type=whole(1), metavar='N', help='the number of ranks')
@@ -66,16 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--optimizer-in-json', action='store_true', help=text)
     add('--show', action='store_true', help='print what each FILE resolves to')
     add('--json', action='store_true', help='print one JSON object')
-    check.set_defaults(act=_check)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the action."""
-    status: int = args.act(args)
-    return status
-
-
-def _check(args: argparse.Namespace) -> int:
+    """Runs ``check``, the only action."""
     config = get_config(argparse.Namespace(cfg=args.cfg, opts=args.opts))
     files = [(name, _examine(name, config, args)) for name in args.files]
     if args.json:
@@ -90,14 +78,14 @@ def _examine(name: str, config: CfgNode, args: argparse.Namespace) -> Resolution
     from internvl_ds.config.ds.check import examine  # DeepSpeed with it, which takes seconds
 
     try:
-        stated = load_ds_config(name)
+        tree = load_ds_config(name)
     except ConfigError as error:
         if not Path(name).is_file():
             raise
         return Resolution({}, {}, [Diagnostic('', str(error))])
     in_code = not args.optimizer_in_json
     return examine(
-        stated, config, args.world_size, optimizer_in_code=in_code, scheduler_in_code=in_code
+        tree, config, args.world_size, optimizer_in_code=in_code, scheduler_in_code=in_code
     )
 
 

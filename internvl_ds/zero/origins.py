@@ -9,6 +9,7 @@ import logging
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -30,6 +31,11 @@ class Origin:
     source: str
     keys: tuple[str, ...]
     dtypes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, said: Mapping[str, Any]) -> Origin:
+        """What JSON makes of ``dataclasses.asdict``."""
+        return cls(said['source'], tuple(said['keys']), tuple(said['dtypes']))
 
 
 _origins: weakref.WeakKeyDictionary[nn.Module, dict[str, Origin | None]] = (

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from internvl_ds import load_pretrained
-from internvl_ds.engine.origins import Origin, origins_of, warn_of_unknown_origins
+from internvl_ds.zero.origins import Origin, origins_of, warn_of_unknown_origins
 from tests.harness.model import make_config
 
 logger = logging.getLogger('test')
