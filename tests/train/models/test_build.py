@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
+import operator
 import re
 
 import pytest
@@ -12,9 +14,11 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from internvl_ds.checkpoint.sources import downloads
+from internvl_ds.checkpoint.sources.weight_files import open_file
 from internvl_ds.errors import PretrainedError
 from internvl_ds.train.model import build_model
 from internvl_ds.train.models.build import warn_of_random_backbone
+from internvl_ds.zero.origins import origins_of
 from tests.train.models.tiny import backbone_file, drawn, tiny_config, tiny_model
 
 INTERN = 'intern_vit_6b'
@@ -83,6 +87,11 @@ def test_a_backbone_loads_whole_from_every_naming(tmp_path, write, norm):
         assert torch.equal(model.state_dict()[name], tensor.bfloat16().float() if half else tensor)
     assert model.given_by_backbone == set(state) == set(model.backbone_keys)
     assert not model.head.bias.any()
+    # For CHECKPOINT.FROZEN 'omit': where each is in the file.
+    weights, origins = open_file(str(path)), origins_of(model)
+    for name in state:
+        place = functools.reduce(operator.getitem, origins[name].keys, weights)
+        assert torch.equal(model.state_dict()[name], place.float()), name
 
 
 @pytest.mark.parametrize('target', ['cls_patch_concat', 'attention_pooling', 'clip_projector'])
