@@ -22,6 +22,11 @@ _C.DATA.PIN_MEMORY = True
 _C.DATA.NUM_WORKERS = 8
 _C.DATA.WORKER_TIMEOUT = 30  # seconds for the workers of an epoch to begin; then others start
 _C.DATA.IMG_ON_MEMORY = False
+# (new) Folder of the lists train.txt and val.txt (lines `path label`); '' looks for meta_data/ in
+# DATA_PATH and, where a split has no class folders, beside DATA_PATH and where the program starts.
+_C.DATA.META_DATA = ''
+# (new) JSON of ReaL's labels for 'imagenet-real'; '' takes those that timm ships.
+_C.DATA.REAL_LABELS = ''
 # (new) Refuse weights that keep names of other classes, by label, than the folders of now have.
 _C.DATA.CHECK_CLASS_NAMES = True
 _C.DATA.TRANSFORM = 'build_transform'  # or 'build_transform_for_linear_probe'
@@ -174,6 +179,8 @@ _C.SAVE_FREQ = 1  # epochs; 0: after the last one only
 _C.SAVE_CKPT_NUM = 1  # epoch tags kept; below 1: all
 _C.PRINT_FREQ = 10  # micro-batches; 0: after the last one of an epoch only
 _C.EVAL_FREQ = 1  # epochs; 0: after the last one only
+# (new) Evaluate what MODEL.RESUME or PRETRAINED loaded once before training, as the original does.
+_C.EVAL_LOADED = True
 _C.SEED = 0
 _C.EVAL_MODE = False
 _C.THROUGHPUT_MODE = False
