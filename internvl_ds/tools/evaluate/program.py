@@ -1,0 +1,105 @@
+"""What each rank does: the model is built and loaded once, and evaluated on one set after another.
+
+torchrun --nproc-per-node 8 -m internvl_ds.tools.evaluate --cfg YAML --resume PATH --data data
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from yacs.config import CfgNode
+
+from internvl_ds.config.tree import get_option, set_options
+from internvl_ds.dist.rendezvous import rank, world_size
+from internvl_ds.errors import ConfigError
+from internvl_ds.files.addresses import shown
+from internvl_ds.tools.evaluate.columns import COLUMNS
+
+Result = dict[str, Any]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what the command and its ranks take alike."""
+    add = parser.add_argument
+    add('--cfg', required=True, metavar='YAML', help='as for the training program')
+    add('--resume', metavar='PATH', help='the checkpoint; or MODEL.PRETRAINED of the YAML is taken')
+    add('--data', metavar='ROOT', help="a folder laid out as the original's data/")
+    add(
+        '--variants', nargs='+', default=[], metavar='DATASET=PATH',
+        help=f'data sets elsewhere: {", ".join(COLUMNS)}',
+    )  # fmt: skip
+    add('--name', help="of the model in the table (default: the YAML's file name)")
+    add('--batch-size', type=int, metavar='N', help='images per rank and micro-batch')
+    add('--amp-opt-level', choices=('O0', 'O1', 'O2'), help='O0 fp32, O1 autocast, O2 half')
+    add('--opts', nargs='+', default=[], metavar='KEY VALUE', help='as for the training program')
+    add(
+        '--deepspeed_config', '--deepspeed-config', metavar='FILE',
+        help='of the stage that the model is evaluated at (default: none)',
+    )  # fmt: skip
+    add(
+        '--output', type=Path, default=Path('evaluate'), metavar='DIR',
+        help='for logs and result.json; default: ./evaluate',
+    )  # fmt: skip
+
+
+def evaluate_variants(
+    config: CfgNode,
+    paths: Mapping[str, str],
+    ds_config: str | None,
+    name: str,
+    logger: logging.Logger,
+) -> Result:
+    """Evaluates a checkpoint on data sets. Collective: every rank calls it.
+
+    All data sets are opened before the model is built: what is wrong with one is told at once.
+
+    Args:
+        config: of EVAL_MODE; MODEL.RESUME, or MODEL.PRETRAINED, are the weights.
+        paths: DATA.DATASET -> DATA.DATA_PATH.
+        ds_config: as for the training program.
+        name: of the model, in the table.
+        logger: gets a line for each data set.
+
+    Returns:
+        ``checkpoint``, ``ranks``, and ``rows``: one of the weights and, with TRAIN.EMA.ENABLE, one
+        of their average, each with ``name`` and ``results``: of each data set ``acc1``, ``acc5``
+        (percent), ``loss``, ``count`` (images) and ``labelled`` (those that the accuracies are of).
+
+    Raises:
+        ConfigError: for data, weights or settings that do not fit.
+    """
+    from internvl_ds.checkpoint.restore import load_weights
+    from internvl_ds.train.data import build_loaders
+    from internvl_ds.train.setup import setup
+    from internvl_ds.train.validation import validate
+
+    weights = config.MODEL.RESUME or config.MODEL.PRETRAINED
+    if not weights and not get_option(config, 'MODEL.INTERN_VIT_6B.PRETRAINED', None):
+        raise ConfigError('there are no weights to evaluate: give --resume, or MODEL.PRETRAINED')
+    for dataset, path in paths.items():
+        build_loaders(_with_data(config, dataset, path), rank(), world_size())
+    first = next(iter(paths.items()))
+    run = setup(_with_data(config, *first), ds_config, logger)
+    settled = run.config
+
+    def row(of: str) -> Result:
+        results = {}
+        for dataset, path in paths.items():
+            run.config = _with_data(settled, dataset, path)
+            run.loaders = build_loaders(run.config, rank(), world_size())
+            results[dataset] = vars(validate(run, f'{COLUMNS[dataset][0]}{of}'))
+        return {'name': f'{name}{of}', 'results': results}
+
+    rows = [row('')]
+    if run.averaged_weights is not None:
+        load_weights(run.engine, run.averaged_weights, f'EMA of {shown(weights)}')
+        rows.append(row(' (EMA)'))
+    return {'checkpoint': shown(weights), 'ranks': world_size(), 'rows': rows}
+
+
+def _with_data(config: CfgNode, dataset: str, path: str) -> CfgNode:
+    return set_options(config.clone(), {'DATA.DATASET': dataset, 'DATA.DATA_PATH': path})
