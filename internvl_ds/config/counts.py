@@ -42,3 +42,17 @@ def require_counts(config: CfgNode, beginnings: Sequence[str] = ('',)) -> None:
         if not isinstance(value, kinds) or (least is not None and not value >= least):
             at_least = '' if least is None else f' of at least {least}'
             raise ConfigError(f'{key} is {value!r}; it takes a number{at_least}')
+
+
+def require_linear_drop_path(config: CfgNode) -> None:
+    """Refuses a MODEL.DROP_PATH_TYPE that no model here has; a MODEL.FACTORY reads it itself.
+
+    Raises:
+        ConfigError: for another than 'linear'.
+    """
+    kind = get_option(config, 'MODEL.DROP_PATH_TYPE')
+    if kind != 'linear' and not get_option(config, 'MODEL.FACTORY'):
+        raise ConfigError(
+            f"MODEL.DROP_PATH_TYPE is {kind!r}, and the models of MODEL.TYPE have 'linear' alone: "
+            'set that, or MODEL.FACTORY to a function whose model takes it'
+        )

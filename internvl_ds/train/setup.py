@@ -22,7 +22,7 @@ from internvl_ds.checkpoint.choice import newer_than_best
 from internvl_ds.checkpoint.sources.classes import require_same_classes, saved_classes
 from internvl_ds.checkpoint.sources.downloads import local
 from internvl_ds.checkpoint.tag import output_lock
-from internvl_ds.config.counts import require_counts
+from internvl_ds.config.counts import require_counts, require_linear_drop_path
 from internvl_ds.config.ds import resolve as ds
 from internvl_ds.config.ds.check import examine
 from internvl_ds.config.ds.diagnostics import errors_of, refuse
@@ -108,6 +108,7 @@ def setup(config: CfgNode, ds_config: DsConfig, logger: logging.Logger) -> Run:
     """
     tree = load_ds_config(ds_config)
     require_counts(config)
+    require_linear_drop_path(config)
     trains = not (config.EVAL_MODE or config.THROUGHPUT_MODE)
     resolution = examine(
         tree, config, world_size(), optimizer_in_code=trains, scheduler_in_code=trains
