@@ -205,6 +205,9 @@ def _setup_evaluation(
             ema = ModelEmaV3(model, config.TRAIN.EMA.DECAY)
             load_ema_checkpoint(config, ema, logger)
             averaged = ema.module.state_dict()
+            if all(w.numel() and w.equal(averaged[n]) for n, w in model.state_dict().items()):
+                averaged = None
+                logger.info('the checkpoint has no average of its own to evaluate')
     elif not config.MODEL.PRETRAINED:
         logger.warning('neither MODEL.RESUME nor MODEL.PRETRAINED is set: the weights are random')
     engine = _inference_engine(config, model, resolution)

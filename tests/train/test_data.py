@@ -313,3 +313,9 @@ def test_training_transforms_give_normalized_tensors_of_the_right_size(data, nam
 def test_an_unknown_transform_is_named(data):
     with pytest.raises(ConfigError, match=r"DATA\.TRANSFORM 'mine'"):
         build_transform(small_config(data, DATA__TRANSFORM='mine'), training=True)
+
+
+def test_a_policy_that_timm_does_not_know_is_named(data):
+    config = small_config(data, AUG__AUTO_AUGMENT='mine')
+    with pytest.raises(ConfigError, match="AUG.AUTO_AUGMENT 'mine'"):
+        build_transform(config, training=True)

@@ -111,7 +111,7 @@ def timeless(result):
 @pytest.mark.slow
 @pytest.mark.parametrize(('stage', 'level'), [(1, 'O0'), (3, 'O2')])
 def test_a_resumed_run_goes_on_as_if_never_stopped(tmp_path, data, stage, level):
-    cfg = write_config(tmp_path, data)
+    cfg = write_config(tmp_path, data, DATA__IMG_ON_MEMORY=stage == 3)
     whole, other_rank = train(tmp_path, cfg, 'whole', stage, level=level)
     assert whole == other_rank
     assert [record['epoch'] for record in whole['metrics']] == [0, 1]

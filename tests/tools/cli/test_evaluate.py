@@ -30,11 +30,13 @@ def words(tmp_path):
     model = Colours()
     with torch.no_grad():
         model.head.bias[7] += 100  # not what the factory makes: the checkpoint's weights count
-    torch.save({'model': model.state_dict(), 'max_accuracy': 1.0}, tmp_path / 'colours.pth')
+    weights = {'model': model.state_dict(), 'max_accuracy': 1.0}
+    torch.save(weights, tmp_path / 'colours.pth')
+    torch.save({**weights, 'model_ema': Colours().state_dict()}, tmp_path / 'averaged.pth')
     return [
         '--cfg', str(cfg), '--resume', str(tmp_path / 'colours.pth'),
         '--data', str(tmp_path / 'data'), '--variants', f'imagenetv2={tmp_path}/v2',
-        '--output', str(tmp_path / 'out'),
+        '--output', str(tmp_path / 'out'), '--opts', 'TRAIN.EMA.ENABLE', 'True',
     ]  # fmt: skip
 
 
@@ -42,13 +44,14 @@ def words(tmp_path):
 @pytest.mark.ranks
 def test_one_checkpoint_on_many_data_sets_by_any_number_of_ranks(words, tmp_path):
     launcher = ['torchrun', '--nproc-per-node', '2', '--master-port', str(free_port())]
-    done = run_command([*PROGRAM, *words, '--markdown', '--', *launcher], 240)
+    averaged = [*words, '--resume', str(tmp_path / 'averaged.pth'), '--markdown']
+    done = run_command([*PROGRAM, *averaged, '--', *launcher], 240)
     assert done.returncode == 0, done.output
     one = run_command([*PROGRAM, *words, '--name', 'mine', '--json'], 240)
     assert one.returncode == 0, one.output
     result = json.loads((tmp_path / 'out' / 'result.json').read_text())
     assert json.dumps(result, indent=2) in one.output
-    (row,) = result['rows']
+    (row,) = result['rows']  # this one has no average
     assert (row['name'], result['ranks']) == ('mine', 1)
     # By hand: with class 7 far ahead, only its image is right.
     accuracies = {name: each['acc1'] for name, each in row['results'].items()}
@@ -57,8 +60,10 @@ def test_one_checkpoint_on_many_data_sets_by_any_number_of_ranks(words, tmp_path
         'imagenet_a': pytest.approx(100 * 3 / 18),
         'imagenet_sketch': 50.0,
     }
-    line = '| colours.yaml | - | - | 0.0 | 16.7 | - | 50.0 |'
-    assert line in done.output
+    assert '| colours.yaml | - | - | 0.0 | 16.7 | - | 50.0 |' in done.output
+    # The average finds the right one of the three images of each class, and among six classes also
+    # the others of class 11, which is the nearest of the six to them.
+    assert '| colours.yaml (EMA) | - | - | 33.3 | 44.4 | - | 33.3 |' in done.output
     assert 'has no folder for imagenet, imagenet-real, imagenet_r' in done.output
 
 
