@@ -14,8 +14,8 @@ import subprocess
 import sys
 
 from internvl_ds.errors import InternvlDsError
+from internvl_ds.tools.evaluate.arguments import add_arguments as add_common
 from internvl_ds.tools.evaluate.columns import RESULT, as_table, choose_paths
-from internvl_ds.tools.evaluate.program import add_arguments as add_common
 from internvl_ds.tools.text import json_text, say
 
 _PROGRAM = 'internvl_ds.tools.evaluate'
@@ -34,11 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Starts the ranks, waits for them, and prints what rank 0 wrote."""
+    from internvl_ds.config.tree import get_config
     from internvl_ds.dist.process_group import free_port
     from internvl_ds.files.reading import read_json
     from internvl_ds.tools.tune.command import complete
 
-    choose_paths(args.data, args.variants)  # before anything is started
+    # What is wrong here is said once, and not by every rank.
+    choose_paths(args.data, args.variants)
+    get_config(argparse.Namespace(cfg=args.cfg, opts=args.opts))
     launcher, _ = complete(args.launcher or [sys.executable], free_port(), _PROGRAM)
     path = args.output / RESULT
     path.unlink(missing_ok=True)

@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from internvl_ds.tools.evaluate.arguments import add_arguments
 from internvl_ds.tools.evaluate.columns import RESULT, as_table, choose_paths
-from internvl_ds.tools.evaluate.program import add_arguments, evaluate_variants
 from internvl_ds.tools.text import json_text
 
 
@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from internvl_ds.dist.process_group import init_distributed, shutdown
     from internvl_ds.dist.rendezvous import rank
     from internvl_ds.files import write_text
+    from internvl_ds.tools.evaluate.program import evaluate_variants
     from internvl_ds.train.log import close_log, open_log
 
     paths, lacking = choose_paths(args.data, args.variants)

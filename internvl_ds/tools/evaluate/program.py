@@ -1,49 +1,24 @@
-"""What each rank does: the model is built and loaded once, and evaluated on one set after another.
-
-torchrun --nproc-per-node 8 -m internvl_ds.tools.evaluate --cfg YAML --resume PATH --data data
-"""
+"""What each rank does: build and load the model once, and evaluate it on one set after another."""
 
 from __future__ import annotations
 
-import argparse
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from yacs.config import CfgNode
 
+from internvl_ds.checkpoint.restore import load_weights
 from internvl_ds.config.tree import get_option, set_options
 from internvl_ds.dist.rendezvous import rank, world_size
 from internvl_ds.errors import ConfigError
 from internvl_ds.files.addresses import shown
 from internvl_ds.tools.evaluate.columns import COLUMNS
+from internvl_ds.train.data import build_loaders
+from internvl_ds.train.setup import setup
+from internvl_ds.train.validation import validate
 
 Result = dict[str, Any]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what the command and its ranks take alike."""
-    add = parser.add_argument
-    add('--cfg', required=True, metavar='YAML', help='as for the training program')
-    add('--resume', metavar='PATH', help='the checkpoint; or MODEL.PRETRAINED of the YAML is taken')
-    add('--data', metavar='ROOT', help="a folder laid out as the original's data/")
-    add(
-        '--variants', nargs='+', default=[], metavar='DATASET=PATH',
-        help=f'data sets elsewhere: {", ".join(COLUMNS)}',
-    )  # fmt: skip
-    add('--name', help="of the model in the table (default: the YAML's file name)")
-    add('--batch-size', type=int, metavar='N', help='images per rank and micro-batch')
-    add('--amp-opt-level', choices=('O0', 'O1', 'O2'), help='O0 fp32, O1 autocast, O2 half')
-    add('--opts', nargs='+', default=[], metavar='KEY VALUE', help='as for the training program')
-    add(
-        '--deepspeed_config', '--deepspeed-config', metavar='FILE',
-        help='of the stage that the model is evaluated at (default: none)',
-    )  # fmt: skip
-    add(
-        '--output', type=Path, default=Path('evaluate'), metavar='DIR',
-        help='for logs and result.json; default: ./evaluate',
-    )  # fmt: skip
 
 
 def evaluate_variants(
@@ -72,11 +47,6 @@ def evaluate_variants(
     Raises:
         ConfigError: for data, weights or settings that do not fit.
     """
-    from internvl_ds.checkpoint.restore import load_weights
-    from internvl_ds.train.data import build_loaders
-    from internvl_ds.train.setup import setup
-    from internvl_ds.train.validation import validate
-
     weights = config.MODEL.RESUME or config.MODEL.PRETRAINED
     if not weights and not get_option(config, 'MODEL.INTERN_VIT_6B.PRETRAINED', None):
         raise ConfigError('there are no weights to evaluate: give --resume, or MODEL.PRETRAINED')

@@ -71,6 +71,9 @@ def test_what_is_wrong_is_said_before_anything_starts(words, capsys):
     words = words[: words.index('--data')]
     assert main(['evaluate', *words]) == 2
     assert 'give --data ROOT' in capsys.readouterr().err
+    variant = ['--variants', 'imagenet_a=x']
+    assert main(['evaluate', *words, *variant, '--opts', 'DATA.DATASETS', 'x']) == 2
+    assert 'the nearest known key is DATA.DATASET' in capsys.readouterr().err
     launcher = ['--', 'no-such-launcher']
-    assert main(['evaluate', *words, '--variants', 'imagenet_a=x', *launcher]) == 2
+    assert main(['evaluate', *words, *variant, *launcher]) == 2
     assert 'no-such-launcher: there is no such program' in capsys.readouterr().err
