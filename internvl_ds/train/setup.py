@@ -117,7 +117,7 @@ def setup(config: CfgNode, ds_config: DsConfig, logger: logging.Logger) -> Run:
     ds.adopt(config, resolution.tree)
     _share_cores(config)
     loaders = build_loaders(config, rank(), world_size())
-    if config.DATA.IMG_ON_MEMORY or config.DATA.ZIP_MODE:  # some hosts read these slower than others
+    if config.DATA.IMG_ON_MEMORY or config.DATA.ZIP_MODE:  # one host may take longer
         exchange('images in memory', None, config.CHECKPOINT.IO_TIMEOUT)
     seed_everything(config.SEED)  # the same weights on every rank
     model = build_model(config)
