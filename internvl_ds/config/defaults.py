@@ -72,9 +72,35 @@ _C.MODEL.DROP_PATH_RATE = 0.1  # of stochastic depth in the last block, where th
 # reads it itself.
 _C.MODEL.DROP_PATH_TYPE = 'linear'
 _C.MODEL.LABEL_SMOOTHING = 0.1  # of the training loss; evaluation has none
-# Sections of the original's own models: any key is accepted, so that its YAML files merge.
-_C.MODEL.INTERN_VIT_6B = CN(new_allowed=True)
-_C.MODEL.CLIP_VIT = CN(new_allowed=True)
+
+_C.MODEL.INTERN_VIT_6B = CN()
+_C.MODEL.INTERN_VIT_6B.PATCH_SIZE = 14  # pixels
+_C.MODEL.INTERN_VIT_6B.PRETRAIN_SIZE = 224  # pixels: of the images that PRETRAINED was trained on
+_C.MODEL.INTERN_VIT_6B.QKV_BIAS = False  # of the projection to q, k and v
+_C.MODEL.INTERN_VIT_6B.EMBED_DIM = 3200  # width
+_C.MODEL.INTERN_VIT_6B.NUM_HEADS = 25  # of attention, in each block
+_C.MODEL.INTERN_VIT_6B.MLP_RATIO = 4  # hidden width of the MLPs, in widths
+_C.MODEL.INTERN_VIT_6B.INIT_VALUES = 0.1  # of the layer scales; 0 or None: none
+_C.MODEL.INTERN_VIT_6B.QK_NORMALIZATION = True  # over the width, all heads together
+_C.MODEL.INTERN_VIT_6B.DEPTH = 48  # blocks
+_C.MODEL.INTERN_VIT_6B.USE_FLASH_ATTN = True  # either way torch's scaled_dot_product_attention
+_C.MODEL.INTERN_VIT_6B.FREEZE_VIT = True  # train the head alone, its batch norm with it
+# Weights of the backbone: a .pth, or a directory, file or hub address of the Hugging Face naming.
+_C.MODEL.INTERN_VIT_6B.PRETRAINED = None
+# cls_patch_concat, attention_pooling, clip_projector
+_C.MODEL.INTERN_VIT_6B.CLS_TARGET = 'cls_patch_concat'
+_C.MODEL.INTERN_VIT_6B.NORM_TYPE = 'rms'  # rms, ln
+
+_C.MODEL.CLIP_VIT = CN()
+_C.MODEL.CLIP_VIT.PATCH_SIZE = 14  # pixels
+_C.MODEL.CLIP_VIT.PRETRAIN_SIZE = 336  # pixels: of the images that PRETRAINED was trained on
+_C.MODEL.CLIP_VIT.EMBED_DIM = 1024  # width
+_C.MODEL.CLIP_VIT.NUM_HEADS = 16  # of attention, in each block
+_C.MODEL.CLIP_VIT.MLP_RATIO = 4  # hidden width of the MLPs, in widths
+_C.MODEL.CLIP_VIT.DEPTH = 24  # blocks
+_C.MODEL.CLIP_VIT.FREEZE_VIT = True  # train the head alone, its batch norm with it
+_C.MODEL.CLIP_VIT.PRETRAINED = 'openai/clip-vit-large-patch14-336'  # or a path; '': random
+_C.MODEL.CLIP_VIT.CLS_TARGET = 'cls_patch_concat'  # or attention_pooling
 
 _C.TRAIN = CN()
 _C.TRAIN.START_EPOCH = 0  # the first epoch; a resume sets it
@@ -200,6 +226,8 @@ _C.COMM.EXIT_TIMEOUT = 60  # seconds that an ending rank waits for what others s
 _C.COMM.DEAD_AFTER = 10
 # Seconds without an answer after which a rank is called silent, which ends no wait.
 _C.COMM.SILENT_AFTER = 4
+# Seconds after which a save warns that ranks have not come, which ends no wait; 0: it does not.
+_C.COMM.WARN_AFTER = 5
 _C.COMM.CONNECT_TIMEOUT = 3  # seconds for one try to reach an address
 _C.COMM.ABORT_TIMEOUT = 5  # seconds that aborting an MPI job may take
 _C.COMM.INTERFACE = ''  # the network interface of rank 0's address; '' finds one that works

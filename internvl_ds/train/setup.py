@@ -38,6 +38,7 @@ from internvl_ds.files import for_show
 from internvl_ds.train.data import Loaders, build_loaders, order_of, seed_everything
 from internvl_ds.train.log import write_config
 from internvl_ds.train.model import build_model
+from internvl_ds.train.models.build import warn_of_random_backbone
 from internvl_ds.train.optim import (
     accumulation_steps,
     build_optimizer,
@@ -135,6 +136,7 @@ def setup(config: CfgNode, ds_config: DsConfig, logger: logging.Logger) -> Run:
     if config.MODEL.PRETRAINED and not config.MODEL.RESUME:
         _compare_pretrained_classes(config, loaders.classes, logger)
         load_pretrained(config, model, logger)
+    warn_of_random_backbone(config, model, logger)
     if config.EVAL_MODE:
         return _setup_evaluation(config, model, resolution, loaders, logger)
     return _setup_training(config, model, resolution, loaders, logger)

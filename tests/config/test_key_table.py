@@ -16,8 +16,8 @@ from tests.harness.ranks import ROOT
 LEAVES = {
     name for name, value in flatten(default_config()).items() if not isinstance(value, CfgNode)
 }
-# Not read, as their words say: the launcher's environment decides.
-_UNREAD = {'LOCAL_RANK'}
+# Not read, as their words say: the launcher's environment decides; the attention is torch's.
+_UNREAD = {'LOCAL_RANK', 'MODEL.INTERN_VIT_6B.USE_FLASH_ATTN'}
 
 
 def test_the_table_in_the_documents_is_that_of_the_tree(capsys):

@@ -95,10 +95,10 @@ class Identity:
         return {'tag': self.tag, 'save': self.save, 'rank': str(self.rank)}
 
     @staticmethod
-    def describe(said: Any) -> str:
+    def describe(entry: Any) -> str:
         """What a file says of itself, in words."""
-        said = said if isinstance(said, Mapping) else {}
-        rank, save, tag = (brief(said.get(key)).strip("'") for key in ('rank', 'save', 'tag'))
+        entry = entry if isinstance(entry, Mapping) else {}
+        rank, save, tag = (brief(entry.get(key)).strip("'") for key in ('rank', 'save', 'tag'))
         return f"rank {rank}'s file of save {save} of {tag}"
 
 
@@ -123,14 +123,11 @@ class Manifest:
 def parse_header(front: str, where: str) -> Header | None:
     """Reads the header from the first HEADER_BYTES of a manifest; no checksum is verified.
 
-    Returns:
-        None where the header is longer than that, or not as `Manifest.to_text` writes it.
-
-    Raises:
-        CheckpointError: as `parse_manifest`.
+    Returns None where the header is longer than that, or not as `Manifest.to_text` writes it; else
+    as `parse_manifest`.
     """
-    head, found, _ = front.partition(_FILES)
-    if not found:
+    head, separator, _ = front.partition(_FILES)
+    if not separator:
         return None
     try:
         return _header(parse_json(head + '\n}'), where)
@@ -139,11 +136,7 @@ def parse_header(front: str, where: str) -> Header | None:
 
 
 def parse_manifest(text: str, where: str) -> Manifest:
-    """Reads what `Manifest.to_text` gave; ``where``: the file, for errors.
-
-    Raises:
-        CheckpointError: when it is no manifest, is damaged, or has another format.
-    """
+    """Reads what `Manifest.to_text` gave; CheckpointError, naming ``where``, for anything else."""
     try:
         tree = parse_json(text)
     except ValueError as error:
@@ -202,15 +195,15 @@ def _header(tree: Any, where: str) -> Header:
         other = newer if tree['format'] > FORMAT else older
         raise CheckpointError(f'{where}: manifest format {brief(tree["format"])}, {other}')
     try:
-        held = {f.name: tree[f.name] for f in fields(Header) if f.name not in _LATER}
+        values = {f.name: tree[f.name] for f in fields(Header) if f.name not in _LATER}
     except KeyError as error:
         raise CheckpointError(f'{where}: the manifest lacks {error}') from error
-    held |= {name: tree[name] for name in _LATER if name in tree}
-    for name, value in held.items():
+    values |= {name: tree[name] for name in _LATER if name in tree}
+    for name, value in values.items():
         with interpreting(f'{where}: {name} is {brief(value)}', CheckpointError):
             if not _FIELDS[name](value):
                 raise TypeError('of another kind')
-    return Header(**held)
+    return Header(**values)
 
 
 def wrong_files(files: Mapping[str, FileEntry], sizes: Mapping[str, int]) -> list[str]:

@@ -46,31 +46,28 @@ def ema_files_of_rank(manifest: Manifest, rank: int) -> list[str]:
 def damage(tag: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
     """Reads the named files whole, and says of each that differs from the manifest how it does.
 
-    Args:
-        tag: the directory.
-        manifest: what its files were when they were saved.
-        names: of files in the manifest; a name that it does not list is damage too.
+    A name that the manifest does not list is damage too.
     """
-    found = []
+    damages = []
     for name in names:
         entry = manifest.files.get(name)
         if entry is None:
-            found.append(f'{tag / name}: not a file of this checkpoint')
+            damages.append(f'{tag / name}: not a file of this checkpoint')
             continue
         try:
             actual = hash_file(tag / name, entry.size)
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
-            found.append(f'{tag / name}: cannot be read: {reason}')
+            damages.append(f'{tag / name}: cannot be read: {reason}')
             continue
         if actual.size != entry.size:
-            found.append(f'{tag / name}: has {actual.size} bytes, not {entry.size}')
+            damages.append(f'{tag / name}: has {actual.size} bytes, not {entry.size}')
         elif actual.digest != entry.digest:
             digests = f'its xxh3-128 is {actual.digest}, and {entry.digest} was written'
-            found.append(f'{tag / name}: damaged: {digests}')
+            damages.append(f'{tag / name}: damaged: {digests}')
         else:
-            found += _foreign(tag / name, manifest)
-    return found
+            damages += _foreign(tag / name, manifest)
+    return damages
 
 
 def _foreign(path: Path, manifest: Manifest) -> list[str]:
@@ -79,26 +76,22 @@ def _foreign(path: Path, manifest: Manifest) -> list[str]:
         return []
     try:
         if path.suffix == '.json':
-            said = read_state(path).get(Identity.KEY)
+            entry = read_state(path).get(Identity.KEY)
         elif path.suffix == '.safetensors':
             with open_safetensors(path) as file:
-                said = identity_in(file.metadata())
+                entry = identity_in(file.metadata())
         elif path.name.endswith('_states.pt'):
             with interpreting(path, CheckpointError):
-                said = outline(path).get(Identity.KEY)
+                entry = outline(path).get(Identity.KEY)
         else:  # DeepSpeed's scripts
             return []
-        require_identity(path, said, manifest.header)
+        require_identity(path, entry, manifest.header)
     except CheckpointError as error:
         return [str(error)]
     return []
 
 
 def damage_of_tag(tag: Path) -> list[str] | None:
-    """What is wrong with any file of a tag; None for a tag without a manifest (plain DeepSpeed's).
-
-    Raises:
-        CheckpointError: when the manifest cannot be read.
-    """
+    """What is wrong with any file of a tag; None for one without a manifest (plain DeepSpeed's)."""
     manifest = read_manifest(tag)
     return None if manifest is None else damage(tag, manifest, manifest.files)

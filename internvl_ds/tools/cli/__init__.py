@@ -54,10 +54,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog='internvl-ds', description='Tools beside the internvl_ds training program.'
     )
+    text = 'print the versions of internvl_ds and of what it stands on'
+    suppress = argparse.SUPPRESS
     parser.add_argument(
-        '--version',
-        action=version.VersionAction,
-        help='print the versions of internvl_ds and of what it stands on',
+        '--version', action=version.VersionAction, nargs=0, dest=suppress, help=text
     )
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
     for module in _COMMANDS:

@@ -51,13 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog, parser.formatter_class = _EPILOG, argparse.RawDescriptionHelpFormatter
     actions = parser.add_subparsers(dest='action', metavar='ACTION', required=True)
     text = 'find every typo, wrong type and contradiction of ds_configs'
-    check = actions.add_parser(
-        'check',
-        help=text,
-        description=text,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    shape: Any = {'epilog': _EPILOG, 'formatter_class': parser.formatter_class}
+    check = actions.add_parser('check', help=text, description=text, **shape)
     add = check.add_argument
     add('files', nargs='+', metavar='FILE', help='a path, or the name of one that ships (zero2)')
     add('--cfg', required=True, metavar='YAML', help='the yacs configuration')
@@ -100,14 +95,14 @@ def _examine(name: str, config: CfgNode, args: argparse.Namespace) -> Resolution
     from internvl_ds.config.ds.check import examine  # DeepSpeed with it, which takes seconds
 
     try:
-        stated = load_ds_config(name)
+        tree = load_ds_config(name)
     except ConfigError as error:
         if not Path(name).is_file():
             raise
         return Resolution({}, {}, [Diagnostic('', str(error))])
     in_code = not args.optimizer_in_json
     return examine(
-        stated, config, args.world_size, optimizer_in_code=in_code, scheduler_in_code=in_code
+        tree, config, args.world_size, optimizer_in_code=in_code, scheduler_in_code=in_code
     )
 
 

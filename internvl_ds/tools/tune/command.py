@@ -70,11 +70,7 @@ def complete(
 
 
 def trial_words(
-    cfg: str,
-    folder: Path,
-    data_path: str | None,
-    user_opts: Sequence[str],
-    opts: Mapping[str, Any],
+    cfg: str, folder: Path, data_path: str | None, user_opts: Sequence[str], opts: Mapping[str, Any]
 ) -> list[str]:
     """The training program's arguments; ``opts`` win over the user's.
 
@@ -100,11 +96,11 @@ def _with_port(
     words: list[str], option: str, place: int, port: int
 ) -> tuple[list[str], int | None]:
     for index, word in enumerate(words):
-        given = words[index + 1 : index + 2] if word == option else word.split('=', 1)[1:]
-        if word.split('=', 1)[0] == option and given:
-            return words, int(given[0]) if given[0].isdigit() else None
-    several_hosts = any(w.split('=')[0] in ('--hostfile', '-H', '--num_nodes') for w in words)
-    if several_hosts:  # a port that is free here may not be so on another host
+        values = words[index + 1 : index + 2] if word == option else word.split('=', 1)[1:]
+        if word.split('=', 1)[0] == option and values:
+            return words, int(values[0]) if values[0].isdigit() else None
+    # A port that is free here may not be so on another host.
+    if any(word.split('=')[0] in ('--hostfile', '-H', '--num_nodes') for word in words):
         return words, None
     return [*words[:place], option, str(port), *words[place:]], port
 
