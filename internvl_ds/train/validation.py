@@ -85,6 +85,7 @@ def _report_accuracy(state: Run, result: EvalResult, which: str = '') -> None:
     """Logs the original's two lines of an evaluation; ``which``: 'ema ' for averaged weights."""
     real = 'ReaL ' if state.config.DATA.DATASET == REAL else ''
     log = state.logger.info
-    log(f' * {real}Acc@1 {result.acc1:.3f} Acc@5 {result.acc5:.3f}')
+    accuracies = f'Acc@1 {result.acc1:.3f} Acc@5 {result.acc5:.3f}'
+    log(f'* {real}{accuracies} loss {result.loss:.3f}' if real else f' * {accuracies}')
     network = f'{real}Accuracy of the {which}network'
     log(f'{network} on the {result.count} test images: {result.acc1:.1f}%')

@@ -14,7 +14,7 @@ from internvl_ds.dist.rendezvous import rank, world_size
 from internvl_ds.errors import ConfigError
 from internvl_ds.files.addresses import shown
 from internvl_ds.tools.evaluate.columns import COLUMNS
-from internvl_ds.train.data import build_loaders
+from internvl_ds.train.data import Loaders, build_loaders
 from internvl_ds.train.setup import setup
 from internvl_ds.train.validation import validate
 
@@ -50,17 +50,18 @@ def evaluate_variants(
     weights = config.MODEL.RESUME or config.MODEL.PRETRAINED
     if not weights and not get_option(config, 'MODEL.INTERN_VIT_6B.PRETRAINED', None):
         raise ConfigError('there are no weights to evaluate: give --resume, or MODEL.PRETRAINED')
-    for dataset, path in paths.items():
-        build_loaders(_with_data(config, dataset, path), rank(), world_size())
+    loaders = _open(config, paths)
     first = next(iter(paths.items()))
     run = setup(_with_data(config, *first), ds_config, logger)
     settled = run.config
+    if settled.DATA.BATCH_SIZE != config.DATA.BATCH_SIZE:  # the ds_config has decided
+        loaders = _open(settled, paths)
 
     def row(of: str) -> Result:
         results = {}
         for dataset, path in paths.items():
             run.config = _with_data(settled, dataset, path)
-            run.loaders = build_loaders(run.config, rank(), world_size())
+            run.loaders = loaders[dataset]
             results[dataset] = vars(validate(run, f'{COLUMNS[dataset][0]}{of}'))
         return {'name': f'{name}{of}', 'results': results}
 
@@ -69,6 +70,13 @@ def evaluate_variants(
         load_weights(run.engine, run.averaged_weights, f'EMA of {shown(weights)}')
         rows.append(row(' (EMA)'))
     return {'checkpoint': shown(weights), 'ranks': world_size(), 'rows': rows}
+
+
+def _open(config: CfgNode, paths: Mapping[str, str]) -> dict[str, Loaders]:
+    return {
+        dataset: build_loaders(_with_data(config, dataset, path), rank(), world_size())
+        for dataset, path in paths.items()
+    }
 
 
 def _with_data(config: CfgNode, dataset: str, path: str) -> CfgNode:
