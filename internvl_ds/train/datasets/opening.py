@@ -174,8 +174,8 @@ def _listed(
     names, labels = read_list(lines, count)
     _log.info('%s: %d images, listed in %s', split, len(names), lines)
     classes: Sequence[str] = names_of_labels(names, labels, count)
-    if count == CLASSES_1K and is_val_name(names[0]):
-        classes = wnids_1k()
+    if config.EVAL_MODE and count == CLASSES_1K and is_val_name(names[0]):
+        classes = wnids_1k()  # in training the class folders' names are the ones to keep
     return names, labels, classes, count
 
 

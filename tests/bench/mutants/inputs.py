@@ -175,6 +175,11 @@ MUTANTS = [
         ('kept = range(rank, total, world_size) if part else', 'kept = range(total) if part else'),
         ('len(data) != size or zlib.crc32(data) != crc', 'len(data) != size'),
     ]),
+    *mutants_of('train/evaluate', 'train/datasets', [
+        ('logits = logits.index_select(-1, columns)', 'pass'),
+        ('labelled = right[:, 0] >= 0', 'labelled = torch.ones_like(labels)'),
+        ('measure.answers_of(itertools.islice(order, len(labels)), valid)', 'None'),
+    ]),
     *mutants_of('train/__main__', 'train/test_main.py', [
         ('        status = config.TRAIN.PREEMPT_EXIT_CODE\n', '        pass\n'),
         ('    leave(status)\n', '    leave(0)\n'),
