@@ -164,7 +164,6 @@ MUTANTS = [
         ('place = [abs(seed), epoch, rank, ', 'place = [abs(seed), rank, '),
         ('    if config.DATA.BATCH_SIZE % 2:', '    if False:'),
         ('        signal.signal(number, signal.SIG_IGN)\n', '        pass\n'),
-        ('before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)', 'before = signal.pthread_sigmask(signal.SIG_BLOCK, ())'),
         (', drop_last=True)', ')'),
     ]),
     *mutants_of('train/datasets', 'train/datasets', [
@@ -179,6 +178,12 @@ MUTANTS = [
         ('logits = logits.index_select(-1, columns)', 'pass'),
         ('labelled = right[:, 0] >= 0', 'labelled = torch.ones_like(labels)'),
         ('measure.answers_of(itertools.islice(order, len(labels)), valid)', 'None'),
+    ]),
+    *mutants_of('train/workers', 'train/test_workers.py', [
+        ('before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)', 'before = signal.pthread_sigmask(signal.SIG_BLOCK, ())'),
+        ('            generator.set_state(state)  #', '            #'),
+        ('            _kill(batches._workers)\n', ''),
+        ('    begun.release()\n', ''),
     ]),
     *mutants_of('train/__main__', 'train/test_main.py', [
         ('        status = config.TRAIN.PREEMPT_EXIT_CODE\n', '        pass\n'),
