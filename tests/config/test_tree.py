@@ -491,6 +491,11 @@ class TestValues:
 
         assert (config.SEED, config.AUG.MEAN) == (3, (0.0, 0.0, 0.0))
 
+    @pytest.mark.parametrize('key', ['OUTPUT', 'DATA.DATA_PATH', 'MODEL.RESUME'])
+    def test_text_that_no_path_can_be_is_refused(self, key):
+        with pytest.raises(ConfigError, match=f'--opts: {key}: has a NUL character'):
+            merge_opts(default_config(), [key, '/data/a\0b'])
+
 
 class TestFlags:
     @pytest.mark.parametrize(
