@@ -213,6 +213,8 @@ def _fit(node: CN, tree: Mapping[str, Any], prefix: str, all_keys: set[str], sou
 def _as_type_of(default: Any, value: Any, where: str) -> Any:
     """Turns what YAML parsed into the default's type: 5e-4 and (1, 2) are text to it, 0 an int."""
     if isinstance(value, str):
+        if '\0' in value:
+            raise ConfigError(f'{where}: has a NUL character in it: {brief(value)}')
         try:
             literal = CN._decode_cfg_value(value)
         except (RecursionError, MemoryError) as error:  # of Python's parser, of a strange text

@@ -22,7 +22,7 @@ from internvl_ds.checkpoint.choice import newer_than_best
 from internvl_ds.checkpoint.sources.classes import require_same_classes, saved_classes
 from internvl_ds.checkpoint.sources.downloads import local
 from internvl_ds.checkpoint.tag import output_lock
-from internvl_ds.config.counts import require_counts
+from internvl_ds.config.counts import require_counts, require_linear_drop_path
 from internvl_ds.config.ds import resolve as ds
 from internvl_ds.config.ds.check import examine
 from internvl_ds.config.ds.diagnostics import errors_of, refuse
@@ -109,6 +109,7 @@ def setup(config: CfgNode, ds_config: DsConfig, logger: logging.Logger) -> Run:
     """
     tree = load_ds_config(ds_config)
     require_counts(config)
+    require_linear_drop_path(config)
     trains = not (config.EVAL_MODE or config.THROUGHPUT_MODE)
     resolution = examine(
         tree, config, world_size(), optimizer_in_code=trains, scheduler_in_code=trains
@@ -117,6 +118,8 @@ def setup(config: CfgNode, ds_config: DsConfig, logger: logging.Logger) -> Run:
     ds.adopt(config, resolution.tree)
     _share_cores(config)
     loaders = build_loaders(config, rank(), world_size())
+    if config.DATA.IMG_ON_MEMORY or config.DATA.ZIP_MODE:  # one host may take longer
+        exchange('images in memory', None, config.CHECKPOINT.IO_TIMEOUT)
     seed_everything(config.SEED)  # the same weights on every rank
     model = build_model(config)
     seed_everything(config.SEED + rank())
@@ -206,6 +209,9 @@ def _setup_evaluation(
             ema = ModelEmaV3(model, config.TRAIN.EMA.DECAY)
             load_ema_checkpoint(config, ema, logger)
             averaged = ema.module.state_dict()
+            if all(w.numel() and w.equal(averaged[n]) for n, w in model.state_dict().items()):
+                averaged = None
+                logger.info('the checkpoint has no average of its own to evaluate')
     elif not config.MODEL.PRETRAINED:
         logger.warning('neither MODEL.RESUME nor MODEL.PRETRAINED is set: the weights are random')
     engine = _inference_engine(config, model, resolution)

@@ -254,7 +254,10 @@ def test_keys_that_the_original_lacks_are_these():
         'COMM.TIMEOUT',
         'COMM.WARN_AFTER',
         'DATA.CHECK_CLASS_NAMES',
+        'DATA.META_DATA',
+        'DATA.REAL_LABELS',
         'DATA.WORKER_TIMEOUT',
+        'EVAL_LOADED',
         'MODEL.DOWNLOAD_TIMEOUT',
         'MODEL.FACTORY',
         'MODEL.KWARGS',
@@ -488,6 +491,11 @@ class TestValues:
         merge_opts(config, ['SEED', 3, 'AUG.MEAN', (0.0, 0.0, 0.0)])
 
         assert (config.SEED, config.AUG.MEAN) == (3, (0.0, 0.0, 0.0))
+
+    @pytest.mark.parametrize('key', ['OUTPUT', 'DATA.DATA_PATH', 'MODEL.RESUME'])
+    def test_text_that_no_path_can_be_is_refused(self, key):
+        with pytest.raises(ConfigError, match=f'--opts: {key}: has a NUL character'):
+            merge_opts(default_config(), [key, '/data/a\0b'])
 
 
 class TestFlags:

@@ -62,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Plans every option, and says which to take."""
+    from internvl_ds.config.counts import require_counts
     from internvl_ds.config.ds import resolve as ds
     from internvl_ds.config.ds.load import load_ds_config
     from internvl_ds.config.tree import get_config
@@ -70,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
     from internvl_ds.tools.plan.options import USABLE, Machine, choose, options
 
     config = get_config(argparse.Namespace(cfg=args.cfg, opts=args.opts))
+    require_counts(config)
     base = load_ds_config(args.deepspeed_config or None)
     machine = Machine(
         gpus=args.gpus,

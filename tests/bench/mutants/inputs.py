@@ -164,8 +164,20 @@ MUTANTS = [
         ('place = [abs(seed), epoch, rank, ', 'place = [abs(seed), rank, '),
         ('    if config.DATA.BATCH_SIZE % 2:', '    if False:'),
         ('        signal.signal(number, signal.SIG_IGN)\n', '        pass\n'),
-        ("raise OSError('it is no regular file')", 'pass'),
         (', drop_last=True)', ')'),
+    ]),
+    *mutants_of('train/datasets', 'train/datasets', [
+        ('seen, waiting = {_identity(root)}, [name]', 'seen, waiting = {(0, 0)}, [name]'),
+        ('columns = torch.tensor(labels_1k) if variant.masked else None', 'columns = None'),
+        ('labels = [int(name) for name in folders]', 'labels = list(range(len(folders)))'),
+        ('answers.append(tuple(labels[number - 1]))', 'answers.append(tuple(labels[number]))'),
+        ('kept = range(rank, total, world_size) if part else', 'kept = range(total) if part else'),
+        ('len(data) != size or zlib.crc32(data) != crc', 'len(data) != size'),
+    ]),
+    *mutants_of('train/evaluate', 'train/datasets', [
+        ('logits = logits.index_select(-1, columns)', 'pass'),
+        ('labelled = right[:, 0] >= 0', 'labelled = torch.ones_like(labels)'),
+        ('measure.answers_of(itertools.islice(order, len(labels)), valid)', 'None'),
     ]),
     *mutants_of('train/workers', 'train/test_workers.py', [
         ('before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)', 'before = signal.pthread_sigmask(signal.SIG_BLOCK, ())'),

@@ -16,7 +16,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem
 from internvl_ds.config.ds import resolve as ds
 from internvl_ds.errors import ConfigError
 from internvl_ds.tools.cli import main
-from internvl_ds.tools.cli.quantities import parse_rate, parse_size
+from internvl_ds.tools.cli.quantities import parse_rate, parse_size, whole
 from internvl_ds.tools.plan import activations
 from internvl_ds.tools.plan.advice import advice
 from internvl_ds.tools.plan.memory_planner import MemoryPlanner
@@ -61,10 +61,18 @@ class TestQuantities:
     def test_gb_is_decimal_and_gib_binary(self, text, size):
         assert parse_size(text) == size
 
-    @pytest.mark.parametrize('text', ['80', '80G', 'GB', '80iB', '-1GB', '0GB', '80GB/s'])
+    @pytest.mark.parametrize(
+        'text', ['80', '80G', 'GB', '80iB', '-1GB', '0GB', '80GB/s', '9' * 99 + 'GB']
+    )
     def test_anything_else_is_refused(self, text):
         with pytest.raises(argparse.ArgumentTypeError):
             parse_size(text)
+
+    @pytest.mark.parametrize('text', ['0', '-1', '1.0', '9' * 10, '9' * 5000])
+    def test_a_number_that_means_nothing_is_refused(self, text):
+        assert whole(1)('8') == 8
+        with pytest.raises(argparse.ArgumentTypeError, match=r'at least 1|9 digits'):
+            whole(1)(text)
 
     def test_a_rate_is_a_size_a_second(self):
         assert parse_rate('2GB/s') == 2 * 10**9
