@@ -14,12 +14,12 @@ _HOMES = {
     'checkpoint.choice': ('auto_resume_helper',),
     'checkpoint.load': ('load_checkpoint',),
     'checkpoint.load_ema': ('load_ema_checkpoint',),
-    'checkpoint.save': ('save_checkpoint',),
     'config': ('get_config',),
     'dist.preemption': ('Preemption',),
     'dist.process_group': ('init_distributed', 'shutdown'),
     'dist.reduce': ('reduce_tensor',),
     'engine.ema': ('EmaWarmup', 'ShardedEma'),
+    'engine.epochs': ('start_epoch',),
     'engine.grad_scaler': ('NativeScalerWithGradNormCount', 'get_grad_norm'),
     'engine.initialize': ('initialize',),
     'engine.registry': ('register',),
@@ -38,6 +38,7 @@ _HOMES = {
     ),
     'metrics': ('MyAverageMeter',),
     'pretrained': ('convert_22k_head_to_1k', 'load_pretrained'),
+    'utils.original_order': ('save_checkpoint',),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

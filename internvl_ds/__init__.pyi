@@ -3,7 +3,6 @@
 from internvl_ds.checkpoint.choice import auto_resume_helper as auto_resume_helper
 from internvl_ds.checkpoint.load import load_checkpoint as load_checkpoint
 from internvl_ds.checkpoint.load_ema import load_ema_checkpoint as load_ema_checkpoint
-from internvl_ds.checkpoint.save import save_checkpoint as save_checkpoint
 from internvl_ds.config import get_config as get_config
 from internvl_ds.dist.preemption import Preemption as Preemption
 from internvl_ds.dist.process_group import init_distributed as init_distributed
@@ -11,6 +10,7 @@ from internvl_ds.dist.process_group import shutdown as shutdown
 from internvl_ds.dist.reduce import reduce_tensor as reduce_tensor
 from internvl_ds.engine.ema import EmaWarmup as EmaWarmup
 from internvl_ds.engine.ema import ShardedEma as ShardedEma
+from internvl_ds.engine.epochs import start_epoch as start_epoch
 from internvl_ds.engine.grad_scaler import (
     NativeScalerWithGradNormCount as NativeScalerWithGradNormCount,
 )
@@ -31,5 +31,6 @@ from internvl_ds.errors import RankError as RankError
 from internvl_ds.metrics import MyAverageMeter as MyAverageMeter
 from internvl_ds.pretrained import convert_22k_head_to_1k as convert_22k_head_to_1k
 from internvl_ds.pretrained import load_pretrained as load_pretrained
+from internvl_ds.utils.original_order import save_checkpoint as save_checkpoint
 
 __version__: str

@@ -21,11 +21,7 @@ class MyAverageMeter:
     """
 
     def __init__(self, max_len: int = -1) -> None:
-        """Starts empty.
-
-        Args:
-            max_len: how many finite values the window holds; all of them when 0 or negative.
-        """
+        """Starts empty; the window holds ``max_len`` finite values, or all for 0 or less."""
         self.val = 0.0
         self._window: deque[float] = deque(maxlen=max_len if max_len > 0 else None)
 
@@ -40,7 +36,7 @@ class MyAverageMeter:
         return {'val': self.val, 'window': list(self._window)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on with what `state_dict` told."""
+        """Takes over the result of `state_dict`."""
         self.val = state['val']
         self._window = deque(state['window'], maxlen=self._window.maxlen)
 

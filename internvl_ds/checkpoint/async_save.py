@@ -87,9 +87,9 @@ class _Saves:
 
 
 def start(name: str, action: Callable[[], None], limit: float) -> None:
-    """Runs ``action`` in the background, where it may meet the other ranks' actions.
+    """Runs ``action`` in the background. Collective: every rank calls it.
 
-    Collective: every rank calls it. The save before must have been waited for.
+    It may meet the other ranks' actions. The save before must have been waited for.
 
     Args:
         name: what is saved, for messages.

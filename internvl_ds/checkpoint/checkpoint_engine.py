@@ -16,6 +16,10 @@ from internvl_ds.checkpoint.formats.ema_files import with_identity
 from internvl_ds.checkpoint.formats.shard_files import read_shard
 from internvl_ds.checkpoint.formats.snapshot import Snapshot, tensor_bytes
 from internvl_ds.checkpoint.formats.zero_shards import TagShards
+from internvl_ds.checkpoint.frozen import frozen_file
+from internvl_ds.checkpoint.frozen.frozen_file import FrozenFile
+from internvl_ds.checkpoint.frozen.omitting import Compared, Omitting
+from internvl_ds.checkpoint.frozen.sharing import Seen, Sharing
 from internvl_ds.checkpoint.tag.hashing import save_safetensors, save_tensors
 from internvl_ds.checkpoint.tag.manifest import FileEntry, Identity
 from internvl_ds.engine.ema_shard import EmaFile
@@ -31,29 +35,34 @@ class ShardWriter(CheckpointEngine):
 
     Attributes:
         identity: what every file of this save says of itself.
-        written: path -> size and digest, of the files of this save.
+        entries: path -> size and digest, of the files of this save.
         error: the first failure of this save.
         last_size: bytes that this rank wrote in its last whole save; None before one.
+        apart: how this save keeps frozen parameters apart; None where each tag holds them.
+        seen, compared: what it may trust of earlier saves.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.name = 'internvl_ds'
         self.identity = Identity('', '', 0)
-        self.written: dict[Path, FileEntry] = {}
+        self.entries: dict[Path, FileEntry] = {}
         self.error: Exception | None = None
         self.last_size: int | None = None
+        self.apart: Sharing | Omitting | None = None
+        self.seen: Seen = set()
+        self.compared: Compared = {}
         self._collects = self._in_background = False
-        self._collected: list[tuple[Path, Any]] = []
-        self._deferred: list[Callable[[], None]] = []
+        self._files: list[tuple[Path, Any]] = []
+        self._tasks: list[Callable[[], None]] = []
         self._snapshot = Snapshot()
-        self._opened: dict[Path, Any] = {}
+        self._contents: dict[Path, Any] = {}
 
-    def begin(self, identity: Identity, *, in_background: bool) -> None:
+    def begin(
+        self, identity: Identity, *, in_background: bool, apart: Sharing | Omitting | None = None
+    ) -> None:
         """Begins a save, which `finish` or `forget` ends; one in the background collects copies."""
-        self.identity = identity
-        self.error = None
-        self.written = {}
+        self.identity, self.apart, self.error, self.entries = identity, apart, None, {}
         self.forget()
         self._collects, self._in_background = True, in_background
         if in_background:
@@ -63,7 +72,7 @@ class ShardWriter(CheckpointEngine):
 
     def forget(self) -> None:
         """Ends a save without writing."""
-        self._collects, self._collected, self._deferred = False, [], []
+        self._collects, self._files, self._tasks = False, [], []
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         """Nothing to do in a save of this package: rank 0 has made the staging directory."""
@@ -79,57 +88,60 @@ class ShardWriter(CheckpointEngine):
             self._write(state_dict, Path(path))
             return
         try:
-            if self._in_background:
+            parts = [(Path(path), state_dict)]
+            if self.apart is not None:
+                parts = self.apart.parts(state_dict, Path(path))
+            for place, value in parts:
                 # An EmaFile is a tuple of a name, tensors and metadata: it is copied as one.
-                state_dict = self._snapshot.copy(state_dict)
-            self._collected.append((Path(path), state_dict))
+                kept = self._snapshot.copy(value) if self._in_background else value
+                self._files.append((place, kept))
         except Exception as error:
             self.error = self.error or error
 
     def finish(self) -> None:
         """Writes what was collected; a failure is kept in ``error``."""
         try:
-            while self._collected and self.error is None:
-                path, value = self._collected.pop(0)
+            while self._files and self.error is None:
+                path, value = self._files.pop(0)
                 self._write(value, path)
                 del value  # of the state that was made for the file nothing is kept
-            while self._deferred and self.error is None:
-                self._deferred.pop(0)()
+            while self._tasks and self.error is None:
+                self._tasks.pop(0)()
         except Exception as error:
             self.error = error
         self.forget()
 
     def defer(self, work: Callable[[], None]) -> None:
         """Does something more in `finish`, after the files."""
-        self._deferred.append(work)
+        self._tasks.append(work)
 
     def _write(self, value: Any, path: Path) -> None:
         try:
-            if isinstance(value, EmaFile):
+            if isinstance(value, FrozenFile):
+                frozen_file.write(value, path)
+            elif isinstance(value, EmaFile):
                 metadata = with_identity(value.metadata, self.identity)
-                self.written[path] = save_safetensors(value.tensors, path, metadata)
+                self.entries[path] = save_safetensors(value.tensors, path, metadata)
             else:
-                own = {**value, Identity.KEY: self.identity.to_dict()}
-                self.written[path] = save_tensors(own, path)
+                content = {**value, Identity.KEY: self.identity.to_dict()}
+                self.entries[path] = save_tensors(content, path)
         except Exception as error:
             raise CheckpointError(f'{error}; the file needs {tensor_bytes(value)} bytes') from error
 
     def open(self, path: Path, shards: TagShards) -> None:
-        """Reads one shard now, once for all loads until `close`.
-
-        Raises:
-            CheckpointError: when it cannot be read, or is no data.
-        """
-        self._opened[path] = shards.read(path)
+        """Reads one shard now, once for all loads until `close`; see `ShardFiles.read`."""
+        self._contents[path] = shards.read(path)
 
     def load(self, path: str | Path, map_location: Any = None) -> Any:
         """Reads one shard as data, mapped into memory; what is no data is refused."""
-        opened = self._opened.get(Path(path))
-        return read_shard(path, mmap=True) if opened is None else opened
+        content = self._contents.get(Path(path))
+        if content is None:  # a script calls DeepSpeed's own load
+            content = frozen_file.joined(Path(path).parent, Path(path), read_shard(path, mmap=True))
+        return content
 
     def close(self) -> None:
         """Lets go of what was opened."""
-        self._opened = {}
+        self._contents = {}
 
     def commit(self, info: CheckpointCommitInfo) -> bool:
         """The caller commits, when every rank has reported."""

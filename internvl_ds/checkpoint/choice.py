@@ -35,14 +35,14 @@ Find = Callable[[Mapping[str, str]], discovery.Resume | None]
 class _Last:
     """The last settings and their choice, so that an average comes from where the weights did."""
 
-    asked: tuple[str, str, bool, bool] | None = None
+    settings: tuple[str, str, bool, bool] | None = None
     path: Path | None = None
 
 
 def auto_resume_helper(output_dir: str, *, config: CfgNode | None = None) -> str | None:
-    """The newest checkpoint in a directory, for MODEL.RESUME; the same answer on every rank.
+    """The newest checkpoint in a directory, for MODEL.RESUME. Collective: every rank calls it.
 
-    Collective: every rank calls it. The newest is what was saved last. Its checksums are verified;
+    The newest is what was saved last; every rank gets the same answer. Its checksums are verified;
     a damaged tag is passed over with a warning. What dead saves left is swept away.
 
     Args:
@@ -74,10 +74,10 @@ def _limits_without_config() -> CfgNode:
     config = default_config()
     for key in ('RENDEZVOUS_TIMEOUT', 'IO_TIMEOUT'):
         config.CHECKPOINT[key] = checkpoint_option(last_config() or config, key)
-        if given := os.environ.get(f'INTERNVL_DS_{key}'):
-            if not given.isdecimal():
-                raise ConfigError(f'INTERNVL_DS_{key} is {given!r}; it takes whole seconds')
-            config.CHECKPOINT[key] = int(given)
+        if seconds := os.environ.get(f'INTERNVL_DS_{key}'):
+            if not seconds.isdecimal():
+                raise ConfigError(f'INTERNVL_DS_{key} is {seconds!r}; it takes whole seconds')
+            config.CHECKPOINT[key] = int(seconds)
     require_counts(config, ('CHECKPOINT',))
     return config
 
@@ -102,35 +102,31 @@ def choose(config: CfgNode, logger: logging.Logger, *, as_before: bool = False) 
     """
     last = current_group().part(_Last)
     load = Load(config, logger)
-    asked = (
+    settings = (
         str(config.MODEL.RESUME),
         str(get_option(config, 'OUTPUT', '')),
         bool(get_option(config, 'EVAL_MODE', False)),
         bool(get_option(config, 'TRAIN.AUTO_RESUME', True)),
     )
-    if as_before and last.asked == asked:
+    if as_before and last.settings == settings:
         path = last.path
         if path is None or load.from_rank_0('resume as before', path.exists):
             return path
-    last.path = _choose(load, *asked)
-    last.asked = asked
+    last.path = _choose(load, *settings)
+    last.settings = settings
     return last.path
 
 
 def newer_than_best(config: CfgNode) -> str | None:
-    """What a run that is started again goes on from, where MODEL.RESUME is its own OUTPUT's best.
-
+    """OUTPUT's newest tag, if MODEL.RESUME is OUTPUT's best tag and was saved before; else None.
     Collective: every rank calls it.
-
-    Returns:
-        The newest tag of OUTPUT where it was saved after that best; else None.
     """
-    load, output, asked = Load(config, _log), Path(config.OUTPUT), Path(config.MODEL.RESUME)
+    load, output, resume = Load(config, _log), Path(config.OUTPUT), Path(config.MODEL.RESUME)
 
     def sequence_of_best() -> int | None:
-        header = discovery.header_or_none(discovery.present(asked))
-        inside = os.path.realpath(asked.parent) == os.path.realpath(output)
-        return header.sequence if header and inside and epoch_of(asked.name) is None else None
+        header = discovery.header_or_none(discovery.present(resume))
+        inside = os.path.realpath(resume.parent) == os.path.realpath(output)
+        return header.sequence if header and inside and epoch_of(resume.name) is None else None
 
     best = load.from_rank_0('look at MODEL.RESUME', sequence_of_best)
     if best is None:
@@ -144,7 +140,7 @@ def newer_than_best(config: CfgNode) -> str | None:
     return newest if newest and load.from_rank_0('compare with best', is_newer) else None
 
 
-def downloaded(load: Load) -> Path:
+def fetch_resume(load: Load) -> Path:
     """The file that MODEL.RESUME is the address of. Collective: every rank calls it."""
 
     def download() -> Path:
@@ -162,8 +158,8 @@ def _choose(
     if not resume:
         raise CheckpointNotFound('MODEL.RESUME is empty: set it to a checkpoint')
 
-    def find(damaged: Mapping[str, str]) -> discovery.Resume | None:
-        newest = discovery.newest(Path(output), damaged)
+    def find(damages: Mapping[str, str]) -> discovery.Resume | None:
+        newest = discovery.newest(Path(output), damages)
         if newest is None or newest.path.is_file() or not _is_newer(newest.path, resume):
             return None
         return newest
@@ -176,7 +172,7 @@ def _choose(
 
     if output and not evaluates and auto_resume:
         try:
-            newest = _verified(load, find)
+            newest = _find_verified(load, find)
         except CheckpointNotFound as error:
             load.logger.warning('%s It is set: %s is taken', error, shown(resume))
             newest = None
@@ -189,34 +185,34 @@ def _choose(
             )
             return newest.path
     elif output and not evaluates:
-        passed_over = load.from_rank_0('find newest', find_or_none)
-        if passed_over is not None:
+        newer = load.from_rank_0('find newest', find_or_none)
+        if newer is not None:
             load.logger.warning(
-                f'MODEL.RESUME {shown(resume)} is taken, and not the newer {passed_over}: '
+                f'MODEL.RESUME {shown(resume)} is taken, and not the newer {newer}: '
                 'TRAIN.AUTO_RESUME is False'
             )
     return _resolve(load, resume)
 
 
-def _is_newer(own: Path, resume: str) -> bool:
+def _is_newer(tag: Path, resume: str) -> bool:
     """Whether a tag of OUTPUT goes before MODEL.RESUME: see `choose`."""
-    asked = discovery.present(Path(resume))
-    if os.path.isdir(asked) and not discovery.is_tag(asked):
+    rival = discovery.present(Path(resume))
+    if os.path.isdir(rival) and not discovery.is_tag(rival):
         with contextlib.suppress(CheckpointError):  # told when it is loaded, if it is
-            newest = discovery.newest(asked)
-            asked = asked if newest is None else newest.path
-    ours, theirs = discovery.header_or_none(own), discovery.header_or_none(asked)
-    output = os.path.realpath(own.parent)
-    if ours and theirs and os.path.realpath(asked.parent) == output:
+            newest = discovery.newest(rival)
+            rival = rival if newest is None else newest.path
+    ours, theirs = discovery.header_or_none(tag), discovery.header_or_none(rival)
+    output = os.path.realpath(tag.parent)
+    if ours and theirs and os.path.realpath(rival.parent) == output:
         # Who names a tag that was saved as best means that one.
-        return ours.sequence > theirs.sequence and epoch_of(asked.name) is not None
-    began_from = _resumed_from(own)
-    if began_from == _place(resume):
+        return ours.sequence > theirs.sequence and epoch_of(rival.name) is not None
+    origin = _resumed_from(tag)
+    if origin == _place(resume):
         return True
-    further, than = _position(own), _position(asked)
-    if further is not None and than is not None:
-        return further > than
-    return os.path.dirname(began_from) == output  # it went on from this OUTPUT before
+    position, rival_position = _position(tag), _position(rival)
+    if position is not None and rival_position is not None:
+        return position > rival_position
+    return os.path.dirname(origin) == output  # it went on from this OUTPUT before
 
 
 def _position(path: Path) -> tuple[int, int] | None:
@@ -255,20 +251,18 @@ def _sweep(output: Path, age: float) -> None:
 
 
 def _newest(load: Load, output: Path) -> discovery.Resume | None:
-    return _verified(load, lambda damaged: discovery.newest(output, damaged))
+    return _find_verified(load, lambda damages: discovery.newest(output, damages))
 
 
-def _verified(load: Load, find: Find) -> discovery.Resume | None:
+def _find_verified(load: Load, find: Find) -> discovery.Resume | None:
     """What ``find`` finds on rank 0, with right checksums. Collective: every rank calls it.
 
-    Args:
-        load: the time limits.
-        find: gets the names of the tags to pass over, and what is wrong with each.
+    ``find`` gets the names of the tags to pass over, and what is wrong with each.
     """
-    damaged: dict[str, str] = {}
+    damages: dict[str, str] = {}
 
     def answer() -> list[str | None] | None:
-        newest = find(damaged)
+        newest = find(damages)
         return None if newest is None else [str(newest.path), newest.warning]
 
     while True:
@@ -280,7 +274,7 @@ def _verified(load: Load, find: Find) -> discovery.Resume | None:
         reasons = [reason for report in reports for reason in report]
         if not reasons:
             return discovery.Resume(path, warning)
-        damaged[path.name] = '; '.join(reasons[:3])
+        damages[path.name] = '; '.join(reasons[:3])
 
 
 def _damage_of_share(path: Path) -> list[str]:
@@ -298,13 +292,13 @@ def _damage_of_share(path: Path) -> list[str]:
 def _resolve(load: Load, resume: str) -> Path | None:
     """The tag or file that MODEL.RESUME names, the same on all ranks; None for an address."""
 
-    def named() -> tuple[str, bool]:
+    def find() -> tuple[str, bool]:
         path = discovery.resolve(resume)
         return str(path), path.is_file() or discovery.is_tag(path)
 
     if is_address(resume):
         return None
-    path, is_tag = load.from_rank_0('resolve resume', named)
+    path, is_tag = load.from_rank_0('resolve resume', find)
     if is_tag:
         return Path(path)
     newest = _newest(load, Path(path))

@@ -45,25 +45,21 @@ def load_same_layout(
     scaled = ['lr_scale' in group for group in wrapper.client.param_groups]
     _load_engine(load, wrapper, shards, str(state.get('optimizer_class') or ''), ready)
     wrapper.restore_scale(state.get('loss_scale'))
-    restored = restore_schedule(
+    is_restored = restore_schedule(
         load.config, state, load.lr_scheduler, load.scaler, shards.tag, load.logger
     )
     groups = wrapper.client.param_groups
     for group, had in zip(groups, scaled, strict=True):
-        if not (restored or had):  # it goes with the schedule of earlier versions; see by name
+        if not (is_restored or had):  # it goes with the schedule of earlier versions; see by name
             group.pop('lr_scale', None)
-    position = restore_schedule_position(engine, state.get('schedule'), restored)
-    steps_it = load.lr_scheduler is registration.scheduler
-    if not restored or (steps_it and not shards.has_manifest):  # else the lr is in the shards
-        set_lr_of_schedule(load.lr_scheduler, groups, position if steps_it else shards.updates)
+    position = restore_schedule_position(engine, state.get('schedule'), is_restored)
+    is_stepped = load.lr_scheduler is registration.scheduler
+    if not is_restored or (is_stepped and not shards.has_manifest):  # else the lr is in the shards
+        set_lr_of_schedule(load.lr_scheduler, groups, position if is_stepped else shards.updates)
 
 
 def _load_engine(
-    load: Load,
-    wrapper: Wrapper,
-    shards: TagShards,
-    saved_by: str,
-    ready: Callable[[], None],
+    load: Load, wrapper: Wrapper, shards: TagShards, saved_by: str, ready: Callable[[], None]
 ) -> None:
     engine, client, path = wrapper.engine, wrapper.client, shards.tag
     writer = install_writer(engine)
@@ -75,11 +71,11 @@ def _load_engine(
             for files in (shards.model_files, shards.optim_files):
                 if files:
                     writer.open(_own_file(files), shards)
-            found = _require_same_optimizer(wrapper, shards, saved_by)
+            outcome = _require_same_optimizer(wrapper, shards, saved_by)
             if shards.zero_stage:
-                own = shards.read(shards.optim_files[rank()])['optimizer_state_dict']
-                _require_like(own, engine.optimizer.state_dict(), 'its optimizer_state_dict')
-            return found
+                state = shards.read(shards.optim_files[rank()])['optimizer_state_dict']
+                _require_like(state, engine.optimizer.state_dict(), 'its optimizer_state_dict')
+            return outcome
 
     def load_shards() -> None:
         with (
@@ -92,26 +88,24 @@ def _load_engine(
             raise CheckpointError(f'{path}: DeepSpeed found nothing to load in it')
         state = state_of_optimizer(client)
         _into_buffers(state, buffers)
-        for (group, tensor), own in zip(wrapper.slots(), kept, strict=True):
-            _in_own_form(state.get(tensor) or {}, group, own)
+        for (group, tensor), trial in zip(wrapper.slots(), trials, strict=True):
+            _give_numbers_form(state.get(tensor) or {}, group, trial)
 
     try:
-        warnings, kept = load.agree('read shards', open_own_files)
+        warnings, trials = load.agree('read shards', open_own_files)
         for warning in warnings:
             load.logger.warning(warning)
-        counted = {key for own in kept if own for key in own.counters}
-        keys = client.defaults.keys() - {'lr'} - counted
-        running = [{k: g[k] for k in keys & g.keys()} for g in engine.optimizer.param_groups]
-        buffers = {
-            parameter: dict(tensors) for parameter, tensors in state_of_optimizer(client).items()
-        }
+        counters = {key for trial in trials if trial for key in trial.counters}
+        keys = client.defaults.keys() - {'lr'} - counters
+        settings = [{k: g[k] for k in keys & g.keys()} for g in engine.optimizer.param_groups]
+        buffers = {p: dict(tensors) for p, tensors in state_of_optimizer(client).items()}
         ready()
         load.agree('load shards', load_shards)
     finally:
         writer.close()
     # Those of the running configuration hold; the lr is the scheduler's.
-    for group, own in zip(engine.optimizer.param_groups, running, strict=True):
-        group.update(own)
+    for group, values in zip(engine.optimizer.param_groups, settings, strict=True):
+        group.update(values)
 
 
 def _own_file(files: Sequence[Path]) -> Path:
@@ -120,11 +114,7 @@ def _own_file(files: Sequence[Path]) -> Path:
 
 
 def _require_like(saved: Any, running: Any, what: str) -> None:
-    """Makes sure that DeepSpeed will meet the kinds of values that it would save now.
-
-    Raises:
-        TypeError: names the first that is of another kind.
-    """
+    """Raises TypeError, naming it, for the first value of another kind than DeepSpeed saves now."""
     alike = True
     if isinstance(running, Mapping):
         alike = isinstance(saved, Mapping)
@@ -152,34 +142,33 @@ def _require_same_optimizer(
 ) -> tuple[list[str], list[Kept | None]]:
     """Compares a tag of the same layout with the running optimizer; see `RunningOptimizer`.
 
-    Returns:
-        Warnings, and what the optimizer keeps for each of its tensors.
+    Returns warnings, and what the optimizer keeps for each of its tensors.
     """
     optimizer, stage = RunningOptimizer(wrapper.client), shards.zero_stage
     groups = shards.groups()
     names = groups if stage else [[name] for group in groups for name in group]
-    found = []
+    comparisons = []
     slots = zip(wrapper.slots(), shards.optimizer_state(rank()), names, strict=True)
-    for index, ((group, tensor), saved, own) in enumerate(slots):
+    for index, ((group, tensor), tensor_state, names_of_tensor) in enumerate(slots):
         # A partition is flat whatever the parameters' shapes, and not here where it is on NVMe.
         shape = None if stage else tensor.shape
-        own = [name for name in own if name] or [f'parameter {index}']
-        held = SavedTensor(own, forms_of(saved.state, shape), saved.settings)
-        found.append((held, group, tensor if tensor is not None else torch.empty(0)))
-    warnings = optimizer.require_saved_by(str(shards.tag), saved_by, shards.fresh, found)
-    return warnings, [optimizer.kept(group, tensor) for _, group, tensor in found]
+        shown_names = [name for name in names_of_tensor if name] or [f'parameter {index}']
+        entry = SavedTensor(shown_names, forms_of(tensor_state.state, shape), tensor_state.settings)
+        comparisons.append((entry, group, tensor if tensor is not None else torch.empty(0)))
+    warnings = optimizer.require_saved_by(str(shards.tag), saved_by, shards.fresh, comparisons)
+    return warnings, [optimizer.kept(group, tensor) for _, group, tensor in comparisons]
 
 
-def _in_own_form(state: dict[str, Any], group: Mapping[str, Any], kept: Kept | None) -> None:
+def _give_numbers_form(state: dict[str, Any], group: Mapping[str, Any], trial: Kept | None) -> None:
     """Gives the numbers of a tensor the form that this optimizer keeps them in.
 
     DeepSpeed's Adam for the CPU counts in an int, torch's in a tensor, apex's in the group.
     """
-    if kept is None or not state:
+    if trial is None or not state:
         return
-    for key in (key for key, form in kept.forms.items() if form == NUMBER):
+    for key in (key for key, form in trial.forms.items() if form == NUMBER):
         if key in state or key in group:
-            state[key] = like(state.get(key, group.get(key)), kept.numbers[key])
+            state[key] = like(state.get(key, group.get(key)), trial.numbers[key])
 
 
 @torch.no_grad()
@@ -191,12 +180,12 @@ def _into_buffers(state: Mapping[Any, dict[str, Any]], buffers: Mapping[Any, Any
     """
     for parameter, tensors in state.items():
         before = buffers.get(parameter, {})
-        for key, loaded in tensors.items():
-            if not isinstance(loaded, torch.Tensor) or loaded.device.type != 'cpu':
+        for key, tensor in tensors.items():
+            if not isinstance(tensor, torch.Tensor) or tensor.device.type != 'cpu':
                 continue
-            own = before.get(key)
-            fits = isinstance(own, torch.Tensor) and own.device == loaded.device
-            if fits and (own.shape, own.dtype) == (loaded.shape, loaded.dtype):
-                tensors[key] = own.copy_(loaded)
+            memory = before.get(key)
+            fits = isinstance(memory, torch.Tensor) and memory.device == tensor.device
+            if fits and (memory.shape, memory.dtype) == (tensor.shape, tensor.dtype):
+                tensors[key] = memory.copy_(tensor)
             else:
-                tensors[key] = loaded.clone()
+                tensors[key] = tensor.clone()

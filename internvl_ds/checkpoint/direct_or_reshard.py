@@ -35,16 +35,13 @@ class TagLayout(NamedTuple):
 def fits_directly(load: Load, engine: DeepSpeedEngine, tag: Path) -> bool:
     """Whether DeepSpeed can load a tag itself. Collective: every rank calls it.
 
-    What will be read is compared with its checksums, either way.
-
-    Raises:
-        CheckpointError: when a file is damaged, or the tag is of another model.
+    What will be read is compared with its checksums, either way: CheckpointError for a damaged
+    file, and for a tag of another model.
     """
 
     def same_layout() -> bool:
         with interpreting(tag, CheckpointError):
-            same = layout_of_tag(tag) == layout_of_engine(engine)
-            return same and of_this_deepspeed(tag)
+            return layout_of_tag(tag) == layout_of_engine(engine) and of_this_deepspeed(tag)
 
     def groups_fit() -> bool:
         with interpreting(tag, CheckpointError):
@@ -61,11 +58,7 @@ def fits_directly(load: Load, engine: DeepSpeedEngine, tag: Path) -> bool:
 
 
 def layout_of_tag(tag: Path) -> TagLayout:
-    """The layout that a tag was saved with, from its manifest, or its shards without one.
-
-    Raises:
-        CheckpointError: when that cannot be read.
-    """
+    """The layout that a tag was saved with, from its manifest, or its shards without one."""
     header = read_header(tag)
     if header is not None:
         return TagLayout(header.zero_stage, header.world_size, header.precision)
@@ -93,11 +86,11 @@ def layout_of_engine(engine: DeepSpeedEngine) -> TagLayout:
 
 def same_groups(engine: DeepSpeedEngine, shards: TagShards) -> bool:
     """Whether the parameter groups of a tag are those of an engine, and in its order."""
-    saved, running = shards.groups(), wrapper_of(engine).group_names()
-    if [len(group) for group in saved] != [len(group) for group in running]:
+    tag_groups, engine_groups = shards.groups(), wrapper_of(engine).group_names()
+    if [len(group) for group in tag_groups] != [len(group) for group in engine_groups]:
         return False
     return all(
         not a or not b or a == b
-        for one, other in zip(saved, running, strict=True)
+        for one, other in zip(tag_groups, engine_groups, strict=True)
         for a, b in zip(one, other, strict=True)
     )

@@ -12,9 +12,16 @@ from internvl_ds.checkpoint.checkpoint_engine import ShardWriter
 from internvl_ds.checkpoint.formats.state_json import state_text
 from internvl_ds.checkpoint.proof import Wanted, prove
 from internvl_ds.checkpoint.tag import commit
-from internvl_ds.checkpoint.tag.discovery import file_sizes
+from internvl_ds.checkpoint.tag.discovery import sizes_of
 from internvl_ds.checkpoint.tag.hashing import flush_and_hash, write_hashed
-from internvl_ds.checkpoint.tag.manifest import LOOP_FILE, STATE_FILE, FileEntry, Header, Manifest
+from internvl_ds.checkpoint.tag.manifest import (
+    FORMAT_APART,
+    LOOP_FILE,
+    STATE_FILE,
+    FileEntry,
+    Header,
+    Manifest,
+)
 from internvl_ds.checkpoint.tag.output_lock import note_save
 from internvl_ds.checkpoint.tag.retention import Policy
 from internvl_ds.checkpoint.tag.trash import MARK
@@ -56,10 +63,7 @@ class Save:
 
 
 def finish(save: Save) -> None:
-    """Writes what is not written yet, reports, commits; on any thread.
-
-    Collective: every rank calls it.
-    """
+    """Writes the files, reports, commits; on any thread. Collective: every rank calls it."""
 
     def commit_or_abandon() -> None:
         try:
@@ -77,7 +81,7 @@ def finish(save: Save) -> None:
         if save.writer.error is not None:
             raise error from save.writer.error
         raise
-    save.writer.last_size = sum(entry.size for entry in save.writer.written.values())
+    save.writer.last_size = sum(entry.size for entry in save.writer.entries.values())
     save.logger.info('%s saved !!!', save.output / save.tag)
 
 
@@ -99,40 +103,43 @@ def _write_own_files(save: Save) -> dict[str, Any]:
             text = state_text({**save.state, 'config': redacted(save.state['config'].dump())})
             _write_text(save, STATE_FILE, text)
         if writer.error is None:
-            prove(save.staging_path, _named(save), save.wanted)
+            prove(save.staging_path, _entries(save), save.wanted)
     except (OSError, CheckpointError) as error:
         writer.error = error
     except Exception as error:  # the others wait for the report
         writer.error = CheckpointError(f'{save.staging_path}: cannot be read again: {error!r}')
     if writer.error is not None:
         return {'error': str(writer.error)}
-    return {'files': {name: list(entry) for name, entry in _named(save).items()}}
+    return {'files': {name: list(entry) for name, entry in _entries(save).items()}}
 
 
-def _named(save: Save) -> dict[str, FileEntry]:
-    """The files that this rank wrote, by their names in the tag."""
-    written = save.writer.written
-    return {str(path.relative_to(save.staging_path)): entry for path, entry in written.items()}
+def _entries(save: Save) -> dict[str, FileEntry]:
+    """The files of this rank, by their names in the tag."""
+    entries, apart = save.writer.entries, save.writer.apart
+    named = {str(path.relative_to(save.staging_path)): entry for path, entry in entries.items()}
+    return named if apart is None else {**named, **apart.files}
 
 
 def _write_text(save: Save, name: str, text: str) -> None:
     path = save.staging_path / name
-    save.writer.written[path] = write_hashed(path, lambda file: file.write(text.encode()))
+    save.writer.entries[path] = write_hashed(path, lambda file: file.write(text.encode()))
 
 
 def _commit(save: Save, reports: list[dict[str, Any]] | None) -> None:
     assert save.staging is not None  # this is rank 0
     assert reports is not None
-    failed = {r: report['error'] for r, report in enumerate(reports) if 'error' in report}
-    not_saved = f'{save.output / save.tag}: not saved, and the earlier checkpoints stay: '
-    if failed:
-        raise CheckpointError(not_saved + '; '.join(f'rank {r}: {e}' for r, e in failed.items()))
+    errors = {r: report['error'] for r, report in enumerate(reports) if 'error' in report}
+    outcome = f'{save.output / save.tag}: not saved, and the earlier checkpoints stay: '
+    if errors:
+        raise CheckpointError(outcome + '; '.join(f'rank {r}: {e}' for r, e in errors.items()))
     files = {n: FileEntry(*e) for report in reports for n, e in report['files'].items()}
     try:
-        sizes = file_sizes(save.staging_path)
+        sizes = sizes_of(save.staging_path, files)
         commit.require_files(save.staging, files, sizes)
         for name in sizes.keys() - files.keys() - {MARK}:  # what DeepSpeed wrote by itself
             files[name] = flush_and_hash(save.staging_path / name)
+        if save.writer.apart is not None and save.writer.apart.header:
+            save.header |= {'frozen': save.writer.apart.header, 'format': FORMAT_APART}
         header = Header(
             tag=save.tag,
             sequence=commit.next_sequence(save.output),
@@ -143,7 +150,7 @@ def _commit(save: Save, reports: list[dict[str, Any]] | None) -> None:
         manifest = Manifest(header, dict(sorted(files.items())))
         commit.commit(save.staging, manifest, latest=save.policies is not None)
     except OSError as error:
-        raise CheckpointError(f'{not_saved}rank 0 cannot commit it: {error}') from error
+        raise CheckpointError(f'{outcome}rank 0 cannot commit it: {error}') from error
     note_save(save.output, save.tag, header.save)
     if save.policies is not None:
         try:

@@ -11,7 +11,7 @@ import torch
 from yacs.config import CfgNode
 
 from internvl_ds.checkpoint import async_save
-from internvl_ds.checkpoint.choice import choose, downloaded
+from internvl_ds.checkpoint.choice import choose, fetch_resume
 from internvl_ds.checkpoint.direct_load import load_same_layout
 from internvl_ds.checkpoint.direct_or_reshard import fits_directly
 from internvl_ds.checkpoint.formats.client_state import saved_state, unread_keys
@@ -19,10 +19,12 @@ from internvl_ds.checkpoint.formats.ema_files import EmaFiles
 from internvl_ds.checkpoint.formats.loop_json import SavedLoop
 from internvl_ds.checkpoint.formats.pth_format import open_file, weights_of_file
 from internvl_ds.checkpoint.formats.zero_shards import TagShards
+from internvl_ds.checkpoint.frozen.omitting import adopt_origins
+from internvl_ds.checkpoint.frozen.sources import named_in_config
 from internvl_ds.checkpoint.load_by_name import load_other_layout, train_from_file
 from internvl_ds.checkpoint.load_context import Load
 from internvl_ds.checkpoint.optimizer_state import require_optimizer
-from internvl_ds.checkpoint.restore import load_weights
+from internvl_ds.checkpoint.restore import given_by_backbone, load_weights
 from internvl_ds.checkpoint.restore_scheduler import require_schedule
 from internvl_ds.checkpoint.sources.classes import require_same_classes
 from internvl_ds.checkpoint.tag.verify import weight_files
@@ -33,6 +35,7 @@ from internvl_ds.errors import CheckpointError, few
 from internvl_ds.files.reading import interpreting
 
 
+@named_in_config
 def load_checkpoint(
     config: CfgNode,
     model: Any,
@@ -72,7 +75,7 @@ def load_checkpoint(
     """
     async_save.wait()
     load = Load(config, logger, lr_scheduler, scaler, loop)
-    path = choose(config, logger) or downloaded(load)
+    path = choose(config, logger) or fetch_resume(load)
     logger.info('==============> Resuming from %s....................', path)
     evaluates = get_option(config, 'EVAL_MODE', False)
     if not evaluates:
@@ -94,7 +97,9 @@ def _evaluate_file(load: Load, where: str, model: Any) -> float:
         with interpreting(where, CheckpointError):
             weights = weights_of_file(checkpoint, where)
             accuracy = float(checkpoint.get('max_accuracy') or 0.0)
-        load_weights(find_engine(model) or model, weights, where)
+        engine = find_engine(model)
+        given = given_by_backbone(model if engine is None else engine.module)
+        load_weights(engine or model, weights, where, given)
         load.logger.info('=> loaded the weights of %s', where)
         return accuracy
 
@@ -119,14 +124,15 @@ def _evaluate_tag(load: Load, tag: Path, model: Any) -> dict[str, Any]:
 
 def _train_from_tag(load: Load, tag: Path, model: Any) -> dict[str, Any]:
     engine = engine_of(model)
+    wrapper_of(engine).require_own_weights('load_checkpoint')
     require_optimizer(wrapper_of(engine).client)
     direct = fits_directly(load, engine, tag)
     shards = load.agree('find shards', lambda: _shards_of(tag, load.logger), load.timeout)
 
     def read_state() -> tuple[SavedLoop, dict[str, Any]]:
         state = saved_state(shards)
-        engines_own = load.lr_scheduler is None and engine.lr_scheduler is not None
-        if engines_own and not shards.has_manifest:
+        has_schedule = load.lr_scheduler is None and engine.lr_scheduler is not None
+        if has_schedule and not shards.has_manifest:
             state['lr_scheduler'] = None  # it is restored with the engine
         require_schedule(state, load.lr_scheduler, tag)
         return SavedLoop(tag, shards.world_size), state
@@ -137,6 +143,7 @@ def _train_from_tag(load: Load, tag: Path, model: Any) -> dict[str, Any]:
         saved_loop.restore_loop(load.loop, load.timeout)
 
     (load_same_layout if direct else load_other_layout)(load, engine, shards, state, ready)
+    adopt_origins(engine.module, shards.head)
     saved_loop.restore_generators(state, load.logger)
     if get_option(load.config, 'TRAIN.EMA.ENABLE', None) is False and EmaFiles(tag):
         load.logger.info(
@@ -152,8 +159,8 @@ def _shards_of(path: Path, logger: logging.Logger) -> TagShards:
         _ = shards.world_size, shards.shapes()
     shards.warn_unverified(logger)
     if shards.unused:
-        strange = f'files that are not of its layout ({few(shards.unused)})'
-        logger.warning(f'{path} has no manifest, and {strange}: they are not read')
-    if unread := unread_keys(shards):
-        logger.warning('%s: what its client_state has of %s is not restored', path, few(unread))
+        text = f'files that are not of its layout ({few(shards.unused)})'
+        logger.warning(f'{path} has no manifest, and {text}: they are not read')
+    if keys := unread_keys(shards):
+        logger.warning('%s: what its client_state has of %s is not restored', path, few(keys))
     return shards

@@ -47,25 +47,20 @@ class Load:
     def agree(self, what: str, act: Callable[[], _T], limit: float | None = None) -> _T:
         """Runs a step; an error of any rank is one on all. Collective: every rank calls it.
 
-        Args:
-            what: the step, for errors.
-            act: the step.
-            limit: seconds that one rank may take longer than another; None for `io_timeout`.
+        ``limit``: seconds that one rank may take longer than another; None for `io_timeout`.
         """
         return agree(what, act, self.io_timeout if limit is None else limit, CheckpointError)
 
     def verify(
         self, tag: Path, names_of: Callable[[Manifest], Iterable[str]], *, shared: bool
     ) -> None:
-        """Compares files with their checksums. Collective: every rank calls it.
+        """Compares files with their checksums, if the tag has any. Collective: every rank calls it.
+
+        A file of any rank that is damaged is a CheckpointError on all.
 
         Args:
-            tag: the directory; nothing is compared of a tag without a manifest.
             names_of: the files; this rank's, or all.
             shared: whether each rank compares a part of them for all.
-
-        Raises:
-            CheckpointError: on all ranks, when a file of any rank is damaged.
         """
 
         def check() -> None:
@@ -73,10 +68,9 @@ class Load:
             if manifest is None:
                 return
             names = names_of(manifest)
-            damaged = damage(
-                tag, manifest, share_of(names, rank(), world_size()) if shared else names
-            )
-            if damaged:
-                raise CheckpointError('; '.join(damaged))
+            names = share_of(names, rank(), world_size()) if shared else names
+            damages = damage(tag, manifest, names)
+            if damages:
+                raise CheckpointError('; '.join(damages))
 
         self.agree('verify', check)

@@ -68,57 +68,54 @@ class RunningOptimizer:
         self.name = optimizer_name(optimizer)
         self.kept = Trials(optimizer).kept
 
-    def require_saved_by(self, where: str, saved_by: str, fresh: bool, found: Found) -> list[str]:
-        """Refuses the state of another optimizer.
+    def require_saved_by(self, where: str, saved_by: str, fresh: bool, states: States) -> list[str]:
+        """Raises CheckpointMismatch, naming both, for the state of another optimizer.
 
         Args:
             where: the checkpoint's path, for errors.
             saved_by: the class that it was saved with; '' where it does not say.
             fresh: whether it was saved before the first update.
-            found: each tensor's saved state, the settings of the group it is in now, and itself.
+            states: of each tensor its saved state, the settings of its group now, and itself.
 
         Returns:
             Warnings: another class of the family, changed settings, nothing that could be compared.
-
-        Raises:
-            CheckpointMismatch: naming both optimizers and what they keep.
         """
-        related = not saved_by or same_family(saved_by, self.name)
-        stateless = not saved_by and not any(saved.forms for saved, _, _ in found)
-        changed: dict[str, tuple[Any, Any]] = {}
-        unknown = False
-        for saved, settings, tensor in found:
-            kept = self.kept(settings, tensor)
-            unknown = unknown or (kept is None and not saved_by)
-            changed = {**self._changed(saved.settings, settings, kept), **changed}
-            if kept is None or (fresh and not saved.forms):
+        is_related = not saved_by or same_family(saved_by, self.name)
+        is_stateless = not saved_by and not any(entry.forms for entry, _, _ in states)
+        changes: dict[str, tuple[Any, Any]] = {}
+        is_unknown = False
+        for entry, settings, tensor in states:
+            trial = self.kept(settings, tensor)
+            is_unknown = is_unknown or (trial is None and not saved_by)
+            changes = {**self._changes(entry.settings, settings, trial), **changes}
+            if trial is None or (fresh and not entry.forms):
                 fits = True  # saved before the first update, there is nothing to take over
-            elif saved.forms:
-                fits = _same_forms(saved, kept)
-            elif stateless:  # nor does anything else say which optimizer that was
-                fits = not kept.forms
+            elif entry.forms:
+                fits = _same_forms(entry, trial)
+            elif is_stateless:  # nor does anything else say which optimizer that was
+                fits = not trial.forms
             else:  # of a parameter that had no gradient, or of a plain SGD
-                before = self.kept({**settings, **saved.settings}, tensor)
-                fits = before is None or before.forms == kept.forms
-            if not (related and fits):
-                raise self._mismatch(where, saved_by, saved, kept, settings)
-        said = []
-        if unknown:
-            said.append(
+                old_trial = self.kept({**settings, **entry.settings}, tensor)
+                fits = old_trial is None or old_trial.forms == trial.forms
+            if not (is_related and fits):
+                raise self._mismatch(where, saved_by, entry, trial, settings)
+        warnings = []
+        if is_unknown:
+            warnings.append(
                 f'{where} does not say which optimizer it was saved with, and what {self.name} '
                 'keeps cannot be told: make sure that it is the same'
             )
         if saved_by and saved_by != self.name:
-            said.append(f'{where}: {self.name} goes on from the state of {saved_by}')
-        if changed:
-            said.append(f'{where}: (saved, now) of the optimizer differ, now holds: {changed}')
-        return said
+            warnings.append(f'{where}: {self.name} goes on from the state of {saved_by}')
+        if changes:
+            warnings.append(f'{where}: (saved, now) of the optimizer differ, now holds: {changes}')
+        return warnings
 
-    def _changed(
-        self, saved: Mapping[str, Any], now: Mapping[str, Any], kept: Kept | None
+    def _changes(
+        self, saved: Mapping[str, Any], now: Mapping[str, Any], trial: Kept | None
     ) -> dict[str, tuple[Any, Any]]:
         """The settings of a group, but for what moves: key -> (saved, now) where they differ."""
-        keys = self.optimizer.defaults.keys() - NOT_SETTINGS - set(kept.counters if kept else ())
+        keys = self.optimizer.defaults.keys() - NOT_SETTINGS - set(trial.counters if trial else ())
         return {
             key: (saved[key], now[key])
             for key in sorted(keys & saved.keys() & now.keys())
@@ -126,22 +123,22 @@ class RunningOptimizer:
         }
 
     def _mismatch(
-        self, where: str, saved_by: str, saved: SavedTensor, kept: Kept | None, settings: Mapping
+        self, where: str, saved_by: str, entry: SavedTensor, trial: Kept | None, settings: Mapping
     ) -> CheckpointMismatch:
-        with_forms = kept is not None and saved.forms.keys() == kept.forms.keys()
-        text = f'{where}: holds {_listed(saved.forms, with_forms)} of '
-        text += f'{saved_by or "an optimizer"} for {few(saved.names, 3)}, and {self.name} keeps '
-        text += _listed(kept.forms, with_forms) if kept else 'a state of its own'
-        changed = self._changed(saved.settings, settings, kept)
-        if saved_by != self.name or changed:
+        with_forms = trial is not None and entry.forms.keys() == trial.forms.keys()
+        text = f'{where}: holds {_list_of(entry.forms, with_forms)} of '
+        text += f'{saved_by or "an optimizer"} for {few(entry.names, 3)}, and {self.name} keeps '
+        text += _list_of(trial.forms, with_forms) if trial else 'a state of its own'
+        changes = self._changes(entry.settings, settings, trial)
+        if saved_by != self.name or changes:
             text += ': it was saved with another optimizer'
-            text += f', by its settings (saved, now): {changed}' * (saved_by == self.name)
+            text += f', by its settings (saved, now): {changes}' * (saved_by == self.name)
         else:
             text += ' in this layout: its state goes on only in the layout that it was saved in'
         return CheckpointMismatch(f'{text}. {REMEDY}')
 
 
-Found = Sequence[tuple[SavedTensor, Mapping[str, Any], torch.Tensor]]
+States = Sequence[tuple[SavedTensor, Mapping[str, Any], torch.Tensor]]
 
 
 def same_family(one: str, other: str) -> bool:
@@ -154,31 +151,31 @@ def _equal(one: Any, other: Any) -> bool:
     return one == other if numbers else repr(one) == repr(other)
 
 
-def _same_forms(saved: SavedTensor, kept: Kept) -> bool:
-    for key in saved.forms.keys() | kept.forms.keys():
-        found, needed = saved.forms.get(key), kept.forms.get(key)
-        if needed is None:
+def _same_forms(entry: SavedTensor, trial: Kept) -> bool:
+    for key in entry.forms.keys() | trial.forms.keys():
+        form, running = entry.forms.get(key), trial.forms.get(key)
+        if running is None:
             # Its number may be kept for all parameters of a group together, or be a later one's.
-            if key not in kept.late and not (key in kept.counters and found == NUMBER):
+            if key not in trial.late and not (key in trial.counters and form == NUMBER):
                 return False
-        elif found is None:
-            if needed != NUMBER or key not in saved.settings:
+        elif form is None:
+            if running != NUMBER or key not in entry.settings:
                 return False
-        elif found == TENSOR:
-            if needed != ELEMENTS and not isinstance(needed, tuple):
+        elif form == TENSOR:
+            if running != ELEMENTS and not isinstance(running, tuple):
                 return False
-        elif found != needed:
-            shapes = isinstance(found, tuple) and isinstance(needed, tuple)
-            if kept.exact or not shapes or len(found) != len(needed):
+        elif form != running:
+            shapes = isinstance(form, tuple) and isinstance(running, tuple)
+            if trial.exact or not shapes or len(form) != len(running):
                 return False
     return True
 
 
-def _listed(forms: Mapping[str, Form], with_forms: bool) -> str:
+def _list_of(forms: Mapping[str, Form], with_forms: bool) -> str:
     if not forms:
         return 'no state'
-    shown = [
+    entries = [
         f'{key} {form}' if with_forms and form not in (NUMBER, ELEMENTS, TENSOR) else key
         for key, form in sorted(forms.items())
     ]
-    return f'[{", ".join(shown)}]'
+    return f'[{", ".join(entries)}]'

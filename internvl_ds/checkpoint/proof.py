@@ -18,8 +18,10 @@ from internvl_ds.checkpoint.formats.ema_files import open_safetensors
 from internvl_ds.checkpoint.formats.outline import outline
 from internvl_ds.checkpoint.formats.state_json import read_state
 from internvl_ds.checkpoint.formats.zero_shards import TagShards, masters_in
+from internvl_ds.checkpoint.frozen.frozen_file import joined
 from internvl_ds.checkpoint.restore import model_shapes
 from internvl_ds.checkpoint.tag.manifest import file_rank
+from internvl_ds.checkpoint.tag.places import place_of
 from internvl_ds.errors import CheckpointError, few
 from internvl_ds.zero.partition import Layout
 from internvl_ds.zero.wrapper import Wrapper
@@ -49,67 +51,65 @@ def wanted_of(wrapper: Wrapper, groups: Sequence[Sequence[str]] | None) -> Wante
     if wrapper.client is None:
         return Wanted(shapes, frozenset(), None, None, 0)
     layout, rank = wrapper.partitioning()
-    held = layout if wrapper.partitioned and not wrapper.kept_on_nvme() else None
-    return Wanted(shapes, wrapper.trained_names(), groups, held, rank)
+    in_files = wrapper.partitioned and not wrapper.kept_on_nvme()
+    return Wanted(shapes, wrapper.trained_names(), groups, layout if in_files else None, rank)
 
 
 def prove(staging: Path, names: Iterable[str], wanted: Wanted) -> None:
-    """Makes sure that this rank's files ``names`` will be accepted, and hold what they must.
-
-    Raises:
-        CheckpointError: names the file, and the class, parameter or buffer.
+    """Raises CheckpointError where the reader refuses one of this rank's files ``names``, or where
+    one lacks what it must hold; the error names the file, and the class, parameter or buffer.
     """
-    opened: dict[Path, Any] = {}
+    contents: dict[Path, Any] = {}
     for name in sorted(names):
-        path = staging / name
+        path = place_of(staging, name)
         if name.endswith('.json'):
             read_state(path)
         elif name.endswith('.safetensors'):
             with open_safetensors(path):
                 pass
         elif name.endswith('.pt'):
-            opened[path] = outline(path)
-    for path, content in opened.items():
+            contents[path] = joined(staging, path, outline(path), outline=True)
+    for path, content in contents.items():
         if path.name.endswith('_optim_states.pt') and wanted.layout is not None:
             _prove_partition(path, content, wanted)
         elif path.name.endswith('_model_states.pt'):
             _prove_fragments(path, content)
             if file_rank(path.name) == 0:
-                _prove_model(TagShards(staging, opened), wanted)
+                _prove_model(TagShards(staging, contents), wanted)
 
 
 def _prove_model(shards: TagShards, wanted: Wanted) -> None:
-    path, found = shards.model_files[0], shards.shapes()
-    missing = [name for name in wanted.shapes if name not in found]
-    if missing:
+    path, shapes = shards.model_files[0], shards.shapes()
+    gaps = [name for name in wanted.shapes if name not in shapes]
+    if gaps:
         raise CheckpointError(
-            f'{path}: {len(missing)} tensors of the module are not in it: {few(missing)}'
+            f'{path}: {len(gaps)} tensors of the module are not in it: {few(gaps)}'
         )
-    reshaped = [
-        f'{name} {found[name]} in place of {shape}'
+    changes = [
+        f'{name} {shapes[name]} in place of {shape}'
         for name, shape in wanted.shapes.items()
-        if tuple(found[name]) != tuple(shape)
+        if tuple(shapes[name]) != tuple(shape)
     ]
-    if reshaped:
-        raise CheckpointError(f'{path}: tensors have another shape than in the module: {reshaped}')
+    if changes:
+        raise CheckpointError(f'{path}: tensors have another shape than in the module: {changes}')
     groups = shards.groups()
     if not all(name for group in groups for name in group):
         groups = [list(group) for group in wanted.groups or groups]
     count = Counter(name for group in groups for name in group)
-    frozen = (shards.head.get('frozen_param_shapes') or {}) if shards.zero_stage == 3 else {}
-    count.update(frozen.keys())
-    twice = [name for name, number in count.items() if number > 1]
-    untrained = sorted(wanted.trained - count.keys())
-    if twice or untrained:
+    frozen_shapes = (shards.head.get('frozen_param_shapes') or {}) if shards.zero_stage == 3 else {}
+    count.update(frozen_shapes.keys())
+    repeats = [name for name, number in count.items() if number > 1]
+    omissions = sorted(wanted.trained - count.keys())
+    if repeats or omissions:
         raise CheckpointError(
-            f'{path}: the state of trained parameters is in it twice ({few(twice) or "none"}) or '
-            f'not at all ({few(untrained) or "none"}): make the optimizer over each parameter once'
+            f'{path}: the state of trained parameters is in it twice ({few(repeats) or "none"}) or '
+            f'not at all ({few(omissions) or "none"}): make the optimizer over each parameter once'
         )
     if not shards.zero_stage:
-        held = [len(g['params']) for g in shards.plain_optimizer().get('param_groups', ())]
-        needed = list(map(len, groups))
-        if held != needed:
-            sizes = f'groups of {few(held)} tensors, and the engine of {few(needed)}'
+        lengths = [len(g['params']) for g in shards.plain_optimizer().get('param_groups', ())]
+        of_engine = list(map(len, groups))
+        if lengths != of_engine:
+            sizes = f'groups of {few(lengths)} tensors, and the engine of {few(of_engine)}'
             raise CheckpointError(f'{path}: its optimizer has {sizes}')
 
 
@@ -123,9 +123,9 @@ def _prove_partition(path: Path, content: Mapping[str, Any], wanted: Wanted) -> 
     for group, (master, shapes) in enumerate(zip(masters, wanted.layout.groups, strict=True)):
         least = wanted.layout.least_length(wanted.rank, group)
         if not isinstance(master, torch.Tensor) or master.numel() < least:
-            held = master.numel() if isinstance(master, torch.Tensor) else 0
+            count = master.numel() if isinstance(master, torch.Tensor) else 0
             raise CheckpointError(
-                f'{path}: holds {held} of {least} elements of the group of {few(list(shapes), 2)}'
+                f'{path}: holds {count} of {least} elements of the group of {few(list(shapes), 2)}'
             )
 
 
@@ -136,6 +136,6 @@ def _prove_fragments(path: Path, content: Mapping[str, Any]) -> None:
     ranks = int(content.get('dp_world_size') or 1)
     for name, shape in shapes.items():
         length = math.ceil(math.prod(shape) / ranks)
-        held = fragments[name].numel() if name in fragments else 0
-        if held < length:
-            raise CheckpointError(f'{path}: holds {held} of {length} elements of {name}')
+        count = fragments[name].numel() if name in fragments else 0
+        if count < length:
+            raise CheckpointError(f'{path}: holds {count} of {length} elements of {name}')

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +26,7 @@ class Restorer:
     Making one reads and checks; only `restore` changes anything. Every rank makes its own.
     """
 
-    def __init__(self, engine: DeepSpeedEngine, saved: NamedState) -> None:
+    def __init__(self, engine: DeepSpeedEngine, state: NamedState) -> None:
         """Checks that all of the running state is in the checkpoint, and can be read.
 
         Raises:
@@ -35,36 +35,32 @@ class Restorer:
             CheckpointError: when a shard cannot be read, or the engine keeps its state on NVMe.
         """
         self.engine, self.wrapper = engine, wrapper_of(engine)
-        _require_in_memory(self.wrapper)
-        saved.require_all_named()
+        require_in_memory(self.wrapper)
+        state.require_all_named()
         optimizer = RunningOptimizer(self.wrapper.client)
-        weights = saved.weights()
+        weights = state.weights()
         shapes = {name: tuple(flat.shape) for name, flat in weights.items()}
-        require_same_model(shapes, model_shapes(engine.module), saved.where)
+        require_same_model(shapes, model_shapes(engine.module), state.where)
         self.layout, self.rank = self.wrapper.partitioning()
-        saved = _with_frozen(saved, engine, self.layout)
-        self.saved = saved
+        self.state = state = _with_frozen(state, engine, self.layout)
         self.masters = list(self.wrapper.masters().values())
-        _require_same_trained(saved, self.layout)
+        _require_same_trained(state, self.layout)
         _require_known_layout(self.layout, self.rank, self.masters)
         self.fragments = owned(self.layout, self.rank)
         self.groups = self._groups_of_masters()
         self.warnings = self._require_same_optimizer(optimizer)
-        self.kept = [
-            optimizer.kept(group, master)
-            for group, master in zip(self.groups, self.masters, strict=True)
-        ]
+        self.trials = list(map(optimizer.kept, self.groups, self.masters))
         self.keys = [self._keys_of_group(index) for index in range(len(self.masters))]
         self.steps = [self._steps_of_group(index) for index in range(len(self.masters))]
         self.counters = self._counters()
-        self.fixed = _fixed(engine, weights, self.layout)
+        self.fixed = list(_untrained_tensors(engine, weights, self.layout))
         for fragments in self.fragments:
             for name, place in fragments:
                 # Opens what `restore` will read.
-                saved.masters[name].pieces(place.start, place.stop)
-                for key, flat in saved.moments[name].items():
-                    whole = self._whole_shape(name, key) is not None
-                    flat.pieces(*((0, flat.numel) if whole else (place.start, place.stop)))
+                state.masters[name].pieces(place.start, place.stop)
+                for key, flat in state.moments[name].items():
+                    is_whole = self._whole_shape(name, key) is not None
+                    flat.pieces(*((0, flat.numel) if is_whole else (place.start, place.stop)))
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -77,12 +73,12 @@ class Restorer:
                 flat.copy_to(target[: slice_of[1] - slice_of[0]], slice_of[0])
         state = state_of_optimizer(self.wrapper.client)
         for index, master in enumerate(self.masters):
-            fill(master.data, self.fragments[index], self.saved.masters)
+            fill(master.data, self.fragments[index], self.state.masters)
             self._restore_group_state(index, master, state)
-        for group, counted in self.counters:
-            group.update(counted)
+        for group, counts in self.counters:
+            group.update(counts)
         self.wrapper.push_masters()
-        counters = self.saved.counters
+        counters = self.state.counters
         self.engine.global_steps = counters.get('global_steps', 0)
         self.engine.skipped_steps = counters.get('skipped_steps', 0)
         self.engine.global_samples = counters.get(
@@ -96,18 +92,18 @@ class Restorer:
             return
         before = state[master]
         for key in keys:
-            moments = {n: self.saved.moments[n][key] for n in self.layout.groups[index]}
+            moments = {n: self.state.moments[n][key] for n in self.layout.groups[index]}
             shape = self._whole_shape(next(iter(moments)), key) or master.shape
-            own = before.get(key)
-            if not isinstance(own, torch.Tensor) or own.shape != shape:
+            tensor = before.get(key)
+            if not isinstance(tensor, torch.Tensor) or tensor.shape != shape:
                 before[key] = torch.zeros(shape, dtype=master.dtype, device=master.device)
             if shape == master.shape:
                 fill(before[key], self.fragments[index], moments)
             else:
                 before[key].copy_(next(iter(moments.values())).whole())
-        kept = self.kept[index]
+        trial = self.trials[index]
         for key, number in steps.items():
-            before[key] = like(number, kept.numbers.get(key) if kept else None)
+            before[key] = like(number, trial.numbers.get(key) if trial else None)
 
     def _groups_of_masters(self) -> list[dict[str, Any]]:
         """For each master, the group of the optimizer that it is in."""
@@ -118,33 +114,33 @@ class Restorer:
         return [groups[id(master)] for master in self.masters]
 
     def _require_same_optimizer(self, optimizer: RunningOptimizer) -> list[str]:
-        saved, found = self.saved, []
+        state, comparisons = self.state, []
         for index, (group, master) in enumerate(zip(self.groups, self.masters, strict=True)):
             for name, shape in self.layout.groups[index].items():
-                forms = forms_of({**saved.steps[name], **saved.moments[name]}, shape)
-                settings = saved.settings.get(name, {})
-                found.append((SavedTensor([name], forms, settings), group, master))
-        return optimizer.require_saved_by(saved.where, saved.optimizer, saved.fresh, found)
+                forms = forms_of({**state.steps[name], **state.moments[name]}, shape)
+                settings = state.settings.get(name, {})
+                comparisons.append((SavedTensor([name], forms, settings), group, master))
+        return optimizer.require_saved_by(state.where, state.optimizer, state.fresh, comparisons)
 
     def _whole_shape(self, name: str, key: str) -> torch.Size | None:
         """The shape of state that has not a number for each element of its parameter."""
-        own = self.saved.moments[name][key].shape
-        return None if own == self.saved.masters[name].shape else own
+        shape = self.state.moments[name][key].shape
+        return None if shape == self.state.masters[name].shape else shape
 
     def _keys_of_group(self, index: int) -> list[str]:
         """The tensors that the optimizer keeps for a group, which is one to it."""
         names = list(self.layout.groups[index])
-        keys = {name: sorted(self.saved.moments[name]) for name in names}
+        keys = {name: sorted(self.state.moments[name]) for name in names}
         for name in names:
             if keys[name] != keys[names[0]]:
                 raise CheckpointMismatch(
-                    f'{self.saved.where}: {names[0]} has optimizer state {keys[names[0]]} and '
+                    f'{self.state.where}: {names[0]} has optimizer state {keys[names[0]]} and '
                     f'{name} has {keys[name]}, and they are one group now'
                 )
             odd = [key for key in keys[name] if self._whole_shape(name, key) is not None]
             if odd and self.wrapper.partitioned:
                 raise CheckpointMismatch(
-                    f'{self.saved.where}: {odd[0]} of {name} has not a number for each element, '
+                    f'{self.state.where}: {odd[0]} of {name} has not a number for each element, '
                     'and cannot be partitioned: such state goes on only at ZeRO stage 0'
                 )
         return keys[names[0]]
@@ -153,42 +149,47 @@ class Restorer:
         names = list(self.layout.groups[index])
         steps = self._steps_of(names[0], index)
         for name in names:
-            own = self._steps_of(name, index)
-            if own != steps:
+            other_steps = self._steps_of(name, index)
+            if other_steps != steps:
                 raise CheckpointMismatch(
-                    f'{self.saved.where}: the optimizer has counted {steps} for {names[0]} and '
-                    f'{own} for {name}, and they are one group now'
+                    f'{self.state.where}: the optimizer has counted {steps} for {names[0]} and '
+                    f'{other_steps} for {name}, and they are one group now'
                 )
         return steps
 
     def _steps_of(self, name: str, index: int) -> dict[str, float]:
         """The numbers of a parameter, of which some optimizers have one for all of a group."""
-        steps, kept = dict(self.saved.steps[name]), self.kept[index]
-        if kept is None or not (steps or self.saved.moments[name]):
+        steps, trial = dict(self.state.steps[name]), self.trials[index]
+        if trial is None or not (steps or self.state.moments[name]):
             return steps
-        settings = self.saved.settings.get(name, {})
-        numbers = {key for key, form in kept.forms.items() if form == NUMBER}
+        settings = self.state.settings.get(name, {})
+        numbers = {key for key, form in trial.forms.items() if form == NUMBER}
         steps.update({k: float(settings[k]) for k in numbers - steps.keys() if k in settings})
-        return {key: steps[key] for key in steps if key in kept.forms or key in kept.late}
+        return {key: steps[key] for key in steps if key in trial.forms or key in trial.late}
 
     def _counters(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
         """The entries that the optimizer counts in its groups, and what the checkpoint has."""
-        found: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
-        for index, (group, kept) in enumerate(zip(self.groups, self.kept, strict=True)):
-            counted = found.setdefault(id(group), (group, {}))[1]
+        groups: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
+        for index, (group, trial) in enumerate(zip(self.groups, self.trials, strict=True)):
+            counts = groups.setdefault(id(group), (group, {}))[1]
             for name in self.layout.groups[index]:
-                settings = self.saved.settings.get(name, {})
-                for key in settings.keys() & (kept.counters.keys() if kept else ()):
+                settings = self.state.settings.get(name, {})
+                for key in settings.keys() & (trial.counters.keys() if trial else ()):
                     value = like(settings[key], group.get(key, settings[key]))
-                    if repr(counted.setdefault(key, value)) != repr(value):
+                    if repr(counts.setdefault(key, value)) != repr(value):
                         raise CheckpointMismatch(
-                            f'{self.saved.where}: the groups of the optimizer have counted {key} '
-                            f'{counted[key]} and {value}, and they are one group now'
+                            f'{self.state.where}: the groups of the optimizer have counted {key} '
+                            f'{counts[key]} and {value}, and they are one group now'
                         )
-        return list(found.values())
+        return list(groups.values())
 
 
-def _require_in_memory(wrapper: Wrapper) -> None:
+def require_in_memory(wrapper: Wrapper) -> None:
+    """Refuses an engine that keeps parameters or optimizer state on NVMe.
+
+    Raises:
+        CheckpointError: names the setting.
+    """
     for what in wrapper.kept_on_nvme():
         raise CheckpointError(
             f'/zero_optimization/{what}/device is nvme: a checkpoint of another layout cannot '
@@ -197,35 +198,35 @@ def _require_in_memory(wrapper: Wrapper) -> None:
         )
 
 
-def _with_frozen(saved: NamedState, engine: DeepSpeedEngine, layout: Layout) -> NamedState:
+def _with_frozen(state: NamedState, engine: DeepSpeedEngine, layout: Layout) -> NamedState:
     """A torch optimizer's groups may hold frozen parameters, which ZeRO leaves out of its own."""
     running = shapes_of(layout)
     frozen = {
-        name: saved.fixed[name]
+        name: state.fixed[name]
         for name, parameter in engine.module.named_parameters()
-        if not parameter.requires_grad and name in running and name in saved.fixed
+        if not parameter.requires_grad and name in running and name in state.fixed
     }
     return replace(
-        saved,
-        masters={**saved.masters, **frozen},
-        moments={**saved.moments, **{name: {} for name in frozen}},
-        steps={**saved.steps, **{name: {} for name in frozen}},
-        fixed={name: flat for name, flat in saved.fixed.items() if name not in frozen},
+        state,
+        masters={**state.masters, **frozen},
+        moments={**state.moments, **{name: {} for name in frozen}},
+        steps={**state.steps, **{name: {} for name in frozen}},
+        fixed={name: flat for name, flat in state.fixed.items() if name not in frozen},
     )
 
 
-def _require_same_trained(saved: NamedState, layout: Layout) -> None:
+def _require_same_trained(state: NamedState, layout: Layout) -> None:
     running = shapes_of(layout)
-    missing = [name for name in running if name not in saved.masters]
+    gaps = [name for name in running if name not in state.masters]
     # A torch optimizer's groups may hold frozen parameters too; it keeps no state for them.
-    extra = [n for n in saved.masters if n not in running and (saved.moments[n] or saved.steps[n])]
-    if missing or extra:
+    extras = [n for n in state.masters if n not in running and (state.moments[n] or state.steps[n])]
+    if gaps or extras:
         parts = []
-        if missing:
-            parts.append(f'{len(missing)} parameters are trained now and were not: {few(missing)}')
-        if extra:
-            parts.append(f'{len(extra)} were trained and are not now: {few(extra)}')
-        raise CheckpointMismatch(f'{saved.where}: {"; ".join(parts)}')
+        if gaps:
+            parts.append(f'{len(gaps)} parameters are trained now and were not: {few(gaps)}')
+        if extras:
+            parts.append(f'{len(extras)} were trained and are not now: {few(extras)}')
+        raise CheckpointMismatch(f'{state.where}: {"; ".join(parts)}')
 
 
 def _require_known_layout(layout: Layout, rank: int, masters: list[torch.Tensor]) -> None:
@@ -240,22 +241,15 @@ def _require_known_layout(layout: Layout, rank: int, masters: list[torch.Tensor]
         )
 
 
-def _fixed(
+def _untrained_tensors(
     engine: DeepSpeedEngine, weights: Mapping[str, Flat], layout: Layout
-) -> list[tuple[torch.Tensor, Flat, tuple[int, int] | None]]:
+) -> Iterator[tuple[torch.Tensor, Flat, tuple[int, int] | None]]:
     """Frozen parameters and buffers: where to, what, and which elements of it (None for all)."""
     trained = shapes_of(layout).keys()
     names = {id(p): name for name, p in engine.module.named_parameters()}
-    found: list[tuple[torch.Tensor, Flat, tuple[int, int] | None]] = []
     for name, target in engine.module.state_dict(keep_vars=True).items():
         if names.get(id(target)) in trained:
             continue
-        flat = weights[name]
-        if is_sharded(target):
-            bounds = own_slice(target)
-            flat.pieces(*bounds)
-            found.append((local_values(target).data, flat, bounds))
-        else:
-            flat.pieces(0, flat.numel)
-            found.append((target, flat, None))
-    return found
+        flat, bounds = weights[name], own_slice(target) if is_sharded(target) else None
+        flat.pieces(*(bounds or (0, flat.numel)))  # opens what `restore` will read
+        yield (target if bounds is None else local_values(target).data), flat, bounds

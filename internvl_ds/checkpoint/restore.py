@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -23,29 +23,38 @@ def model_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 def require_same_model(
     saved: Mapping[str, tuple[int, ...]], running: Mapping[str, tuple[int, ...]], where: str
 ) -> None:
-    """Refuses a checkpoint of another model.
-
-    Raises:
-        CheckpointMismatch: names the checkpoint and the first keys that differ.
-    """
-    missing = [name for name in running if name not in saved]
-    unexpected = [name for name in saved if name not in running]
-    reshaped = [n for n in running if n in saved and tuple(saved[n]) != tuple(running[n])]
-    if not (missing or unexpected or reshaped):
+    """Raises CheckpointMismatch for a checkpoint of another model; names the first keys."""
+    gaps = [name for name in running if name not in saved]
+    extras = [name for name in saved if name not in running]
+    changes = [n for n in running if n in saved and tuple(saved[n]) != tuple(running[n])]
+    if not (gaps or extras or changes):
         return
     parts = []
-    if missing:
-        parts.append(f'{len(missing)} keys are not in it: {few(missing)}')
-    if unexpected:
-        parts.append(f'{len(unexpected)} keys are not in the model: {few(unexpected)}')
-    if reshaped:
-        shapes = [f'{n} {tuple(saved[n])} -> {tuple(running[n])}' for n in reshaped]
-        parts.append(f'{len(reshaped)} have another shape (checkpoint -> model): {few(shapes)}')
+    if gaps:
+        parts.append(f'{len(gaps)} keys are not in it: {few(gaps)}')
+    if extras:
+        parts.append(f'{len(extras)} keys are not in the model: {few(extras)}')
+    if changes:
+        shapes = [f'{n} {tuple(saved[n])} -> {tuple(running[n])}' for n in changes]
+        parts.append(f'{len(changes)} have another shape (checkpoint -> model): {few(shapes)}')
     raise CheckpointMismatch(f'{where}: made for another model; {"; ".join(parts)}')
 
 
+def given_by_backbone(module: nn.Module) -> frozenset[str]:
+    """The names that a .pth of a head alone may lack: another file has just given their values.
+
+    The model says so by an attribute of that name.
+    """
+    return frozenset(getattr(module, 'given_by_backbone', ()))
+
+
 @torch.no_grad()
-def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], where: str) -> None:
+def load_weights(
+    model: nn.Module,
+    weights: Mapping[str, torch.Tensor],
+    where: str,
+    may_lack: Container[str] = (),
+) -> None:
     """Copies whole weights into a plain module or an engine. Collective: every rank calls it.
 
     An engine's fp32 masters are set from the weights that it computes with; the optimizer's state
@@ -54,25 +63,27 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], where: s
     Args:
         model: a plain module, or an engine.
         weights: name -> whole tensor, any device and dtype.
-        where: the checkpoint's path, for errors.
-
-    Raises:
-        CheckpointMismatch: before anything is changed.
+        where: the checkpoint's path, for the CheckpointMismatch before anything is changed.
+        may_lack: names that stay as they are where the weights lack them.
     """
     engine = model if isinstance(model, DeepSpeedEngine) else None
     module = engine.module if engine is not None else model
     shapes = {name: tuple(t.shape) for name, t in weights.items()}
-    require_same_model(shapes, model_shapes(module), where)
+    running = model_shapes(module).items()
+    expected = {name: shape for name, shape in running if name in shapes or name not in may_lack}
+    require_same_model(shapes, expected, where)
     wrapper = wrapper_of(engine) if engine is not None else None
     if wrapper is not None and wrapper.sharded:
         wrapper.release_gathered()
         for name, target in module.state_dict(keep_vars=True).items():
+            if name not in weights:
+                continue
             if is_sharded(target):
                 copy_slice(target, Flat.of(f'{where}: {name}', weights[name]))
             else:
                 target.copy_(weights[name])
         wrapper.gather_persistent()
     else:
-        module.load_state_dict(weights)
+        module.load_state_dict(weights, strict=False)  # of the same names, but for may_lack
     if wrapper is not None:
         wrapper.pull_masters()

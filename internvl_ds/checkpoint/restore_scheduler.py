@@ -16,21 +16,17 @@ from internvl_ds.errors import CheckpointError, brief, few
 
 
 def require_schedule(state: Mapping[str, Any], lr_scheduler: Any, where: object) -> None:
-    """Makes sure that a saved schedule has values of the kinds that the running one has.
-
-    Raises:
-        CheckpointError: names the first value of ``state['lr_scheduler']`` of another kind.
-    """
+    """Raises CheckpointError for a value of the saved schedule of another kind than it has now."""
     saved = state.get('lr_scheduler')
     if saved is None or lr_scheduler is None:
         return
-    built = lr_scheduler.state_dict()
-    for key in sorted(saved.keys() & built.keys()):
-        kinds = {_kind(saved[key]), _kind(built[key])}
+    running = lr_scheduler.state_dict()
+    for key in sorted(saved.keys() & running.keys()):
+        kinds = {_kind(saved[key]), _kind(running[key])}
         if None not in kinds and len(kinds) > 1:
             raise CheckpointError(
                 f'{where}: {key} of its lr schedule is {brief(saved[key])}, where the configured '
-                f'{type(lr_scheduler).__name__} has {brief(built[key])}'
+                f'{type(lr_scheduler).__name__} has {brief(running[key])}'
             )
 
 
@@ -53,12 +49,11 @@ def restore_schedule(
 ) -> bool:
     """Restores scheduler and scaler, and sets TRAIN.START_EPOCH.
 
-    Returns:
-        Whether the schedule is the one that was saved.
+    Returns whether the schedule is the one that was saved.
     """
-    restored = False
+    is_restored = False
     if state.get('lr_scheduler') is not None and lr_scheduler is not None:
-        restored = _restore_scheduler(lr_scheduler, state['lr_scheduler'], path, logger)
+        is_restored = _restore_scheduler(lr_scheduler, state['lr_scheduler'], path, logger)
     elif lr_scheduler is not None:
         logger.warning('%s has no state of the lr scheduler: it goes on by itself', path)
     elif state.get('lr_scheduler') is not None:
@@ -73,7 +68,7 @@ def restore_schedule(
         logger.warning(
             '%s does not say its epoch: TRAIN.START_EPOCH stays %s', path, config.TRAIN.START_EPOCH
         )
-    return restored
+    return is_restored
 
 
 def restore_engines_own(
@@ -84,27 +79,26 @@ def restore_engines_own(
     Args:
         engine: with its counters restored.
         lr_scheduler: the schedule that is restored otherwise.
-        saved: the state of DeepSpeed's schedule in the checkpoint, or None.
-        where: the checkpoint, for the log.
-        logger: gets a warning where the schedule begins anew.
+        saved: the state of DeepSpeed's schedule in the checkpoint, or None: the schedule begins
+            anew, with a warning.
     """
-    own, updates = engine.lr_scheduler, engine.global_steps - engine.skipped_steps
-    if own is None or own is lr_scheduler or updates == 0:
+    schedule, updates = engine.lr_scheduler, engine.global_steps - engine.skipped_steps
+    if schedule is None or schedule is lr_scheduler or updates == 0:
         return
-    if hasattr(own, 'last_batch_iteration'):  # DeepSpeed's kinds; the first update is 0
-        own.step(updates - 1)
-    elif isinstance(saved, Mapping) and saved.keys() == own.state_dict().keys():
-        own.load_state_dict(saved)
-        set_lr_of_schedule(own, wrapper_of(engine).client.param_groups, updates)
+    if hasattr(schedule, 'last_batch_iteration'):  # DeepSpeed's kinds; the first update is 0
+        schedule.step(updates - 1)
+    elif isinstance(saved, Mapping) and saved.keys() == schedule.state_dict().keys():
+        schedule.load_state_dict(saved)
+        set_lr_of_schedule(schedule, wrapper_of(engine).client.param_groups, updates)
     else:
-        kind = type(own).__name__
+        kind = type(schedule).__name__
         logger.warning('%s has no state of %s, which DeepSpeed steps: begun anew', where, kind)
 
 
 def fit_to_groups(
     saved: Mapping[str, Any],
     saved_groups: Sequence[Sequence[str]],
-    own: Mapping[str, Any],
+    running: Mapping[str, Any],
     groups: Sequence[Sequence[str]],
 ) -> dict[str, Any]:
     """A scheduler's state whose lists have one entry per parameter group, for other groups.
@@ -112,26 +106,26 @@ def fit_to_groups(
     A group takes a value over only where all its parameters had it; else it keeps its own.
 
     Args:
-        saved, own: the state dicts of the saved scheduler and of the running one.
+        saved, running: the state dicts of the saved scheduler and of the running one.
         saved_groups, groups: the names of the parameters of each of their groups.
     """
-    fitted = dict(saved)
+    state = dict(saved)
     for key in PER_GROUP_LISTS & saved.keys():
-        values, kept = saved[key], own.get(key)
+        values, values_of_now = saved[key], running.get(key)
         if not isinstance(values, list):
             continue
         if len(values) != len(saved_groups):
-            fitted[key] = own.get(key, values)
+            state[key] = running.get(key, values)
             continue
         pairs = zip(saved_groups, values, strict=True)
         value_of = {name: value for names, value in pairs for name in names}
-        fitted[key] = kept[: len(groups)] if isinstance(kept, list) else []
-        fitted[key] += [None] * (len(groups) - len(fitted[key]))
+        state[key] = values_of_now[: len(groups)] if isinstance(values_of_now, list) else []
+        state[key] += [None] * (len(groups) - len(state[key]))
         for index, names in enumerate(groups):
-            had = [value_of.get(name) for name in names]
-            if had and had[0] is not None and all(value == had[0] for value in had):
-                fitted[key][index] = had[0]
-    return fitted
+            old = [value_of.get(name) for name in names]
+            if old and old[0] is not None and all(value == old[0] for value in old):
+                state[key][index] = old[0]
+    return state
 
 
 def adopt_lr_scales(
@@ -175,8 +169,8 @@ def _restore_scheduler(
     lr_scheduler: Any, saved: Mapping[str, Any], path: object, logger: logging.Logger
 ) -> bool:
     """Restores a schedule as it was saved, with a warning where it differs; not of another kind."""
-    built = lr_scheduler.state_dict()
-    more, less = sorted(saved.keys() - built.keys()), sorted(built.keys() - saved.keys())
+    running = lr_scheduler.state_dict()
+    more, less = sorted(saved.keys() - running.keys()), sorted(running.keys() - saved.keys())
     if more and less:
         # timm's is given the number of updates, torch's counts for itself
         goes_on = hasattr(lr_scheduler, 'step_update')
@@ -187,20 +181,17 @@ def _restore_scheduler(
         )
         return False
     if more or less:  # of another version of its library
-        added, lacking = f'{few(more)} more, which is not restored', f'no {few(less)}, which stays'
-        differs = added if more else f'{lacking} as configured'
-        logger.warning(f'{path}: the lr schedule that was saved has {differs}')
+        surplus = f'{few(more)} more, which is not restored'
+        difference = surplus if more else f'no {few(less)}, which stays as configured'
+        logger.warning(f'{path}: the lr schedule that was saved has {difference}')
     # torch's schedulers keep their position with their settings; timm's keep none.
     position = {'last_epoch', '_step_count', '_last_lr', '_get_lr_called_within_step', 'metric'}
-    differing = {
-        key: (saved[key], built[key])
-        for key in saved.keys() & built.keys() - position
-        if saved[key] != built[key]
-    }
-    if differing:
+    keys = saved.keys() & running.keys() - position
+    changes = {key: (saved[key], running[key]) for key in keys if saved[key] != running[key]}
+    if changes:
         logger.warning(
             f'{path}: the lr schedule goes on as it was saved; (saved, configured now) differ in '
-            f'{differing}'
+            f'{changes}'
         )
-    lr_scheduler.load_state_dict({key: saved[key] for key in saved if key in built})
+    lr_scheduler.load_state_dict({key: saved[key] for key in saved if key in running})
     return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import json
@@ -21,9 +22,11 @@ import internvl_ds
 from internvl_ds.checkpoint import async_save
 from internvl_ds.checkpoint.checkpoint_engine import install_writer
 from internvl_ds.checkpoint.finish_save import Save, abandon, finish
-from internvl_ds.checkpoint.formats.ema_tensors import ema_file
+from internvl_ds.checkpoint.formats.ema_tensors import ema_file, warn_of_rounding
 from internvl_ds.checkpoint.formats.rng import rng_state
 from internvl_ds.checkpoint.formats.snapshot import tensor_bytes
+from internvl_ds.checkpoint.frozen.omitting import omitting
+from internvl_ds.checkpoint.frozen.sharing import apart_from, sharing
 from internvl_ds.checkpoint.optimizer_state import optimizer_name
 from internvl_ds.checkpoint.proof import wanted_of
 from internvl_ds.checkpoint.tag import commit
@@ -37,6 +40,7 @@ from internvl_ds.checkpoint.tag.retention import (
     KeepSteps,
     Policy,
 )
+from internvl_ds.config.choices import frozen_of
 from internvl_ds.config.ds.resolve import precision_of
 from internvl_ds.config.tree import checkpoint_option, get_option
 from internvl_ds.dist.process_group import collectives_within
@@ -104,13 +108,13 @@ def save_checkpoint(
         'max_accuracy_ema': max_accuracy_ema, 'class_names': class_names, 'config': config,
     }  # fmt: skip
     save = _new_save(engine, values, best, logger)
-    average = ema_file(model_ema)
+    average = ema_file(model_ema, apart_from(wrapper, config))
     _begin(save, wrapper, average, config)
     logger.info('%s saving......', save.output / save.tag)
-    _warn(save, engine, config)
+    _warn(save, engine, config, model_ema)
     try:
         state = functools.partial(_state, save, engine, values, lr_scheduler, scaler)
-        _stage(save, wrapper, average, state, loop)
+        _stage(save, wrapper, average, state, loop, frozen_of(config))
     except BaseException:
         abandon(save)
         raise
@@ -127,7 +131,8 @@ def _new_save(
     config, epoch, step = values['config'], values['epoch'], values['step']
     registration = registration_of(engine)
     wrapper = registration.wrapper
-    counted = best is None and isinstance(epoch, int)
+    wrapper.require_own_weights('save_checkpoint')
+    is_counted = best is None and isinstance(epoch, int)
     groups = None if wrapper.client is None else registration.client_groups.names
     return Save(
         # Absolute: the program may change its directory before a save in the background is done.
@@ -135,8 +140,8 @@ def _new_save(
         tag=tag_name(epoch, best, step),
         writer=install_writer(engine),
         staging_path=Path(),
-        header=_header(wrapper, epoch, step if counted else None, values['max_accuracy']),
-        policies=_policies(config) if counted else None,
+        header=_header(wrapper, epoch, step if is_counted else None, values['max_accuracy']),
+        policies=_policies(config) if is_counted else None,
         in_background=bool(checkpoint_option(config, 'ASYNC')),
         io_timeout=checkpoint_option(config, 'IO_TIMEOUT'),
         logger=logger,
@@ -144,16 +149,19 @@ def _new_save(
     )
 
 
-def _warn(save: Save, engine: DeepSpeedEngine, config: CfgNode) -> None:
+def _warn(save: Save, engine: DeepSpeedEngine, config: CfgNode, model_ema: Any) -> None:
+    warn_of_rounding(model_ema, save.logger)
     registration = registration_of(engine)
-    untrained = registration.wrapper.untrained_names()
-    if untrained:
+    names = registration.wrapper.untrained_names()
+    if names:
         save.logger.warning(
-            f'{len(untrained)} parameters require a gradient and no optimizer trains them, because '
-            f'they were frozen when the engine was made: {few(untrained)}. They are saved as they '
+            f'{len(names)} parameters require a gradient and no optimizer trains them, because '
+            f'they were frozen when the engine was made: {few(names)}. They are saved as they '
             'are. To train them, make the engine anew with an optimizer over them.'
         )
-    if registration.accumulation.losses:
+    accumulation = registration.accumulation
+    if accumulation.losses and not accumulation.warned:
+        accumulation.warned = True
         save.logger.warning(
             'saving between two micro-batches of one update: what they have accumulated is not '
             'kept; save after a call with update_grad=True, or after optimizer.zero_grad() where '
@@ -211,27 +219,26 @@ def _policies(config: CfgNode) -> list[Policy]:
     count = get_option(config, 'SAVE_CKPT_NUM')
     steps = checkpoint_option(config, 'KEEP_STEPS')
     # Without auto resume a run that goes back to an older tag was told to.
-    rewound = not get_option(config, 'TRAIN.AUTO_RESUME', True)
+    is_rewound = not get_option(config, 'TRAIN.AUTO_RESUME', True)
     return [
         KeepNewest(count),
         KeepBest(checkpoint_option(config, 'KEEP_BEST')),
         KeepEvery(checkpoint_option(config, 'KEEP_EVERY')),
         KeepSteps(steps),
-        KeepLater(max(1, count + steps) if rewound else None),
+        KeepLater(max(1, count + steps) if is_rewound else None),
     ]
 
 
 def _begin(save: Save, wrapper: Wrapper, average: EmaFile | None, config: CfgNode) -> None:
-    """Makes the staging directory of a save that is the same on all ranks.
-
-    Collective: every rank calls it.
-    """
+    """Makes the staging directory of one save for all ranks. Collective: every rank calls it."""
     timeout = checkpoint_option(config, 'RENDEZVOUS_TIMEOUT')
     size = save.writer.last_size
     if size is None:
         size = tensor_bytes([*wrapper.saved_tensors(rank()), average])
-    own = [save.tag, save.header['epoch'], str(config.OUTPUT), save.in_background]
-    calls = exchange('save_checkpoint', [own, size], timeout)
+        # Maybe they are there: a disk that is too full for them says so.
+        size -= tensor_bytes(apart_from(wrapper, config)) if rank() == 0 else 0
+    arguments = [save.tag, save.header['epoch'], str(config.OUTPUT), save.in_background]
+    calls = exchange('save_checkpoint', [arguments, size], timeout, warn=save.logger.warning)
     if any(call[0] != calls[0][0] for call in calls):
         raise RankError(
             'save_checkpoint: the ranks came with different (tag, epoch, OUTPUT, '
@@ -255,11 +262,11 @@ def _begin(save: Save, wrapper: Wrapper, average: EmaFile | None, config: CfgNod
 
 
 def _require_space(save: Save, sizes: list[int]) -> None:
-    needed, free = sum(sizes), shutil.disk_usage(save.output).free
-    if needed > free:
+    size, free = sum(sizes), shutil.disk_usage(save.output).free
+    if size > free:
         most = max(range(len(sizes)), key=sizes.__getitem__)
         raise CheckpointError(
-            f'{save.output / save.tag}: needs {needed} bytes (rank {most} the most, '
+            f'{save.output / save.tag}: needs {size} bytes (rank {most} the most, '
             f'{sizes[most]}), and {free} are free: nothing was written, and the earlier '
             'checkpoints stay'
         )
@@ -269,13 +276,22 @@ def _stage(
     save: Save,
     wrapper: Wrapper,
     average: EmaFile | None,
-    state: Callable[[], dict[str, Any]],
+    state: Callable[[], Any],
     loop: Any,
+    frozen: str,
 ) -> None:
-    """Collects this rank's files. What fails is kept, for all ranks to hear of later."""
+    """Collects this rank's files. Collective: every rank calls it.
+
+    A failure is kept, for all ranks to hear of later.
+    """
     writer = save.writer
     identity = Identity(save.tag, save.header['save'], rank())
-    writer.begin(identity, in_background=save.in_background)
+    apart: Any = None
+    if frozen == 'once':
+        apart = sharing(wrapper, save.output, save.staging_path, writer.seen)
+    elif frozen == 'omit':
+        apart = omitting(wrapper, writer.compared)
+    writer.begin(identity, in_background=save.in_background, apart=apart)
     if not save.staging_path.is_dir():
         writer.error = CheckpointError(
             f'{save.staging_path}: made by rank 0, and not there for this rank: OUTPUT must be one '
@@ -284,6 +300,7 @@ def _stage(
     # Meets in barriers: every rank calls it, whatever has happened.
     with (
         wrapper.saving(writer.defer),
+        contextlib.nullcontext() if apart is None else wrapper.handing_over_fragments(),
         # What is on NVMe is copied to the tag between barriers.
         collectives_within(save.io_timeout if wrapper.kept_on_nvme() else 0),
     ):
@@ -293,10 +310,10 @@ def _stage(
     if average is not None:
         writer.save(average, save.staging_path / average.name)
     try:
-        own = None if loop is None else loop.state_dict()
-        said = {Identity.KEY: identity.to_dict()}
-        save.loop = copy.deepcopy({'rng': rng_state(), 'loop': own, **said})
+        loop_state = None if loop is None else loop.state_dict()
+        entry = {Identity.KEY: identity.to_dict()}
+        save.loop = copy.deepcopy({'rng': rng_state(), 'loop': loop_state, **entry})
         if rank() == 0:
-            save.state = copy.deepcopy({**state(), **said})
+            save.state = copy.deepcopy({**state(), **entry})
     except Exception as error:
         writer.error = writer.error or error

@@ -57,10 +57,8 @@ def get_config(args: Namespace) -> CN:
     """
     config = default_config()
     path = find_config_file(args.cfg)
-    _merge_file(config, path, seen=(), files=[])
-    opts = getattr(args, 'opts', None)
-    if opts:
-        merge_opts(config, opts)
+    _merge_file(config, path, parents=(), files=[])
+    merge_opts(config, getattr(args, 'opts', None) or [])
     for flag, key in _FLAGS.items():
         value = getattr(args, flag, None)
         if value is not None and value is not False and value != '':
@@ -74,11 +72,11 @@ def get_config(args: Namespace) -> CN:
 
 def find_config_file(name: str) -> Path:
     """Finds a YAML file by path, or by name among those that ship with the package."""
-    shipped = Path(__file__).parent
-    for candidate in (Path(name), shipped / name, shipped / f'{name}.yaml'):
+    folder = Path(__file__).parent
+    for candidate in (Path(name), folder / name, folder / f'{name}.yaml'):
         if os.path.exists(candidate) and not os.path.isdir(candidate):
             return candidate
-    have = ', '.join(sorted(p.stem for p in shipped.glob('*.yaml')))
+    have = ', '.join(sorted(p.stem for p in folder.glob('*.yaml')))
     raise ConfigError(f'--cfg {name}: no such file; configurations that ship by name: {have}')
 
 
@@ -87,8 +85,7 @@ def merge_opts(config: CN, opts: Sequence[str]) -> None:
     if len(opts) % 2:
         raise ConfigError(f'--opts takes KEY VALUE pairs, and {opts[-1]!r} has no value')
     for key, text in zip(opts[0::2], opts[1::2], strict=True):
-        value = _parse_opt(config, key, text)
-        _merge_tree(config, nest(key.split('.'), value), source='--opts')
+        _merge_tree(config, nest(key.split('.'), _parse_opt(config, key, text)), source='--opts')
 
 
 def checkpoint_option(config: CN, key: str) -> Any:
@@ -106,11 +103,19 @@ def get_option(config: CN, key: str, default: Any = ...) -> Any:
 
     Where the key or its section is missing: ``default``, or else the default of the key itself.
     """
-    node: Any = config
-    for part in key.split('.'):
-        if not isinstance(node, Mapping) or part not in node:
-            return default_of(key) if default is ... else default
-        node = node[part]
+    value = value_at(config, *key.split('.'), default=...)
+    if value is not ...:
+        return value
+    return default_of(key) if default is ... else default
+
+
+def value_at(tree: Mapping[str, Any], *path: str, default: Any = None) -> Any:
+    """The value at a path of a nested mapping; ``default`` where there is none."""
+    node: Any = tree
+    for key in path:
+        if not isinstance(node, Mapping) or key not in node:
+            return default
+        node = node[key]
     return node
 
 
@@ -142,14 +147,14 @@ def _parse_opt(config: CN, key: str, text: Any) -> Any:
     return text if takes_text and not isinstance(value, str) else value
 
 
-def _merge_file(config: CN, path: Path, seen: tuple[Path, ...], files: list[Path]) -> None:
-    resolved = path.resolve()
+def _merge_file(config: CN, path: Path, parents: tuple[Path, ...], files: list[Path]) -> None:
+    chain = (*parents, path.resolve())
     files.append(path)
     if len(files) > _MOST_FILES:
         raise ConfigError(f'{files[0]}: its BASE files lead to more than {_MOST_FILES} files')
-    if resolved in seen:
-        chain = ' -> '.join(str(p) for p in (*seen, resolved))
-        raise ConfigError(f'BASE files include each other in a circle: {chain}')
+    if chain[-1] in parents:
+        circle = ' -> '.join(map(str, chain))
+        raise ConfigError(f'BASE files include each other in a circle: {circle}')
     try:
         tree = parse_yaml(read_text(path, YAML_BYTES)) or {}
     except (OSError, ValueError) as error:
@@ -165,23 +170,22 @@ def _merge_file(config: CN, path: Path, seen: tuple[Path, ...], files: list[Path
             base = path.parent / str(name)
             if not os.path.exists(base):
                 raise ConfigError(f'{path}: BASE names {name}, and there is no file {base}')
-            _merge_file(config, base, (*seen, resolved), files)
+            _merge_file(config, base, chain, files)
     _merge_tree(config, tree, source=str(path))
 
 
 def _merge_tree(config: CN, tree: Mapping[str, Any], source: str) -> None:
-    known = set(_dotted_keys(config))
-    fitted = _fit(config, tree, '', known, source)
+    values = _fit(config, tree, '', set(_dotted_keys(config)), source)
     try:
-        config.merge_from_other_cfg(CN(fitted))
+        config.merge_from_other_cfg(CN(values))
     except (AssertionError, KeyError, ValueError, RecursionError, MemoryError) as error:
         reason = error.args[0] if error.args else type(error).__name__
         raise ConfigError(f'{source}: {reason}') from error
 
 
-def _fit(node: CN, tree: Mapping[str, Any], prefix: str, known: set[str], source: str) -> dict:
+def _fit(node: CN, tree: Mapping[str, Any], prefix: str, all_keys: set[str], source: str) -> dict:
     """Refuses unknown keys, and turns what YAML parsed into the type of the default it replaces."""
-    fitted: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for key, value in tree.items():
         name = f'{prefix}{key}'
         if not isinstance(key, str):
@@ -189,36 +193,35 @@ def _fit(node: CN, tree: Mapping[str, Any], prefix: str, known: set[str], source
             raise ConfigError(f'{source}: key {name[:200]} is a {kind} to YAML; quote it')
         if key not in node:
             if node.is_new_allowed():
-                fitted[key] = value
+                values[key] = value
                 continue
-            near = _nearest(name, known)
+            near = _nearest(name, all_keys)
             hint = f'; the nearest known key is {near}' if near else ''
             raise ConfigError(f'{source}: unknown key {name[:200]}{hint}')
         default = node[key]
         if isinstance(default, CN):
             if not isinstance(value, Mapping):
                 raise ConfigError(f'{source}: {name} is a section, not a value ({brief(value)})')
-            fitted[key] = _fit(default, value, f'{name}.', known, source)
+            values[key] = _fit(default, value, f'{name}.', all_keys, source)
         elif isinstance(value, Mapping):
             raise ConfigError(f'{source}: {name} is a value ({default!r}), not a section')
         else:
-            fitted[key] = _as_type_of(default, value, f'{source}: {name}')
-    return fitted
+            values[key] = _as_type_of(default, value, f'{source}: {name}')
+    return values
 
 
 def _as_type_of(default: Any, value: Any, where: str) -> Any:
     """Turns what YAML parsed into the default's type: 5e-4 and (1, 2) are text to it, 0 an int."""
     if isinstance(value, str):
+        if '\0' in value:
+            raise ConfigError(f'{where}: has a NUL character in it: {brief(value)}')
         try:
             literal = CN._decode_cfg_value(value)
         except (RecursionError, MemoryError) as error:  # of Python's parser, of a strange text
             raise ConfigError(f'{where}: cannot be read as a value: {brief(value)}') from error
-        if not isinstance(default, str):
-            value = literal
-        elif literal is not None:
-            return repr(value)  # yacs takes text for a literal: so '7' stays what it is
-        else:
-            return None
+        if isinstance(default, str):  # yacs takes text for a literal: so '7' stays what it is
+            return None if literal is None else repr(value)
+        value = literal
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     both_sequences = isinstance(default, list | tuple) and isinstance(value, list | tuple)
@@ -237,14 +240,13 @@ def _dotted_keys(node: CN, prefix: str = '') -> Iterator[str]:
             yield from _dotted_keys(value, f'{prefix}{key}.')
 
 
-def _nearest(name: str, known: set[str]) -> str | None:
+def _nearest(name: str, all_keys: set[str]) -> str | None:
     """The known key most like ``name``: by its whole path, else by its last part alone."""
     if len(name) > 100:
         return None
-    whole = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
-    if whole:
-        return whole[0]
-    by_last = {key.rpartition('.')[2]: key for key in sorted(known, reverse=True)}
+    if by_path := difflib.get_close_matches(name, all_keys, n=1, cutoff=0.75):
+        return by_path[0]
+    by_last = {key.rpartition('.')[2]: key for key in sorted(all_keys, reverse=True)}
     last = difflib.get_close_matches(name.rpartition('.')[2], by_last, n=1, cutoff=0.6)
     return by_last[last[0]] if last else None
 

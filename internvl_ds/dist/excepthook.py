@@ -52,16 +52,16 @@ def speak_on_exceptions(
         follows = _follows(value)
         time.sleep(patience if follows else 0.0)
         heartbeat = group.heartbeat if joined and follows else None
-        others = heartbeat.describe_silent() if heartbeat else ''
+        clause = heartbeat.describe_silent() if heartbeat else ''
         speaks = not group.over and (not joined or _may_speak(not follows))
         group.over = True
         traces = group.traces or logger.isEnabledFor(logging.DEBUG)
-        expected = isinstance(value, InternvlDsError | Preempted | KeyboardInterrupt)
-        if traces or (speaks and not expected):
+        is_ours = isinstance(value, InternvlDsError | Preempted | KeyboardInterrupt)
+        if traces or (speaks and not is_ours):
             before(kind, value, traceback)
         if speaks:
             reason = f'{kind.__name__}: {one_line(value)}' if str(value) else kind.__name__
-            text = printable('; '.join(filter(None, [others, reason])))
+            text = printable('; '.join(filter(None, [clause, reason])))
             who = 'a rank' if rank is None else f'rank {rank}'
             line = f'{who} on {socket.gethostname()} ends the job: {text}'
             with contextlib.suppress(OSError):  # the terminal is gone
@@ -85,9 +85,9 @@ def _may_speak(is_cause: bool) -> bool:
 
     def claim(store: Any) -> bool:
         is_first = store.add(f'{place}/{kind}', 1) == 1
-        silent = not store.check([place])
+        is_free = not store.check([place])
         store.set(place, kind)
-        return is_first and (is_cause or silent)
+        return is_first and (is_cause or is_free)
 
     # A rank 0 that is silent already is not waited for.
     limit = 0 if group.heartbeat.rank_0_is_silent() else group.limit('SILENT_AFTER')
@@ -115,5 +115,5 @@ def one_line(error: BaseException) -> str:
 
 def _follows(error: BaseException) -> bool:
     """Whether this is what the end of another rank looks like."""
-    known = isinstance(error, torch_dist.DistError | RankError)
-    return known or (isinstance(error, RuntimeError) and 'gloo' in str(error))
+    is_of_ranks = isinstance(error, torch_dist.DistError | RankError)
+    return is_of_ranks or (isinstance(error, RuntimeError) and 'gloo' in str(error))

@@ -107,6 +107,6 @@ def current_group() -> ProcessGroup:
 def drop_group() -> None:
     """Leaves the process group; the hook and the limits hold until the process ends."""
     global _current
-    left = _current
-    left.disconnect()
-    _current = ProcessGroup(left.number, left.limits, left.hook, left.traces, left.over)
+    group = _current
+    group.disconnect()
+    _current = ProcessGroup(group.number, group.limits, group.hook, group.traces, group.over)

@@ -89,7 +89,7 @@ class Liveness:
         self._limits, self._listener = limits, listener
         self._silent_after = limits['SILENT_AFTER']
         self.words = ''  # 'cause', 'effect' or '': see `speak`
-        self._dead: dict[int, float] = {}  # rank -> when that was noticed
+        self._deaths: dict[int, float] = {}  # rank -> when that was noticed
         self._links: list[_Link] = []
         self._answer: list[int] | None = None  # of rank 0: who is silent
         self._stopped = False
@@ -102,7 +102,7 @@ class Liveness:
     def dead(self, for_seconds: float = 0.0) -> list[int]:
         """The ranks that are known to be dead for so long, in the order in which they died."""
         now = time.monotonic()
-        return [rank for rank, since in list(self._dead.items()) if now - since >= for_seconds]
+        return [rank for rank, since in list(self._deaths.items()) if now - since >= for_seconds]
 
     def describe_dead(self) -> str:
         """A clause on the ranks that are dead; '' where none is known to be."""
@@ -122,7 +122,7 @@ class Liveness:
 
     def _describe(self, silent: list[int], seconds: float) -> str:
         clauses = [self.describe_dead()]
-        if names := [self._names[rank] for rank in silent if rank not in self._dead]:
+        if names := [self._names[rank] for rank in silent if rank not in self._deaths]:
             verb = 'has' if len(names) == 1 else 'have'
             clauses.append(f'{few(names)} {verb} given no sign of life for {seconds:g} s')
         return '; '.join(filter(None, clauses))
@@ -216,7 +216,7 @@ class Liveness:
     def _lose(self, selector: selectors.BaseSelector, link: _Link) -> None:
         rank = None if self._stopped else link.rank
         if rank is not None:  # before the link goes: whoever finds none must find its rank dead
-            self._dead.setdefault(rank, time.monotonic())
+            self._deaths.setdefault(rank, time.monotonic())
         selector.unregister(link.connection)
         self._links.remove(link)
         link.connection.close()
@@ -230,12 +230,12 @@ class Liveness:
                 raise ConnectionError
             link.rank = int(values[1])
             link.tell('welcome')
-            for rank in self._dead:
+            for rank in self._deaths:
                 link.tell('dead', rank)
         elif word == 'ask':
             link.tell('here')
         elif word == 'dead':
-            self._dead.setdefault(int(values[0]), time.monotonic())
+            self._deaths.setdefault(int(values[0]), time.monotonic())
         elif word == 'spoke':
             if self._listener is None:
                 self.words = values[0]

@@ -74,43 +74,27 @@ def _detect(environ: Mapping[str, str], local_rank: int | None) -> Launch:
             raise ConfigError(f'RANK is {rank} and WORLD_SIZE is {size}: ranks are counted from 0')
         # a guess would put all ranks of a host on one GPU
         local = 0 if size == 1 and 'LOCAL_RANK' not in environ else _number(environ, 'LOCAL_RANK')
-        return Launch(ENVIRONMENT, rank, size, local, _given_master(environ))
-    if 'OMPI_COMM_WORLD_SIZE' in environ:
-        return Launch(
-            OPEN_MPI,
-            _number(environ, 'OMPI_COMM_WORLD_RANK'),
-            _number(environ, 'OMPI_COMM_WORLD_SIZE'),
-            None,
-            _given_master(environ),
-        )
-    if 'PMI_SIZE' in environ:
-        rank, size = _number(environ, 'PMI_RANK'), _number(environ, 'PMI_SIZE')
-        return Launch(MPICH, rank, size, None, _given_master(environ))
+        return Launch(ENVIRONMENT, rank, size, local, _master_in(environ))
+    for by, prefix in ((OPEN_MPI, 'OMPI_COMM_WORLD'), (MPICH, 'PMI')):
+        if f'{prefix}_SIZE' in environ:
+            rank, size = _number(environ, f'{prefix}_RANK'), _number(environ, f'{prefix}_SIZE')
+            return Launch(by, rank, size, None, _master_in(environ))
     if _is_step(environ):
         return _slurm(environ)
-    return Launch(SINGLE, local_rank=local_rank or 0, master=_given_master(environ))
+    return Launch(SINGLE, local_rank=local_rank or 0, master=_master_in(environ))
 
 
 def expand_nodes(text: str) -> list[str]:
-    """The hosts of a Slurm node list such as ``gpu[01-03,7],login``, in order.
-
-    Raises:
-        ConfigError: for what is none.
-    """
-    hosts: list[str] = []
-    for part in re.findall(r'(?:[^,\[]|\[[^\]]*\])+', text):
-        hosts += _expand(part)
+    """The hosts of a Slurm node list such as ``gpu[01-03,7],login``; ConfigError if it is none."""
+    parts = re.findall(r'(?:[^,\[]|\[[^\]]*\])+', text)
+    hosts = [host for part in parts for host in _expand(part)]
     if not hosts or text.count('[') != text.count(']'):
         raise ConfigError(f'{text!r} is no Slurm node list')
     return hosts
 
 
 def expand_tasks(text: str) -> list[int]:
-    """Tasks of each host, from Slurm's ``8(x2),4``.
-
-    Raises:
-        ConfigError: for what is none.
-    """
+    """Tasks of each host, from Slurm's ``8(x2),4``; ConfigError for what is no such list."""
     tasks: list[int] = []
     for part in text.split(','):
         match = re.fullmatch(r'(\d+)(?:\(x(\d+)\))?', part.strip())
@@ -124,15 +108,15 @@ def _expand(part: str) -> list[str]:
     match = re.search(r'\[([^\]]*)\]', part)
     if match is None:
         return [part.strip()]
-    found = []
+    hosts = []
     for item in match[1].split(','):
         first, dash, last = item.partition('-')
         if not first.isdigit() or (dash and not last.isdigit()):
             raise ConfigError(f'{part!r} is no Slurm node list: {item!r} in it is no range')
         before, after = part[: match.start()], part[match.end() :]
         for number in range(int(first), int(last or first) + 1):
-            found += _expand(f'{before}{number:0{len(first)}d}{after}')
-    return found
+            hosts += _expand(f'{before}{number:0{len(first)}d}{after}')
+    return hosts
 
 
 def _is_step(environ: Mapping[str, str]) -> bool:
@@ -153,7 +137,7 @@ def _slurm(environ: Mapping[str, str]) -> Launch:
         _number(environ, 'SLURM_PROCID'),
         size,
         _number(environ, 'SLURM_LOCALID'),
-        _given_master(environ) or _slurm_master(environ),
+        _master_in(environ) or _slurm_master(environ),
     )
 
 
@@ -169,7 +153,7 @@ def _slurm_master(environ: Mapping[str, str]) -> tuple[str, int]:
     return host, _PORTS[number % len(_PORTS)]
 
 
-def _given_master(environ: Mapping[str, str]) -> tuple[str, int] | None:
+def _master_in(environ: Mapping[str, str]) -> tuple[str, int] | None:
     if 'MASTER_ADDR' in environ and 'MASTER_PORT' in environ:
         return environ['MASTER_ADDR'], _number(environ, 'MASTER_PORT', 0xFFFF)
     return None

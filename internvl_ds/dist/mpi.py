@@ -54,9 +54,9 @@ def local_rank(communicator: Any) -> tuple[int, int]:
     from mpi4py import MPI
 
     shared = communicator.Split_type(MPI.COMM_TYPE_SHARED)
-    found = shared.Get_rank(), shared.Get_size()
+    place = shared.Get_rank(), shared.Get_size()
     shared.Free()
-    return found
+    return place
 
 
 def agree_on_master(
@@ -75,24 +75,24 @@ def agree_on_master(
     Raises:
         RankError: on all ranks, when no address of rank 0 is reached by all.
     """
-    first = communicator.Get_rank() == 0
+    is_rank_0 = communicator.Get_rank() == 0
     with socket.socket() as listener:
         offer = None
-        if first:
+        if is_rank_0:
             addresses = ['127.0.0.1'] if one_host else own_addresses(interface)
             listener.bind(('127.0.0.1' if one_host else '', 0))
             listener.listen(communicator.Get_size())
             offer = addresses, listener.getsockname()[1], socket.gethostname()
         addresses, port, host = communicator.bcast(offer)
-        reached = [a for a in addresses if first or not why_not_reached(a, port, limit)]
-        seen = communicator.allgather((reached, socket.gethostname()))
-    common = [a for a in addresses if all(a in theirs for theirs, _ in seen)]
+        answers = [a for a in addresses if is_rank_0 or not why_not_reached(a, port, limit)]
+        reports = communicator.allgather((answers, socket.gethostname()))
+    common = [a for a in addresses if all(a in answers for answers, _ in reports)]
     if common:
         return common[0], port
-    apart = sorted({h for theirs, h in seen if not theirs})
+    hosts = sorted({host for answers, host in reports if not answers})
     raise RankError(
         f'no address of rank 0 ({host}: {", ".join(addresses) or "none"}) is reached from every '
-        f'host; {", ".join(apart) or "each reaches another one"} cannot. Open the network between '
+        f'host; {", ".join(hosts) or "each reaches another one"} cannot. Open the network between '
         'them, or name the interface that they share in COMM.INTERFACE, or set MASTER_ADDR and '
         'MASTER_PORT'
     )
@@ -101,9 +101,7 @@ def agree_on_master(
 def abort(communicator: Any, limit: int) -> None:
     """Ends all ranks of the job, which an exception on one would let hang when MPI is finalized.
 
-    Args:
-        communicator: of all ranks.
-        limit: whole seconds that it may take.
+    It may take ``limit`` whole seconds.
     """
     time.sleep(_LAST_WORDS + min(communicator.Get_rank(), _APART))
     # MPICH's waits for its daemon, which may be cut off: then the kernel ends this process.

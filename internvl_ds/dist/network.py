@@ -32,11 +32,10 @@ def address_towards(host: str, family: int = socket.AF_UNSPEC) -> str | None:
 def interface_towards(host: str) -> str | None:
     """The network interface by which this host reaches another, or itself by that address.
 
-    Returns:
-        None where the host is not known, or is reached over loopback.
+    None where the host is not known, or is reached over loopback.
     """
-    towards = address_towards(host, socket.AF_INET)
-    name = next((name for name, address in addresses() if address == towards), None)
+    source = address_towards(host, socket.AF_INET)
+    name = next((name for name, address in addresses() if address == source), None)
     return None if name == 'lo' else name
 
 

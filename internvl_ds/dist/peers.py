@@ -37,8 +37,8 @@ class Peers(NamedTuple):
         Raises:
             RankError: when it does not answer, or is gone.
         """
-        left = deadline - time.monotonic()
-        return self.client.call(action, max(left, current_group().limit('SILENT_AFTER')))
+        seconds = deadline - time.monotonic()
+        return self.client.call(action, max(seconds, current_group().limit('SILENT_AFTER')))
 
     def put(self, key: str, text: str) -> None:
         """Sets a key of the store; waits for nothing."""
@@ -78,18 +78,18 @@ class Peers(NamedTuple):
         """
         start = time.monotonic()
         while True:
-            now, dead = time.monotonic(), current_group().dead_ranks()
+            now, dead_ranks = time.monotonic(), current_group().dead_ranks()
             if self.ask(lambda store: store.check([f'{place}/all']), deadline):
                 return []
-            late, skips_dead = now > deadline, without_dead and bool(dead)
-            asked = list(range(self.world_size)) if late or skips_dead else dead
+            is_late, skips_dead = now > deadline, without_dead and bool(dead_ranks)
+            ranks = list(range(self.world_size)) if is_late or skips_dead else dead_ranks
 
-            def absent(store: Any, asked: list[int] = asked) -> list[int]:
-                return [r for r in asked if not store.check([f'{place}/{r}'])]
+            def not_come(store: Any, ranks: list[int] = ranks) -> list[int]:
+                return [r for r in ranks if not store.check([f'{place}/{r}'])]
 
-            missing = self.ask(absent, deadline) if asked else []
-            if late or (set(missing) <= set(dead) if skips_dead else missing):
-                return missing
+            absentees = self.ask(not_come, deadline) if ranks else []
+            if is_late or (set(absentees) <= set(dead_ranks) if skips_dead else absentees):
+                return absentees
             time.sleep(min(0.5, max(0.001, 0.1 * (now - start))))
 
 

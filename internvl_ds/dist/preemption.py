@@ -20,14 +20,8 @@ from yacs.config import CfgNode
 
 from internvl_ds.config.tree import checkpoint_option, get_option
 from internvl_ds.dist.group import current_group
-from internvl_ds.dist.peers import background_meetings
-from internvl_ds.dist.rendezvous import (
-    connect_peers,
-    exchange,
-    raise_request,
-    rank,
-    request_is_raised,
-)
+from internvl_ds.dist.peers import background_meetings, rank
+from internvl_ds.dist.rendezvous import connect_peers, exchange, raise_request, request_is_raised
 from internvl_ds.dist.signals import Request
 from internvl_ds.errors import Preempted as Preempted
 from internvl_ds.errors import RankError, few
@@ -79,9 +73,9 @@ class Preemption:
             write_text(Path(result), 'training\n')
             self._file = Path(f'{result}.stop')
         self._last_save = time.monotonic()
-        self._changed = threading.Condition()
+        self._condition = threading.Condition()
         # The following are about the request that is being agreed on.
-        self._passed = 0  # boundaries
+        self._boundaries = 0  # that this rank has passed
         self._limit: int | None = None  # the boundary that must not be passed before it is settled
         self._target: int | None = None  # the boundary to act at
         self._action: str | None = None
@@ -124,24 +118,24 @@ class Preemption:
             if action == STOP:
                 self._announce([self._reason()])
             return action
-        with self._changed:
-            self._passed += 1
-            if not self._changed.wait_for(self._may_pass, 2 * self._timeout):
+        with self._condition:
+            self._boundaries += 1
+            if not self._condition.wait_for(self._may_pass, 2 * self._timeout):
                 raise RankError(
                     f'rank {rank()} waited {2 * self._timeout:g} s for the others to agree on '
                     'where to save'
                 )
             if self._error is not None:
                 raise self._error
-            if self._target != self._passed:
+            if self._target != self._boundaries:
                 return None
             action, self._action, self._target, self._limit = self._action, None, None, None
             self._last_save = time.monotonic()
-            self._changed.notify_all()
+            self._condition.notify_all()
         return action
 
     def _may_pass(self) -> bool:
-        undecided = self._limit == self._passed and self._target is None
+        undecided = self._limit == self._boundaries and self._target is None
         return not undecided or self._error is not None
 
     def saved(self) -> None:
@@ -179,27 +173,27 @@ class Preemption:
         except Exception as error:
             if self._closing.is_set():  # the program ends, and nobody waits for this thread
                 return
-            with self._changed:
+            with self._condition:
                 self._error = error
-                self._changed.notify_all()
+                self._condition.notify_all()
 
     def _agree(self, request: str, wish: str | None) -> str:
         """Settles a request with the other ranks' threads; waits until this rank has acted."""
-        with self._changed:
-            mine = self._passed
-            self._limit = mine + 1
+        with self._condition:
+            boundary = self._boundaries
+            self._limit = boundary + 1
         who = self._reason() if wish == STOP else ''
-        answers = exchange(request, [mine, wish, who], self._timeout)
+        answers = exchange(request, [boundary, wish, who], self._timeout)
         reasons = [reason for _, _, reason in answers if reason]
-        action = STOP if any(theirs == STOP for _, theirs, _ in answers) else SAVE
+        action = STOP if any(wish == STOP for _, wish, _ in answers) else SAVE
         if action == STOP:
             self._announce(reasons)
-        with self._changed:
+        with self._condition:
             # No rank has passed this one: each waits for the answer at the first after its own.
-            self._target, self._action = 1 + max(passed for passed, _, _ in answers), action
-            self._changed.notify_all()
+            self._target, self._action = 1 + max(number for number, _, _ in answers), action
+            self._condition.notify_all()
             while self._target is not None and not self._closing.is_set():
-                self._changed.wait(1.0)
+                self._condition.wait(1.0)
         return action
 
     def _announce(self, reasons: list[str]) -> None:

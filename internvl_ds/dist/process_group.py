@@ -67,15 +67,15 @@ def init_distributed(
         ConfigError: for incomplete variables of a launcher, or another than the flag names.
     """
     group = current_group()
-    given: dict[str, Any] = {}
+    section: dict[str, Any] = {}
     if config is not None:
         group.traces = get_option(config, 'TRAIN.TRACEBACK', False)
         require_counts(config, ('COMM',))
-        given = get_option(config, 'COMM', {})
-        group.limits.update({key: given[key] for key in given if key != 'INTERFACE'})
+        section = get_option(config, 'COMM', {})
+        group.limits.update({key: section[key] for key in section if key != 'INTERFACE'})
     if dist.is_initialized():
         return
-    settings = {**default_config().COMM, **given}
+    settings = {**default_config().COMM, **section}
     speak_on_exceptions(None)
     launch = launchers.detect(os.environ, launcher, local_rank)
     speak_on_exceptions(launch.rank, afterwards=_end_while_connecting)
@@ -136,12 +136,12 @@ def _join(launch: launchers.Launch, limit: float) -> None:
             begin(connect, launch.rank, launch.world_size, where, 'start', limit)
             with contextlib.suppress(RuntimeError):  # torch knows it from an earlier start
                 register_rendezvous_handler(_SCHEME, _hand_over)
-        left = max(group.limit('SILENT_AFTER'), deadline - time.monotonic())
-        with _store_answers(left):
+        seconds = max(group.limit('SILENT_AFTER'), deadline - time.monotonic())
+        with _store_answers(seconds):
             dist.init_distributed(
                 auto_mpi_discovery=False,
                 verbose=False,
-                timeout=timedelta(seconds=left),
+                timeout=timedelta(seconds=seconds),
                 init_method=f'{_SCHEME}://' if group.peers else None,
             )
     except (RuntimeError, ValueError) as error:

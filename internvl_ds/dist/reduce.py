@@ -31,7 +31,7 @@ def reduce_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def reduce_tensors(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Averages several tensors over all ranks in one collective.
+    """Averages several tensors over all ranks at once. Collective: every rank calls it.
 
     Args:
         tensors: real, of any shapes, on one device; as many and the same shapes on every rank.

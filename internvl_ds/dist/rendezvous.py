@@ -30,7 +30,9 @@ T = TypeVar('T')
 logger = logging.getLogger(__name__)
 
 
-def exchange(what: str, value: Any, timeout: float) -> list[Any]:
+def exchange(
+    what: str, value: Any, timeout: float, *, warn: Callable[[str], None] | None = None
+) -> list[Any]:
     """Meets all ranks and hands every rank the value of each, in rank order.
 
     Collective: every rank calls it.
@@ -39,6 +41,7 @@ def exchange(what: str, value: Any, timeout: float) -> list[Any]:
         what: the name of the meeting, the same on all ranks; it stands in the error.
         value: anything JSON can hold, small (it travels through rank 0's store).
         timeout: seconds to wait for the others.
+        warn: told once who has not come after COMM.WARN_AFTER seconds, on the lowest rank that has.
 
     Raises:
         RankError: when a rank does not come in time, or is known to be dead; it is named.
@@ -46,18 +49,28 @@ def exchange(what: str, value: Any, timeout: float) -> list[Any]:
     if world_size() == 1:
         return [value]
     deadline = time.monotonic() + timeout
-    return _exchange(_peers(what, timeout), what, value, timeout, deadline)
+    return _exchange(_peers(what, timeout), what, value, timeout, deadline, warn)
 
 
-def _exchange(peers: Peers, what: str, value: Any, timeout: float, deadline: float) -> list[Any]:
+def _exchange(
+    peers: Peers,
+    what: str,
+    value: Any,
+    timeout: float,
+    deadline: float,
+    warn: Callable[[str], None] | None = None,
+) -> list[Any]:
     group = current_group()
     while True:
         turn = group.rounds[what]
         place = group.key(f'{what}/{turn}')
         peers.come(place, json.dumps({'value': value}))
         try:
-            if missing := peers.missing_at(place, deadline, without_dead=False):
-                raise RankError(_reproach(missing, peers.rank, timeout))
+            if warn is not None and group.limit('WARN_AFTER') < timeout:
+                _warn_of_absentees(peers, what, place, timeout, warn)
+            warn = None
+            if absentees := peers.missing_at(place, deadline, without_dead=False):
+                raise RankError(_reproach(absentees, peers.rank, timeout))
         except RankError as error:
             peers.put(f'{place}/{peers.rank}', json.dumps({'gave up': peers.rank}))
             group.rounds[what] += 1
@@ -72,17 +85,34 @@ def _exchange(peers: Peers, what: str, value: Any, timeout: float, deadline: flo
         # Others gave this round up before this rank came: they meet in the next one, if at all.
 
 
-def _reproach(missing: list[int], own_rank: int, timeout: float) -> str:
+def _warn_of_absentees(
+    peers: Peers, what: str, place: str, timeout: float, warn: Callable[[str], None]
+) -> None:
+    """Waits for COMM.WARN_AFTER seconds at most, and says who has not come then."""
     group = current_group()
-    if dead := [r for r in missing if r in group.dead_ranks()]:
+    if not (seconds := group.limit('WARN_AFTER')):
+        return
+    absentees = peers.missing_at(place, time.monotonic() + seconds, without_dead=False)
+    present = set(range(peers.world_size)).difference(absentees)
+    if absentees and peers.rank == min(present) and not set(absentees) & set(group.dead_ranks()):
+        warn(
+            f'{what}: rank {peers.rank} has waited {seconds:g} s, and {group.named(absentees)} has '
+            'not come. Every rank must make this call: if it stands under `if dist.get_rank() == '
+            f'0`, remove that condition. If not, nothing is lost: it waits up to {timeout:g} s.'
+        )
+
+
+def _reproach(absentees: list[int], own_rank: int, timeout: float) -> str:
+    group = current_group()
+    if dead_ranks := [r for r in absentees if r in group.dead_ranks()]:
         return (
-            f'{group.named(dead)} did not come and is dead: the process has ended, or its host '
-            'is cut off. Look in the output of that rank for the reason.'
+            f'{group.named(dead_ranks)} did not come and is dead: the process has ended, or its '
+            'host is cut off. Look in the output of that rank for the reason.'
         )
     return (
-        f'rank {own_rank} waited {timeout:g} s and {group.named(missing)} did not come. Every rank '
-        'must make this call: remove an `if rank == 0` around it, and look in the output of the '
-        'missing rank for an error of its own.'
+        f'rank {own_rank} waited {timeout:g} s and {group.named(absentees)} did not come. Every '
+        'rank must make this call: remove an `if rank == 0` around it, and look in the output of '
+        'the missing rank for an error of its own.'
     )
 
 
@@ -99,9 +129,10 @@ def _let_all_read(peers: Peers, place: str, deadline: float) -> None:
     limit = group.limit('EXIT_TIMEOUT')
     if group.heartbeat is None:  # the first meeting: nobody would notice a death
         limit = min(limit, max(group.limit('SILENT_AFTER'), deadline - time.monotonic()))
-    if late := peers.missing_at(place, time.monotonic() + limit, without_dead=True):
+    if absentees := peers.missing_at(place, time.monotonic() + limit, without_dead=True):
         # This rank has what it needs; the next meeting names who is missing.
-        logger.warning('%s: %s has not read it after %g s', place, group.named(late), limit)
+        names = group.named(absentees)
+        logger.warning('%s: %s has not read it after %g s', place, names, limit)
     peers.clear(place, of_all=True)
 
 
@@ -184,8 +215,7 @@ def raise_request(name: str, peers: Peers) -> None:
 def request_is_raised(name: str, peers: Peers, limit: float) -> bool:
     """Whether any rank has called `raise_request` with this name.
 
-    Raises:
-        RankError: when the store has not answered after ``limit`` seconds.
+    Raises RankError when the store has not answered after ``limit`` seconds.
     """
     key = current_group().key(f'request/{name}')
     return bool(peers.client.call(lambda store: store.check([key]), limit))
@@ -194,7 +224,8 @@ def request_is_raised(name: str, peers: Peers, limit: float) -> bool:
 def gather(what: str, value: Any, timeout: float) -> list[Any] | None:
     """Meets all ranks and hands rank 0 alone the value of each, in rank order.
 
-    As `exchange`, for values too large for every rank to read from every other.
+    Collective: every rank calls it. As `exchange`, for values too large for every rank to read
+    from every other.
     """
     if world_size() == 1:
         return [value]
@@ -263,8 +294,8 @@ def from_rank_0(what: str, action: Callable[[], Any], timeout: float) -> Any:
         raise failure
     if 'error' in answer:
         kind = getattr(errors, answer['error'], InternvlDsError)
-        known = isinstance(kind, type) and issubclass(kind, InternvlDsError)
-        raise (kind if known else InternvlDsError)(answer['text'])
+        is_ours = isinstance(kind, type) and issubclass(kind, InternvlDsError)
+        raise (kind if is_ours else InternvlDsError)(answer['text'])
     return answer['result']
 
 
@@ -285,9 +316,9 @@ def part_from(peers: Peers) -> None:
         place, deadline = group.key('left'), time.monotonic() + group.limit('EXIT_TIMEOUT')
         peers.come(place)
         if peers.rank == 0:
-            late = peers.missing_at(place, deadline, without_dead=True)
-            if late := [r for r in late if r not in group.dead_ranks()]:
-                logger.warning('rank 0 leaves; %s is not done yet', group.named(late))
+            absentees = peers.missing_at(place, deadline, without_dead=True)
+            if laggards := [r for r in absentees if r not in group.dead_ranks()]:
+                logger.warning('rank 0 leaves; %s is not done yet', group.named(laggards))
     except RankError as error:  # rank 0 is gone: then there is nothing left to wait for
         logger.info('rank %d ends without rank 0: %s', peers.rank, error)
     finally:

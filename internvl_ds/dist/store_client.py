@@ -160,7 +160,7 @@ def store_answers(
 
 
 def _cut_connections(port: int) -> None:
-    for known in psutil.Process().net_connections('tcp'):
-        if known.raddr and known.raddr.port == port:
-            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(known.fd)) as connection:
+    for entry in psutil.Process().net_connections('tcp'):
+        if entry.raddr and entry.raddr.port == port:
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(entry.fd)) as connection:
                 connection.shutdown(socket.SHUT_RDWR)

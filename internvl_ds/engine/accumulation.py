@@ -24,12 +24,14 @@ class Accumulation:
         dropped: whether micro-batches were dropped since the last update.
         last_group: micro-batches of the last update; None when it is not known.
         micro_batches: how many have come in all, those of skipped updates and dropped ones too.
+        warned: whether a save has said that it does not keep them.
     """
 
     losses: list[torch.Tensor] = field(default_factory=list)
     dropped: bool = False
     last_group: int | None = None
     micro_batches: int = 0
+    warned: bool = False
 
     def add(self, loss: torch.Tensor) -> None:
         """Takes note of a micro-batch that runs its backward now."""
@@ -41,11 +43,7 @@ class Accumulation:
         self.losses, self.dropped = [], True
 
     def finish(self, agreed: int) -> list[torch.Tensor]:
-        """Ends the update and returns its losses.
-
-        Args:
-            agreed: gradient_accumulation_steps.
-        """
+        """Ends the update and returns its losses; ``agreed``: gradient_accumulation_steps."""
         losses, self.losses = self.losses, []
         # What was dropped says nothing of the loop's setting.
         self.last_group = agreed if self.dropped else len(losses)
@@ -59,17 +57,16 @@ class Accumulation:
             agreed: gradient_accumulation_steps.
             updates: how many there have been.
 
-        Raises:
-            ConfigError: before anything is done.
+        Raises ConfigError before anything is done.
         """
-        came, last = len(self.losses) + 1, self.last_group
+        count, last = len(self.losses) + 1, self.last_group
         if updates and (last is None or last > agreed):
             last = agreed  # a resumed run of which no more is known, or had another setting
         # The last group of an epoch may be short, and then the one before it was full.
-        short = came < agreed and last != agreed and not self.dropped
-        if came > agreed or short:
+        short = count < agreed and last != agreed and not self.dropped
+        if count > agreed or short:
             raise ConfigError(
-                f'this update has {came} micro-batches (calls up to one with update_grad=True), '
+                f'this update has {count} micro-batches (calls up to one with update_grad=True), '
                 f'and the one before it {last}, but gradient_accumulation_steps of the ds_config '
                 f'(TRAIN.ACCUMULATION_STEPS) is {agreed}, by which the loss is to be divided. Make '
                 "the loop and the setting agree; only an epoch's last update may have fewer. What "
@@ -110,5 +107,5 @@ class _ZeroGrad:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy of the module is of no engine: it gets a zero_grad of its own."""
-        copied = memo[id(self._part())]
-        return types.MethodType(type(copied).zero_grad, copied)
+        copy = memo[id(self._part())]
+        return types.MethodType(type(copy).zero_grad, copy)

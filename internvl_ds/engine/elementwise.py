@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from internvl_ds.engine.optimizer_trial import apart
+from internvl_ds.engine.optimizer_trial import copy_of
 from internvl_ds.errors import ConfigError
 
 _UPDATES = 3
@@ -21,11 +21,7 @@ _SHAPES = ((128, 130), (130, 160))
 
 
 def require_own_adagrad(optimizer: torch.optim.Optimizer) -> None:
-    """Refuses, for ZeRO stages 1 to 3, the one class that DeepSpeed replaces.
-
-    Raises:
-        ConfigError: for torch's Adagrad.
-    """
+    """Raises ConfigError for torch's Adagrad, which DeepSpeed replaces at ZeRO stages 1 to 3."""
     if isinstance(optimizer, torch.optim.Adagrad):
         raise ConfigError(
             'Adagrad at ZeRO stages 1 to 3: DeepSpeed makes another one of its defaults in its '
@@ -43,8 +39,7 @@ def require_elementwise(optimizer: Any, device: torch.device) -> None:
         optimizer: the client's, or the one that the ds_config names; it stays as it is.
         device: where it is tried.
 
-    Raises:
-        ConfigError: names its class.
+    Raises ConfigError, which names its class.
     """
     if type(optimizer).__module__.startswith('deepspeed.'):
         return
@@ -69,15 +64,15 @@ def _is_elementwise(
         torch.compiler.set_stance('force_eager'),
     ):
         try:
-            wanted = _updated(optimizer, settings, *whole)
+            of_whole = _weights_after(optimizer, settings, *whole)
         except Exception:  # it needs a closure, or more than its class says
             return True
         try:
-            found = _updated(optimizer, settings, *flat)
+            of_flat = _weights_after(optimizer, settings, *flat)
         except Exception:  # Muon takes matrices only
             return False
-    moved = (wanted - flat[0][0]).abs().max()
-    return bool((wanted - found).abs().max() <= 1e-6 * moved)
+    distance = (of_whole - flat[0][0]).abs().max()
+    return bool((of_whole - of_flat).abs().max() <= 1e-6 * distance)
 
 
 def _weights_and_gradients(device: torch.device) -> list[list[torch.Tensor]]:
@@ -93,21 +88,21 @@ def _weights_and_gradients(device: torch.device) -> list[list[torch.Tensor]]:
     return [weights, gradients]
 
 
-def _updated(
+def _weights_after(
     optimizer: torch.optim.Optimizer,
     settings: Mapping[str, Any],
     weights: Sequence[torch.Tensor],
     gradients: Sequence[torch.Tensor],
 ) -> torch.Tensor:
     """The weights, flat, after some updates of a copy of the optimizer."""
-    own = [nn.Parameter(weight.clone()) for weight in weights]
-    memo: dict[int, Any] = {id(p): own[0] for g in optimizer.param_groups for p in g['params']}
+    copies = [nn.Parameter(weight.clone()) for weight in weights]
+    memo: dict[int, Any] = {id(p): copies[0] for g in optimizer.param_groups for p in g['params']}
     group = copy.deepcopy({k: v for k, v in settings.items() if k != 'params'}, memo)
     # A warm-up begins with 0, with which nothing moves.
     group['lr'] = torch.full_like(group['lr'], 0.01) if torch.is_tensor(group['lr']) else 0.01
-    trial = apart(optimizer, [{**group, 'params': own}], memo)
+    trial = copy_of(optimizer, [{**group, 'params': copies}], memo)
     for update in range(_UPDATES):
-        for parameter, gradient in zip(own, gradients, strict=True):
+        for parameter, gradient in zip(copies, gradients, strict=True):
             parameter.grad = gradient * (1 + update)
         type(optimizer).step(trial)
-    return torch.cat([parameter.detach().flatten() for parameter in own])
+    return torch.cat([parameter.detach().flatten() for parameter in copies])

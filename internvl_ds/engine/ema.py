@@ -21,9 +21,10 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from internvl_ds.dist.rendezvous import rank, world_size
+from internvl_ds.engine.averaged_module import AveragedModule
 from internvl_ds.engine.ema_shard import EmaFile, shard_name
 from internvl_ds.engine.registry import engine_of, wrapper_of
-from internvl_ds.errors import CheckpointMismatch, few
+from internvl_ds.errors import CheckpointMismatch, ConfigError, few
 from internvl_ds.zero.lazy_tensor import Flat, fill
 from internvl_ds.zero.parameters import is_sharded
 from internvl_ds.zero.partition import owned, shapes_of
@@ -42,16 +43,11 @@ class EmaWarmup:
     min_decay: float = 0.0
 
     def decay(self, update: int, most: float) -> float:
-        """The decay of an update.
-
-        Args:
-            update: its number, from 1.
-            most: what the decay rises to.
-        """
+        """The decay of an update, by its number from 1; ``most`` is what it rises to."""
         if update <= 1:
             return 0.0
-        rising = 1 - (1 + (update - 1) / self.gamma) ** -self.power
-        return max(min(rising, most), self.min_decay)
+        decay = 1 - (1 + (update - 1) / self.gamma) ** -self.power
+        return max(min(decay, most), self.min_decay)
 
 
 class ShardedEma:
@@ -64,6 +60,8 @@ class ShardedEma:
         decay: the share of the old average that stays in an update.
         warmup: how the decay rises to that; None where it is the same from the start.
         num_updates: how many updates have been made.
+        ema: the average as a module to evaluate: ``validate(config, loader, model_ema.ema)``.
+        is_swapped_in: whether the engine computes with the average, inside `swapped_in`.
     """
 
     def __init__(
@@ -82,16 +80,39 @@ class ShardedEma:
         self.warmup = EmaWarmup() if warmup is True else warmup or None
         self.num_updates = 0
         self._shards = {name: t.detach().clone() for name, t in self._wrapper.masters().items()}
-        self._buffers = {n: _kept(b) for n, b in self.engine.module.named_buffers()}
+        self._buffers = {n: _copy_to_average(b) for n, b in self.engine.module.named_buffers()}
+        self.is_swapped_in = False
+        self.ema = AveragedModule(self)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the module's parameters are cut up (ZeRO stage 3)."""
+        return self._wrapper.sharded
+
+    def averaged_tensors(self) -> dict[str, torch.Tensor]:
+        """The parameters and buffers of the module that have an average, by name."""
+        module, names = self.engine.module, self._wrapper.trained_names()
+        parameters = {n: p for n, p in module.named_parameters() if n in names}
+        return {**parameters, **dict(module.named_buffers())}
 
     @torch.no_grad()
-    def update(self) -> None:
+    def update(self, model: Any = None) -> None:
         """Takes the weights after a step into the average; a skipped step changes nothing.
 
         Call it on every rank after each boundary. It talks to no other rank.
+
+        Args:
+            model: accepted for timm's ``update(model)``: the engine of this average, or its module.
+
+        Raises:
+            ConfigError: for another model, and inside `swapped_in`.
         """
+        if model is not None and engine_of(model) is not self.engine:
+            raise ConfigError('ShardedEma.update: this model belongs to another engine')
+        self._require_own_weights('ShardedEma.update')
         if not self.engine.was_step_applied():
             return
+        self.ema.drop_copies()
         self.num_updates += 1
         decay = self.warmup.decay(self.num_updates, self.decay) if self.warmup else self.decay
         averages, weights = list(self._shards.values()), list(self._wrapper.masters().values())
@@ -109,20 +130,26 @@ class ShardedEma:
         """Lets the engine compute with the averaged weights; they are put back at the end.
 
         Collective: every rank enters and leaves it. The weights come back bit for bit, also after
-        an exception. No step may be made inside.
+        an exception. No step and no save may be made inside; entered again, it does nothing.
 
         Args:
             engine: accepted for symmetry; the engine of this average is used.
         """
+        if self.is_swapped_in:
+            yield
+            return
         buffers = dict(self.engine.module.named_buffers())
-        kept = {name: buffer.detach().clone() for name, buffer in buffers.items()}
+        copies = {name: buffer.detach().clone() for name, buffer in buffers.items()}
         self._exchange_masters()
         self._set_buffers(self._buffers)
+        outer = self._wrapper.holds_average  # another average may be swapped in
+        self._note_swap(True, True)
         try:
             yield
         finally:
             self._exchange_masters()
-            self._set_buffers(kept)
+            self._set_buffers(copies)
+            self._note_swap(False, outer)
 
     def whole_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Key of the module's state dict, and averaged tensor, gathered one at a time.
@@ -130,7 +157,8 @@ class ShardedEma:
         Collective: every rank takes all of them. Frozen parameters are the module's own. No rank
         holds more than the tensor that it is at, which is on the engine's device.
         """
-        layout, own = self._wrapper.partitioning()
+        self._require_own_weights('ShardedEma.state_dict')
+        layout, own_rank = self._wrapper.partitioning()
         shapes, shards = shapes_of(layout), list(self._shards.values())
         names = self._wrapper.names
         for key, target in self.engine.module.state_dict(keep_vars=True).items():
@@ -141,7 +169,7 @@ class ShardedEma:
                 flat = torch.empty(math.prod(shapes[name]), device=self.engine.device)
                 for place in layout.places(name):
                     piece = flat[place.start : place.stop]
-                    if place.rank == own:
+                    if place.rank == own_rank:
                         end = place.offset + piece.numel()
                         piece.copy_(shards[place.group].view(-1)[place.offset : end])
                     if layout.ranks > 1:
@@ -175,14 +203,11 @@ class ShardedEma:
 
     @torch.no_grad()
     def load_shard(self, saved: Any) -> None:
-        """Reads this rank's part back from a tag of the same world size and ZeRO stage.
+        """Reads this rank's part back from ``saved``, a tag's `EmaFiles`.
 
-        Args:
-            saved: the tag's `EmaFiles`.
-
-        Raises:
-            CheckpointMismatch: when the tag was saved by another layout, or for another model.
+        Raises CheckpointMismatch when the tag is of another world size, ZeRO stage or model.
         """
+        self._require_own_weights('load_ema_checkpoint')
         stage, ranks = self._wrapper.stage, world_size()
         header = saved.header
         if (int(header['zero_stage']), int(header['world_size'])) != (stage, ranks):
@@ -199,16 +224,13 @@ class ShardedEma:
             values = {name: saved.tensor(owner, name) for name in names}
             _require_same(values, tensors, saved.tag / shard_name(owner))
             pairs += [(target, values[name]) for name, target in tensors.items()]
+        self.ema.drop_copies()
         for target, value in pairs:
             target.copy_(value)
         self.take_header(header)
 
     def take_header(self, saved: Mapping[str, str]) -> None:
-        """Goes on with the decay, warm-up and number of updates of a tag's average.
-
-        Args:
-            saved: `EmaFiles.header`.
-        """
+        """Takes the decay, warm-up and number of updates of a tag's average: `EmaFiles.header`."""
         self.decay, self.num_updates = float(saved['decay']), int(saved['num_updates'])
         if 'warmup' in saved:
             warmup = json.loads(saved['warmup'])
@@ -225,21 +247,34 @@ class ShardedEma:
         Raises:
             CheckpointMismatch: for weights of another model; before anything is changed.
         """
-        layout, own = self._wrapper.partitioning()
+        self._require_own_weights('load_ema_checkpoint')
+        layout, own_rank = self._wrapper.partitioning()
         # Buffers that are not persistent are in no state dict: the model has made its own.
-        persistent = self.engine.module.state_dict(keep_vars=True).keys()
-        buffers = {n: b for n, b in self._buffers.items() if n in weights or n in persistent}
+        keys = self.engine.module.state_dict(keep_vars=True).keys()
+        buffers = {n: b for n, b in self._buffers.items() if n in weights or n in keys}
         shapes = {**shapes_of(layout), **{n: tuple(b.shape) for n, b in buffers.items()}}
-        wrong = [n for n, s in shapes.items() if n not in weights or tuple(weights[n].shape) != s]
-        if wrong:
+        names = [n for n, s in shapes.items() if n not in weights or tuple(weights[n].shape) != s]
+        if names:
             raise CheckpointMismatch(
-                f'{where}: its EMA is of another model: {len(wrong)} of {len(shapes)} tensors are '
-                f'not in it or have another shape, {wrong[:5]} among them'
+                f'{where}: its EMA is of another model: {len(names)} of {len(shapes)} tensors are '
+                f'not in it or have another shape, {names[:5]} among them'
             )
-        for shard, runs in zip(self._shards.values(), owned(layout, own), strict=True):
+        self.ema.drop_copies()
+        for shard, runs in zip(self._shards.values(), owned(layout, own_rank), strict=True):
             fill(shard, runs, weights)
         for name, buffer in buffers.items():
             buffer.copy_(weights[name].whole())
+
+    def _require_own_weights(self, call: str) -> None:
+        if self._wrapper.holds_average:
+            raise ConfigError(
+                f'{call} inside swapped_in: the average is where the weights belong, and this '
+                'average holds the weights. Leave the block first'
+            )
+
+    def _note_swap(self, is_swapped_in: bool, holds_average: bool) -> None:
+        self.is_swapped_in, self._wrapper.holds_average = is_swapped_in, holds_average
+        torch.clear_autocast_cache()  # of the weights that were in place
 
     def _unpadded(self, shards: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Views without the alignment padding, in the layout in which DeepSpeed saves masters."""
@@ -248,7 +283,10 @@ class ShardedEma:
     @torch.no_grad()
     def _exchange_masters(self) -> None:
         for name, master in self._wrapper.masters().items():
-            _swap(self._shards[name], master)
+            shard = self._shards[name]
+            copy = shard.detach().clone()
+            shard.data.copy_(master.data)
+            master.data.copy_(copy)
         self._wrapper.push_masters()
 
     @torch.no_grad()
@@ -257,25 +295,16 @@ class ShardedEma:
             buffer.copy_(values[name])
 
 
-def _kept(buffer: torch.Tensor) -> torch.Tensor:
+def _copy_to_average(buffer: torch.Tensor) -> torch.Tensor:
     """A copy to average: in float32 where it is floating point."""
     dtype = torch.float32 if buffer.is_floating_point() else buffer.dtype
     return buffer.detach().to(dtype, copy=True)
 
 
-def _swap(a: torch.Tensor, b: torch.Tensor) -> None:
-    kept = a.detach().clone()
-    a.data.copy_(b.data)
-    b.data.copy_(kept)
-
-
 def _require_same(
-    saved: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], path: Path
+    values: Mapping[str, torch.Tensor], targets: Mapping[str, torch.Tensor], path: Path
 ) -> None:
-    differing = [
-        name
-        for name in sorted(saved.keys() | own.keys())
-        if name not in saved or name not in own or saved[name].shape != own[name].shape
-    ]
-    if differing:
-        raise CheckpointMismatch(f'{path}: made for another model; differs in {few(differing)}')
+    shapes, other = ({n: t.shape for n, t in tensors.items()} for tensors in (values, targets))
+    names = [n for n in sorted(shapes.keys() | other.keys()) if shapes.get(n) != other.get(n)]
+    if names:
+        raise CheckpointMismatch(f'{path}: made for another model; differs in {few(names)}')

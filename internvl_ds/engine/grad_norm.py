@@ -58,15 +58,15 @@ def get_grad_norm(
             'get_grad_norm: these parameters are of a ZeRO engine that is not known; call '
             'internvl_ds.register(engine)'
         )
-    owned = wrapper.owned_gradients()
-    fragments = [] if owned is None else [owned[p] for p in partitioned if p in owned]
-    own = _norm_of(fragments, norm_type, device) / _scale_of(partitioned)
+    parts = wrapper.owned_gradients()
+    fragments = [] if parts is None else [parts[p] for p in partitioned if p in parts]
+    norm_here = _norm_of(fragments, norm_type, device) / _scale_of(partitioned)
     # All ranks enter this, whether their gradients are there or not, and all learn the same.
-    report = torch.stack([own, torch.tensor(float(owned is not None), device=device)])
+    report = torch.stack([norm_here, torch.tensor(float(parts is not None), device=device)])
     reports = report.new_empty(world_size() * 2)
     dist.all_gather_into_tensor(reports, report)
-    norms, present = reports.view(-1, 2).unbind(1)
-    if not bool(present.all()):
+    norms, flags = reports.view(-1, 2).unbind(1)
+    if not bool(flags.all()):
         raise InternvlDsError(
             'get_grad_norm: no gradients are there. Under ZeRO they exist between backward and '
             'step only; NativeScalerWithGradNormCount returns the norm of each step.'
@@ -80,15 +80,10 @@ def non_finite_flags(engine: DeepSpeedEngine) -> torch.Tensor:
     Returns:
         1-dim float32 tensor of zeros and ones on the engine's device, not read on the host.
     """
-    owned = wrapper_of(engine).owned_gradients() or {}
+    parts, zero = wrapper_of(engine).owned_gradients() or {}, torch.zeros((), device=engine.device)
     trained = [p for p in engine.module.parameters() if p.requires_grad]
-    flags = [
-        (~torch.isfinite(owned[p]).all()).to(engine.device, torch.float32)
-        if p in owned
-        else torch.zeros((), device=engine.device)
-        for p in trained
-    ]
-    return torch.stack(flags)
+    bad = {p: (~torch.isfinite(part).all()).to(zero) for p, part in parts.items()}
+    return torch.stack([bad.get(p, zero) for p in trained])
 
 
 def _is_left_alone(parameter: torch.Tensor) -> bool:
@@ -107,11 +102,8 @@ def _scale_of(parameters: list[torch.Tensor]) -> float:
 
 
 def _norm_of(tensors: list[torch.Tensor], norm_type: float, device: Any) -> torch.Tensor:
-    norms = [
-        torch.linalg.vector_norm(t.detach().float(), norm_type).to(device)
-        for t in tensors
-        if t.numel()
-    ]
+    norms = [torch.linalg.vector_norm(t.detach().float(), norm_type) for t in tensors if t.numel()]
+    norms = [norm.to(device) for norm in norms]
     if not norms:
         return torch.zeros((), device=device)
     return torch.linalg.vector_norm(torch.stack(norms), norm_type)

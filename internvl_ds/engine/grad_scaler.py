@@ -46,7 +46,7 @@ class NativeScalerWithGradNormCount:
         self.step_was_skipped = False
         self.before_stop = before_stop
         self._engine: Callable[[], DeepSpeedEngine | None] = lambda: None
-        self._loaded: Mapping[str, Any] = {}  # until the engine is known
+        self._early_state: Mapping[str, Any] = {}  # until the engine is known
         self._watch = OverflowWatch()
 
     def __call__(
@@ -95,6 +95,7 @@ class NativeScalerWithGradNormCount:
             )
         wrapper, accumulation = wrapper_of(engine), registration_of(engine).accumulation
         wrapper.require_unfrozen()
+        wrapper.require_own_weights('an update')
         require_schedule_untouched(engine)
         if update_grad:
             accumulation.require_agreed(engine.gradient_accumulation_steps(), engine.global_steps)
@@ -111,7 +112,7 @@ class NativeScalerWithGradNormCount:
     def loss_scale(self) -> float:
         """What the losses are multiplied by; 1.0 without a scale, or before it is known."""
         scale = wrapper_of(engine).scale if (engine := self._engine()) is not None else None
-        return float(self._loaded.get('scale', 1.0)) if scale is None else scale.scale
+        return float(self._early_state.get('scale', 1.0)) if scale is None else scale.scale
 
     def state_dict(self) -> dict[str, Any]:
         """The state of torch's GradScaler (``scale``, ``_growth_tracker``, ...) with the hysteresis
@@ -119,7 +120,7 @@ class NativeScalerWithGradNormCount:
         """
         engine = self._engine()
         if engine is None:
-            return {'scale': 1.0, **self._loaded}
+            return {'scale': 1.0, **self._early_state}
         scale = wrapper_of(engine).scale
         state = {'scale': 1.0} if scale is None else scale.state_dict()
         return {**state, 'micro_batches': registration_of(engine).accumulation.last_group}
@@ -133,7 +134,7 @@ class NativeScalerWithGradNormCount:
             InternvlDsError: for what is neither.
         """
         require_scaler_state(state_dict)
-        self._loaded = dict(state_dict)
+        self._early_state = dict(state_dict)
         engine = self._engine()
         if engine is not None:
             self._restore(engine)
@@ -144,10 +145,10 @@ class NativeScalerWithGradNormCount:
             self._restore(engine)
 
     def _restore(self, engine: DeepSpeedEngine) -> None:
-        if self._loaded:
-            wrapper_of(engine).restore_scale(self._loaded)
-            registration_of(engine).accumulation.last_group = self._loaded.get('micro_batches')
-        self._loaded = {}
+        if self._early_state:
+            wrapper_of(engine).restore_scale(self._early_state)
+            registration_of(engine).accumulation.last_group = self._early_state.get('micro_batches')
+        self._early_state = {}
 
     def _update(self, engine: DeepSpeedEngine, clip_grad: float) -> torch.Tensor:
         registration = registration_of(engine)

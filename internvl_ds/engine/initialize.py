@@ -16,28 +16,24 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 from yacs.config import CfgNode
 
+from internvl_ds.config.choices import frozen_of
 from internvl_ds.config.counts import require_counts
 from internvl_ds.config.ds import resolve as ds
 from internvl_ds.config.ds.check import examine, require_right
-from internvl_ds.config.ds.diagnostics import value_at
 from internvl_ds.config.ds.load import load_ds_config
 from internvl_ds.config.tree import checkpoint_option, get_option
 from internvl_ds.dist.process_group import init_distributed, limit_collectives, making_groups
 from internvl_ds.dist.rendezvous import exchange, rank, world_size
+from internvl_ds.engine import param_groups
 from internvl_ds.engine.elementwise import require_own_adagrad
 from internvl_ds.engine.lr_schedule import require_unit
 from internvl_ds.engine.monitors import drop_unwritable_monitors, guard_monitors
-from internvl_ds.engine.param_groups import (
-    MergedGroups,
-    merge_param_groups,
-    remap_scheduler,
-    require_trained_groups,
-)
 from internvl_ds.engine.registry import configure, register, require_fp16
 from internvl_ds.errors import ConfigError
 from internvl_ds.files import for_show, write_text
 from internvl_ds.zero.guards import require_bare, require_real, require_unsharded
 from internvl_ds.zero.module_state import require_plain_state, require_sendable
+from internvl_ds.zero.origins import warn_of_unknown_origins
 from internvl_ds.zero.parameters import whole_numel
 
 logger = logging.getLogger(__name__)
@@ -82,6 +78,7 @@ def initialize(
         ConfigError: for settings that disagree or that this version cannot train right.
     """
     require_counts(config, ('SAVE_CKPT_NUM', 'CHECKPOINT'))
+    warn_of_unknown_origins(frozen_of(config), model)
     for require in (require_bare, require_real, require_sendable, require_plain_state):
         require(model)
     require_unsharded(optimizer)
@@ -89,7 +86,8 @@ def initialize(
     init_distributed(config)
     trained = [p for p in model.parameters() if p.requires_grad]
     resolved = _resolve(config, trained, optimizer, ds_config, lr_scheduler is not None)
-    merged = _merge_groups(model, optimizer, lr_scheduler, resolved)
+    stage = resolved['zero_optimization']['stage']
+    merged = _merge_groups(model, optimizer, lr_scheduler, stage)
     drop_unwritable_monitors(resolved, checkpoint_option(config, 'RENDEZVOUS_TIMEOUT'))
     limit_collectives(config)
     # Ranks may have read pretrained weights until now, which has a limit of its own.
@@ -114,11 +112,7 @@ def _resolve(
     ds_config: str | Path | Mapping[str, Any] | ds.Resolution | None,
     has_scheduler: bool,
 ) -> dict[str, Any]:
-    """The ds_config to train with, once it is right for this model and optimizer.
-
-    Raises:
-        ConfigError: names what is not.
-    """
+    """The ds_config to train with; raises ConfigError where it does not suit the parts."""
     if not isinstance(ds_config, ds.Resolution):
         ds_config = examine(
             load_ds_config(ds_config),
@@ -135,36 +129,31 @@ def _resolve(
 
 
 def _merge_groups(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer | None,
-    lr_scheduler: Any,
-    resolved: Mapping[str, Any],
-) -> MergedGroups | None:
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, lr_scheduler: Any, stage: int
+) -> param_groups.MergedGroups | None:
     """Merges the optimizer's groups of equal settings, and makes the scheduler follow.
 
-    Raises:
-        ConfigError: where the optimizer or the scheduler does not go with them.
+    Raises ConfigError where the optimizer or the scheduler does not go with them.
     """
     if optimizer is None:
         if lr_scheduler is not None:
             raise ConfigError('lr_scheduler= needs the optimizer it was built over: pass both')
         return None
-    stage = value_at(resolved, 'zero_optimization', 'stage')
     if stage:
         require_own_adagrad(optimizer)
-    before = len(optimizer.param_groups)
-    merged = merge_param_groups(optimizer, {p: name for name, p in model.named_parameters()})
+    count, names = len(optimizer.param_groups), {p: name for name, p in model.named_parameters()}
+    merged = param_groups.merge_param_groups(optimizer, names)
     origins = merged.origins
     if stage in (1, 2):
-        require_trained_groups(optimizer)
+        param_groups.require_trained_groups(optimizer)
     if lr_scheduler is not None:
-        remap_scheduler(lr_scheduler, origins, before)
-    elif origins != list(range(before)) and any('initial_lr' in g for g in optimizer.param_groups):
+        param_groups.remap_scheduler(lr_scheduler, origins, count)
+    elif origins != list(range(count)) and any('initial_lr' in g for g in optimizer.param_groups):
         raise ConfigError(
-            f'{before} parameter groups become {len(origins)}, and a scheduler was built over '
+            f'{count} parameter groups become {len(origins)}, and a scheduler was built over '
             'them already: pass it as lr_scheduler=, or build it after initialize'
         )
-    logger.info('parameter groups: %d merged into %d', before, len(origins))
+    logger.info('parameter groups: %d merged into %d', count, len(origins))
     return merged
 
 

@@ -34,7 +34,7 @@ class LrSchedule:
             updates and dropped ones included). Both move it after an applied update only.
             'original': micro-batches from 0, and every whole update moves it, skipped or not, as
             ``step_update(epoch * len(loader) + idx)`` of the original's loop does.
-        asked: whether the client said which.
+        is_explicit: whether the client said which.
         group: micro-batches of a whole update when the schedule was built, in whose unit it counts.
         per_update: the same of the run as it is now.
         base, since: its position when the run's count of micro-batches was ``since``.
@@ -43,21 +43,17 @@ class LrSchedule:
 
     scheduler: Any
     counts: str
-    asked: bool
+    is_explicit: bool
     group: int
     per_update: int
     base: float = 0
     since: int = 0
     moved: float = 0
-    _left: Any = None  # learning rates and count as this left them
+    _mark: Any = None  # learning rates and count as this left them
 
     @classmethod
     def of(cls, scheduler: Any, schedule_in: str | None, accumulation_steps: int) -> LrSchedule:
-        """A schedule at its beginning; warns on rank 0 where its unit is not clear.
-
-        Raises:
-            ConfigError: for a ``schedule_in`` that is neither, or a scheduler that counts epochs.
-        """
+        """A schedule at its beginning; see `require_unit`. Warns where its unit is not clear."""
         require_unit(scheduler, schedule_in)
         if schedule_in is None and accumulation_steps > 1 and rank() == 0:
             _log.warning(
@@ -67,8 +63,8 @@ class LrSchedule:
                 "schedule_in='micro-batches'; schedule_in='updates' says that it counts updates",
                 accumulation_steps,
             )
-        asked, counts = schedule_in is not None, schedule_in or UPDATES
-        return cls(scheduler, counts, asked, accumulation_steps, accumulation_steps)
+        is_explicit, counts = schedule_in is not None, schedule_in or UPDATES
+        return cls(scheduler, counts, is_explicit, accumulation_steps, accumulation_steps)
 
     def position(self, updates: int, micro_batches: int) -> float:
         """Where the schedule stands, in what it counts.
@@ -79,8 +75,8 @@ class LrSchedule:
         """
         if self.counts == UPDATES:
             return updates
-        come = micro_batches - self.since
-        return _number(self.base + Fraction(come * self.group, self.per_update))
+        count = micro_batches - self.since
+        return _number(self.base + Fraction(count * self.group, self.per_update))
 
     def move(self, updates: int, micro_batches: int, groups: Sequence[Mapping[str, Any]]) -> None:
         """Moves the scheduler on, after an update.
@@ -95,7 +91,7 @@ class LrSchedule:
         else:
             for _ in range(int(self.moved_to) - int(before)):
                 self.scheduler.step()
-        self._left = self._now(groups)
+        self._mark = self._now(groups)
 
     def is_due(self, skipped: bool, whole: bool) -> bool:
         """Whether an update moves it.
@@ -114,13 +110,12 @@ class LrSchedule:
     def require_untouched(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Refuses a scheduler that someone else steps too.
 
-        Raises:
-            ConfigError: when learning rates or the scheduler's count are not as this left them.
+        Raises ConfigError when learning rates or the scheduler's count are not as this left them.
         """
         now = self._now(groups)
-        if self._left is not None and now != self._left:
+        if self._mark is not None and now != self._mark:
             raise ConfigError(
-                f'the learning rates are {list(now[0])[:3]}, and {list(self._left[0])[:3]} were '
+                f'the learning rates are {list(now[0])[:3]}, and {list(self._mark[0])[:3]} were '
                 'set after the last update: the loop steps the lr_scheduler that the engine steps '
                 'by itself. Remove lr_scheduler.step_update(...) or .step() from the loop (and '
                 "pass schedule_in='micro-batches' where it was built over len(loader)), or do not "
@@ -128,11 +123,7 @@ class LrSchedule:
             )
 
     def state_dict(self, updates: int, micro_batches: int) -> dict[str, Any]:
-        """What a checkpoint keeps of it beside the scheduler's own state.
-
-        Args:
-            updates, micro_batches: as of `position`.
-        """
+        """What a checkpoint keeps of it, at a `position`, beside the scheduler's own state."""
         position = self.position(updates, micro_batches)
         return {
             'counts': self.counts, 'position': position, 'moved': self.moved, 'group': self.group
@@ -151,24 +142,21 @@ class LrSchedule:
             loaded: whether the scheduler itself was restored: then it counts what it counted, in
                 the unit that it was built in. Else it is as this run has built it.
         """
-        saved, built = state or {}, self.group
-        counts = saved.get('counts', MICRO_BATCHES)
-        if saved and loaded:
-            if saved.get('counts', self.counts) != self.counts:
+        record, own_group = state or {}, self.group
+        counts = record.get('counts', MICRO_BATCHES)
+        if record and loaded:
+            if record.get('counts', self.counts) != self.counts:
                 if rank() == 0:
-                    _log.warning(
-                        'the lr schedule counts %s, as when it was saved, and not %s',
-                        _WORDS[counts],
-                        _WORDS[self.counts],
-                    )
+                    text = 'the lr schedule counts %s, as when it was saved, and not %s'
+                    _log.warning(text, _WORDS[counts], _WORDS[self.counts])
                 self.counts = counts
-            self.group = saved['group']
-        self._left, self.since, self.base = None, micro_batches, updates * self.group
+            self.group = record['group']
+        self._mark, self.since, self.base = None, micro_batches, updates * self.group
         self.moved = updates if self.counts == UPDATES else self.base
-        if saved and UPDATES not in (counts, self.counts):
-            scale = Fraction(1 if loaded else built, 1 if loaded else saved['group'])
-            self.base = _number(saved['position'] * scale)
-            self.moved = _number(saved.get('moved', saved['position']) * scale)
+        if record and UPDATES not in (counts, self.counts):
+            scale = Fraction(1 if loaded else own_group, 1 if loaded else record['group'])
+            self.base = _number(record['position'] * scale)
+            self.moved = _number(record.get('moved', record['position']) * scale)
 
     def too_long(self, updates: int, epochs: int, all_epochs: int) -> str | None:
         """Whether the schedule turns out to be of micro-batches, where nobody said what it counts.
@@ -182,17 +170,17 @@ class LrSchedule:
             What to say of it; None where it fits.
         """
         names = [name for name in _LENGTHS if isinstance(vars(self.scheduler).get(name), int)]
-        unclear = self.counts == UPDATES and not self.asked and self.per_update > 1
-        if not (unclear and names and min(updates, epochs, all_epochs) > 0):
+        is_open = self.counts == UPDATES and not self.is_explicit and self.per_update > 1
+        if not (is_open and names and min(updates, epochs, all_epochs) > 0):
             return None
         length = getattr(self.scheduler, names[0])
-        planned, done = length / all_epochs, updates / epochs
+        plan, pace = length / all_epochs, updates / epochs
         # A schedule over updates has as many, one over micro-batches ``per_update`` times as many.
-        if not (1 + self.per_update) / 2 <= planned / done <= 2 * self.per_update:
+        if not (1 + self.per_update) / 2 <= plan / pace <= 2 * self.per_update:
             return None
         return (
             f'the lr schedule is too slow: {names[0]} {length} over {all_epochs} epochs is '
-            f'{planned:g} an epoch, and an epoch has {done:g} updates, by which it is stepped. It '
+            f'{plan:g} an epoch, and an epoch has {pace:g} updates, by which it is stepped. It '
             "counts micro-batches: pass schedule_in='micro-batches' with lr_scheduler= (or "
             "schedule_in='updates' where this is meant)"
         )
@@ -209,11 +197,7 @@ def _number(value: Fraction | float) -> float:
 
 
 def require_unit(scheduler: Any, schedule_in: str | None) -> None:
-    """Refuses a scheduler that counts epochs, and what is no unit.
-
-    Raises:
-        ConfigError: see above.
-    """
+    """Raises ConfigError for a scheduler that counts epochs, and for what is no unit."""
     if schedule_in not in (None, *UNITS):
         raise ConfigError(
             f"schedule_in={schedule_in!r}: it is 'updates', 'micro-batches' or 'original' "

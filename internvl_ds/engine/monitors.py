@@ -9,36 +9,31 @@ from typing import Any
 
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from internvl_ds.config.ds.diagnostics import value_at
+from internvl_ds.config.tree import value_at
 from internvl_ds.dist.rendezvous import from_rank_0
 from internvl_ds.files import for_show
 
 logger = logging.getLogger(__name__)
 
 _WITH_FOLDER = ('tensorboard', 'csv_monitor')
-_DEFAULT_JOB = 'DeepSpeedJobName'
 
 
 def drop_unwritable_monitors(ds_config: dict[str, Any], timeout: float) -> None:
     """Turns off, with a warning, monitors whose folder rank 0 cannot write.
 
-    Collective: every rank calls it.
-
-    Args:
-        ds_config: resolved; changed in place.
-        timeout: seconds that a rank may be late.
+    Collective: every rank calls it. The resolved ``ds_config`` is changed in place.
     """
     names = [name for name in _WITH_FOLDER if value_at(ds_config, name, 'enabled')]
     if names:
-        found = from_rank_0(
+        names = from_rank_0(
             'monitors', lambda: [n for n in names if not _can_write(ds_config[n])], timeout
         )
-        for name in found:
+        for name in names:
             ds_config[name] = {**ds_config[name], 'enabled': False}
 
 
 def guard_monitors(engine: DeepSpeedEngine) -> None:
-    """Makes a failure to write events a warning, told once."""
+    """Makes the first failure to write events a warning, and ignores the next ones."""
     write = engine.monitor.write_events
 
     def write_events(events: Any) -> None:
@@ -49,9 +44,9 @@ def guard_monitors(engine: DeepSpeedEngine) -> None:
 
 
 def _can_write(section: dict[str, Any]) -> bool:
-    folder = Path(section.get('output_path') or '', section.get('job_name', _DEFAULT_JOB))
+    folder = Path(section.get('output_path') or '', section.get('job_name', 'DeepSpeedJobName'))
     with for_show(folder, logger):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
         return True
-    return False  # the failure was told
+    return False  # `for_show` has logged the failure

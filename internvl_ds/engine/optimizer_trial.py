@@ -59,22 +59,20 @@ def state_of_optimizer(optimizer: Any) -> Any:
 
 
 def form_of(value: Any, shape: Sequence[int] | None = None) -> Form:
-    """The form of what an optimizer keeps for a tensor.
+    """The form of a value (number, tensor, `Flat` or other) that an optimizer keeps for a tensor.
 
-    Args:
-        value: a number, a tensor or a `Flat`, or anything else.
-        shape: of the tensor that it is kept for; None where shapes do not matter.
+    ``shape`` is the shape of that tensor; None where shapes do not matter.
     """
     if isinstance(value, int | float):
         return NUMBER
-    own = getattr(value, 'shape', None)
-    if own is None:
+    dims = getattr(value, 'shape', None)
+    if dims is None:
         return type(value).__name__
-    if not len(own):
+    if not len(dims):
         return NUMBER
     if shape is None:
         return TENSOR
-    return ELEMENTS if tuple(own) == tuple(shape) else tuple(own)
+    return ELEMENTS if tuple(dims) == tuple(shape) else tuple(dims)
 
 
 def forms_of(state: Mapping[str, Any], shape: Sequence[int] | None = None) -> dict[str, Form]:
@@ -98,29 +96,24 @@ class Trials:
     def __init__(self, optimizer: Any) -> None:
         """Takes the client's optimizer, or the one that DeepSpeed made."""
         self.optimizer = optimizer
-        self._tried: dict[Any, Kept | None] = {}
+        self._results: dict[Any, Kept | None] = {}
 
     def kept(self, settings: Mapping[str, Any], tensor: torch.Tensor) -> Kept | None:
-        """What it keeps for a tensor.
+        """What the optimizer keeps for a tensor of a group's settings; None where it is not known.
 
-        Args:
-            settings: of the tensor's group.
-            tensor: of which shape, dtype and device matter.
-
-        Returns:
-            None where that cannot be told.
+        Of the tensor only shape, dtype and device matter.
         """
         if type(self.optimizer).__module__.startswith('deepspeed.'):
             state = _DEEPSPEED.get(type(self.optimizer).__name__)
             return None if state is None else Kept(forms_of(state, (1,)), state, True)
-        moved = self._after(_UPDATES, settings, tensor, _SMALL)
-        if moved is None:
+        at_end = self._after(_UPDATES, settings, tensor, _SMALL)
+        if at_end is None:
             return None
         # What it has counted so far does not count: the copy begins anew.
-        defaults, counters = self.optimizer.defaults, moved.counters
+        defaults, counters = self.optimizer.defaults, at_end.counters
         fresh = {k: v for k, v in settings.items() if k not in counters}
         fresh.update({key: defaults[key] for key in counters if key in defaults})
-        shape = _cut(tensor.shape)
+        shape = _trial_shape(tensor.shape)
         first = self._after(1, fresh, tensor, shape)
         small = self._after(1, fresh, tensor, _SMALL)
         later = self._after(_UPDATES, fresh, tensor, _SMALL)
@@ -130,16 +123,12 @@ class Trials:
         return Kept(first.forms, first.numbers, shape == tensor.shape, late, counters)
 
     def _after(
-        self,
-        updates: int,
-        settings: Mapping[str, Any],
-        tensor: torch.Tensor,
-        shape: tuple[int, ...],
+        self, updates: int, settings: Mapping[str, Any], tensor: torch.Tensor, shape: Sequence[int]
     ) -> Kept | None:
         """What a copy keeps for a blank tensor after updates; None where it cannot be stepped."""
-        own = sorted((key, repr(settings[key])) for key in settings.keys() - NOT_SETTINGS)
-        key = (updates, tuple(own), shape, tensor.dtype, tensor.device)
-        if key not in self._tried:
+        texts = sorted((key, repr(settings[key])) for key in settings.keys() - NOT_SETTINGS)
+        key = (updates, tuple(texts), shape, tensor.dtype, tensor.device)
+        if key not in self._results:
             blank = torch.ones(shape, dtype=tensor.dtype, device=tensor.device)
             kind = tensor.device.type
             devices = [] if kind == 'cpu' else [tensor.device]
@@ -148,13 +137,13 @@ class Trials:
                 torch.compiler.set_stance('force_eager'),
             ):
                 try:
-                    self._tried[key] = _stepped(self.optimizer, settings, blank, updates)
+                    self._results[key] = _keeps_after(self.optimizer, settings, blank, updates)
                 except Exception:  # it needs a closure, or more than its class says
-                    self._tried[key] = None
-        return self._tried[key]
+                    self._results[key] = None
+        return self._results[key]
 
 
-def _cut(shape: Sequence[int]) -> tuple[int, ...]:
+def _trial_shape(shape: Sequence[int]) -> tuple[int, ...]:
     """A shape, its long sides cut where the tensor would be too large to try."""
     if math.prod(shape) <= _LARGEST:
         return tuple(shape)
@@ -162,17 +151,15 @@ def _cut(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(min(n, side) for n in shape)
 
 
-def _stepped(
+def _keeps_after(
     optimizer: Any, settings: Mapping[str, Any], blank: torch.Tensor, updates: int
 ) -> Kept:
     """What a copy keeps for a parameter of its own after updates."""
     parameter = nn.Parameter(blank)
-    memo: dict[int, Any] = {
-        id(p): parameter for group in optimizer.param_groups for p in group['params']
-    }
-    own = copy.deepcopy({key: value for key, value in settings.items() if key != 'params'}, memo)
-    group = {**own, 'params': [parameter]}
-    trial = apart(optimizer, [group], memo)
+    memo: dict[int, Any] = {id(p): parameter for g in optimizer.param_groups for p in g['params']}
+    group = copy.deepcopy({key: value for key, value in settings.items() if key != 'params'}, memo)
+    group['params'] = [parameter]
+    trial = copy_of(optimizer, [group], memo)
     for _ in range(updates):
         parameter.grad = torch.ones_like(parameter)
         type(optimizer).step(trial)
@@ -184,7 +171,7 @@ def _stepped(
     return Kept(forms, numbers, True, frozenset(), counters)
 
 
-def apart(optimizer: Any, groups: list[dict[str, Any]], memo: dict[int, Any]) -> Any:
+def copy_of(optimizer: Any, groups: list[dict[str, Any]], memo: dict[int, Any]) -> Any:
     """A copy of an optimizer for other groups, which shares nothing that a step could change.
 
     Args:
@@ -198,7 +185,7 @@ def apart(optimizer: Any, groups: list[dict[str, Any]], memo: dict[int, Any]) ->
         if name.endswith('_hooks'):
             trial.__dict__[name] = OrderedDict()
         elif isinstance(value, torch.optim.Optimizer):
-            trial.__dict__[name] = apart(value, groups, memo)
+            trial.__dict__[name] = copy_of(value, groups, memo)
         elif isinstance(value, nn.Module):
             trial.__dict__[name] = value
         elif name not in ('state', 'param_groups', 'step'):  # a scheduler puts a step there

@@ -24,16 +24,14 @@ class OverflowWatch:
     """
 
     in_a_row: int = 0
-    _losses: deque[list[torch.Tensor]] = field(default_factory=lambda: deque(maxlen=KEPT))
-    _norms: deque[torch.Tensor] = field(default_factory=lambda: deque(maxlen=KEPT))
-    _scales: deque[float] = field(default_factory=lambda: deque(maxlen=KEPT))
+    _updates: deque[tuple[list[torch.Tensor], torch.Tensor, float]] = field(
+        default_factory=lambda: deque(maxlen=KEPT)
+    )
 
     def would_stop(self, scale: LossScale | None, limit: int) -> bool:
         """Whether a skipped update now would be the last.
 
-        Args:
-            scale: the present one; None without.
-            limit: skipped updates in a row that stop the run; 0 for no limit.
+        ``limit`` is of skipped updates in a row; 0 for none.
         """
         return (scale is not None and scale.exhausted) or 0 < limit <= self.in_a_row + 1
 
@@ -48,9 +46,7 @@ class OverflowWatch:
             scale: the loss scale of the update.
             skipped: whether it was skipped.
         """
-        self._losses.append(losses)
-        self._norms.append(norm)
-        self._scales.append(scale)
+        self._updates.append((losses, norm, scale))
         self.in_a_row = self.in_a_row + 1 if skipped else 0
 
     def error(
@@ -70,9 +66,9 @@ class OverflowWatch:
             parameters: names of those whose gradients are not finite on any rank.
             bad_loss: whether the loss is not finite on any rank.
         """
-        losses = [math.fsum(float(loss) for loss in group) for group in self._losses]
-        norms = [float(norm) for norm in self._norms]
-        scales = list(self._scales)
+        losses = [math.fsum(float(loss) for loss in group) for group, _, _ in self._updates]
+        norms = [float(norm) for _, norm, _ in self._updates]
+        scales = [factor for _, _, factor in self._updates]
         why = f'{self.in_a_row} updates in a row were skipped (TRAIN.MAX_CONSECUTIVE_OVERFLOWS)'
         if scale is not None and scale.dynamic and scales[-1] <= scale.min_scale:
             why = f'the loss scale is at its minimum, {scale.min_scale:g} (/fp16/min_loss_scale)'

@@ -77,11 +77,7 @@ def merge_param_groups(optimizer: torch.optim.Optimizer, names: Mapping[Any, str
 def require_trained_groups(optimizer: torch.optim.Optimizer) -> None:
     """Refuses, for ZeRO stages 1 and 2, groups of which nothing is trained: they are cut by group.
 
-    Args:
-        optimizer: after `merge_param_groups`.
-
-    Raises:
-        ConfigError: names what is in the first of them.
+    Raises ConfigError for the first of them. Call it after `merge_param_groups`.
     """
     for group in optimizer.param_groups:
         if not any(p.requires_grad for p in group['params']):

@@ -13,10 +13,10 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 from yacs.config import CfgNode
 
-from internvl_ds.config.ds.diagnostics import refuse, value_at
+from internvl_ds.config.ds.diagnostics import refuse
 from internvl_ds.config.ds.resolve import precision_of
 from internvl_ds.config.ds.unsupported import unsupported_settings
-from internvl_ds.config.tree import default_of, get_option
+from internvl_ds.config.tree import default_of, get_option, value_at
 from internvl_ds.dist.process_group import limit_collectives
 from internvl_ds.engine.accumulation import Accumulation, watch_zero_grad
 from internvl_ds.engine.elementwise import require_elementwise
@@ -57,6 +57,11 @@ class Registration:
     def scheduler(self) -> Any:
         """The scheduler that the engine steps; None without one."""
         return self.schedule.scheduler if self.schedule else None
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """The applied updates, and the micro-batches that have come in this process."""
+        return applied_updates(self.wrapper.engine), self.accumulation.micro_batches
 
     @property
     def client_groups(self) -> MergedGroups:
@@ -114,10 +119,8 @@ def register(
             _engines[part] = weakref.ref(engine)
     if lr_scheduler is not None:
         schedule = LrSchedule.of(lr_scheduler, schedule_in, engine.gradient_accumulation_steps())
-        registration = _registrations[engine]
-        come = registration.accumulation.micro_batches
-        schedule.restore(None, applied_updates(engine), come, loaded=False)
-        registration.schedule = schedule
+        schedule.restore(None, *_registrations[engine].progress, loaded=False)
+        _registrations[engine].schedule = schedule
     return engine
 
 
@@ -132,12 +135,9 @@ def configure(engine: DeepSpeedEngine, config: CfgNode, merged: MergedGroups | N
     registration.config, registration.merged = config, merged
     registration.overflow_limit = get_option(config, _LIMIT_KEY, registration.overflow_limit)
     wrapper = registration.wrapper
-    logger.info(
-        'trains in %s at ZeRO stage %d%s',
-        precision_of(wrapper.ds_config),
-        wrapper.stage,
-        f', loss scale {wrapper.scale.scale:g}' if wrapper.scale else '',
-    )
+    mode = precision_of(wrapper.ds_config)
+    scale = f', loss scale {wrapper.scale.scale:g}' if wrapper.scale else ''
+    logger.info('trains in %s at ZeRO stage %d%s', mode, wrapper.stage, scale)
     if get_option(config, 'TRAIN.OPTIMIZER.USE_ZERO') and wrapper.client is not None:
         logger.info(
             'TRAIN.OPTIMIZER.USE_ZERO: %s',
@@ -185,10 +185,10 @@ def find_engine(part: Any) -> DeepSpeedEngine | None:
     if isinstance(part, DeepSpeedEngine):
         return part if part in _registrations else register(part)
     try:
-        known = _engines.get(part)
+        reference = _engines.get(part)
     except TypeError:  # not hashable, or no weak reference to it is possible
         return None
-    return known() if known is not None else None
+    return reference() if reference is not None else None
 
 
 def last_config() -> CfgNode | None:
@@ -203,11 +203,7 @@ def applied_updates(engine: DeepSpeedEngine) -> int:
 
 
 def require_fp16(ds_config: Mapping[str, Any]) -> None:
-    """Refuses an fp16 engine where this machine's device has none, whatever another one has.
-
-    Raises:
-        ConfigError: says what works instead.
-    """
+    """Raises ConfigError for an fp16 engine where this machine's device has none."""
     if value_at(ds_config, 'fp16', 'enabled') and not get_accelerator().is_fp16_supported():
         raise ConfigError(
             f'/fp16 (AMP_OPT_LEVEL O2 with AMP_TYPE float16): the {get_accelerator().device_name()}'
@@ -219,5 +215,5 @@ def require_fp16(ds_config: Mapping[str, Any]) -> None:
 def _refuse_unsupported(ds_config: Mapping[str, Any]) -> None:
     """The same for a configuration that `require_right` has not seen: of plain DeepSpeed."""
     require_fp16(ds_config)
-    enabled = (name for name in ('bf16', 'fp16') if value_at(ds_config, name, 'enabled'))
-    refuse(list(unsupported_settings(ds_config, next(enabled, None))))
+    blocks = (name for name in ('bf16', 'fp16') if value_at(ds_config, name, 'enabled'))
+    refuse(list(unsupported_settings(ds_config, next(blocks, None))))

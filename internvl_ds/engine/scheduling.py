@@ -24,16 +24,11 @@ def step_scheduler(engine: DeepSpeedEngine, skipped: bool) -> None:
     # A group that something was dropped of is taken for a whole one; see Accumulation.finish.
     whole = (accumulation.last_group or 0) >= engine.gradient_accumulation_steps()
     if schedule is not None and schedule.is_due(skipped, whole):
-        groups = engine.optimizer.param_groups
-        schedule.move(applied_updates(engine), accumulation.micro_batches, groups)
+        schedule.move(*registration.progress, engine.optimizer.param_groups)
 
 
 def require_schedule_untouched(engine: DeepSpeedEngine) -> None:
-    """Refuses an lr schedule that the script steps beside the engine.
-
-    Raises:
-        ConfigError: when it was.
-    """
+    """Raises ConfigError for an lr schedule that the script steps beside the engine."""
     schedule = registration_of(engine).schedule
     if schedule is not None:
         schedule.require_untouched(engine.optimizer.param_groups)
@@ -42,10 +37,8 @@ def require_schedule_untouched(engine: DeepSpeedEngine) -> None:
 def schedule_state(engine: DeepSpeedEngine) -> dict[str, Any] | None:
     """What a checkpoint keeps of the engine's schedule beside the scheduler's own state."""
     registration = registration_of(engine)
-    if registration.schedule is None:
-        return None
-    come = registration.accumulation.micro_batches
-    return registration.schedule.state_dict(applied_updates(engine), come)
+    schedule = registration.schedule
+    return schedule.state_dict(*registration.progress) if schedule else None
 
 
 def restore_schedule_position(
@@ -60,11 +53,10 @@ def restore_schedule_position(
     Returns:
         Where the learning rates are, as the scheduler counts; applied updates without one.
     """
-    registration, updates = registration_of(engine), applied_updates(engine)
+    registration = registration_of(engine)
     if registration.schedule is None:
-        return updates
-    come = registration.accumulation.micro_batches
-    registration.schedule.restore(state, updates, come, loaded)
+        return applied_updates(engine)
+    registration.schedule.restore(state, *registration.progress, loaded)
     return registration.schedule.moved_to
 
 
@@ -80,6 +72,5 @@ def warn_of_slow_schedule(
     schedule = registration_of(engine).schedule
     if schedule is not None:
         all_epochs = get_option(config, 'TRAIN.EPOCHS', 0)
-        found = schedule.too_long(applied_updates(engine), epochs, all_epochs)
-        if found is not None:
-            logger.warning(found)
+        if warning := schedule.too_long(applied_updates(engine), epochs, all_epochs):
+            logger.warning(warning)

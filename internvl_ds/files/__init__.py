@@ -27,12 +27,12 @@ _ASIDE = re.compile(r'\.internvl_ds-[0-9a-f]{16}\.tmp')
 _LEFT_AFTER = 3600.0
 
 # What cannot be written, and was said to be so already.
-_told: set[str] = set()
+_warnings: set[str] = set()
 
 
 @contextlib.contextmanager
 def for_show(what: str | Path, logger: logging.Logger) -> Iterator[None]:
-    """Runs a block that writes what only people read: its failure is a warning, told once.
+    """Runs a block that writes what only people read: its first failure is logged as a warning.
 
     Args:
         what: a file, or another name for what is written.
@@ -41,8 +41,8 @@ def for_show(what: str | Path, logger: logging.Logger) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # a full disk, a plot of odd numbers: training depends on none
-        if str(what) not in _told:
-            _told.add(str(what))
+        if str(what) not in _warnings:
+            _warnings.add(str(what))
             reason = f'{type(error).__name__}: {error}'
             logger.warning('%s: cannot be written (%s): the run goes on without it', what, reason)
 
@@ -86,15 +86,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 def open_own(path: Path, flags: int, *, make: bool = True) -> int:
-    """Opens a file whose name is this package's, for writing.
+    """Opens a file whose name is this package's, for writing, and returns its descriptor.
 
     Args:
-        path: the file.
         flags: `os.O_APPEND` or `os.O_TRUNC`; `os.O_RDWR` to read it too.
         make: make it where it is not there.
-
-    Returns:
-        Its descriptor.
 
     Raises:
         OSError: for a link, a pipe, a device, or where it cannot be opened.

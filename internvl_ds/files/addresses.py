@@ -38,8 +38,7 @@ def shown(address: str) -> str:
 def split_address(address: str) -> tuple[str, str]:
     """Takes an https address apart: without user, password and fragment; and ``user:password``.
 
-    Raises:
-        PretrainedError: where it is none; nothing of it is in the text.
+    Raises PretrainedError where it is none; nothing of it is in the text.
     """
     parts = urlsplit(address)
     try:

@@ -101,11 +101,7 @@ def read_json(path: str | Path, limit: int = JSON_BYTES, *, ours: bool = False) 
 
 
 def parse_json(text: str, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
-    """What JSON text says.
-
-    Args:
-        text: the JSON.
-        pairs: makes an object of its pairs; by default a dict.
+    """What JSON text says; ``pairs`` makes an object of its pairs, by default a dict.
 
     Raises:
         Unreadable: where it would take much memory, is nested deeply, or has a huge integer.
@@ -210,11 +206,7 @@ def interpreting(where: object, error_type: type[InternvlDsError]) -> Iterator[N
     """Runs a block that takes apart what a file holds, and changes nothing.
 
     A file that was read well may still hold anything, and the first to meet an odd value raises
-    whatever it raises: here it becomes one error that names the file.
-
-    Args:
-        where: the file or tag.
-        error_type: of that error.
+    whatever it raises: here it becomes one ``error_type`` that names the file or tag, ``where``.
     """
     try:
         yield

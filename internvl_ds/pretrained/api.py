@@ -1,11 +1,11 @@
-"""``load_pretrained`` and ``convert_22k_head_to_1k``: both run before an engine exists."""
+"""``load_pretrained``, before training, and ``convert_22k_head_to_1k``, before an engine exists."""
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,15 +23,19 @@ from internvl_ds.checkpoint.tag.verify import damage, share_of, weight_files
 from internvl_ds.config.tree import checkpoint_option, get_option
 from internvl_ds.dist.process_group import collectives_within, init_distributed
 from internvl_ds.dist.rendezvous import agree, exchange, from_rank_0, rank, world_size
+from internvl_ds.engine.registry import find_engine
 from internvl_ds.errors import ConfigError, PretrainedError, RankError
 from internvl_ds.files.addresses import shown
 from internvl_ds.files.reading import interpreting
 from internvl_ds.pretrained import apply, head, transforms
 from internvl_ds.pretrained.known_formats import through_timm
+from internvl_ds.pretrained.open_engine import open_engine
+from internvl_ds.pretrained.places import origins_in
 from internvl_ds.pretrained.report import PretrainedReport
 from internvl_ds.pretrained.transforms import Note, Specs, State, Step
 from internvl_ds.zero.lazy_tensor import Flat
-from internvl_ds.zero.parameters import is_sharded, shard_alike, whole_shape
+from internvl_ds.zero.origins import Origin, note_origins
+from internvl_ds.zero.parameters import is_sharded, outside_zero_init, shard_alike, whole_shape
 
 _M = TypeVar('_M', bound=nn.Module)
 
@@ -45,29 +49,34 @@ _SIZING: tuple[Step, ...] = (
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """What is to be written, decided before anything is.
 
     Attributes:
         state: key of the model -> value, not read yet; only what the model has.
         rescale: whether the model's own head is scaled by 0.001.
+        origins: key of the model -> where its value came from; None for what was made of others.
     """
 
     state: dict[str, Any]
     rescale: bool
     report: PretrainedReport
+    origins: Mapping[str, Origin | None] = field(default_factory=dict)
 
 
 def load_pretrained(config: CfgNode, model: nn.Module, logger: logging.Logger) -> PretrainedReport:
-    """Loads the weights at MODEL.PRETRAINED into a module, adapted to it, before ``initialize``.
+    """Loads the weights at MODEL.PRETRAINED into a module, adapted to it, before training.
+    Collective: every rank calls it.
 
-    Collective: every rank calls it. Everything is checked before the first tensor of the model
-    changes. A module built under ``deepspeed.zero.Init`` gets its slices tensor by tensor.
+    Everything is checked before the first tensor of the model changes. A module built under
+    ``deepspeed.zero.Init`` gets its slices tensor by tensor. Into an engine, or its module, they
+    come as they would have before ``initialize``; a `ShardedEma` is made afterwards.
 
     Args:
         config: MODEL.PRETRAINED (a file, a directory, a tag or an address) and its settings are
             read, and TRAIN.RAND_INIT_FT_HEAD.
-        model: a module that belongs to no engine, on any device and of any dtype.
+        model: a module on any device and of any dtype; or an engine that has not trained yet, or
+            its module.
         logger: gets a line per step that did something, and the missing and unexpected keys.
 
     Returns:
@@ -75,33 +84,66 @@ def load_pretrained(config: CfgNode, model: nn.Module, logger: logging.Logger) -
 
     Raises:
         PretrainedError: where the file cannot be read, has nothing or too little in common with the
-            model, or does not fit it; and where the model belongs to an engine.
+            model, or does not fit it; and for an engine that has trained.
     """
-    apply.require_writable(model, 'load_pretrained')
-    readers = str(get_option(config, 'MODEL.PRETRAINED_READERS', 'all'))
-    if readers not in ('all', 'one'):
-        raise ConfigError(f"MODEL.PRETRAINED_READERS is {readers!r}; it can be 'all' or 'one'")
+    engine = find_engine(model)
+    if engine is not None:
+        with open_engine(engine) as module:
+            return _load(config, module, logger, in_engine=True)
+    return _load(config, model, logger, in_engine=False)
+
+
+def _load(
+    config: CfgNode, model: nn.Module, logger: logging.Logger, in_engine: bool
+) -> PretrainedReport:
+    apply.require_writable(model, 'load_pretrained', in_engine=in_engine)
     path = str(get_option(config, 'MODEL.PRETRAINED', ''))
     if not path:
         raise PretrainedError('MODEL.PRETRAINED is empty: there are no weights to load')
     decide = functools.partial(_decide, config, path, model)
-    partitioned = any(map(is_sharded, model.parameters()))
+    return load_planned(config, model, decide, logger)
+
+
+@outside_zero_init()
+def load_planned(
+    config: CfgNode,
+    model: nn.Module,
+    decide: Callable[[], Plan],
+    logger: logging.Logger,
+    *,
+    alike: bool = False,
+) -> PretrainedReport:
+    """Decides what is to be written, and writes it. Collective: every rank calls it.
+
+    Args:
+        config: MODEL.PRETRAINED_READERS and CHECKPOINT.IO_TIMEOUT are read.
+        model: as for `load_pretrained`.
+        decide: reads files and changes nothing; no rank speaks to another in it.
+        logger: gets the report.
+        alike: whether ranks that hold whole models make sure that all decide the same, too.
+    """
+    readers = str(get_option(config, 'MODEL.PRETRAINED_READERS', 'all'))
+    if readers not in ('all', 'one'):
+        raise ConfigError(f"MODEL.PRETRAINED_READERS is {readers!r}; it can be 'all' or 'one'")
+    is_partitioned = any(map(is_sharded, model.parameters()))
     values: Iterable[tuple[str, Any]]
     if readers == 'one':
         init_distributed(config)
         plan = _decide_on_rank_0(decide, checkpoint_option(config, 'IO_TIMEOUT'))
         values = _broadcast(plan.state)
     else:
-        plan = _decide_alike(decide, config) if partitioned else decide()
+        plan = _decide_alike(decide, config) if is_partitioned or alike else decide()
         values = plan.state.items()
     plan.report.log(logger)
     if plan.rescale:
         apply.rescale_head(model)
     with collectives_within(checkpoint_option(config, 'IO_TIMEOUT')):
-        if partitioned or readers == 'one' or not _all_tensors(plan.state):
+        all_tensors = all(isinstance(value, Tensor) for value in plan.state.values())
+        if is_partitioned or readers == 'one' or not all_tensors:
             apply.write(model, values)
         else:
             apply.load_state(model, plan.state)
+    note_origins(model, plan.origins)
     return plan.report
 
 
@@ -146,7 +188,7 @@ def convert_22k_head_to_1k(model: _M, logger: logging.Logger) -> _M:
     return model
 
 
-def _decide(config: CfgNode, path: str, model: nn.Module) -> _Plan:
+def _decide(config: CfgNode, path: str, model: nn.Module) -> Plan:
     """Opens the weights and adapts them. Reads files; no rank speaks to another."""
     name, path = shown(path), downloads.local(path, config)
     _verify_share(path)
@@ -155,12 +197,13 @@ def _decide(config: CfgNode, path: str, model: nn.Module) -> _Plan:
         source = open_weights(path, ema=ema)
     try:
         with interpreting('the file', PretrainedError):
-            return _adapt(config, name, source, model)
+            plan = _adapt(config, name, source, model)
+            return replace(plan, origins=origins_in(path, source, plan.state, model, ema=ema))
     except PretrainedError as error:
         raise PretrainedError(f'{name}: {error}') from error
 
 
-def _adapt(config: CfgNode, path: str, source: State, model: nn.Module) -> _Plan:
+def _adapt(config: CfgNode, path: str, source: State, model: nn.Module) -> Plan:
     specs = apply.describe(model)
     rename = get_option(config, 'MODEL.PRETRAINED_RENAME', [])
     naming: tuple[Step, ...] = (
@@ -173,39 +216,35 @@ def _adapt(config: CfgNode, path: str, source: State, model: nn.Module) -> _Plan
         functools.partial(through_timm, model),
         transforms.drop_rebuilt,
     )
-    state, notes = _run(naming, source, specs)
+    state, notes = run_steps(naming, source, specs)
     apply.require_overlap(state, specs)
-    state, resized = _run(_SIZING, state, specs)
+    state, size_notes = run_steps(_SIZING, state, specs)
     plan = head.plan_head(state, specs, bool(get_option(config, 'TRAIN.RAND_INIT_FT_HEAD', False)))
-    state, fitted = _run((lambda s, _: head.fit_head(s, plan),), state, specs)
+    state, head_notes = run_steps((lambda s, _: head.fit_head(s, plan),), state, specs)
     apply.require_shapes(state, specs)
     rescale = plan is head.HeadPlan.RESCALE
     report = PretrainedReport(
         path=path,
-        notes=notes + resized + fitted,
+        notes=notes + size_notes + head_notes,
         loaded=tuple(key for key in state if key in specs),
         missing=tuple(key for key in specs if key not in state),
         unexpected=tuple(key for key in state if key not in specs),
-        matched=_matched(model, state, rescale),
+        matched=_share_in(model, state, rescale),
     )
     report.require(float(get_option(config, 'MODEL.PRETRAINED_MIN_MATCH')))
     plan_state = {key: state[key] for key in report.loaded}
     for value in plan_state.values():
         if isinstance(value, Flat):
             value.pieces(0, value.numel)  # opens the shards that it lies in
-    return _Plan(plan_state, rescale, report)
+    return Plan(plan_state, rescale, report)
 
 
-def _all_tensors(state: State) -> bool:
-    return all(isinstance(value, Tensor) for value in state.values())
-
-
-def _matched(model: nn.Module, state: State, rescale: bool) -> float:
+def _share_in(model: nn.Module, state: State, rescale: bool) -> float:
     names = [n for n, _ in model.named_parameters() if not (rescale and n.startswith('head.'))]
     return sum(name in state for name in names) / len(names) if names else 1.0
 
 
-def _run(steps: Iterable[Step], state: State, specs: Specs) -> tuple[State, tuple[Note, ...]]:
+def run_steps(steps: Iterable[Step], state: State, specs: Specs) -> tuple[State, tuple[Note, ...]]:
     notes: tuple[Note, ...] = ()
     for step in steps:
         result = step(state, specs)
@@ -221,58 +260,52 @@ def _verify_share(path: str) -> None:
     if manifest is None:
         return
     names = [*weight_files(manifest), *(name for name in manifest.files if name.startswith('ema'))]
-    damaged = damage(Path(path), manifest, share_of(names, rank(), world_size()))
-    if damaged:
-        raise PretrainedError('; '.join(damaged))
+    damages = damage(Path(path), manifest, share_of(names, rank(), world_size()))
+    if damages:
+        raise PretrainedError('; '.join(damages))
 
 
-def _decide_alike(decide: Any, config: CfgNode) -> _Plan:
+def _decide_alike(decide: Any, config: CfgNode) -> Plan:
     """Every rank decides for itself, and all go on only if all decided the same."""
     timeout = checkpoint_option(config, 'IO_TIMEOUT')
-    plan: _Plan = agree('read pretrained weights', decide, timeout, PretrainedError)
-    own = [plan.report.path, list(plan.state), [list(v.shape) for v in plan.state.values()]]
-    seen = exchange('compare pretrained weights', own, timeout)
-    other = next((r for r, theirs in enumerate(seen) if theirs != seen[0]), None)
+    plan: Plan = agree('read pretrained weights', decide, timeout, PretrainedError)
+    summary = [plan.report.path, list(plan.state), [list(v.shape) for v in plan.state.values()]]
+    answers = exchange('compare pretrained weights', summary, timeout)
+    other = next((r for r, theirs in enumerate(answers) if theirs != answers[0]), None)
     if other is not None:
         raise RankError(
-            f'load_pretrained: rank {other} would load {len(seen[other][1])} entries of '
-            f'{seen[other][0]}, and rank 0 {len(seen[0][1])} of {seen[0][0]}: MODEL.PRETRAINED '
-            'must be the same weights on all ranks'
+            f'load_pretrained: rank {other} would load {len(answers[other][1])} entries of '
+            f'{answers[other][0]}, and rank 0 {len(answers[0][1])} of {answers[0][0]}: '
+            'MODEL.PRETRAINED must be the same weights on all ranks'
         )
     return plan
 
 
-def _decide_on_rank_0(decide: Any, timeout: float) -> _Plan:
+def _decide_on_rank_0(decide: Any, timeout: float) -> Plan:
     """Rank 0 decides and tells; the others get a plan whose values are still to come."""
-    plans: list[_Plan] = []
+    plans: list[Plan] = []
 
-    def tell() -> dict[str, Any]:
-        plans.append(decide())
-        report = plans[0].report
-        return {
-            'report': [report.path, report.loaded, report.missing, report.unexpected],
-            'matched': report.matched,
-            'notes': [list(vars(note).values()) for note in report.notes],
-            'rescale': plans[0].rescale,
-            'values': [
-                [key, list(value.shape), str(value.dtype).removeprefix('torch.')]
-                for key, value in plans[0].state.items()
-            ],
-        }
+    def tell() -> list[Any]:
+        plan = decide()
+        plans.append(plan)
+        values = [
+            [key, list(value.shape), str(value.dtype).removeprefix('torch.')]
+            for key, value in plan.state.items()
+        ]
+        origins = {key: origin and asdict(origin) for key, origin in plan.origins.items()}
+        return [values, plan.rescale, asdict(plan.report), origins]
 
-    told = from_rank_0('read pretrained weights', tell, timeout)
+    values, rescale, fields, origins = from_rank_0('read pretrained weights', tell, timeout)
     if plans:
         return plans[0]
-    path, loaded, missing, unexpected = told['report']
-    notes = tuple(Note(*note) for note in told['notes'])
-    report = PretrainedReport(
-        path, notes, tuple(loaded), tuple(missing), tuple(unexpected), told['matched']
-    )
     state = {
         key: torch.empty(shape, dtype=getattr(torch, dtype), device='meta')
-        for key, shape, dtype in told['values']
+        for key, shape, dtype in values
     }
-    return _Plan(state, told['rescale'], report)
+    fields['notes'] = [Note(**note) for note in fields['notes']]
+    lists = {key: tuple(value) for key, value in fields.items() if isinstance(value, list)}
+    known = {key: said and Origin.of(said) for key, said in origins.items()}
+    return Plan(state, rescale, PretrainedReport(**{**fields, **lists}), known)
 
 
 def _broadcast(state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
@@ -292,7 +325,7 @@ def _take_rows(parameter: Any) -> nn.Parameter:
     sharded = is_sharded(parameter)
     with deepspeed.zero.GatheredParameters([parameter], enabled=sharded):
         rows = head.imagenet_22k_rows().to(parameter.device)
-        taken = nn.Parameter(parameter.detach()[rows], requires_grad=parameter.requires_grad)
+        result = nn.Parameter(parameter.detach()[rows], requires_grad=parameter.requires_grad)
     if sharded:
-        shard_alike(parameter, taken)
-    return taken
+        shard_alike(parameter, result)
+    return result

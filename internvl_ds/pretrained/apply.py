@@ -23,14 +23,13 @@ from internvl_ds.zero.sharded_build import settle
 _HEAD_SCALE = 0.001
 
 
-def require_writable(model: nn.Module, caller: str) -> None:
-    """Refuses what holds weights elsewhere too, such as an engine, or has no memory for them.
-
-    Raises:
-        PretrainedError: saying what to do instead.
+def require_writable(model: nn.Module, caller: str, in_engine: bool = False) -> None:
+    """Raises PretrainedError, saying what to do instead, for a model that holds weights elsewhere
+    too, such as an engine (but ``in_engine``, where the caller sees to it), or has no memory for
+    them.
     """
     settle()
-    if _has_engine(model):
+    if not in_engine and _has_engine(model):
         raise PretrainedError(
             f'call {caller} before initialize: this {type(model).__name__} belongs to a DeepSpeed '
             f'engine already, whose optimizer may keep copies of the weights that would not follow'
@@ -71,17 +70,17 @@ def _grid_of(model: nn.Module, key: str, shape: torch.Size) -> tuple[tuple[int, 
     owner = model.get_submodule(path)
     if name == 'relative_position_bias_table':
         window = getattr(owner, 'window_size', None)
-        said = None if window is None else tuple(2 * side - 1 for side in _pair(window))
+        size = None if window is None else tuple(2 * side - 1 for side in _pair(window))
         length, prefix = shape[0], 0
     else:
         embed = getattr(owner, 'patch_embed', None)
-        said = getattr(embed, 'grid_size', None) or getattr(embed, 'patches_resolution', None)
+        size = getattr(embed, 'grid_size', None) or getattr(embed, 'patches_resolution', None)
         length = shape[1] if len(shape) == 3 else 0
         tokens = 0 if getattr(owner, 'no_embed_class', False) else 1
         prefix = tokens and int(getattr(owner, 'num_prefix_tokens', 0))
-    if said is None:
+    if size is None:
         return None, 0
-    rows, columns = _pair(said)
+    rows, columns = _pair(size)
     return ((rows, columns), prefix) if rows * columns + prefix == length else (None, 0)
 
 
@@ -126,8 +125,7 @@ def rescale_head(model: nn.Module) -> None:
 def load_state(model: nn.Module, state: State) -> None:
     """Copies a state dict of fitting shapes into a plain model, each tensor cast to its dtype.
 
-    Raises:
-        PretrainedError: when torch refuses an entry; the others are loaded by then.
+    PretrainedError when torch refuses an entry; the others are loaded by then.
     """
     try:
         model.load_state_dict(state, strict=False)

@@ -29,13 +29,10 @@ class HeadPlan(enum.Enum):
 def plan_head(state: State, specs: Specs, rand_init: bool) -> HeadPlan:
     """Decides about the head by the lengths of ``head.bias`` in the checkpoint and the model.
 
-    Raises:
-        PretrainedError: when the lengths differ and no setting says what to do about it.
+    PretrainedError when the lengths differ and no setting says what to do about it.
     """
     bias, spec = state.get('head.bias'), specs.get('head.bias')
-    if not is_weight(bias) or spec is None:
-        return HeadPlan.KEEP
-    if not len(bias.shape) == len(spec.shape) == 1:
+    if not is_weight(bias) or spec is None or not len(bias.shape) == len(spec.shape) == 1:
         return HeadPlan.KEEP
     have, want = bias.shape[0], spec.shape[0]
     if have == want:
@@ -54,9 +51,9 @@ def plan_head(state: State, specs: Specs, rand_init: bool) -> HeadPlan:
 def fit_head(state: State, plan: HeadPlan) -> Result:
     """Applies a plan to the checkpoint's ``head.*``; the model's own head is not touched here."""
     if plan is HeadPlan.RESCALE:
-        kept = {key: value for key, value in state.items() if not key.startswith('head.')}
+        entries = {key: value for key, value in state.items() if not key.startswith('head.')}
         note = Note("dropped the checkpoint's head; the model's own is scaled by 0.001")
-        return Result(kept, (note,))
+        return Result(entries, (note,))
     if plan is HeadPlan.TAKE_ROWS:
         rows = imagenet_22k_rows()
         heads = {
@@ -99,10 +96,10 @@ def _rows() -> tuple[int, ...]:
     of_22k = ImageNetInfo('imagenet-22k').label_names()
     of_1k = ImageNetInfo('imagenet-1k').label_names()
     index = {wnid: row for row, wnid in enumerate(of_22k)}
-    absent = {wnid for wnid in of_1k if wnid not in index}
-    if (len(of_22k), len(of_1k)) != (CLASSES_22K, CLASSES_1K) or absent != set(_STAND_INS):
+    gaps = {wnid for wnid in of_1k if wnid not in index}
+    if (len(of_22k), len(of_1k)) != (CLASSES_22K, CLASSES_1K) or gaps != set(_STAND_INS):
         raise PretrainedError(
             f'the ImageNet class lists of this timm are not the known ones: {len(of_22k)} and '
-            f'{len(of_1k)} classes, absent from ImageNet-22K: {sorted(absent)}'
+            f'{len(of_1k)} classes, absent from ImageNet-22K: {sorted(gaps)}'
         )
     return tuple(index[_STAND_INS.get(wnid, wnid)] for wnid in of_1k)

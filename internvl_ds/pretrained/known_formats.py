@@ -22,42 +22,42 @@ def through_timm(model: nn.Module, state: State, specs: Specs) -> Result:
     already stay as they are.
     """
     filter_fn = getattr(sys.modules.get(type(model).__module__), 'checkpoint_filter_fn', None)
-    missing = [key for key in specs if key not in state and not key.startswith('head.')]
-    unexpected = [key for key in state if key not in specs]
-    if filter_fn is None or not missing or not unexpected:
+    gaps = [key for key in specs if key not in state and not key.startswith('head.')]
+    extras = [key for key in state if key not in specs]
+    if filter_fn is None or not gaps or not extras:
         return Result(state)
     tensors = {key: _wide(key, read(value)) for key, value in state.items() if is_weight(value)}
     try:
         with _whole_shapes(model), torch.random.fork_rng(devices=[]):
-            renamed = filter_fn(tensors, model)
+            new_state = filter_fn(tensors, model)
     except Exception as error:
         raise PretrainedError(
             f'checkpoint_filter_fn of {type(model).__module__} cannot take this checkpoint '
             f'({type(error).__name__}: {error}); set MODEL.PRETRAINED_RENAME'
         ) from error
     before = sum(key in specs for key in state)
-    after = sum(key in specs for key in renamed)
+    after = sum(key in specs for key in new_state)
     if after <= before:
         return Result(state)
     note = Note(f"timm's checkpoint_filter_fn: {before} -> {after} keys that the model has")
-    return Result(renamed, (note,))
+    return Result(new_state, (note,))
 
 
 def _wide(key: str, value: torch.Tensor) -> torch.Tensor:
     """In float32 what the function may resize, because it rounds to the stored dtype again."""
-    resized = any(word in key for word in ('pos', 'patch', 'conv1'))
-    return value.float() if resized and value.is_floating_point() else value
+    is_resized = any(word in key for word in ('pos', 'patch', 'conv1'))
+    return value.float() if is_resized and value.is_floating_point() else value
 
 
 @contextmanager
 def _whole_shapes(model: nn.Module) -> Iterator[None]:
     """Shows partitioned parameters in their whole shapes, with nothing in them."""
-    sharded: list[Any] = [p for p in model.parameters() if is_sharded(p)]
-    kept = [p.data for p in sharded]
+    parameters: list[Any] = [p for p in model.parameters() if is_sharded(p)]
+    slices = [p.data for p in parameters]
     try:
-        for p in sharded:
+        for p in parameters:
             p.data = torch.zeros(1, dtype=p.dtype, device=p.device).expand(whole_shape(p))
         yield
     finally:
-        for p, data in zip(sharded, kept, strict=True):
+        for p, data in zip(parameters, slices, strict=True):
             p.data = data

@@ -48,13 +48,8 @@ class PretrainedReport:
                 logger.debug('%s: %s', title, ', '.join(names))
 
     def require(self, least: float) -> None:
-        """Refuses weights of which too little fits: that run would start from scratch, unnoticed.
-
-        Args:
-            least: MODEL.PRETRAINED_MIN_MATCH.
-
-        Raises:
-            PretrainedError: names the first keys that one side lacks.
+        """Refuses weights of which less than ``least``, MODEL.PRETRAINED_MIN_MATCH, fits: that
+        run would start from scratch, unnoticed.
         """
         if self.matched >= least:
             return

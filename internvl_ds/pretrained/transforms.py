@@ -69,7 +69,7 @@ _SIM_RENAMES = {
 }
 
 # InternViT in the Hugging Face naming -> the original's, which timm's vit_intern300m has too.
-_INTERNVIT_RENAMES = (
+INTERNVIT_RENAMES = (
     (r'^embeddings\.class_embedding$', 'cls_token'),
     (r'^embeddings\.position_embedding$', 'pos_embed'),
     (r'^embeddings\.patch_embedding\.', 'patch_embed.proj.'),
@@ -95,26 +95,26 @@ def take_student(state: State, specs: Specs) -> Result:
     first = _first_key(state)
     if 'student' not in first and 'teacher' not in first:
         return Result(state)
-    kept = {
+    entries = {
         key.replace('student.', ''): value
         for key, value in state.items()
         if 'student' in key and 'student_proj' not in key and 'teacher' not in key
     }
-    return Result(kept, (Note(f'took the student: {len(kept)} of {len(state)} entries'),))
+    return Result(entries, (Note(f'took the student: {len(entries)} of {len(state)} entries'),))
 
 
 def take_sim(state: State, specs: Specs) -> Result:
     """Keeps the backbone of a SIM checkpoint, and takes its CLIP classifier as norm and head."""
     if 'mask_token' not in _first_key(state):
         return Result(state)
-    kept = {
+    entries = {
         key.replace('dcnv3.', ''): value
         for key, value in state.items()
         if ('dcnv3' in key or 'clip_projector' in key) and 'mm_dcnv3' not in key
     }
-    kept |= {new: state[old] for new, old in _SIM_RENAMES.items() if old in state}
-    note = Note(f'took the SIM backbone and classifier: {len(kept)} of {len(state)} entries')
-    return Result(kept, (note,))
+    entries |= {new: state[old] for new, old in _SIM_RENAMES.items() if old in state}
+    note = Note(f'took the SIM backbone and classifier: {len(entries)} of {len(state)} entries')
+    return Result(entries, (note,))
 
 
 def strip_prefixes(state: State, specs: Specs) -> Result:
@@ -126,7 +126,7 @@ def strip_prefixes(state: State, specs: Specs) -> Result:
         for prefix in _PREFIXES:
             keys = sum(key.startswith(prefix) for key in state)
             if keys and not any(key.startswith(prefix) for key in specs):
-                state = _renamed(state, {key: key.removeprefix(prefix) for key in state})
+                state = _rename(state, {key: key.removeprefix(prefix) for key in state})
                 notes.append(Note(f'took the prefix {prefix} off {keys} keys'))
     return Result(state, tuple(notes))
 
@@ -135,20 +135,16 @@ def rename_internvit(state: State, specs: Specs) -> Result:
     """Gives an InternViT of the Hugging Face naming the names of the original's and timm's."""
     if 'embeddings.class_embedding' not in state:
         return Result(state)
-    return rename_by(_INTERNVIT_RENAMES, 'InternViT: renamed')(state, specs)
+    return rename_by(INTERNVIT_RENAMES, 'InternViT: renamed')(state, specs)
 
 
 def rename_by(pairs: Sequence[Sequence[str]], what: str = 'renamed') -> Step:
-    """A step that renames keys by regular expressions, each pair in turn (`re.sub`).
-
-    Raises:
-        PretrainedError: for what is no pair of a regular expression and a replacement.
-    """
-    compiled = []
+    """A step that renames keys by regular expressions, each pair in turn (`re.sub`)."""
+    patterns = []
     for pair in pairs:
         try:
             pattern, replacement = pair
-            compiled.append((re.compile(pattern), str(replacement)))
+            patterns.append((re.compile(pattern), str(replacement)))
         except (ValueError, TypeError, re.error) as error:
             raise PretrainedError(
                 f'MODEL.PRETRAINED_RENAME holds {pair!r}, which is no pair of a regular expression '
@@ -157,23 +153,23 @@ def rename_by(pairs: Sequence[Sequence[str]], what: str = 'renamed') -> Step:
 
     def rename(state: State, specs: Specs) -> Result:
         names = {key: key for key in state}
-        for pattern, replacement in compiled:
+        for pattern, replacement in patterns:
             names = {key: pattern.sub(replacement, name) for key, name in names.items()}
-        changed = sum(key != name for key, name in names.items())
-        if not changed:
+        count = sum(key != name for key, name in names.items())
+        if not count:
             return Result(state)
-        return Result(_renamed(state, names), (Note(f'{what} {changed} keys'),))
+        return Result(_rename(state, names), (Note(f'{what} {count} keys'),))
 
     return rename
 
 
 def drop_rebuilt(state: State, specs: Specs) -> Result:
     """Drops the buffers that a model computes from its own sizes when it is built."""
-    kept = {key: v for key, v in state.items() if not any(name in key for name in _REBUILT)}
-    dropped = len(state) - len(kept)
-    if not dropped:
+    entries = {key: v for key, v in state.items() if not any(name in key for name in _REBUILT)}
+    count = len(state) - len(entries)
+    if not count:
         return Result(state)
-    return Result(kept, (Note(f'dropped {dropped} buffers that the model builds itself'),))
+    return Result(entries, (Note(f'dropped {count} buffers that the model builds itself'),))
 
 
 def resize_bias_tables(state: State, specs: Specs) -> Result:
@@ -195,18 +191,19 @@ def resize_pos_embeds(state: State, specs: Specs) -> Result:
             continue
         if not _is_other_grid(value, spec.shape, 3):
             continue
-        have, old = value.shape[1] - spec.prefix, math.isqrt(max(0, value.shape[1] - spec.prefix))
-        if value.shape[2] != spec.shape[2] or old * old != have:
+        length = value.shape[1] - spec.prefix
+        old = math.isqrt(max(0, length))
+        if value.shape[2] != spec.shape[2] or old * old != length:
             sizes = f'{tuple(value.shape)} in the checkpoint, {tuple(spec.shape)} in the model'
             del out[key]
             notes.append(Note(f'{key}: left out: cannot be resized: {sizes}', is_warning=True))
             continue
         from timm.layers import resample_abs_pos_embed  # takes seconds to import
 
-        resized = resample_abs_pos_embed(
+        tensor = resample_abs_pos_embed(
             read(value).float(), list(spec.grid), [old, old], num_prefix_tokens=spec.prefix
         )
-        out[key] = resized.to(spec.dtype)
+        out[key] = tensor.to(spec.dtype)
         notes.append(Note(f'resized {key} {old}x{old} -> {_by(spec.grid)}'))
     return Result(out, tuple(notes))
 
@@ -243,8 +240,8 @@ def resize_grid(grid: Tensor, size: int | tuple[int, int]) -> Tensor:
     *lead, length, width = grid.shape
     old = math.isqrt(length)
     image = grid.float().reshape(-1, old, old, width).permute(0, 3, 1, 2)
-    resized = F.interpolate(image, size=(rows, columns), mode='bicubic', align_corners=False)
-    return resized.permute(0, 2, 3, 1).reshape(*lead, rows * columns, width)
+    result = F.interpolate(image, size=(rows, columns), mode='bicubic', align_corners=False)
+    return result.permute(0, 2, 3, 1).reshape(*lead, rows * columns, width)
 
 
 def is_weight(value: object) -> TypeGuard[Tensor | Flat]:
@@ -259,7 +256,7 @@ def read(value: Tensor | Flat) -> Tensor:
 
 def _resize_all(state: State, specs: Specs, name: str, ndim: int, width: str) -> Result:
     out: dict[str, Any] = {}
-    resized: Counter[tuple[str, str]] = Counter()
+    counts: Counter[tuple[str, str]] = Counter()
     notes: list[Note] = []
     for key, value in state.items():
         spec = specs.get(key)
@@ -278,8 +275,8 @@ def _resize_all(state: State, specs: Specs, name: str, ndim: int, width: str) ->
             notes.append(Note(f'{key}: left out: {why}', is_warning=True))
         else:
             out[key] = resize_grid(read(value), grid).to(spec.dtype)
-            resized[_by(old), _by(grid)] += 1
-    notes += [Note(f'resized {n} {name} {old} -> {new}') for (old, new), n in resized.items()]
+            counts[_by(old), _by(grid)] += 1
+    notes += [Note(f'resized {n} {name} {old} -> {new}') for (old, new), n in counts.items()]
     return Result(out, tuple(notes))
 
 
@@ -298,12 +295,12 @@ def _by(grid: Sequence[int]) -> str:
     return 'x'.join(map(str, grid))
 
 
-def _renamed(state: State, names: Mapping[str, str]) -> dict[str, Any]:
+def _rename(state: State, names: Mapping[str, str]) -> dict[str, Any]:
     """The state under new names, of which no two may be the same."""
     new = {names[key]: value for key, value in state.items()}
     if len(new) < len(state):
-        twice = [name for name, count in Counter(names.values()).items() if count > 1]
-        raise PretrainedError(f'several keys of the checkpoint become {twice[0]}')
+        repeats = [name for name, count in Counter(names.values()).items() if count > 1]
+        raise PretrainedError(f'several keys of the checkpoint become {repeats[0]}')
     return new
 
 

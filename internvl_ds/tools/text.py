@@ -14,13 +14,12 @@ from internvl_ds.errors import InternvlDsError, printable, shown
 _SIZE_UNITS = ('kB', 'MB', 'GB', 'TB', 'PB')
 _AGE_UNITS = ((86400, 'd'), (3600, 'h'), (60, 'min'))
 
-
 _answers: TextIO | None = None
 
 
 @contextlib.contextmanager
 def stdout_for_answers() -> Iterator[None]:
-    """Has what `say` prints go to stdout, and all else to stderr: DeepSpeed logs to stdout."""
+    """Sends what `say` prints to stdout, and all else to stderr: DeepSpeed logs to stdout."""
     global _answers
     _answers = sys.stdout
     try:
@@ -31,12 +30,12 @@ def stdout_for_answers() -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """Prints a line at once, `printable`. When nobody reads any more (``| head``), it goes nowhere.
+    """Prints a line at once, `printable`.
 
-    The program goes on, so that its exit status stays true.
+    A reader that is gone (``| head``) is no error: the program keeps its exit status.
 
     Raises:
-        InternvlDsError: where it cannot be written, as on a full disk.
+        InternvlDsError: where the line cannot be written, as on a full disk.
     """
     stream = _answers or sys.stdout
     text = printable(text)
@@ -45,7 +44,7 @@ def say(text: str) -> None:
     try:
         print(text, flush=True, file=stream)
     except OSError as error:
-        # What is still in the buffer is flushed at exit: let that go nowhere too.
+        # The rest of the buffer is flushed at exit: it goes nowhere too.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
         os.close(nowhere)
@@ -90,11 +89,11 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[
     """
     lines = [titles, *(list(map(shown, row)) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    aligned = []
+    text = []
     for line in lines:
         cells = [
             cell.rjust(width) if title in right else cell.ljust(width)
             for cell, width, title in zip(line, widths, titles, strict=True)
         ]
-        aligned.append('  '.join(cells).rstrip())
-    return '\n'.join(aligned)
+        text.append('  '.join(cells).rstrip())
+    return '\n'.join(text)

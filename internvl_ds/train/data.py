@@ -1,12 +1,10 @@
-"""Image folders, samplers and loaders: the same data in the same order, however often resumed."""
+"""Samplers and loaders: the same data in the same order, however often resumed."""
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,13 +12,13 @@ import torch
 import xxhash
 from timm.data import Mixup
 from torch.utils.data import DataLoader, Sampler
-from torchvision.datasets import ImageFolder
 from yacs.config import CfgNode
 
-from internvl_ds.errors import ConfigError, DataError
-from internvl_ds.pretrained.head import CLASSES_1K, CLASSES_22K
+from internvl_ds.errors import ConfigError
+from internvl_ds.train.datasets.checks import check_data, keep_in_memory, reads_parts
+from internvl_ds.train.datasets.images import Images
+from internvl_ds.train.datasets.opening import evaluates_22k_as_1k, open_split
 from internvl_ds.train.sampler import SeededImages, TrainSampler
-from internvl_ds.train.transforms import build_transform
 from internvl_ds.train.workers import Loader
 
 
@@ -43,38 +41,45 @@ class Loaders:
 
 
 def build_loaders(config: CfgNode, rank: int, world_size: int) -> Loaders:
-    """Opens DATA_PATH/train and DATA_PATH/val, one folder per class, and makes this rank's loaders.
+    """Opens the images that DATA.* names, and makes this rank's loaders.
 
     Raises:
         ConfigError: for a missing or empty folder, classes that do not fit MODEL.NUM_CLASSES or
-            each other, fewer training images than one global batch, a storage mode that is not
-            supported, and an odd batch with mixup.
+            each other, fewer training images than one global batch, settings that contradict each
+            other, and an odd batch with mixup.
     """
-    _refuse_unsupported(config)
-    val_set = _open_folder(config, 'val')
+    check_data(config)
+    val_set = open_split(config, 'val')
     train_loader, classes = None, val_set.classes
-    if evaluates_22k_as_1k(config, len(classes)):
+    if evaluates_22k_as_1k(config, val_set.num_classes):
         classes = []
     if not (config.EVAL_MODE or config.THROUGHPUT_MODE):
-        train_set = _open_folder(config, 'train')
+        train_set = open_split(config, 'train')
         _check_same_classes(config, train_set, val_set)
         classes = train_set.classes
         train_loader = _train_loader(config, train_set, rank, world_size)
-    val_loader = _loader(config, val_set, EvalSampler(len(val_set), world_size, rank))
-    return Loaders(train_loader, val_loader, build_mixup(config), classes)
+        val_set.source = keep_in_memory(config, val_set.source, 'val', rank, world_size)
+    sampler = EvalSampler(len(val_set), world_size, rank, sequential=config.TEST.SEQUENTIAL)
+    return Loaders(train_loader, _loader(config, val_set, sampler), build_mixup(config), classes)
 
 
 def order_of(loader: DataLoader, seed: int) -> dict[str, Any]:
     """What the order of a training loader's images depends on, beside the epoch.
 
-    The number of images, the seed, and a digest of the files' names below their folder.
+    The number of images, the seed, a digest of the files' names below their folder, and how many
+    parts they are in where each rank keeps and reads one of its own; else None.
     """
     assert isinstance(loader.dataset, SeededImages)
-    folder = loader.dataset.images
-    digest = xxhash.xxh3_64()
-    for path, _ in folder.samples:
-        digest.update(path[len(str(folder.root)) :].encode(errors='surrogateescape') + b'\0')
-    return {'images': len(folder), 'SEED': abs(seed), 'file names': digest.hexdigest()}
+    images, digest = loader.dataset.images, xxhash.xxh3_64()
+    for name in images.source.names:
+        digest.update(b'/' + name + b'\0')
+    assert isinstance(loader.sampler, TrainSampler)
+    return {
+        'images': len(images),
+        'SEED': abs(seed),
+        'file names': digest.hexdigest(),
+        'parts': loader.sampler.parts,
+    }
 
 
 def build_mixup(config: CfgNode) -> Mixup | None:
@@ -125,8 +130,18 @@ class EvalSampler(Sampler[int]):
         num_valid: how many of the yielded indices, from the first on, count.
     """
 
-    def __init__(self, total: int, world_size: int, rank: int) -> None:
+    def __init__(self, total: int, world_size: int, rank: int, *, sequential: bool = False) -> None:
+        """Deals the images out.
+
+        Args:
+            total: images in the data set.
+            world_size, rank: of the processes that share it.
+            sequential: have every rank read all of them, in the batches of one process; those of
+                rank 0 count.
+        """
         self._indices, self.num_valid = shard_indices(total, world_size, rank)
+        if sequential:
+            self._indices, self.num_valid = list(range(total)), total if rank == 0 else 0
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._indices)
@@ -170,20 +185,6 @@ def start_epoch(
     loader.sampler.start(epoch, micro_batches * loader.batch_size)
 
 
-class _Images(ImageFolder):
-    """An image folder whose errors name the file."""
-
-    def __getitem__(self, index: int) -> Any:
-        path = self.samples[index][0]
-        try:
-            if not os.path.isfile(path) and os.path.exists(path):  # a pipe would be waited for
-                raise OSError('it is no regular file')
-            return super().__getitem__(index)
-        except Exception as error:
-            reason = f'{type(error).__name__}: {error}'
-            raise DataError(f'{path} cannot be used as an image: {reason}') from error
-
-
 def _loader(config: CfgNode, images: Any, sampler: Sampler, **settings: Any) -> DataLoader:
     return Loader(
         images,
@@ -198,53 +199,23 @@ def _loader(config: CfgNode, images: Any, sampler: Sampler, **settings: Any) -> 
     )
 
 
-def _train_loader(config: CfgNode, dataset: ImageFolder, rank: int, world_size: int) -> DataLoader:
-    sampler = TrainSampler(len(dataset), world_size, rank, config.SEED)
+def _train_loader(config: CfgNode, dataset: Images, rank: int, world_size: int) -> DataLoader:
+    parts = reads_parts(config)
+    sampler = TrainSampler(len(dataset), world_size, rank, config.SEED, parts=parts)
     loader = _loader(config, SeededImages(dataset), sampler, drop_last=True)
     if len(loader) == 0:
         raise ConfigError(
             f'{dataset.root} holds {len(dataset)} images, fewer than one batch on every rank: '
             f'{world_size} ranks x DATA.BATCH_SIZE {config.DATA.BATCH_SIZE}'
         )
+    dataset.source = keep_in_memory(config, dataset.source, 'train', rank, world_size)
     return loader
 
 
-def _open_folder(config: CfgNode, split: str) -> ImageFolder:
-    root = Path(config.DATA.DATA_PATH) / split
-    if not config.DATA.DATA_PATH or not os.path.isdir(root):
-        raise ConfigError(
-            f'DATA.DATA_PATH {config.DATA.DATA_PATH!r}: there is no folder {root}. It must hold '
-            f'train/<class>/*.png and val/<class>/*.png (or .jpeg ...); '
-            f'`internvl-ds digits DIR` writes a small data set of that form'
-        )
-    try:
-        dataset = _Images(str(root), build_transform(config, training=split == 'train'))
-    except OSError as error:  # no class folders, or some of them without an image; no rights
-        raise ConfigError(f'{root}: {error}') from error
-    wanted, found = config.MODEL.NUM_CLASSES, len(dataset.classes)
-    if split == 'val' and evaluates_22k_as_1k(config, found):
-        wanted = CLASSES_1K
-    if found != wanted:
-        raise ConfigError(
-            f'{root} has {found} classes, and the model is to tell {wanted} apart '
-            f'(MODEL.NUM_CLASSES {config.MODEL.NUM_CLASSES})'
-        )
-    return dataset
-
-
-def evaluates_22k_as_1k(config: CfgNode, val_classes: int) -> bool:
-    """Whether an ImageNet-22K head is measured on ImageNet-1K classes.
-
-    So EVAL_22K_TO_1K says, or DATA.DATASET 'imagenet22K' with a val folder of 1000 classes.
-    """
-    if config.MODEL.NUM_CLASSES != CLASSES_22K:
-        return False
-    of_22k = config.DATA.DATASET == 'imagenet22K' and val_classes == CLASSES_1K
-    return bool(config.EVAL_22K_TO_1K or of_22k)
-
-
-def _check_same_classes(config: CfgNode, train_set: ImageFolder, val_set: ImageFolder) -> None:
-    if evaluates_22k_as_1k(config, len(val_set.classes)) or train_set.classes == val_set.classes:
+def _check_same_classes(config: CfgNode, train_set: Images, val_set: Images) -> None:
+    if evaluates_22k_as_1k(config, val_set.num_classes) or train_set.classes == val_set.classes:
+        return
+    if not train_set.classes or not val_set.classes:  # of a list, which has labels alone
         return
     ours, theirs = next(
         (a, b) for a, b in zip(train_set.classes, val_set.classes, strict=True) if a != b
@@ -253,18 +224,3 @@ def _check_same_classes(config: CfgNode, train_set: ImageFolder, val_set: ImageF
         f'{train_set.root} and {val_set.root} do not hold the same classes: where the first has '
         f'{ours!r}, the second has {theirs!r}'
     )
-
-
-def _refuse_unsupported(config: CfgNode) -> None:
-    data = config.DATA
-    # 'part' is the original's default and means nothing outside zip mode.
-    harmless = {'ZIP_MODE': (False,), 'CACHE_MODE': ('no', 'part'), 'IMG_ON_MEMORY': (False,)}
-    for key, values in harmless.items():
-        if (value := data[key]) not in values:
-            said = f'DATA.{key} {value!r}'
-            raise ConfigError(f'{said} is not supported: use an image folder, unpacked')
-    if data.DATASET not in ('imagenet', 'imagenet22K'):
-        raise ConfigError(
-            f"DATA.DATASET {data.DATASET!r} is not supported: use 'imagenet' (any image folder "
-            f"with train/ and val/) or 'imagenet22K'"
-        )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +15,11 @@ from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
 from internvl_ds.dist.rendezvous import world_size
-from internvl_ds.errors import RankError
+from internvl_ds.errors import ConfigError, RankError
 from internvl_ds.pretrained.head import slice_22k_logits
-from internvl_ds.train.data import EvalSampler, evaluates_22k_as_1k
+from internvl_ds.train.data import EvalSampler
+from internvl_ds.train.datasets.imagenet import Measure
+from internvl_ds.train.datasets.opening import evaluates_22k_as_1k
 from internvl_ds.train.model import input_dtype
 
 _WARMUP_PASSES = 10
@@ -30,14 +33,17 @@ class EvalResult:
     Attributes:
         acc1: top-1 accuracy, percent.
         acc5: top-5 accuracy, percent; over all classes where there are fewer than five.
-        loss: mean cross-entropy per image, nats, without label smoothing.
-        count: images counted: the data set's size.
+        loss: mean cross-entropy per image, nats, without label smoothing; where a data set has
+            other labels beside (ReaL), over the images' own.
+        count: images evaluated: the data set's size.
+        labelled: those of them that the accuracies are over: all, but for ReaL's without a label.
     """
 
     acc1: float
     acc5: float
     loss: float
     count: int
+    labelled: int
 
 
 @torch.no_grad()
@@ -56,18 +62,23 @@ def evaluate(
     Args:
         config: EVAL_22K_TO_1K, MODEL.NUM_CLASSES and DATA.DATASET are read.
         model: an engine or a plain module; left in the training mode that it was in.
-        loader: this rank's share, sampled by `EvalSampler`; or any loader in a world of one.
+        loader: this rank's share, sampled by `EvalSampler`; or any loader in a world of one. The
+            data set's `Measure` says which logits count, and which labels are right.
         device: where the model is.
         after_batch: called after each batch; may raise, on all ranks alike.
 
     Raises:
         RankError: when the ranks together did not count every image once.
+        ConfigError: when no image has a label that counts.
     """
-    sampler = loader.sampler
+    sampler, dataset = loader.sampler, loader.dataset
+    order = iter(sampler)
     valid_left = sampler.num_valid if isinstance(sampler, EvalSampler) else len(sampler)  # type: ignore[arg-type]
-    as_1k = evaluates_22k_as_1k(config, len(getattr(loader.dataset, 'classes', ())))
+    as_1k = evaluates_22k_as_1k(config, _num_classes(dataset))
+    measure = getattr(dataset, 'measure', None) or Measure()
+    columns = None if measure.columns is None else measure.columns.to(device)
     dtype = input_dtype(model)
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    sums = torch.zeros(5, dtype=torch.float64, device=device)
     was_training = model.training
     model.eval()
     try:
@@ -77,38 +88,63 @@ def evaluate(
             logits = model(images).float()
             if as_1k:
                 logits = slice_22k_logits(logits)
+            if columns is not None:
+                logits = logits.index_select(-1, columns)
             # Only the tail of a rank's share is padding: the first valid_left images count.
             valid = min(len(labels), valid_left)
             valid_left -= valid
-            sums += count_batch(logits[:valid], labels[:valid])
+            answers = measure.answers_of(itertools.islice(order, len(labels)), valid)
+            sums += count_batch(logits[:valid], labels[:valid], answers)
             if after_batch is not None:
                 after_batch()
     finally:
         model.train(was_training)
     if dist.is_initialized():
         dist.all_reduce(sums)
-    correct1, correct5, loss, count = sums.tolist()
-    total = len(loader.dataset)  # type: ignore[arg-type]
+    correct1, correct5, loss, count, labelled = sums.tolist()
+    total = len(dataset)  # type: ignore[arg-type]
     if count != total:
         raise RankError(
             f'the evaluation counted {count:.0f} images on {world_size()} ranks, and the data set '
             f'has {total}: every rank must evaluate its own share, once'
         )
-    return EvalResult(100 * correct1 / count, 100 * correct5 / count, loss / count, int(count))
+    if not labelled:
+        raise ConfigError(
+            f'DATA.DATASET {config.DATA.DATASET!r}: none of the {total} images has a label that '
+            'counts (DATA.REAL_LABELS)'
+        )
+    accuracies = 100 * correct1 / labelled, 100 * correct5 / labelled
+    return EvalResult(*accuracies, loss / count, int(count), int(labelled))
 
 
-def count_batch(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Sums one batch: (correct in the top 1, correct in the top 5, cross-entropy, images).
+def count_batch(
+    logits: torch.Tensor, labels: torch.Tensor, answers: Sequence[Sequence[int]] | None = None
+) -> torch.Tensor:
+    """Sums one batch: (hits in the top 1, in the top 5, cross-entropy, images, labelled images).
 
     Args:
         logits: float32, (images, classes); there may be no images.
         labels: int64, (images,).
+        answers: for each image the labels of which any is a hit; an image without one is not
+            labelled. None: an image's own label.
     """
     top = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
-    hits = top == labels[:, None]
     loss = F.cross_entropy(logits, labels, reduction='none')
-    counts = hits[:, 0], hits, loss, torch.ones_like(labels)
+    if answers is None:
+        right, labelled = labels[:, None], torch.ones_like(labels)
+    else:
+        width = max([1, *map(len, answers)])
+        rows = [[*labels_of, *[-1] * (width - len(labels_of))] for labels_of in answers]
+        right = torch.tensor(rows, dtype=labels.dtype, device=labels.device).view(-1, width)
+        labelled = right[:, 0] >= 0
+    hits = (top[:, :, None] == right[:, None, :]).any(-1)
+    counts = hits[:, 0], hits.any(-1), loss, torch.ones_like(labels), labelled
     return torch.stack([each.sum(dtype=torch.float64) for each in counts])
+
+
+def _num_classes(dataset: object) -> int:
+    classes = getattr(dataset, 'classes', ())
+    return getattr(dataset, 'num_classes', len(classes))
 
 
 @torch.no_grad()

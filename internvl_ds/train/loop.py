@@ -17,15 +17,12 @@ from torch import nn
 from yacs.config import CfgNode
 
 from internvl_ds.checkpoint import async_save
-from internvl_ds.checkpoint.restore import load_weights
 from internvl_ds.dist.group import current_group
-from internvl_ds.dist.preemption import SAVE, STOP, Preempted, Preemption
+from internvl_ds.dist.preemption import STOP, Preempted, Preemption
 from internvl_ds.dist.reduce import reduce_tensor
 from internvl_ds.dist.rendezvous import rank, world_size
 from internvl_ds.files import for_show
-from internvl_ds.files.addresses import shown
 from internvl_ds.train.data import start_epoch
-from internvl_ds.train.evaluate import EvalResult, evaluate, measure_throughput
 from internvl_ds.train.log import FILE_ONLY, MetricsLog, close_log, open_log, shows_bar
 from internvl_ds.train.model import input_dtype, set_train_mode
 from internvl_ds.train.optim import accumulation_steps, updates_per_epoch
@@ -33,6 +30,12 @@ from internvl_ds.train.plot import plot_curves
 from internvl_ds.train.progress import Progress
 from internvl_ds.train.setup import DsConfig, Run, enter_output, setup
 from internvl_ds.train.stopwatch import Stopwatch, TimeTaken
+from internvl_ds.train.validation import (
+    evaluate_loaded,
+    report_evaluation,
+    report_throughput,
+    validate_epoch,
+)
 from internvl_ds.utils import save_checkpoint
 
 
@@ -58,9 +61,9 @@ def run(config: CfgNode, ds_config: DsConfig = None) -> float:
         stopwatch = Stopwatch(config)
         state = setup(config, ds_config, logger)
         if config.THROUGHPUT_MODE:
-            return _report_throughput(state)
+            return report_throughput(state)
         if config.EVAL_MODE:
-            return _report_accuracy(state)
+            return report_evaluation(state)
         if config.BENCH.UPDATES:
             return _time_updates(state, stopwatch)
         return _train(state)
@@ -162,6 +165,7 @@ def _train(state: Run) -> float:
         logger.info('nothing to train: epoch %d of %d is next', first, config.TRAIN.EPOCHS)
     start = time.perf_counter()
     with Preemption(config) as state.preemption:
+        evaluate_loaded(state)
         for epoch in range(first, last + 1):
             try:
                 _run_epoch(state, epoch, metrics)
@@ -193,7 +197,7 @@ def _run_epoch(state: Run, epoch: int, metrics: MetricsLog) -> None:
     record: dict[str, Any] = {'epoch': epoch, **train_one_epoch(state, epoch)}
     improved = improved_ema = False
     if _is_due(config, epoch, config.EVAL_FREQ):
-        result, averaged = _validate_epoch(state, epoch)
+        result, averaged = validate_epoch(state, epoch)
         improved, state.best = result.acc1 > state.best, max(state.best, result.acc1)
         record.update(acc1=result.acc1, acc5=result.acc5, val_loss=result.loss)
         if averaged is not None:
@@ -278,44 +282,3 @@ def _save(state: Run, epoch: int, best: str | None = None, step: int | None = No
     if best is None and state.preemption is not None:
         state.preemption.saved()
         state.save_due = False
-
-
-def _validate_epoch(state: Run, epoch: int) -> tuple[EvalResult, EvalResult | None]:
-    """With the weights, and with their average where one is kept."""
-    result = _validate(state, f'epoch {epoch}')
-    if state.ema is None:
-        return result, None
-    with state.ema.swapped_in():
-        return result, _validate(state, f'epoch {epoch}, EMA')
-
-
-def _validate(state: Run, what: str) -> EvalResult:
-    def stop_if_asked() -> None:
-        action = state.preemption.reached() if state.preemption is not None else None
-        if action == STOP:
-            raise Preempted
-        # Not here: the averaged weights may be where the weights belong.
-        state.save_due |= action == SAVE
-
-    engine, loader = state.engine, state.loaders.val
-    result = evaluate(state.config, engine, loader, engine.device, stop_if_asked)
-    accuracies = f'top-1 {result.acc1:.2f} % top-5 {result.acc5:.2f} % loss {result.loss:.4f}'
-    state.logger.info(f'{what}: {accuracies} on {result.count} validation images')
-    return result
-
-
-def _report_accuracy(state: Run) -> float:
-    result = _validate(state, 'evaluation')
-    if state.averaged_weights is not None:
-        where = f'EMA of {shown(state.config.MODEL.RESUME)}'
-        load_weights(state.engine, state.averaged_weights, where)
-        _validate(state, 'evaluation, EMA')
-    return result.acc1
-
-
-def _report_throughput(state: Run) -> float:
-    own = measure_throughput(state.engine, state.loaders.val, state.engine.device)
-    mean = reduce_tensor(torch.tensor(own, device=state.engine.device)).item()
-    total = mean * world_size()
-    state.logger.info('throughput %.1f img/s on %d ranks', total, world_size())
-    return total

@@ -18,6 +18,7 @@ from yacs.config import CfgNode
 
 from internvl_ds.config.tree import get_option
 from internvl_ds.errors import ConfigError
+from internvl_ds.train.models.build import BUILDERS
 
 _logger = logging.getLogger(__name__)
 
@@ -26,7 +27,9 @@ def build_model(config: CfgNode) -> nn.Module:
     """Builds the model with random weights, on the CPU, in float32.
 
     MODEL.FACTORY ('package.module:function', called with the config) wins; else MODEL.TYPE
-    'timm' builds MODEL.NAME. The result depends on torch's seed, so every rank seeds alike first.
+    'timm' builds MODEL.NAME, and 'intern_vit_6b' and 'clip_vit' the original's own models, with the
+    weights of their PRETRAINED: then every rank calls it. The result depends on torch's seed, so
+    every rank seeds alike first.
 
     Returns:
         The module, with frozen parameters (TRAIN.OPTIMIZER.FREEZE_BACKBONE) marked, and with
@@ -34,6 +37,7 @@ def build_model(config: CfgNode) -> nn.Module:
 
     Raises:
         ConfigError: for a factory or model that does not exist, or a setting the model lacks.
+        PretrainedError: where the PRETRAINED of the original's models is not of their backbone.
     """
     factory = get_option(config, 'MODEL.FACTORY', '')
     reads = _Reads()
@@ -46,11 +50,14 @@ def build_model(config: CfgNode) -> nn.Module:
             )
     elif config.MODEL.TYPE == 'timm':
         model = _build_timm_model(config)
+    elif config.MODEL.TYPE in BUILDERS:
+        model = BUILDERS[config.MODEL.TYPE](config)
     else:
+        known = ', '.join(map(repr, [*BUILDERS, 'timm']))
         raise ConfigError(
-            f'MODEL.TYPE {config.MODEL.TYPE!r} does not ship with this package: set MODEL.TYPE '
-            "'timm' and MODEL.NAME to a timm model, or MODEL.FACTORY to 'package.module:function', "
-            'which is called with the config and returns the nn.Module'
+            f'MODEL.TYPE {config.MODEL.TYPE!r} does not ship with this package, which has {known}: '
+            "set MODEL.TYPE 'timm' and MODEL.NAME to a timm model, or MODEL.FACTORY to "
+            "'package.module:function', which is called with the config and returns the nn.Module"
         )
     if config.TRAIN.USE_CHECKPOINT:
         _enable_activation_checkpointing(model, by_factory='USE_CHECKPOINT' in reads)

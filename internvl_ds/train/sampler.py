@@ -24,16 +24,24 @@ class TrainSampler(Sampler[Draw]):
     The order depends on (seed, epoch) alone, and image number n of it goes to rank n % world_size;
     the last few that do not come out even are left out. The seed of an image's augmentation depends
     on (seed, epoch, n): not on the rank, nor on what was drawn before.
+
+    Attributes:
+        parts: None; or, where each rank draws from a part of its own, how many there are.
     """
 
-    def __init__(self, total: int, world_size: int, rank: int, seed: int) -> None:
+    def __init__(
+        self, total: int, world_size: int, rank: int, seed: int, *, parts: bool = False
+    ) -> None:
         """Starts at the beginning of epoch 0.
 
         Args:
             total: images in the data set.
             world_size, rank: of the processes that share it.
             seed: the config's SEED.
+            parts: give image i to rank i % world_size in every epoch, so that a rank reads the
+                same images again and again; of those, it is the same order that decides.
         """
+        self.parts = world_size if parts else None
         self._total, self._world_size, self._rank = total, world_size, rank
         self._seed, self._epoch, self._first = abs(seed), 0, 0
 
@@ -49,11 +57,15 @@ class TrainSampler(Sampler[Draw]):
     def __iter__(self) -> Iterator[Draw]:
         # As torch's DistributedSampler shuffles.
         generator = torch.Generator().manual_seed(self._seed + self._epoch)
-        order = torch.randperm(self._total, generator=generator).tolist()
+        order = torch.randperm(self._total, generator=generator)
+        if self.parts:
+            own_order = order[order % self._world_size == self._rank].tolist()
+        else:
+            own_order = order[self._rank :: self._world_size].tolist()
         for own in range(self._first, len(self)):
             number = own * self._world_size + self._rank
             seeds = np.random.SeedSequence([self._seed, self._epoch, number])
-            yield Draw(order[number], int(seeds.generate_state(1)[0]))
+            yield Draw(own_order[own], int(seeds.generate_state(1)[0]))
 
     def __len__(self) -> int:
         """Images of a whole epoch on each rank."""

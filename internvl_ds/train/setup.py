@@ -23,7 +23,7 @@ from internvl_ds.checkpoint.choice import newer_than_best
 from internvl_ds.checkpoint.sources.classes import require_same_classes, saved_classes
 from internvl_ds.checkpoint.sources.downloads import local
 from internvl_ds.checkpoint.tag import output_lock
-from internvl_ds.config.counts import require_counts
+from internvl_ds.config.counts import require_counts, require_linear_drop_path
 from internvl_ds.config.ds import resolve as ds
 from internvl_ds.config.ds.check import examine
 from internvl_ds.config.ds.diagnostics import errors_of, refuse
@@ -39,6 +39,7 @@ from internvl_ds.files import for_show
 from internvl_ds.train.data import Loaders, build_loaders, order_of, seed_everything
 from internvl_ds.train.log import write_config
 from internvl_ds.train.model import build_model
+from internvl_ds.train.models.build import warn_of_random_backbone
 from internvl_ds.train.optim import (
     accumulation_steps,
     build_optimizer,
@@ -113,6 +114,7 @@ def setup(config: CfgNode, ds_config: DsConfig, logger: logging.Logger) -> Run:
     """
     tree = load_ds_config(ds_config)
     require_counts(config)
+    require_linear_drop_path(config)
     trains = not (config.EVAL_MODE or config.THROUGHPUT_MODE)
     resolution = examine(
         tree, config, world_size(), optimizer_in_code=trains, scheduler_in_code=trains
@@ -121,6 +123,8 @@ def setup(config: CfgNode, ds_config: DsConfig, logger: logging.Logger) -> Run:
     ds.adopt(config, resolution.tree)
     _share_cores(config)
     loaders = build_loaders(config, rank(), world_size())
+    if config.DATA.IMG_ON_MEMORY or config.DATA.ZIP_MODE:  # one host may take longer
+        exchange('images in memory', None, config.CHECKPOINT.IO_TIMEOUT)
     seed_everything(config.SEED)  # the same weights on every rank
     model, build = _build(config, choose_build(config, resolution.tree) if trains else None)
     seed_everything(config.SEED + rank())
@@ -138,6 +142,7 @@ def setup(config: CfgNode, ds_config: DsConfig, logger: logging.Logger) -> Run:
     if config.MODEL.PRETRAINED and not config.MODEL.RESUME:
         _compare_pretrained_classes(config, loaders.classes, logger)
         load_pretrained(config, model, logger)
+    warn_of_random_backbone(config, model, logger)
     if config.EVAL_MODE:
         return _setup_evaluation(config, model, resolution, loaders, logger)
     if build is not None:
@@ -233,6 +238,9 @@ def _setup_evaluation(
             ema = ModelEmaV3(model, config.TRAIN.EMA.DECAY)
             load_ema_checkpoint(config, ema, logger)
             averaged = ema.module.state_dict()
+            if all(w.numel() and w.equal(averaged[n]) for n, w in model.state_dict().items()):
+                averaged = None
+                logger.info('the checkpoint has no average of its own to evaluate')
     elif not config.MODEL.PRETRAINED:
         logger.warning('neither MODEL.RESUME nor MODEL.PRETRAINED is set: the weights are random')
     engine = _inference_engine(config, model, resolution)

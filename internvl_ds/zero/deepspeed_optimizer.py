@@ -66,13 +66,9 @@ class DeepSpeedOptimizer(Wrapper):
         if scale.dynamic:
             holder = self._holder
             successes = holder.cur_iter - (holder.last_overflow_iter or -1) - 2
-            scale.load_state_dict(
-                {
-                    'scale': holder.cur_scale,
-                    '_growth_tracker': max(0, successes) % scale.growth_interval,
-                    'hysteresis_left': self._hysteresis_left(),
-                }
-            )
+            tracker = max(0, successes) % scale.growth_interval
+            state = {'scale': holder.cur_scale, '_growth_tracker': tracker}
+            scale.load_state_dict({**state, 'hysteresis_left': self._hysteresis_left()})
 
     @property
     def _holder(self) -> Any:
@@ -136,13 +132,13 @@ class ZeroOptimizer(DeepSpeedOptimizer):
     def complete_gradients(self) -> None:
         if not self._offloads:
             return
-        optimizer, touched = self.optimizer, self.optimizer.norm_for_param_grads
-        seen = getattr(optimizer, self.OFFLOADED_IDS)
-        if late := seen - touched.keys():
-            setattr(optimizer, self.OFFLOADED_IDS, late)
+        optimizer, norms = self.optimizer, self.optimizer.norm_for_param_grads
+        ids = getattr(optimizer, self.OFFLOADED_IDS)
+        if rest := ids - norms.keys():
+            setattr(optimizer, self.OFFLOADED_IDS, rest)
             getattr(optimizer, self.HAND_OVER)()
-            setattr(optimizer, self.OFFLOADED_IDS, seen)
-        for part in self._untouched(touched):
+            setattr(optimizer, self.OFFLOADED_IDS, ids)
+        for part in self._idle_parts(norms):
             part.zero_()
 
     def push_scale(self) -> None:
@@ -168,7 +164,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
     def _offloads(self) -> bool:
         raise NotImplementedError
 
-    def _untouched(self, touched: Container[Any]) -> Iterator[torch.Tensor]:
+    def _idle_parts(self, norms: Container[Any]) -> Iterator[torch.Tensor]:
         """The gradients that the offloaded optimizer will read, of parameters of other ids."""
         raise NotImplementedError
 
@@ -192,12 +188,12 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         parameter since, a save at stage 3 would write it twice or not at all, and a load at stages
         2 and 3 would look for what is not there.
         """
-        trained, named = self.trained_names(), self.engine.module.named_parameters()
-        changed = [p for name, p in named if p.requires_grad != (name in trained)]
-        for parameter in changed:
+        trained, pairs = self.trained_names(), self.engine.module.named_parameters()
+        parameters = [p for name, p in pairs if p.requires_grad != (name in trained)]
+        for parameter in parameters:
             parameter.requires_grad_(not parameter.requires_grad)
         try:
             yield
         finally:
-            for parameter in changed:
+            for parameter in parameters:
                 parameter.requires_grad_(not parameter.requires_grad)

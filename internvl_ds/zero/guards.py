@@ -47,11 +47,7 @@ _modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def require_bare(model: nn.Module) -> None:
-    """Refuses a model that something else trains or has wrapped.
-
-    Raises:
-        ConfigError: for an engine, DistributedDataParallel or DataParallel, also inside the model.
-    """
+    """Raises ConfigError for an engine or a DataParallel of either kind, also inside the model."""
     for name, module in model.named_modules():
         if isinstance(module, DistributedDataParallel | DataParallel | DeepSpeedEngine):
             where = f' ({name} of it)' if name else ''
@@ -59,11 +55,7 @@ def require_bare(model: nn.Module) -> None:
 
 
 def require_real(model: nn.Module) -> None:
-    """Refuses trained parameters of complex numbers, which DeepSpeed flattens and reduces wrongly.
-
-    Raises:
-        ConfigError: names the first of them.
-    """
+    """Raises ConfigError for complex trained parameters, which DeepSpeed reduces wrongly."""
     names = [n for n, p in model.named_parameters() if p.requires_grad and p.is_complex()]
     if names:
         raise ConfigError(
@@ -160,19 +152,16 @@ def _require_own_precision(engine: DeepSpeedEngine, _: Any) -> None:
     device = engine.device.type
     if not torch.is_autocast_enabled(device):
         return
-    wanted, own = torch.get_autocast_dtype(device), engine.torch_autocast_enabled()
-    if not own or engine.torch_autocast_dtype() != wanted:
-        precision = f'autocast {engine.torch_autocast_dtype()}' if own else f'{_dtype_of(engine)}'
+    dtype, autocasts = torch.get_autocast_dtype(device), engine.torch_autocast_enabled()
+    if not autocasts or engine.torch_autocast_dtype() != dtype:
+        of_engine = next((p.dtype for p in engine.module.parameters()), torch.float32)
+        precision = f'autocast {engine.torch_autocast_dtype()}' if autocasts else f'{of_engine}'
         raise ConfigError(
-            f'engine(...) inside torch.autocast({wanted}), and the engine computes in {precision} '
+            f'engine(...) inside torch.autocast({dtype}), and the engine computes in {precision} '
             'as AMP_OPT_LEVEL, AMP_TYPE and the ds_config say: leave torch.autocast out of the '
             'script (in bf16 and fp16 give the engine inputs of that dtype), or set AMP_OPT_LEVEL '
-            f'O1 and AMP_TYPE {str(wanted).removeprefix("torch.")}'
+            f'O1 and AMP_TYPE {str(dtype).removeprefix("torch.")}'
         )
-
-
-def _dtype_of(engine: DeepSpeedEngine) -> torch.dtype:
-    return next((p.dtype for p in engine.module.parameters()), torch.float32)
 
 
 def _in_backward(ref: weakref.ref[DeepSpeedEngine], name: str, *args: Any) -> Any:
@@ -227,36 +216,30 @@ def _require_values(engine: DeepSpeedEngine, *_: Any) -> None:
 
 
 def _watch_clipping() -> None:
-    """Has torch's clip_grad_norm_ refuse parameters whose gradients ZeRO keeps; for the process.
+    """Makes torch's clip_grad_norm_ refuse parameters whose gradients ZeRO keeps; process-wide.
 
     It would find ``p.grad`` None and return 0, or clip a rank's own part of the gradients.
     """
-    original = clip_grad._clip_grads_with_norm_
-    if isinstance(original, _Clipping):
-        return
-    clip_grad._clip_grads_with_norm_ = _Clipping(original)
+    function = clip_grad._clip_grads_with_norm_
+    if getattr(function, 'func', None) is not _clip:
+        clip_grad._clip_grads_with_norm_ = functools.partial(_clip, function)
 
 
-class _Clipping:
+def _clip(function: Any, parameters: Any, *args: Any, **kwargs: Any) -> Any:
     """Stands for what clip_grad_norm_ calls when it has the norm."""
-
-    def __init__(self, original: Any) -> None:
-        self._original = original
-
-    def __call__(self, parameters: Any, *args: Any, **kwargs: Any) -> Any:
-        for p in [parameters] if isinstance(parameters, torch.Tensor) else parameters:
-            if p.requires_grad and _kept_by_zero(p):
-                raise ConfigError(
-                    'clip_grad_norm_ of parameters of a ZeRO engine: their gradients are not in '
-                    'p.grad, so it would return 0 and clip nothing. Pass clip_grad= to '
-                    'loss_scaler(loss, optimizer, ...), which returns the norm, or set '
-                    'TRAIN.CLIP_GRAD (/gradient_clipping) for engine.step(); get_grad_norm reads '
-                    'the norm between engine.backward and engine.step'
-                )
-        return self._original(parameters, *args, **kwargs)
+    for p in [parameters] if isinstance(parameters, torch.Tensor) else parameters:
+        if p.requires_grad and _is_of_zero(p):
+            raise ConfigError(
+                'clip_grad_norm_ of parameters of a ZeRO engine: their gradients are not in '
+                'p.grad, so it would return 0 and clip nothing. Pass clip_grad= to '
+                'loss_scaler(loss, optimizer, ...), which returns the norm, or set '
+                'TRAIN.CLIP_GRAD (/gradient_clipping) for engine.step(); get_grad_norm reads '
+                'the norm between engine.backward and engine.step'
+            )
+    return function(parameters, *args, **kwargs)
 
 
-def _kept_by_zero(parameter: torch.Tensor) -> bool:
+def _is_of_zero(parameter: torch.Tensor) -> bool:
     """Whether the gradient of a parameter is ZeRO's; the same on all ranks."""
     if is_sharded(parameter) or any(parameter is flat for flat in _flat_partitions()):
         return True

@@ -11,6 +11,9 @@ import torch
 from internvl_ds.errors import CheckpointError, CheckpointMismatch
 from internvl_ds.zero.partition import Place
 
+# (rank, group) -> the flat tensor there, mapped into memory.
+Source = Callable[[int, int], torch.Tensor]
+
 
 class Flat:
     """A tensor's elements, where they lie in the flat tensors of one or more ranks.
@@ -20,29 +23,17 @@ class Flat:
     """
 
     def __init__(
-        self,
-        name: str,
-        shape: Sequence[int],
-        places: Sequence[Place],
-        source: Callable[[int, int], torch.Tensor],
+        self, name: str, shape: Sequence[int], places: Sequence[Place], source: Source
     ) -> None:
-        """Describes a tensor.
-
-        Args:
-            name: for errors.
-            shape: of the whole tensor.
-            places: in the order of its elements.
-            source: (rank, group) -> the flat tensor there, mapped into memory.
-        """
+        """Describes a tensor: its places in the order of its elements; ``name`` is for errors."""
         self.name, self.shape = name, torch.Size(shape)
         self._places, self._source = places, source
 
     @classmethod
     def of(cls, name: str, tensor: torch.Tensor) -> Flat:
         """A whole tensor."""
-        return cls(
-            name, tensor.shape, [Place(0, 0, 0, 0, tensor.numel())], lambda *_: tensor.reshape(-1)
-        )
+        places = [Place(0, 0, 0, 0, tensor.numel())]
+        return cls(name, tensor.shape, places, lambda *_: tensor.reshape(-1))
 
     @property
     def numel(self) -> int:
@@ -61,30 +52,28 @@ class Flat:
         Raises:
             CheckpointError: when the shards do not hold them all.
         """
-        found = []
+        pieces = []
         for place in self._places:
             first, last = max(start, place.start), min(stop, place.stop)
             if first >= last:
                 continue
             flat = self._source(place.rank, place.group)
             begin = place.offset + first - place.start
-            found.append(flat[begin : begin + last - first])
-            if found[-1].numel() < last - first:
+            pieces.append(flat[begin : begin + last - first])
+            if pieces[-1].numel() < last - first:
                 raise CheckpointError(
                     f'{self.name} ends at element {begin + last - first} of group {place.group} of '
                     f'rank {place.rank}, and the shard has {flat.numel()}'
                 )
-        held = sum(piece.numel() for piece in found)
-        if held < stop - start:
-            raise CheckpointError(f'{self.name}: the shards hold {held} of {stop - start} elements')
-        return found
+        count = sum(piece.numel() for piece in pieces)
+        if count < stop - start:
+            raise CheckpointError(
+                f'{self.name}: the shards hold {count} of {stop - start} elements'
+            )
+        return pieces
 
     def copy_to(self, target: torch.Tensor, start: int = 0) -> None:
-        """Copies the elements from ``start`` on into a 1-D tensor, as many as that has.
-
-        Raises:
-            CheckpointError: as `pieces`.
-        """
+        """Copies the `pieces` from ``start`` on into a 1-D tensor, as many elements as that has."""
         at = 0
         for piece in self.pieces(start, start + target.numel()):
             target[at : at + piece.numel()].copy_(piece)
@@ -93,8 +82,7 @@ class Flat:
     def whole(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The tensor, in memory of its own, or mapped where it lies in one piece.
 
-        Args:
-            dtype: of what is returned; as it was saved by default.
+        By default it has the dtype that it was saved in.
         """
         if self.numel and len(self._places) == 1 and dtype in (None, self.dtype):
             return self.pieces(0, self.numel)[0].reshape(self.shape)
@@ -154,11 +142,7 @@ class NamedState:
     unnamed: str = ''
 
     def require_all_named(self) -> None:
-        """Refuses to leave state out that cannot be taken by name.
-
-        Raises:
-            CheckpointMismatch: names the first of it.
-        """
+        """Raises CheckpointMismatch for state that cannot be taken by name."""
         if self.unnamed:
             raise CheckpointMismatch(
                 f'{self.where}: {self.unnamed}: such state goes on only in the layout that it was '
@@ -167,6 +151,5 @@ class NamedState:
 
     def weights(self) -> dict[str, Flat]:
         """Name -> tensor of everything in a state dict, tied names included."""
-        found = {**self.fixed, **self.masters}
-        found.update({alias: found[name] for alias, name in self.aliases.items()})
-        return found
+        tensors = {**self.fixed, **self.masters}
+        return tensors | {alias: tensors[name] for alias, name in self.aliases.items()}

@@ -43,11 +43,7 @@ class LossScale:
         return self.dynamic and self.hysteresis_left <= 1 and self.scale <= self.min_scale
 
     def update(self, skipped: bool) -> None:
-        """Moves on by one boundary.
-
-        Args:
-            skipped: whether its update was skipped for a non-finite gradient.
-        """
+        """Moves on by one boundary, whose update may be ``skipped`` for a non-finite gradient."""
         if not self.dynamic:
             return
         if skipped:
@@ -83,18 +79,16 @@ class LossScale:
 
         Args:
             state: `state_dict`'s result or a GradScaler's. ``{'scale': 1.0}`` alone is of a run
-                without a loss scale, and changes nothing; nor does anything a static scale.
-
-        Raises:
-            InternvlDsError: when it is neither.
+                without a loss scale, and changes nothing; nor does anything a static scale. What is
+                neither raises InternvlDsError.
         """
         require_scaler_state(state)
         if not self.dynamic or ('_growth_tracker' not in state and state.get('scale', 1.0) == 1.0):
             return
         self.scale = max(float(state['scale']), self.min_scale)
         self.growth_tracker = int(state.get('_growth_tracker', 0))
-        left = int(state.get('hysteresis_left', self.hysteresis))
-        self.hysteresis_left = min(max(left, 1), self.hysteresis)
+        count = int(state.get('hysteresis_left', self.hysteresis))
+        self.hysteresis_left = min(max(count, 1), self.hysteresis)
 
 
 def require_scaler_state(state: Mapping[str, Any]) -> None:

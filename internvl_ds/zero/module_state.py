@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -15,47 +15,37 @@ def require_plain_state(model: nn.Module) -> None:
     """Refuses a module whose state dict is not its parameters and buffers under their own names.
 
     Stage 3 keeps those alone, and training goes on in another layout from those alone: what
-    ``get_extra_state`` gives would be dropped, what a hook renames would not be found.
-
-    Raises:
-        ConfigError: names the first entries.
+    ``get_extra_state`` gives would be dropped, what a hook renames would not be found. The
+    ConfigError names the first entries.
     """
     tensors: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
     tensors.update(model.named_buffers(remove_duplicate=False))
     state = model.state_dict(keep_vars=True)
-    other = [name for name, value in state.items() if tensors.get(name) is not value]
-    lacking = [n for n, _ in model.named_parameters(remove_duplicate=False) if n not in state]
-    if other or lacking:
+    entries = [name for name, value in state.items() if tensors.get(name) is not value]
+    absentees = [n for n, _ in model.named_parameters(remove_duplicate=False) if n not in state]
+    if entries or absentees:
         raise ConfigError(
-            f'the state dict of the model has {len(other)} entries that are no parameters or '
-            f'buffers of these names ({few(other) or "none"}), and lacks {len(lacking)} parameters '
-            f'({few(lacking) or "none"}): no checkpoint of every ZeRO stage could hold them. Keep '
-            'what get_extra_state gives in registered buffers, and leave names as they are (no '
-            'hooks of the state dict, no checkpoint_wrapper)'
+            f'the state dict of the model has {len(entries)} entries that are no parameters or '
+            f'buffers of these names ({few(entries) or "none"}), and lacks {len(absentees)} '
+            f'parameters ({few(absentees) or "none"}): no checkpoint of every ZeRO stage could '
+            'hold them. Keep what get_extra_state gives in registered buffers, and leave names as '
+            'they are (no hooks of the state dict, no checkpoint_wrapper)'
         )
 
 
 def require_sendable(model: nn.Module) -> None:
-    """Refuses parameters that DeepSpeed cannot send to the other ranks, or cut up.
-
-    Raises:
-        ConfigError: names the first of them.
-    """
-    whole = {n: p for n, p in model.named_parameters() if not is_sharded(p)}
-    wrong = {
-        'no dimension: declare them with the shape (1,)': [
-            n for n, p in whole.items() if not p.dim()
-        ],
-        'no elements: leave them out, with None in their place': [
-            n for n, p in whole.items() if not p.numel()
-        ],
+    """Raises ConfigError for parameters that DeepSpeed cannot send to other ranks, or cut up."""
+    faults: dict[str, Callable[[nn.Parameter], bool]] = {
+        'no dimension: declare them with the shape (1,)': lambda p: not p.dim(),
+        'no elements: leave them out, with None in their place': lambda p: not p.numel(),
         'their elements in another order than a contiguous tensor: make them contiguous '
-        '(model.to(memory_format=torch.contiguous_format); the images may be channels_last)': [
-            n for n, p in whole.items() if not p.is_contiguous()
-        ],
+        '(model.to(memory_format=torch.contiguous_format); the images may be channels_last)': (
+            lambda p: not p.is_contiguous()
+        ),
     }
-    for what, names in wrong.items():
-        if names:
+    for what, has_fault in faults.items():
+        parameters = model.named_parameters()
+        if names := [n for n, p in parameters if not is_sharded(p) and has_fault(p)]:
             raise ConfigError(f'{few(names)}: {len(names)} parameters have {what}')
 
 
@@ -69,28 +59,27 @@ def require_as_made(
         names: its parameters when the engine was made, and their names.
         buffers: `shapes_of_buffers` then.
 
-    Raises:
-        CheckpointError: names the first of them.
+    Raises CheckpointError, which names the first of them.
     """
     parameters = set(module.parameters())
-    replaced = [name for p, name in names.items() if p not in parameters]
-    added = [n for n, p in module.named_parameters() if p not in names]
-    if replaced or added:
+    old_names = [name for p, name in names.items() if p not in parameters]
+    new_names = [n for n, p in module.named_parameters() if p not in names]
+    if old_names or new_names:
         raise CheckpointError(
             'the module has other parameters than when its engine was made '
-            f'(new: {few(added) or "none"}; gone: {few(replaced) or "none"}), and the optimizer '
-            'has the old ones: change the module before initialize'
+            f'(new: {few(new_names) or "none"}; gone: {few(old_names) or "none"}), and the '
+            'optimizer has the old ones: change the module before initialize'
         )
     now = shapes_of_buffers(module)
-    changed = [
+    changes = [
         f'{name} {buffers.get(name, "none")} -> {now.get(name, "none")}'
         for name in sorted(buffers.keys() | now.keys())
         if buffers.get(name) != now.get(name)
     ]
-    if changed:
+    if changes:
         raise CheckpointError(
-            f'{len(changed)} buffers are not as they were when the engine was made: '
-            f'{few(changed)}. No fresh model could load them: register them in their final shape '
+            f'{len(changes)} buffers are not as they were when the engine was made: '
+            f'{few(changes)}. No fresh model could load them: register them in their final shape '
             'before initialize, or with persistent=False'
         )
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.partition_parameters import (
+    ZeroParamStatus,
+    restore_init_context,
+    shutdown_init_context,
+)
 
 from internvl_ds.zero.lazy_tensor import Flat
 
@@ -48,6 +54,20 @@ def unwritable(parameter: Any) -> str:
             'supported; build the model without'
         )
     return ''
+
+
+@contextmanager
+def outside_zero_init() -> Iterator[None]:
+    """Takes off what zero.Init does to torch meanwhile, where one is entered.
+
+    It gives every new tensor the engine's dtype and device: what is read from a file would be cut
+    up by it into numbers of another size.
+    """
+    shutdown_init_context()
+    try:
+        yield
+    finally:
+        restore_init_context()
 
 
 def shard_alike(source: Any, tensor: torch.Tensor) -> None:

@@ -39,20 +39,20 @@ class Slices:
     def __init__(self, groups: Sequence[Shapes], ranks: int) -> None:
         self.groups = [dict(group) for group in groups]
         self.ranks = ranks
-        self._found: dict[str, tuple[int, int, int, int]] = {}
+        self._spans: dict[str, tuple[int, int, int, int]] = {}
         self._lengths = []
         for index, group in enumerate(self.groups):
             offset = 0
             for name, shape in group.items():
                 numel = math.prod(shape)
                 length = math.ceil(numel / ranks)
-                self._found[name] = (index, offset, length, numel)
+                self._spans[name] = (index, offset, length, numel)
                 offset += length
             self._lengths.append(offset)
 
     def places(self, name: str) -> Iterator[Place]:
         """The runs of a parameter, in the order of its elements."""
-        group, offset, length, numel = self._found[name]
+        group, offset, length, numel = self._spans[name]
         for rank in range(self.ranks):
             start, stop = rank * length, min((rank + 1) * length, numel)
             if start < stop:
@@ -83,20 +83,20 @@ class Runs:
         self.groups = [dict(group) for group in groups]
         self.ranks = ranks
         self._sizes = list(sizes)
-        self._found: dict[str, tuple[int, int, int]] = {}
+        self._spans: dict[str, tuple[int, int, int]] = {}
         self._ends = []
         for index, group in enumerate(self.groups):
             begin = end = 0
             between = gaps[index] if gaps else [0] * len(group)
             for (name, shape), gap in zip(group.items(), between, strict=True):
                 end = begin + math.prod(shape)
-                self._found[name] = (index, begin, end)
+                self._spans[name] = (index, begin, end)
                 begin = end + gap
             self._ends.append(end)
 
     def places(self, name: str) -> Iterator[Place]:
         """The runs of a parameter, in the order of its elements."""
-        group, begin, end = self._found[name]
+        group, begin, end = self._spans[name]
         size = self._sizes[group]
         at = begin
         while at < end:
@@ -115,11 +115,10 @@ Layout = Slices | Runs
 
 def owned(layout: Layout, rank: int) -> list[list[tuple[str, Place]]]:
     """For each group, the runs that lie in a rank's flat tensor: (parameter name, place)."""
-    found: list[list[tuple[str, Place]]] = [[] for _ in layout.groups]
-    for index, group in enumerate(layout.groups):
-        for name in group:
-            found[index] += [(name, place) for place in layout.places(name) if place.rank == rank]
-    return found
+    return [
+        [(name, place) for name in group for place in layout.places(name) if place.rank == rank]
+        for group in layout.groups
+    ]
 
 
 def shapes_of(layout: Layout) -> dict[str, tuple[int, ...]]:

@@ -24,21 +24,15 @@ class ClientOptimizer(_Unpartitioned):
     """An engine that steps the client's own optimizer: stage 0 in fp32 or torch autocast."""
 
     def masters(self) -> dict[str, torch.Tensor]:
-        held = {id(p) for group in self.groups() for p in group}
-        return {n: p for n, p in self.engine.module.named_parameters() if id(p) in held}
+        ids = {id(p) for group in self.groups() for p in group}
+        return {n: p for n, p in self.engine.module.named_parameters() if id(p) in ids}
 
     def push_scale(self) -> None:
         if self.scale is not None:
             # GradScaler.update(scale) wants a backward before. Its growth is off.
-            self.engine.torch_autocast_z0_gradscaler.load_state_dict(
-                {
-                    'scale': self.scale.scale,
-                    'growth_factor': 2.0,
-                    'backoff_factor': 0.5,
-                    'growth_interval': 2**31 - 1,
-                    '_growth_tracker': 0,
-                }
-            )
+            state = {'scale': self.scale.scale, 'growth_factor': 2.0, 'backoff_factor': 0.5}
+            state |= {'growth_interval': 2**31 - 1, '_growth_tracker': 0}
+            self.engine.torch_autocast_z0_gradscaler.load_state_dict(state)
 
     def step(self, clip_grad: float) -> torch.Tensor:
         """See `Wrapper`. torch's GradScaler decides whether the optimizer steps.

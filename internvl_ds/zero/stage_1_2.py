@@ -65,9 +65,9 @@ class Stage1And2(ZeroOptimizer):
     def _offloads(self) -> bool:
         return self.optimizer.cpu_offload
 
-    def _untouched(self, touched: Container[Any]) -> Iterator[torch.Tensor]:
+    def _idle_parts(self, norms: Container[Any]) -> Iterator[torch.Tensor]:
         for index, parameters in enumerate(self.optimizer.params_in_partition):
             parts = self.optimizer.offload_gradient_dict[index]
             for parameter, part in zip(parameters, parts, strict=False):
-                if self.optimizer.get_param_id(parameter) not in touched:
+                if self.optimizer.get_param_id(parameter) not in norms:
                     yield part

@@ -101,11 +101,11 @@ class Stage3(Stage3Module, ZeroOptimizer):
     def _offloads(self) -> bool:
         return self.optimizer.offload_optimizer
 
-    def _untouched(self, touched: Container[Any]) -> Iterator[torch.Tensor]:
+    def _idle_parts(self, norms: Container[Any]) -> Iterator[torch.Tensor]:
         optimizer = self.optimizer
         for parameter in (p for group in optimizer.fp16_groups for p in group):
             identity = optimizer.get_param_id(parameter)
-            if identity in touched:
+            if identity in norms:
                 continue
             index, start, size = optimizer.grad_position[identity]
             gradient = optimizer.fp32_partitioned_groups_flat[index].grad
@@ -136,5 +136,6 @@ class Stage3(Stage3Module, ZeroOptimizer):
 
 def _is_sent_as_it_is(parameter: Any) -> bool:
     """Whether one collective for all would bring the very values: torch autocast's rounds them."""
-    own = parameter.ds_tensor
-    return get_allgather_dtype(parameter, own) == own.dtype and not hasattr(own, 'ds_quant_scale')
+    part = parameter.ds_tensor
+    rounds = get_allgather_dtype(parameter, part) != part.dtype
+    return not (rounds or hasattr(part, 'ds_quant_scale'))

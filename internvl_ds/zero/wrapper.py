@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
+from internvl_ds.errors import ConfigError
 from internvl_ds.zero.loss_scale import LossScale
 from internvl_ds.zero.loss_scale_sync import configured_scale
 from internvl_ds.zero.module_state import shapes_of_buffers, tied_names
-from internvl_ds.zero.parameters import whole_numel
+from internvl_ds.zero.parameters import local_values, whole_numel
 from internvl_ds.zero.partition import Layout
 
 _CLASS_HAS_IT = object()
@@ -31,6 +32,7 @@ class Wrapper:
         scale: the loss scale; None where nothing is scaled.
         ds_config: that the engine runs with, also where it was made from a file's path.
         buffers: name and shape of each buffer of the module's state dict, as the engine was made.
+        holds_average: whether averaged weights are where the weights belong.
         separate_masters: whether the fp32 masters are other tensors than the module's parameters.
     """
 
@@ -43,6 +45,7 @@ class Wrapper:
         self.scale: LossScale | None = None
         self.ds_config: dict[str, Any] = engine._config._param_dict
         self.buffers = shapes_of_buffers(engine.module)
+        self.holds_average = False
 
     @property
     def alive(self) -> bool:
@@ -101,8 +104,23 @@ class Wrapper:
 
         They were frozen when the engine was made: DeepSpeed decides then what it trains.
         """
-        trained, named = self.trained_names(), self.engine.module.named_parameters()
-        return [n for n, p in named if p.requires_grad and n not in trained and whole_numel(p)]
+        trained, pairs = self.trained_names(), self.engine.module.named_parameters()
+        return [n for n, p in pairs if p.requires_grad and n not in trained and whole_numel(p)]
+
+    def require_own_weights(self, call: str) -> None:
+        """Refuses what would save or train averaged weights in place of the weights.
+
+        Args:
+            call: for the error.
+
+        Raises:
+            ConfigError: inside ``ShardedEma.swapped_in``.
+        """
+        if self.holds_average:
+            raise ConfigError(
+                f'{call} inside `with model_ema.swapped_in():`: the engine holds the averaged '
+                'weights there. Leave the block first; only evaluate in it'
+            )
 
     def push_masters(self) -> None:
         """Sets the module's weights to the fp32 masters. Collective: every rank calls it."""
@@ -135,11 +153,8 @@ class Wrapper:
 
     def kept_on_nvme(self) -> list[str]:
         """Which of 'offload_optimizer' and 'offload_param' the engine has on NVMe."""
-        engine = self.engine
-        offloads = (engine.zero_offload_optimizer(), engine.zero_offload_param())
-        devices = [
-            offload and getattr(offload.device, 'value', offload.device) for offload in offloads
-        ]
+        offloads = (self.engine.zero_offload_optimizer(), self.engine.zero_offload_param())
+        devices = [each and getattr(each.device, 'value', each.device) for each in offloads]
         names = ('offload_optimizer', 'offload_param')
         return [name for name, device in zip(names, devices, strict=True) if device == 'nvme']
 
@@ -161,19 +176,15 @@ class Wrapper:
         """Refuses an update where a parameter was frozen that the engine was made to train.
 
         The client's own optimizer skips it then, as in plain PyTorch. DeepSpeed's optimizers give
-        it a gradient of zero, with which momentum and weight decay move it on.
-
-        Raises:
-            ConfigError: names the first of them.
+        it a gradient of zero, with which momentum and weight decay move it on. The ConfigError
+        names the first of them.
         """
 
     def owned_gradients(self) -> dict[torch.Tensor, torch.Tensor] | None:
         """Parameter -> the part of its gradient that this rank owns, times the loss scale.
 
-        At stage 0 the whole gradient. Parameters without a part here are left out.
-
-        Returns:
-            None when there are no gradients, as after a step.
+        At stage 0 the whole gradient. Parameters without a part here are left out. None when there
+        are no gradients, as after a step.
         """
         return {p: p.grad for p in self.engine.module.parameters() if p.grad is not None}
 
@@ -243,6 +254,19 @@ class Wrapper:
             replaced(engine, '_copy_recovery_script', lambda at: defer(lambda: copy(at))),
             replaced(engine, '_get_shared_params', lambda: tied),
         ):
+            yield
+
+    @contextmanager
+    def handing_over_fragments(self) -> Iterator[None]:
+        """Around ``engine.save_checkpoint``: of frozen parameters it gives no copies, but views.
+
+        DeepSpeed copies all of them to the host, on each rank at stage 2 too.
+        """
+
+        def view(parameter: Any) -> torch.Tensor:
+            return local_values(parameter).detach()
+
+        with replaced(self.engine, '_get_param_fragment_func', view):
             yield
 
     @contextmanager

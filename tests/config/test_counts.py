@@ -12,7 +12,8 @@ from internvl_ds.errors import ConfigError
     ('key', 'value', 'least'),
     [
         ('EVAL_FREQ', -1, 0), ('SAVE_FREQ', None, 0), ('PRINT_FREQ', -10, 0), ('SEED', -1, None),
-        ('DATA.BATCH_SIZE', 0, 1), ('TRAIN.SAVE_MINUTES', float('nan'), 0),
+        ('DATA.BATCH_SIZE', 0, 1), ('DATA.IMG_SIZE', 0, 1), ('MODEL.NUM_CLASSES', -1, 0),
+        ('TRAIN.SAVE_MINUTES', float('nan'), 0),
         ('TRAIN.SAVE_STEPS', -1, 0), ('CHECKPOINT.KEEP_EVERY', -1, 0),
         ('CHECKPOINT.IO_TIMEOUT', 0, 1), ('SAVE_CKPT_NUM', -1, None),
     ],

@@ -18,7 +18,7 @@ from internvl_ds.config.tree import (
 )
 from internvl_ds.errors import ConfigError
 
-# The original script's keys and defaults, written out by hand, with {} for its model sections.
+# The original script's keys and defaults, written out by hand.
 ORIGINAL = {
     'BASE': [''],
     'DATA': {
@@ -44,8 +44,33 @@ ORIGINAL = {
         'DROP_PATH_RATE': 0.1,
         'DROP_PATH_TYPE': 'linear',
         'LABEL_SMOOTHING': 0.1,
-        'INTERN_VIT_6B': {},
-        'CLIP_VIT': {},
+        'INTERN_VIT_6B': {
+            'PATCH_SIZE': 14,
+            'PRETRAIN_SIZE': 224,
+            'QKV_BIAS': False,
+            'EMBED_DIM': 3200,
+            'NUM_HEADS': 25,
+            'MLP_RATIO': 4,
+            'INIT_VALUES': 0.1,
+            'QK_NORMALIZATION': True,
+            'DEPTH': 48,
+            'USE_FLASH_ATTN': True,
+            'FREEZE_VIT': True,
+            'PRETRAINED': None,
+            'CLS_TARGET': 'cls_patch_concat',
+            'NORM_TYPE': 'rms',
+        },
+        'CLIP_VIT': {
+            'PATCH_SIZE': 14,
+            'PRETRAIN_SIZE': 336,
+            'EMBED_DIM': 1024,
+            'NUM_HEADS': 16,
+            'MLP_RATIO': 4,
+            'DEPTH': 24,
+            'FREEZE_VIT': True,
+            'PRETRAINED': 'openai/clip-vit-large-patch14-336',
+            'CLS_TARGET': 'cls_patch_concat',
+        },
     },
     'TRAIN': {
         'START_EPOCH': 0,
@@ -209,6 +234,7 @@ def test_keys_that_the_original_lacks_are_these():
         'BENCH.UPDATES',
         'BENCH.WARMUP',
         'CHECKPOINT.ASYNC',
+        'CHECKPOINT.FROZEN',
         'CHECKPOINT.IO_TIMEOUT',
         'CHECKPOINT.KEEP_BEST',
         'CHECKPOINT.KEEP_EVERY',
@@ -226,8 +252,12 @@ def test_keys_that_the_original_lacks_are_these():
         'COMM.INTERFACE',
         'COMM.SILENT_AFTER',
         'COMM.TIMEOUT',
+        'COMM.WARN_AFTER',
         'DATA.CHECK_CLASS_NAMES',
+        'DATA.META_DATA',
+        'DATA.REAL_LABELS',
         'DATA.WORKER_TIMEOUT',
+        'EVAL_LOADED',
         'MODEL.DOWNLOAD_TIMEOUT',
         'MODEL.FACTORY',
         'MODEL.KWARGS',
@@ -462,6 +492,11 @@ class TestValues:
         merge_opts(config, ['SEED', 3, 'AUG.MEAN', (0.0, 0.0, 0.0)])
 
         assert (config.SEED, config.AUG.MEAN) == (3, (0.0, 0.0, 0.0))
+
+    @pytest.mark.parametrize('key', ['OUTPUT', 'DATA.DATA_PATH', 'MODEL.RESUME'])
+    def test_text_that_no_path_can_be_is_refused(self, key):
+        with pytest.raises(ConfigError, match=f'--opts: {key}: has a NUL character'):
+            merge_opts(default_config(), [key, '/data/a\0b'])
 
 
 class TestFlags:

@@ -25,6 +25,7 @@ def engine(monkeypatch):
     engine.was_step_applied = lambda: engine.applied
     monkeypatch.setattr(ema, 'engine_of', lambda model: engine)
     wrapper = SimpleNamespace(
+        holds_average=False,
         masters=lambda: {'0': engine.master},
         push_masters=lambda: engine.pushed.append(engine.master.tolist()),
     )
@@ -188,3 +189,17 @@ def test_timm_averages_are_saved_and_loaded(tmp_path):
         assert result['ModelEmaV3'] == [True, 0.75]
         assert result['from shards'] <= 1e-7  # the same fp32 numbers, merged from 2 ranks
         assert result['without'] == [0.0, 'has no EMA: starting from the loaded weights']
+        _require_right_averages_of_engines(result['of an engine'])
+
+
+def _require_right_averages_of_engines(found):
+    for stage in (0, 1, 2):
+        for number in range(3):
+            same, off, warnings = found[f'{stage} fp32 {number}']
+            # of 3 updates in float32, of values under 4: a few roundings of 2 ** -23
+            assert (same, off <= 2.0**-19, warnings) == (True, True, []), (stage, number)
+    for number in range(2):
+        assert 'averages in bfloat16, where most of an update' in found[f'1 bf16 {number}'][2][0]
+    assert found['1 bf16 2'][2] == []  # timm's V3 rounds at random
+    for message in (*found['3'], *found['engine']):
+        assert 'internvl_ds.ShardedEma(engine, decay)' in message

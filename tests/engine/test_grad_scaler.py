@@ -89,6 +89,7 @@ def test_a_skipped_update_moves_the_loss_scale_and_is_told_to_the_schedule(monke
     assert calls == [('push', 32.0 if skipped else 128.0), ('schedule', skipped)]
     assert scaler.step_was_skipped is skipped
     assert scaler._watch.in_a_row == skipped
+    assert [scale for _, _, scale in scaler._watch._updates] == [64.0]  # the error would show it
 
 
 @pytest.mark.ranks

@@ -171,7 +171,7 @@ def script(output: str, stage: int, folder: Path, plan: dict[str, Any]) -> None:
     tell = Teller(folder, output, plan)
     run = Run(
         stage, 'fp32', output, CHECKPOINT__ASYNC=plan['async'], SAVE_CKPT_NUM=2,
-        MODEL__PRETRAINED=_ADDRESS,
+        MODEL__PRETRAINED=_ADDRESS, CHECKPOINT__FROZEN='once',
     )  # fmt: skip
     tag = auto_resume_helper(output, config=run.config)  # which sweeps
     best = Path(output, 'ckpt_epoch_best')

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,7 @@ from internvl_ds.checkpoint.tag.output_lock import LOCK
 from internvl_ds.dist.rendezvous import rank, world_size
 from internvl_ds.engine.ema import ShardedEma
 from tests.engine.stepping import masters
+from tests.harness.calls import message_of
 from tests.harness.model import (
     make_config,
     make_model,
@@ -207,8 +209,13 @@ def evaluate_by_name(stages: list[int], precision: str, root: str) -> dict[str, 
 
 
 def save_on_rank_0_only(stage: int, root: str) -> str:
-    run = Run(stage, 'fp32', root, CHECKPOINT__RENDEZVOUS_TIMEOUT=3)
+    values = {'CHECKPOINT__RENDEZVOUS_TIMEOUT': 3, 'COMM__WARN_AFTER': 1}
+    run = Run(stage, 'fp32', root, **values)
     run.steps(0, 1)
+    if rank() == 1:
+        time.sleep(1.6)  # only slower: every other save comes at once
+    for _ in range(2):
+        run.save(0, best='slow')
     if rank() == 0:
         run.save(0)
     run.steps(1, 2)
@@ -463,7 +470,42 @@ def timm_ema(root: str) -> dict[str, Any]:
         accuracy = load_ema_checkpoint(config, target, logger)
     results['without'] = [accuracy, warnings[-1].partition(' ')[2]]
     run.close()
+    results['of an engine'] = _timm_emas_of_engines(root)
     return results
+
+
+def _timm_emas_of_engines(root: str) -> dict[str, Any]:
+    """timm's averages of the modules of engines, beside the sharded one."""
+    found: dict[str, Any] = {}
+    kinds = (ModelEma, ModelEmaV2, ModelEmaV3)
+    for stage, precision in ((0, 'fp32'), (1, 'fp32'), (2, 'fp32'), (1, 'bf16'), (3, 'fp32')):
+        run = Run(stage, precision, f'{root}/of-{stage}-{precision}', SAVE_CKPT_NUM=0)
+        if stage == 3:
+            found['3'] = [message_of(lambda k=k: k(run.engine.module, 0.9)) for k in kinds]
+            found['engine'] = [message_of(lambda k=k: k(run.engine, 0.9)) for k in kinds]
+            run.close()
+            continue
+        averages = [kind(run.engine.module, decay=0.9) for kind in kinds]
+        for step in range(3):
+            run.steps(step, step + 1)
+            for number, average in enumerate(averages):
+                average.update(run.engine if number else run.engine.module)
+        wanted, config = run.ema.state_dict(), run.config.clone()
+        config.defrost()
+        for number, average in enumerate(averages):
+            with caught_warnings() as warnings:
+                config.MODEL.RESUME = run.save(number, model_ema=average)
+            fresh = kinds[number](run.engine.module, decay=0.5)
+            load_ema_checkpoint(config, fresh, logger)
+            name = 'module' if number else 'ema'
+            saved, state = getattr(average, name).state_dict(), getattr(fresh, name).state_dict()
+            # timm averages a tied weight once for each of its names
+            names = [n for n in wanted if not n.startswith(('tied', 'again'))]
+            off = max(float((state[n].float() - wanted[n]).abs().max()) for n in names)
+            same = all(torch.equal(v, state[n]) for n, v in saved.items())
+            found[f'{stage} {precision} {number}'] = [same, off, warnings]
+        run.close()
+    return found
 
 
 def interchange(stages: list[int], root: str) -> dict[str, Any]:

@@ -68,6 +68,7 @@ def small_config(data: Path, **values: Any) -> CfgNode:
         'AUG.COLOR_JITTER': 0.0,
         'AUG.REPROB': 0.0,
         'AMP_OPT_LEVEL': 'O0',
+        'EVAL_LOADED': False,
     }
     opts.update({key.replace('__', '.'): value for key, value in values.items()})
     merge_opts(config, [item for pair in opts.items() for item in pair])

@@ -24,7 +24,15 @@ from internvl_ds import (
 from internvl_ds.dist.process_group import init_distributed
 from internvl_ds.dist.rendezvous import rank, world_size
 from internvl_ds.engine.ema import ShardedEma
-from tests.harness.model import make_config, make_optimizer, zero_json
+from tests.engine.stepping import masters, train_step
+from tests.harness.calls import message_of
+from tests.harness.model import (
+    make_config,
+    make_model,
+    make_optimizer,
+    precision_values,
+    zero_json,
+)
 
 _log = logging.getLogger('pretraining')
 
@@ -259,6 +267,34 @@ def train_after(path: str) -> list[list[float]]:
             norms.append(float(scaler(loss, optimizer)))
         found.append(norms)
         engine.destroy()
+    return found
+
+
+def load_into_engines(path: str, pairs: list[tuple[int, str]]) -> dict[str, Any]:
+    """Weights loaded before the engine is made, and into one that is; then two updates of each."""
+    found = {}
+    for stage, precision in pairs:
+        seen = []
+        for target in ('before', 'engine', 'module'):
+            config = make_config(
+                DATA__BATCH_SIZE=8, MODEL__PRETRAINED=path, **precision_values(precision),
+                MODEL__PRETRAINED_READERS='one' if target == 'module' else 'all',
+            )  # fmt: skip
+            model = make_model(rank())
+            if target == 'before':
+                load_pretrained(config, model, _log)
+            engine, optimizer = initialize(config, model, make_optimizer(model), zero_json(stage))
+            if target != 'before':
+                report = load_pretrained(config, getattr(engine, target, engine), _log)
+                assert not report.missing
+            scaler = NativeScalerWithGradNormCount()
+            before = masters(engine)
+            norms = [float(train_step(engine, optimizer, scaler, step)[0]) for step in range(2)]
+            seen.append([before, norms, masters(engine)])
+            refusal = message_of(lambda: load_pretrained(config, engine.module, _log))
+            engine.destroy()
+        key = f'{stage} {precision}'
+        found[key] = [seen[1] == seen[0], seen[2] == seen[0], seen[0][0] != seen[0][2], refusal]
     return found
 
 

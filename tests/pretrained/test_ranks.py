@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.harness.model import PERSISTENT, make_model
 from tests.harness.ranks import run_ranks
 from tests.pretrained import pretraining
 from tests.pretrained.pretraining import CASES, write_case, write_sources
@@ -69,6 +70,21 @@ def test_training_goes_on_alike(tmp_path):
     path = str(write_case('same', tmp_path))
     for plain, partitioned in run_ranks(pretraining.train_after, 2, tmp_path, path=path):
         assert plain == partitioned
+
+
+@pytest.mark.ranks
+def test_an_engine_that_has_not_trained_takes_them_as_its_module_would_have(tmp_path):
+    path = tmp_path / 'weights.pth'
+    torch.save(make_model(5).state_dict(), path)
+    pairs = [*((s, 'fp32') for s in (0, 1, 2, 3, PERSISTENT)), *((s, 'bf16') for s in (0, 2, 3))]
+    for result in run_ranks(
+        pretraining.load_into_engines, 2, tmp_path, path=str(path), pairs=pairs
+    ):  # fmt: skip
+        for name, (engine, module, trained, refusal) in result.items():
+            assert engine, name
+            assert module, name
+            assert trained, name
+            assert 'load_pretrained after the first update' in refusal, name
 
 
 @pytest.mark.ranks

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import time
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -11,8 +14,9 @@ from typing import Any
 import torch.distributed as dist
 
 from internvl_ds.config.tree import get_config
+from internvl_ds.dist import preemption
 from internvl_ds.dist.rendezvous import rank
-from internvl_ds.train import loop
+from internvl_ds.train import loop, validation
 
 
 class Stopped(Exception):
@@ -89,6 +93,22 @@ def requeue(cfg: str, root: str, stage: int) -> dict[str, Any]:
     told['overtaken'] = starts.run('new', *command)
     on_rank_0(lambda: shutil.rmtree(tag))
     told['gone'] = starts.run('new', *command)
+    return told
+
+
+def stop_before_training(cfg: str, root: str, stage: int) -> dict[str, Any]:
+    """One rank is asked to stop while the weights that were loaded are evaluated."""
+    starts, evaluate = Starts(cfg, root, stage), validation.evaluate
+    told = {'first': starts.run('out', 'TRAIN.EPOCHS', 1)}
+
+    def ask_and_evaluate(*args: Any) -> Any:
+        if rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10 * preemption._INTERVAL)  # until the ranks have agreed on where to stop
+        return evaluate(*args)
+
+    preemption._INTERVAL, validation.evaluate = 0.1, ask_and_evaluate  # type: ignore[assignment]
+    told['stopped'] = starts.run('out', 'TRAIN.EPOCHS', 2, 'EVAL_LOADED', True)
     return told
 
 

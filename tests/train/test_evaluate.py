@@ -63,7 +63,7 @@ def test_it_agrees_with_counting_by_hand(tmp_path, batch_size):
 def test_the_ranks_sums_are_those_of_one_process(count, world):
     """What each rank would add, batch by batch, without a process group."""
     logits, labels, dataset = lookup_case(count)
-    total = torch.zeros(4, dtype=torch.float64)
+    total = torch.zeros(5, dtype=torch.float64)
     for rank in range(world):
         sampler = EvalSampler(count, world, rank)
         left = sampler.num_valid
@@ -76,7 +76,7 @@ def test_the_ranks_sums_are_those_of_one_process(count, world):
 
 
 def test_an_empty_batch_counts_nothing():
-    assert count_batch(torch.zeros(0, 10), torch.zeros(0, dtype=torch.int64)).tolist() == [0.0] * 4
+    assert count_batch(torch.zeros(0, 10), torch.zeros(0, dtype=torch.int64)).tolist() == [0.0] * 5
 
 
 def test_with_fewer_than_five_classes_top5_is_over_all(tmp_path):

@@ -111,7 +111,7 @@ def timeless(result):
 @pytest.mark.slow
 @pytest.mark.parametrize(('stage', 'level'), [(1, 'O0'), (3, 'O2')])
 def test_a_resumed_run_goes_on_as_if_never_stopped(tmp_path, data, stage, level):
-    cfg = write_config(tmp_path, data)
+    cfg = write_config(tmp_path, data, DATA__IMG_ON_MEMORY=stage == 3)
     whole, other_rank = train(tmp_path, cfg, 'whole', stage, level=level)
     assert whole == other_rank
     assert [record['epoch'] for record in whole['metrics']] == [0, 1]
@@ -123,8 +123,17 @@ def test_a_resumed_run_goes_on_as_if_never_stopped(tmp_path, data, stage, level)
         assert name in whole['files']
 
     tag = str(tmp_path / 'whole' / 'small' / 'ckpt_epoch_0')
-    resumed = train(tmp_path, cfg, 'resumed', stage, 'MODEL.RESUME', tag, level=level)[0]
+    opts = ['MODEL.RESUME', tag, 'EVAL_LOADED', 'True']
+    resumed = train(tmp_path, cfg, 'resumed', stage, *opts, level=level)[0]
     assert timeless(resumed) == timeless(whole)[1:]
+    log, record = (
+        (tmp_path / 'resumed' / 'small' / 'log_rank0.txt').read_text(),
+        whole['metrics'][0],
+    )
+    for words, key in (('network', 'acc1'), ('ema network', 'ema_acc1')):
+        line = f'Accuracy of the {words} on the 7 test images: {record[key]:.1f}%'
+        assert log.index(line) < log.index('Train: [1/2]')
+    assert 'test images' not in (tmp_path / 'whole' / 'small' / 'log_rank0.txt').read_text()
     assert resumed['best'] == whole['best']
 
     # The same command once more finds its own last epoch, and nothing is left to do.

@@ -112,9 +112,11 @@ def test_a_factory_that_cannot_be_used_is_named(tmp_path, factory, message):
     assert factory in str(caught.value)
 
 
-def test_the_original_s_own_type_says_what_to_set_instead():
-    with pytest.raises(ConfigError, match=r"'intern_vit_6b'.*'timm'.*MODEL\.FACTORY"):
-        build_model(default_config())
+def test_an_unknown_type_says_what_there_is():
+    config = default_config()
+    config.MODEL.TYPE = 'intern_vit'
+    with pytest.raises(ConfigError, match=r"'intern_vit'.*'intern_vit_6b'.*'timm'.*MODEL\.FACTORY"):
+        build_model(config)
 
 
 def test_an_unknown_timm_name_suggests_near_ones(tmp_path):

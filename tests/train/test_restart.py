@@ -85,6 +85,14 @@ def test_the_same_command_goes_on_where_it_was_whatever_it_resumed_from(start):
 
 
 @pytest.mark.first
+def test_a_run_that_is_to_stop_before_it_trains_leaves_all_as_it_was(start):
+    told, _ = start('stop_before_training')
+    assert told['stopped']['end'].startswith('Preempted')
+    for what in ('tags', 'latest', 'metrics'):
+        assert told['stopped'][what] == told['first'][what]
+    assert 'Train: [1/2]' not in told['stopped']['log']
+
+
 def test_other_class_folders_are_refused_before_anything_is_done(start):
     told, root = start('rename_classes', changes_data=True)
     tag = root / 'out' / 'small' / 'ckpt_epoch_0'

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from internvl_ds.dist.signals import SIGNALS
 from internvl_ds.errors import DataError
 from internvl_ds.files import forks
 from internvl_ds.train.workers import Loader
@@ -49,6 +50,15 @@ def test_a_worker_that_stands_still_is_named_at_the_limit():
 def test_an_error_in_a_worker_is_that_error():
     with pytest.raises(AttributeError, match='no_such_name'):
         list(Loader([0], num_workers=1, limit=60, collate_fn=lambda batch: os.no_such_name))
+
+
+def test_a_signal_between_the_fork_and_the_beginning_is_ignored():
+    loader = Loader(Drawn(), num_workers=2, limit=60, begin_within=5)
+    forks.at_fork('signals', lambda: [os.kill(os.getpid(), number) for number in SIGNALS])
+    try:
+        assert len(list(loader)) == len(Drawn())
+    finally:
+        forks.forget('signals')
 
 
 class Drawn:

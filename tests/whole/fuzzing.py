@@ -33,8 +33,8 @@ from internvl_ds.config.tree import default_config, get_config
 from internvl_ds.errors import InternvlDsError
 from internvl_ds.tools.cli import main as command
 from internvl_ds.tools.tune.records import Records
+from internvl_ds.tools.tune.search_space import parse_space, read_space
 from internvl_ds.tools.tune.session import same_settings
-from internvl_ds.tools.tune.space import parse_space, read_space
 from internvl_ds.tools.tune.trial import _measured
 from internvl_ds.train.log import MetricsLog
 from internvl_ds.train.position import Position

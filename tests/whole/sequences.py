@@ -44,6 +44,7 @@ def make_config(output: str, orders: dict[str, Any]) -> CfgNode:
         'TRAIN': {'START_EPOCH': 0, 'ACCUMULATION_STEPS': orders['accumulation']},
         'CHECKPOINT': {
             'ASYNC': orders['background'],
+            'FROZEN': 'once' if orders['seed'] % 4 else 'keep',
             'KEEP_BEST': best,
             'KEEP_EVERY': every,
             'KEEP_STEPS': steps,

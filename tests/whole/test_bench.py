@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.bench import bridge, checkpoint, elastic, ema, loads, memory, pretrained, saves
+from tests.bench import bridge, checkpoint, elastic, ema, frozen, loads, memory, pretrained, saves
 from tests.bench.figures import (
     Pair,
     paired_ratios,
@@ -217,3 +217,16 @@ def test_the_average_is_measured_beside_gathering(tmp_path, capsys):
     assert report['seconds'].keys() == {'sharded', 'gather and average on rank 0'}
     assert report['memory'] > 0
     assert 'memory of the average a rank' in capsys.readouterr().out
+
+
+@pytest.mark.ranks
+def test_a_probes_tag_is_its_trained_part_and_a_constant(tmp_path):
+    """Whatever is frozen: that much is written, and so a tag of 6B is known from a small one."""
+    small, large = (frozen.measure(size, 1, tmp_path / str(size)) for size in (0.2, 3))
+    assert large['frozen bytes'] > 8 * small['frozen bytes']
+    for how in ('once', 'omit'):
+        rests = [frozen.constant(found, how) for found in (small, large)]
+        # Names and shapes of as many tensors; alignments to 64 bytes; digits of the shapes.
+        assert rests[0] == pytest.approx(rests[1], rel=0.05), how
+        assert large['keep']['bytes'] > large['frozen bytes'] > 20 * large[how]['bytes'], how
+    assert large['once']['frozen'] > 0.99 * large['frozen bytes']

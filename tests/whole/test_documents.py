@@ -8,7 +8,7 @@ from tests.harness.ranks import ROOT
 
 DOCUMENTS = sorted(
     path.relative_to(ROOT)
-    for folder in ('', 'launch', 'ds_configs', 'tests/data/recorded_tags')
+    for folder in ('', 'docs', 'launch', 'ds_configs', 'tests/data/recorded_tags')
     for path in (ROOT / folder).glob('*.md')
 )
 ROOMS = 'zero|config|dist|engine|checkpoint|pretrained|tools|train|files'

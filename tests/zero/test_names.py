@@ -57,7 +57,7 @@ STAGE_3 = 'DeepSpeedZeroOptimizer_Stage3'
 TABLE = [
     Names(ENGINE, ENGINE_CLASS, 'wrapper',
           'basic_optimizer param_names _config _copy_recovery_script _get_shared_params '
-          '_get_all_ckpt_names', '0.18.9'),
+          '_get_all_ckpt_names _get_param_fragment_func', '0.18.9'),
     Names(ENGINE, ENGINE_CLASS, 'wrapper', '_running_engine_step', '0.19.8'),
     Names(ENGINE, ENGINE_CLASS, 'guards',
           '_backward_prologue _backward_prologue_per_tensor _running_engine_backward '

@@ -60,7 +60,7 @@ def allowing() -> Iterator[None]:
     torch keeps its list for the whole process, and a thread that leaves takes its entries away from
     the others: one thread at a time reads, where several verify or save.
     """
-    with _reading, torch.serialization.safe_globals(allowed_globals()), _bounded():
+    with _reading, torch.serialization.safe_globals(allowed_globals()), _bound_builtins():
         yield
 
 
@@ -68,16 +68,16 @@ _reading = threading.Lock()
 
 
 @contextmanager
-def _bounded() -> Iterator[None]:
+def _bound_builtins() -> Iterator[None]:
     """Puts functions that copy in the place of two of torch's own list that can grow."""
-    known = _weights_only_unpickler._get_allowed_globals()
-    bounded = {'builtins.bytearray': _bytearray, '_codecs.encode': _encode}
-    before = {name: known[name] for name in bounded.keys() & known.keys()}
-    known.update({name: bounded[name] for name in before})
+    table = _weights_only_unpickler._get_allowed_globals()
+    copies = {'builtins.bytearray': _bytearray, '_codecs.encode': _encode}
+    before = {name: table[name] for name in copies.keys() & table.keys()}
+    table.update({name: copies[name] for name in before})
     try:
         yield
     finally:
-        known.update(before)
+        table.update(before)
 
 
 def _bytearray(data: bytes | str = b'', encoding: str = '') -> bytearray:
@@ -94,8 +94,8 @@ def _encode(text: str, encoding: str) -> bytes:
 
 def refused_class(error: Exception) -> str | None:
     """The class or function for which torch refused a file; None where it failed otherwise."""
-    found = (pattern.search(str(error)) for pattern in _REFUSALS)
-    return next((match.group(1) for match in found if match), None)
+    matches = (pattern.search(str(error)) for pattern in _REFUSALS)
+    return next((match.group(1) for match in matches if match), None)
 
 
 def reason_of(error: Exception) -> str:
@@ -131,6 +131,6 @@ def _enums() -> tuple[type[enum.Enum], ...]:
 
 def _enum_member(owner: Any, name: Any) -> enum.Enum:
     """Stands for ``getattr`` in a file: a member of one of `_enums`, and nothing else."""
-    if not any(owner is known for known in _enums()) or name not in owner.__members__:
+    if not any(owner is kind for kind in _enums()) or name not in owner.__members__:
         raise pickle.UnpicklingError(f'unrecognized function getattr of {owner} and {name!r}')
     return owner.__members__[name]

@@ -46,11 +46,7 @@ _FORMS: tuple[Callable[[str], str], ...] = (
 
 
 def saved_state(shards: TagShards) -> dict[str, Any]:
-    """What a tag keeps beside its tensors: its state.json, or a script's client_state.
-
-    Raises:
-        CheckpointError: when it cannot be read.
-    """
+    """What a tag keeps beside its tensors: its state.json, or a script's client_state."""
     state = state_of(shards.tag)
     if not state:
         with interpreting(shards.tag, CheckpointError):
@@ -72,41 +68,40 @@ def holds_average(shards: TagShards) -> bool:
 
 
 def average_of(shards: TagShards) -> dict[str, torch.Tensor]:
-    """Parameter or buffer -> averaged tensor, of what `holds_average` found.
+    """Parameter or buffer -> averaged tensor, where `holds_average`.
 
-    Raises:
-        CheckpointMismatch: where names are not the model's, stand for two parameters, or leave a
-            trained one out.
+    CheckpointMismatch for names that are not the model's, stand for two parameters, or leave a
+    trained one out.
     """
-    kept, aliases = shards.head[_AVERAGE], shards.aliases()
+    entries, aliases = shards.head[_AVERAGE], shards.aliases()
     where = f'{shards.tag}: its {_AVERAGE}'
     tables = [_table(shards, form) for form in _FORMS]
-    meant = next((table for table in tables if kept.keys() <= table.keys()), None)
-    if meant is None:
-        strange = min(([k for k in kept if k not in table] for table in tables), key=len)
+    names_of = next((table for table in tables if entries.keys() <= table.keys()), None)
+    if names_of is None:
+        strangers = min(([k for k in entries if k not in table] for table in tables), key=len)
         raise CheckpointMismatch(
-            f'{where} is of another model: {len(strange)} names are not in it: {few(strange)}'
+            f'{where} is of another model: {len(strangers)} names are not in it: {few(strangers)}'
         )
-    for key in kept:
-        if len(meant[key]) > 1:
+    for key in entries:
+        if len(names_of[key]) > 1:
             raise CheckpointMismatch(
-                f'{where} keeps one average, {key}, for {" and for ".join(sorted(meant[key]))}: '
+                f'{where} keeps one average, {key}, for {" and for ".join(sorted(names_of[key]))}: '
                 'it is that of one of them, and does not say which'
             )
-    found: dict[str, torch.Tensor] = {}
-    for key, tensor in kept.items():
-        (name,) = meant[key]
-        if name in found and not torch.equal(found[name], tensor):
+    averages: dict[str, torch.Tensor] = {}
+    for key, tensor in entries.items():
+        (name,) = names_of[key]
+        if name in averages and not torch.equal(averages[name], tensor):
             raise CheckpointMismatch(f'{where} has two averages of {name}, which is tied')
-        found[name] = tensor
-    trained = (name for group in shards.groups() for name in group if name)
-    missing = [name for name in trained if aliases.get(name, name) not in found]
-    if missing:
+        averages[name] = tensor
+    trained_names = (name for group in shards.groups() for name in group if name)
+    gaps = [name for name in trained_names if aliases.get(name, name) not in averages]
+    if gaps:
         raise CheckpointMismatch(
-            f'{where} is of another model: {len(missing)} trained parameters are not in it: '
-            f'{few(missing)}'
+            f'{where} is of another model: {len(gaps)} trained parameters are not in it: '
+            f'{few(gaps)}'
         )
-    return found
+    return averages
 
 
 def _table(shards: TagShards, form: Callable[[str], str]) -> dict[str, set[str]]:
@@ -141,18 +136,18 @@ def _in_own_words(shards: TagShards) -> dict[str, Any]:
 
 def _loss_scale(shards: TagShards) -> dict[str, Any] | None:
     """A loss scale that moves, as DeepSpeed keeps it in the optimizer's state."""
-    kept = shards.head.get('optimizer') or {}  # stage 0
+    values = shards.head.get('optimizer') or {}  # stage 0
     if shards.zero_stage and shards.optim_files:
         optimizer = shards.read(shards.optim_files[0])['optimizer_state_dict']
-        kept = getattr(optimizer.get('loss_scaler'), '__dict__', {})
-        kept = {**kept, 'dynamic_loss_scale': optimizer.get('dynamic_loss_scale')}
-    if not kept.get('dynamic_loss_scale') or 'cur_scale' not in kept:
+        values = getattr(optimizer.get('loss_scaler'), '__dict__', {})
+        values = {**values, 'dynamic_loss_scale': optimizer.get('dynamic_loss_scale')}
+    if not values.get('dynamic_loss_scale') or 'cur_scale' not in values:
         return None
-    successes = kept['cur_iter'] - kept['last_overflow_iter'] - 2
+    successes = values['cur_iter'] - values['last_overflow_iter'] - 2
     return {
-        'scale': kept['cur_scale'],
-        '_growth_tracker': max(0, successes) % kept['scale_window'],
-        'hysteresis_left': kept.get('cur_hysteresis', 1),
+        'scale': values['cur_scale'],
+        '_growth_tracker': max(0, successes) % values['scale_window'],
+        'hysteresis_left': values.get('cur_hysteresis', 1),
     }
 
 
@@ -165,14 +160,14 @@ def _position(shards: TagShards, state: Mapping[str, Any], config: Any) -> dict[
     group = int(shards.ds_config.get('gradient_accumulation_steps') or 1)
     if group == 1:
         return None
-    found = schedule_of_original({**state, 'config': config})
-    if found is None:
+    schedule = schedule_of_original({**state, 'config': config})
+    if schedule is None:
         position, rest = shards.global_steps * group, 0
     else:
-        position = found['position']
+        position = schedule['position']
         rest = position // (state['epoch'] + 1) % group  # of an epoch, after its last whole update
-    moved = position - rest - 1
-    return {'counts': MICRO_BATCHES, 'position': position, 'moved': moved, 'group': group}
+    move = position - rest - 1
+    return {'counts': MICRO_BATCHES, 'position': position, 'moved': move, 'group': group}
 
 
 def _number(value: Any) -> float | None:

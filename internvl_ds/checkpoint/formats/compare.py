@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -22,6 +22,7 @@ from internvl_ds.zero.lazy_tensor import Flat
 
 _NUMBERS = ('epoch', 'max_accuracy', 'max_accuracy_ema', 'ema_decay')
 _PIECE = 1 << 24  # elements compared at a time
+_T = TypeVar('_T')
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,7 @@ class Difference:
 
 
 def contents_of(path: Path) -> Contents:
-    """Opens a tag, an original's .pth, a .safetensors or its index. Nothing is read yet.
-
-    Raises:
-        CheckpointError: when it is none of these, or cannot be read.
-    """
+    """Opens a tag, an original's .pth, a .safetensors or its index. No tensor is read yet."""
     if path.is_dir():
         with interpreting(path, CheckpointError):
             return _contents_of_tag(path)
@@ -77,15 +74,15 @@ def differences(a: Contents, b: Contents) -> Iterator[Difference]:
             yield Difference(name, f'shape {tuple(one.shape)} and {tuple(other.shape)}')
         elif one.numel != other.numel:
             yield Difference(name, f'{one.numel} and {other.numel} elements')
-        elif (found := _compared(one, other)) is not None:
-            yield Difference(name, *found)
+        elif (difference := _compare(one, other)) is not None:
+            yield Difference(name, *difference)
     for name in sorted(a.numbers.keys() | b.numbers.keys()):
         left, right = a.numbers.get(name), b.numbers.get(name)
         if left != right:
             yield Difference(name, f'{left} and {right}')
 
 
-def _compared(one: Flat, other: Flat) -> tuple[str, float] | None:
+def _compare(one: Flat, other: Flat) -> tuple[str, float] | None:
     count, largest = 0, 0.0
     for start in range(0, one.numel, _PIECE):
         size = min(_PIECE, one.numel - start)
@@ -107,33 +104,33 @@ def _compared(one: Flat, other: Flat) -> tuple[str, float] | None:
 def _contents_of_tag(tag: Path) -> Contents:
     shards = TagShards(tag)
     state = saved_state(shards)
-    tensors = _prefixed('model', weights_of_tag(shards))
+    tensors = _prefix('model', weights_of_tag(shards))
     numbers = _known_numbers(state)
     if shards.optim_files or shards.head.get('optimizer'):
-        saved = shards.named_state(state.get('optimizer_groups'))
-        saved.require_all_named()
-        tensors |= _moments(saved.moments)
-        numbers |= _steps(saved.steps)
+        named_state = shards.named_state(state.get('optimizer_groups'))
+        named_state.require_all_named()
+        tensors |= _of_optimizer(named_state.moments)
+        numbers |= _of_optimizer(named_state.steps)
     average = EmaFiles(tag)
     if average:
-        tensors |= _prefixed('ema', ema_flats(average))
+        tensors |= _prefix('ema', ema_flats(average))
     return Contents(tensors, numbers)
 
 
 def _contents_of_file(source: Mapping[str, Any], where: str) -> Contents:
-    weights = _stripped(weights_of_file(source, where))
-    tensors = _prefixed('model', _flats(where, weights))
+    weights = _strip(weights_of_file(source, where))
+    tensors = _prefix('model', _flats(where, weights))
     numbers = _known_numbers(source)
     optimizer = source.get('optimizer')
     if isinstance(optimizer, Mapping) and 'param_groups' in optimizer:
         groups = _group_names(optimizer, weights)
-        kept = state_by_order(where, optimizer, groups, weights)
-        if kept.unnamed:
-            raise CheckpointMismatch(f'{where}: {kept.unnamed}, and cannot be compared')
-        tensors |= _moments(kept.moments)
-        numbers |= _steps(kept.steps)
+        state = state_by_order(where, optimizer, groups, weights)
+        if state.unnamed:
+            raise CheckpointMismatch(f'{where}: {state.unnamed}, and cannot be compared')
+        tensors |= _of_optimizer(state.moments)
+        numbers |= _of_optimizer(state.steps)
     if isinstance(source.get('model_ema'), Mapping):
-        tensors |= _prefixed('ema', _flats(where, _stripped(source['model_ema'])))
+        tensors |= _prefix('ema', _flats(where, _strip(source['model_ema'])))
     return Contents(tensors, numbers)
 
 
@@ -155,22 +152,22 @@ def _group_names(optimizer: Mapping[str, Any], weights: Mapping[str, Any]) -> li
         if group.get('param_names'):
             groups.append(list(group['param_names']))
             continue
-        found = []
+        group_names = []
         for key in group['params']:
             state = optimizer['state'].get(key, {}).values()
-            held = [t.shape for t in state if isinstance(t, torch.Tensor) and t.dim()]
-            name = next((n for n in names if not held or weights[n].shape == held[0]), None)
+            shapes = [t.shape for t in state if isinstance(t, torch.Tensor) and t.dim()]
+            name = next((n for n in names if not shapes or weights[n].shape == shapes[0]), None)
             if name is None:
                 raise CheckpointMismatch(
                     f'parameter {key} of its optimizer fits no tensor of its model in order: only '
                     'checkpoints whose optimizer follows the order of the model can be compared'
                 )
-            found.append(name)
-        groups.append(found)
+            group_names.append(name)
+        groups.append(group_names)
     return groups
 
 
-def _stripped(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _strip(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name.removeprefix('module.'): tensor for name, tensor in weights.items()}
 
 
@@ -178,13 +175,9 @@ def _flats(where: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, Flat]:
     return {name: Flat.of(f'{where}: {name}', tensor) for name, tensor in tensors.items()}
 
 
-def _prefixed(prefix: str, flats: Mapping[str, Flat]) -> dict[str, Flat]:
+def _prefix(prefix: str, flats: Mapping[str, Flat]) -> dict[str, Flat]:
     return {f'{prefix}/{name}': flat for name, flat in flats.items()}
 
 
-def _moments(moments: Mapping[str, Mapping[str, Flat]]) -> dict[str, Flat]:
-    return {f'optimizer/{n}/{key}': f for n, kept in moments.items() for key, f in kept.items()}
-
-
-def _steps(steps: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    return {f'optimizer/{n}/{key}': v for n, kept in steps.items() for key, v in kept.items()}
+def _of_optimizer(state: Mapping[str, Mapping[str, _T]]) -> dict[str, _T]:
+    return {f'optimizer/{n}/{key}': v for n, values in state.items() for key, v in values.items()}

@@ -36,11 +36,6 @@ class EmaFiles:
     """
 
     def __init__(self, tag: Path) -> None:
-        """Finds it.
-
-        Raises:
-            CheckpointError: when the manifest cannot be read, or the states of a tag without one.
-        """
         self.tag = tag
         self._manifest = read_manifest(tag)
         self.of_script = self._manifest is None and holds_average(TagShards(tag))
@@ -53,20 +48,16 @@ class EmaFiles:
 
     @cached_property
     def header(self) -> dict[str, str]:
-        """Of a sharded average: decay, num_updates, warmup, zero_stage and world_size.
-
-        Raises:
-            CheckpointError: when it cannot be read.
-        """
+        """Of a sharded average: decay, num_updates, warmup, zero_stage and world_size."""
         with self.open(shard_name(0)) as file:
             header = file.metadata() or {}
         with interpreting(self.tag / shard_name(0), CheckpointError):
             decay, warmup = float(header['decay']), parse_json(header.get('warmup', 'null'))
             numbers = [int(header[k]) for k in ('num_updates', 'zero_stage', 'world_size')]
-            known = warmup is None or (
+            is_valid = warmup is None or (
                 warmup.keys() <= _WARMUP and all(float(v) >= 0 for v in warmup.values())
             )
-            if not (known and 0 <= decay <= 1 and min(numbers) >= 0):
+            if not (is_valid and 0 <= decay <= 1 and min(numbers) >= 0):
                 raise ValueError(f'decay {decay}, numbers {numbers}, warmup {brief(warmup)}')
         return header
 
@@ -76,11 +67,7 @@ class EmaFiles:
             return sorted(file.keys())
 
     def tensor(self, rank: int, name: str) -> torch.Tensor:
-        """One tensor of one rank's part.
-
-        Raises:
-            CheckpointError: when the rank's file or the tensor is missing.
-        """
+        """One tensor of one rank's part; CheckpointError where file or tensor is missing."""
         with self.open(shard_name(rank)) as file:
             if name not in file.keys():  # noqa: SIM118
                 raise CheckpointError(f'{self.tag / shard_name(rank)}: has no {name}')
@@ -88,11 +75,7 @@ class EmaFiles:
 
     @contextmanager
     def open(self, name: str) -> Iterator[Any]:
-        """Opens one of the files, and makes sure that it is this tag's.
-
-        Raises:
-            CheckpointError: when it cannot be read, or is another rank's or another save's.
-        """
+        """Opens one of the files; CheckpointError for another rank's or another save's."""
         path = self.tag / name
         with open_safetensors(path) as file:
             if self._manifest is not None:
@@ -102,11 +85,7 @@ class EmaFiles:
 
 @contextmanager
 def open_safetensors(path: Path) -> Iterator[Any]:
-    """Opens a file of tensors.
-
-    Raises:
-        CheckpointError: when it cannot be read.
-    """
+    """Opens a file of tensors; CheckpointError where it cannot be read."""
     try:
         with tensor_files.open_safetensors(path) as file:
             yield file

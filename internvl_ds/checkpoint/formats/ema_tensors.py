@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,14 +22,23 @@ from internvl_ds.engine.ema import ShardedEma
 from internvl_ds.engine.ema_shard import EmaFile
 from internvl_ds.engine.registry import applied_updates, wrapper_of
 from internvl_ds.errors import CheckpointError
+from internvl_ds.files.reading import parse_json
 from internvl_ds.zero.lazy_tensor import Flat
 
+# In the header of a whole average: the names of what is as the tag's weights are.
+_AS_IN_MODEL = 'as_in_model'
 
-def ema_file(model_ema: Any) -> EmaFile | None:
+
+def ema_file(model_ema: Any, frozen: Mapping[str, torch.Tensor] | None = None) -> EmaFile | None:
     """What this rank writes of an average: its part of a sharded one; rank 0 the whole of timm's.
 
+    Args:
+        model_ema: the average.
+        frozen: parameters of the model that stand apart from a tag: of these a whole average leaves
+            out what is the same.
+
     Raises:
-        CheckpointError: for what is no average, or one that holds no values.
+        CheckpointError: for what is no average, or holds no values.
     """
     if model_ema is None:
         return None
@@ -43,8 +54,14 @@ def ema_file(model_ema: Any) -> EmaFile | None:
         )
     if rank() != 0:
         return None
-    state = module.state_dict()
-    return EmaFile(WHOLE, {n.removeprefix('module.'): t for n, t in state.items()}, None)
+    state = {n.removeprefix('module.'): t for n, t in module.state_dict().items()}
+    same = [n for n, t in (frozen or {}).items() if n in state and _same(state[n], t)]
+    metadata = {_AS_IN_MODEL: json.dumps(same)} if same else None
+    return EmaFile(WHOLE, {n: t for n, t in state.items() if n not in set(same)}, metadata)
+
+
+def _same(averaged: torch.Tensor, tensor: torch.Tensor) -> bool:
+    return torch.equal(averaged, tensor.to(averaged))
 
 
 def _ema_module(model_ema: Any) -> nn.Module:
@@ -59,84 +76,95 @@ def _ema_module(model_ema: Any) -> nn.Module:
     )
 
 
-def ema_flats(saved: EmaFiles) -> dict[str, Flat]:
-    """Name -> averaged tensor of the model's state dict, from either kind of EMA in a tag.
+def warn_of_rounding(model_ema: Any, logger: logging.Logger) -> None:
+    """Says so where an average is kept in so low a precision that its updates round away.
 
-    Nothing is read yet.
-
-    Raises:
-        CheckpointError: when a file is missing or cannot be read.
+    A copy of the module of a bf16 or fp16 engine is; timm's ModelEmaV3 rounds bf16 at random.
     """
-    flats = _all_flats(saved)
-    return {name: flats[name] for name in TagShards(saved.tag).shapes() if name in flats}
+    if model_ema is None or isinstance(model_ema, ShardedEma):
+        return
+    types = {p.dtype for p in _ema_module(model_ema).parameters()}
+    low = types & {torch.bfloat16, torch.float16}
+    if getattr(model_ema, 'stochastic_rounding', False):
+        low -= {torch.bfloat16}
+    if low:
+        name = str(low.pop()).removeprefix('torch.')
+        logger.warning(
+            f'{type(model_ema).__name__} averages in {name}, where most of an update with '
+            f'decay {model_ema.decay} is rounded away: use '
+            'internvl_ds.ShardedEma(engine, decay), which averages the fp32 masters'
+        )
 
 
-def _all_flats(saved: EmaFiles) -> dict[str, Flat]:
+def ema_flats(files: EmaFiles) -> dict[str, Flat]:
+    """Name -> averaged tensor of the model's state dict, not read yet, from any EMA of a tag."""
+    flats = _all_flats(files)
+    return {name: flats[name] for name in TagShards(files.tag).shapes() if name in flats}
+
+
+def _all_flats(files: EmaFiles) -> dict[str, Flat]:
     """As `ema_flats`, with the buffers that are not persistent, where the average keeps them."""
-    path = saved.tag
-    if saved.whole:
-        with saved.open(WHOLE):
-            whole = weight_files.open_file(str(path / WHOLE))
-        return {name: Flat.of(f'{path}: {name}', t) for name, t in whole.items()}
+    path = files.tag
+    if files.whole:
+        with files.open(WHOLE) as file:
+            same = parse_json((file.metadata() or {}).get(_AS_IN_MODEL, '[]'))
+            tensors = weight_files.open_file(str(path / WHOLE))
+        weights = TagShards(path).named_weights() if same else {}
+        found = {name: weights[name] for name in same}
+        return found | {name: Flat.of(f'{path}: {name}', t) for name, t in tensors.items()}
     tag = TagShards(path)
-    if saved.of_script:
+    if files.of_script:
         weights = tag.named_weights()
         average = average_of(tag)
         weights.update({n: Flat.of(f'{path}: {n}', t) for n, t in average.items()})
         weights.update({alias: weights[name] for alias, name in tag.aliases().items()})
         return weights
-    names = saved.names()
+    names = files.names()
     shards = [n for n in names if n.startswith('shard/')]
     if tag.zero_stage:
-        read = functools.cache(lambda r, g: saved.tensor(r, shards[g]).reshape(-1))
-        averaged = tag.flats(read)
+        read = functools.cache(lambda r, g: files.tensor(r, shards[g]).reshape(-1))
+        averages = tag.flats(read)
     else:
-        averaged = {
-            n.removeprefix('shard/'): Flat.of(f'{path}: {n}', saved.tensor(0, n)) for n in shards
+        averages = {
+            n.removeprefix('shard/'): Flat.of(f'{path}: {n}', files.tensor(0, n)) for n in shards
         }
-    kept = {n.removeprefix('buffer/'): n for n in names if n.startswith('buffer/')}
-    buffers = {n: Flat.of(f'{path}: {key}', saved.tensor(0, key)) for n, key in kept.items()}
-    weights = {**tag.named_weights(), **averaged, **buffers}
+    keys = {n.removeprefix('buffer/'): n for n in names if n.startswith('buffer/')}
+    buffers = {n: Flat.of(f'{path}: {key}', files.tensor(0, key)) for n, key in keys.items()}
+    weights = {**tag.named_weights(), **averages, **buffers}
     weights.update({alias: weights[name] for alias, name in tag.aliases().items()})
     return weights
 
 
-def read_whole_ema(saved: EmaFiles) -> dict[str, torch.Tensor]:
+def read_whole_ema(files: EmaFiles) -> dict[str, torch.Tensor]:
     """Name -> averaged tensor, from either kind of EMA that a tag can hold."""
-    return {name: flat.whole() for name, flat in ema_flats(saved).items()}
+    return {name: flat.whole() for name, flat in ema_flats(files).items()}
 
 
 def load_whole_ema(model_ema: Any, weights: Any, where: str) -> None:
-    """Copies whole averaged weights by name into any kind of average.
-
-    Raises:
-        CheckpointMismatch: for weights of another model.
-    """
-    stripped = {name.removeprefix('module.'): t for name, t in weights.items()}
+    """Copies whole averaged weights by name into any kind of average of the same model."""
+    tensors = {name.removeprefix('module.'): t for name, t in weights.items()}
     if isinstance(model_ema, ShardedEma):
-        flats = {name: Flat.of(f'{where}: {name}', t) for name, t in stripped.items()}
+        flats = {name: Flat.of(f'{where}: {name}', t) for name, t in tensors.items()}
         model_ema.load_whole(flats, where)
         return
     module = _ema_module(model_ema)
-    wrapped = all(name.startswith('module.') for name in module.state_dict())
-    load_weights(module, {f'module.{n}' if wrapped else n: t for n, t in stripped.items()}, where)
+    has_prefix = all(name.startswith('module.') for name in module.state_dict())
+    load_weights(module, {f'module.{n}' if has_prefix else n: t for n, t in tensors.items()}, where)
 
 
-def ema_fits_directly(model_ema: ShardedEma, saved: EmaFiles) -> bool:
+def ema_fits_directly(model_ema: ShardedEma, files: EmaFiles) -> bool:
     """Whether a tag's sharded average was cut as this one is."""
-    header, engine = saved.header, model_ema.engine
+    header, engine = files.header, model_ema.engine
     running = (wrapper_of(engine).stage, world_size())
     return (int(header['zero_stage']), int(header['world_size'])) == running and same_groups(
-        engine, TagShards(saved.tag)
+        engine, TagShards(files.tag)
     )
 
 
 def count_on(model_ema: Any, updates: int | None, where: object, logger: logging.Logger) -> None:
     """Counts the updates of an average whose checkpoint does not say their number, for its warm-up.
 
-    Args:
-        updates: of the weights; None for as many as the engine has applied.
-        where: the checkpoint, for the log.
+    ``updates``: of the weights; None for as many as the engine has applied.
     """
     if isinstance(model_ema, ShardedEma):
         applied = applied_updates(model_ema.engine)
@@ -147,8 +175,8 @@ def count_on(model_ema: Any, updates: int | None, where: object, logger: logging
         )
 
 
-def load_other_ema(model_ema: ShardedEma, saved: EmaFiles) -> None:
+def load_other_ema(model_ema: ShardedEma, files: EmaFiles) -> None:
     """Takes this rank's part of an average that was cut in another way."""
-    model_ema.load_whole(_all_flats(saved), str(saved.tag))
-    if saved.sharded:
-        model_ema.take_header(saved.header)
+    model_ema.load_whole(_all_flats(files), str(files.tag))
+    if files.sharded:
+        model_ema.take_header(files.header)

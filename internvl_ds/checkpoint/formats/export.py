@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import mmap
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -19,6 +18,7 @@ from yacs.config import CfgNode
 from internvl_ds.checkpoint.formats.client_state import saved_state
 from internvl_ds.checkpoint.formats.ema_files import EmaFiles
 from internvl_ds.checkpoint.formats.ema_tensors import ema_flats
+from internvl_ds.checkpoint.formats.tensor_files import safetensors_header
 from internvl_ds.checkpoint.formats.zero_shards import TagShards
 from internvl_ds.checkpoint.sources.open_weights import open_weights
 from internvl_ds.engine.param_groups import PER_GROUP_LISTS
@@ -28,12 +28,6 @@ from internvl_ds.files.reading import parse_yaml
 from internvl_ds.zero.lazy_tensor import Flat, NamedState
 from internvl_ds.zero.loss_scale import LossScale
 
-_SAFETENSORS_DTYPES = {
-    torch.float64: 'F64', torch.float32: 'F32', torch.float16: 'F16', torch.bfloat16: 'BF16',
-    torch.int64: 'I64', torch.int32: 'I32', torch.int16: 'I16', torch.int8: 'I8',
-    torch.uint8: 'U8', torch.bool: 'BOOL',
-}  # fmt: skip
-
 
 def write_original(tag: Path, target: Path) -> None:
     """Writes what the original's ``save_checkpoint`` would have: its code can resume from it.
@@ -41,51 +35,48 @@ def write_original(tag: Path, target: Path) -> None:
     Args:
         tag: a tag of ours, or of plain DeepSpeed with what its client_state says.
         target: the .pth file; replaced when all of it is on disk.
-
-    Raises:
-        CheckpointError: when the tag cannot be read, or the file not be written.
     """
     shards = TagShards(tag)
-    kept = saved_state(shards)
-    scale = kept.get('loss_scale') or {}
+    state = saved_state(shards)
+    scale = state.get('loss_scale') or {}
     first = LossScale().state_dict()  # for a run in fp32 or bf16, which has no loss scale
     del first['hysteresis_left']  # which torch.amp.GradScaler does not have
     settings = shards.settings()
-    merged = [list(group['param_names']) for group in settings]
-    groups = kept.get('optimizer_groups') or merged
-    index_of = {name: i for i, names in enumerate(merged) for name in names}
+    engine_groups = [list(group['param_names']) for group in settings]
+    groups = state.get('optimizer_groups') or engine_groups
+    index_of = {name: i for i, names in enumerate(engine_groups) for name in names}
     # Frozen parameters may be in the client's groups; an empty group has no settings of its own.
-    became = [next((index_of[n] for n in names if n in index_of), 0) for names in groups]
-    saved = shards.named_state(groups)
-    saved.require_all_named()
+    indices = [next((index_of[n] for n in names if n in index_of), 0) for names in groups]
+    source = shards.named_state(groups)
+    source.require_all_named()
     fillers: dict[int, Flat] = {}
     tree: dict[str, Any] = {
-        'model': _blank_weights(shards.in_order(saved.weights()), saved.aliases, fillers),
-        'optimizer': _blank_optimizer(saved, groups, became, settings, fillers),
-        'optimizer_class': kept.get('optimizer_class'),
-        'lr_scheduler': _expanded(kept.get('lr_scheduler'), became, len(merged)),
-        'schedule': kept.get('schedule'),  # what it counts, for a load of ours
-        'max_accuracy': kept.get('max_accuracy') or 0.0,
-        'epoch': kept.get('epoch'),
-        'config': CfgNode(parse_yaml(kept['config'])) if kept.get('config') else None,
+        'model': _blank_weights(shards.in_order(source.weights()), source.aliases, fillers),
+        'optimizer': _blank_optimizer(source, groups, indices, settings, fillers),
+        'optimizer_class': state.get('optimizer_class'),
+        'lr_scheduler': _expand(state.get('lr_scheduler'), indices, len(engine_groups)),
+        'schedule': state.get('schedule'),  # what it counts, for a load of ours
+        'max_accuracy': state.get('max_accuracy') or 0.0,
+        'epoch': state.get('epoch'),
+        'config': CfgNode(parse_yaml(state['config'])) if state.get('config') else None,
         'amp': {key: scale.get(key, value) for key, value in first.items()},
-        'max_accuracy_ema': kept.get('max_accuracy_ema'),
-        'ema_decay': kept.get('ema_decay'),
+        'max_accuracy_ema': state.get('max_accuracy_ema'),
+        'ema_decay': state.get('ema_decay'),
     }
-    if kept.get('class_names'):
-        tree['class_names'] = kept['class_names']
-    saved_average = EmaFiles(tag)
-    if saved_average:
-        average = shards.in_order(ema_flats(saved_average))
-        tree['model_ema'] = _blank_weights(average, saved.aliases, fillers)
+    if state.get('class_names'):
+        tree['class_names'] = state['class_names']
+    ema_files = EmaFiles(tag)
+    if ema_files:
+        average = shards.in_order(ema_flats(ema_files))
+        tree['model_ema'] = _blank_weights(average, source.aliases, fillers)
     try:
         with replacing(target) as file:
             # The file that is open, whatever its name is meanwhile: torch takes names only here.
-            opened = f'/proc/self/fd/{file.fileno()}'
+            proc_path = f'/proc/self/fd/{file.fileno()}'
             with torch.serialization.skip_data():
-                torch.save(tree, opened)
+                torch.save(tree, proc_path)
             with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
-                _fill_tree(open_weights(opened), tree, fillers)
+                _fill_tree(open_weights(proc_path), tree, fillers)
     except OSError as error:
         raise CheckpointError(f'{target}: cannot be written: {error}') from error
 
@@ -101,9 +92,6 @@ def write_safetensors(
         dtype: of floating-point tensors in the file.
         ema: the averaged weights in place of the trained ones.
         largest: bytes of a file; more are several files with an index beside them.
-
-    Raises:
-        CheckpointError: when the tag holds no average, cannot be read, or a file not be written.
     """
     average = EmaFiles(tag)
     if ema and not average:
@@ -162,21 +150,21 @@ def _blank(flat: Flat, fillers: dict[int, Flat]) -> torch.Tensor:
 
 
 def _blank_optimizer(
-    saved: NamedState,
+    source: NamedState,
     groups: list[list[str]],
-    became: list[int],
+    indices: list[int],
     settings: list[dict[str, Any]],
     fillers: dict[int, Flat],
 ) -> dict[str, Any]:
     """A torch optimizer's state dict, its parameters numbered through the groups."""
     state, param_groups, number = {}, [], 0
-    for names, index in zip(groups, became, strict=True):
-        own = {k: v for k, v in settings[index].items() if k != 'param_names'}
+    for names, index in zip(groups, indices, strict=True):
+        values = {k: v for k, v in settings[index].items() if k != 'param_names'}
         numbers = list(range(number, number + len(names)))
-        param_groups.append({**own, 'param_names': list(names), 'params': numbers})
+        param_groups.append({**values, 'param_names': list(names), 'params': numbers})
         for name in names:
-            flats = dict(saved.moments.get(name, {}))
-            for key, value in saved.steps.get(name, {}).items():
+            flats = dict(source.moments.get(name, {}))
+            for key, value in source.steps.get(name, {}).items():
                 flats[key] = Flat.of(key, torch.tensor(value))
             if flats:
                 state[number] = {key: _blank(flat, fillers) for key, flat in flats.items()}
@@ -184,39 +172,39 @@ def _blank_optimizer(
     return {'state': state, 'param_groups': param_groups}
 
 
-def _expanded(schedule: Any, became: list[int], groups: int) -> Any:
+def _expand(schedule: Any, indices: list[int], groups: int) -> Any:
     """A scheduler's state for the client's groups: a value for each of them."""
     if not isinstance(schedule, Mapping):
         return schedule
     return {
-        key: [value[i] for i in became]
+        key: [value[i] for i in indices]
         if key in PER_GROUP_LISTS and isinstance(value, list) and len(value) == groups
         else value
         for key, value in schedule.items()
     }
 
 
-def _fill_tree(written: Any, blank: Any, fillers: Mapping[int, Flat]) -> None:
+def _fill_tree(target: Any, blank: Any, fillers: Mapping[int, Flat]) -> None:
     if isinstance(blank, torch.Tensor):
         if blank.numel():
-            fillers[id(blank)].copy_to(written.view(-1))
+            fillers[id(blank)].copy_to(target.view(-1))
     elif isinstance(blank, Mapping):
         for key, value in blank.items():
-            _fill_tree(written[key], value, fillers)
+            _fill_tree(target[key], value, fillers)
     elif isinstance(blank, list | tuple):
-        for item, value in zip(written, blank, strict=True):
+        for item, value in zip(target, blank, strict=True):
             _fill_tree(item, value, fillers)
 
 
 def _split(flats: Mapping[str, Flat], dtype: torch.dtype, largest: int) -> list[list[str]]:
     """The names in each file: in order, none above ``largest`` but for a single tensor."""
     parts: list[list[str]] = [[]]
-    left = largest
+    room = largest
     for name, flat in flats.items():
-        left -= _size(flat, dtype)
-        if parts[-1] and left < 0:
+        room -= _size(flat, dtype)
+        if parts[-1] and room < 0:
             parts.append([])
-            left = largest - _size(flat, dtype)
+            room = largest - _size(flat, dtype)
         parts[-1].append(name)
     return parts
 
@@ -232,18 +220,9 @@ def _size(flat: Flat, dtype: torch.dtype) -> int:
 def _write_safetensors(
     file: IO[bytes], flats: Mapping[str, Flat], dtype: torch.dtype, classes: list[str] | None
 ) -> None:
-    """The format is 8 bytes of length, a JSON header, and the tensors' bytes one after another."""
-    named = {'class_names': json.dumps(classes)} if classes else {}  # metadata is text only
-    header: dict[str, Any] = {'__metadata__': {'format': 'pt', **named}}
-    offset = 0
-    for name, flat in flats.items():
-        end = offset + _size(flat, dtype)
-        kind = _SAFETENSORS_DTYPES[_dtype_in_file(flat, dtype)]
-        header[name] = {'dtype': kind, 'shape': list(flat.shape), 'data_offsets': [offset, end]}
-        offset = end
-    text = json.dumps(header).encode()
-    text += b' ' * (-len(text) % 8)
-    file.write(struct.pack('<Q', len(text)) + text)
+    metadata = {'class_names': json.dumps(classes)} if classes else {}  # metadata is text only
+    kinds = {name: (_dtype_in_file(flat, dtype), flat.shape) for name, flat in flats.items()}
+    file.write(safetensors_header(kinds, {'format': 'pt', **metadata}))
     for flat in flats.values():
         if flat.numel:
             tensor = flat.whole(_dtype_in_file(flat, dtype)).contiguous()

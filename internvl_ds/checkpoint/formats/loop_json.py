@@ -21,55 +21,47 @@ class SavedLoop:
     def __init__(self, path: Path, saved_ranks: int) -> None:
         """Reads it, where the tag has it: not one of plain DeepSpeed, or of an earlier version.
 
-        Args:
-            path: the tag.
-            saved_ranks: how many ranks saved it.
-
-        Raises:
-            CheckpointError: when the file cannot be read, is another rank's or another save's, or
-                does not hold what belongs there.
+        ``saved_ranks``: how many ranks saved the tag. CheckpointError for a file of another rank or
+        save, and for what does not belong there.
         """
-        self.path, self.saved_ranks, self.restored = path, saved_ranks, False
-        self.same = saved_ranks == world_size()
-        file = path / LOOP_FILE.format(rank() if self.same else 0)
-        self._saved = read_own(path, file.name)
-        if self._saved is not None:
+        self.path, self.saved_ranks, self.is_restored = path, saved_ranks, False
+        self.has_same_ranks = saved_ranks == world_size()
+        file = path / LOOP_FILE.format(rank() if self.has_same_ranks else 0)
+        self._state = read_own(path, file.name)
+        if self._state is not None:
             with interpreting(file, CheckpointError):
-                if not isinstance(self._saved['loop'], Mapping | None):
-                    raise TypeError(f'loop is {brief(self._saved["loop"])}')
-                require_rng_state(self._saved['rng'])
+                if not isinstance(self._state['loop'], Mapping | None):
+                    raise TypeError(f'loop is {brief(self._state["loop"])}')
+                require_rng_state(self._state['rng'])
 
     def restore_loop(self, loop: Any, timeout: float) -> None:
         """Restores ``loop``, before anything else is changed. Collective: every rank calls it.
 
-        Raises:
-            CheckpointError: on all ranks, when the loop of one does not take what was saved.
+        CheckpointError on all ranks, when the loop of one does not take what was saved.
         """
 
         def restore() -> None:
-            if self._saved is None or loop is None or self._saved['loop'] is None:
+            if self._state is None or loop is None or self._state['loop'] is None:
                 return
             with interpreting(f'{self.path}: the state of the loop', CheckpointError):
-                loop.load_state_dict(self._saved['loop'])
-            self.restored = True
+                loop.load_state_dict(self._state['loop'])
+            self.is_restored = True
 
         agree('restore loop', restore, timeout, CheckpointError)
 
     def restore_generators(self, state: Mapping[str, Any], logger: logging.Logger) -> None:
         """Restores this rank's generators, at last; on other ranks than before they stay.
 
-        Args:
-            state: what the tag's state.json says.
-            logger: told where the epoch cannot be gone on with.
+        ``state`` is the tag's state.json; a warning says where its epoch is begun anew.
         """
-        if self.same and self._saved is not None:
-            set_rng_state(self._saved['rng'])
-        if state.get('step') is not None and not self.restored:
+        if self.has_same_ranks and self._state is not None:
+            set_rng_state(self._state['rng'])
+        if state.get('step') is not None and not self.is_restored:
             logger.warning(
                 f'{self.path} was saved inside epoch {state["epoch"]}, and this loop does not '
                 'restore its position (pass loop= to save_checkpoint and load_checkpoint): the '
                 'epoch is begun anew'
             )
-        elif not self.same:
+        elif not self.has_same_ranks:
             ranks = self.saved_ranks
             logger.info(f'{self.path}: saved by {ranks} ranks; random numbers are drawn anew')

@@ -38,11 +38,11 @@ class KeptTensor(NamedTuple):
 
 def kept_tensors(optimizer: Mapping[str, Any]) -> list[KeptTensor]:
     """What a torch optimizer's state dict holds, in the order of its groups."""
-    found = []
+    tensors = []
     for group in optimizer.get('param_groups', []):
         settings = {k: v for k, v in group.items() if k not in ('params', 'param_names')}
-        found += [KeptTensor(optimizer['state'].get(k, {}), settings) for k in group['params']]
-    return found
+        tensors += [KeptTensor(optimizer['state'].get(k, {}), settings) for k in group['params']]
+    return tensors
 
 
 def state_by_order(
@@ -65,7 +65,7 @@ def state_by_order(
         CheckpointMismatch: when the groups are others, or the parameters are in another order.
     """
     saved = [group['params'] for group in optimizer.get('param_groups', [])]
-    kept = kept_tensors(optimizer)
+    tensors = kept_tensors(optimizer)
     if [len(group) for group in saved] != [len(group) for group in groups]:
         raise CheckpointMismatch(
             f'{where}: its optimizer has {len(saved)} parameter groups with '
@@ -73,21 +73,21 @@ def state_by_order(
             f'{few([len(g) for g in groups])}'
         )
     names = list(itertools.chain.from_iterable(groups))
-    absent = [name for name in names if name not in weights]
-    if absent:
+    gaps = [name for name in names if name not in weights]
+    if gaps:
         raise CheckpointMismatch(
-            f'{where}: {len(absent)} parameters of the optimizer are not in it: {few(absent)}'
+            f'{where}: {len(gaps)} parameters of the optimizer are not in it: {few(gaps)}'
         )
-    found, unnamed = State({}, {}, {}, {}), ''
-    for index, (name, (state, settings)) in enumerate(zip(names, kept, strict=True)):
-        found.masters[name] = Flat.of(
+    result, unnamed = State({}, {}, {}, {}), ''
+    for index, (name, (state, settings)) in enumerate(zip(names, tensors, strict=True)):
+        result.masters[name] = Flat.of(
             f'{where}: {name}', weights[name] if masters is None else masters[index].detach()
         )
-        found.moments[name], found.steps[name], other = split(where, name, state)
+        result.moments[name], result.steps[name], other = split(where, name, state)
         unnamed = unnamed or other
-        found.settings[name] = settings
-    _require_same_order(where, found, weights)
-    return found._replace(unnamed=unnamed)
+        result.settings[name] = settings
+    _require_same_order(where, result, weights)
+    return result._replace(unnamed=unnamed)
 
 
 def split(
@@ -110,17 +110,17 @@ def split(
     return tensors, numbers, other
 
 
-def _require_same_order(where: str, found: State, weights: Mapping[str, torch.Tensor]) -> None:
+def _require_same_order(where: str, result: State, weights: Mapping[str, torch.Tensor]) -> None:
     """Refuses parameters in another order, which shows in tensors of each other's shapes."""
-    shapes = {name: weights[name].shape for name in found.masters}
-    kept = {n: {flat.shape for flat in moments.values()} for n, moments in found.moments.items()}
-    one_each = all(len(own) <= 1 for own in kept.values())
-    held = Counter(shape for own in kept.values() for shape in own)
+    shapes = {name: weights[name].shape for name in result.masters}
+    kinds = {n: {flat.shape for flat in moments.values()} for n, moments in result.moments.items()}
+    has_one_each = all(len(kind) <= 1 for kind in kinds.values())
+    counts = Counter(shape for kind in kinds.values() for shape in kind)
     # Else the state has not a number for each element: Adafactor's, of rows and columns.
-    reordered = one_each and held <= Counter(shapes.values())
+    is_by_element = has_one_each and counts <= Counter(shapes.values())
     for index, (name, shape) in enumerate(shapes.items()):
-        tensors = found.moments[name] if reordered else {}
-        for what, flat in (('the master', found.masters[name]), *tensors.items()):
+        tensors = result.moments[name] if is_by_element else {}
+        for what, flat in (('the master', result.masters[name]), *tensors.items()):
             if flat.shape != shape:
                 raise CheckpointMismatch(
                     f'{where}: {what} of parameter {index} has shape {tuple(flat.shape)}, and '

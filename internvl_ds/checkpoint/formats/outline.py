@@ -25,8 +25,7 @@ from internvl_ds.files.reading import open_data, require_bounded
 def outline(path: Path) -> Any:
     """What a file holds, its tensors on the meta device, and 0 for those of one number.
 
-    Raises:
-        CheckpointError: as `read_shard`, for a file that it would refuse.
+    CheckpointError as `read_shard`, for a file that it would refuse.
     """
     try:
         with open_data(path) as file:

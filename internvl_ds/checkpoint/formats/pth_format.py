@@ -15,11 +15,7 @@ from internvl_ds.zero.lazy_tensor import Flat, NamedState
 
 
 def open_file(resume: str) -> Mapping[str, Any]:
-    """Opens a .pth, or downloads one.
-
-    Raises:
-        CheckpointError: when it cannot be read, or is more than data.
-    """
+    """Opens a .pth; CheckpointError where it cannot be read, or is more than data."""
     try:
         return weight_files.open_file(resume)
     except PretrainedError as error:
@@ -27,13 +23,9 @@ def open_file(resume: str) -> Mapping[str, Any]:
 
 
 def weights_of_file(checkpoint: Mapping[str, Any], where: str) -> Mapping[str, torch.Tensor]:
-    """The state dict in a weight file: under 'model', 'module' or 'state_dict', or the file itself.
-
-    Raises:
-        CheckpointMismatch: when none of these is one.
-    """
-    found = (checkpoint.get(key) for key in ('model', 'module', 'state_dict'))
-    weights = next((value for value in found if isinstance(value, Mapping)), checkpoint)
+    """A weight file's state dict: under 'model', 'module' or 'state_dict', or the file itself."""
+    candidates = (checkpoint.get(key) for key in ('model', 'module', 'state_dict'))
+    weights = next((value for value in candidates if isinstance(value, Mapping)), checkpoint)
     odd = next((key for key, value in weights.items() if not isinstance(value, torch.Tensor)), None)
     if odd is not None:
         raise CheckpointMismatch(
@@ -44,9 +36,7 @@ def weights_of_file(checkpoint: Mapping[str, Any], where: str) -> Mapping[str, t
 
 
 def state_of_file(
-    checkpoint: Mapping[str, Any],
-    where: str,
-    candidates: Sequence[Sequence[Sequence[str]]],
+    checkpoint: Mapping[str, Any], where: str, candidates: Sequence[Sequence[Sequence[str]]]
 ) -> NamedState:
     """What training goes on from, by parameter name.
 
@@ -77,11 +67,7 @@ def state_of_file(
     return NamedState(
         where=where,
         layout='a single file',
-        masters=state.masters,
-        moments=state.moments,
-        steps=state.steps,
-        settings=state.settings,
-        unnamed=state.unnamed,
+        **state._asdict(),
         fixed={
             n: Flat.of(f'{where}: {n}', t) for n, t in weights.items() if n not in state.masters
         },
@@ -93,15 +79,15 @@ def state_of_file(
 
 def _updates(checkpoint: Mapping[str, Any], steps: Mapping[str, Mapping[str, float]]) -> int:
     """How many updates were applied: what Adam counts, or else what the schedule says."""
-    counted = [number['step'] for number in steps.values() if 'step' in number]
-    if counted:
-        return int(max(counted))
-    counted_by = checkpoint.get('schedule') or schedule_of_original(checkpoint)
-    if counted_by is None:
+    counts = [number['step'] for number in steps.values() if 'step' in number]
+    if counts:
+        return int(max(counts))
+    schedule = checkpoint.get('schedule') or schedule_of_original(checkpoint)
+    if schedule is None:
         # torch's own count their steps
         return int((checkpoint.get('lr_scheduler') or {}).get('last_epoch', 0))
-    micro_batches = counted_by.get('counts') != UPDATES
-    return round(counted_by['position'] / (counted_by['group'] if micro_batches else 1))
+    micro_batches = schedule.get('counts') != UPDATES
+    return round(schedule['position'] / (schedule['group'] if micro_batches else 1))
 
 
 def schedule_of_original(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:

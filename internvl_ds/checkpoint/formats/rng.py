@@ -39,33 +39,23 @@ def rng_state() -> dict[str, Any]:
 
 
 def require_rng_state(state: Any) -> None:
-    """Makes sure that `set_rng_state` will take a state, with generators made for it.
-
-    Raises:
-        Exception: of whatever kind, where it will not.
-    """
+    """Raises whatever `set_rng_state` would for a state, in generators made for this."""
     random.Random().setstate(state['python'])
     np.random.RandomState().set_state(_of_numpy(state))
     torch.Generator().set_state(_tensor(state['torch']))
-    if (saved := state['accelerator']) is not None:
-        _ = saved['name'].lower(), _tensor(saved['state'])
+    if (entry := state['accelerator']) is not None:
+        _ = entry['name'].lower(), _tensor(entry['state'])
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Sets what `rng_state` told.
-
-    The accelerator's is set where the tag was saved on one of the same kind.
-
-    Raises:
-        CheckpointError: for what is no such state.
-    """
+    """Sets what `rng_state` gave; the accelerator's where the tag was saved on one of its kind."""
     with interpreting('no states of random number generators', CheckpointError):
         random.setstate(state['python'])
         np.random.set_state(_of_numpy(state))
         torch.set_rng_state(_tensor(state['torch']))
-        saved, accelerator = state['accelerator'], get_accelerator()
-        if saved and saved['name'] == accelerator.device_name():
-            accelerator.set_rng_state(_tensor(saved['state']))
+        entry, accelerator = state['accelerator'], get_accelerator()
+        if entry and entry['name'] == accelerator.device_name():
+            accelerator.set_rng_state(_tensor(entry['state']))
 
 
 def _of_numpy(state: Mapping[str, Any]) -> Any:

@@ -16,6 +16,7 @@ import torch
 
 from internvl_ds.checkpoint.formats.allowed import reason_of, refused_class
 from internvl_ds.checkpoint.formats.tensor_files import load_torch
+from internvl_ds.checkpoint.frozen.frozen_file import joined
 from internvl_ds.checkpoint.tag.discovery import file_sizes, read_manifest
 from internvl_ds.checkpoint.tag.identity import (
     is_first_optim,
@@ -28,20 +29,17 @@ from internvl_ds.errors import CheckpointError, few
 
 
 def read_shard(path: Path | str, *, mmap: bool = False) -> Any:
-    """Reads one file that torch.save wrote, allowing only tensors, plain types and what
-    `allowed.allowed_globals` lists.
-
-    Raises:
-        CheckpointError: when the file cannot be read, or holds anything else (which is named).
+    """Reads one file that torch.save wrote. CheckpointError, naming it, for anything in it but
+    tensors, plain types and what `allowed.allowed_globals` lists.
     """
     try:
         return load_torch(path, mapped=mmap)
     except pickle.UnpicklingError as error:
-        refused = refused_class(error)
-        if refused is None:
+        class_name = refused_class(error)
+        if class_name is None:
             raise CheckpointError(f'{path}: cannot be read: {reason_of(error)}') from error
         raise CheckpointError(
-            f'{path}: refused, because it holds more than tensors and plain data: {refused}'
+            f'{path}: refused, because it holds more than tensors and plain data: {class_name}'
         ) from error
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise CheckpointError(f'{path}: cannot be read: {error or repr(error)}') from error
@@ -50,24 +48,24 @@ def read_shard(path: Path | str, *, mmap: bool = False) -> Any:
 class ShardFiles:
     """The shards of one tag directory, of ours or of plain DeepSpeed, and what all ranks share."""
 
-    def __init__(self, tag: Path, opened: Mapping[Path, Any] | None = None) -> None:
+    def __init__(self, tag: Path, contents: Mapping[Path, Any] | None = None) -> None:
         """Finds the files of the tag.
 
         Args:
             tag: the directory.
-            opened: of a save under way, which no manifest lists yet: its files, and what they hold.
+            contents: of a save under way, which no manifest lists yet: its files and their content.
 
         Raises:
             CheckpointError: when it has no model states, or its manifest cannot be read.
         """
         self.tag = tag
-        manifest = None if opened else read_manifest(tag)
+        manifest = None if contents else read_manifest(tag)
         self._header = None if manifest is None else manifest.header
-        if opened:
-            self._names = sorted(path.name for path in opened)
+        if contents:
+            self._names = sorted(path.name for path in contents)
         else:
             self._names = sorted(file_sizes(tag) if manifest is None else manifest.files)
-        self._opened = dict(opened or {})
+        self._contents = dict(contents or {})
         self.model_files = [tag / name for name in model_names(tag, self._names, self._stage_in)]
 
     @property
@@ -86,9 +84,9 @@ class ShardFiles:
         """Of a tag without a manifest: files of weights or states that are not of its layout."""
         if self._header is not None:
             return []
-        used = {path.name for path in (*self.model_files, *self.optim_files)}
+        files = {path.name for path in (*self.model_files, *self.optim_files)}
         kinds = ('.pt', '.pth', '.safetensors')
-        return [name for name in self._names if name.endswith(kinds) and name not in used]
+        return [name for name in self._names if name.endswith(kinds) and name not in files]
 
     def warn_unverified(self, logger: logging.Logger) -> None:
         """Warns of a tag without checksums."""
@@ -112,7 +110,7 @@ class ShardFiles:
         Raises:
             CheckpointError: as `read_shard`, and for a file of another rank or another save.
         """
-        if path not in self._opened:
+        if path not in self._contents:
             content = read_shard(path, mmap=True)
             if not isinstance(content, Mapping):
                 raise CheckpointError(
@@ -120,8 +118,8 @@ class ShardFiles:
                 )
             if self._header is not None:
                 require_identity(path, content.get(Identity.KEY), self._header)
-            self._opened[path] = content
-        return self._opened[path]
+            self._contents[path] = joined(self.tag, path, content)
+        return self._contents[path]
 
     def _stage_in(self, name: str) -> int:
         return int(self.read(self.tag / name).get('optimizer_state_dict', {}).get('zero_stage', 0))
@@ -155,9 +153,9 @@ class ShardFiles:
     @cached_property
     def ds_config(self) -> Mapping[str, Any]:
         """The ds_config of the run that saved it; where that was a path, what its files show."""
-        said = self.head.get('ds_config')
-        if isinstance(said, Mapping):
-            return said
+        config = self.head.get('ds_config')
+        if isinstance(config, Mapping):
+            return config
         stages = [self._stage_in(n) for n in self._names if is_first_optim(n)]
         dtypes = {tensor.dtype for tensor in self.head['module'].values()}
         return {

@@ -21,15 +21,15 @@ class Snapshot:
     """
 
     def __init__(self) -> None:
-        self._free: dict[int, list[torch.UntypedStorage]] = defaultdict(list)
-        self._used: dict[int, list[torch.UntypedStorage]] = defaultdict(list)
+        self._spares: dict[int, list[torch.UntypedStorage]] = defaultdict(list)
+        self._buffers: dict[int, list[torch.UntypedStorage]] = defaultdict(list)
 
     def begin(self) -> None:
         """Takes all buffers back: what the last round copied is no longer valid.
 
         Buffers that the last round had no use for are given up.
         """
-        self._free, self._used = self._used, defaultdict(list)
+        self._spares, self._buffers = self._buffers, defaultdict(list)
 
     def copy(self, tree: Any) -> Any:
         """Copies nested dicts, lists and tuples; of tensors only the values they show.
@@ -42,10 +42,10 @@ class Snapshot:
         if tree is None or isinstance(tree, int | float | str | torch.Size):
             return tree
         if type(tree) in (dict, OrderedDict):
-            copied = copy.copy(tree)  # with the attributes that a state dict carries
+            result = copy.copy(tree)  # with the attributes that a state dict carries
             for key, value in tree.items():
-                copied[key] = self.copy(value)
-            return copied
+                result[key] = self.copy(value)
+            return result
         if type(tree) in (list, tuple):
             return type(tree)(self.copy(value) for value in tree)
         if isinstance(tree, tuple) and hasattr(tree, '_make'):  # a named tuple
@@ -54,12 +54,12 @@ class Snapshot:
 
     def _copy_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
         size = tensor.numel() * tensor.element_size()
-        if self._free[size]:
-            storage = self._free[size].pop()
+        if self._spares[size]:
+            storage = self._spares[size].pop()
         else:
-            pinned = torch.cuda.is_available() and size > 0
-            storage = torch.empty(size, dtype=torch.uint8, pin_memory=pinned).untyped_storage()
-        self._used[size].append(storage)
+            pin = torch.cuda.is_available() and size > 0
+            storage = torch.empty(size, dtype=torch.uint8, pin_memory=pin).untyped_storage()
+        self._buffers[size].append(storage)
         target = torch.empty(0, dtype=tensor.dtype).set_(storage)
         return target.view(tensor.shape).copy_(tensor)
 

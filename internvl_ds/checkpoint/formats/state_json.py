@@ -38,19 +38,17 @@ def _is_position(value: Any) -> bool:
     """Whether it is what `LrSchedule.state_dict` gave, or nothing."""
     if value is None:
         return True
-    known = value.get('counts', 'updates') in ('updates', 'micro-batches', 'original')
-    moved = value.get('moved', value['position'])
-    return known and _is_number(value['group'], 1) and _is_number(value['position'] + moved, -2)
+    has_unit = value.get('counts', 'updates') in ('updates', 'micro-batches', 'original')
+    move = value.get('moved', value['position'])
+    return has_unit and _is_number(value['group'], 1) and _is_number(value['position'] + move, -2)
 
 
 def _is_scale(value: Any) -> bool:
     """Whether it is the state of a loss scaler, or nothing."""
     if not value:
         return value is None or value == {}
-    known = {
-        key: number for key, number in value.items() if (key, number) != ('micro_batches', None)
-    }
-    return value['scale'] > 0 and all(_is_number(number, 0) for number in known.values())
+    numbers = [n for key, n in value.items() if (key, n) != ('micro_batches', None)]
+    return value['scale'] > 0 and all(_is_number(n, 0) for n in numbers)
 
 
 # What state.json and loop_rank_*.json hold of each key, where they hold something.
@@ -74,18 +72,13 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
 def state_text(state: dict[str, Any]) -> str:
     """``state`` (nested plain Python values) as the content of state.json.
 
-    Raises:
-        CheckpointError: for a value that would not read back as it was; its place is named.
+    CheckpointError, naming its place, for a value that would not read back as it was.
     """
     return json.dumps(_encode(state, 'state.json'), indent=1) + '\n'
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Reads a file that holds what `state_text` gave.
-
-    Raises:
-        CheckpointError: when the file cannot be read.
-    """
+    """Reads a file that holds what `state_text` gave; CheckpointError for any other."""
     try:
         tree = read_json(path)
     except (OSError, ValueError) as error:
@@ -99,11 +92,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def require_state(state: Mapping[str, Any], where: object) -> None:
-    """Makes sure that what training goes on with is of the kinds that it needs.
-
-    Raises:
-        CheckpointError: names the first key of ``state`` that is not, and where it comes from.
-    """
+    """Raises CheckpointError for the first value of a kind that training cannot go on with."""
     for key, is_one in _KINDS.items():
         with interpreting(f'{where}: {key} is {brief(state.get(key))}', CheckpointError):
             if not is_one(state.get(key)):
@@ -111,19 +100,14 @@ def require_state(state: Mapping[str, Any], where: object) -> None:
 
 
 def state_of(tag: Path) -> dict[str, Any]:
-    """What a tag's state.json keeps; empty for a tag of plain DeepSpeed.
-
-    Raises:
-        CheckpointError: as `read_own`.
-    """
+    """What a tag's state.json keeps; empty for a tag of plain DeepSpeed; see `read_own`."""
     return read_own(tag, STATE_FILE) or {}
 
 
 def read_own(tag: Path, name: str) -> dict[str, Any] | None:
-    """Reads one of a tag's files of text; None where it has none of that name.
+    """Reads one of a tag's files of text, or None where it has none of that name.
 
-    Raises:
-        CheckpointError: as `read_state`, and for a file of another rank or another save.
+    CheckpointError as `read_state`, and for a file of another rank or another save.
     """
     manifest = read_manifest(tag)
     if manifest is None:

@@ -7,12 +7,14 @@ the errors of `internvl_ds.files.reading`, or of the library.
 
 from __future__ import annotations
 
+import json
+import math
 import mmap
 import os
 import pickletools
 import struct
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,11 @@ from safetensors import safe_open
 from internvl_ds.checkpoint.formats.allowed import allowing
 from internvl_ds.files.reading import Unreadable, open_data, require_bounded
 
+SAFETENSORS_DTYPES = {
+    torch.float64: 'F64', torch.float32: 'F32', torch.float16: 'F16', torch.bfloat16: 'BF16',
+    torch.int64: 'I64', torch.int32: 'I32', torch.int16: 'I16', torch.int8: 'I8',
+    torch.uint8: 'U8', torch.bool: 'BOOL',
+}  # fmt: skip
 _ZIP_MAGIC = b'PK\x03\x04'
 _LOCAL_HEADER = struct.Struct('<26xHH')
 # The largest pickle of a file, its steps (50,000 tensors have so many), the largest header.
@@ -44,9 +51,7 @@ _WIDTHS = {
 def load_torch(path: Path | str, *, mapped: bool | None = None) -> Any:
     """`torch.load` on the CPU, of what `allowed` lists.
 
-    Args:
-        path: the file.
-        mapped: whether tensors are mapped; by default where they can be (files since torch 1.6).
+    ``mapped``: whether tensors are mapped; by default where they can be (files since torch 1.6).
     """
     with open_data(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -57,12 +62,12 @@ def load_torch(path: Path | str, *, mapped: bool | None = None) -> Any:
         content = torch.load(
             path, map_location='cpu', weights_only=True, mmap=is_zip if mapped is None else mapped
         )
-    found = {id(v): v for v in require_bounded(content) if isinstance(v, torch.Tensor)}
-    tensors = [t for t in found.values() if t.layout is torch.strided]
+    tensors_by_id = {id(v): v for v in require_bounded(content) if isinstance(v, torch.Tensor)}
+    tensors = [t for t in tensors_by_id.values() if t.layout is torch.strided]
     # To copy an expanded tensor would make all of it.
-    more = sum(max(0, t.numel() * t.itemsize - t.untyped_storage().nbytes()) for t in tensors)
-    if more > size + _REPEATED_BYTES:
-        raise Unreadable(f'has tensors of {more} bytes more than it holds')
+    surplus = sum(max(0, t.numel() * t.itemsize - t.untyped_storage().nbytes()) for t in tensors)
+    if surplus > size + _REPEATED_BYTES:
+        raise Unreadable(f'has tensors of {surplus} bytes more than it holds')
     return content
 
 
@@ -73,14 +78,37 @@ def open_safetensors(path: Path | str) -> Iterator[Any]:
         length = int.from_bytes(file.read(8) or b'', 'little')
         if not length or length > min(_HEADER_BYTES, os.fstat(file.fileno()).st_size):
             raise Unreadable(f'its header has {length} bytes, and up to {_HEADER_BYTES} are read')
-    with safe_open(path, 'pt') as opened:
-        yield opened
+    with safe_open(path, 'pt') as tensors:
+        yield tensors
+
+
+def safetensors_header(
+    tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str]
+) -> bytes:
+    """The front of a file, which the tensors' bytes follow, one after another.
+
+    It is 8 bytes of length and JSON. The same arguments give the same bytes.
+
+    Args:
+        tensors: name -> dtype and shape, in the order of their bytes.
+        metadata: text only.
+    """
+    header: dict[str, Any] = {'__metadata__': dict(metadata)}
+    offset = 0
+    for name, (dtype, shape) in tensors.items():
+        end = offset + math.prod(shape) * dtype.itemsize
+        kind = SAFETENSORS_DTYPES[dtype]
+        header[name] = {'dtype': kind, 'shape': list(shape), 'data_offsets': [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b' ' * (-len(text) % 8)
+    return struct.pack('<Q', len(text)) + text
 
 
 def load_safetensors(path: Path | str) -> dict[str, torch.Tensor]:
     """All tensors of a file, mapped."""
-    with open_safetensors(path) as opened:
-        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    with open_safetensors(path) as tensors:
+        return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
 
 
 def _require_bounded_pickle(file: Any) -> bool:
@@ -118,25 +146,25 @@ def _pickle_of_zip(file: Any) -> bytes:
         entries = archive.infolist()
         if archive.comment:
             raise Unreadable('its archive has a comment, which torch.save never writes')
-    packed = next((e for e in entries if e.compress_type != zipfile.ZIP_STORED), None)
-    if packed is not None:
+    wrong = next((e for e in entries if e.compress_type != zipfile.ZIP_STORED), None)
+    if wrong is not None:
         raise Unreadable(
-            f'{packed.filename} in it is compressed, and says that it has {packed.file_size} bytes'
+            f'{wrong.filename} in it is compressed, and says that it has {wrong.file_size} bytes'
         )
     total = sum(e.file_size for e in entries)
     if total > size:
         raise Unreadable(f'its entries say that they have {total} bytes, and the file has {size}')
-    beside = sum(e.file_size for e in entries if '/data/' not in e.filename)
-    if beside > _PICKLE_BYTES:
-        raise Unreadable(f'has {beside} bytes beside its tensors, of {_PICKLE_BYTES} at most')
-    found = next((e for e in entries if e.filename.endswith('/data.pkl')), None)
-    if found is None:
+    rest = sum(e.file_size for e in entries if '/data/' not in e.filename)
+    if rest > _PICKLE_BYTES:
+        raise Unreadable(f'has {rest} bytes beside its tensors, of {_PICKLE_BYTES} at most')
+    entry = next((e for e in entries if e.filename.endswith('/data.pkl')), None)
+    if entry is None:
         raise Unreadable('has no data.pkl in it')
     # Read as it lies there: our own files have no CRC, which zipfile would look at.
-    file.seek(found.header_offset)
+    file.seek(entry.header_offset)
     name, extra = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
     file.seek(name + extra, os.SEEK_CUR)
-    return file.read(found.file_size)
+    return file.read(entry.file_size)
 
 
 # How many values an operation takes (-1: down to a mark), and how many it leaves.

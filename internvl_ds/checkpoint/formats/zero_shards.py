@@ -57,11 +57,7 @@ class TagShards(ShardFiles):
 
     @cached_property
     def layout(self) -> Layout:
-        """How the masters are partitioned, stages 1 to 3.
-
-        Raises:
-            CheckpointError: when a rank's file is missing.
-        """
+        """How the masters are partitioned, stages 1 to 3; CheckpointError without a rank's file."""
         groups = self.head['param_shapes'] or []
         if self.zero_stage == 3:
             return Slices(groups, self.world_size)
@@ -73,8 +69,7 @@ class TagShards(ShardFiles):
     def flats(self, source: Callable[[int, int], torch.Tensor]) -> dict[str, Flat]:
         """Parameter -> its elements in flat tensors that are partitioned as the masters are.
 
-        Args:
-            source: (rank, group) -> the flat tensor.
+        ``source``: (rank, group) -> the flat tensor.
         """
         return {
             name: Flat(f'{self.tag}: {name}', shape, list(self.layout.places(name)), source)
@@ -95,7 +90,7 @@ class TagShards(ShardFiles):
         """As `weights`, with nothing read yet."""
         if self.zero_stage < 3:
             return {n: Flat.of(f'{self.tag}: {n}', t) for n, t in self.head['module'].items()}
-        weights = {**self.flats(self._stage_3_master), **self._frozen()}
+        weights = {**self.flats(self._master), **self._frozen()}
         weights.update({n: Flat.of(f'{self.tag}: {n}', t) for n, t in self._buffers().items()})
         weights.update({alias: weights[name] for alias, name in self.aliases().items()})
         return weights
@@ -107,11 +102,8 @@ class TagShards(ShardFiles):
     def named_state(self, names: Sequence[Sequence[str]] | None = None) -> NamedState:
         """What training goes on from, by parameter name; nothing but the pickles is read yet.
 
-        Args:
-            names: of each group's parameters, where a tag of stage 0 does not say them itself.
-
-        Raises:
-            CheckpointError: when a file is missing, or the tag holds no optimizer.
+        ``names``: of each group's parameters, where a tag of stage 0 does not say them itself.
+        CheckpointError when a file is missing, or the tag holds no optimizer.
         """
         state = self._partitioned_state() if self.zero_stage else self._whole_state(names)
         if self.zero_stage == 3:
@@ -123,25 +115,17 @@ class TagShards(ShardFiles):
         return NamedState(
             where=str(self.tag),
             layout=describe(self.zero_stage, self.world_size, precision_of(self.ds_config)),
-            masters=state.masters,
-            moments=state.moments,
-            steps=state.steps,
-            settings=state.settings,
+            **state._asdict(),
             fixed=fixed,
             aliases=self.aliases(),
             counters={k: int(self.head[k]) for k in _COUNTERS if self.head.get(k) is not None},
             fresh=self.fresh,
-            unnamed=state.unnamed,
         )
 
     def settings(self) -> list[dict[str, Any]]:
-        """The hyperparameters of each parameter group, as the optimizer kept them, and its names.
-
-        Raises:
-            CheckpointError: when the tag holds no optimizer.
-        """
-        saved = self._optimizer_of(0) if self.zero_stage else self.plain_optimizer()
-        groups = saved.get('param_groups', [])
+        """The settings of each parameter group, as the optimizer kept them, and its names."""
+        optimizer = self._optimizer_of(0) if self.zero_stage else self.plain_optimizer()
+        groups = optimizer.get('param_groups', [])
         names = self.groups()
         if self.zero_stage == 3:  # a group may be several sub-groups
             parts = iter(names)
@@ -154,41 +138,39 @@ class TagShards(ShardFiles):
     def optimizer_state(self, rank: int) -> list[KeptTensor]:
         """What one rank's optimizer keeps, for each of its tensors in its order.
 
-        Raises:
-            CheckpointError: when the tag holds no optimizer.
+        CheckpointError when the tag holds no optimizer.
         """
-        found: Any = self.plain_optimizer()
+        states: Any = self.plain_optimizer()
         if self.zero_stage:
             optim = self._optim(rank)
-            found = optim.get('base_optimizer_state')
-            found = optim.get('optimizer_state_dict') if self.zero_stage == 3 else found
-        if isinstance(found, list):  # the elastic_checkpoint form: a state for each group
+            states = optim.get('base_optimizer_state')
+            states = optim.get('optimizer_state_dict') if self.zero_stage == 3 else states
+        if isinstance(states, list):  # the elastic_checkpoint form: a state for each group
             step = {'step': optim.get('base_optimizer_state_step')}
-            return [KeptTensor(state, step) for state in found]
-        if not found:
+            return [KeptTensor(state, step) for state in states]
+        if not states:
             raise CheckpointError(f'{self.tag}: holds no state of an optimizer')
-        return kept_tensors(found)
+        return kept_tensors(states)
 
     def aliases(self) -> dict[str, str]:
         """Further name of a tied parameter -> the name that it is saved under."""
         if self.zero_stage or self.head.get('shared_params'):
-            return dict(_pairs(self.head.get('shared_params')))
+            return dict(self.head.get('shared_params') or ())  # a mapping, or pairs
         # Stage 0 does not say; tensors that shared their memory still do.
         first: dict[tuple[int, Any], str] = {}
-        found = {}
+        aliases = {}
         for name, tensor in self.head['module'].items():
             key = (tensor.data_ptr(), tensor.shape)
             if tensor.numel() and first.setdefault(key, name) != name:
-                found[name] = first[key]
-        return found
+                aliases[name] = first[key]
+        return aliases
 
     def _partitioned_state(self) -> State:
         shapes = shapes_of(self.layout)
-        master = self._stage_3_master if self.zero_stage == 3 else self._run_master
         moments: dict[str, dict[str, Flat]] = {name: {} for name in shapes}
         steps: dict[str, dict[str, float]] = {}
         settings: dict[str, Mapping[str, Any]] = {}
-        kept, unnamed = self.optimizer_state(0), ''
+        tensors_of_rank, unnamed = self.optimizer_state(0), ''
         for index, group in enumerate(self.layout.groups):
             state = self._group_state(0, index)
             tensors, numbers, other = split(str(self.tag), f'group {index}', state)
@@ -203,8 +185,8 @@ class TagShards(ShardFiles):
                     of = f'{self.tag}: {key} of {name}'
                     moments[name][key] = Flat(of, shapes[name], places, source)
             steps.update(dict.fromkeys(group, numbers))
-            settings.update(dict.fromkeys(group, kept[index].settings))
-        return State(self.flats(master), moments, steps, settings, unnamed)
+            settings.update(dict.fromkeys(group, tensors_of_rank[index].settings))
+        return State(self.flats(self._master), moments, steps, settings, unnamed)
 
     def _lengths(self, group: int) -> list[int]:
         """Of the first rank's part of a group, with and without its padding."""
@@ -248,15 +230,15 @@ class TagShards(ShardFiles):
     def _optimizer_of(self, rank: int) -> Mapping[str, Any]:
         """The state dict of the optimizer inside DeepSpeed's, in one rank's shard."""
         optim = self._optim(rank)
-        found = optim.get(
+        state = optim.get(
             'optimizer_state_dict' if self.zero_stage == 3 else 'base_optimizer_state'
         )
-        if not isinstance(found, Mapping):
+        if not isinstance(state, Mapping):
             raise CheckpointError(
                 f'{self.optim_files[rank]}: its optimizer state is in the elastic_checkpoint form '
                 'of old DeepSpeed versions, which is not read'
             )
-        return found
+        return state
 
     def _group_state(self, rank: int, group: int) -> Mapping[str, Any]:
         optimizer = self._optimizer_of(rank)
@@ -273,11 +255,9 @@ class TagShards(ShardFiles):
             raise CheckpointError(f'{self.optim_files[rank]}: group {group} has no {key}')
         return state[key].reshape(-1)
 
-    def _stage_3_master(self, rank: int, group: int) -> torch.Tensor:
-        return self._optim(rank)['fp32_flat_groups'][group].detach().reshape(-1)
-
-    def _run_master(self, rank: int, group: int) -> torch.Tensor:
-        return self._optim(rank)[_MASTERS][group].detach().reshape(-1)
+    def _master(self, rank: int, group: int) -> torch.Tensor:
+        key = 'fp32_flat_groups' if self.zero_stage == 3 else _MASTERS
+        return self._optim(rank)[key][group].detach().reshape(-1)
 
     def _buffers(self) -> dict[str, torch.Tensor]:
         names = set(self.head.get('buffer_names') or ())
@@ -299,11 +279,7 @@ class TagShards(ShardFiles):
         }
 
 
-def _pairs(shared: Any) -> list[tuple[str, str]]:
-    return list(shared.items()) if isinstance(shared, Mapping) else [tuple(p) for p in shared or ()]
-
-
 def masters_in(state: Mapping[str, Any]) -> Sequence[torch.Tensor]:
     """The flat masters in one rank's optimizer state, group by group, of stages 1 to 3."""
-    found: Sequence[torch.Tensor] = state.get(_MASTERS) or state.get('fp32_flat_groups') or ()
-    return found
+    masters: Sequence[torch.Tensor] = state.get(_MASTERS) or state.get('fp32_flat_groups') or ()
+    return masters

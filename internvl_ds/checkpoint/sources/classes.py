@@ -35,18 +35,18 @@ def require_same_classes(
     Raises:
         CheckpointMismatch: names the first difference.
     """
-    saved = saved_classes(where)
-    if not saved or not now or saved == list(now):
+    old_names = saved_classes(where)
+    if not old_names or not now or old_names == list(now):
         return
-    pairs = zip([*saved, None], [*now, None], strict=False)
-    label, (was, is_now) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+    pairs = zip([*old_names, None], [*now, None], strict=False)
+    label, (old, new) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
     message = (
         f'{where}: trained on other classes than those of now: class {label} was '
-        f'{_quoted(was)}, and is {_quoted(is_now)} ({len(saved)} classes then, {len(now)} now'
+        f'{_quote(old)}, and is {_quote(new)} ({len(old_names)} classes then, {len(now)} now'
     )
-    for what, names, others in (('gone', saved, set(now)), ('new', now, set(saved))):
-        differing = [name for name in names if name not in others]
-        message += f'; {what}: {few(differing)}' if differing else ''
+    for what, names, others in (('gone', old_names, set(now)), ('new', now, set(old_names))):
+        changes = [name for name in names if name not in others]
+        message += f'; {what}: {few(changes)}' if changes else ''
     message += ')'
     if get_option(config, 'DATA.CHECK_CLASS_NAMES', True):
         raise CheckpointMismatch(
@@ -59,17 +59,15 @@ def require_same_classes(
 def saved_classes(where: str) -> list[str] | None:
     """The class names that a tag keeps, or a file that was exported from one; else None.
 
-    None also for what cannot be read: the load that follows says so.
-
-    Raises:
-        CheckpointError: when a tag's state.json is not what was written.
+    None also for what cannot be read: the load that follows says so. CheckpointError when a tag's
+    state.json is not what was written.
     """
     path = Path(where)
     if path.is_dir() and discovery.is_tag(path):
         manifest = discovery.read_manifest(path)
-        found = damage(path, manifest, [STATE_FILE]) if manifest is not None else []
-        if found:
-            raise CheckpointError('; '.join(found))
+        damages = damage(path, manifest, [STATE_FILE]) if manifest is not None else []
+        if damages:
+            raise CheckpointError('; '.join(damages))
         names = state_of(path).get('class_names')
     else:
         try:
@@ -91,5 +89,5 @@ def _in_file(where: str) -> Any:
     return open_weights(where).get('class_names')
 
 
-def _quoted(name: str | None) -> str:
+def _quote(name: str | None) -> str:
     return 'none' if name is None else brief(name)

@@ -47,12 +47,7 @@ _log = logging.getLogger(__name__)
 
 
 def local(path: str, config: CfgNode) -> str:
-    """``path``; or the file in the cache where it is an address, which `fetch` then downloads.
-
-    Args:
-        path: MODEL.PRETRAINED or MODEL.RESUME.
-        config: MODEL.DOWNLOAD_TIMEOUT is read.
-    """
+    """``path`` (MODEL.PRETRAINED or MODEL.RESUME); of an address, what `fetch` gives."""
     if not is_address(path):
         return path
     return str(fetch(path, get_option(config, 'MODEL.DOWNLOAD_TIMEOUT', None)))
@@ -78,13 +73,13 @@ def fetch(address: str, timeout: float | None = None) -> Path:
     if not timeout > 0:
         raise ConfigError(f'MODEL.DOWNLOAD_TIMEOUT is {timeout:g}; it must be above 0')
     try:
-        named = None if BLANK.search(address) else hub.parse(address)
-        if named is None:
+        uri = None if BLANK.search(address) else hub.parse(address)
+        if uri is None:
             return _fetch(address, timeout)
-        measure = functools.partial(hub.arriving, named)
+        measure = functools.partial(hub.arriving, uri)
         with _turn(_folder(address), timeout, measure):
             run = functools.partial(_progressing, measure=measure, timeout=timeout)
-            return hub.download(named, run, sha256)
+            return hub.download(uri, run, sha256)
     except PretrainedError as error:
         raise PretrainedError(f'{shown(address)}: {error}') from None
     except Exception as error:  # of two HTTP clients, and of files; a chain would show the address
@@ -94,7 +89,7 @@ def fetch(address: str, timeout: float | None = None) -> Path:
         ) from None
 
 
-def is_kept(path: Path) -> bool:
+def is_in_cache(path: Path) -> bool:
     """Whether a file came by `fetch`, so that it can be removed and downloaded again."""
     return path.parent.parent == _root()
 
@@ -111,23 +106,23 @@ def sha256(path: Path) -> str:
 def _fetch(address: str, timeout: float) -> Path:
     url, user = split_address(address)
     name, folder = unquote(Path(urlsplit(url).path).name), _folder(url)
-    named = _NAMED_HASH.search(name)
-    expected = named.group(1) if named else ''
-    if kept := _kept(folder, expected):
-        return kept
+    match = _NAMED_HASH.search(name)
+    digest = match.group(1) if match else ''
+    if file := _file_in(folder, digest):
+        return file
     folder.mkdir(parents=True, exist_ok=True)
     with _turn(folder, timeout, lambda: hub.total_size(folder.glob('.*.part'))):
-        if kept := _kept(folder, expected):  # by the process that was waited for
-            return kept
+        if file := _file_in(folder, digest):  # by the process that was waited for
+            return file
         old = Path(torch.hub.get_dir(), 'checkpoints', name)
         # A name alone says nothing: model.safetensors is a hundred different files.
-        if expected and old.is_file() and sha256(old).startswith(expected):
+        if digest and old.is_file() and sha256(old).startswith(digest):
             return old
-        if not expected:
+        if not digest:
             reason = 'its name ends in no hash, so what comes cannot be checked'
             _log.warning(f'{redacted(url)}: {reason}')
         name = re.sub(r'[^\w.-]', '_', name, flags=re.ASCII)[-100:]
-        return _download(url, user, folder, name, expected, timeout)
+        return _download(url, user, folder, name, digest, timeout)
 
 
 def _root() -> Path:
@@ -138,21 +133,21 @@ def _folder(url: str) -> Path:
     return _root() / hashlib.sha256(url.encode()).hexdigest()[:32]
 
 
-def _kept(folder: Path, expected: str) -> Path | None:
+def _file_in(folder: Path, start: str) -> Path | None:
     """The whole file in a folder of the cache; one that is damaged is removed."""
     for path in sorted(folder.glob('[0-9a-f]' * 16 + '-*')):
         try:
             digest = sha256(path)
         except (Unreadable, IsADirectoryError):
             digest = ''
-        if path.name.startswith(f'{digest[:16]}-') and digest.startswith(expected):
+        if path.name.startswith(f'{digest[:16]}-') and digest.startswith(start):
             return path
         _log.warning(f'{path}: is damaged since it was downloaded: it is downloaded again')
         path.unlink(missing_ok=True)
     return None
 
 
-def _download(url: str, user: str, folder: Path, name: str, expected: str, timeout: float) -> Path:
+def _download(url: str, user: str, folder: Path, name: str, start: str, timeout: float) -> Path:
     for part in folder.glob('.*.part'):  # of a killed process: a living one gets on
         if part.stat().st_mtime < time.time() - 2 * timeout - 60:
             part.unlink(missing_ok=True)
@@ -161,13 +156,13 @@ def _download(url: str, user: str, folder: Path, name: str, expected: str, timeo
     try:
         os.fchmod(descriptor, 0o644)
         digest = _progressing(
-            lambda: _receive(url, user, descriptor, bool(expected), timeout, stop),
+            lambda: _receive(url, user, descriptor, bool(start), timeout, stop),
             lambda: hub.total_size(folder.glob('.*.part')),
             timeout,
         )
-        if not digest.startswith(expected):
+        if not digest.startswith(start):
             raise PretrainedError(
-                f'its sha256 begins with {digest[: len(expected)]}, and its name says {expected}: '
+                f'its sha256 begins with {digest[: len(start)]}, and its name says {start}: '
                 'it is not kept'
             )
         flush(Path(aside))
@@ -188,7 +183,7 @@ def _receive(
     if user:
         words = base64.b64encode(user.encode()).decode()
         request.add_unredirected_header('Authorization', f'Basic {words}')
-    digest, came = hashlib.sha256(), 0
+    digest, count = hashlib.sha256(), 0
     opener = urllib.request.build_opener(_HttpsOnly)
     with (
         os.fdopen(descriptor, 'w+b', buffering=0) as file,
@@ -202,27 +197,27 @@ def _receive(
         if length is None and not answer.chunked and not has_hash:
             raise PretrainedError('its server says no length, so a part could pass for the whole')
         room = _SHARE * shutil.disk_usage(torch.hub.get_dir()).free
-        while int(length or 0) <= room >= came:
+        while int(length or 0) <= room >= count:
             block = answer.read1(1 << 16)
             if not block or stop.is_set():
                 break
             digest.update(block)
-            came += file.write(block)
+            count += file.write(block)
         else:
             raise PretrainedError(
-                f'it has {max(int(length or 0), came) / 2**30:.1f} GiB or more, and '
+                f'it has {max(int(length or 0), count) / 2**30:.1f} GiB or more, and '
                 f'{torch.hub.get_dir()} has room for {room / 2**30:.1f} GiB: free some, or set '
                 'TORCH_HOME to a larger disk'
             )
-        if length is not None and came != int(length):
-            raise PretrainedError(f'it was cut off: {came} of {length} bytes came; try again')
+        if length is not None and count != int(length):
+            raise PretrainedError(f'it was cut off: {count} of {length} bytes came; try again')
         file.seek(0)
         head = file.read(9)
         # A zip archive, a pickle, or a safetensors header: how every file of weights begins.
         if not head.startswith((b'PK\x03\x04', b'\x80')) and head[8:] != b'{':
             kind = answer.headers.get('Content-Type', 'no type')
             raise PretrainedError(
-                f'what came is no file of weights ({kind!r}, {came} bytes): an error or a login '
+                f'what came is no file of weights ({kind!r}, {count} bytes): an error or a login '
                 'page? It is not kept'
             )
     return digest.hexdigest()
@@ -275,12 +270,12 @@ def _progressing(work: Callable[[], _T], measure: Callable[[], int], timeout: fl
 
 def _growth(measure: Callable[[], int], timeout: float) -> Iterator[bool]:
     """Whether what is measured has grown enough of late; asked again and again."""
-    seen, since = measure(), time.monotonic()
+    size, start = measure(), time.monotonic()
     while True:
         now = measure()
-        if now >= seen + _LEAST:
-            seen, since = now, time.monotonic()
-        yield time.monotonic() < since + timeout
+        if now >= size + _LEAST:
+            size, start = now, time.monotonic()
+        yield time.monotonic() < start + timeout
 
 
 @contextlib.contextmanager
@@ -295,8 +290,8 @@ def _turn(folder: Path, timeout: float, measure: Callable[[], int]) -> Iterator[
             descriptor = open_own(folder / 'lock', os.O_RDWR)
             stack.callback(os.close, descriptor)
             grows = _growth(measure, timeout + _GRACE)
-            while not (held := try_lock(descriptor)):
-                if held is None:
+            while not (is_held := try_lock(descriptor)):
+                if is_held is None:
                     raise OSError('the file system has no locks')
                 if not next(grows):
                     _log.warning(f'{folder}: its download by another process stands still')

@@ -10,18 +10,23 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from internvl_ds.errors import PretrainedError
+from internvl_ds.files.reading import read_json
 
 if TYPE_CHECKING:
     from huggingface_hub import HfUri
 
 _log = logging.getLogger(__name__)
 
-# Where an address names a repository only: what timm and transformers save.
-_FILES = ('model.safetensors', 'pytorch_model.bin')
+_INDEX = '.index.json'
+# Where an address names a repository only: what timm and transformers save, in one file or several.
+_FILES = (
+    'model.safetensors', f'model.safetensors{_INDEX}', f'pytorch_model.bin{_INDEX}',
+    'pytorch_model.bin',
+)  # fmt: skip
 
 
 def parse(address: str) -> HfUri | None:
@@ -69,14 +74,13 @@ def total_size(paths: Iterable[Path]) -> int:
 
 
 def download(
-    uri: HfUri,
-    run: Callable[[Callable[[], str]], str],
-    digest_of: Callable[[Path], str],
+    uri: HfUri, run: Callable[[Callable[[], str]], str], digest_of: Callable[[Path], str]
 ) -> Path:
     """The file in the client's cache, downloaded where the hub has another; its hash is checked.
 
+    Beside an index the files that it names are in the cache then too.
+
     Args:
-        uri: from `parse`.
         run: runs what it is given, and ends it at its limit.
         digest_of: the sha256 of a file, by which the cache names it.
     """
@@ -85,17 +89,38 @@ def download(
     files = [uri.path_in_repo] if uri.path_in_repo else list(_FILES)
     while True:
         try:
-            for force in (False, True):
-                path = Path(run(lambda: _get(uri, files[0], force)))  # noqa: B023
-                named = Path(os.readlink(path)).name if path.is_symlink() else ''
-                if len(named) != 64 or digest_of(path) == named:
-                    return path
-                _log.warning(f'{path}: is damaged: it is not what its name {named} says')
-            raise PretrainedError(f'{path}: is damaged, and was again when it was downloaded again')
+            path = _whole(uri, files[0], run, digest_of)
+            break
         except EntryNotFoundError:
             if not files[1:]:
                 raise
             del files[0]
+    for file in _named_by(path) if path.name.endswith(_INDEX) else ():
+        _whole(uri, str(PurePosixPath(files[0]).with_name(file)), run, digest_of)
+    return path
+
+
+def _whole(
+    uri: HfUri,
+    file: str,
+    run: Callable[[Callable[[], str]], str],
+    digest_of: Callable[[Path], str],
+) -> Path:
+    for force in (False, True):
+        path = Path(run(lambda: _get(uri, file, force)))  # noqa: B023
+        digest = Path(os.readlink(path)).name if path.is_symlink() else ''
+        if len(digest) != 64 or digest_of(path) == digest:
+            return path
+        _log.warning(f'{path}: is damaged: it is not what its name {digest} says')
+    raise PretrainedError(f'{path}: is damaged, and was again when it was downloaded again')
+
+
+def _named_by(index: Path) -> list[str]:
+    """The files beside an index that it names; what is wrong with it, its reader tells."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        files = {str(file) for file in read_json(index)['weight_map'].values()}
+        return sorted(f for f in files if PurePosixPath(f).name == f and not f.endswith('.json'))
+    return []
 
 
 def _get(uri: HfUri, file: str, force: bool) -> str:

@@ -21,18 +21,12 @@ _log = logging.getLogger(__name__)
 
 
 def open_weights(path: str, *, ema: bool = False) -> Mapping[str, Any]:
-    """Opens weights on the CPU: the whole top-level object, mapped and not read where it can be.
+    """Opens weights as `open_file` does; of a tag as `Flat` values, read when they are used.
 
     Args:
         path: as `open_file` takes it; or a tag of this package or of DeepSpeed; or an address, as
             `downloads.fetch` takes it.
         ema: take the averaged weights: of a tag, or under ``model_ema`` of a file.
-
-    Returns:
-        As `open_file`; of a tag the values are `Flat`, which are read when they are used.
-
-    Raises:
-        PretrainedError: as `open_file`.
     """
     if not path:
         raise PretrainedError('the path of the weights is empty')
@@ -57,9 +51,9 @@ def _open_tag(path: Path, ema: bool) -> Mapping[str, Any]:
             if shards.unused:
                 _log.warning(f'{path}: files of another layout are not read: {few(shards.unused)}')
             return shards.named_weights()
-        saved = EmaFiles(path)
-        if not saved:
+        files = EmaFiles(path)
+        if not files:
             raise PretrainedError(f'{path}: holds no averaged weights')
-        return ema_flats(saved)
+        return ema_flats(files)
     except CheckpointError as error:
         raise PretrainedError(str(error)) from error

@@ -51,7 +51,7 @@ def open_file(path: str) -> Mapping[str, Any]:
     try:
         source = _open_file(path)
     except PretrainedError as error:
-        if not downloads.is_kept(Path(path)):
+        if not downloads.is_in_cache(Path(path)):
             raise
         raise PretrainedError(f'{error}. Remove that file, and it is downloaded again') from error
     if not isinstance(source, Mapping):
@@ -93,38 +93,35 @@ def _open_index(path: Path) -> dict[str, Any]:
         raise PretrainedError(f'{path}: is no index of weights: {error!r}') from error
     if not files:
         raise PretrainedError(f'{path}: is no index of weights: its weight_map is empty')
-    refused = [f for f in files if Path(f).name != f or f in ('', '..') or f.endswith('.json')]
-    if refused:
+    strangers = [f for f in files if Path(f).name != f or f in ('', '..') or f.endswith('.json')]
+    if strangers:
         raise PretrainedError(
-            f'{path}: names {refused[0]!r}, which is no file of weights beside it'
+            f'{path}: names {strangers[0]!r}, which is no file of weights beside it'
         )
-    opened = {file: open_file(str(path.parent / file)) for file in files}
-    missing = [key for key, file in places.items() if key not in opened[file]]
-    if missing:
+    contents = {file: open_file(str(path.parent / file)) for file in files}
+    gaps = [key for key, file in places.items() if key not in contents[file]]
+    if gaps:
         raise PretrainedError(
-            f'{path}: {len(missing)} of its keys are not where it says: {missing[0]} in '
-            f'{places[missing[0]]}'
+            f'{path}: {len(gaps)} of its keys are not where it says: {gaps[0]} in {places[gaps[0]]}'
         )
-    return {key: opened[file][key] for key, file in places.items()}
+    return {key: contents[file][key] for key, file in places.items()}
 
 
 def _read(path: str, reader: Callable[[str], Any]) -> Any:
     """Runs a reader; whatever a broken or hostile file makes it raise becomes one error."""
     try:
         return _restore_configs(reader(path))
-    except pickle.UnpicklingError as error:
-        refused = refused_class(error)
-        if refused is None:
-            raise PretrainedError(_unreadable(path, reason_of(error))) from error
-        raise PretrainedError(
-            f'{path}: holds an object of {refused}, which is refused: it could run code of its '
-            f'own when it is read. If you trust the file, read it once yourself and save the '
-            f'weights alone with torch.save'
-        ) from error
     # A damaged legacy pickle can raise nearly anything (KeyError, struct.error, ...).
     except Exception as error:
-        reason = f'{type(error).__name__}: {error}'
-        raise PretrainedError(_unreadable(path, reason)) from error
+        is_refusal = isinstance(error, pickle.UnpicklingError)
+        if is_refusal and (class_name := refused_class(error)):
+            raise PretrainedError(
+                f'{path}: holds an object of {class_name}, which is refused: it could run code of '
+                'its own when it is read. If you trust the file, read it once yourself and save '
+                'the weights alone with torch.save'
+            ) from error
+        reason = reason_of(error) if is_refusal else f'{type(error).__name__}: {error}'
+        raise PretrainedError(f'{path}: cannot be read ({reason[:500]}); {_READABLE}') from error
 
 
 def _restore_configs(source: Any) -> Any:
@@ -145,7 +142,3 @@ def config_node(value: Any) -> CfgNode | None:
     if state[CfgNode.IMMUTABLE]:
         config.freeze()
     return config
-
-
-def _unreadable(path: str, reason: str) -> str:
-    return f'{path}: cannot be read ({reason[:500]}); {_READABLE}'

@@ -30,6 +30,7 @@ from internvl_ds.checkpoint.tag.discovery import (
 from internvl_ds.checkpoint.tag.manifest import FILE_NAME, FileEntry, Manifest, wrong_files
 from internvl_ds.checkpoint.tag.owner import let_go, open_lock, this_process
 from internvl_ds.checkpoint.tag.retention import EpochTag, Policy, later_tags, tags_to_prune
+from internvl_ds.checkpoint.tag.shared import remove_unneeded
 from internvl_ds.checkpoint.tag.sweep import LOCK, STAGING, sweep
 from internvl_ds.checkpoint.tag.trash import MARK, discard, unlink
 from internvl_ds.errors import CheckpointError, few
@@ -73,18 +74,13 @@ class Staging:
 
 
 def begin(output: Path, tag: str, *, age: float | None = None) -> Staging:
-    """Makes an empty staging directory, and sweeps away what dead saves left.
+    """Makes an empty staging directory for ``tag``, after a `sweep` with ``age``.
 
-    Args:
-        output: the directory of tags; made if it is not there.
-        tag: the name of what is saved.
-        age: see `sweep`.
-
-    Raises:
-        OSError: when it cannot be made, or something of a user's has the name.
+    Raises OSError when it cannot be made, or something of a user's has the name.
     """
     output.mkdir(parents=True, exist_ok=True)
     sweep(output, age=age)
+    remove_unneeded(output)
     final = output / tag
     # Whether it is there last: another process may have removed it meanwhile.
     if not is_tag(final) and not _is_empty(final) and os.path.lexists(final):
@@ -93,8 +89,8 @@ def begin(output: Path, tag: str, *, age: float | None = None) -> Staging:
     while True:
         owner = this_process()
         path = output / f'{STAGING}{tag}-{owner.id}'
-        lock, held = open_lock(_lock_of(path))
-        if held is not False:
+        lock, is_held = open_lock(_lock_of(path))
+        if is_held is not False:
             break
         let_go(lock)  # another process looks whether it is dead: that is to remove it
     staging = Staging(path, tag, owner.id, lock)
@@ -121,11 +117,7 @@ def abandon(staging: Staging) -> None:
 def require_files(
     staging: Staging, files: Mapping[str, FileEntry], sizes: Mapping[str, int]
 ) -> None:
-    """Checks that this process sees the files that the ranks say they wrote, by their ``sizes``.
-
-    Raises:
-        CheckpointError: names the first files that it does not see.
-    """
+    """Raises CheckpointError where this process does not see, by ``sizes``, what ranks wrote."""
     wrong = wrong_files(files, sizes)
     if wrong:
         raise CheckpointError(
@@ -142,9 +134,6 @@ def commit(staging: Staging, manifest: Manifest, *, latest: bool = False) -> Pat
         manifest: lists them.
         latest: name the tag in ``latest``: it is published with that, or not at all.
 
-    Returns:
-        The tag's directory.
-
     Raises:
         OSError: when it cannot; all is then as it was.
         CheckpointError: when it is published, but ``latest`` cannot be made to name it.
@@ -154,7 +143,7 @@ def commit(staging: Staging, manifest: Manifest, *, latest: bool = False) -> Pat
         for name in names:
             flush(Path(folder, name))
     write_text(staging.path / FILE_NAME, manifest.to_text())
-    published = False
+    is_published = False
     try:
         with replacing(output / LATEST) if latest else contextlib.nullcontext() as file:
             if file is not None:
@@ -166,10 +155,10 @@ def commit(staging: Staging, manifest: Manifest, *, latest: bool = False) -> Pat
             if final.exists():
                 final.rename(staging.aside)
             staging.path.rename(final)
-            published = True
+            is_published = True
             flush(output)
     except OSError as error:
-        _take_back(staging, published, error)
+        _take_back(staging, is_published, error)
         raise
     if staging.aside.exists():
         discard(staging.aside)
@@ -177,15 +166,15 @@ def commit(staging: Staging, manifest: Manifest, *, latest: bool = False) -> Pat
     return final
 
 
-def _take_back(staging: Staging, published: bool, cause: OSError) -> None:
+def _take_back(staging: Staging, is_published: bool, cause: OSError) -> None:
     final = staging.output / staging.tag
     try:
-        if published:
+        if is_published:
             final.rename(staging.path)
         if staging.aside.exists() and not final.exists():
             staging.aside.rename(final)
     except OSError as error:
-        state = 'saved' if published else 'not saved'
+        state = 'saved' if is_published else 'not saved'
         raise CheckpointError(
             f'{final}: {state}, but {staging.output / LATEST} may name another tag: {cause}; and '
             f'what was there cannot be put back: {error}'
@@ -204,39 +193,37 @@ def prune(output: Path, policies: Sequence[Policy]) -> list[str]:
     A tag that cannot be removed is a warning. After the first save of a run that was rewound, a
     warning names what stays of later training.
     """
-    found = removable_tags(output)
-    goes = tags_to_prune(found, policies)
-    later = [tag.name for tag in later_tags(found)]
+    entries = removable_tags(output)
+    names = tags_to_prune(entries, policies)
+    later_names = [tag.name for tag in later_tags(entries)]
     # After the first save only: the save before it was the last one before the run was rewound.
-    if later and found[-2].name in later:
-        stays = few([name for name in later if name not in goes]) or 'none'
-        going = few([name for name in later if name in goes]) or 'none'
+    if later_names and entries[-2].name in later_names:
+        rest = few([name for name in later_names if name not in names]) or 'none'
+        removals = few([name for name in later_names if name in names]) or 'none'
         logger.warning(
-            f'{output}: {found[-1].name} was saved after tags of later training, of which {stays} '
+            f'{output}: {entries[-1].name} was saved after tags of later training, of which {rest} '
             'stay until this run has come as far (internvl-ds ckpt prune --drop-later removes '
-            f'them) and {going} go; auto resume takes what was saved last'
+            f'them) and {removals} go; auto resume takes what was saved last'
         )
-    return remove(output, [tag for tag in found if tag.name in goes])[0]
+    return remove(output, [tag for tag in entries if tag.name in names])[0]
 
 
-def remove(output: Path, goes: Sequence[EpochTag]) -> tuple[list[str], list[str]]:
-    """Removes tags; a warning where one cannot be removed.
+def remove(output: Path, entries: Sequence[EpochTag]) -> tuple[list[str], list[str]]:
+    """Removes tags; returns the names of those that went, and of those that stay, with a warning.
 
     What another process has removed or replaced since it was found is neither.
-
-    Returns:
-        The names of those that were removed, and of those that could not be.
     """
-    removed: list[str] = []
-    failed: list[str] = []
-    for tag in goes:
+    removals: list[str] = []
+    rest: list[str] = []
+    for tag in entries:
         header = header_or_none(output / tag.name)
         if header is not None and header.sequence != tag.sequence:
             continue
-        done = discard(output / tag.name)
-        if done is not None:
-            (removed if done else failed).append(tag.name)
-    return removed, failed
+        is_gone = discard(output / tag.name)
+        if is_gone is not None:
+            (removals if is_gone else rest).append(tag.name)
+    remove_unneeded(output)
+    return removals, rest
 
 
 def _is_empty(path: Path) -> bool:

@@ -10,12 +10,13 @@ import contextlib
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from internvl_ds.checkpoint.tag import manifest as manifests
 from internvl_ds.checkpoint.tag.manifest import FILE_NAME, Header, Manifest, epoch_of
+from internvl_ds.checkpoint.tag.places import place_of
 from internvl_ds.checkpoint.tag.retention import EpochTag
 from internvl_ds.errors import CheckpointError, CheckpointNotFound, brief, shown
 from internvl_ds.files.reading import JSON_BYTES, NAME_BYTES, Unreadable, open_data, read_text
@@ -26,7 +27,7 @@ ASIDE = '.old-'
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Has what the file system refuses told as an error of this package."""
+    """Makes an OSError of a block a CheckpointError."""
     try:
         yield
     except CheckpointError:  # CheckpointNotFound is an OSError
@@ -43,7 +44,7 @@ class Resume(NamedTuple):
     warning: str | None
 
 
-def newest(output: Path, damaged: Mapping[str, str] | None = None) -> Resume | None:
+def newest(output: Path, damages: Mapping[str, str] | None = None) -> Resume | None:
     """The newest checkpoint of an output directory, for auto resume.
 
     ``latest`` decides where it names a tag whose files are all there with the right sizes. Where it
@@ -53,7 +54,7 @@ def newest(output: Path, damaged: Mapping[str, str] | None = None) -> Resume | N
 
     Args:
         output: the directory.
-        damaged: directory name -> what is wrong with it, of tags to pass over.
+        damages: directory name -> what is wrong with it, of tags to pass over.
 
     Returns:
         None when there is no such directory, or nothing in it that a run left.
@@ -63,47 +64,43 @@ def newest(output: Path, damaged: Mapping[str, str] | None = None) -> Resume | N
         CheckpointError: when the directory cannot be read.
     """
     with reading(output):
-        return _newest(output, damaged or {})
+        return _newest(output, damages or {})
 
 
-def _newest(output: Path, damaged: Mapping[str, str]) -> Resume | None:
+def _newest(output: Path, damages: Mapping[str, str]) -> Resume | None:
     if not output.is_dir():
         return None
-    latest_file = output / LATEST
-    latest = read_latest(output)
-    broken: list[str] = []
+    latest_file, latest = output / LATEST, read_latest(output)
+    problems: list[str] = []
     if latest:
-        named = present(output / latest)
-        why = damaged.get(named.name) or problem(named)
+        tag = present(output / latest)
+        why = damages.get(tag.name) or problem(tag)
         if why is None:
-            return Resume(named, None)
-        broken.append(f'{latest_file} names {latest}, and {why}')
+            return Resume(tag, None)
+        problems.append(f'{latest_file} names {latest}, and {why}')
     elif latest == '':
-        broken.append(f'{latest_file} {_why_not_latest(output)}')
+        problems.append(f'{latest_file} {_why_not_latest(output)}')
     for path in _newest_first(output):
         if path.name == latest:
             continue
-        why = damaged.get(path.name) or problem(path)
+        why = damages.get(path.name) or problem(path)
         if why is None:
-            reason = '; '.join(broken) or f'there is no {latest_file}'
+            reason = '; '.join(problems) or f'there is no {latest_file}'
             return Resume(path, f'{reason}: resuming from {shown(path.name)} instead')
-        broken.append(why)
-    if not broken:
+        problems.append(why)
+    if not problems:
         originals = (path for path in output.glob('*.pth') if path.is_file())
         files = sorted(originals, key=lambda path: path.stat().st_mtime)
         return Resume(files[-1], None) if files else None
     raise CheckpointNotFound(
-        f'{output}: checkpoints were here, but no whole one is left ({"; ".join(broken)}). '
+        f'{output}: checkpoints were here, but no whole one is left ({"; ".join(problems)}). '
         'Set MODEL.RESUME to a checkpoint, or give another OUTPUT (or remove the file '
         f'{LATEST}) to start from scratch.'
     )
 
 
 def resolve(resume: str) -> Path:
-    """Finds what MODEL.RESUME names: a tag directory, an output directory, or a file.
-
-    Returns:
-        The tag, whose files are all there with the right sizes; the file; or the output directory.
+    """What MODEL.RESUME names: a file, an output directory, or a tag with files of the right sizes.
 
     Raises:
         CheckpointNotFound: when nothing is there; names the path and the tags beside it.
@@ -115,9 +112,9 @@ def resolve(resume: str) -> Path:
         return path
     if not os.path.isdir(path):
         with reading(path.parent):
-            there = tags(path.parent) if os.path.isdir(path.parent) else []
-        siblings = ', '.join(sorted(shown(tag.name) for tag in there)) or 'none'
-        raise CheckpointNotFound(f'{path}: no such checkpoint; {path.parent} has {siblings}')
+            siblings = tags(path.parent) if os.path.isdir(path.parent) else []
+        names = ', '.join(sorted(shown(tag.name) for tag in siblings)) or 'none'
+        raise CheckpointNotFound(f'{path}: no such checkpoint; {path.parent} has {names}')
     why = problem(path)
     if why is not None:
         raise CheckpointError(f'{why}; it cannot be loaded')
@@ -133,7 +130,7 @@ def tags(output: Path) -> list[Path]:
 
 def epoch_tags(output: Path) -> list[EpochTag]:
     """The tags of epochs and of steps, with what retention decides by, in no order."""
-    found = []
+    entries = []
     for path in tags(output):
         epoch = epoch_of(path.name)
         if epoch is not None:
@@ -141,8 +138,8 @@ def epoch_tags(output: Path) -> list[EpochTag]:
             sequence = header.sequence if header else 0
             accuracy = header.max_accuracy if header else None
             updates = header.global_steps if header and step is not None else None
-            found.append(EpochTag(sequence, epoch, path.name, accuracy, step, updates))
-    return found
+            entries.append(EpochTag(sequence, epoch, path.name, accuracy, step, updates))
+    return entries
 
 
 def removable_tags(output: Path) -> list[EpochTag]:
@@ -163,11 +160,7 @@ def is_tag(path: Path) -> bool:
 
 
 def read_manifest(tag: Path) -> Manifest | None:
-    """A tag's manifest; None for a tag that plain DeepSpeed wrote.
-
-    Raises:
-        CheckpointError: when there is one and it cannot be read.
-    """
+    """A tag's manifest, or a CheckpointError; None for a tag that plain DeepSpeed wrote."""
     path = tag / FILE_NAME
     try:
         text = read_text(path, JSON_BYTES)
@@ -181,11 +174,7 @@ def read_manifest(tag: Path) -> Manifest | None:
 
 
 def read_header(tag: Path) -> Header | None:
-    """The front of a tag's manifest, however many files it lists; None as `read_manifest`.
-
-    Raises:
-        CheckpointError: when there is one and it cannot be read.
-    """
+    """The front of a tag's manifest, however many files it lists; else as `read_manifest`."""
     path = tag / FILE_NAME
     try:
         with open_data(path) as file:
@@ -228,6 +217,15 @@ def file_sizes(directory: Path) -> dict[str, int]:
     return sizes
 
 
+def sizes_of(tag: Path, files: Iterable[str]) -> dict[str, int]:
+    """As `file_sizes`, and of those of ``files`` that lie next to the tag."""
+    sizes = file_sizes(tag)
+    for name in files:
+        if name not in sizes and os.path.isfile(path := place_of(tag, name)):
+            sizes[name] = path.stat().st_size
+    return sizes
+
+
 def _size(entry: os.DirEntry[str]) -> int | None:
     try:
         status = entry.stat()
@@ -244,24 +242,21 @@ def problem(tag: Path) -> str | None:
     Contents are not read: `internvl_ds.checkpoint.tag.verify` does that.
     """
     try:
-        return _problem(tag)
+        if not tag.is_dir():
+            return f'{tag} is no directory' if os.path.lexists(tag) else f'{tag} does not exist'
+        manifest = read_manifest(tag)
+        if manifest is None:
+            if (tag / manifests.STATE_FILE).exists():  # plain DeepSpeed writes none
+                return f'{tag}: {FILE_NAME} is missing'
+            is_whole = any(name.endswith('_model_states.pt') for name in os.listdir(tag))
+            return None if is_whole else f'{tag} holds no checkpoint'
+        lay_in = manifest.header.frozen.get('output', '')
+        wrong = manifests.wrong_files(manifest.files, sizes_of(tag, manifest.files), lay_in)
+        return f'{tag}: {"; ".join(wrong[:3])}' if wrong else None
     except CheckpointError as error:
         return str(error)
     except OSError as error:  # no rights, a link to nowhere, a failing disk
         return f'{tag}: cannot be read: {error}'
-
-
-def _problem(tag: Path) -> str | None:
-    if not tag.is_dir():
-        return f'{tag} is no directory' if os.path.lexists(tag) else f'{tag} does not exist'
-    manifest = read_manifest(tag)
-    if manifest is None:
-        if (tag / manifests.STATE_FILE).exists():  # plain DeepSpeed writes none
-            return f'{tag}: {FILE_NAME} is missing'
-        whole = any(name.endswith('_model_states.pt') for name in os.listdir(tag))
-        return None if whole else f'{tag} holds no checkpoint'
-    wrong = manifests.wrong_files(manifest.files, file_sizes(tag))
-    return f'{tag}: {"; ".join(wrong[:3])}' if wrong else None
 
 
 def present(tag: Path) -> Path:
@@ -318,8 +313,8 @@ def _why_not_latest(output: Path) -> str:
 def _newest_first(output: Path) -> list[Path]:
     """Every tag of a directory: epoch tags from the newest on, then the others likewise."""
     epochs = [output / t.name for t in sorted(epoch_tags(output), key=lambda t: t[:3])[::-1]]
-    known = {path.name for path in epochs}
-    others = [path for path in tags(output) if path.name not in known and is_tag(path)]
+    names = {path.name for path in epochs}
+    others = [path for path in tags(output) if path.name not in names and is_tag(path)]
     others += stand_ins(output)
 
     def order(path: Path) -> tuple[int, float]:

@@ -42,8 +42,7 @@ _crc_switch = threading.Lock()
 def write_hashed(path: Path, write: Callable[[IO[bytes]], object]) -> FileEntry:
     """Writes a file from front to back and flushes it to disk, hashing on the way.
 
-    Raises:
-        OSError: with the path and how many bytes were already there.
+    An OSError says the path and how many bytes were already there.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK
     raw = _HashingFile(path, os.open(path, flags, 0o666))
@@ -77,15 +76,15 @@ def save_safetensors(
 
     The file is flushed to disk, and hashed from the page cache.
     """
-    plain = {}
-    seen = set()
+    copies = {}
+    memories = set()
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
         memory = tensor.untyped_storage().data_ptr()
         # safetensors refuses tensors that share memory
-        plain[name] = tensor.clone() if memory in seen else tensor
-        seen.add(memory)
-    save_file(plain, path, metadata)
+        copies[name] = tensor.clone() if memory in memories else tensor
+        memories.add(memory)
+    save_file(copies, path, metadata)
     path.chmod(path.parent.stat().st_mode & 0o666)  # save_file makes it private
     return flush_and_hash(path)
 
@@ -97,11 +96,7 @@ def flush_and_hash(path: Path) -> FileEntry:
 
 
 def hash_file(path: Path, expected: int | None = None) -> FileEntry:
-    """The size and digest of a file as it is.
-
-    Args:
-        path: the file.
-        expected: its size, bytes; a file of another one is not read, and its digest is ''.
+    """The size and digest of a file as it is; of one of another size than ``expected``, digest ''.
 
     Raises:
         OSError: when it cannot be read; a sector that cannot be is no end of the process.

@@ -23,30 +23,28 @@ def model_names(tag: Path, names: Iterable[str], zero_stage: Callable[[str], int
     """The files of the model's states, in the order of the ranks.
 
     Args:
-        tag: the directory, for errors.
+        tag: the directory, for the CheckpointError where there are none, or they are of
+            model-parallel ranks.
         names: what its manifest lists, or what lies there.
         zero_stage: the ZeRO stage of a file of optimizer states; asked only where ``names`` are of
             two tags, one copied over the other.
-
-    Raises:
-        CheckpointError: when there are none, or they are of model-parallel ranks.
     """
-    found = {name: match for name in names if (match := _MODEL.fullmatch(name))}
-    if not found:
+    matches = {name: match for name in names if (match := _MODEL.fullmatch(name))}
+    if not matches:
         raise CheckpointError(f'{tag}: no *_model_states.pt, so it is no DeepSpeed checkpoint')
-    sliced = [name for name, match in found.items() if match[1]]  # of stage 3
-    whole = [name for name in found if name not in sliced]
-    if sliced and whole:
+    slices = [name for name, match in matches.items() if match[1]]  # of stage 3
+    whole = [name for name in matches if name not in slices]
+    if slices and whole:
         # The optimizer's files have the same names in both, and say which tag was saved last.
         optim = [n for n in names if is_first_optim(n)]
         whole = [] if optim and zero_stage(optim[0]) == 3 else whole
-    chosen = whole or sliced
-    parallel = [name for name in chosen if found[name][2] != '00']
+    files = whole or slices
+    parallel = [name for name in files if matches[name][2] != '00']
     if parallel:
         raise CheckpointError(
             f'{tag}: {few(parallel)}: of model-parallel ranks, and only data-parallel tags are read'
         )
-    return sorted(chosen, key=file_rank)
+    return sorted(files, key=file_rank)
 
 
 def optim_names(names: Iterable[str], ranks: int, bf16: bool) -> list[str]:
@@ -57,9 +55,9 @@ def optim_names(names: Iterable[str], ranks: int, bf16: bool) -> list[str]:
         ranks: how many ranks saved the tag: files of others are of another save.
         bf16: whether the bf16 engine saved it, whose files are named so.
     """
-    found = [name for name in names if _OPTIM.fullmatch(name) and file_rank(name) < ranks]
-    named_so = [name for name in found if name.startswith('bf16_') == bf16]
-    return sorted(named_so or found, key=file_rank)
+    candidates = [name for name in names if _OPTIM.fullmatch(name) and file_rank(name) < ranks]
+    of_engine = [name for name in candidates if name.startswith('bf16_') == bf16]
+    return sorted(of_engine or candidates, key=file_rank)
 
 
 def is_first_optim(name: str) -> bool:
@@ -67,22 +65,19 @@ def is_first_optim(name: str) -> bool:
     return bool(_OPTIM.fullmatch(name)) and file_rank(name) == 0
 
 
-def require_identity(path: Path, said: Any, header: Header) -> None:
-    """Refuses a file that is another rank's or another save's, whatever its checksum.
+def require_identity(path: Path, entry: Any, header: Header) -> None:
+    """Raises CheckpointError for another rank's or another save's file, whatever its checksum.
 
     Args:
         path: of the file.
-        said: what the file says of itself, as `Identity.to_dict` gives it; None for nothing.
+        entry: what the file says of itself, as `Identity.to_dict` gives it; None for nothing.
         header: of the tag that it lies in; one of an earlier version does not say its save.
-
-    Raises:
-        CheckpointError: naming both.
     """
-    wanted = Identity(header.tag, header.save, file_rank(path.name)).to_dict()
-    if not header.save or said == wanted:
+    right = Identity(header.tag, header.save, file_rank(path.name)).to_dict()
+    if not header.save or entry == right:
         return
-    held = 'what does not say whose it is' if said is None else Identity.describe(said)
+    text = 'what does not say whose it is' if entry is None else Identity.describe(entry)
     raise CheckpointError(
-        f'{path}: holds {held}, and {Identity.describe(wanted)} belongs here: it was copied from '
+        f'{path}: holds {text}, and {Identity.describe(right)} belongs here: it was copied from '
         'elsewhere. Put the right file back, or take another tag.'
     )

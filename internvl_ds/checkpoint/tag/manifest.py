@@ -17,18 +17,21 @@ FILE_NAME = 'manifest.json'
 STATE_FILE = 'state.json'
 LOOP_FILE = 'loop_rank_{}.json'
 FORMAT = 2
+# Of a tag whose frozen parameters stand apart, which earlier versions cannot read.
+FORMAT_APART = 3
 
 # A header is read from this many bytes at the front of the file.
 HEADER_BYTES = 4096
 
 _EPOCH_TAG = re.compile(r'ckpt_epoch_(0|[1-9]\d*)(?:_step_([1-9]\d*))?')
 _BEST_NAME = re.compile(r'[A-Za-z_][A-Za-z0-9_.-]*')
-_FILE_RANK = re.compile(r'(?:pp_rank|ema_rank|loop_rank)_(\d+)')
+_FILE_RANK = re.compile(r'(?:pp_rank|ema_rank|loop_rank|frozen_rank)_(\d+)')
+_SHARED_FILE = re.compile(r'frozen_rank_\d+-[0-9a-f]{32}\.safetensors')
 _NAME_LENGTH = 255
 _FILES = ',\n "files": {'
 _DIGEST = ',\n "xxh3_128": "'
 # Fields of the header that the manifests of earlier versions lack.
-_LATER = ('step', 'save')
+_LATER = ('step', 'save', 'frozen')
 
 
 class FileEntry(NamedTuple):
@@ -56,6 +59,8 @@ class Header:
         step: updates of the epoch, of a tag that was saved inside it; else None.
         save: names the save among all others; every file of the tag says it too. '' in tags of
             earlier versions.
+        frozen: where the frozen parameters are that stand apart: see CHECKPOINT.FROZEN; empty where
+            none do.
     """
 
     tag: str
@@ -72,6 +77,7 @@ class Header:
     format: int = FORMAT
     step: int | None = None
     save: str = ''
+    frozen: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -95,10 +101,10 @@ class Identity:
         return {'tag': self.tag, 'save': self.save, 'rank': str(self.rank)}
 
     @staticmethod
-    def describe(said: Any) -> str:
+    def describe(entry: Any) -> str:
         """What a file says of itself, in words."""
-        said = said if isinstance(said, Mapping) else {}
-        rank, save, tag = (brief(said.get(key)).strip("'") for key in ('rank', 'save', 'tag'))
+        entry = entry if isinstance(entry, Mapping) else {}
+        rank, save, tag = (brief(entry.get(key)).strip("'") for key in ('rank', 'save', 'tag'))
         return f"rank {rank}'s file of save {save} of {tag}"
 
 
@@ -123,14 +129,11 @@ class Manifest:
 def parse_header(front: str, where: str) -> Header | None:
     """Reads the header from the first HEADER_BYTES of a manifest; no checksum is verified.
 
-    Returns:
-        None where the header is longer than that, or not as `Manifest.to_text` writes it.
-
-    Raises:
-        CheckpointError: as `parse_manifest`.
+    Returns None where the header is longer than that, or not as `Manifest.to_text` writes it; else
+    as `parse_manifest`.
     """
-    head, found, _ = front.partition(_FILES)
-    if not found:
+    head, separator, _ = front.partition(_FILES)
+    if not separator:
         return None
     try:
         return _header(parse_json(head + '\n}'), where)
@@ -139,11 +142,7 @@ def parse_header(front: str, where: str) -> Header | None:
 
 
 def parse_manifest(text: str, where: str) -> Manifest:
-    """Reads what `Manifest.to_text` gave; ``where``: the file, for errors.
-
-    Raises:
-        CheckpointError: when it is no manifest, is damaged, or has another format.
-    """
+    """Reads what `Manifest.to_text` gave; CheckpointError, naming ``where``, for anything else."""
     try:
         tree = parse_json(text)
     except ValueError as error:
@@ -185,7 +184,9 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     'max_accuracy': _is_number,
     'zero_stage': lambda v: _is_count(v) and v <= 3,
     'world_size': lambda v: _is_count(v) and 0 < v <= 1 << 20,
-    'versions': lambda v: isinstance(v, dict) and all(map(_is_text, v.values())),
+    **dict.fromkeys(
+        ('versions', 'frozen'), lambda v: isinstance(v, dict) and all(map(_is_text, v.values()))
+    ),
 }
 
 
@@ -196,34 +197,61 @@ def _with_digest(body: str) -> str:
 def _header(tree: Any, where: str) -> Header:
     if not isinstance(tree, Mapping) or not isinstance(tree.get('format'), int):
         raise CheckpointError(f'{where}: not a checkpoint manifest')
-    if tree['format'] != FORMAT:
-        newer = f'and this version reads up to {FORMAT}: upgrade internvl_ds'
+    if tree['format'] not in (FORMAT, FORMAT_APART):
+        newer = f'and this version reads up to {FORMAT_APART}: upgrade internvl_ds'
         older = 'of a development version without checksums, and this version does not read it'
         other = newer if tree['format'] > FORMAT else older
         raise CheckpointError(f'{where}: manifest format {brief(tree["format"])}, {other}')
     try:
-        held = {f.name: tree[f.name] for f in fields(Header) if f.name not in _LATER}
+        values = {f.name: tree[f.name] for f in fields(Header) if f.name not in _LATER}
     except KeyError as error:
         raise CheckpointError(f'{where}: the manifest lacks {error}') from error
-    held |= {name: tree[name] for name in _LATER if name in tree}
-    for name, value in held.items():
+    values |= {name: tree[name] for name in _LATER if name in tree}
+    for name, value in values.items():
         with interpreting(f'{where}: {name} is {brief(value)}', CheckpointError):
             if not _FIELDS[name](value):
                 raise TypeError('of another kind')
-    return Header(**held)
+    return Header(**values)
 
 
-def wrong_files(files: Mapping[str, FileEntry], sizes: Mapping[str, int]) -> list[str]:
-    """Names each of ``files`` that is missing, no regular file (size -1) or of another size."""
+def wrong_files(
+    files: Mapping[str, FileEntry], sizes: Mapping[str, int], lay_in: str = ''
+) -> list[str]:
+    """Names each of ``files`` that is missing, no regular file (size -1) or of another size.
+
+    Args:
+        files: of a tag.
+        sizes: of what is there.
+        lay_in: the directory that the tag was saved in.
+    """
     wrong = []
     for name, entry in sorted(files.items()):
         if name not in sizes:
-            wrong.append(f'{shown(name)} is missing')
+            wrong.append(f'{shown(name)} is missing{_missing_since(name, lay_in)}')
         elif sizes[name] < 0:
             wrong.append(f'{shown(name)} is no regular file, nor a link to one')
         elif sizes[name] != entry.size:
             wrong.append(f'{shown(name)} has {sizes[name]} bytes, not {entry.size}')
     return wrong
+
+
+def _missing_since(name: str, lay_in: str) -> str:
+    if not is_shared(name):
+        return ''
+    return (
+        ': it holds frozen parameters that this tag shares with others, and was in them or beside '
+        f'them in {shown(lay_in)}; put it into the tag, or next to it'
+    )
+
+
+def shared_name(rank: int, digest: str) -> str:
+    """The name of a rank's frozen parameters in CHECKPOINT.FROZEN 'once': it has their digest."""
+    return f'frozen_rank_{rank}-{digest}.safetensors'
+
+
+def is_shared(name: str) -> bool:
+    """Whether a file of a tag is one that several tags may have: see `shared_name`."""
+    return bool(_SHARED_FILE.fullmatch(name))
 
 
 def file_rank(name: str) -> int:

@@ -79,27 +79,27 @@ def enter_output(output: Path, config: CfgNode, limit: float) -> None:
         OSError: when it cannot be made or written.
     """
     key = os.path.abspath(output)
-    known = _outputs.get(key)
-    if known is None:
+    entry = _outputs.get(key)
+    if entry is None:
         output.mkdir(parents=True, exist_ok=True)
         place = _place_of(output)
         # Absolute: the program may change its directory. And it may have another name for one.
-        there = (
+        twins = (
             o for o in _outputs.values() if os.path.exists(o.path) and _place_of(o.path) == place
         )
-        known = next(there, _Output(Path(key), place))
+        entry = next(twins, _Output(Path(key), place))
     else:
-        _require_same(known)
+        _require_same(entry)
     if not checkpoint_option(config, 'SHARED_OUTPUT'):
         age, wait = checkpoint_option(config, 'LOCK_AGE'), checkpoint_option(config, 'LOCK_WAIT')
-        _lock(known, wait, age, limit)
-    _outputs[key] = known
+        _lock(entry, wait, age, limit)
+    _outputs[key] = entry
 
 
 def note_save(output: Path, tag: str, save: str) -> None:
     """Remembers a committed tag: a directory that holds it is the one that was saved in."""
-    if known := _outputs.get(os.path.abspath(output)):
-        known.saves[tag] = save
+    if entry := _outputs.get(os.path.abspath(output)):
+        entry.saves[tag] = save
 
 
 def _place_of(output: Path) -> tuple[int, int]:
@@ -107,68 +107,68 @@ def _place_of(output: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _require_same(known: _Output) -> None:
+def _require_same(entry: _Output) -> None:
     try:
-        place = _place_of(known.path)
+        place = _place_of(entry.path)
     except OSError as error:
         raise CheckpointError(
-            f'{known.path}: this run writes there, and it is gone ({error.strerror}): is the file '
+            f'{entry.path}: this run writes there, and it is gone ({error.strerror}): is the file '
             'system still mounted? Nothing was written, and it is not made anew'
         ) from error
-    if place == known.place:
+    if place == entry.place:
         return
-    mine = known.owner is not None and read_owner(known.path / LOCK) == known.owner
-    saves = ((header_or_none(known.path / tag), save) for tag, save in known.saves.items())
-    if not mine and not any(header and header.save == save for header, save in saves):
+    is_ours = entry.owner is not None and read_owner(entry.path / LOCK) == entry.owner
+    saves = ((header_or_none(entry.path / tag), save) for tag, save in entry.saves.items())
+    if not is_ours and not any(header and header.save == save for header, save in saves):
         raise CheckpointError(
-            f'{known.path}: is not the directory that this run has written in, neither its lock '
+            f'{entry.path}: is not the directory that this run has written in, neither its lock '
             'nor its tags are there: is the file system still mounted? Nothing was written'
         )
-    known.place = place
-    known.give_up()  # of the old mount
+    entry.place = place
+    entry.give_up()  # of the old mount
 
 
-def _lock(known: _Output, wait: float, age: float, limit: float) -> None:
-    path = known.path / LOCK
-    there = read_owner(path)
-    if known.owner is not None:
-        if there == known.owner and known.descriptor >= 0:
+def _lock(entry: _Output, wait: float, age: float, limit: float) -> None:
+    path = entry.path / LOCK
+    owner = read_owner(path)
+    if entry.owner is not None:
+        if owner == entry.owner and entry.descriptor >= 0:
             return
-        if there not in (None, known.owner):
+        if owner not in (None, entry.owner):
             raise CheckpointError(
-                f'{known.path}: {there} took over while this process gave no sign of life for '
+                f'{entry.path}: {owner} took over while this process gave no sign of life for '
                 f'CHECKPOINT.LOCK_AGE {age:g} s; nothing was written'
             )
-        known.give_up()  # removed by someone, or given up at a shutdown: it is taken again
-    start, first_beat, told = time.monotonic(), None, False
+        entry.give_up()  # removed by someone, or given up at a shutdown: it is taken again
+    start, first_beat, has_warned = time.monotonic(), None, False
     while True:
-        descriptor, held = owners.open_lock(path)
-        there, beat = read_owner(descriptor), os.fstat(descriptor).st_mtime
-        free = True if held is not False and there is None else owners.has_ended(there, held)
-        silent = 0.0
+        descriptor, is_held = owners.open_lock(path)
+        owner, beat = read_owner(descriptor), os.fstat(descriptor).st_mtime
+        free = True if is_held is not False and owner is None else owners.has_ended(owner, is_held)
+        silence = 0.0
         if free is None:
             first_beat = first_beat or beat
-            silent = _now_in(known.path) - beat
-            free = False if beat != first_beat else silent > age or None
-        if free and _take(known, descriptor, held, age):
+            silence = _now_in(entry.path) - beat
+            free = False if beat != first_beat else silence > age or None
+        if free and _take(entry, descriptor, is_held, age):
             return
         owners.let_go(descriptor)
         if time.monotonic() - start >= (limit if free is None else wait):
-            unsure = f', silent for {silent:.0f} s and dead after LOCK_AGE {age:g} s'
+            unsure = f', silent for {silence:.0f} s and dead after LOCK_AGE {age:g} s'
             raise CheckpointError(
-                f'{known.path}: another job writes there: {there or "a process that just began"}'
+                f'{entry.path}: another job writes there: {owner or "a process that just began"}'
                 f'{unsure if free is None else ""}. Two jobs in one OUTPUT mix their tags: give '
                 'each its own, or set CHECKPOINT.SHARED_OUTPUT True if that is meant'
             )
-        if not told:
-            logger.warning('%s: %s writes there; waiting for its end', known.path, there)
-            told = True
+        if not has_warned:
+            logger.warning('%s: %s writes there; waiting for its end', entry.path, owner)
+            has_warned = True
         time.sleep(0.2)
 
 
-def _take(known: _Output, descriptor: int, held: bool | None, age: float) -> bool:
+def _take(entry: _Output, descriptor: int, is_held: bool | None, age: float) -> bool:
     """Writes down whose the lock is; False where another process did so at the same time."""
-    path, owner = known.path / LOCK, owners.this_process()
+    path, owner = entry.path / LOCK, owners.this_process()
     text = owner.to_text().encode()
     try:
         os.pwrite(descriptor, text, 0)
@@ -179,15 +179,15 @@ def _take(known: _Output, descriptor: int, held: bool | None, age: float) -> boo
             path.unlink()
         owners.let_go(descriptor)
         raise OSError(error.errno, error.strerror, str(path)) from error
-    if held is None:  # only what was written last can tell
+    if is_held is None:  # only what was written last can tell
         time.sleep(age / 60)
         if read_owner(path) != owner:
             return False
-    known.owner, known.descriptor, known.ended = owner, descriptor, threading.Event()
+    entry.owner, entry.descriptor, entry.ended = owner, descriptor, threading.Event()
     before_shutdown(_release_all)
     forks.at_fork(_release_all, _outputs.clear)
     _release_at_exit()
-    arguments = path, owner, age / _BEATS, known.ended
+    arguments = path, owner, age / _BEATS, entry.ended
     threading.Thread(target=_beat, args=arguments, name='lock', daemon=True).start()
     return True
 
@@ -209,14 +209,14 @@ def _now_in(output: Path) -> float:
 def _release_all() -> None:
     if async_save.is_pending():  # it still writes there; then the kernel releases the locks
         return
-    for known in _outputs.values():
-        path = known.path / LOCK
-        if known.descriptor >= 0 and read_owner(path) == known.owner:
+    for entry in _outputs.values():
+        path = entry.path / LOCK
+        if entry.descriptor >= 0 and read_owner(path) == entry.owner:
             try:
                 path.unlink()
             except OSError as error:
                 logger.warning('%s: cannot be removed (%s); it holds no lock', path, error)
-        known.give_up()
+        entry.give_up()
 
 
 @functools.cache

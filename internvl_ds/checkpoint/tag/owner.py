@@ -69,19 +69,17 @@ def read_owner(place: Path | int) -> Owner | None:
     return owner if all(isinstance(value, str) for value in owner) else None
 
 
-def has_ended(owner: Owner | None, held: bool | None) -> bool | None:
+def has_ended(owner: Owner | None, is_held: bool | None) -> bool | None:
     """Whether the process that a record names is gone; None where nothing here can tell.
 
-    Args:
-        owner: the record; None where there is none.
-        held: what `open_lock` said of its lock; None where there is no lock.
+    ``is_held``: what `open_lock` said of its lock; None where there is no lock.
     """
-    if held is False:
+    if is_held is False:
         return False
     if owner is None:
         return None
     here = owner.machine == _machine()
-    if held and (here or owner.host == socket.gethostname()):
+    if is_held and (here or owner.host == socket.gethostname()):
         return True
     return not _is_alive(owner) if here else None
 
@@ -101,10 +99,6 @@ def open_lock(path: Path, *, make: bool = True) -> tuple[int, bool | None]:
 
     Forked children close the file, and other programs do not get it: the lock is this process's.
 
-    Args:
-        path: the file.
-        make: make the file where it is missing.
-
     Returns:
         The descriptor, and whether this process holds the lock now: False where another process
         does, None where the file system has no locks.
@@ -112,9 +106,9 @@ def open_lock(path: Path, *, make: bool = True) -> tuple[int, bool | None]:
     while True:
         descriptor = open_own(path, os.O_RDWR, make=make)
         forks.at_fork(descriptor, functools.partial(os.close, descriptor))
-        held = try_lock(descriptor)
-        if not held or _is_still(path, descriptor):
-            return descriptor, held
+        is_held = try_lock(descriptor)
+        if not is_held or _is_still(path, descriptor):
+            return descriptor, is_held
         let_go(descriptor)  # its owner removed it just now
 
 

@@ -41,11 +41,7 @@ class Policy(Protocol):
     """Decides which tags stay."""
 
     def keeps(self, tags: Sequence[EpochTag]) -> set[str]:
-        """The names of the tags that shall stay.
-
-        Args:
-            tags: all epoch and step tags of an output directory, oldest save first.
-        """
+        """The names of those that stay, of all epoch and step tags, oldest save first."""
         ...
 
 
@@ -60,7 +56,6 @@ class KeepNewest:
     count: int
 
     def keeps(self, tags: Sequence[EpochTag]) -> set[str]:
-        """See `Policy`."""
         return {tag.name for tag in _of_epochs(tags)[-self.count if self.count > 0 else 0 :]}
 
 
@@ -71,7 +66,6 @@ class KeepSteps:
     count: int
 
     def keeps(self, tags: Sequence[EpochTag]) -> set[str]:
-        """See `Policy`."""
         steps = [tag.name for tag in tags if tag.step is not None]
         return set(steps[-self.count :]) if self.count > 0 else set()
 
@@ -88,7 +82,6 @@ class KeepLater:
     most: int | None = None
 
     def keeps(self, tags: Sequence[EpochTag]) -> set[str]:
-        """See `Policy`."""
         later = sorted(later_tags(tags), key=lambda tag: tag.position, reverse=True)
         return {tag.name for tag in later[: self.most]}
 
@@ -103,7 +96,6 @@ class KeepBest:
     count: int
 
     def keeps(self, tags: Sequence[EpochTag]) -> set[str]:
-        """See `Policy`."""
         first_to_reach: dict[float, str] = {}
         for tag in _of_epochs(tags):
             if tag.max_accuracy is not None and not math.isnan(tag.max_accuracy):
@@ -119,7 +111,6 @@ class KeepEvery:
     interval: int
 
     def keeps(self, tags: Sequence[EpochTag]) -> set[str]:
-        """See `Policy`."""
         if self.interval < 1:
             return set()
         return {tag.name for tag in _of_epochs(tags) if tag.epoch % self.interval == 0}
@@ -131,10 +122,10 @@ def tags_to_prune(tags: Iterable[EpochTag], policies: Sequence[Policy]) -> list[
     The tag saved last always stays: it is the one that a run resumes from.
     """
     ordered = sorted(tags, key=lambda tag: tag[:3])
-    kept = {ordered[-1].name} if ordered else set()
+    names = {ordered[-1].name} if ordered else set()
     for policy in policies:
-        kept |= policy.keeps(ordered)
-    return [tag.name for tag in ordered if tag.name not in kept]
+        names |= policy.keeps(ordered)
+    return [tag.name for tag in ordered if tag.name not in names]
 
 
 def later_tags(tags: Sequence[EpochTag]) -> list[EpochTag]:

@@ -27,7 +27,7 @@ LOCK = '.lock-'
 _OURS = re.compile(r'(\.(?:staging|lock|trash|old)-)((.+)-([0-9a-f]{16}))')
 
 # What looks like ours and is not known to be, and was said to be so already.
-_told: set[Path] = set()
+_reports: set[Path] = set()
 
 
 def sweep(output: Path, *, age: float | None = None) -> list[str]:
@@ -41,12 +41,11 @@ def sweep(output: Path, *, age: float | None = None) -> list[str]:
         age: seconds without a write after which an owner that cannot be seen from here counts as
             dead; None for the default of CHECKPOINT.LEFTOVER_AGE.
 
-    Returns:
-        The names of the staging directories that were removed.
+    Returns the names of the staging directories that were removed.
     """
     age = default_of('CHECKPOINT.LEFTOVER_AGE') if age is None else age
     saves: dict[str, set[str]] = defaultdict(set)
-    strange = []
+    strangers = []
     for name in sorted(os.listdir(output)) if output.is_dir() else ():
         if match := _OURS.fullmatch(name):
             if match[1] == TRASH:
@@ -54,49 +53,49 @@ def sweep(output: Path, *, age: float | None = None) -> list[str]:
             else:
                 saves[match[2]].add(match[1])
         elif name.startswith((STAGING, TRASH, ASIDE)):
-            strange.append(output / name)
-    swept = [key for key, there in saves.items() if _sweep_save(output, key, there, age)]
-    for path in strange:
+            strangers.append(output / name)
+    keys = [key for key, prefixes in saves.items() if _sweep_save(output, key, prefixes, age)]
+    for path in strangers:
         # Of a version that left no marks: a tag that stepped aside for a save that died.
         tag = output / path.name.removeprefix(ASIDE)
         header = header_or_none(path) if path.name.startswith(ASIDE) else None
-        named = header is not None and header.tag == tag.name
-        if named and any(name.startswith(f'{STAGING}{tag.name}-') for name in os.listdir(output)):
+        is_ours = header is not None and header.tag == tag.name
+        if is_ours and any(name.startswith(f'{STAGING}{tag.name}-') for name in os.listdir(output)):
             continue  # its save may be alive
-        if not (named and _give_name_back(path, tag)):
+        if not (is_ours and _give_name_back(path, tag)):
             _leave(path)
-    return [f'{STAGING}{key}' for key in swept if STAGING in saves[key]]
+    return [f'{STAGING}{key}' for key in keys if STAGING in saves[key]]
 
 
-def _sweep_save(output: Path, key: str, there: set[str], age: float) -> bool:
+def _sweep_save(output: Path, key: str, prefixes: set[str], age: float) -> bool:
     """Clears up after a save, if it was ours and is dead; whether it did."""
     staging, lock, aside = (output / f'{prefix}{key}' for prefix in (STAGING, LOCK, ASIDE))
     name, _, save = key.rpartition('-')
     with contextlib.ExitStack() as stack:
-        held: bool | None = None
-        if LOCK in there:
+        is_held: bool | None = None
+        if LOCK in prefixes:
             try:
-                descriptor, held = open_lock(lock, make=False)
+                descriptor, is_held = open_lock(lock, make=False)
             except OSError:  # just removed, or no file
                 return False
             stack.callback(let_go, descriptor)
-        said = [read_owner(lock), read_owner(staging / MARK)]
-        owner = next((owner for owner in said if owner and owner.id == save), None)
+        owners = [read_owner(lock), read_owner(staging / MARK)]
+        owner = next((owner for owner in owners if owner and owner.id == save), None)
         if owner is None:
-            if held and not lock.stat().st_size:  # killed before it wrote a word
+            if is_held and not lock.stat().st_size:  # killed before it wrote a word
                 unlink(lock)
-            elif there != {LOCK}:
-                _leave(staging if STAGING in there else aside)
+            elif prefixes != {LOCK}:
+                _leave(staging if STAGING in prefixes else aside)
             return False
-        ended = has_ended(owner, held)
-        places = [output / f'{prefix}{key}' for prefix in there]
-        if ended is False or (ended is None and time.time() - _last_write(places) <= age):
+        is_dead = has_ended(owner, is_held)
+        places = [output / f'{prefix}{key}' for prefix in prefixes]
+        if is_dead is False or (is_dead is None and time.time() - _last_write(places) <= age):
             return False
-        if STAGING in there:
+        if STAGING in prefixes:
             logger.warning('%s: left by a save that died; removed (it was of %s)', staging, owner)
             discard(staging)
         tag = output / name
-        if ASIDE in there and not _give_name_back(aside, tag) and tag.exists():
+        if ASIDE in prefixes and not _give_name_back(aside, tag) and tag.exists():
             logger.warning('%s: left by a save that died; removed (it was of %s)', aside, owner)
             discard(aside)
         if not (staging.exists() or aside.exists()):
@@ -128,8 +127,8 @@ def _give_name_back(aside: Path, tag: Path) -> bool:
 
 
 def _leave(path: Path) -> None:
-    if path not in _told:
-        _told.add(path)
+    if path not in _reports:
+        _reports.add(path)
         logger.info('%s: not known to be of this version of internvl_ds; left as it is', path)
 
 

@@ -23,8 +23,7 @@ MARK = '.internvl_ds-owner'
 def discard(path: Path) -> bool | None:
     """Takes a directory's name away and then its files; what cannot be removed is a warning.
 
-    Returns:
-        Whether all of it is gone; None where somebody else has taken it away.
+    Returns whether all of it is gone; None where somebody else has taken it away.
     """
     trash = path.with_name(f'{TRASH}{path.name}-{secrets.token_hex(8)}')
     try:

@@ -8,10 +8,20 @@ from pathlib import Path
 from internvl_ds.checkpoint.formats.ema_files import identity_in, open_safetensors
 from internvl_ds.checkpoint.formats.outline import outline
 from internvl_ds.checkpoint.formats.state_json import read_state
+from internvl_ds.checkpoint.frozen.frozen_file import joined
 from internvl_ds.checkpoint.tag.discovery import read_manifest
 from internvl_ds.checkpoint.tag.hashing import hash_file
 from internvl_ds.checkpoint.tag.identity import require_identity
-from internvl_ds.checkpoint.tag.manifest import LOOP_FILE, STATE_FILE, Identity, Manifest, file_rank
+from internvl_ds.checkpoint.tag.manifest import (
+    LOOP_FILE,
+    STATE_FILE,
+    Identity,
+    Manifest,
+    file_rank,
+    is_shared,
+    wrong_files,
+)
+from internvl_ds.checkpoint.tag.places import place_of
 from internvl_ds.errors import CheckpointError
 from internvl_ds.files.reading import interpreting
 
@@ -24,15 +34,18 @@ def share_of(names: Iterable[str], rank: int, world_size: int) -> list[str]:
 def weight_files(manifest: Manifest) -> list[str]:
     """The files of a tag that hold its weights, and state.json."""
     ending = '_states.pt' if manifest.header.zero_stage == 3 else '_model_states.pt'
-    return [STATE_FILE, *(name for name in manifest.files if name.endswith(ending))]
+    weights = (name for name in manifest.files if name.endswith(ending) or is_shared(name))
+    return [STATE_FILE, *weights]
 
 
 def training_files(manifest: Manifest, rank: int | None = None) -> list[str]:
     """The files that training goes on from: those that a rank reads itself; None for any rank's."""
     loops = {LOOP_FILE.format(file_rank(name)) for name in manifest.files}
-    names = [n for n in manifest.files if n.endswith('_states.pt') or n in loops]
+    names = [n for n in manifest.files if n.endswith('_states.pt') or n in loops or is_shared(n)]
     if rank is not None:
-        shared = [name for name in names if 'pp_rank' not in name and name not in loops]
+        sliced = manifest.header.zero_stage == 3  # each rank has its own frozen parameters
+        own = {n for n in names if 'pp_rank' in n or n in loops or (is_shared(n) and sliced)}
+        shared = [name for name in names if name not in own]
         names = [name for name in names if name in shared or file_rank(name) == rank]
     return [STATE_FILE, *names]
 
@@ -46,59 +59,72 @@ def ema_files_of_rank(manifest: Manifest, rank: int) -> list[str]:
 def damage(tag: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
     """Reads the named files whole, and says of each that differs from the manifest how it does.
 
-    Args:
-        tag: the directory.
-        manifest: what its files were when they were saved.
-        names: of files in the manifest; a name that it does not list is damage too.
+    A name that the manifest does not list is damage too.
     """
-    found = []
+    damages = []
     for name in names:
         entry = manifest.files.get(name)
         if entry is None:
-            found.append(f'{tag / name}: not a file of this checkpoint')
+            damages.append(f'{tag / name}: not a file of this checkpoint')
             continue
+        path = place_of(tag, name)
         try:
-            actual = hash_file(tag / name, entry.size)
+            actual = hash_file(path, entry.size)
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
-            found.append(f'{tag / name}: cannot be read: {reason}')
+            text = f'{path}: cannot be read: {reason}'
+            if is_shared(name) and isinstance(error, FileNotFoundError):
+                lay_in = manifest.header.frozen.get('output', '')
+                text = f'{tag}: {wrong_files({name: entry}, {}, lay_in)[0]}'
+            damages.append(text)
             continue
         if actual.size != entry.size:
-            found.append(f'{tag / name}: has {actual.size} bytes, not {entry.size}')
+            damages.append(f'{path}: has {actual.size} bytes, not {entry.size}')
         elif actual.digest != entry.digest:
             digests = f'its xxh3-128 is {actual.digest}, and {entry.digest} was written'
-            found.append(f'{tag / name}: damaged: {digests}')
+            damages.append(f'{path}: damaged: {digests}')
         else:
-            found += _foreign(tag / name, manifest)
-    return found
+            damages += _foreign(path, manifest)
+    return damages
 
 
 def _foreign(path: Path, manifest: Manifest) -> list[str]:
     """Whether a file with the right checksum is of another save or rank."""
-    if not manifest.header.save:  # of an earlier version
+    # Of an earlier version; or of no save: what a shared file is named says all of it.
+    if not manifest.header.save or is_shared(path.name):
         return []
     try:
         if path.suffix == '.json':
-            said = read_state(path).get(Identity.KEY)
+            entry = read_state(path).get(Identity.KEY)
         elif path.suffix == '.safetensors':
             with open_safetensors(path) as file:
-                said = identity_in(file.metadata())
+                entry = identity_in(file.metadata())
         elif path.name.endswith('_states.pt'):
             with interpreting(path, CheckpointError):
-                said = outline(path).get(Identity.KEY)
+                entry = outline(path).get(Identity.KEY)
         else:  # DeepSpeed's scripts
             return []
-        require_identity(path, said, manifest.header)
+        require_identity(path, entry, manifest.header)
     except CheckpointError as error:
         return [str(error)]
     return []
 
 
 def damage_of_tag(tag: Path) -> list[str] | None:
-    """What is wrong with any file of a tag; None for a tag without a manifest (plain DeepSpeed's).
-
-    Raises:
-        CheckpointError: when the manifest cannot be read.
-    """
+    """What is wrong with any file of a tag; None for one without a manifest (plain DeepSpeed's)."""
     manifest = read_manifest(tag)
-    return None if manifest is None else damage(tag, manifest, manifest.files)
+    if manifest is None:
+        return None
+    return damage(tag, manifest, manifest.files) or damage_of_sources(tag, manifest)
+
+
+def damage_of_sources(tag: Path, manifest: Manifest) -> list[str]:
+    """What is wrong with the files that a tag takes omitted parameters from."""
+    found: dict[str, None] = {}  # once for all ranks
+    names = manifest.files if manifest.header.frozen.get('kept') == 'omit' else ()
+    for path in (tag / name for name in names if name.endswith('_model_states.pt')):
+        try:
+            joined(tag, path, outline(path))
+        except CheckpointError as error:
+            found[str(error)] = None
+    return list(found)

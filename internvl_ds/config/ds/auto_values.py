@@ -10,9 +10,9 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from internvl_ds.config.ds.diagnostics import Diagnostic, diagnostic, value_at
-from internvl_ds.config.ds.pairs import ARGUMENT, AUTO, BATCH, PAIRS, Pair
-from internvl_ds.config.tree import default_of, get_option, scale_lr
+from internvl_ds.config.ds.diagnostics import Diagnostic, diagnostic
+from internvl_ds.config.ds.pairs import ARGUMENT, AUTO, BATCH, PAIRS
+from internvl_ds.config.tree import default_of, get_option, scale_lr, value_at
 
 DEFAULT = "DeepSpeed's default"
 _FILE = 'the ds_config'
@@ -45,14 +45,14 @@ class Filling:
         self.origins = dict(origins or {pointer: _FILE for pointer, _ in _leaves(self.tree)})
         self.findings: list[Diagnostic] = []
 
-    def stated(self, pointer: str) -> Any:
+    def value_of(self, pointer: str) -> Any:
         """The value at a JSON pointer; None where it is absent or 'auto'."""
         value = value_at(self.tree, *pointer.split('/')[1:])
         return None if value == 'auto' else value
 
     def put(self, pointer: str, value: Any, origin: str) -> None:
         """Sets a value; its origin stays the file where that states the same."""
-        if self.stated(pointer) != value:
+        if self.value_of(pointer) != value:
             self.origins[pointer] = origin
         *sections, last = pointer.split('/')[1:]
         node = self.tree
@@ -62,7 +62,7 @@ class Filling:
 
     def fill(self, pointer: str, value: Any, origin: str) -> None:
         """Sets a value where none is stated."""
-        if self.stated(pointer) is None:
+        if self.value_of(pointer) is None:
             self.put(pointer, value, origin)
 
     def refuse(self, pointer: str, message: str) -> None:
@@ -86,10 +86,10 @@ def fill_buckets(filling: Filling, trained: int | None) -> None:
     gigabyte in bf16. A bucket of all elements is the same single bucket, to the bit.
     """
     if trained is None:
-        open_ones = set(filling.autos()) & set(_BUCKETS)
-        filling.origins.update(dict.fromkeys(open_ones, 'the model, once there is one'))
+        pointers = set(filling.autos()) & set(_BUCKETS)
+        filling.origins.update(dict.fromkeys(pointers, 'the model, once there is one'))
         return
-    stage = filling.stated(f'{_ZERO}/stage')
+    stage = filling.value_of(f'{_ZERO}/stage')
     if stage in (1, 2, 3):
         size = reduce_bucket_of(trained)
         filling.fill(_REDUCE_BUCKET, size, f'the model: {trained} trained elements, at most 5e8')
@@ -100,15 +100,15 @@ def fill_buckets(filling: Filling, trained: int | None) -> None:
 
 def fill_open_values(filling: Filling, config: CfgNode, trained: int | None) -> None:
     """Fills what is open once the batch is settled, and refuses each 'auto' that nothing fills."""
-    images = filling.stated(BATCH.pointer)
+    images = filling.value_of(BATCH.pointer)
     _fill_optimizer(filling, config, images)
     _fill_scheduler(filling, config, images)
     fill_buckets(filling, trained)
     origin = "internvl_ds: timm's optimizers and SGD are meant under ZeRO"
     filling.fill('/zero_allow_untested_optimizer', True, origin)
-    known = {*_BUCKETS, *(finding.pointer for finding in filling.findings)}
+    skips = {*_BUCKETS, *(finding.pointer for finding in filling.findings)}
     for pointer in filling.autos():
-        if pointer not in known and default_at(pointer) != 'auto':  # DeepSpeed reads some itself
+        if pointer not in skips and default_at(pointer) != 'auto':  # DeepSpeed reads some itself
             filling.refuse(
                 pointer,
                 "'auto' has no counterpart in the yacs config; give a value, or leave the key out "
@@ -117,18 +117,29 @@ def fill_open_values(filling: Filling, config: CfgNode, trained: int | None) -> 
 
 
 def _fill_optimizer(filling: Filling, config: CfgNode, images: int) -> None:
-    """Fills /optimizer/params with the settings of TRAIN that the optimizer takes."""
-    name = filling.stated('/optimizer/type')
-    takes = _arguments_of(name) if isinstance(name, str) else ()
+    """Fills /optimizer/params with the settings of TRAIN that the optimizer takes.
+
+    Where both files state a value, they must state the same.
+    """
+    name = filling.value_of('/optimizer/type')
+    arguments = _arguments_of(name) if isinstance(name, str) else ()
     for pair in PAIRS:
-        if pair.rule != ARGUMENT or pair.key not in takes:
+        if pair.rule != ARGUMENT or pair.key not in arguments:
             continue
-        value = get_option(config, pair.yacs)
+        value, entry = get_option(config, pair.yacs), filling.value_of(pair.pointer)
+        is_set = value != default_of(pair.yacs)
         if pair.key == 'lr':
             value = scale_lr(value, images)
         elif isinstance(value, tuple):
             value = list(value)
-        _fill_argument(filling, pair, config, value, pair.origin(images))
+        origin = pair.origin(images)
+        if entry is not None and is_set and not _same(entry, value):
+            filling.refuse(
+                pair.pointer,
+                f'{pair.pointer} is {entry} in the ds_config, but {origin} is {value}; make them '
+                "agree, or set the JSON's to 'auto'",
+            )
+        filling.fill(pair.pointer, value, origin)
 
 
 def _fill_scheduler(filling: Filling, config: CfgNode, images: int) -> None:
@@ -149,22 +160,9 @@ def _fill_scheduler(filling: Filling, config: CfgNode, images: int) -> None:
             filling.put(pointer, value, pair.origin(images))
 
 
-def _fill_argument(filling: Filling, pair: Pair, config: CfgNode, value: Any, origin: str) -> None:
-    """Fills one value that both files may state; where both do, they must state the same."""
-    stated = filling.stated(pair.pointer)
-    changed = get_option(config, pair.yacs) != default_of(pair.yacs)
-    if stated is not None and changed and not _same(stated, value):
-        filling.refuse(
-            pair.pointer,
-            f'{pair.pointer} is {stated} in the ds_config, but {origin} is {value}; make them '
-            "agree, or set the JSON's to 'auto'",
-        )
-    filling.fill(pair.pointer, value, origin)
-
-
-def _same(stated: Any, value: Any) -> bool:
+def _same(entry: Any, value: Any) -> bool:
     """Equal, but for what rounding does to a learning rate."""
-    numbers = [list(v) if isinstance(v, list | tuple) else [v] for v in (stated, value)]
+    numbers = [list(v) if isinstance(v, list | tuple) else [v] for v in (entry, value)]
     try:
         return len(numbers[0]) == len(numbers[1]) and all(map(math.isclose, *numbers))
     except TypeError:  # one of them is no number
@@ -175,10 +173,10 @@ def _arguments_of(name: str) -> set[str]:
     """The arguments of the optimizer that DeepSpeed makes of a name."""
     import torch
 
-    known = {'adam': 'Adam', 'adamw': 'AdamW', 'lamb': 'Adam', 'adagrad': 'Adagrad'}
+    torch_names = {'adam': 'Adam', 'adamw': 'AdamW', 'lamb': 'Adam', 'adagrad': 'Adagrad'}
     if name.lower() == 'lion':
         return {'lr', 'betas', 'weight_decay'}
-    optimizer = getattr(torch.optim, known.get(name.lower(), name), None)
+    optimizer = getattr(torch.optim, torch_names.get(name.lower(), name), None)
     return set(inspect.signature(optimizer).parameters) if inspect.isclass(optimizer) else set()
 
 

@@ -2,9 +2,9 @@
 
     findings = check(load_ds_config('zero2'), config, world_size=8)
 
-In three steps, each of which sees only what the ones before found right, so that one fault gives
-one finding: the shape (`validate_keys`), the contradictions (`resolve` and `cross_checks`), and at
-last DeepSpeed's own judgement of the whole. No rank is started, and no GPU is needed.
+Each of three steps sees only what the steps before found right, so that one fault gives one
+finding: the shape (`validate_keys`), the contradictions (`resolve` and `cross_checks`), and
+DeepSpeed's own judgement of the whole. No rank is started, and no GPU is needed.
 """
 
 from __future__ import annotations
@@ -20,18 +20,12 @@ from pydantic import ValidationError
 from yacs.config import CfgNode
 
 from internvl_ds.config.ds.cross_checks import RULES, Facts
-from internvl_ds.config.ds.diagnostics import (
-    Diagnostic,
-    diagnostic,
-    errors_of,
-    pointer_of,
-    refuse,
-    value_at,
-)
+from internvl_ds.config.ds.diagnostics import Diagnostic, diagnostic, errors_of, pointer_of, refuse
 from internvl_ds.config.ds.introspect import Path, quiet
 from internvl_ds.config.ds.resolve import Resolution, resolve, size_buckets
 from internvl_ds.config.ds.schema import Key, installed, walk
 from internvl_ds.config.ds.validate_keys import check_shape
+from internvl_ds.config.tree import value_at
 
 logger = logging.getLogger(__name__)
 
@@ -67,12 +61,9 @@ def examine(
     """
     schema = installed()
     shape = check_shape(ds_config, schema, schema)
-    facts = Facts(
-        shape, schema, config, world_size, optimizer_in_code, scheduler_in_code, cpu_optimizer
-    )
-    findings = list(shape.findings)
-    for rule in RULES:
-        findings += rule(facts)
+    in_code = optimizer_in_code, scheduler_in_code, cpu_optimizer
+    facts = Facts(shape, schema, config, world_size, *in_code)
+    findings = [*shape.findings, *(finding for rule in RULES for finding in rule(facts))]
     findings += _refused_blocks(facts.tree, schema, findings)
     if errors_of(findings):
         return Resolution(dict(ds_config), {}, findings)
@@ -82,10 +73,9 @@ def examine(
 
 
 def require_right(findings: list[Diagnostic]) -> None:
-    """Raises for the errors that `check` found, and logs its warnings. Each rank finds the same.
+    """Raises ConfigError with every error that `check` found, and logs its warnings.
 
-    Raises:
-        ConfigError: with every error, each with its JSON pointer and its yacs key.
+    Each rank finds the same. An error names its JSON pointer and its yacs key.
     """
     refuse(errors_of(findings))
     for warning in findings:
@@ -96,7 +86,7 @@ def _refused_blocks(
     tree: Mapping[str, Any], schema: Key, findings: list[Diagnostic]
 ) -> Iterator[Diagnostic]:
     """What the pydantic models say to blocks in which no error was found yet."""
-    wrong = [error.pointer for error in errors_of(findings)]
+    faults = [error.pointer for error in errors_of(findings)]
     models = {path: key.model for path, key in walk(schema) if key.model is not None}
     for path, model in models.items():
         block = value_at(tree, *path)
@@ -104,7 +94,7 @@ def _refused_blocks(
         if inside or not isinstance(block, Mapping):
             continue
         pointer = pointer_of(path)
-        if any(p == pointer or p.startswith(f'{pointer}/') for p in wrong):
+        if any(p == pointer or p.startswith(f'{pointer}/') for p in faults):
             continue
         try:
             with quiet():
@@ -134,8 +124,8 @@ def _refused_whole(resolution: Resolution, ds_config: Mapping[str, Any]) -> Iter
 def _pointer_in(text: str, ds_config: Mapping[str, Any]) -> str:
     """The stated key that a message names; '' where it names none."""
     words = set(re.findall(r'\w+', text.lower()))
-    named = [path for path in _paths(ds_config) if path[-1].lower() in words]
-    longest: Path = max(named, key=lambda path: len(path[-1]), default=())
+    paths = (path for path in _paths(ds_config) if path[-1].lower() in words)
+    longest: Path = max(paths, key=lambda path: len(path[-1]), default=())
     return pointer_of(longest)
 
 

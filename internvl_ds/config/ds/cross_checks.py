@@ -6,31 +6,21 @@ found wrong keeps silent: that fault has its finding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from yacs.config import CfgNode
 
+from internvl_ds.config.ds import resolve as ds
+from internvl_ds.config.ds import schema
 from internvl_ds.config.ds.auto_values import Filling
-from internvl_ds.config.ds.diagnostics import Diagnostic, diagnostic, nearest, shown, value_at
+from internvl_ds.config.ds.diagnostics import Diagnostic, diagnostic, nearest, shown
 from internvl_ds.config.ds.pairs import ACCUMULATION, BATCH, MICRO_BATCH
-from internvl_ds.config.ds.resolve import (
-    OF_PARTITIONED_UPDATES,
-    PRECISION_BLOCKS,
-    precision_or_fault,
-    settle_batch,
-)
-from internvl_ds.config.ds.schema import (
-    Key,
-    find,
-    optimizer_params,
-    optimizer_types,
-    scheduler_params,
-    scheduler_types,
-)
+from internvl_ds.config.ds.schema import Key
 from internvl_ds.config.ds.unsupported import NAMES_OF_DTYPE, unsupported_settings
 from internvl_ds.config.ds.validate_keys import Shape, check_shape
+from internvl_ds.config.tree import value_at
 
 _ZERO = 'zero_optimization'
 
@@ -85,14 +75,14 @@ class Facts:
     @property
     def low(self) -> str | None:
         """The block of the low-precision engine that trains; None for none, or where in doubt."""
-        mode = precision_or_fault(self.tree, self.config)
+        mode = ds.precision_or_fault(self.tree, self.config)
         return mode if isinstance(mode, str) and mode in NAMES_OF_DTYPE else None
 
 
 def batch_rule(facts: Facts) -> Iterator[Diagnostic]:
     """Batch sizes and clipping against the yacs config, and the batch triple against itself."""
     filling = Filling(facts.tree)
-    settle_batch(filling, facts.config, facts.world_size)
+    ds.settle_batch(filling, facts.config, facts.world_size)
     factors_doubtful = facts.shape.doubts(MICRO_BATCH.pointer, ACCUMULATION.pointer)
     for fault in filling.findings:
         if fault.pointer != BATCH.pointer or not factors_doubtful:
@@ -101,18 +91,18 @@ def batch_rule(facts: Facts) -> Iterator[Diagnostic]:
 
 def precision_rule(facts: Facts) -> Iterator[Diagnostic]:
     """Precision blocks against each other and against AMP_OPT_LEVEL and AMP_TYPE."""
-    doubtful = facts.shape.doubts(*(f'/{block}/enabled' for block in PRECISION_BLOCKS))
-    mode = precision_or_fault(facts.tree, facts.config)
+    doubtful = facts.shape.doubts(*(f'/{block}/enabled' for block in ds.PRECISION_BLOCKS))
+    mode = ds.precision_or_fault(facts.tree, facts.config)
     if isinstance(mode, Diagnostic) and not (doubtful and mode.pointer):
         yield mode
     if isinstance(mode, Diagnostic) or doubtful:
         return
-    wanted = value_at(facts.tree, 'data_types', 'param_dtype')
+    dtype = value_at(facts.tree, 'data_types', 'param_dtype')
     names = NAMES_OF_DTYPE.get(facts.low or '', ('fp32', 'float32', 'float', 'torch.float32'))
-    if wanted not in (None, 'auto', *names):
+    if dtype not in (None, 'auto', *names):
         yield diagnostic(
             '/data_types/param_dtype',
-            f'is {shown(wanted)}, but the model trains in {names[0]} (AMP_OPT_LEVEL and the '
+            f'is {shown(dtype)}, but the model trains in {names[0]} (AMP_OPT_LEVEL and the '
             'precision blocks): DeepSpeed refuses that; remove the key',
             yacs='AMP_OPT_LEVEL',
         )
@@ -130,7 +120,7 @@ def stage_rule(facts: Facts) -> Iterator[Diagnostic]:
     if stage is None:
         return
     for name, value in facts.zero.items() if stage < 3 else ():
-        key = find(facts.schema, (_ZERO, name))
+        key = schema.find(facts.schema, (_ZERO, name))
         if key is None or key.deprecated or value in ('auto', key.default):
             continue  # a default changes nothing, at any stage
         if key.name.startswith('stage3_') or name in _STAGE_3_ONLY:
@@ -139,7 +129,7 @@ def stage_rule(facts: Facts) -> Iterator[Diagnostic]:
                 f'is an option of ZeRO stage 3, and /{_ZERO}/stage is {stage}: it would have no '
                 'effect; remove it, or set the stage to 3',
             )
-    for block, name in OF_PARTITIONED_UPDATES:
+    for block, name in ds.OF_PARTITIONED_UPDATES:
         if stage == 0 and value_at(facts.tree, block, name) is True:
             yield diagnostic(
                 f'/{block}/{name}', f'needs ZeRO stage 1, 2 or 3, and /{_ZERO}/stage is 0'
@@ -221,14 +211,14 @@ def optimizer_rule(facts: Facts) -> Iterator[Diagnostic]:
             'clips a second time, and DeepSpeed refuses it; use /gradient_clipping alone',
         )
         params = {name: value for name, value in params.items() if name != 'max_grad_norm'}
-    name = yield from _type_of(facts, 'optimizer', optimizer_types())
+    name = yield from _type_of(facts, 'optimizer', schema.optimizer_types())
     if name is None:
         return
     on_cpu = value_at(facts.zero, 'offload_optimizer', 'device', default='none') != 'none'
-    key = optimizer_params(name, params, on_cpu)
+    key = schema.optimizer_params(name, params, on_cpu)
     if key is not None and isinstance(params, Mapping):
         # torch_adam chooses the class, misspelt as well
-        key = optimizer_params(name, check_shape(params, key).tree, on_cpu)
+        key = schema.optimizer_params(name, check_shape(params, key).tree, on_cpu)
         yield from _params('optimizer', params, key)
 
 
@@ -248,19 +238,18 @@ def scheduler_rule(facts: Facts) -> Iterator[Diagnostic]:
     if not has_optimizer and not facts.shape.doubts('/optimizer'):
         yield diagnostic('/scheduler', 'needs an optimizer: there is no /optimizer section')
         return
-    name = yield from _type_of(facts, 'scheduler', scheduler_types())
+    name = yield from _type_of(facts, 'scheduler', schema.scheduler_types())
     params = section.get('params', {})
     doubtful = facts.shape.doubts('/scheduler/params')
     if name is not None and not doubtful and isinstance(params, Mapping):
-        yield from _params('scheduler', params, scheduler_params(name))
+        yield from _params('scheduler', params, schema.scheduler_params(name))
 
 
 def unsupported_rule(facts: Facts) -> Iterator[Diagnostic]:
     """`unsupported_settings` of the configuration at hand."""
     if facts.stage is None:
         return
-    zero = {**facts.zero, 'stage': facts.stage}
-    tree = {**facts.tree, _ZERO: zero}
+    tree = {**facts.tree, _ZERO: {**facts.zero, 'stage': facts.stage}}
     yield from unsupported_settings(tree, facts.low, optimizer=not facts.optimizer_in_code)
 
 
@@ -270,10 +259,8 @@ RULES: tuple[Callable[[Facts], Iterator[Diagnostic]], ...] = (
 )  # fmt: skip
 
 
-def _type_of(
-    facts: Facts, section: str, known: list[str]
-) -> Iterator[Diagnostic] | Any:  # a generator that returns the name, or None
-    """The type of a section; a finding and None where the type is missing or unknown."""
+def _type_of(facts: Facts, section: str, types: list[str]) -> Generator[Diagnostic, None, Any]:
+    """Returns the type of a section; a finding and None where it is missing or unknown."""
     pointer = f'/{section}/type'
     name = facts.tree[section].get('type')
     if facts.shape.doubts(pointer):
@@ -281,11 +268,11 @@ def _type_of(
     if name is None:
         yield diagnostic(pointer, f'is missing: DeepSpeed would train without this {section}')
         return None
-    lower_case = {k for k in known if k == k.lower()}  # DeepSpeed's own optimizers, in any case
-    if name in known or name.lower() in lower_case:
+    lower_case = {k for k in types if k == k.lower()}  # DeepSpeed's own optimizers, in any case
+    if name in types or name.lower() in lower_case:
         return name
-    near = nearest(name, known, 0.6)
-    hint = f'the nearest is {near}' if near else f'known are {", ".join(known)}'
+    near = nearest(name, types, 0.6)
+    hint = f'the nearest is {near}' if near else f'known are {", ".join(types)}'
     yield diagnostic(pointer, f'is {shown(name)}, and DeepSpeed knows no such {section}; {hint}')
     return None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,8 +33,8 @@ class Diagnostic:
 
     def __str__(self) -> str:
         """The diagnostic in one line, each key in it once."""
-        named = re.search(rf'(?<!\w){re.escape(self.pointer)}(?![\w/])', self.message)
-        where = '' if not self.pointer or named else f'{self.pointer}: '
+        match = re.search(rf'(?<!\w){re.escape(self.pointer)}(?![\w/])', self.message)
+        where = '' if not self.pointer or match else f'{self.pointer}: '
         key = f' [{self.yacs}]' if self.yacs and self.yacs not in self.message else ''
         return f'{where}{self.message}{key}'
 
@@ -69,22 +69,8 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else f'{text[:57]}...'
 
 
-def nearest(name: str, known: Iterable[str], least: float) -> str | None:
-    """The known name most like one, in any case of letters; None where none is like enough.
-
-    Args:
-        least: how like it must be, from 0 to 1.
-    """
-    by_lower = {key.lower(): key for key in known}
+def nearest(name: str, names: Iterable[str], least: float) -> str | None:
+    """The known name most like one, in any case of letters; None below ``least``, from 0 to 1."""
+    by_lower = {key.lower(): key for key in names}
     near = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=least)
     return by_lower[near[0]] if near else None
-
-
-def value_at(tree: Mapping[str, Any], *path: str, default: Any = None) -> Any:
-    """What a nested mapping holds at a path; ``default`` where it holds nothing there."""
-    node: Any = tree
-    for key in path:
-        if not isinstance(node, Mapping) or key not in node:
-            return default
-        node = node[key]
-    return node

@@ -13,13 +13,14 @@ import contextlib
 import inspect
 import logging
 import textwrap
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, KeysView
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
 from deepspeed.runtime import config as ds_runtime_config
+from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 
 from internvl_ds.config.tree import nest
@@ -53,9 +54,9 @@ class Read:
 class _Probe(dict):
     """A block of a ds_config that notes what it is asked for, and holds what is stated."""
 
-    def __init__(self, reads: dict[Path, Read], path: Path, stated: dict[str, Any]) -> None:
+    def __init__(self, reads: dict[Path, Read], path: Path, tree: dict[str, Any]) -> None:
         super().__init__(
-            {k: _Probe(reads, (*path, k), v) if type(v) is dict else v for k, v in stated.items()}
+            {k: _Probe(reads, (*path, k), v) if type(v) is dict else v for k, v in tree.items()}
         )
         self.reads, self.path = reads, path
         if path:  # an entry of the top level would be taken for a key
@@ -93,9 +94,9 @@ class _Probe(dict):
 
     def __copy__(self) -> dict:
         self._take_all()
-        copied = _Probe(self.reads, self.path, {})
-        copied.update(self)
-        return copied
+        copy = _Probe(self.reads, self.path, {})
+        copy.update(self)
+        return copy
 
     def __deepcopy__(self, memo: dict[int, Any]) -> dict:
         return self.__copy__()
@@ -106,15 +107,11 @@ class _Probe(dict):
             read.is_block = read.copied = True
 
 
-class _Keys:
-    def __init__(self, probe: _Probe) -> None:
-        self._probe = probe
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._probe
+class _Keys(KeysView):
+    _mapping: _Probe
 
     def __iter__(self) -> Iterator[str]:
-        return iter([key for key in dict.keys(self._probe) if key != _MARK])
+        return iter([key for key in dict.keys(self._mapping) if key != _MARK])
 
 
 # Stands for DeepSpeed's communication where there is one process: rank 0 of 1.
@@ -131,16 +128,16 @@ def keys_read() -> dict[Path, Read]:
     reads: dict[Path, Read] = {}
     with quiet(), _models_recorded(reads):
         _run(reads, {})
-        done: set[Path] = set()
-        together: set[frozenset[Path]] = set()
-        while todo := [path for path in reads if path not in done]:
+        history: set[Path] = set()
+        groups: set[frozenset[Path]] = set()
+        while todo := [path for path in reads if path not in history]:
+            history.update(todo)
             for path in todo:
-                done.add(path)
                 _state(reads, path)
             for block in [path for path in reads if reads[path].is_block]:
                 below = frozenset(path for path in reads if path[:-1] == block)
-                if below not in together:
-                    together.add(below)
+                if below not in groups:
+                    groups.add(below)
                     _state_together(reads, block, below)
     for key in keys_in_source(deepspeed.initialize, 'config'):
         reads.setdefault((key,), Read())
@@ -202,7 +199,7 @@ def _state(reads: dict[Path, Read], path: Path) -> None:
         read.takes_null = _run(reads, nest(path, None)) is None
         return
     errors += [_run(reads, nest(path, form)) for form in ('text', True)]
-    if all(isinstance(e, _Refused) for e in errors) and len(set(map(str, errors))) == 1:
+    if all(isinstance(e, DeepSpeedConfigError) for e in errors) and len(set(map(str, errors))) == 1:
         read.refused = str(errors[0])
 
 
@@ -213,12 +210,9 @@ def _state_together(reads: dict[Path, Read], block: Path, below: Collection[Path
     _run(reads, nest(block, {**blocks, **switches}))
 
 
-_Refused = ds_runtime_config.DeepSpeedConfigError
-
-
-def _run(reads: dict[Path, Read], stated: dict[str, Any]) -> Exception | None:
+def _run(reads: dict[Path, Read], tree: dict[str, Any]) -> Exception | None:
     # Without a batch size it stops before its last checks, which read a few keys more.
-    probe = _Probe(reads, (), {'train_batch_size': 1, **stated})
+    probe = _Probe(reads, (), {'train_batch_size': 1, **tree})
     try:
         ds_runtime_config.DeepSpeedConfig(probe)
     except Exception as error:  # whatever a form provokes: what was read before it counts

@@ -18,8 +18,8 @@ _JSON_BYTES = 1 << 20
 def shipped_dir() -> Path:
     """The directory of the ds_configs that ship: inside the wheel, or beside the source."""
     package = Path(__file__).parents[2]
-    installed = package / 'ds_configs'
-    return installed if installed.is_dir() else package.parent / 'ds_configs'
+    in_wheel = package / 'ds_configs'
+    return in_wheel if in_wheel.is_dir() else package.parent / 'ds_configs'
 
 
 def load_ds_config(source: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
@@ -39,9 +39,9 @@ def load_ds_config(source: str | Path | Mapping[str, Any] | None) -> dict[str, A
     path = _find(source)
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        twice = sorted(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)
-        if twice:
-            raise ConfigError(f'{path}: key stated twice: {few(twice)}')
+        duplicates = sorted(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)
+        if duplicates:
+            raise ConfigError(f'{path}: key stated twice: {few(duplicates)}')
         return dict(pairs)
 
     try:
@@ -56,14 +56,14 @@ def load_ds_config(source: str | Path | Mapping[str, Any] | None) -> dict[str, A
 
 
 def _find(source: str | Path) -> Path:
-    shipped = shipped_dir()
-    for candidate in (Path(source), shipped / source, shipped / f'{source}.json'):
+    folder = shipped_dir()
+    for candidate in (Path(source), folder / source, folder / f'{source}.json'):
         try:
             if candidate.exists() and not candidate.is_dir():
                 return candidate
         except OSError as error:  # a name that is too long
             raise ConfigError(f'ds_config {str(source)[:60]}...: {error.strerror}') from error
-    names = sorted(p.stem for p in shipped.glob('*.json'))
+    names = sorted(p.stem for p in folder.glob('*.json'))
     near = difflib.get_close_matches(Path(source).stem, names, n=4, cutoff=0.5) or names
     raise ConfigError(
         f'ds_config {source}: no such file, and none ships by that name; near it: {", ".join(near)}'

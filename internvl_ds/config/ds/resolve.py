@@ -12,16 +12,10 @@ from typing import Any, NamedTuple
 
 from yacs.config import CfgNode
 
+from internvl_ds.config.ds import pairs
 from internvl_ds.config.ds.auto_values import DEFAULT, Filling, fill_buckets, fill_open_values
 from internvl_ds.config.ds.diagnostics import Diagnostic, diagnostic, refuse
-from internvl_ds.config.ds.pairs import (
-    ACCUMULATION,
-    BATCH,
-    CLIPPING,
-    GRAD_SCALER,
-    MICRO_BATCH,
-    Pair,
-)
+from internvl_ds.config.ds.pairs import ACCUMULATION, BATCH, CLIPPING, MICRO_BATCH, Pair
 from internvl_ds.config.tree import default_of, get_option, set_options
 from internvl_ds.errors import ConfigError
 
@@ -88,11 +82,7 @@ def resolve(
 def resolve_or_raise(
     ds_config: Mapping[str, Any], config: CfgNode, world_size: int, trained: int | None = None
 ) -> dict[str, Any]:
-    """The tree alone of `resolve`.
-
-    Raises:
-        ConfigError: with every finding.
-    """
+    """The tree of `resolve`; raises ConfigError with every finding."""
     tree, _, findings = resolve(ds_config, config, world_size, trained)
     refuse(findings)
     return tree
@@ -111,7 +101,7 @@ def settle_batch(filling: Filling, config: CfgNode, world_size: int) -> None:
     steps = max(1, int(_settle_number(filling, ACCUMULATION, config)))
     filling.put(MICRO_BATCH.pointer, micro, MICRO_BATCH.yacs)
     filling.put(ACCUMULATION.pointer, steps, ACCUMULATION.yacs)
-    total, product = filling.stated(BATCH.pointer), micro * steps * world_size
+    total, product = filling.value_of(BATCH.pointer), micro * steps * world_size
     if total not in (None, product) and not filling.findings:
         filling.refuse(
             BATCH.pointer,
@@ -126,8 +116,8 @@ def settle_batch(filling: Filling, config: CfgNode, world_size: int) -> None:
 
 def adopt(config: CfgNode, resolved: Mapping[str, Any]) -> None:
     """Writes into the yacs config what the JSON decided, so that loop and engine agree."""
-    pairs = (MICRO_BATCH, ACCUMULATION, CLIPPING)
-    set_options(config, {pair.yacs: resolved[pair.key] for pair in pairs})
+    settings = (MICRO_BATCH, ACCUMULATION, CLIPPING)
+    set_options(config, {pair.yacs: resolved[pair.key] for pair in settings})
 
 
 def for_inference(resolved: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,14 +138,7 @@ def for_inference(resolved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def precision(ds_config: Mapping[str, Any], config: CfgNode) -> str:
-    """The precision that JSON and yacs config agree on: one of this module's five constants.
-
-    AMP_OPT_LEVEL O0 is fp32, O1 torch_autocast with AMP_TYPE, O2 the fp16 or bf16 engine; left at
-    '' it is O1, the original's default, unless the JSON says otherwise.
-
-    Raises:
-        ConfigError: when JSON and yacs config contradict each other, or the JSON itself.
-    """
+    """As `precision_or_fault`; raises ConfigError with the fault."""
     mode = precision_or_fault(ds_config, config)
     if isinstance(mode, str):
         return mode
@@ -163,7 +146,14 @@ def precision(ds_config: Mapping[str, Any], config: CfgNode) -> str:
 
 
 def precision_or_fault(ds_config: Mapping[str, Any], config: CfgNode) -> str | Diagnostic:
-    """As `precision`, with the contradiction in place of the error."""
+    """The precision that JSON and yacs config agree on: one of this module's five constants.
+
+    AMP_OPT_LEVEL O0 is fp32, O1 torch_autocast with AMP_TYPE, O2 the fp16 or bf16 engine; left at
+    '' it is O1, the original's default, unless the JSON says otherwise.
+
+    Returns:
+        The fault where JSON and yacs config contradict each other, or the JSON itself.
+    """
     level = get_option(config, 'AMP_OPT_LEVEL')
     amp_type = get_option(config, 'AMP_TYPE')
     if level not in ('', 'O0', 'O1', 'O2'):
@@ -172,37 +162,36 @@ def precision_or_fault(ds_config: Mapping[str, Any], config: CfgNode) -> str | D
     if amp_type not in ('float16', 'bfloat16'):
         message = f"AMP_TYPE is {amp_type!r}; it can be 'float16' or 'bfloat16'"
         return Diagnostic('', message, yacs='AMP_TYPE')
-    asked = _from_yacs(level, amp_type)
+    choice = _from_yacs(level, amp_type)
     flags = {block: _enabled(ds_config, block) for block in PRECISION_BLOCKS}
-    on = [block for block, flag in flags.items() if flag]
-    if len(on) > 1:
-        blocks = ' and '.join(f'/{block}' for block in on)
-        return diagnostic(f'/{on[-1]}', f'enabled together in the ds_config: {blocks}')
-    wanted = f'AMP_OPT_LEVEL {level!r} with AMP_TYPE {amp_type}'
-    if not on and None in flags.values():  # the JSON leaves the precision to the yacs config
-        block = _block_of(asked)
-        if flags.get(block) is False:
-            pointer = f'/{block}/enabled'
-            return diagnostic(
-                pointer, f'{wanted} asks for {asked}, but {pointer} is false in the ds_config'
-            )
-        return asked
-    stated = on[0] if on else FP32
-    if stated == 'torch_autocast':
-        half = ds_config[stated].get('dtype', 'bfloat16') in ('float16', 'fp16', 'half')
-        stated = AUTOCAST_FP16 if half else AUTOCAST_BF16
+    blocks = [block for block, flag in flags.items() if flag]
+    if len(blocks) > 1:
+        pointers = [f'/{block}' for block in blocks]
+        message = f'enabled together in the ds_config: {" and ".join(pointers)}'
+        return diagnostic(pointers[-1], message)
+    keys = f'AMP_OPT_LEVEL {level!r} with AMP_TYPE {amp_type}'
+    if not blocks and None in flags.values():  # the JSON leaves the precision to the yacs config
+        if flags.get(_block_of(choice)) is not False:
+            return choice
+        pointer = f'/{_block_of(choice)}/enabled'
+        message = f'{keys} asks for {choice}, but {pointer} is false in the ds_config'
+        return diagnostic(pointer, message)
+    mode = blocks[0] if blocks else FP32
+    if mode == 'torch_autocast':
+        half = ds_config[mode].get('dtype', 'bfloat16') in ('float16', 'fp16', 'half')
+        mode = AUTOCAST_FP16 if half else AUTOCAST_BF16
     # A yacs value left at its default gives way: the level '', and the type float16.
-    allowed = {asked}
+    modes = {choice}
     if level == '':
-        allowed.add(stated)
+        modes.add(mode)
     elif amp_type == 'float16':
-        allowed.add(_from_yacs(level, 'bfloat16'))
-    if stated not in allowed:
+        modes.add(_from_yacs(level, 'bfloat16'))
+    if mode not in modes:
         return diagnostic(
-            f'/{(on or PRECISION_BLOCKS)[0]}/enabled',
-            f'the ds_config states {stated}, but {wanted} asks for {asked}; change one of the two',
+            f'/{(blocks or PRECISION_BLOCKS)[0]}/enabled',
+            f'the ds_config states {mode}, but {keys} asks for {choice}; change one of the two',
         )
-    return stated
+    return mode
 
 
 def precision_of(resolved: Any) -> str:
@@ -231,35 +220,34 @@ def _enabled(ds_config: Mapping[str, Any], block: str) -> bool | None:
 
 
 def _set_precision(filling: Filling, mode: str) -> None:
-    asked = 'AMP_OPT_LEVEL and AMP_TYPE'
+    origin = 'AMP_OPT_LEVEL and AMP_TYPE'
     for block in PRECISION_BLOCKS:
         if block in filling.tree or _block_of(mode) == block:
-            filling.put(f'/{block}/enabled', _block_of(mode) == block, asked)
+            filling.put(f'/{block}/enabled', _block_of(mode) == block, origin)
     if mode in (FP16, AUTOCAST_FP16):
         # DeepSpeed reads these for torch autocast too, where the section is not enabled.
-        filling.fill('/fp16/enabled', False, asked)
-        for key, value in GRAD_SCALER.items():
+        filling.fill('/fp16/enabled', False, origin)
+        for key, value in pairs.GRAD_SCALER.items():
             filling.fill(f'/fp16/{key}', value, "torch's GradScaler")
     if mode in (AUTOCAST_FP16, AUTOCAST_BF16):
         dtype = 'float16' if mode == AUTOCAST_FP16 else 'bfloat16'
-        filling.put('/torch_autocast/dtype', dtype, asked)
+        filling.put('/torch_autocast/dtype', dtype, origin)
 
 
 def _settle_number(filling: Filling, pair: Pair, config: CfgNode) -> float:
     """One number that both files may state; that of the JSON where they disagree."""
-    default, stated = default_of(pair.yacs), filling.stated(pair.pointer)
-    wanted = get_option(config, pair.yacs) or 0
-    if stated is None:
-        return wanted
-    if isinstance(stated, bool) or not isinstance(stated, int | float):
-        message = f'{pair.pointer} is {stated!r}; it must be a number or "auto"'
+    number, entry = get_option(config, pair.yacs) or 0, filling.value_of(pair.pointer)
+    if entry is None:
+        return number
+    if isinstance(entry, bool) or not isinstance(entry, int | float):
+        message = f'{pair.pointer} is {entry!r}; it must be a number or "auto"'
         filling.refuse(pair.pointer, message)
-        return wanted
-    same = stated == wanted or {stated, wanted} <= {*pair.alike}
-    if not same and wanted != default:
+        return number
+    same = entry == number or {entry, number} <= {*pair.alike}
+    if not same and number != default_of(pair.yacs):
         filling.refuse(
             pair.pointer,
-            f'{pair.pointer} is {stated} in the ds_config, but {pair.yacs} is {wanted}; make them '
+            f'{pair.pointer} is {entry} in the ds_config, but {pair.yacs} is {number}; make them '
             "agree, or set the JSON's to 'auto'",
         )
-    return stated
+    return entry

@@ -11,6 +11,7 @@ from __future__ import annotations
 import enum
 import functools
 import inspect
+import itertools
 import pathlib
 import types
 import typing
@@ -167,13 +168,10 @@ def optimizer_params(name: str, params: Mapping[str, Any], on_cpu: bool) -> Key 
     lower = name.lower()
     if lower not in DEEPSPEED_OPTIMIZERS:
         return _key_of_signature(getattr(torch.optim, name))
-    extra: list[str] = []
-    if lower in ('adam', 'adamw'):
-        for function in (
-            DeepSpeedEngine._configure_basic_optimizer,
-            DeepSpeedEngine.get_optimizer_configuration,
-        ):
-            extra += keys_in_source(function, 'optimizer_parameters')
+    is_adam, extra = lower in ('adam', 'adamw'), []
+    if is_adam:
+        extra = keys_in_source(DeepSpeedEngine._configure_basic_optimizer, 'optimizer_parameters')
+        extra += keys_in_source(DeepSpeedEngine.get_optimizer_configuration, 'optimizer_parameters')
     classes = {
         'adam': (adam.FusedAdam, adam.DeepSpeedCPUAdam),
         'adamw': (adam.FusedAdam, adam.DeepSpeedCPUAdam),
@@ -186,12 +184,12 @@ def optimizer_params(name: str, params: Mapping[str, Any], on_cpu: bool) -> Key 
     optimizer = classes[1] if on_cpu else classes[0]
     if 'torch_adam' in extra and params.get('torch_adam') is True:
         optimizer = torch.optim.AdamW
-    elif lower in ('adam', 'adamw'):
+    elif is_adam:
         extra = [key for key in extra if key != 'foreach']  # read for torch's class only
     key = _key_of_signature(optimizer)
     assert key.keys is not None
-    for known in extra:
-        key.keys.setdefault(known, Key(known))
+    for argument in extra:
+        key.keys.setdefault(argument, Key(argument))
     return key
 
 
@@ -221,15 +219,13 @@ def _key_of(path: Path, read: Read) -> Key:
         return Key(name, refused=read.refused)
     if read.model is not None:
         return _key_of_model(name, read.model, read.takes_null)
-    kinds: tuple[str, ...]
     if read.is_block:
-        kinds = (OBJECT, NULL) if read.takes_null else (OBJECT,)
+        block = Value((OBJECT, NULL) if read.takes_null else (OBJECT,))
         # Where all of a block is copied, and nothing of it read, nothing is known of it.
-        return Key(name, Value(kinds), keys={}, complete=not read.copied)
+        return Key(name, block, keys={}, complete=not read.copied)
     default = next((d for d in read.defaults if d is not None), None)
-    kinds = _KIND_OF_DEFAULT.get(type(default), ())
-    if default == 'auto' or None in read.defaults:
-        kinds = ()
+    tells = default != 'auto' and None not in read.defaults
+    kinds = _KIND_OF_DEFAULT.get(type(default), ()) if tells else ()
     return Key(name, Value(kinds), default=default)
 
 
@@ -244,29 +240,28 @@ def _key_of_model(name: str, model: type[BaseModel], null: bool = False) -> Key:
     validators = model.__pydantic_decorators__.model_validators.values()
     rewrites = any(validator.info.mode == 'before' for validator in validators)
     for field_name, info in model.model_fields.items():
-        written = info.alias or field_name
-        key = _key_of_field(written, info)
+        alias = info.alias or field_name
+        key = _key_of_field(alias, info)
         if rewrites:
             key.value = Value()
-        keys.update(dict.fromkeys((written, field_name), key))
+        keys.update(dict.fromkeys((alias, field_name), key))
     return Key(name, Value((OBJECT, NULL) if null else (OBJECT,)), keys, model=model)
 
 
 def _key_of_field(name: str, info: FieldInfo) -> Key:
     extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
-    deprecated, successor = bool(extra.get('deprecated')), str(extra.get('new_param') or '')
     model = _model_in(info.annotation)
     if model is not None:
         key = _key_of_model(name, model, null=type(None) in typing.get_args(info.annotation))
     else:
         value = _value_of(info.annotation)
         for limit in info.metadata:
-            for here, theirs in (('least', 'ge'), ('most', 'le'), ('above', 'gt'), ('below', 'lt')):
-                if (number := getattr(limit, theirs, None)) is not None:
+            for here, there in (('least', 'ge'), ('most', 'le'), ('above', 'gt'), ('below', 'lt')):
+                if (number := getattr(limit, there, None)) is not None:
                     value = replace(value, **{here: number})
         key = Key(name, value)
         key.default = None if info.is_required() else info.get_default(call_default_factory=False)
-    key.deprecated, key.successor = deprecated, successor
+    key.deprecated, key.successor = bool(extra.get('deprecated')), str(extra.get('new_param') or '')
     return key
 
 
@@ -285,10 +280,10 @@ def _value_of(annotation: Any) -> Value:
         parts = [_value_of(part) for part in inner]
         if any(not part.kinds for part in parts):
             return Value()
-        closed = all(part.choices or part.kinds == (NULL,) for part in parts)
+        has_choices = all(part.choices or part.kinds == (NULL,) for part in parts)
         return Value(
             kinds=tuple(dict.fromkeys(kind for part in parts for kind in part.kinds)),
-            choices=tuple(c for part in parts for c in part.choices) if closed else (),
+            choices=tuple(c for part in parts for c in part.choices) if has_choices else (),
             items=next((part.items for part in parts if part.items), None),
         )
     if origin is typing.Literal:
@@ -301,9 +296,8 @@ def _value_of(annotation: Any) -> Value:
         if issubclass(annotation, enum.Enum):
             choices = tuple(dict.fromkeys(member.value for member in annotation))
             return Value((INT if issubclass(annotation, int) else TEXT,), choices)
-        for base, kind in _KIND_OF_CLASS:
-            if issubclass(annotation, base):
-                return Value((kind,))
+        kinds = (kind for base, kind in _KIND_OF_CLASS if issubclass(annotation, base))
+        return Value(tuple(itertools.islice(kinds, 1)))
     return Value()
 
 
@@ -340,8 +334,7 @@ def _value_of_argument(hint: Any, default: Any) -> Value:
         kinds = (LIST,)
     if BOOL not in kinds and (INT in kinds or NUMBER in kinds):
         # 0 is the default of many a float; text stands for no number.
-        whole = hint is int
-        kinds = tuple(dict.fromkeys((INT if whole else NUMBER, LIST, *kinds)))
+        kinds = tuple(dict.fromkeys((INT if hint is int else NUMBER, LIST, *kinds)))
     if default is None and kinds:
         kinds = tuple(dict.fromkeys((*kinds, NULL)))
     return Value(kinds, value.choices)

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from internvl_ds.config.ds.diagnostics import Diagnostic, diagnostic, value_at
+from internvl_ds.config.ds.diagnostics import Diagnostic, diagnostic
+from internvl_ds.config.tree import value_at
 
 NAMES_OF_DTYPE = {
     'fp16': ('fp16', 'float16', 'half', 'torch.float16'),
     'bf16': ('bf16', 'bfloat16', 'torch.bfloat16'),
 }
 # Switches that must stay on, as they are by default, and what happens otherwise.
-_NEEDED = {
+_SWITCHES = {
     '/managed_gradient_accumulation': 'NativeScalerWithGradNormCount marks the boundary by its '
     'update_grad',
     '/bf16/check_grad_overflow': 'DeepSpeed then applies updates that are not finite',
@@ -31,7 +32,7 @@ def unsupported_settings(
         low: 'fp16' or 'bf16' where that engine trains, else None.
         optimizer: whether an /optimizer section would be used.
     """
-    for pointer, otherwise in _NEEDED.items():
+    for pointer, otherwise in _SWITCHES.items():
         block, *rest = pointer.split('/')[1:]
         if not value_at(tree, block, *rest, default=True) and (block != 'bf16' or low == block):
             yield diagnostic(pointer, f'{pointer} is false: {otherwise}; remove the key')

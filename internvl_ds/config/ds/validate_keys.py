@@ -13,29 +13,11 @@ from typing import Any
 
 import deepspeed
 
-from internvl_ds.config.ds.diagnostics import (
-    ERROR,
-    WARNING,
-    Diagnostic,
-    diagnostic,
-    nearest,
-    pointer_of,
-    shown,
-)
+from internvl_ds.config.ds import diagnostics, schema
+from internvl_ds.config.ds.diagnostics import Diagnostic, diagnostic, nearest, pointer_of, shown
 from internvl_ds.config.ds.introspect import Path
 from internvl_ds.config.ds.pairs import COUNTERPARTS
-from internvl_ds.config.ds.schema import (
-    BOOL,
-    INT,
-    LIST,
-    NULL,
-    NUMBER,
-    OBJECT,
-    TEXT,
-    Key,
-    Value,
-    walk,
-)
+from internvl_ds.config.ds.schema import BOOL, INT, LIST, NULL, NUMBER, OBJECT, TEXT, Key, Value
 
 _ALIKE = 0.6  # how like a known key one must be to be taken for a misspelling of it
 # And where it may well be something else: a key that DeepSpeed reads and nobody here knows of, or
@@ -84,56 +66,56 @@ class _Walk:
     shape: Shape
     root: Key | None
 
-    def block(self, tree: Mapping[str, Any], key: Key, path: Path, meant: Path) -> dict[str, Any]:
-        """Looks at a block's keys; ``meant`` is its path with every key rightly spelt."""
-        valid: dict[str, Any] = {}
+    def block(self, tree: Mapping[str, Any], key: Key, path: Path, target: Path) -> dict[str, Any]:
+        """Looks at a block's keys; ``target`` is its path with every key rightly spelt."""
+        values: dict[str, Any] = {}
         for name, value in tree.items():
-            known, here = (key.keys or {}).get(name), (*path, str(name))
-            right, misspelt = str(name), known is None
-            if known is None:
-                like = self._like(right, key)
+            entry, here = (key.keys or {}).get(name), (*path, str(name))
+            spelling, is_misspelt = str(name), entry is None
+            if entry is None:
+                like = self._like(spelling, key)
                 if like is None and not key.complete:
-                    valid[right] = value
+                    values[spelling] = value
                     continue
-                self._unknown(right, like, key, path, meant)
-                if like is None or like in tree or like in valid:
+                self._unknown(spelling, like, key, path, target)
+                if like is None or like in tree or like in values:
                     continue
-                right, known = like, (key.keys or {})[like]
-            if known.refused:
-                self.shape.findings.append(diagnostic(pointer_of(here), known.refused))
+                spelling, entry = like, (key.keys or {})[like]
+            if entry.refused:
+                self.shape.findings.append(diagnostic(pointer_of(here), entry.refused))
                 continue
-            self.value(value, known, here, (*meant, right), valid, silent=misspelt)
-            if known.deprecated and not misspelt and right in valid:
-                self._deprecated(known, key, tree, here)
-        return valid
+            self.value(value, entry, here, (*target, spelling), values, silent=is_misspelt)
+            if entry.deprecated and not is_misspelt and spelling in values:
+                self._deprecated(entry, key, tree, here)
+        return values
 
     def value(
-        self, value: Any, key: Key, path: Path, meant: Path, valid: dict[str, Any], silent: bool
+        self, value: Any, key: Key, path: Path, target: Path, values: dict[str, Any], silent: bool
     ) -> None:
-        """Puts a value that fits into ``valid``; silent: its key has a finding already."""
+        """Puts a value that fits into ``values``; silent: its key has a finding already."""
         if key.keys is not None and isinstance(value, Mapping):
-            valid[meant[-1]] = self.block(value, key, path, meant)
+            values[target[-1]] = self.block(value, key, path, target)
             return
         # DeepSpeed takes 'auto' for 'left out' in some places; where not is known to `resolve`.
-        wrong = '' if value == 'auto' and key.keys is None else misfit(value, key.value)
-        if not wrong:
-            valid[meant[-1]] = value
+        fault = '' if value == 'auto' and key.keys is None else misfit(value, key.value)
+        if not fault:
+            values[target[-1]] = value
             return
-        self.shape.doubtful.add(pointer_of(meant))
+        self.shape.doubtful.add(pointer_of(target))
         if not silent:
-            yacs = COUNTERPARTS.get(pointer_of(meant), '')
-            self.shape.findings.append(diagnostic(pointer_of(path), wrong, yacs=yacs))
+            yacs = COUNTERPARTS.get(pointer_of(target), '')
+            self.shape.findings.append(diagnostic(pointer_of(path), fault, yacs=yacs))
 
     def _like(self, name: str, key: Key) -> str | None:
         """The key beside it that an unknown one is a misspelling of."""
         doubtful = not key.complete or self._elsewhere(name, exactly=True) is not None
-        known = [k for k, below in (key.keys or {}).items() if not below.refused]
-        return nearest(name, known, _ALIKE_IN_DOUBT if doubtful else _ALIKE)
+        names = [k for k, entry in (key.keys or {}).items() if not entry.refused]
+        return nearest(name, names, _ALIKE_IN_DOUBT if doubtful else _ALIKE)
 
-    def _unknown(self, name: str, like: str | None, key: Key, path: Path, meant: Path) -> None:
+    def _unknown(self, name: str, like: str | None, key: Key, path: Path, target: Path) -> None:
         where = self._elsewhere(name)
         if like is not None:
-            where = pointer_of((*meant, (key.keys or {})[like].name or like))
+            where = pointer_of((*target, (key.keys or {})[like].name or like))
         hint = f'DeepSpeed {deepspeed.__version__} reads no such key'
         hint = f'the nearest known key is {where}' if where else hint
         self.shape.findings.append(diagnostic(pointer_of((*path, name)), f'unknown key; {hint}'))
@@ -143,26 +125,26 @@ class _Walk:
         if self.root is None:
             return None
         by_name: dict[str, list[Path]] = {}
-        for path, known in walk(self.root):
-            if not known.refused:
+        for path, entry in schema.walk(self.root):
+            if not entry.refused:
                 by_name.setdefault(path[-1], []).append(path)
         like = nearest(name, by_name, 1.0 if exactly else _ALIKE_IN_DOUBT)
         places = by_name[like] if like else []
         if not 0 < len(places) <= _MANY:
             return None
-        _, shortest = min((len(place), place) for place in places)
+        shortest: Path = min(places, key=lambda place: (len(place), place))
         return pointer_of(shortest)
 
-    def _deprecated(self, known: Key, block: Key, tree: Mapping[str, Any], path: Path) -> None:
-        keys, text, severity = block.keys or {}, 'is deprecated', WARNING
-        successor = keys.get(known.successor)
-        both = sorted(n for n in tree if successor is not None and keys.get(n) is successor)
-        if both:
-            text += f', and its successor {both[0]} is stated as well; remove {path[-1]}'
-            severity = ERROR
-        elif known.successor:
+    def _deprecated(self, entry: Key, block: Key, tree: Mapping[str, Any], path: Path) -> None:
+        keys, text, severity = block.keys or {}, 'is deprecated', diagnostics.WARNING
+        successor = keys.get(entry.successor)
+        names = sorted(n for n in tree if successor is not None and keys.get(n) is successor)
+        if names:
+            text += f', and its successor {names[0]} is stated as well; remove {path[-1]}'
+            severity = diagnostics.ERROR
+        elif entry.successor:
             name = successor.name if successor is not None else ''
-            text += f'; use {name or known.successor}'
+            text += f'; use {name or entry.successor}'
         self.shape.findings.append(diagnostic(pointer_of(path), text, severity))
 
 
@@ -185,8 +167,8 @@ def misfit(value: Any, spec: Value) -> str:
         return _out_of_limits(value, spec)
     if spec.items is not None and isinstance(value, list | tuple):
         for index, item in enumerate(value):
-            if wrong := misfit(item, spec.items):
-                return f'has entry {index}, which {wrong}'
+            if fault := misfit(item, spec.items):
+                return f'has entry {index}, which {fault}'
     return ''
 
 
@@ -211,11 +193,8 @@ def _is_a(value: Any, kind: str) -> bool:
         return kind in (INT, NUMBER)
     if isinstance(value, float):
         return kind == NUMBER or (kind == INT and value.is_integer())
-    if kind == TEXT:
-        return isinstance(value, str)
-    if kind == LIST:
-        return isinstance(value, list | tuple)
-    return value is None if kind == NULL else kind == OBJECT and isinstance(value, Mapping)
+    classes = {TEXT: str, LIST: list | tuple, NULL: type(None), OBJECT: Mapping}
+    return isinstance(value, classes.get(kind, ()))
 
 
 def _is_number(text: str) -> bool:

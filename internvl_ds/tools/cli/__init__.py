@@ -15,11 +15,11 @@ from collections.abc import Sequence
 
 from internvl_ds.dist.signals import INTERRUPTED
 from internvl_ds.errors import InternvlDsError
-from internvl_ds.tools.cli import ckpt, config, digits, doctor, plan, tune, version
+from internvl_ds.tools.cli import ckpt, config, digits, doctor, evaluate, plan, tune, version
 from internvl_ds.tools.text import stdout_for_answers
 
 # The subcommands, in the order in which --help lists them; each is named as its module.
-_COMMANDS = (ckpt, config, digits, doctor, plan, tune, version)
+_COMMANDS = (ckpt, config, digits, doctor, evaluate, plan, tune, version)
 
 USER_ERROR = 2
 
@@ -54,10 +54,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog='internvl-ds', description='Tools beside the internvl_ds training program.'
     )
+    text = 'print the versions of internvl_ds and of what it stands on'
+    suppress = argparse.SUPPRESS
     parser.add_argument(
-        '--version',
-        action=version.VersionAction,
-        help='print the versions of internvl_ds and of what it stands on',
+        '--version', action=version.VersionAction, nargs=0, dest=suppress, help=text
     )
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
     for module in _COMMANDS:

@@ -22,14 +22,16 @@ list: ``output``; ``latest``, the tag that the file of that name names; ``resume
 verify: ``output``; ``warning``; ``tags``, each with the keys of a tag.
 a tag: ``tag``, ``path``, ``size`` (bytes), ``epoch``, ``max_accuracy``, ``sequence``, ``saved_at``,
     ``zero_stage``, ``world_size``, ``precision``, ``global_steps``, ``versions``, ``step``;
+    ``frozen``, where frozen parameters are that the tag shares with others (see
+    CHECKPOINT.FROZEN): ``kept`` and ``output``; or an empty object;
     ``verified``, one of 'sizes', 'checksums', 'no manifest', 'damaged'; ``problems``, a list of
     sentences.
 show: the keys of a tag; ``format`` of the manifest; ``files``, each with ``name``, ``size`` and
     ``xxh3_128``; ``state``: ``epoch``, ``max_accuracy``, ``max_accuracy_ema``, ``ema_decay``, the
     names that ``lr_scheduler`` and ``scaler`` hold, and ``classes``, how many class names it keeps;
     with --config ``config``, YAML.
-prune: ``output``; ``dry_run``; ``pruned``, each with ``tag`` and ``size``; ``size``, their sum;
-    ``kept`` and ``failed``, names of epoch and step tags.
+prune: ``output``; ``dry_run``; ``pruned``, each with ``tag`` and ``size``; ``size``, their sum,
+    without what stays in other tags; ``kept`` and ``failed``, names of epoch and step tags.
 export: ``tag``; ``verified``, whether its checksums could be compared; ``files``, each with
     ``path`` and ``size``.
 diff: ``a`` and ``b``, paths; ``tensors``, how many each has; ``found``, each with ``name``,
@@ -41,40 +43,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from internvl_ds.checkpoint.tag import commit
-from internvl_ds.checkpoint.tag.discovery import (
-    file_sizes,
-    newest,
-    read_latest,
-    read_manifest,
-    reading,
-    removable_tags,
-)
+from internvl_ds.checkpoint.tag import commit, discovery, retention
 from internvl_ds.checkpoint.tag.manifest import STATE_FILE
-from internvl_ds.checkpoint.tag.retention import (
-    KeepBest,
-    KeepEvery,
-    KeepLater,
-    KeepNewest,
-    KeepSteps,
-    Policy,
-    later_tags,
-    tags_to_prune,
-)
+from internvl_ds.checkpoint.tag.shared import counted_again, own_size
 from internvl_ds.checkpoint.tag.sweep import STAGING
 from internvl_ds.checkpoint.tag.trash import TRASH
-from internvl_ds.errors import (
-    CheckpointError,
-    CheckpointNotFound,
-    few,
-    shown,
-)
+from internvl_ds.errors import CheckpointError, CheckpointNotFound, few, shown
 from internvl_ds.tools.cli import diff, export
 from internvl_ds.tools.cli.quantities import whole
 from internvl_ds.tools.cli.tags import Examined, examine_all, examine_chosen, find_tags, tree_of
@@ -115,19 +95,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     action.add_argument('tag', nargs='?', metavar='TAG', help='default: what auto resume takes')
     action.add_argument('--config', action='store_true', help='print the saved config (YAML) only')
     action = add('prune', _prune, 'remove tags that no option keeps nor auto resume takes', output)
-    for option, metavar, least, text in (
+    option = action.add_argument
+    for flag, metavar, least, text in (
         ('--keep', 'N', 1, 'keep the N epoch tags saved last'),
         ('--keep-steps', 'N', 0, 'keep the N tags saved last inside an epoch too'),
         ('--keep-best', 'N', 0, 'keep the N tags with the highest accuracy too'),
         ('--keep-every', 'K', 0, 'keep the tags whose epoch is a multiple of K too'),
     ):
-        action.add_argument(
-            option, type=whole(least), metavar=metavar, default=0, required=bool(least),
-            help=text,
-        )  # fmt: skip
+        option(flag, type=whole(least), metavar=metavar, default=0, required=bool(least), help=text)
     text = 'remove tags of later training than the one saved last, too (of a run that was rewound)'
-    action.add_argument('--drop-later', action='store_true', help=text)
-    action.add_argument('--dry-run', action='store_true', help='remove nothing, say what would go')
+    option('--drop-later', action='store_true', help=text)
+    option('--dry-run', action='store_true', help='remove nothing, say what would go')
     for name, module in (('export', export), ('diff', diff)):
         text = (module.__doc__ or '').strip()
         action = actions.add_parser(name, help=text, description=text)
@@ -136,43 +114,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the action; an error of the file system's is told as one of the user's."""
-    with reading(args.path):
+    """Runs the action; an error of the file system becomes a `CheckpointError`."""
+    with discovery.reading(args.path):
         status: int = args.act(args)
     return status
 
 
 def _list(args: argparse.Namespace) -> int:
     output: Path = args.path
-    found = examine_all(output, args.verify)
-    latest = read_latest(output) or None
-    resume = None
+    entries = examine_all(output, args.verify)
+    latest = discovery.read_latest(output) or None
+    damage = {entry.path.name: entry.problems[0] for entry in entries if entry.problems}
     try:
-        resume = newest(output, {e.path.name: e.problems[0] for e in found if e.problems})
-        taken, warning = (resume.path.name, resume.warning) if resume else (None, None)
+        resume = discovery.newest(output, damage)
+        name, warning = (resume.path.name, resume.warning) if resume else (None, None)
     except CheckpointNotFound as error:
-        taken, warning = None, str(error)
+        name, warning = None, str(error)
     stagings = sorted(path.name for path in output.glob(f'{STAGING}*'))
     trash = sorted(path.name for path in output.glob(f'{TRASH}*'))
     if args.json:
-        tree = {'output': str(output), 'latest': latest, 'resume': taken, 'warning': warning}
-        rest = {'stagings': stagings, 'trash': trash, 'tags': list(map(tree_of, found))}
+        tree = {'output': str(output), 'latest': latest, 'resume': name, 'warning': warning}
+        rest = {'stagings': stagings, 'trash': trash, 'tags': list(map(tree_of, entries))}
         say(json_text({**tree, **rest}))
-        return _status(found)
+        return _status(entries)
     titles = ('tag', 'epoch', 'accuracy', 'size', 'age', 'stage x ranks', 'precision', 'verified')
-    say(table(titles, [_row(e, latest) for e in found], right=titles[1:5]))
+    say(table(titles, [_row(entry, latest) for entry in entries], right=titles[1:5]))
+    if again := counted_again(entry.path for entry in entries):
+        say(f'{human_size(again)} of these sizes are frozen parameters that tags share, there once')
     if stagings:
         say(f'{len(stagings)} save(s) under way, or left by a run that died (.staging-*)')
     if trash:
         say(f'{len(trash)} tag(s) half removed (.trash-*); the next save removes the rest')
     if warning:
         say(f'auto resume: {warning}')
-    return _status(found)
+    return _status(entries)
 
 
 def _row(examined: Examined, latest: str | None) -> tuple[str, ...]:
     mark = ' (latest)' if examined.name == latest else ''
-    age = human_age(datetime.now(timezone.utc).timestamp() - examined.saved)
+    size, age = human_size(examined.size), human_age(time.time() - examined.time_of_save)
     verified = examined.verified
     if examined.problems:
         # The path is in the line already, and only the first of several reasons is wanted.
@@ -180,35 +160,34 @@ def _row(examined: Examined, latest: str | None) -> tuple[str, ...]:
         verified = f'DAMAGED: {reason.partition("; ")[0]}'
     header = examined.header
     if header is None:
-        cells = ('-', '-', human_size(examined.size), age, '-', '-')
+        cells = ('-', '-', size, age, '-', '-')
     else:
         epoch = '-' if header.epoch is None else str(header.epoch)
-        layout = f'{header.zero_stage} x {header.world_size}'
-        accuracy, size = f'{header.max_accuracy:.2f}', human_size(examined.size)
-        cells = (epoch, accuracy, size, age, layout, header.precision)
+        ranks = f'{header.zero_stage} x {header.world_size}'
+        cells = (epoch, f'{header.max_accuracy:.2f}', size, age, ranks, header.precision)
     return (examined.name + mark, *cells, verified)
 
 
 def _verify(args: argparse.Namespace) -> int:
     warning = None
     if args.all:
-        found = examine_all(args.path, contents=True)
+        entries = examine_all(args.path, contents=True)
     else:
-        found, warning = examine_chosen(args.path, args.tag, contents=True)
+        entries, warning = examine_chosen(args.path, args.tag, contents=True)
     if args.json:
-        tags = list(map(tree_of, found))
+        tags = list(map(tree_of, entries))
         say(json_text({'output': str(args.path), 'warning': warning, 'tags': tags}))
-        return _status(found)
+        return _status(entries)
     if warning:
         say(f'auto resume: {warning}')
-    for examined in found:
+    for examined in entries:
         verdict = {'checksums': 'all files are as written', 'damaged': 'DAMAGED'}
         no_manifest = 'no manifest, so nothing can be said of its files'
         size = human_size(examined.size)
         say(f'{shown(examined.path)}: {verdict.get(examined.verified, no_manifest)} ({size})')
         for problem in examined.problems:
             say(f'  {shown(problem)}')
-    return _status(found)
+    return _status(entries)
 
 
 def _show(args: argparse.Namespace) -> int:
@@ -216,7 +195,7 @@ def _show(args: argparse.Namespace) -> int:
     path = examined.path
     state: dict[str, Any] | None = None
     try:
-        state = _kept(path, examined)
+        state = _state_of(path, examined)
     except CheckpointError as error:
         problems = [*examined.problems, str(error)]
         examined = replace(examined, verified='damaged', problems=problems)
@@ -229,10 +208,10 @@ def _show(args: argparse.Namespace) -> int:
     digests: dict[str, str] = {}
     sizes: dict[str, int] = {}
     with contextlib.suppress(CheckpointError):  # it is among the problems
-        manifest = read_manifest(path)
+        manifest = discovery.read_manifest(path)
         digests = {n: e.digest for n, e in manifest.files.items()} if manifest else {}
     with contextlib.suppress(OSError):
-        sizes = file_sizes(path)
+        sizes = discovery.sizes_of(path, digests)
     files = [{'name': n, 'size': s, 'xxh3_128': digests.get(n)} for n, s in sorted(sizes.items())]
     tree = tree_of(examined) | {'format': examined.header and examined.header.format}
     tree |= {'files': files, 'state': _summary(state)}
@@ -243,8 +222,8 @@ def _show(args: argparse.Namespace) -> int:
     return _status([examined])
 
 
-def _kept(path: Path, examined: Examined) -> dict[str, Any] | None:
-    """What a tag keeps beside its tensors."""
+def _state_of(path: Path, examined: Examined) -> dict[str, Any] | None:
+    """The state that a tag keeps beside its tensors."""
     from internvl_ds.checkpoint.formats.state_json import read_state
 
     if os.path.lexists(path / STATE_FILE):
@@ -273,7 +252,8 @@ def _summary(state: dict[str, Any] | None) -> dict[str, Any] | None:
 def _say_tree(tree: dict[str, Any]) -> None:
     lines = {key: tree[key] for key in tree if key not in ('files', 'state', 'versions')}
     lines['size'] = f'{tree["size"]} ({human_size(tree["size"])})'
-    lines['versions'] = ', '.join(f'{n} {v}' for n, v in (tree['versions'] or {}).items()) or None
+    for key in ('versions', 'frozen'):
+        lines[key] = ', '.join(f'{n} {v}' for n, v in (tree[key] or {}).items()) or None
     lines['problems'] = '; '.join(tree['problems']) or None
     for key, value in (tree['state'] or {}).items():
         lines[f'state: {key}'] = ', '.join(value) if isinstance(value, list) else value
@@ -288,50 +268,50 @@ def _prune(args: argparse.Namespace) -> int:
     output: Path = args.path
     find_tags(output)
     try:
-        resume = newest(output)
+        resume = discovery.newest(output)
     except CheckpointNotFound as error:
         raise CheckpointNotFound(f'nothing was removed: {error}') from error
     if resume is None or resume.path.is_file():
         raise CheckpointNotFound(f'{output}: no checkpoint tag in it')
-    policies: list[Policy] = [
-        KeepNewest(args.keep),
-        KeepSteps(args.keep_steps),
-        KeepBest(args.keep_best),
-        KeepEvery(args.keep_every),
-        KeepLater(0 if args.drop_later else None),
+    policies: list[retention.Policy] = [
+        retention.KeepNewest(args.keep),
+        retention.KeepSteps(args.keep_steps),
+        retention.KeepBest(args.keep_best),
+        retention.KeepEvery(args.keep_every),
+        retention.KeepLater(0 if args.drop_later else None),
     ]
-    tags = removable_tags(output)
+    tags = discovery.removable_tags(output)
     # a newest save that is damaged must not be all that stays
-    needed = {resume.path.name, read_latest(output)}
-    goes = [name for name in tags_to_prune(tags, policies) if name not in needed]
+    resumable = {resume.path.name, discovery.read_latest(output)}
+    victims = [n for n in retention.tags_to_prune(tags, policies) if n not in resumable]
     sizes = {}
-    for name in goes:
+    for name in victims:
         with contextlib.suppress(FileNotFoundError):  # a run that saves meanwhile has pruned it
-            sizes[name] = sum(file_sizes(output / name).values())
-    gone, failed = list(sizes), list[str]()
+            sizes[name] = own_size(output / name, discovery.file_sizes(output / name).items())
+    removals, failures = list(sizes), list[str]()
     if not args.dry_run:
-        gone, failed = commit.remove(output, [tag for tag in tags if tag.name in sizes])
-    kept = [tag.name for tag in tags if tag.name not in goes]
-    pruned = [{'tag': name, 'size': sizes.get(name, 0)} for name in gone]
-    total = sum(sizes.get(name, 0) for name in gone)
-    status = _FAILED if failed else OK
+        removals, failures = commit.remove(output, [tag for tag in tags if tag.name in sizes])
+    rest = [tag.name for tag in tags if tag.name not in victims]
+    pruned = [{'tag': name, 'size': sizes.get(name, 0)} for name in removals]
+    total = sum(sizes.get(name, 0) for name in removals)
+    status = _FAILED if failures else OK
     if args.json:
         tree = {'output': str(output), 'dry_run': args.dry_run, 'pruned': pruned, 'size': total}
-        say(json_text({**tree, 'kept': kept, 'failed': failed}))
+        say(json_text({**tree, 'kept': rest, 'failed': failures}))
         return status
-    did, went = ('would remove', 'would go') if args.dry_run else ('removed', 'went')
-    for name in gone:
-        say(f'{did} {shown(name)}  {human_size(sizes.get(name, 0))}')
-    say(f'{len(gone)} tag(s) {went}, {human_size(total)}; {len(kept)} stay')
-    later = [tag.name for tag in later_tags(tags) if tag.name in kept]
+    verb, went = ('would remove', 'would go') if args.dry_run else ('removed', 'went')
+    for name in removals:
+        say(f'{verb} {shown(name)}  {human_size(sizes.get(name, 0))}')
+    say(f'{len(removals)} tag(s) {went}, {human_size(total)}; {len(rest)} stay')
+    later = [tag.name for tag in retention.later_tags(tags) if tag.name in rest]
     if later and not args.drop_later:
         say(f'of later training than {tags[-1].name}: {few(later)} (--drop-later removes them too)')
-    for name in failed:
+    for name in failures:
         say(f'could not remove {shown(name)}')
     return status
 
 
-def _status(found: Sequence[Examined]) -> int:
-    if any(examined.problems for examined in found):
+def _status(entries: Sequence[Examined]) -> int:
+    if any(entry.problems for entry in entries):
         return DAMAGED
-    return UNVERIFIED if any(e.verified == 'no manifest' for e in found) else OK
+    return UNVERIFIED if any(entry.verified == 'no manifest' for entry in entries) else OK

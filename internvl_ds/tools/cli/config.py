@@ -1,7 +1,8 @@
-"""Check ds_configs, and show what they resolve to.
+"""Check ds_configs, and show what they resolve to; print the table of all yacs keys.
 
     internvl-ds config check FILE... --cfg YAML --world-size N [--opts KEY VALUE ...]
         [--optimizer-in-json] [--show] [--json]
+    internvl-ds config keys
 
 FILE is a path, or the name of a ds_config that ships (zero2). No GPU is needed and no rank starts.
 What is found is printed a line each: error or warning, the JSON pointer, what is wrong and what to
@@ -50,13 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog, parser.formatter_class = _EPILOG, argparse.RawDescriptionHelpFormatter
     actions = parser.add_subparsers(dest='action', metavar='ACTION', required=True)
     text = 'find every typo, wrong type and contradiction of ds_configs'
-    check = actions.add_parser(
-        'check',
-        help=text,
-        description=text,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    shape: Any = {'epilog': _EPILOG, 'formatter_class': parser.formatter_class}
+    check = actions.add_parser('check', help=text, description=text, **shape)
     add = check.add_argument
     add('files', nargs='+', metavar='FILE', help='a path, or the name of one that ships (zero2)')
     add('--cfg', required=True, metavar='YAML', help='the yacs configuration')
@@ -67,12 +63,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--show', action='store_true', help='print what each FILE resolves to')
     add('--json', action='store_true', help='print one JSON object')
     check.set_defaults(act=_check)
+    text = 'print all keys of the yacs configuration with their effect, as Markdown'
+    actions.add_parser('keys', help=text, description=text).set_defaults(act=_keys)
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the action."""
     status: int = args.act(args)
     return status
+
+
+def _keys(args: argparse.Namespace) -> int:
+    from internvl_ds.config.key_table import as_markdown
+
+    say(as_markdown().rstrip('\n'))
+    return OK
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -90,14 +95,14 @@ def _examine(name: str, config: CfgNode, args: argparse.Namespace) -> Resolution
     from internvl_ds.config.ds.check import examine  # DeepSpeed with it, which takes seconds
 
     try:
-        stated = load_ds_config(name)
+        tree = load_ds_config(name)
     except ConfigError as error:
         if not Path(name).is_file():
             raise
         return Resolution({}, {}, [Diagnostic('', str(error))])
     in_code = not args.optimizer_in_json
     return examine(
-        stated, config, args.world_size, optimizer_in_code=in_code, scheduler_in_code=in_code
+        tree, config, args.world_size, optimizer_in_code=in_code, scheduler_in_code=in_code
     )
 
 

@@ -28,17 +28,17 @@ def run(args: argparse.Namespace) -> int:
     paths = [_checkpoint(args.path), _checkpoint(args.other)]
     one, other = map(contents_of, paths)
     with interpreting(f'{paths[0]} or {paths[1]}', CheckpointError):
-        found = list(differences(one, other))
+        rows = list(differences(one, other))
     counts = [len(one.tensors), len(other.tensors)]
     if args.json:
-        rows = [{'name': d.name, 'what': d.what, 'largest': d.largest} for d in found]
-        say(json_text({'a': str(paths[0]), 'b': str(paths[1]), 'tensors': counts, 'found': rows}))
-    elif found:
-        say(table(('what differs (A, B)', 'how'), [(d.name, d.what) for d in found]))
-        say(f'{len(found)} differ; A has {counts[0]} tensors, B {counts[1]}')
+        trees = [{'name': d.name, 'what': d.what, 'largest': d.largest} for d in rows]
+        say(json_text({'a': str(paths[0]), 'b': str(paths[1]), 'tensors': counts, 'found': trees}))
+    elif rows:
+        say(table(('what differs (A, B)', 'how'), [(d.name, d.what) for d in rows]))
+        say(f'{len(rows)} differ; A has {counts[0]} tensors, B {counts[1]}')
     else:
         say(f'the same: {counts[0]} tensors')
-    return DIFFERENT if found else SAME
+    return DIFFERENT if rows else SAME
 
 
 def _checkpoint(path: Path) -> Path:

@@ -25,35 +25,28 @@ _DARKEST = 16  # scikit-learn's pixels are 0..16
 
 @dataclass(frozen=True)
 class DigitsSummary:
-    """What a digits folder holds.
+    """The content of a digits folder."""
 
-    Attributes:
-        root: the folder, with ``train/<class>/NNNN.png`` and ``val/<class>/NNNN.png`` below it.
-        train: number of training images.
-        val: number of validation images.
-        written: whether this call wrote them; False when they were there already.
-    """
-
-    root: Path
-    train: int
-    val: int
-    written: bool
+    root: Path  # the folder, with ``train/<class>/NNNN.png`` and ``val/<class>/NNNN.png`` below it
+    train: int  # number of training images
+    val: int  # number of validation images
+    written: bool  # whether this call wrote them; False when they were there already
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the one argument, the folder."""
-    parser.add_argument(
-        'dir', type=Path, metavar='DIR', help='folder to make, with train/ and val/ inside'
-    )
+    text = 'folder to make, with train/ and val/ inside'
+    parser.add_argument('dir', type=Path, metavar='DIR', help=text)
 
 
 def run(args: argparse.Namespace) -> int:
     """Writes the data set and says what is there."""
     summary = write_digits(args.dir)
-    verb = 'wrote' if summary.written else 'holds the digits already, left as they are:'
-    subject = f'{verb} {summary.train} training and {summary.val} validation images'
-    place = summary.root
-    say(f'{subject} in {place}' if summary.written else f'{place} {subject}')
+    images = f'{summary.train} training and {summary.val} validation images'
+    if summary.written:
+        say(f'wrote {images} in {summary.root}')
+    else:
+        say(f'{summary.root} holds the digits already, left as they are: {images}')
     return 0
 
 
@@ -72,8 +65,8 @@ def write_digits(root: Path) -> DigitsSummary:
             is not installed.
     """
     root = Path(root)
-    if (there := _find_digits(root)) is not None:
-        return there
+    if (summary := _find_digits(root)) is not None:
+        return summary
     try:
         _refuse_anything_else(root)
         data = _load_sklearn_digits()
@@ -83,8 +76,8 @@ def write_digits(root: Path) -> DigitsSummary:
             train, val = _write_images(staged, data.images, data.target)
             staged.rename(root)
     except OSError as error:
-        if (there := _find_digits(root)) is not None:  # another process was quicker
-            return there
+        if (summary := _find_digits(root)) is not None:  # another process was quicker
+            return summary
         raise InternvlDsError(f'{root}: the digits cannot be written there: {error}') from error
     return DigitsSummary(root, train, val, written=True)
 
@@ -114,14 +107,14 @@ def _write_images(root: Path, images: Any, targets: Any) -> tuple[int, int]:
     for split in ('train', 'val'):
         for name in CLASSES:
             (root / split / name).mkdir(parents=True)
-    seen: Counter[int] = Counter()
-    written: Counter[str] = Counter()
+    of_class: Counter[int] = Counter()
+    of_split: Counter[str] = Counter()
     for index, (pixels, target) in enumerate(zip(images, targets, strict=True)):
-        split = 'val' if seen[target] % _VAL_EVERY == 0 else 'train'
-        seen[target] += 1
-        written[split] += 1
+        split = 'val' if of_class[target] % _VAL_EVERY == 0 else 'train'
+        of_class[target] += 1
+        of_split[split] += 1
         enlarge(pixels).save(root / split / str(target) / f'{index:04d}.png')
-    return written['train'], written['val']
+    return of_split['train'], of_split['val']
 
 
 def _find_digits(root: Path) -> DigitsSummary | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from internvl_ds.tools.text import json_text, say
 
-_SOMETHING_BITES = 1
+_ERRORS = 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,9 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Looks at everything, says it, and returns the exit status."""
     from internvl_ds.tools.doctor.examine import examine
-    from internvl_ds.tools.doctor.finding import ERROR
-    from internvl_ds.tools.doctor.report import screen, tree
+    from internvl_ds.tools.doctor.probe_result import ERROR
+    from internvl_ds.tools.doctor.screen import screen, tree
 
-    findings = examine(args.output)
-    say(json_text(tree(findings, str(args.output))) if args.json else screen(findings))
-    return _SOMETHING_BITES if any(f.verdict == ERROR for f in findings) else 0
+    results = examine(args.output)
+    say(json_text(tree(results, str(args.output))) if args.json else screen(results))
+    return _ERRORS if any(result.verdict == ERROR for result in results) else 0

@@ -45,24 +45,23 @@ def run(args: argparse.Namespace) -> int:
             f'{target}: --ema and --dtype are for .safetensors; a .pth holds both averages and '
             'weights, in fp32'
         )
-    damaged = damage_of_tag(tag)
-    if damaged:
-        raise CheckpointError('; '.join(damaged[:3]))
-    written = [target]
+    damage = damage_of_tag(tag)
+    if damage:
+        raise CheckpointError('; '.join(damage[:3]))
+    paths = [target]
     with interpreting(tag, CheckpointError):
         if target.suffix == '.pth':
             write_original(tag, target)
         else:
             dtype = torch.float32 if args.dtype == 'fp32' else torch.bfloat16
             largest = int(args.max_shard_gib * 2**30)
-            written = write_safetensors(tag, target, dtype, ema=args.ema, largest=largest)
-    sizes = [path.stat().st_size for path in written]
+            paths = write_safetensors(tag, target, dtype, ema=args.ema, largest=largest)
+    files = [{'path': str(path), 'size': path.stat().st_size} for path in paths]
     if args.json:
-        files = [{'path': str(p), 'size': s} for p, s in zip(written, sizes, strict=True)]
-        say(json_text({'tag': str(tag), 'verified': damaged is not None, 'files': files}))
+        say(json_text({'tag': str(tag), 'verified': damage is not None, 'files': files}))
         return 0
-    if damaged is None:
+    if damage is None:
         say(f'{tag} has no manifest: it could not be verified')
-    for path, size in zip(written, sizes, strict=True):
-        say(f'{path}  {human_size(size)}')
+    for path in paths:
+        say(f'{path}  {human_size(path.stat().st_size)}')
     return 0

@@ -52,28 +52,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--gpu-mem', required=True, type=parse_size, metavar='SIZE', help='80GB, or 80GiB')
     add('--cpu-mem', type=parse_size, metavar='SIZE', help='memory of a host; not limited else')
     add('--gpus-per-host', type=whole(1), default=8, metavar='N', help='default: 8')
-    add(
-        '--disk-rate', type=parse_rate, default=parse_rate('1GB/s'), metavar='RATE',
-        help='what all ranks together write; default: 1GB/s',
-    )  # fmt: skip
-    add(
-        '--deepspeed_config', '--deepspeed-config', default='', metavar='FILE',
-        help='DeepSpeed JSON whose other settings are kept: buckets, precision, ...',
-    )  # fmt: skip
+    text = 'what all ranks together write; default: 1GB/s'
+    add('--disk-rate', type=parse_rate, default=parse_rate('1GB/s'), metavar='RATE', help=text)
+    text = 'DeepSpeed JSON whose other settings are kept: buckets, precision, ...'
+    add('--deepspeed_config', '--deepspeed-config', default='', metavar='FILE', help=text)
     add('--opts', nargs='+', metavar='KEY VALUE', help='settings that win over the YAML file')
     add('--json', action='store_true', help='one JSON object instead of the table')
 
 
 def run(args: argparse.Namespace) -> int:
     """Plans every option, and says which to take."""
+    from internvl_ds.config.counts import require_counts
     from internvl_ds.config.ds import resolve as ds
     from internvl_ds.config.ds.load import load_ds_config
     from internvl_ds.config.tree import get_config
     from internvl_ds.tools.plan.advice import advice
-    from internvl_ds.tools.plan.memory_planner import Planner
+    from internvl_ds.tools.plan.memory_planner import MemoryPlanner
     from internvl_ds.tools.plan.options import USABLE, Machine, choose, options
 
     config = get_config(argparse.Namespace(cfg=args.cfg, opts=args.opts))
+    require_counts(config)
     base = load_ds_config(args.deepspeed_config or None)
     machine = Machine(
         gpus=args.gpus,
@@ -83,9 +81,9 @@ def run(args: argparse.Namespace) -> int:
         disk_rate=args.disk_rate,
     )
     resolved = ds.resolve_or_raise(base, config, machine.gpus)
-    planner = Planner(config)
-    found = options(planner, config, base, machine)
-    taken, words = choose(found), advice(found, config, base, args.deepspeed_config, machine)
+    planner = MemoryPlanner(config)
+    ways = options(planner, config, base, machine)
+    choice, words = choose(ways), advice(ways, config, base, args.deepspeed_config, machine)
     if args.json:
         tree = {
             'model': {k: getattr(planner.sizes, k) for k in ('parameters', 'trained', 'moments')},
@@ -93,8 +91,8 @@ def run(args: argparse.Namespace) -> int:
             'micro_batch': resolved['train_micro_batch_size_per_gpu'],
             'accumulation': resolved['gradient_accumulation_steps'],
             'machine': {**asdict(machine), 'usable': USABLE},
-            'options': [_tree(option) for option in found],
-            'choice': found.index(taken) if taken else None,
+            'options': list(map(_tree, ways)),
+            'choice': ways.index(choice) if choice else None,
             'advice': words,
         }
         say(json_text(tree))
@@ -106,18 +104,17 @@ def run(args: argparse.Namespace) -> int:
             f'bytes on each of {machine.gpus} GPUs at {resolved["train_micro_batch_size_per_gpu"]} '
             'images a micro-batch, at the moment when a GPU needs most\n'
         )
-        say(_table(found, taken))
-        say(f'\n{words}')
-    return 0 if taken else NOTHING_FITS
+        say(f'{_table(ways, choice)}\n\n{words}')
+    return 0 if choice else NOTHING_FITS
 
 
-def _table(found: Sequence[Option], taken: Option | None) -> str:
+def _table(ways: Sequence[Option], choice: Option | None) -> str:
     rows = []
-    for option in found:
+    for option in ways:
         sizes = *asdict(option.need.parts).values(), option.need.device
         rows.append(
             [
-                f'{option.stage}{" <-" if option is taken else ""}',
+                f'{option.stage}{" <-" if option is choice else ""}',
                 '' if option.offload == 'none' else option.offload,
                 'yes' if option.recompute else '',
                 *map(human_size, sizes),

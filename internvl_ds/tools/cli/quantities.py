@@ -6,6 +6,7 @@ import argparse
 import re
 from collections.abc import Callable
 
+_DIGITS = 9  # of a whole number; sizes of tensors are computed with it
 _POWERS = {'': 0, 'k': 1, 'm': 2, 'g': 3, 't': 4, 'p': 5}
 _SIZE = re.compile(r'([0-9]+\.?[0-9]*|\.[0-9]+)\s*([kmgtp]?)(i?)b', re.IGNORECASE)
 
@@ -21,6 +22,8 @@ def parse_size(text: str) -> int:
         raise argparse.ArgumentTypeError(
             f'{text!r} is no size: write 80GB (decimal) or 80GiB (binary)'
         )
+    if len(match[1]) > _DIGITS:
+        raise argparse.ArgumentTypeError(f'{text[:20]!r} has more than {_DIGITS} digits')
     size = int(float(match[1]) * (1024 if match[3] else 1000) ** _POWERS[match[2].lower()])
     if size <= 0:
         raise argparse.ArgumentTypeError(f'{text!r} is nothing')
@@ -40,12 +43,14 @@ def parse_rate(text: str) -> int:
 
 
 def whole(least: int) -> Callable[[str], int]:
-    """A parser of whole numbers from ``least`` on, 0 or 1. For argparse."""
+    """A parser of whole numbers from ``least`` on, 0 or 1, of up to 9 digits. For argparse."""
     due = 'not a number above 0; it has to be at least 1' if least else 'no number'
 
     def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
+        if not text.isdecimal() or int(text[: _DIGITS + 1]) < least:
             raise argparse.ArgumentTypeError(f'{text!r} is {due}')
+        if len(text) > _DIGITS:
+            raise argparse.ArgumentTypeError(f'{text[:20]!r} has more than {_DIGITS} digits')
         return int(text)
 
     return parse

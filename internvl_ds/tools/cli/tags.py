@@ -1,4 +1,4 @@
-"""What the ``ckpt`` command finds out about tags. Files only; reads, and changes nothing."""
+"""Examines tags for the ``ckpt`` command. Files only; reads, and changes nothing."""
 
 from __future__ import annotations
 
@@ -11,20 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from internvl_ds.checkpoint.tag.discovery import (
-    ASIDE,
-    file_sizes,
-    header_or_none,
-    is_tag,
-    newest,
-    present,
-    problem,
-    read_latest,
-    read_manifest,
-    stand_ins,
-    tag_of_aside,
-    tags,
-)
+from internvl_ds.checkpoint.tag import discovery
 from internvl_ds.checkpoint.tag.manifest import Header, Manifest, epoch_of
 from internvl_ds.errors import CheckpointError, CheckpointNotFound, shown
 
@@ -37,29 +24,20 @@ _NOT_SHOWN = ('tag', 'size', 'format', 'save')
 
 @dataclass(frozen=True)
 class Examined:
-    """A tag and what was found about it.
+    """A tag, and what its files say."""
 
-    Attributes:
-        path: the directory.
-        header: None without a manifest, or without a readable one.
-        size: bytes of all its files, but for the manifest.
-        saved: seconds since the epoch: the header's time, else the directory's.
-        verified: 'sizes', 'checksums', 'no manifest' or 'damaged'.
-        problems: what is wrong with it.
-    """
-
-    path: Path
-    header: Header | None
-    size: int
-    saved: float
-    verified: str
-    problems: list[str]
+    path: Path  # the directory
+    header: Header | None  # None without a manifest, or without a readable one
+    size: int  # bytes of all its files, but for the manifest
+    time_of_save: float  # seconds since the epoch: the header's time, else the directory's
+    verified: str  # 'sizes', 'checksums', 'no manifest' or 'damaged'
+    problems: list[str]  # what is wrong with it
 
     @property
     def name(self) -> str:
         """The tag; a directory that stepped aside for a save that died stands in for it."""
         name = self.path.name
-        return tag_of_aside(self.path) if name.startswith(ASIDE) else name
+        return discovery.tag_of_aside(self.path) if name.startswith(discovery.ASIDE) else name
 
 
 def examine(path: Path, contents: bool) -> Examined:
@@ -75,17 +53,17 @@ def examine(path: Path, contents: bool) -> Examined:
     for _ in range(_REPLACED):
         before = _identity(path)
         try:
-            found = _examine(path, contents)
+            examined = _examine(path, contents)
         except FileNotFoundError:
             if before is not None and _identity(path) == before:
                 raise
             time.sleep(_BETWEEN)
             continue
-        if found.verified in ('sizes', 'checksums'):
-            return found
-        if before is not None and before == _identity(path) and (before[2] or found == last):
-            return found  # without a header it is the same where twice the same was found
-        last = found
+        if examined.verified in ('sizes', 'checksums'):
+            return examined
+        if before is not None and before == _identity(path) and (before[2] or examined == last):
+            return examined  # without a header it is the same where it was the same twice
+        last = examined
     raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
 
 
@@ -95,7 +73,7 @@ def _identity(path: Path) -> tuple[int, int, str] | None:
         status = path.stat() if os.path.exists(path) else path.lstat()
     except OSError:
         return None
-    header = header_or_none(path)
+    header = discovery.header_or_none(path)
     return status.st_dev, status.st_ino, header.save if header else ''
 
 
@@ -103,25 +81,26 @@ def _examine(path: Path, contents: bool) -> Examined:
     problems: list[str] = []
     header = None
     try:
-        manifest = read_manifest(path)
+        manifest = discovery.read_manifest(path)
         header = manifest.header if manifest else None
         if manifest and contents:
             problems = _damage(path, manifest)
-        elif why := problem(path):
+        elif why := discovery.problem(path):
             problems = [why]
         verified = 'no manifest' if manifest is None else 'checksums' if contents else 'sizes'
     except CheckpointError as error:
-        header, problems, verified = header_or_none(path), [str(error)], ''
+        header, problems, verified = discovery.header_or_none(path), [str(error)], ''
     try:
-        saved = datetime.fromisoformat(header.saved_at).timestamp() if header else None
+        seconds = datetime.fromisoformat(header.saved_at).timestamp() if header else None
     except (ValueError, OverflowError, OSError):  # no time, or none that the system can tell
-        saved = None
-    saved = path.lstat().st_mtime if saved is None else saved
+        seconds = None
+    seconds = path.lstat().st_mtime if seconds is None else seconds
     try:
-        size = sum(file_sizes(path).values())
+        size = sum(discovery.file_sizes(path).values())
     except OSError as error:  # no rights, a link to nowhere, no directory
         size, problems = 0, problems or [f'{path}: cannot be read: {error.strerror}']
-    return Examined(path, header, size, saved, 'damaged' if problems else verified, problems)
+    verified = 'damaged' if problems else verified
+    return Examined(path, header, size, seconds, verified, problems)
 
 
 def examine_all(output: Path, contents: bool) -> list[Examined]:
@@ -130,21 +109,21 @@ def examine_all(output: Path, contents: bool) -> list[Examined]:
     Raises:
         CheckpointNotFound: when there is none.
     """
-    found: list[Examined] = []
+    results: list[Examined] = []
     for _ in range(_REPLACED):
         paths = find_tags(output)
         for path in paths:
             try:
-                found.append(examine(path, contents))
+                results.append(examine(path, contents))
             except FileNotFoundError:
                 if os.path.lexists(path):
                     raise
                 # a run that saves meanwhile has pruned it
-        if found or not paths:
+        if results or not paths:
             break
-    if not found:
+    if not results:
         raise CheckpointNotFound(f'{output}: no checkpoint tag in it')
-    return sorted(found, key=_recency, reverse=True)
+    return sorted(results, key=_recency, reverse=True)
 
 
 def choose(path: Path, tag: str | None) -> tuple[list[Path], str | None]:
@@ -155,25 +134,25 @@ def choose(path: Path, tag: str | None) -> tuple[list[Path], str | None]:
     Raises:
         CheckpointNotFound: when there is none.
     """
-    target = present(path / tag if tag else path)
-    if os.path.isdir(target) and (is_tag(target) or epoch_of(target.name) is not None):
+    target = discovery.present(path / tag if tag else path)
+    if os.path.isdir(target) and (discovery.is_tag(target) or epoch_of(target.name) is not None):
         return [target], None
     if os.path.lexists(target) and _is_named_as_tag(target):
         return [target], None
+    paths = find_tags(path)
     if tag:
-        have = ', '.join(sorted(shown(p.name) for p in find_tags(path))) or 'no tag'
-        raise CheckpointNotFound(f'{target}: no such tag; {path} has {have}')
-    there = find_tags(path)
-    latest = present(path / (read_latest(path) or ''))
+        names = ', '.join(sorted(shown(p.name) for p in paths)) or 'no tag'
+        raise CheckpointNotFound(f'{target}: no such tag; {path} has {names}')
+    latest = discovery.present(path / (discovery.read_latest(path) or ''))
     try:
-        resume = newest(path)
+        resume = discovery.newest(path)
     except CheckpointNotFound as error:
-        if not there:
+        if not paths:
             raise
-        return ([latest] if latest in there else there), str(error)
+        return ([latest] if latest in paths else paths), str(error)
     if resume is None or resume.path.is_file():
         raise CheckpointNotFound(f'{path}: no checkpoint tag in it')
-    also = [latest] if latest in there and latest != resume.path else []
+    also = [latest] if latest in paths and latest != resume.path else []
     return [resume.path, *also], resume.warning
 
 
@@ -181,34 +160,35 @@ def examine_chosen(
     path: Path, tag: str | None, contents: bool
 ) -> tuple[list[Examined], str | None]:
     """Examines what `choose` chooses, anew where a run has pruned that meanwhile."""
-    for left in reversed(range(_REPLACED)):
+    for retries in reversed(range(_REPLACED)):
         paths, warning = choose(path, tag)
         try:
             return [examine(path, contents) for path in paths], warning
         except FileNotFoundError:
-            if tag or not left:
+            if tag or not retries:
                 raise
     raise AssertionError
 
 
 def find_tags(output: Path) -> list[Path]:
-    """What holds, or by its name should hold, a tag; in no order.
+    """The paths that hold a tag, or should by their names; in no order.
 
     Raises:
         CheckpointNotFound: when there is no such directory, or it is a tag itself.
     """
     if not os.path.isdir(output):
         raise CheckpointNotFound(f'{output}: no such directory')
-    if is_tag(output):
+    if discovery.is_tag(output):
         raise CheckpointNotFound(f'{output}: is a tag; name its output directory, {output.parent}')
-    there = tags(output)
-    found = [path for path in there if _is_named_as_tag(path) or is_tag(path)]
-    odd = {Path(output, name) for name in os.listdir(output)} - set(there)
-    return found + [path for path in odd if _is_named_as_tag(path)] + stand_ins(output)
+    folders = discovery.tags(output)
+    paths = [path for path in folders if _is_named_as_tag(path) or discovery.is_tag(path)]
+    odd = {Path(output, name) for name in os.listdir(output)} - set(folders)
+    paths += [path for path in odd if _is_named_as_tag(path)]
+    return paths + discovery.stand_ins(output)
 
 
 def _is_named_as_tag(path: Path) -> bool:
-    """Whether a name is one of our tags: of a file or a link to nowhere it is damage."""
+    """Whether a name is one of our tags; a file or a dead link of such a name is damage."""
     return path.name.startswith('ckpt_epoch_') and not path.suffix
 
 
@@ -223,13 +203,13 @@ def tree_of(examined: Examined) -> dict[str, Any]:
 
 def _damage(path: Path, manifest: Manifest) -> list[str]:
     # imports torch, which the other actions can do without
-    from internvl_ds.checkpoint.tag.verify import damage
+    from internvl_ds.checkpoint.tag.verify import damage, damage_of_sources
 
-    names, found = iter(manifest.files), dict[str, list[str]]()
+    names, problems = iter(manifest.files), dict[str, list[str]]()
 
     def read() -> None:
         for name in names:
-            found[name] = damage(path, manifest, [name])
+            problems[name] = damage(path, manifest, [name])
 
     # Daemons: Ctrl-C waits for no file.
     threads = [threading.Thread(target=read, daemon=True) for _ in range(_READERS)]
@@ -237,9 +217,10 @@ def _damage(path: Path, manifest: Manifest) -> list[str]:
         thread.start()
     for thread in threads:
         thread.join()
-    return [problem for name in sorted(manifest.files) for problem in found[name]]
+    found = [problem for name in sorted(manifest.files) for problem in problems[name]]
+    return found or damage_of_sources(path, manifest)
 
 
 def _recency(examined: Examined) -> tuple[bool, int, float]:
     header = examined.header
-    return (header is not None, header.sequence if header else 0, examined.saved)
+    return (header is not None, header.sequence if header else 0, examined.time_of_save)

@@ -22,10 +22,10 @@ from typing import Any
 from internvl_ds.tools.cli.quantities import whole
 from internvl_ds.tools.text import json_text, say, table
 
-_SIGNALLED = 128  # and the signal's number: the exit status of what a signal ended
+_SIGNAL_STATUS = 128  # and the signal's number: the exit status of what a signal ended
 
 
-class _Ended(BaseException):
+class _Signal(BaseException):
     """A signal asks tuning to end."""
 
     def __init__(self, number: int) -> None:
@@ -39,24 +39,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--cfg', required=True, metavar='YAML', help='as for the training program')
     add('--data-path', metavar='DIR', help='as for the training program')
     add('--opts', nargs='+', default=[], metavar='KEY VALUE', help='as for the training program')
-    add(
-        '--deepspeed_config', '--deepspeed-config', metavar='FILE',
-        help='the ds_config that tuning starts from (default: none)',
-    )  # fmt: skip
-    add(
-        '--space', type=Path, metavar='FILE',
-        help='JSON of what to try, as internvl_ds/tools/tune/space.py says (default: built in)',
-    )  # fmt: skip
+    text = 'the ds_config that tuning starts from (default: none)'
+    add('--deepspeed_config', '--deepspeed-config', metavar='FILE', help=text)
+    text = 'JSON of what to try, as internvl_ds/tools/tune/search_space.py says (default: built in)'
+    add('--space', type=Path, metavar='FILE', help=text)
     add('--output', type=Path, default=Path('tune'), metavar='DIR', help='default: ./tune')
     add('--trials', type=whole(1), default=40, metavar='N', help='configurations to run (40)')
     add('--budget', type=_positive, default=30, metavar='MINUTES', help='for all trials (30)')
     add('--confirm', type=whole(0), default=3, metavar='ROUNDS', help='rounds of the finals (3)')
     add('--updates', type=whole(0), default=0, metavar='N', help='timed (0: what takes 3 s)')
     add('--warmup', type=whole(0), default=3, metavar='N', help='updates that are not timed (3)')
-    add(
-        '--limit', type=_positive, default=0, metavar='SECONDS',
-        help='of one trial (default: four times the first, at least 120)',
-    )  # fmt: skip
+    text = 'of one trial (default: four times the first, at least 120)'
+    add('--limit', type=_positive, default=0, metavar='SECONDS', help=text)
     add('--ranks', type=whole(1), default=0, metavar='N', help='that the launcher has to start')
     add('--seed', type=int, default=0, metavar='N', help='of the search (0)')
     add('--json', action='store_true', help='print one JSON object')
@@ -66,28 +60,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Tunes, and prints the finals and the words to use the result."""
     try:
-        with _ends_by_signal():
+        with _raise_on_signals():
             return _tune(args)
-    except _Ended as ended:
-        print(
-            '\nended by a signal: what ran is stopped, and not recorded. The same command goes on '
-            'from there.',
-            file=sys.stderr,
-        )
-        return _SIGNALLED + ended.number
+    except _Signal as error:
+        text = 'ended by a signal: what ran is stopped, and not recorded.'
+        print(f'\n{text} The same command goes on from there.', file=sys.stderr)
+        return _SIGNAL_STATUS + error.number
 
 
 def _tune(args: argparse.Namespace) -> int:
-    from internvl_ds.tools.plan.memory_planner import Planner
-    from internvl_ds.tools.tune.report import as_json, table_rows
+    from internvl_ds.tools.plan.memory_planner import MemoryPlanner
     from internvl_ds.tools.tune.request import Request
+    from internvl_ds.tools.tune.result import as_json, table_rows
     from internvl_ds.tools.tune.tuner import tune
 
-    given: dict[str, Any] = {
-        field.name: getattr(args, field.name, None) for field in fields(Request)
-    }
-    given |= {'ds_config': args.deepspeed_config, 'budget': 60 * args.budget}
-    result = tune(Request(**given), Planner)
+    words: dict[str, Any] = {f.name: getattr(args, f.name, None) for f in fields(Request)}
+    words |= {'ds_config': args.deepspeed_config, 'budget': 60 * args.budget}
+    result = tune(Request(**words), MemoryPlanner)
     if args.json:
         say(json_text(as_json(result)))
         return 0
@@ -101,25 +90,25 @@ def _tune(args: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _ends_by_signal() -> Iterator[None]:
-    """Has SIGINT, SIGTERM and SIGHUP raise, so that the trial that runs is ended too.
+def _raise_on_signals() -> Iterator[None]:
+    """Makes SIGINT, SIGTERM and SIGHUP raise `_Signal`, so that the present trial is ended too.
 
-    The first of them does; those that come while its trial is being ended change nothing.
+    Only the first raises: those that come while the trial is being ended change nothing.
     """
 
     def end(number: int, frame: FrameType | None) -> None:
-        for each in before:
+        for each in handlers:
             signal.signal(each, signal.SIG_IGN)
-        raise _Ended(number)
+        raise _Signal(number)
 
     numbers = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup sees to that
         numbers.append(signal.SIGHUP)
-    before = {number: signal.signal(number, end) for number in numbers}
+    handlers = {number: signal.signal(number, end) for number in numbers}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 

@@ -13,10 +13,6 @@ _DISTRIBUTIONS = ('internvl_ds', 'torch', 'torchvision', 'deepspeed', 'timm')
 class VersionAction(argparse.Action):
     """``--version``: looks the versions up only when it is given, prints them and exits."""
 
-    def __init__(self, option_strings: list[str], dest: str, **kwargs: Any) -> None:
-        """Makes it an option without a value and without an attribute in the parsed arguments."""
-        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, **kwargs)
-
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         """Prints the versions and ends the program with status 0."""
         print(describe_versions())

@@ -1,1 +1,1 @@
-"""What of this machine and environment would break a run."""
+"""Probes of this machine and environment for what would break a run."""

@@ -1,6 +1,6 @@
-"""Whether torch, torchvision, timm and DeepSpeed can be imported; then the device that it takes.
+"""Imports torch, torchvision, timm and DeepSpeed, then looks at the device that DeepSpeed chose.
 
-An import may kill the process: a probe runs in one of its own.
+An import may kill the process: a probe has a process of its own.
 """
 
 from __future__ import annotations
@@ -8,30 +8,30 @@ from __future__ import annotations
 import importlib
 import time
 
-from internvl_ds.tools.doctor.finding import Finding, fault, ok
+from internvl_ds.tools.doctor.probe_result import ProbeResult, fault, ok
 
 _NAMES = ('torch', 'torchvision', 'timm')
 
 
-def probe() -> list[Finding]:
+def probe() -> list[ProbeResult]:
     """Imports what the training program imports, in its order, then asks for the device."""
-    findings, start = [], time.monotonic()
+    results, start = [], time.monotonic()
     try:
         for name in _NAMES:
             importlib.import_module(name)
     except Exception as error:  # whatever a broken installation raises
-        findings.append(fault('imports', f'import {name}: {_first_line(error)}', _advice(error)))
+        results.append(fault('imports', f'import {name}: {_first_line(error)}', _advice(error)))
     else:
         seconds = time.monotonic() - start
-        findings.append(ok('imports', f'{", ".join(_NAMES)}: {seconds:.1f} s'))
+        results.append(ok('imports', f'{", ".join(_NAMES)}: {seconds:.1f} s'))
     try:
         accelerator = importlib.import_module('deepspeed.accelerator').get_accelerator()
     except Exception as error:
-        found = f'import deepspeed: {_first_line(error)}'
-        return [*findings, fault('accelerator', found, _advice(error))]
+        text = f'import deepspeed: {_first_line(error)}'
+        return [*results, fault('accelerator', text, _advice(error))]
     from internvl_ds.tools.doctor import devices
 
-    return findings + devices.describe(accelerator)
+    return results + devices.describe(accelerator)
 
 
 def _first_line(error: Exception) -> str:

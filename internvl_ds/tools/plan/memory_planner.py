@@ -1,7 +1,8 @@
-"""What a configuration needs on each rank, and how much of it fits."""
+"""The memory that a configuration needs on each rank, and the largest micro-batch for it."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,58 +12,47 @@ from yacs.config import CfgNode
 
 from internvl_ds.config.ds import resolve as ds
 from internvl_ds.tools.plan.activations import Step, Timeline, watch_step
-from internvl_ds.tools.plan.layout import Layout, layout_of
 from internvl_ds.tools.plan.sizes import Sizes, meta_model, sizes_of, with_recompute
-from internvl_ds.tools.plan.static_memory import Parts, built_bytes, kept, kept_on_host
+from internvl_ds.tools.plan.static_memory import (
+    Parts,
+    built_bytes,
+    static_host_parts,
+    static_parts,
+)
 from internvl_ds.tools.plan.transient_memory import in_backward, in_update, in_update_on_host
+from internvl_ds.tools.plan.zero_scheme import ZeroScheme, scheme_of
 from internvl_ds.train.data import build_mixup
 from internvl_ds.train.loop import build_criterion
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that one rank needs.
+    """Bytes that one rank needs."""
 
-    Attributes:
-        micro_batch: images that it is for.
-        device: at most, on the GPU.
-        host: under offload, in the host's memory, with what the optimizer takes there.
-        build: in the host's memory while the model is built, before there is an engine.
-        parts: of ``device``, at the moment in forward and backward when they are most.
-        kept: of them, those that stay from one update to the next.
-        host_parts: of ``host``, between two updates.
-        update: what the optimizer's update has on the device beside weights and states; it counts
-            where it is more than the gradients, buffers and activations of ``parts``.
-    """
-
-    micro_batch: int
-    device: int
-    host: int
-    build: int
-    parts: Parts
-    kept: Parts
-    host_parts: Parts
+    micro_batch: int  # images that it is for
+    device: int  # at most, on the GPU
+    host: int  # under offload, in the host's memory, with what the optimizer takes there
+    build: int  # in the host's memory while the model is built, before there is an engine
+    parts: Parts  # of ``device``, at the moment in forward and backward when they are most
+    static: Parts  # of them, those that stay from one update to the next
+    host_parts: Parts  # of ``host``, between two updates
+    # what the optimizer's update has on the device beside weights and states; it counts where it is
+    # more than the gradients, buffers and activations of ``parts``
     update: int
 
 
-class Planner:
+class MemoryPlanner:
     """Tells what a configured run needs, without allocating any of it.
 
-    The model is measured when it is first asked for, once for each precision, with and without
-    activation checkpointing.
+    It measures the model at first use, once for each precision, with and without activation
+    checkpointing.
     """
 
     def __init__(self, config: CfgNode, *, gpu: bool = True) -> None:
-        """Remembers what is to be planned.
-
-        Args:
-            config: the yacs tree: MODEL, DATA.IMG_SIZE, TRAIN and AUG are read.
-            gpu: whether the run is to be on GPUs; False for ranks on CPUs.
-        """
+        """Plans for a yacs tree (MODEL, DATA.IMG_SIZE, TRAIN, AUG), on GPUs or on CPUs."""
         self._config = config
         self._on_gpu = gpu
         self._steps: dict[tuple[bool, str], Step] = {}
-        self._sizes: Sizes | None = None
 
     @property
     def keeps_ema(self) -> bool:
@@ -71,68 +61,71 @@ class Planner:
 
     @property
     def step_of_micro_batch(self) -> int:
-        """What a micro-batch is a multiple of: 2 with mixup, else 1."""
+        """The number that divides every micro-batch: 2 with mixup, else 1."""
         return 1 if build_mixup(self._config) is None else 2
 
-    @property
+    @functools.cached_property
     def sizes(self) -> Sizes:
         """The model's elements.
 
         Raises:
             ConfigError: for a model or optimizer that cannot be built.
         """
-        if self._sizes is None:
-            config = with_recompute(self._config, False)
-            self._sizes = sizes_of(meta_model(config), config)
-        return self._sizes
+        config = with_recompute(self._config, False)
+        return sizes_of(meta_model(config), config)
 
     def need(self, resolved: Mapping[str, Any], ranks: int, *, recompute: bool) -> Need:
-        """What a resolved ds_config needs on each rank, TRAIN.USE_CHECKPOINT being ``recompute``.
+        """The need of a resolved ds_config on each rank; ``recompute`` is TRAIN.USE_CHECKPOINT.
 
         Raises:
             ConfigError: for a model that cannot be built, recomputed or run without data.
         """
-        return self.need_of(self.layout(resolved, ranks), recompute=recompute)
+        return self.need_of(self.scheme(resolved, ranks), recompute=recompute)
 
-    def layout(self, resolved: Mapping[str, Any], ranks: int) -> Layout:
-        """How a resolved ds_config has the states kept, on so many ranks."""
-        return layout_of(resolved, ranks, self.sizes.trained, self._on_gpu)
+    def scheme(self, resolved: Mapping[str, Any], ranks: int) -> ZeroScheme:
+        """The scheme of a resolved ds_config on so many ranks."""
+        return scheme_of(resolved, ranks, self.sizes.trained, self._on_gpu)
 
-    def need_of(self, layout: Layout, *, recompute: bool) -> Need:
-        """As `need`, of a layout."""
+    def need_of(self, scheme: ZeroScheme, *, recompute: bool) -> Need:
+        """As `need`, of a scheme."""
         sizes, ema = self.sizes, self.keeps_ema
-        step = self.step_of(layout, recompute=recompute)
-        stays, passes = kept(sizes, layout, ema), in_backward(sizes, layout, step)
-        update = in_update(sizes, layout)
-        host = kept_on_host(sizes, layout, ema)
+        step = self.step_of(scheme, recompute=recompute)
+        stays, passes = static_parts(sizes, scheme, ema), in_backward(sizes, scheme, step)
+        update = in_update(sizes, scheme)
+        host = static_host_parts(sizes, scheme, ema)
         parts = Parts(*map(sum, zip(vars(stays).values(), vars(passes).values(), strict=True)))
         return Need(
-            micro_batch=layout.micro_batch,
+            micro_batch=scheme.micro_batch,
             device=stays.total + max(passes.total, update),
-            host=host.total + in_update_on_host(sizes, layout),
-            build=built_bytes(sizes, layout, self._config.TRAIN.SHARDED_BUILD),
+            host=host.total + in_update_on_host(sizes, scheme),
+            build=built_bytes(sizes, scheme, self._config.TRAIN.SHARDED_BUILD),
             parts=parts,
-            kept=stays,
+            static=stays,
             host_parts=host,
             update=update,
         )
 
-    def step_of(self, layout: Layout, *, recompute: bool) -> Timeline:
-        """What a training step of the layout's micro-batch and precision holds, over its course."""
-        return self._step(recompute, layout.precision).at(layout.micro_batch)
+    def step_of(self, scheme: ZeroScheme, *, recompute: bool) -> Timeline:
+        """The memory of a training step of the scheme's micro-batch and precision, over time."""
+        # What fp16 and bf16 allocate is the same.
+        twins = {ds.FP16: ds.BF16, ds.AUTOCAST_FP16: ds.AUTOCAST_BF16}
+        key = recompute, twins.get(scheme.precision, scheme.precision)
+        if key not in self._steps:
+            model = meta_model(with_recompute(self._config, recompute))
+            self._steps[key] = watch_step(model, self._config.DATA.IMG_SIZE, key[1], self._loss)
+        return self._steps[key].at(scheme.micro_batch)
 
-    def largest_micro_batch(self, layout: Layout, device_bytes: float, *, recompute: bool) -> int:
-        """The most images of a micro-batch with which a rank fits; 0 where none does.
+    def largest_micro_batch(
+        self, scheme: ZeroScheme, device_bytes: float, *, recompute: bool
+    ) -> int:
+        """The most images of a micro-batch whose need the device's bytes cover; 0 where none.
 
-        Args:
-            layout: its own micro-batch is not read.
-            device_bytes: what there is on the device.
-            recompute: as for `need`.
+        The scheme's own micro-batch is not read; ``recompute`` is as for `need`.
         """
 
         def fits(steps: int) -> bool:
-            tried = replace(layout, micro_batch=steps * step)
-            return self.need_of(tried, recompute=recompute).device <= device_bytes
+            larger = replace(scheme, micro_batch=steps * step)
+            return self.need_of(larger, recompute=recompute).device <= device_bytes
 
         step, most = self.step_of_micro_batch, 1
         while most <= _MOST_IMAGES and fits(most):
@@ -142,16 +135,6 @@ class Planner:
             middle = (least + most) // 2
             least, most = (middle, most) if fits(middle) else (least, middle)
         return least * step
-
-    def _step(self, recompute: bool, precision: str) -> Step:
-        # What fp16 and bf16 allocate is the same.
-        same = {ds.FP16: ds.BF16, ds.AUTOCAST_FP16: ds.AUTOCAST_BF16}.get(precision, precision)
-        if (recompute, same) not in self._steps:
-            model = meta_model(with_recompute(self._config, recompute))
-            self._steps[recompute, same] = watch_step(
-                model, self._config.DATA.IMG_SIZE, same, self._loss
-            )
-        return self._steps[recompute, same]
 
     def _loss(self, logits: torch.Tensor) -> torch.Tensor:
         """The training loss of the loop, with targets of its shape."""

@@ -10,10 +10,10 @@ from typing import Any
 from yacs.config import CfgNode
 
 from internvl_ds.config.ds import resolve as ds
-from internvl_ds.tools.plan.layout import Layout
-from internvl_ds.tools.plan.memory_planner import Need, Planner
+from internvl_ds.tools.plan.memory_planner import MemoryPlanner, Need
 from internvl_ds.tools.plan.sizes import can_recompute
 from internvl_ds.tools.plan.static_memory import checkpoint_bytes
+from internvl_ds.tools.plan.zero_scheme import ZeroScheme
 
 # The share of a memory that is planned with. The rest is for what is not counted: the CUDA context,
 # NCCL's buffers and fragmentation, or the system and the data loaders.
@@ -32,56 +32,34 @@ _IDLE_IMAGES = 2.0  # a GPU idles with micro-batches of few images as if it had 
 
 @dataclass(frozen=True)
 class Machine:
-    """What there is to train on.
+    """The GPUs, hosts and disk to train on."""
 
-    Attributes:
-        gpus: data-parallel ranks.
-        gpu_bytes: memory of each.
-        gpus_per_host: of them that share a host.
-        host_bytes: memory of a host; None where it is not to be looked at.
-        disk_rate: bytes a second that all ranks together write.
-    """
-
-    gpus: int
-    gpu_bytes: int
-    gpus_per_host: int
-    host_bytes: int | None
-    disk_rate: float
+    gpus: int  # data-parallel ranks
+    gpu_bytes: int  # memory of each
+    gpus_per_host: int  # of them that share a host
+    host_bytes: int | None  # memory of a host; None for no limit
+    disk_rate: float  # bytes a second that all ranks together write
 
 
 @dataclass(frozen=True)
 class Option:
-    """One way to train.
+    """One way to train."""
 
-    Attributes:
-        stage: of ZeRO.
-        offload: 'none', 'optimizer', or 'all' for the parameters too.
-        recompute: with activation checkpointing.
-        need: of the configured micro-batch.
-        largest_micro_batch: images that fit; 0 where none does.
-        host_bytes: on each host, at most.
-        fits_host: whether a host has that.
-        micro_batch: images to train with, so that the configured batch stays; 0 where none fits.
-        accumulation: micro-batches of an update with them.
-        checkpoint_bytes: of a tag.
-        save_seconds: to write it.
-    """
-
-    stage: int
-    offload: str
-    recompute: bool
-    need: Need
-    largest_micro_batch: int
-    host_bytes: int
-    fits_host: bool
-    micro_batch: int
-    accumulation: int
-    checkpoint_bytes: int
-    save_seconds: float
+    stage: int  # of ZeRO
+    offload: str  # 'none', 'optimizer', or 'all' for the parameters too
+    recompute: bool  # with activation checkpointing
+    need: Need  # of the configured micro-batch
+    largest_micro_batch: int  # images that fit; 0 where none does
+    host_bytes: int  # on each host, at most
+    fits_host: bool  # whether a host has that
+    micro_batch: int  # images to train with, so that the configured batch stays; 0 where none fits
+    accumulation: int  # micro-batches of an update with them
+    checkpoint_bytes: int  # of a tag
+    save_seconds: float  # to write it
 
     @property
     def fits(self) -> bool:
-        """Whether it can be trained with at all."""
+        """Whether both the device and the host have the memory."""
         return self.micro_batch > 0 and self.fits_host
 
     @property
@@ -94,7 +72,7 @@ class Option:
 
 
 def options(
-    planner: Planner, config: CfgNode, base: Mapping[str, Any], machine: Machine
+    planner: MemoryPlanner, config: CfgNode, base: Mapping[str, Any], machine: Machine
 ) -> list[Option]:
     """Plans stages 0 to 3, with and without offload and activation checkpointing.
 
@@ -103,13 +81,13 @@ def options(
     Raises:
         ConfigError: for settings that disagree, or a model that cannot be planned.
     """
-    found = []
+    ways = []
     recomputes = (False, True) if can_recompute(config) else (False,)
     for stage, offloads in _OFFLOADS.items():
         for offload in offloads:
             resolved = ds.resolve_or_raise(variant(base, stage, offload), config, machine.gpus)
-            found += [_option(planner, resolved, offload, again, machine) for again in recomputes]
-    return found
+            ways += [_option(planner, resolved, offload, again, machine) for again in recomputes]
+    return ways
 
 
 def variant(base: Mapping[str, Any], stage: int, offload: str) -> dict[str, Any]:
@@ -125,12 +103,7 @@ def variant(base: Mapping[str, Any], stage: int, offload: str) -> dict[str, Any]
 
 
 def section(stage: int, offload: str) -> dict[str, Any]:
-    """/zero_optimization of a stage and offload.
-
-    Args:
-        stage: 0 to 3.
-        offload: 'none', 'optimizer' or 'all'.
-    """
+    """/zero_optimization of a stage and an offload: `NONE`, `OPTIMIZER` or `ALL`."""
     tree: dict[str, Any] = {'stage': stage}
     if offload != NONE:
         tree['offload_optimizer'] = dict(_TO_CPU)
@@ -139,25 +112,28 @@ def section(stage: int, offload: str) -> dict[str, Any]:
     return tree
 
 
-def choose(found: Sequence[Option]) -> Option | None:
+def choose(ways: Sequence[Option]) -> Option | None:
     """The option to take: what fits and, by a rule of thumb, trains fastest; None if none fits."""
-    fitting = [option for option in found if option.fits]
-    return min(fitting, key=_cost) if fitting else None
+    return min((option for option in ways if option.fits), key=_cost, default=None)
 
 
 def _option(
-    planner: Planner, resolved: Mapping[str, Any], offload: str, recompute: bool, machine: Machine
+    planner: MemoryPlanner,
+    resolved: Mapping[str, Any],
+    offload: str,
+    recompute: bool,
+    machine: Machine,
 ) -> Option:
-    layout = planner.layout(resolved, machine.gpus)
-    need = planner.need_of(layout, recompute=recompute)
-    room = USABLE * machine.gpu_bytes
-    largest = planner.largest_micro_batch(layout, room, recompute=recompute)
-    share = layout.micro_batch * layout.accumulation
-    micro = _micro_batch(planner, layout, min(share, largest), room, recompute)
+    scheme = planner.scheme(resolved, machine.gpus)
+    need = planner.need_of(scheme, recompute=recompute)
+    usable = USABLE * machine.gpu_bytes
+    largest = planner.largest_micro_batch(scheme, usable, recompute=recompute)
+    share = scheme.micro_batch * scheme.accumulation
+    micro = _micro_batch(planner, scheme, min(share, largest), usable, recompute)
     on_host = machine.gpus_per_host * max(need.host, need.build)
-    saved = checkpoint_bytes(planner.sizes, layout, planner.keeps_ema)
+    size = checkpoint_bytes(planner.sizes, scheme, planner.keeps_ema)
     return Option(
-        stage=layout.stage,
+        stage=scheme.stage,
         offload=offload,
         recompute=recompute,
         need=need,
@@ -166,27 +142,28 @@ def _option(
         fits_host=machine.host_bytes is None or on_host <= USABLE * machine.host_bytes,
         micro_batch=micro,
         accumulation=share // micro if micro else 0,
-        checkpoint_bytes=saved,
-        save_seconds=saved / machine.disk_rate,
+        checkpoint_bytes=size,
+        save_seconds=size / machine.disk_rate,
     )
 
 
-def _micro_batch(planner: Planner, layout: Layout, most: int, room: float, recompute: bool) -> int:
+def _micro_batch(
+    planner: MemoryPlanner, scheme: ZeroScheme, most: int, usable: float, recompute: bool
+) -> int:
     """The largest micro-batch that divides a rank's share of the batch and fits; 0 if none does.
 
     More micro-batches in an update keep more gradients between them, so each is looked at anew.
     """
-    share, step = layout.micro_batch * layout.accumulation, planner.step_of_micro_batch
+    share, step = scheme.micro_batch * scheme.accumulation, planner.step_of_micro_batch
     for images in range(most - most % step, 0, -step):
         if share % images == 0:
-            tried = replace(layout, micro_batch=images, accumulation=share // images)
-            if planner.need_of(tried, recompute=recompute).device <= room:
+            divided = replace(scheme, micro_batch=images, accumulation=share // images)
+            if planner.need_of(divided, recompute=recompute).device <= usable:
                 return images
     return 0
 
 
 def _cost(option: Option) -> tuple[float, int]:
     cost = _STAGE_COST[option.stage] * _OFFLOAD_COST[option.offload]
-    if option.recompute:
-        cost *= _RECOMPUTE_COST
+    cost *= _RECOMPUTE_COST if option.recompute else 1.0
     return cost * (1 + _IDLE_IMAGES / option.micro_batch), option.stage

@@ -20,23 +20,15 @@ _PROBE = 64  # elements of the tensor that tells how much state an optimizer kee
 
 @dataclass(frozen=True)
 class Sizes:
-    """The elements of a model.
+    """The elements of a model."""
 
-    Attributes:
-        groups: of each trained parameter, by the optimizer's parameter group.
-        frozen: of each parameter that is not trained.
-        float_buffers: of all buffers that are floating point.
-        other_buffers: bytes of those that are not.
-        moments: fp32 values that the optimizer keeps for each trained element.
-        largest_module: of the module with the most parameters of its own.
-    """
-
+    # of each trained parameter, by the optimizer's parameter group
     groups: tuple[tuple[int, ...], ...]
-    frozen: tuple[int, ...]
-    float_buffers: int
-    other_buffers: int
-    moments: float
-    largest_module: int
+    frozen: tuple[int, ...]  # of each parameter that is not trained
+    float_buffers: int  # of all buffers that are floating point
+    other_buffers: int  # bytes of those that are not
+    moments: float  # fp32 values that the optimizer keeps for each trained element
+    largest_module: int  # of the module with the most parameters of its own
 
     @property
     def trained(self) -> int:
@@ -89,11 +81,11 @@ def sizes_of(model: nn.Module, config: CfgNode) -> Sizes:
         ConfigError: for an optimizer that does not exist.
     """
     optimizer = build_optimizer(config, model, 1e-3)
-    groups = [[p.numel() for p in group['params']] for group in optimizer.param_groups]
+    groups = [tuple(p.numel() for p in group['params']) for group in optimizer.param_groups]
     floats = [b for b in model.buffers() if b.is_floating_point()]
     others = [b for b in model.buffers() if not b.is_floating_point()]
     return Sizes(
-        groups=tuple(tuple(group) for group in groups if group),
+        groups=tuple(filter(None, groups)),
         frozen=tuple(p.numel() for p in model.parameters() if not p.requires_grad),
         float_buffers=sum(b.numel() for b in floats),
         other_buffers=sum(b.numel() * b.element_size() for b in others),
@@ -105,9 +97,9 @@ def sizes_of(model: nn.Module, config: CfgNode) -> Sizes:
 
 
 def _moments(config: CfgNode) -> float:
-    """What the configured optimizer keeps for a flat fp32 tensor, as ZeRO gives it, an element.
+    """fp32 values that the configured optimizer keeps for each element of a flat tensor.
 
-    It is asked: it makes one step with a tensor of a few elements.
+    The optimizer makes one step with a tensor of a few elements, flat as ZeRO's are.
     """
     probe = nn.Linear(_PROBE, 1, bias=False)
     probe.weight = nn.Parameter(torch.zeros(_PROBE))

@@ -18,7 +18,7 @@ from internvl_ds.config.ds.pairs import ACCUMULATION, MICRO_BATCH
 from internvl_ds.config.tree import get_config, get_option
 from internvl_ds.tools.tune.command import opt_words
 from internvl_ds.tools.tune.records import BASE, SEARCH, SHIPPED
-from internvl_ds.tools.tune.space import Choice, Labels, Space, batch_choice, merged
+from internvl_ds.tools.tune.search_space import Labels, SearchSpace, batch_choice, merged
 
 # Those that ship and differ in more than the precision, which tuning leaves as it is.
 _SHIPPED = (
@@ -28,32 +28,23 @@ _SHIPPED = (
 
 @dataclass(frozen=True)
 class Candidate:
-    """A configuration, whole.
+    """A configuration, whole."""
 
-    Attributes:
-        kind: where it is from: BASE, SHIPPED or SEARCH of `records`.
-        name: for people.
-        ds_config: what the training program is given.
-        opts: further yacs settings that it is given.
-        labels: of the search's proposal.
-        config: the yacs tree that it trains with.
-        resolved: the ds_config that it trains with; empty where it is not known how many ranks do.
-    """
-
-    kind: str
-    name: str
-    ds_config: Mapping[str, Any]
-    opts: Mapping[str, Any]
-    config: CfgNode
+    kind: str  # where it is from: BASE, SHIPPED or SEARCH of `records`
+    name: str  # for people
+    ds_config: Mapping[str, Any]  # what the training program is given
+    opts: Mapping[str, Any]  # further yacs settings that it is given
+    config: CfgNode  # the yacs tree that it trains with
+    # the ds_config that it trains with; empty where it is not known how many ranks do
     resolved: Mapping[str, Any]
-    labels: Labels = field(default_factory=dict)
+    labels: Labels = field(default_factory=dict)  # of the search's proposal
 
     @property
     def key(self) -> str:
-        """Equal for two that train with the same settings, however these were said."""
-        # A section that is only switched off says what its absence does.
-        said = {key: value for key, value in self.resolved.items() if value != {'enabled': False}}
-        text = json.dumps(said, sort_keys=True) + self.config.dump()
+        """Equal for two that train with the same settings, however these were written."""
+        # A section that is only switched off means what its absence does.
+        tree = {key: value for key, value in self.resolved.items() if value != {'enabled': False}}
+        text = json.dumps(tree, sort_keys=True) + self.config.dump()
         return xxhash.xxh3_64_hexdigest(text.encode())
 
 
@@ -64,19 +55,14 @@ def name_of(labels: Labels) -> str:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is tuned: the configuration as the user gave it.
+    """The configuration to tune, as the user gave it."""
 
-    Attributes:
-        cfg, data_path, opts: as for the training program.
-        ds_config: that tuning starts from.
-        ranks: how many train; 0 while that is not known, and only `base` can be had.
-    """
-
+    # as for the training program, as `data_path` and `opts` are
     cfg: str
     data_path: str | None
     opts: Sequence[str]
-    ds_config: Mapping[str, Any]
-    ranks: int
+    ds_config: Mapping[str, Any]  # that tuning starts from
+    ranks: int  # how many train; 0 while that is not known, and only `base` can be had
 
     def configured(self, more: Mapping[str, Any] | None = None) -> CfgNode:
         """The yacs tree, with further settings."""
@@ -91,17 +77,17 @@ class Subject:
     @functools.cached_property
     def shipped(self) -> list[Candidate]:
         """The ds_configs that ship, with the batch that is configured."""
-        batch = self._batch()
+        batch = batch_choice(*self._batch_numbers())
         trees = {name: merged(load_ds_config(name), batch.ds_config) for name in _SHIPPED}
         return [self._settle(SHIPPED, name, tree, batch.opts) for name, tree in trees.items()]
 
-    def proposal(self, space: Space, labels: Labels) -> Candidate:
-        """What labels stand for.
+    def proposal(self, space: SearchSpace, labels: Labels) -> Candidate:
+        """The configuration that labels stand for.
 
         Raises:
             ConfigError: where their pieces contradict each other.
         """
-        batch = self._batch()
+        batch = batch_choice(*self._batch_numbers())
         ds_config, opts = space.build(merged(self.ds_config, batch.ds_config), labels)
         opts = {**batch.opts, **opts}
         return self._settle(SEARCH, name_of(labels), ds_config, opts, labels)
@@ -121,9 +107,6 @@ class Subject:
             if value != (configured := get_option(config, key, None))
             and not (key in alike and {value, configured} <= alike[key])
         }
-
-    def _batch(self) -> Choice:
-        return batch_choice(*self._batch_numbers())
 
     def _batch_numbers(self) -> tuple[int, int]:
         resolved = self.base.resolved

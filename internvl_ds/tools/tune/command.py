@@ -19,7 +19,9 @@ _PYTHON = re.compile(r'python(3(\.\d+)?)?')
 _MPI = ('mpirun', 'mpiexec', 'mpiexec.hydra', 'srun')
 
 
-def complete(words: Sequence[str], port: int) -> tuple[list[str], int | None]:
+def complete(
+    words: Sequence[str], port: int, program: str = PROGRAM
+) -> tuple[list[str], int | None]:
     """Completes a launcher's words.
 
     Words that name the training program, or a script whose text does, stay as they are; after
@@ -30,6 +32,7 @@ def complete(words: Sequence[str], port: int) -> tuple[list[str], int | None]:
     Args:
         words: what comes before the training program's own arguments.
         port: a free one on this host.
+        program: the module to start.
 
     Returns:
         The words, and rank 0's port where it is known.
@@ -46,18 +49,18 @@ def complete(words: Sequence[str], port: int) -> tuple[list[str], int | None]:
         raise ConfigError(f'{words[0]}: there is no such program on PATH to launch trials with')
     name, last = Path(words[0]).name, Path(words[-1]).name
     result = list(words)
-    script = next((word for word in words if _script_names_program(word)), None)
-    if not any(PROGRAM in word for word in words) and script is None:
+    script = next((word for word in words if _script_names(word, program)), None)
+    if not any(program in word for word in words) and script is None:
         if name == 'deepspeed':
-            result += ['--no_local_rank', '--module', PROGRAM]
+            result += ['--no_local_rank', '--module', program]
         elif name == 'torchrun' or _PYTHON.fullmatch(last):
-            result += ['-m', PROGRAM]
+            result += ['-m', program]
         elif name in _MPI:
-            result += [sys.executable, '-m', PROGRAM]
+            result += [sys.executable, '-m', program]
         else:
             raise ConfigError(
-                f'the launcher {" ".join(words)!r} does not start {PROGRAM}: name it there, as in '
-                f'-- {words[0]} ... python -m {PROGRAM}'
+                f'the launcher {" ".join(words)!r} does not start {program}: name it there, as in '
+                f'-- {words[0]} ... python -m {program}'
             )
     if name == 'deepspeed':
         return _with_port(result, '--master_port', 1, port)
@@ -67,11 +70,7 @@ def complete(words: Sequence[str], port: int) -> tuple[list[str], int | None]:
 
 
 def trial_words(
-    cfg: str,
-    folder: Path,
-    data_path: str | None,
-    user_opts: Sequence[str],
-    opts: Mapping[str, Any],
+    cfg: str, folder: Path, data_path: str | None, user_opts: Sequence[str], opts: Mapping[str, Any]
 ) -> list[str]:
     """The training program's arguments; ``opts`` win over the user's.
 
@@ -97,18 +96,18 @@ def _with_port(
     words: list[str], option: str, place: int, port: int
 ) -> tuple[list[str], int | None]:
     for index, word in enumerate(words):
-        given = words[index + 1 : index + 2] if word == option else word.split('=', 1)[1:]
-        if word.split('=', 1)[0] == option and given:
-            return words, int(given[0]) if given[0].isdigit() else None
-    several_hosts = any(w.split('=')[0] in ('--hostfile', '-H', '--num_nodes') for w in words)
-    if several_hosts:  # a port that is free here may not be so on another host
+        values = words[index + 1 : index + 2] if word == option else word.split('=', 1)[1:]
+        if word.split('=', 1)[0] == option and values:
+            return words, int(values[0]) if values[0].isdigit() else None
+    # A port that is free here may not be so on another host.
+    if any(word.split('=')[0] in ('--hostfile', '-H', '--num_nodes') for word in words):
         return words, None
     return [*words[:place], option, str(port), *words[place:]], port
 
 
-def _script_names_program(word: str) -> bool:
+def _script_names(word: str, program: str) -> bool:
     path = Path(word)
     if path.suffix not in ('.sh', '.sbatch', '.bash') or not path.is_file():
         return False
     with open_data(path) as file:
-        return PROGRAM.encode() in file.read(LOG_BYTES)
+        return program.encode() in file.read(LOG_BYTES)

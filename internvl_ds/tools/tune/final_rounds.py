@@ -18,17 +18,12 @@ MOST_FINALISTS = 2 + _SEARCHED
 
 @dataclass(frozen=True)
 class Standing:
-    """How a finalist did.
+    """How a finalist did."""
 
-    Attributes:
-        key: of its configuration.
-        ratios: its images per second over the reference's, of each round; 0 where it failed.
-        speed: its images per second, the median of all rounds.
-    """
-
-    key: str
+    key: str  # of its configuration
+    # its images per second over the reference's, of each round; 0 where it failed
     ratios: tuple[float, ...]
-    speed: float
+    speed: float  # its images per second, the median of all rounds
 
     @property
     def median(self) -> float:
@@ -57,36 +52,28 @@ def order_of_round(keys: Sequence[str], seed: int, number: int) -> list[str]:
 def standings(rows: Sequence[Row], keys: Sequence[str]) -> list[Standing]:
     """The finalists by their median ratio to the reference, best first.
 
-    Ratios are of one round: what slows the machine down for minutes slows both. At equal medians
-    the reference is first, and so it wins unless another one is faster.
-
-    Args:
-        rows: of the finals.
-        keys: the finalists, the reference first.
+    Ratios are of one round: what slows the machine down for minutes slows both. The reference is
+    the first of ``keys``; so it wins unless another one is faster.
     """
     speeds: dict[int, dict[str, float]] = {}
     for row in rows:
         speeds.setdefault(row.round, {})[row.key] = row.speed
     every = [speeds[number] for number in sorted(speeds)]
     fair = [one for one in every if one.get(keys[0])]
-    found = []
+    results = []
     for key in keys:
         ratios = tuple(one.get(key, 0.0) / one[keys[0]] for one in fair)
         speed = statistics.median([one.get(key, 0.0) for one in every] or [0.0])
-        found.append(Standing(key, ratios, speed))
+        results.append(Standing(key, ratios, speed))
     # A reference that never ran again is no measure.
-    return sorted(found, key=lambda s: -s.median if fair else -s.speed)
+    return sorted(results, key=lambda s: -s.median if fair else -s.speed)
 
 
 def frontier(points: Mapping[str, tuple[float, float]]) -> list[str]:
-    """Those that no other one beats in both speed and memory, the leanest first.
-
-    Args:
-        points: key -> (bytes, images per second).
-    """
-    best, found = 0.0, []
+    """The keys of (bytes, images per second) that none beats in both, the leanest first."""
+    best, keys = 0.0, []
     for key, (_, speed) in sorted(points.items(), key=lambda item: (item[1][0], -item[1][1])):
         if speed > best:
             best = speed
-            found.append(key)
-    return found
+            keys.append(key)
+    return keys

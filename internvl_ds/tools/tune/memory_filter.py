@@ -1,4 +1,4 @@
-"""Leaves out what the plan says cannot fit."""
+"""Leaves out what needs more memory than there is, by the plan."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 from yacs.config import CfgNode
 
 from internvl_ds.config.tree import set_options
-from internvl_ds.tools.plan.memory_planner import Need, Planner
+from internvl_ds.tools.plan.memory_planner import MemoryPlanner, Need
 
-PlannerFactory = Callable[..., Planner]
+PlannerFactory = Callable[..., MemoryPlanner]
 
 
 class Plans:
@@ -19,43 +19,37 @@ class Plans:
 
     def __init__(self, make: PlannerFactory, gpu: bool) -> None:
         self._make, self._gpu = make, gpu
-        self._made: dict[str, Planner] = {}
+        self._planners: dict[str, MemoryPlanner] = {}
 
-    def of(self, config: CfgNode) -> Planner:
+    def of(self, config: CfgNode) -> MemoryPlanner:
         """The planner of this yacs tree; batch and recomputation are asked of it, not set in it."""
         same = {
             'DATA.BATCH_SIZE': 1, 'TRAIN.ACCUMULATION_STEPS': 1, 'TRAIN.USE_CHECKPOINT': False,
         }  # fmt: skip
         key = set_options(config.clone(), same).dump()
-        if key not in self._made:
-            self._made[key] = self._make(config, gpu=self._gpu)
-        return self._made[key]
+        if key not in self._planners:
+            self._planners[key] = self._make(config, gpu=self._gpu)
+        return self._planners[key]
 
 
 @dataclass(frozen=True)
-class Room:
-    """What one rank may have.
+class MemoryLimits:
+    """The memory that one rank may take."""
 
-    Attributes:
-        device, host: bytes.
-        on_cpu: whether both are the same memory.
-        baseline: bytes that a rank has taken before it builds a model; of the host's.
-    """
-
-    device: int
-    host: int
-    on_cpu: bool
-    baseline: int = 0
+    device: int  # bytes
+    host: int  # bytes
+    on_cpu: bool  # whether both are the same memory
+    baseline: int = 0  # bytes that a rank has taken before it builds a model; of the host's
 
     @classmethod
-    def of(cls, bench: Mapping[str, Any]) -> Room:
-        """What a trial's bench.json tells of it."""
+    def of(cls, bench: Mapping[str, Any]) -> MemoryLimits:
+        """By a trial's bench.json."""
         on_cpu = bench['device'] == 'cpu'
         baseline = bench['baseline_bytes'] if on_cpu else 0
         return cls(bench['device_bytes'], bench['host_bytes'], on_cpu, baseline)
 
     def lacks(self, need: Need) -> str:
-        """Why this does not fit, in one line; '' where it does."""
+        """Why a need exceeds it, in one line; '' where it does not."""
         if self.on_cpu:
             total = need.device + need.host + self.baseline
             return _compare("a rank's", total, self.host)

@@ -20,19 +20,11 @@ _TRIED, _SHIPPED, _WINNER, _FRONTIER = '#56B4E9', '#0072B2', '#D55E00', '#009E73
 
 
 def plot_trials(
-    rows: Sequence[Row],
-    names: Mapping[str, str],
-    shipped: Collection[str],
-    winner: str,
-    path: Path,
+    rows: Sequence[Row], names: Mapping[str, str], shipped: Collection[str], winner: str, path: Path
 ) -> Path:
     """Draws every configuration that ran to a PNG, replacing it in one step.
 
-    Args:
-        rows: of all trials.
-        names: key -> name.
-        shipped, winner: keys of the ds_configs that ship, and of the result.
-        path: where the PNG goes.
+    Names are by key; ``shipped`` and ``winner`` are keys.
     """
     points = _points(rows)
     figure = Figure(figsize=(9, 5), dpi=100, layout='constrained')

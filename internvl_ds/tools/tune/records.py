@@ -1,4 +1,4 @@
-"""What has been tried: trials.jsonl, one flushed line a trial, and trials.csv made from it."""
+"""The trials of a directory: trials.jsonl, one flushed line each, and trials.csv made from it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from internvl_ds.files.reading import LOG_BYTES, parse_json, read_text
 OK, MEMORY, CRASH, HANG = 'ok', 'out of memory', 'crash', 'hang'
 NO_ROOM, REFUSED = 'no room', 'refused'
 
-# What a trial was for.
+# The purpose of a trial.
 BASE, SHIPPED, SEARCH, FINAL = 'base', 'shipped', 'search', 'final'
 
 _COLUMNS = (
@@ -31,36 +31,22 @@ _COLUMNS = (
 
 @dataclass(frozen=True)
 class Row:
-    """One trial.
+    """One trial."""
 
-    Attributes:
-        trial: its number, from 0 on: trials/NNN holds its log.
-        kind: what for: BASE, SHIPPED, SEARCH or FINAL.
-        name: for people.
-        key: the same for configurations that are the same when resolved.
-        labels: of a proposal of the search; else empty.
-        ds_config, opts: what was tried, as given to the training program.
-        status: how it ended: one of this module's constants.
-        seconds: that it took in all, starting included.
-        error: the line that says why, where it did not end well.
-        bench: what bench.json held; empty where there was none.
-        round: of the finals; -1 before them.
-        after: how many trials came before the finals that this is one of; -1 before them.
-    """
-
-    trial: int
-    kind: str
-    name: str
-    key: str
-    labels: dict[str, str]
-    ds_config: dict[str, Any]
-    opts: dict[str, Any]
-    status: str
-    seconds: float = 0.0
-    error: str = ''
+    trial: int  # its number, from 0 on: trials/NNN holds its log
+    kind: str  # its purpose: BASE, SHIPPED, SEARCH or FINAL
+    name: str  # for people
+    key: str  # the same for configurations that are the same when resolved
+    labels: dict[str, str]  # of a proposal of the search; else empty
+    ds_config: dict[str, Any]  # as given to the training program
+    opts: dict[str, Any]  # likewise
+    status: str  # how it ended: one of this module's constants
+    seconds: float = 0.0  # of the whole trial, its start included
+    error: str = ''  # why it failed; '' for OK
+    # what bench.json held; empty where there was none
     bench: dict[str, Any] = field(default_factory=dict)
-    round: int = -1
-    after: int = -1
+    round: int = -1  # of the finals; -1 before them
+    after: int = -1  # how many trials came before the finals that this is one of; -1 before them
 
     @property
     def speed(self) -> float:
@@ -76,10 +62,10 @@ class Row:
 def _row(tree: dict[str, Any]) -> Row:
     row, like = Row(**tree), Row(0, '', '', '', {}, {}, {}, '')
     for name, value in asdict(like).items():
-        held = getattr(row, name)
+        actual = getattr(row, name)
         kinds = (int, float) if isinstance(value, float) else type(value)
-        if not isinstance(held, kinds):
-            raise TypeError(f'{name} is {brief(held)}')
+        if not isinstance(actual, kinds):
+            raise TypeError(f'{name} is {brief(actual)}')
     float(row.speed)
     return row
 

@@ -1,4 +1,4 @@
-"""Which labels to try next: Optuna's TPE sampler, asked and told."""
+"""Proposes the labels to try next, by Optuna's TPE sampler."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from internvl_ds.errors import InternvlDsError
-from internvl_ds.tools.tune.space import Labels, Space
+from internvl_ds.tools.tune.search_space import Labels, SearchSpace
 
 # The first proposals are drawn at random: the sampler has nothing to go by yet.
 _RANDOM = 8
@@ -15,46 +15,39 @@ _RANDOM = 8
 class Search:
     """Proposes labels, and learns from how fast they were; the study is in memory only."""
 
-    def __init__(self, space: Space, seed: int, known: Sequence[tuple[Labels, float]] = ()) -> None:
-        """Begins, or goes on.
-
-        Args:
-            space: to propose from.
-            seed: of what is drawn.
-            known: labels and images per second of earlier proposals, 0 for those that failed.
+    def __init__(
+        self, space: SearchSpace, seed: int, known: Sequence[tuple[Labels, float]] = ()
+    ) -> None:
+        """Starts a study, or resumes one after ``known``: earlier proposals, as `learn` takes them.
 
         Raises:
             InternvlDsError: when Optuna is not installed.
         """
-        optuna = import_optuna()
+        self._optuna = optuna = import_optuna()
         self._space = space
-        self._axes = {
-            name: optuna.distributions.CategoricalDistribution(list(choices))
-            for name, choices in space.axes.items()
-        }
-        # A sampler that goes on must not draw again what it drew first.
+        # A resumed sampler must not repeat its first draws.
         sampler = optuna.samplers.TPESampler(seed=seed + len(known), n_startup_trials=_RANDOM)
         self._study = optuna.create_study(direction='maximize', sampler=sampler)
-        self._failed, self._finished = optuna.trial.TrialState.FAIL, optuna.trial.create_trial
         for labels, speed in known:
             self.learn(labels, speed)
 
     def propose(self) -> dict[str, str]:
         """Labels to try next; they may have been proposed before."""
-        asked = self._study.ask()
+        trial = self._study.ask()
         labels: dict[str, str] = {}
         for axis in self._space.axes:
             if self._space.active(axis, labels):
-                labels[axis] = asked.suggest_categorical(axis, list(self._space.axes[axis]))
-        # What becomes of it is told by `learn`: it may not be tried at all.
-        self._study.tell(asked, state=self._failed)
+                labels[axis] = trial.suggest_categorical(axis, list(self._space.axes[axis]))
+        # `learn` adds what becomes of it, as another trial: it may never run.
+        self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
         return labels
 
     def learn(self, labels: Labels, speed: float) -> None:
-        """How fast labels are, in images per second; 0 where they cannot run."""
-        used = {axis: self._axes[axis] for axis in labels}
-        trial = self._finished(params=dict(labels), distributions=used, value=speed)
-        self._study.add_trial(trial)
+        """Records the speed of labels, in images per second; 0 if they cannot run."""
+        categorical = self._optuna.distributions.CategoricalDistribution
+        axes = {axis: categorical(list(self._space.axes[axis])) for axis in labels}
+        create = self._optuna.trial.create_trial
+        self._study.add_trial(create(params=dict(labels), distributions=axes, value=speed))
 
 
 def import_optuna() -> Any:

@@ -54,10 +54,10 @@ def same_settings(folder: Path, settings: Mapping[str, Any]) -> None:
         before = read_json(path, ours=True)
     except (OSError, ValueError) as error:
         raise ConfigError(f'{path}: cannot be read: {error}') from error
-    differing = list(_differences('', before, json.loads(json.dumps(settings))))
-    if differing:
+    differences = list(_differences('', before, json.loads(json.dumps(settings))))
+    if differences:
         raise ConfigError(
-            f'--output {folder} holds trials of other settings: {"; ".join(differing[:5])}. Name '
+            f'--output {folder} holds trials of other settings: {"; ".join(differences[:5])}. Name '
             'another --output, or start with the same settings to go on there'
         )
 

@@ -43,19 +43,13 @@ _ERROR_LINE = re.compile(r'^(\[[^]]*\]:? *)?(\w+\.)*\w*(Error|Exception)\b.*|.*\
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a trial ended.
+    """How a trial ended."""
 
-    Attributes:
-        status: OK, MEMORY, CRASH or HANG of `records`.
-        seconds: from start to end.
-        bench: what bench.json held; empty unless the status is OK.
-        error: the line of the log that says why, unless the status is OK.
-    """
-
-    status: str
-    seconds: float
+    status: str  # OK, MEMORY, CRASH or HANG of `records`
+    seconds: float  # from start to end
+    # what bench.json held; empty unless the status is OK
     bench: dict[str, Any] = field(default_factory=dict)
-    error: str = ''
+    error: str = ''  # the line of the log that says why, unless the status is OK
 
 
 def run_trial(
@@ -70,13 +64,12 @@ def run_trial(
         port: of rank 0 where it is known.
     """
     # The launch scripts write beside this file, by default in the present directory.
-    more = {MARK: str(folder), 'INTERNVL_DS_RESULT': str(folder / 'result')}
-    log = folder / 'log.txt'
-    start = time.monotonic()
+    variables = {MARK: str(folder), 'INTERNVL_DS_RESULT': str(folder / 'result')}
+    log, start = folder / 'log.txt', time.monotonic()
     with os.fdopen(open_own(log, os.O_TRUNC), 'wb') as stream:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT,
-            env={**os.environ, **more}, start_new_session=True,
+            env={**os.environ, **variables}, start_new_session=True,
         )  # fmt: skip
         try:
             code: int | None = process.wait(timeout=limit)
@@ -86,13 +79,13 @@ def run_trial(
             end(process, folder, port)
     seconds = time.monotonic() - start
     text = log.read_text(encoding='utf-8', errors='replace')
-    found = next(folder.glob('out/**/bench.json'), None)
-    status = classify(code, text, found is not None)
-    if status == OK and found is not None:
+    bench = next(folder.glob('out/**/bench.json'), None)
+    status = classify(code, text, bench is not None)
+    if status == OK and bench is not None:
         try:
-            return Outcome(OK, seconds, _measured(found))
+            return Outcome(OK, seconds, _measured(bench))
         except (OSError, ValueError, LookupError, TypeError) as reason:
-            return Outcome(CRASH, seconds, error=f'{found}: cannot be read: {reason}')
+            return Outcome(CRASH, seconds, error=f'{bench}: cannot be read: {reason}')
     error = error_line(text)
     if status == HANG:
         error = f'no end within {limit:.0f} s; last line: {error}'
@@ -127,14 +120,11 @@ def classify(code: int | None, log: str, measured: bool) -> str:
 def error_line(log: str) -> str:
     """The line of a log that says best why a job failed; its last one where none does. Pure."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    for line in lines:
-        if _LAST_WORDS.search(line):
-            return _LAST_WORDS.sub('', line)[:_LONGEST]
-    for pattern in (_MEMORY_WORDS, _ERROR_LINE):
-        for line in reversed(lines):
-            if pattern.search(line):
-                return line[:_LONGEST]
-    return lines[-1][:_LONGEST] if lines else 'nothing was written'
+    last_words = [_LAST_WORDS.sub('', line) for line in lines if _LAST_WORDS.search(line)]
+    memory = [line for line in reversed(lines) if _MEMORY_WORDS.search(line)]
+    errors = [line for line in reversed(lines) if _ERROR_LINE.search(line)]
+    best_first = [*last_words, *memory, *errors, *reversed(lines), 'nothing was written']
+    return best_first[0][:_LONGEST]
 
 
 def end(process: subprocess.Popen | None, folder: Path, port: int | None = None) -> None:
@@ -161,8 +151,8 @@ def end(process: subprocess.Popen | None, folder: Path, port: int | None = None)
             number = None
         time.sleep(0.1)
     _send(signal.SIGKILL, process, [])
-    for known in ports:
-        remove_buffers(known)
+    for each in ports:
+        remove_buffers(each)
 
 
 def _send(number: signal.Signals, process: subprocess.Popen | None, pids: Sequence[int]) -> None:
@@ -183,6 +173,9 @@ def remove_buffers(port: str) -> None:
 def _marked(folder: Path) -> dict[int, Mapping[str, str]]:
     """The processes of the trials in ``folder``, zombies left out, and their environments."""
     # None: another user's
-    found = {p.pid: p.info['environ'] or {} for p in psutil.process_iter(['environ'])}
-    marks = {pid: environ.get(MARK) for pid, environ in found.items()}
-    return {pid: found[pid] for pid, m in marks.items() if m and Path(m).is_relative_to(folder)}
+    processes = {p.pid: p.info['environ'] or {} for p in psutil.process_iter(['environ'])}
+    return {
+        pid: environ
+        for pid, environ in processes.items()
+        if MARK in environ and Path(environ[MARK]).is_relative_to(folder)
+    }

@@ -7,7 +7,7 @@ import random
 import shutil
 import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,26 +19,17 @@ from internvl_ds.dist.process_group import free_port
 from internvl_ds.errors import ConfigError, InternvlDsError
 from internvl_ds.files import write_text
 from internvl_ds.tools.plan.sizes import can_recompute
+from internvl_ds.tools.tune import records
 from internvl_ds.tools.tune.candidates import Candidate, Subject, name_of
 from internvl_ds.tools.tune.command import complete, trial_words
 from internvl_ds.tools.tune.final_rounds import MOST_FINALISTS, finalists, order_of_round, standings
-from internvl_ds.tools.tune.memory_filter import PlannerFactory, Plans, Room
-from internvl_ds.tools.tune.records import (
-    BASE,
-    FINAL,
-    NO_ROOM,
-    OK,
-    REFUSED,
-    SEARCH,
-    SHIPPED,
-    Records,
-    Row,
-)
-from internvl_ds.tools.tune.report import Result, make_result, write_result
+from internvl_ds.tools.tune.memory_filter import MemoryLimits, PlannerFactory, Plans
+from internvl_ds.tools.tune.records import BASE, FINAL, OK, SEARCH, SHIPPED, Records, Row
 from internvl_ds.tools.tune.request import Request
+from internvl_ds.tools.tune.result import Result, make_result, write_result
 from internvl_ds.tools.tune.search import Search, import_optuna
+from internvl_ds.tools.tune.search_space import SearchSpace, default_space, parse_space, read_space
 from internvl_ds.tools.tune.session import alone, same_settings
-from internvl_ds.tools.tune.space import Space, default_space, parse_space, read_space
 from internvl_ds.tools.tune.trial import end, run_trial
 
 _FIRST_LIMIT = 600.0  # seconds for the first trial, which tells how long one takes
@@ -52,21 +43,19 @@ _TAIL = 15  # lines of a log that an error shows
 
 
 def tune(request: Request, planner: PlannerFactory | None = None) -> Result:
-    """Tunes, or goes on where an earlier call in the same directory was interrupted.
+    """Tunes, or resumes an earlier call in the same directory.
 
     Writes into the output: trials.jsonl (the truth), trials.csv, trials/NNN/ with each one's log,
     ds_config.tuned.json, result.json and tuned.png.
 
-    Args:
-        request: what to tune.
-        planner: makes what tells how much memory a configuration needs; None leaves nothing out.
+    Configurations that need too much memory by the ``planner`` are left out.
 
     Raises:
         ConfigError: for settings that cannot be, or that differ from those of the directory.
         InternvlDsError: when the configuration as given does not run.
     """
     output = request.output.absolute()
-    # What is wrong with these is told before anything is made.
+    # Errors of these come before anything is made.
     complete(request.launcher, free_port())
     import_optuna()
     with alone(output):
@@ -92,14 +81,14 @@ class _Tuner:
         self._space_file = read_space(request.space) if request.space else None
         settings = request.settings(self._subject.configured(), ds_config, self._space_file)
         if request.space:
-            self._given_space(None)
+            self._space_of_file(None)
         same_settings(output, settings)
         self._records = Records(output)
         self._updates, self._limit = request.updates, request.limit
         self._bar: tqdm | None = None
 
     def run(self) -> Result:
-        """All of it."""
+        """Runs all trials and finals, and writes the result."""
         with self._progress('trials', self._request.trials):
             base = self._run_base()
             self._space = self._make_space(base)
@@ -121,28 +110,27 @@ class _Tuner:
         return result
 
     def _run_base(self) -> Row:
-        """The first trial: it has to run, and tells ranks, memory and how long a trial takes."""
+        """The first trial, which must succeed: it shows ranks, memory and the length of a trial."""
         request = self._request
-        row = next(self._records.of(BASE), None)
-        known = row is not None
-        if row is None:
-            self._updates = request.updates or _FEWEST
-            row = self._run(self._subject.base, BASE, request.limit or _FIRST_LIMIT)
-            if row.status != OK:
-                self._explain(row)
+        earlier = next(self._records.of(BASE), None)
+        self._updates = request.updates or _FEWEST
+        limit = request.limit or _FIRST_LIMIT
+        row = earlier or self._run(self._subject.base, BASE, limit)
+        if earlier is None and row.status != OK:
+            self._explain(row)
         ranks = row.bench['ranks']
         if request.ranks not in (0, ranks):
             raise ConfigError(
                 f'--ranks is {request.ranks}, and the launcher starts {ranks}; change one of them'
             )
         self._subject = replace(self._subject, ranks=ranks)
-        if not known:
+        if earlier is None:
             row = self._add(replace(row, key=self._subject.base.key))
         self._updates = request.updates or updates_for(row.bench['seconds_per_update'])
         self._limit = request.limit or max(_LEAST_LIMIT, _LIMIT_FACTOR * row.seconds)
-        self._room = Room.of(row.bench)
+        self._memory = MemoryLimits.of(row.bench)
         if self._planner is not None:
-            self._plans = Plans(self._planner, gpu=not self._room.on_cpu)
+            self._plans = Plans(self._planner, gpu=not self._memory.on_cpu)
         return row
 
     def _explain(self, row: Row) -> None:
@@ -154,7 +142,7 @@ class _Tuner:
             f'{log}:\n' + '\n'.join(f'    {line}' for line in lines)
         )
 
-    def _make_space(self, base: Row) -> Space:
+    def _make_space(self, base: Row) -> SearchSpace:
         config, images = self._subject.configured(), self._subject.images()
         if self._request.space is None:
             mixes = config.AUG.MIXUP > 0 or config.AUG.CUTMIX > 0 or config.AUG.CUTMIX_MINMAX
@@ -162,96 +150,94 @@ class _Tuner:
                 images, self._subject.ranks, even=bool(mixes),
                 offload=base.bench['device'] != 'cpu', recompute=can_recompute(config),
             )  # fmt: skip
-        return self._given_space(images)
+        return self._space_of_file(images)
 
-    def _given_space(self, images: int | None) -> Space:
+    def _space_of_file(self, images: int | None) -> SearchSpace:
         """The file's space, with every setting in it tried on the configuration."""
+        where = ''
         try:
             space = parse_space(self._space_file, images)
             for axis, choices in space.axes.items():
                 for label, choice in choices.items():
-                    with _naming(f'/axes/{axis}/{label}'):
-                        self._subject.configured(choice.opts)
+                    where = f'/axes/{axis}/{label}: '
+                    self._subject.configured(choice.opts)
         except ConfigError as error:
-            raise ConfigError(f'--space {self._request.space}: {error}') from None
+            raise ConfigError(f'--space {self._request.space}: {where}{error}') from None
         return space
 
     def _settle(self, candidate: Candidate) -> Row:
-        """Runs a candidate, unless it is known already or cannot fit."""
-        known = self._records.measured().get(candidate.key)
-        if known is not None:
-            return known
+        """Runs a candidate, unless it has a row already or needs too much memory."""
+        row = self._records.measured().get(candidate.key)
+        if row is not None:
+            return row
         if lacks := self._lacks(candidate):
-            return self._add(_row_of(candidate, status=NO_ROOM, error=lacks))
+            return self._add(_row_of(candidate, status=records.NO_ROOM, error=lacks))
         return self._add(self._run(candidate, candidate.kind, self._limit))
 
     def _search(self) -> None:
         """Proposes and runs until the trials, the time or the space are used up."""
-        known = [(row.labels, row.speed) for row in self._records.of(SEARCH)]
-        search = Search(self._space, self._request.seed, known)
-        tried = {_frozen(labels) for labels, _ in known}
+        trials = [(row.labels, row.speed) for row in self._records.of(SEARCH)]
+        search = Search(self._space, self._request.seed, trials)
+        history = [labels for labels, _ in trials]
         while self._may_try():
-            labels = self._untried(search, tried)
+            labels = self._next_labels(search, history)
             if labels is None:
                 _tell('every configuration of the space has been tried')
                 return
-            tried.add(_frozen(labels))
+            history.append(labels)
             try:
                 row = self._settle(self._subject.proposal(self._space, labels))
             except ConfigError as error:
-                name = name_of(labels)
-                refusal = Row(-1, SEARCH, name, name, labels, {}, {}, REFUSED, error=str(error))
+                name, reason = name_of(labels), str(error)  # the name is the key too
+                refusal = Row(-1, SEARCH, name, name, labels, {}, {}, records.REFUSED, error=reason)
                 row = self._add(refusal)
             search.learn(labels, row.speed)
 
-    def _untried(self, search: Search, tried: set[frozenset]) -> dict[str, str] | None:
+    def _next_labels(self, search: Search, history: list[dict[str, str]]) -> dict[str, str] | None:
         for _ in range(_REPEATED):
             labels = search.propose()
-            if _frozen(labels) not in tried:
+            if labels not in history:
                 return labels
-        left = [each for each in self._space.combinations() if _frozen(each) not in tried]
-        return random.Random(f'{self._request.seed} {len(left)}').choice(left) if left else None
+        rest = [labels for labels in self._space.combinations() if labels not in history]
+        return random.Random(f'{self._request.seed} {len(rest)}').choice(rest) if rest else None
 
     def _may_try(self) -> bool:
         """Whether another trial is due, and would leave the finals their time."""
         finals = self._request.confirm * MOST_FINALISTS * self._typical()
-        reserved = min(finals, _FINALS_SHARE * self._request.budget)
-        return len(self._started()) < self._request.trials and self._in_time(1, reserved)
+        reserve = min(finals, _FINALS_SHARE * self._request.budget)
+        return len(self._trials()) < self._request.trials and self._in_time(1, reserve)
 
-    def _in_time(self, trials: int, reserved: float = 0.0) -> bool:
-        left = self._request.budget - self._records.spent() - reserved
-        return trials * self._typical() <= left
+    def _in_time(self, trials: int, reserve: float = 0.0) -> bool:
+        rest = self._request.budget - self._records.spent() - reserve
+        return trials * self._typical() <= rest
 
     def _typical(self) -> float:
         """Seconds of a trial that ends well."""
         return statistics.median(row.seconds for row in self._records.rows if row.status == OK)
 
-    def _started(self) -> list[Row]:
+    def _trials(self) -> list[Row]:
+        """Those that count: neither refused nor left out, and not of the finals."""
         return [row for row in self._records.of(BASE, SHIPPED, SEARCH) if row.started]
 
     def _finals(self, keys: Sequence[str]) -> list[Row]:
-        """Measures the finalists again, round by round, each in another order.
-
-        Returns:
-            The rows of whole rounds: as many as were asked for and the time was enough for.
-        """
+        """Measures the finalists again, in as many whole rounds as request and time allow."""
         rounds = self._request.confirm if len(keys) > 1 else 0
-        after = len(self._started())
+        after = len(self._trials())
         rows: list[Row] = []
         with self._progress('finals', rounds * len(keys)):
             for number in range(rounds):
-                rows_of = (row for row in self._records.of(FINAL) if row.after == after)
-                done = {row.key: row for row in rows_of if row.round == number}
+                finals = (row for row in self._records.of(FINAL) if row.after == after)
+                of_round = {row.key: row for row in finals if row.round == number}
                 order = order_of_round(keys, self._request.seed, number)
-                left = [key for key in order if key not in done]
-                if left and not self._in_time(len(left)):
+                rest = [key for key in order if key not in of_round]
+                if rest and not self._in_time(len(rest)):
                     _tell(f'the time is up after {number} of {rounds} rounds')
                     break
-                for key in left:
+                for key in rest:
                     candidate = self._candidate(self._records.measured()[key])
                     row = self._run(candidate, FINAL, self._limit)
-                    done[key] = self._add(replace(row, round=number, after=after))
-                rows += done.values()
+                    of_round[key] = self._add(replace(row, round=number, after=after))
+                rows += of_round.values()
         return rows
 
     def _shipped_keys(self) -> dict[str, str]:
@@ -265,7 +251,7 @@ class _Tuner:
         return next(candidate for candidate in every if candidate.key == row.key)
 
     def _lacks(self, candidate: Candidate) -> str:
-        """Why a candidate cannot fit; '' where it may."""
+        """Why a candidate needs too much memory; '' where it may run."""
         if self._plans is None:
             return ''
         recompute = candidate.config.TRAIN.USE_CHECKPOINT
@@ -275,7 +261,7 @@ class _Tuner:
         except Exception as error:  # a model of the user's own can fail there in any way
             _tell(f'not planned, and so not left out: {candidate.name}: {error}')
             return ''
-        return self._room.lacks(need)
+        return self._memory.lacks(need)
 
     def _run(self, candidate: Candidate, kind: str, limit: float) -> Row:
         number = 1 + max((row.trial for row in self._records.rows), default=-1)
@@ -308,9 +294,9 @@ class _Tuner:
 
     @contextmanager
     def _progress(self, what: str, total: int) -> Iterator[None]:
-        """A progress bar, which counts what `_add` is given and what was there before."""
-        done = len(self._started()) if what == 'trials' else 0
-        with tqdm(total=total, initial=done, desc=what, file=sys.stderr, disable=None) as bar:
+        """A progress bar, which counts the rows of `_add` and the trials before."""
+        before = len(self._trials()) if what == 'trials' else 0
+        with tqdm(total=total, initial=before, desc=what, file=sys.stderr, disable=None) as bar:
             self._bar = bar
             yield
         self._bar = None
@@ -320,21 +306,9 @@ class _Tuner:
 
 
 def _row_of(candidate: Candidate, status: str, error: str) -> Row:
-    tried = dict(candidate.labels), dict(candidate.ds_config), dict(candidate.opts)
-    return Row(-1, candidate.kind, candidate.name, candidate.key, *tried, status, error=error)
-
-
-def _frozen(labels: Mapping[str, str]) -> frozenset:
-    return frozenset(labels.items())
+    what = dict(candidate.labels), dict(candidate.ds_config), dict(candidate.opts)
+    return Row(-1, candidate.kind, candidate.name, candidate.key, *what, status, error=error)
 
 
 def _tell(text: str) -> None:
     tqdm.write(text, file=sys.stderr)
-
-
-@contextmanager
-def _naming(where: str) -> Iterator[None]:
-    try:
-        yield
-    except ConfigError as error:
-        raise ConfigError(f'{where}: {error}') from None

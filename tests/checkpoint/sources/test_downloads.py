@@ -531,6 +531,25 @@ def test_addresses_of_the_hub(server, hub, tmp_path):
     assert hub('hf-hub:org/model') == [found[0]]
 
 
+def test_a_repository_of_several_files_comes_whole(server, hub):
+    names = [f'model-0000{part}-of-00002.safetensors' for part in (1, 2)]
+    places = {'a': names[0], 'b': names[1], 'c': '../../../x.safetensors'}
+    for folder in ('', 'bad/'):
+        hub.add(f'{folder}{names[0]}', weights(1))
+        hub.add(f'{folder}{names[1]}', safetensors.torch.save({'b': torch.ones(2)}))
+    hub.add('bad/model.safetensors.index.json', json.dumps({'weight_map': places}).encode())
+    del places['c']
+    hub.add('model.safetensors.index.json', json.dumps({'weight_map': places}).encode())
+    (path, value), (none, error) = hub(
+        'hf-hub:org/model', 'hf-hub:org/model:bad/model.safetensors.index.json'
+    )
+    assert value == 1
+    assert path.endswith('/model.safetensors.index.json')
+    assert none is None
+    assert "names '../../../x.safetensors', which is no file of weights beside it" in error
+    assert not [path for _, path in server.asked if 'x.safetensors' in path]
+
+
 def test_a_hub_that_redirects_to_http_stalls_or_cuts_off(server, hub, tmp_path):
     content = weights(1)
     cdn = hub.add('http.safetensors', content)

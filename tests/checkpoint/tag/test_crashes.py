@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from internvl_ds.checkpoint.frozen import frozen_file
+from internvl_ds.checkpoint.frozen.frozen_file import FrozenFile
+from internvl_ds.checkpoint.frozen.sharing import Sharing
 from internvl_ds.checkpoint.tag import commit, discovery, owner
 from internvl_ds.checkpoint.tag.hashing import (
     flush_and_hash,
@@ -46,8 +49,22 @@ def save(output, tag, sequence, latest):
         'zero_to_fp32.py': flush_and_hash(staging.path / 'zero_to_fp32.py'),
         'offloaded_tensors/rank_0/d.swp': flush_and_hash(nvme),
     }
+    files |= share(output, staging.path, sequence)
     manifest = Manifest(make_header(tag, None, sequence), files)
     return commit.commit(staging, manifest, latest=latest)
+
+
+def share(output, staging, sequence):
+    """Writes a model file whose frozen parameters, the same in all saves, stand apart."""
+    sharing = Sharing(output, staging, frozenset('w'), {}, sharded=False, seen=set())
+    state = {'module': {'w': torch.ones(64), 'x': torch.full((4,), float(sequence))}}
+    files = {}
+    for path, value in sharing.parts(state, staging / 'mp_rank_00_model_states.pt'):
+        if isinstance(value, FrozenFile):
+            frozen_file.write(value, path)
+        else:
+            files[path.name] = save_tensors(value, path)
+    return {**files, **sharing.files}
 
 
 def whole(tag):
@@ -80,6 +97,7 @@ SAVES = {
     'the next tag': ('ckpt_epoch_0', 'ckpt_epoch_1', True, newest),
     'the same tag again': ('ckpt_epoch_0', 'ckpt_epoch_0', True, newest),
     'another best': ('ckpt_epoch_best', 'ckpt_epoch_best', False, best),
+    'the next tag, without links': ('ckpt_epoch_0', 'ckpt_epoch_1', True, newest),
 }
 
 
@@ -93,6 +111,10 @@ def require_found(state, events, done, saved, output):
         assert named_by_latest(output) in {OLD, NEW}, (events, sorted(state))
     elif latest:
         assert named_by_latest(output) in {None, NEW}, (events, sorted(state))
+
+
+def no_links(*_, **__):
+    raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
 
 @pytest.fixture
@@ -115,6 +137,8 @@ def test_a_power_cut_leaves_the_old_tag_or_the_new_one(
     before, tag, latest, _ = SAVES[saved]
     output = tmp_path / 'output'
     output.mkdir()
+    if 'without links' in saved:
+        monkeypatch.setattr(os, 'link', no_links)
     if before:
         save(output, before, OLD, latest)
     with Recorder(output) as recorder:

@@ -10,8 +10,8 @@ from internvl_ds.config.ds.diagnostics import (
     nearest,
     pointer_of,
     shown,
-    value_at,
 )
+from internvl_ds.config.tree import value_at
 
 
 def test_a_finding_names_its_pointer_and_its_yacs_key_once():

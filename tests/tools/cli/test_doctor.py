@@ -11,9 +11,9 @@ import pytest
 from internvl_ds.tools.cli import main
 from internvl_ds.tools.doctor import examine as examining
 from internvl_ds.tools.doctor.examine import examine
-from internvl_ds.tools.doctor.finding import ERROR, OK, Finding, fault, ok, warn
+from internvl_ds.tools.doctor.probe_result import ERROR, OK, ProbeResult, fault, ok, warn
 from internvl_ds.tools.doctor.probes import PROBES, Probe
-from internvl_ds.tools.doctor.report import screen, summary
+from internvl_ds.tools.doctor.screen import screen, summary
 from tests.harness.ranks import ROOT, run_command
 
 
@@ -57,7 +57,7 @@ def test_a_machine_that_is_unwell_for_real(tmp_path):
         env={'NCCL_SOCKET_IFNAME': 'nonesuch0'},
     )
     tree = json.loads(job.output)
-    findings = [Finding(**fields) for fields in tree['findings']]
+    findings = [ProbeResult(**fields) for fields in tree['findings']]
     bad = {finding.topic for finding in findings if finding.verdict == ERROR}
     assert job.returncode == 1
     assert {'open files', 'MPI', 'OUTPUT', 'network'} <= bad

@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from internvl_ds.tools.doctor import compilers
-from internvl_ds.tools.doctor.finding import ERROR, OK, WARNING
+from internvl_ds.tools.doctor.probe_result import ERROR, OK, WARNING
 
 OP = 'deepspeed_shm_comm'
 

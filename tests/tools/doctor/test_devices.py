@@ -7,7 +7,7 @@ import torch
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
 from internvl_ds.tools.doctor import devices
-from internvl_ds.tools.doctor.finding import ERROR, OK, WARNING
+from internvl_ds.tools.doctor.probe_result import ERROR, OK, WARNING
 
 
 class Gpu:

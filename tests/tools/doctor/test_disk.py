@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from internvl_ds.tools.doctor import disk
-from internvl_ds.tools.doctor.finding import ERROR, OK, WARNING
+from internvl_ds.tools.doctor.probe_result import ERROR, OK, WARNING
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason='mounting a file system needs root')
 

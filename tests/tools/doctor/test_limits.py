@@ -7,7 +7,7 @@ import resource
 import pytest
 
 from internvl_ds.tools.doctor import limits
-from internvl_ds.tools.doctor.finding import ERROR, OK, WARNING
+from internvl_ds.tools.doctor.probe_result import ERROR, OK, WARNING
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from internvl_ds.tools.doctor.finding import ERROR, OK, WARNING
 from internvl_ds.tools.doctor.mpi import INTEL, MPICH, OPEN_MPI, flavour, judge, probe
+from internvl_ds.tools.doctor.probe_result import ERROR, OK, WARNING
 
 LIBRARIES = {
     OPEN_MPI: 'Open MPI v5.0.11, package: Open MPI user@localhost Distribution',

@@ -8,7 +8,7 @@ import pytest
 
 from internvl_ds.dist.network import own_addresses
 from internvl_ds.tools.doctor import network
-from internvl_ds.tools.doctor.finding import ERROR, OK, WARNING
+from internvl_ds.tools.doctor.probe_result import ERROR, OK, WARNING
 
 LEFT_OVER = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT', 'GLOO_SOCKET_IFNAME')
 

@@ -9,7 +9,7 @@ import subprocess
 import pytest
 
 from internvl_ds.tools.doctor import shm
-from internvl_ds.tools.doctor.finding import ERROR, OK, WARNING
+from internvl_ds.tools.doctor.probe_result import ERROR, OK, WARNING
 
 NAME = 'deepspeed_allreduce_buffer_0_127.0.0.1_29500_0'
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from internvl_ds.tools.doctor.finding import ERROR, OK, WARNING
+from internvl_ds.tools.doctor.probe_result import ERROR, OK, WARNING
 from internvl_ds.tools.doctor.versions import installed, pair, probe, unmet
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from internvl_ds.config.ds import resolve as ds
-from internvl_ds.tools.plan.memory_planner import Planner
+from internvl_ds.tools.plan.memory_planner import MemoryPlanner
 from internvl_ds.tools.plan.static_memory import checkpoint_bytes
 from tests.harness.ranks import run_ranks
 from tests.tools.plan import measuring
@@ -53,24 +53,24 @@ def measured(tmp_path_factory):
 @pytest.mark.slow
 def test_states_are_within_5_percent_and_what_comes_and_goes_within_20(measured):
     """Activations by themselves after the forward pass; at the most with gradients and buffers."""
-    planners = {m: Planner(make_config(o.split()), gpu=False) for m, o in MODELS.items()}
+    planners = {m: MemoryPlanner(make_config(o.split()), gpu=False) for m, o in MODELS.items()}
     lines, wrong = ['planned / measured: states, activations, at most, update'], []
     for (model, stage), of_ranks in measured.items():
         resolved = ds.resolve_or_raise(ds_config(stage), make_config(MODELS[model].split()), _RANKS)
         planner = planners[model]
-        need, layout = (
+        need, scheme = (
             planner.need(resolved, _RANKS, recompute=False),
-            planner.layout(resolved, _RANKS),
+            planner.scheme(resolved, _RANKS),
         )
-        saved = planner.step_of(layout, recompute=False).saved
+        saved = planner.step_of(scheme, recompute=False).saved
         if stage == 3:  # which has gathered a model of this size by then
             sizes = [n for group in planner.sizes.groups for n in group]
-            saved += layout.weight_bytes * sum(n for n in sizes if n > layout.persistence)
+            saved += scheme.weight_bytes * sum(n for n in sizes if n > scheme.persistence)
         most = {key: max(found[key] for found in of_ranks) for key in of_ranks[0]}
         ratios = [
-            need.kept.total / most['states'],
+            need.static.total / most['states'],
             saved / most['forward'],
-            (need.parts.total - need.kept.total) / most['backward'],
+            (need.parts.total - need.static.total) / most['backward'],
             need.update / most['step'],
         ]
         lines.append(f'{model} {stage}: ' + ' '.join(f'{ratio:.3f}' for ratio in ratios))
@@ -84,8 +84,8 @@ def test_states_are_within_5_percent_and_what_comes_and_goes_within_20(measured)
 @pytest.mark.slow
 def test_a_tag_is_as_large_as_planned(measured):
     config = make_config(MODELS[_SAVED].split())
-    planner = Planner(config)
+    planner = MemoryPlanner(config)
     for stage in range(4):
-        layout = planner.layout(ds.resolve_or_raise(ds_config(stage), config, _RANKS), _RANKS)
-        planned = checkpoint_bytes(planner.sizes, layout, ema=True)
+        scheme = planner.scheme(ds.resolve_or_raise(ds_config(stage), config, _RANKS), _RANKS)
+        planned = checkpoint_bytes(planner.sizes, scheme, ema=True)
         assert planned == pytest.approx(measured[_SAVED, stage][0]['tag'], rel=0.02)

@@ -17,15 +17,15 @@ from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem
 from internvl_ds.config.ds import resolve as ds
 from internvl_ds.errors import ConfigError
 from internvl_ds.tools.cli import main
-from internvl_ds.tools.cli.quantities import parse_rate, parse_size
+from internvl_ds.tools.cli.quantities import parse_rate, parse_size, whole
 from internvl_ds.tools.plan import activations
 from internvl_ds.tools.plan.advice import advice
-from internvl_ds.tools.plan.layout import bucket_elements, layout_of
-from internvl_ds.tools.plan.memory_planner import Planner
+from internvl_ds.tools.plan.memory_planner import MemoryPlanner
 from internvl_ds.tools.plan.options import ALL, NONE, OPTIMIZER, Machine, choose, options, variant
 from internvl_ds.tools.plan.sizes import Sizes, meta_model, sizes_of
-from internvl_ds.tools.plan.static_memory import built_bytes, kept, kept_on_host
+from internvl_ds.tools.plan.static_memory import built_bytes, static_host_parts, static_parts
 from internvl_ds.tools.plan.transient_memory import in_backward, in_update
+from internvl_ds.tools.plan.zero_scheme import bucket_elements, scheme_of
 from internvl_ds.train.model import build_model
 from tests.harness.ranks import ROOT, base_env
 from tests.tools.plan.measuring import make_config
@@ -45,10 +45,10 @@ def config_of(*more):
     return make_config([*TINY.split(), *more])
 
 
-def layout(stage, ranks=4, sizes=ONE_GROUP, config=None, offload=NONE, **settings):
+def scheme(stage, ranks=4, sizes=ONE_GROUP, config=None, offload=NONE, **settings):
     base = {'zero_optimization': {'stage3_param_persistence_threshold': 0, **settings}}
     resolved = ds.resolve_or_raise(variant(base, stage, offload), config or config_of(), ranks)
-    return layout_of(resolved, ranks, sizes.trained)
+    return scheme_of(resolved, ranks, sizes.trained)
 
 
 class TestQuantities:
@@ -62,10 +62,18 @@ class TestQuantities:
     def test_gb_is_decimal_and_gib_binary(self, text, size):
         assert parse_size(text) == size
 
-    @pytest.mark.parametrize('text', ['80', '80G', 'GB', '80iB', '-1GB', '0GB', '80GB/s'])
+    @pytest.mark.parametrize(
+        'text', ['80', '80G', 'GB', '80iB', '-1GB', '0GB', '80GB/s', '9' * 99 + 'GB']
+    )
     def test_anything_else_is_refused(self, text):
         with pytest.raises(argparse.ArgumentTypeError):
             parse_size(text)
+
+    @pytest.mark.parametrize('text', ['0', '-1', '1.0', '9' * 10, '9' * 5000])
+    def test_a_number_that_means_nothing_is_refused(self, text):
+        assert whole(1)('8') == 8
+        with pytest.raises(argparse.ArgumentTypeError, match=r'at least 1|9 digits'):
+            whole(1)(text)
 
     def test_a_rate_is_a_size_a_second(self):
         assert parse_rate('2GB/s') == 2 * 10**9
@@ -178,7 +186,7 @@ def loss(logits):
 class TestStates:
     def test_adam_in_bf16_takes_2_and_12_bytes_divided_by_stage(self):
         n, ranks = ONE_GROUP.trained, 4
-        of = {stage: kept(ONE_GROUP, layout(stage), ema=False) for stage in range(4)}
+        of = {stage: static_parts(ONE_GROUP, scheme(stage), ema=False) for stage in range(4)}
 
         assert [of[s].weights for s in range(4)] == [2 * n, 2 * n, 2 * n, 2 * n // ranks]
         assert [of[s].optimizer for s in range(4)] == [12 * n, *[12 * n // ranks] * 3]
@@ -189,18 +197,20 @@ class TestStates:
         config, n = make_config([*TINY.split(), 'AMP_OPT_LEVEL', 'O0']), ONE_GROUP.trained
 
         for stage, optimizer in ((0, 8 * n), (1, 3 * n), (3, 3 * n)):
-            assert kept(ONE_GROUP, layout(stage, config=config), False).optimizer == optimizer
+            assert (
+                static_parts(ONE_GROUP, scheme(stage, config=config), False).optimizer == optimizer
+            )
 
     def test_the_average_is_a_shard_of_the_masters(self):
-        assert kept(ONE_GROUP, layout(0), ema=True).ema == 4 * ONE_GROUP.trained
-        assert kept(ONE_GROUP, layout(2), ema=True).ema == ONE_GROUP.trained
-        assert kept_on_host(ONE_GROUP, layout(2, offload=OPTIMIZER), ema=True).ema == (
+        assert static_parts(ONE_GROUP, scheme(0), ema=True).ema == 4 * ONE_GROUP.trained
+        assert static_parts(ONE_GROUP, scheme(2), ema=True).ema == ONE_GROUP.trained
+        assert static_host_parts(ONE_GROUP, scheme(2, offload=OPTIMIZER), ema=True).ema == (
             ONE_GROUP.trained
         )
 
     def test_offload_moves_states_to_the_host(self):
-        device = kept(ONE_GROUP, layout(3, offload=ALL), ema=True)
-        host = kept_on_host(ONE_GROUP, layout(3, offload=ALL), ema=True)
+        device = static_parts(ONE_GROUP, scheme(3, offload=ALL), ema=True)
+        host = static_host_parts(ONE_GROUP, scheme(3, offload=ALL), ema=True)
 
         assert (device.weights, device.optimizer, device.gradients, device.ema) == (0, 0, 0, 0)
         assert host.weights == 2**20  # of 800000 bytes, page-locked
@@ -209,19 +219,19 @@ class TestStates:
     def test_partitions_are_padded(self):
         sizes = replace(ONE_GROUP, groups=((101,), (7,)))
 
-        assert kept(sizes, layout(1, sizes=sizes), False).weights == 2 * (104 + 8)
-        assert kept(sizes, layout(3, sizes=sizes), False).weights == 2 * (26 + 2)
+        assert static_parts(sizes, scheme(1, sizes=sizes), False).weights == 2 * (104 + 8)
+        assert static_parts(sizes, scheme(3, sizes=sizes), False).weights == 2 * (26 + 2)
 
     def test_stage_3_gathers_frozen_weights_too_twice_while_they_arrive(self):
         sizes = replace(ONE_GROUP, groups=((10,),), frozen=(900_000, 700_000, 40))
         step = activations.Timeline(np.full(3, 5.0), np.array([0.0, 0.0, 20.0]), forward=1)
         settings = {'sizes': sizes, 'stage3_param_persistence_threshold': 50}
 
-        parts = in_backward(sizes, layout(3, **settings), step)
+        parts = in_backward(sizes, scheme(3, **settings), step)
         assert (parts.activations, parts.buffers) == (5, 2 * 2 * 1_600_000)
         # Without reuse and prefetching: the largest module, once whole and once arriving.
         settings.update(stage3_max_reuse_distance=0, stage3_prefetch_bucket_size=0)
-        parts = in_backward(sizes, layout(3, **settings), step)
+        parts = in_backward(sizes, scheme(3, **settings), step)
         assert parts.buffers == 2 * 2 * sizes.largest_module
 
     @pytest.mark.parametrize(
@@ -239,20 +249,20 @@ class TestStates:
     def test_deepspeeds_estimate_of_stage_2_counts_the_update_and_no_buffers(self):
         n, ranks = ONE_GROUP.trained, 4
         _, theirs = estimate_zero2_model_states_mem_needs(n, ranks, 1, cpu_offload=False)
-        ours = kept(ONE_GROUP, layout(2), ema=False).total
+        ours = static_parts(ONE_GROUP, scheme(2), ema=False).total
 
         # 18 n / ranks: ours, a shard of gradients in 16 bits, and its copy in fp32.
         assert theirs == ours + (2 + 4) * n // ranks
         # Ours are more at once: a rank keeps whole the gradients that it owns a part of, here both,
         # and its shard is there once more as one tensor.
-        assert in_update(ONE_GROUP, layout(2)) == 2 * n + (2 + 4) * n // ranks
+        assert in_update(ONE_GROUP, scheme(2)) == 2 * n + (2 + 4) * n // ranks
 
     def test_deepspeeds_estimate_of_stage_3_leaves_the_weights_out(self):
         n, ranks, largest = ONE_GROUP.trained, 4, ONE_GROUP.largest_module
         _, theirs, _ = estimate_zero3_model_states_mem_needs(
             n, largest, ranks, 1, cpu_offload=False
         )
-        ours = kept(ONE_GROUP, layout(3), ema=False)
+        ours = static_parts(ONE_GROUP, scheme(3), ema=False)
 
         # Beside 4 bytes of the largest layer: the same 18, but 2 of stage 3's 16-bit weights less.
         with_fp32_gradients = ours.total - ours.buffers + 4 * n // ranks
@@ -262,7 +272,7 @@ class TestStates:
 @pytest.fixture(scope='module')
 def planner():
     """Of the default batch, which a ds_config may change; it measures once for all tests."""
-    return Planner(config_of('DATA.BATCH_SIZE', '128'))
+    return MemoryPlanner(config_of('DATA.BATCH_SIZE', '128'))
 
 
 class TestFit:
@@ -270,7 +280,7 @@ class TestFit:
         config = config_of()
         room = 300_000_000
         for stage in range(4):
-            of = planner.layout(ds.resolve_or_raise(variant({}, stage, NONE), config, 8), 8)
+            of = planner.scheme(ds.resolve_or_raise(variant({}, stage, NONE), config, 8), 8)
             most = planner.largest_micro_batch(of, room, recompute=False)
 
             needs = [
@@ -280,7 +290,7 @@ class TestFit:
             assert needs[0] <= room < needs[1]
 
     def test_nothing_fits_into_less_than_the_states(self, planner):
-        of = planner.layout(ds.resolve_or_raise({}, config_of(), 1), 1)
+        of = planner.scheme(ds.resolve_or_raise({}, config_of(), 1), 1)
 
         assert planner.largest_micro_batch(of, 1_000_000, recompute=False) == 0
 
@@ -313,7 +323,7 @@ class TestFit:
             1,
         )
         assert tight.micro_batch * tight.accumulation == 96
-        of = planner.layout(
+        of = planner.scheme(
             ds.resolve_or_raise(variant({}, tight.stage, tight.offload), config, 8), 8
         )
         taken = replace(of, micro_batch=tight.micro_batch, accumulation=tight.accumulation)
@@ -378,7 +388,9 @@ class TestCommand:
     def test_advice_says_what_to_write_where_nothing_ships(self):
         config = config_of('DATA.BATCH_SIZE', '96')
         machine = Machine(8, 10**9, 8, None, 1e9)
-        found = [o for o in options(Planner(config), config, {}, machine) if o.offload == OPTIMIZER]
+        found = [
+            o for o in options(MemoryPlanner(config), config, {}, machine) if o.offload == OPTIMIZER
+        ]
         section = '"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu", '
 
         words = advice(found, config, {}, '', machine)
@@ -418,6 +430,24 @@ raise SystemExit(main([
     'MODEL.KWARGS.qk_norm', 'True', 'DATA.BATCH_SIZE', '16', 'TRAIN.LR_LAYER_DECAY', 'False',
 ]))
 """
+
+
+_INTERN_VIT_6B = [
+    'plan', '--cfg', 'intern_vit_6b_224_linear_probe', '--gpus', '8', '--gpu-mem', '80GB', '--json',
+    '--deepspeed_config', 'intern_vit_6b_224_linear_probe',
+]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_linear_probe_of_intern_vit_6b_is_planned(capsys):
+    assert main(_INTERN_VIT_6B) == 0
+    tree = json.loads(capsys.readouterr().out)
+    # All but the head is frozen: its batch norm, and 1000 rows of twice the width.
+    assert tree['model']['trained'] == 2 * 6400 + 6400 * 1000 + 1000
+    assert tree['model']['parameters'] == 5_909_207_400
+    least = tree['options'][tree['choice']]
+    assert 11.8e9 < least['device']['weights'] < 11.9e9
+    assert least['largest_micro_batch'] >= 128
 
 
 @pytest.mark.slow

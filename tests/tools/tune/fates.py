@@ -12,7 +12,7 @@ from torch import nn
 from yacs.config import CfgNode
 
 from internvl_ds.tools.cli import main
-from internvl_ds.tools.plan import memory_planner as fit
+from internvl_ds.tools.plan import memory_planner
 from tests.harness.training import Brightness
 
 _TOO_MUCH = 2**36  # bytes: more than the test's ulimit
@@ -60,5 +60,5 @@ class OnlyStage0:
 
 
 if __name__ == '__main__':  # the command, with that plan: fewer trials to wait for
-    fit.Planner = OnlyStage0
+    memory_planner.MemoryPlanner = OnlyStage0
     sys.exit(main(['tune', *sys.argv[1:]]))

@@ -7,9 +7,9 @@ import pytest
 from internvl_ds.config.ds import resolve as ds
 from internvl_ds.errors import ConfigError
 from internvl_ds.tools.tune.candidates import Subject
-from internvl_ds.tools.tune.space import Choice, Space, batch_choice
+from internvl_ds.tools.tune.search_space import Choice, SearchSpace, batch_choice
 
-SPACE = Space(
+SPACE = SearchSpace(
     {
         'stage': {str(s): Choice({'zero_optimization': {'stage': s}}) for s in range(4)},
         'batch': {'16x1': batch_choice(16, 1), '4x4': batch_choice(4, 4)},
@@ -55,7 +55,7 @@ def test_a_base_with_its_own_batch_gives_it_to_all():
     )  # fmt: skip
     assert small.images() == 6
     assert {each.resolved['train_batch_size'] for each in small.shipped} == {12}
-    space = Space({'x': {'y': Choice({'steps_per_print': 7})}})
+    space = SearchSpace({'x': {'y': Choice({'steps_per_print': 7})}})
     proposal = small.proposal(space, {'x': 'y'})
     assert (proposal.resolved['train_batch_size'], proposal.resolved['steps_per_print']) == (12, 7)
 
@@ -80,6 +80,6 @@ def test_before_the_ranks_are_known_the_base_is_as_it_was_given():
 
 
 def test_contradictions_are_errors():
-    space = Space({'half': {'fp16': Choice({'fp16': {'enabled': True}})}})
+    space = SearchSpace({'half': {'fp16': Choice({'fp16': {'enabled': True}})}})
     with pytest.raises(ConfigError, match='AMP_OPT_LEVEL'):
         subject().proposal(space, {'half': 'fp16'})

@@ -6,9 +6,9 @@ import pytest
 
 from internvl_ds.errors import InternvlDsError
 from internvl_ds.tools.tune.search import Search
-from internvl_ds.tools.tune.space import Choice, Space
+from internvl_ds.tools.tune.search_space import Choice, SearchSpace
 
-SPACE = Space(
+SPACE = SearchSpace(
     {
         'stage': {label: Choice() for label in '0123'},
         'batch': {label: Choice() for label in ('16x1', '8x2', '4x4', '2x8')},

@@ -1,4 +1,4 @@
-"""What is tried: axes of labelled choices, each a piece of a ds_config and some settings. Pure.
+"""The search space: axes of labelled choices, each a piece of a ds_config and settings. Pure.
 
 A space can be given as JSON:
 
@@ -49,28 +49,20 @@ _BATCH = {'micro_batch': MICRO_BATCH, 'accumulation': ACCUMULATION}
 
 @dataclass(frozen=True)
 class Choice:
-    """A piece of a configuration.
+    """A piece of a configuration."""
 
-    Attributes:
-        ds_config: merged over the ds_config; None as a value removes a key.
-        opts: yacs key -> value.
-    """
-
+    # merged over the ds_config; None as a value removes a key
     ds_config: Mapping[str, Any] = field(default_factory=dict)
-    opts: Mapping[str, Any] = field(default_factory=dict)
+    opts: Mapping[str, Any] = field(default_factory=dict)  # yacs key -> value
 
 
 @dataclass(frozen=True)
-class Space:
-    """The configurations that can be tried.
+class SearchSpace:
+    """The configurations that can be tried."""
 
-    Attributes:
-        axes: name -> label -> choice, in the order in which they are merged.
-        only: name of an axis -> name of an earlier one -> the labels of that one with which it
-            counts.
-    """
-
+    # name -> label -> choice, in the order in which they are merged
     axes: Mapping[str, Mapping[str, Choice]]
+    # name of an axis -> name of an earlier one -> the labels of that one with which it counts
     only: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
 
     def active(self, axis: str, labels: Labels) -> bool:
@@ -81,14 +73,14 @@ class Space:
     def combinations(self) -> Iterator[dict[str, str]]:
         """Every combination of labels, each once."""
 
-        def extend(labels: dict[str, str], left: list[str]) -> Iterator[dict[str, str]]:
-            if not left:
+        def extend(labels: dict[str, str], axes: list[str]) -> Iterator[dict[str, str]]:
+            if not axes:
                 yield labels
-            elif not self.active(left[0], labels):
-                yield from extend(labels, left[1:])
+            elif not self.active(axes[0], labels):
+                yield from extend(labels, axes[1:])
             else:
-                for label in self.axes[left[0]]:
-                    yield from extend({**labels, left[0]: label}, left[1:])
+                for label in self.axes[axes[0]]:
+                    yield from extend({**labels, axes[0]: label}, axes[1:])
 
         return extend({}, list(self.axes))
 
@@ -131,15 +123,15 @@ def batch_pairs(images: int, even: bool = False) -> list[tuple[int, int]]:
     """
     pairs: list[tuple[int, int]] = []
     for micro in range(images, 0, -1):
-        fits = images % micro == 0 and not (even and micro % 2)
-        if fits and (not pairs or 2 * micro <= pairs[-1][0]):
+        usable = images % micro == 0 and not (even and micro % 2)
+        if usable and (not pairs or 2 * micro <= pairs[-1][0]):
             pairs.append((micro, images // micro))
     return pairs
 
 
 def default_space(
     images: int, ranks: int, *, even: bool = False, offload: bool = True, recompute: bool = True
-) -> Space:
+) -> SearchSpace:
     """The space that is searched when none is given.
 
     Args:
@@ -181,11 +173,11 @@ def default_space(
             'no': Choice(opts={'TRAIN.USE_CHECKPOINT': False}),
             'yes': Choice(opts={'TRAIN.USE_CHECKPOINT': True}),
         }
-    return Space(axes, only)
+    return SearchSpace(axes, only)
 
 
 def read_space(path: Path) -> Any:
-    """What a space's file holds, unchecked.
+    """The content of a space's file, unchecked.
 
     Raises:
         ConfigError: when it cannot be read.
@@ -196,8 +188,8 @@ def read_space(path: Path) -> Any:
         raise ConfigError(f'--space {path}: cannot be read as JSON: {error}') from error
 
 
-def parse_space(tree: Any, images: int | None) -> Space:
-    """Makes a space of what its file holds; the module's text says how it is written.
+def parse_space(tree: Any, images: int | None) -> SearchSpace:
+    """Makes a space of its file's content; the module's docstring has the format.
 
     Args:
         tree: as `read_space` returned it.
@@ -220,7 +212,7 @@ def parse_space(tree: Any, images: int | None) -> Space:
         }
     if not axes:
         raise ConfigError('/axes is empty: there is nothing to try')
-    return Space(axes, _parse_only(tree.get('only', {}), axes))
+    return SearchSpace(axes, _parse_only(tree.get('only', {}), axes))
 
 
 def _zero(**values: Any) -> Choice:
@@ -281,7 +273,7 @@ def _is_object(where: str, tree: Any) -> Mapping[str, Any]:
     return tree
 
 
-def _only_keys(where: str, tree: Mapping[str, Any], known: set[str]) -> None:
-    if unknown := sorted(set(tree) - known):
-        have = ', '.join(sorted(known))
+def _only_keys(where: str, tree: Mapping[str, Any], keys: set[str]) -> None:
+    if unknown := sorted(set(tree) - keys):
+        have = ', '.join(sorted(keys))
         raise ConfigError(f'{where}/{unknown[0]}: unknown key; {have} can be given')

@@ -1,4 +1,4 @@
-"""What tuning found: ds_config.tuned.json, result.json, the plot, and the words to use it."""
+"""The result of tuning: ds_config.tuned.json, result.json, the plot, and the words to use it."""
 
 from __future__ import annotations
 
@@ -21,27 +21,16 @@ TUNED_FILE = 'ds_config.tuned.json'
 
 @dataclass(frozen=True)
 class Result:
-    """What tuning found.
+    """The result of tuning."""
 
-    Attributes:
-        winner: the row, of before the finals, of the configuration to take.
-        ds_config: it, as a file's content.
-        words: arguments of the training program that take it.
-        standings: the finalists, best first.
-        reference: key of the finalist that the others' ratios are against.
-        names: key -> name of each configuration.
-        shipped: keys of those that ship.
-        rows: of all trials.
-    """
-
-    winner: Row
-    ds_config: Mapping[str, Any]
-    words: Sequence[str]
-    standings: Sequence[Standing]
-    reference: str
-    names: Mapping[str, str]
-    shipped: Sequence[str]
-    rows: Sequence[Row]
+    winner: Row  # the row, of before the finals, of the configuration to take
+    ds_config: Mapping[str, Any]  # of the winner, as a file's content
+    words: Sequence[str]  # arguments of the training program that take it
+    standings: Sequence[Standing]  # the finalists, best first
+    reference: str  # key of the finalist that the others' ratios are against
+    names: Mapping[str, str]  # key -> name of each configuration
+    shipped: Sequence[str]  # keys of those that ship
+    rows: Sequence[Row]  # of all trials
 
 
 def make_result(
@@ -57,9 +46,7 @@ def make_result(
     """Puts a result together.
 
     Args:
-        rows: of all trials.
-        order: the finalists, best first.
-        reference: key of the finalist that they were compared with.
+        rows, order, reference: as in `Result`; ``order`` are its standings.
         shipped: key -> name of the ds_configs that ship.
         candidate: the best one's configuration.
         output: where ds_config.tuned.json will be, as it is to be shown.
@@ -88,10 +75,10 @@ def as_json(result: Result) -> dict[str, Any]:
     """The result as JSON values; the keys stay."""
     winner = result.winner
     finals = [
-        {'name': result.names[s.key], 'images_per_s': s.speed, 'ratio': s.median}
-        | {'ratios': list(s.ratios)}
+        {'name': result.names[s.key], 'images_per_s': s.speed, 'ratio': s.median,
+         'ratios': list(s.ratios)}
         for s in result.standings
-    ]
+    ]  # fmt: skip
     return {
         'winner': result.names[winner.key],
         'labels': winner.labels,

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from internvl_ds.errors import ConfigError
-from internvl_ds.tools.tune.space import (
+from internvl_ds.tools.tune.search_space import (
     Choice,
-    Space,
+    SearchSpace,
     batch_pairs,
     default_space,
     merged,
@@ -91,7 +91,9 @@ def test_labels_become_a_ds_config_and_settings():
 
 
 def test_without_a_stage_the_base_keeps_its_zero_section():
-    space = Space({'bucket': {'big': Choice({'zero_optimization': {'reduce_bucket_size': 9}})}})
+    space = SearchSpace(
+        {'bucket': {'big': Choice({'zero_optimization': {'reduce_bucket_size': 9}})}}
+    )
     ds_config, _ = space.build({'zero_optimization': {'stage': 2}}, {'bucket': 'big'})
     assert ds_config == {'zero_optimization': {'stage': 2, 'reduce_bucket_size': 9}}
 

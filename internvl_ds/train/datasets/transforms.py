@@ -45,20 +45,26 @@ def build_transform(config: CfgNode, training: bool) -> Transform:
 
 def _augmenting_transform(config: CfgNode) -> Transform:
     size, aug = config.DATA.IMG_SIZE, config.AUG
-    transform = create_transform(
-        input_size=size,
-        is_training=True,
-        color_jitter=aug.COLOR_JITTER or None,
-        auto_augment=None if aug.AUTO_AUGMENT in (None, '', 'none') else aug.AUTO_AUGMENT,
-        re_prob=aug.REPROB,
-        re_mode=aug.REMODE,
-        re_count=aug.RECOUNT,
-        hflip=aug.HFLIP,
-        scale=tuple(aug.SCALE),
-        interpolation=config.DATA.INTERPOLATION,
-        mean=tuple(aug.MEAN),
-        std=tuple(aug.STD),
-    )
+    try:
+        transform = create_transform(
+            input_size=size,
+            is_training=True,
+            color_jitter=aug.COLOR_JITTER if aug.COLOR_JITTER > 0 else None,
+            auto_augment=None if aug.AUTO_AUGMENT in (None, '', 'none') else aug.AUTO_AUGMENT,
+            re_prob=aug.REPROB,
+            re_mode=aug.REMODE,
+            re_count=aug.RECOUNT,
+            hflip=aug.HFLIP,
+            scale=tuple(aug.SCALE),
+            interpolation=config.DATA.INTERPOLATION,
+            mean=tuple(aug.MEAN),
+            std=tuple(aug.STD),
+        )
+    except (AssertionError, LookupError, TypeError, ValueError) as error:  # timm's, of a policy
+        raise ConfigError(
+            f'AUG.AUTO_AUGMENT {aug.AUTO_AUGMENT!r} (or another key of AUG) is none that timm '
+            f'takes: {type(error).__name__}: {error}'
+        ) from error
     if size <= _SMALL_IMAGE:
         # Takes the place of the random resized crop; the resize leaves a fitting image as it is.
         resize = transforms.Resize(size, interpolation=_interpolation(config))

@@ -5,10 +5,10 @@ import json
 from internvl_ds.tools.tune.candidates import Subject
 from internvl_ds.tools.tune.final_rounds import standings
 from internvl_ds.tools.tune.records import BASE, FINAL, HANG, OK, SEARCH, SHIPPED, Row
-from internvl_ds.tools.tune.report import as_json, make_result, table_rows, write_result
-from internvl_ds.tools.tune.space import Space, batch_choice
+from internvl_ds.tools.tune.result import as_json, make_result, table_rows, write_result
+from internvl_ds.tools.tune.search_space import SearchSpace, batch_choice
 
-SPACE = Space({'batch': {'4x4': batch_choice(4, 4)}})
+SPACE = SearchSpace({'batch': {'4x4': batch_choice(4, 4)}})
 
 
 def row(key, name, kind, speed, number=-1, status=OK):

@@ -1,0 +1,1 @@
+"""Frozen parameters apart from a tag's other files: CHECKPOINT.FROZEN."""

@@ -1,0 +1,118 @@
+"""What DATA.*, AUG.* and TEST.* may say together, and what of the images is kept in memory."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+
+import psutil
+from yacs.config import CfgNode
+
+from internvl_ds.config.tree import get_option
+from internvl_ds.errors import ConfigError
+from internvl_ds.train.datasets.imagenet import REAL, VARIANTS
+from internvl_ds.train.datasets.sources import Memory, Source
+
+_log = logging.getLogger(__name__)
+
+_CHOICES: dict[str, Collection[str]] = {
+    'DATA.DATASET': ('imagenet', 'imagenet22K', REAL, *VARIANTS),
+    'DATA.CACHE_MODE': ('no', 'part', 'full'),
+    'DATA.INTERPOLATION': ('random', 'nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos'),
+    'AUG.REMODE': ('const', 'rand', 'pixel'),
+    'AUG.MIXUP_MODE': ('batch', 'pair', 'elem'),
+}
+_SHARES = ('AUG.REPROB', 'AUG.HFLIP', 'AUG.MIXUP_PROB', 'AUG.MIXUP_SWITCH_PROB')
+_LENGTHS = {'AUG.SCALE': 2, 'AUG.MEAN': 3, 'AUG.STD': 3, 'AUG.CUTMIX_MINMAX': 2}
+
+
+def check_data(config: CfgNode) -> None:
+    """Refuses values of DATA.*, AUG.* and TEST.* that mean nothing, or not together.
+
+    Raises:
+        ConfigError: names the keys, both values, and what to set.
+    """
+    for key, known in _CHOICES.items():
+        if (value := get_option(config, key)) not in known:
+            raise ConfigError(f'{key} {value!r} is none of {", ".join(known)}')
+    for key in _SHARES:
+        if not 0 <= (value := get_option(config, key)) <= 1:
+            raise ConfigError(f'{key} is {value}, and a probability is from 0 to 1')
+    for key, length in _LENGTHS.items():
+        value = get_option(config, key)
+        if value is not None and not (
+            isinstance(value, list | tuple)
+            and len(value) == length
+            and all(isinstance(number, int | float) for number in value)
+        ):
+            raise ConfigError(f'{key} is {value!r}, and takes {length} numbers')
+    data = config.DATA
+    if data.DATASET in VARIANTS:
+        _check_variant(config)
+    if not data.ZIP_MODE and data.CACHE_MODE == 'full':
+        raise ConfigError(
+            "DATA.CACHE_MODE 'full' keeps the images of zip files in memory, and DATA.ZIP_MODE is "
+            'False: set it True, or DATA.IMG_ON_MEMORY True for an image folder'
+        )
+    if data.ZIP_MODE and data.IMG_ON_MEMORY and data.CACHE_MODE != 'part':
+        raise ConfigError(
+            f'DATA.IMG_ON_MEMORY True keeps a part of the images on each rank, and DATA.CACHE_MODE '
+            f"is {data.CACHE_MODE!r}: set one of them otherwise ('part' agrees with it)"
+        )
+
+
+def reads_parts(config: CfgNode) -> bool:
+    """Whether each rank trains on a part of the images that it keeps, the same in every epoch."""
+    data = config.DATA
+    return bool(data.IMG_ON_MEMORY or (data.ZIP_MODE and data.CACHE_MODE == 'part'))
+
+
+def keep_in_memory(
+    config: CfgNode, source: Source, split: str, rank: int, world_size: int
+) -> Source:
+    """Reads what this rank is to keep of a split: image i on rank i % world_size, or all.
+
+    Returns:
+        The source to read from; the given one where nothing is kept.
+
+    Raises:
+        ConfigError: when an image cannot be read, or all that is kept has no room in memory.
+    """
+    data, total = config.DATA, len(source.names)
+    zipped = data.CACHE_MODE if data.ZIP_MODE else 'no'
+    if split == 'val':  # a rank evaluates its share alone
+        part, whole = zipped != 'no' and not config.TEST.SEQUENTIAL, zipped == 'full'
+    else:
+        part, whole = reads_parts(config), zipped == 'full'
+    if not part and not whole:
+        return source
+    kept = range(rank, total, world_size) if part else range(total)
+    try:
+        size = sum(source.size(index) for index in kept)
+        if size > (free := psutil.virtual_memory().available):
+            raise ConfigError(
+                f'{source.root}: rank {rank} is to keep {len(kept)} images, {size / 1e9:.1f} GB, '
+                f'and this host has {free / 1e9:.1f} GB of memory left: set DATA.IMG_ON_MEMORY '
+                "False, and DATA.CACHE_MODE 'no'"
+            )
+        memory = Memory(source, kept)
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f'{source.root}: an image cannot be read into memory: {error}') from error
+    _log.info('%s: rank %d keeps %d images, %.2f GB', split, rank, len(kept), size / 1e9)
+    return memory
+
+
+def _check_variant(config: CfgNode) -> None:
+    data = config.DATA
+    if not (config.EVAL_MODE or config.THROUGHPUT_MODE):
+        raise ConfigError(
+            f'DATA.DATASET {data.DATASET!r} has no training images: evaluate on it (--eval, '
+            "EVAL_MODE True), and train on 'imagenet'"
+        )
+    if data.ZIP_MODE:
+        raise ConfigError(
+            f'DATA.ZIP_MODE True: DATA.DATASET {data.DATASET!r} is read from class folders; '
+            'unpack it'
+        )

@@ -1,0 +1,107 @@
+"""Encoded images by number: from files of a folder, or kept in memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from internvl_ds.files.reading import Unreadable, open_data, read_bytes
+
+# The longest encoded image, bytes; the largest of ImageNet have 15 MB.
+IMAGE_BYTES = 1 << 30
+
+
+class Source(Protocol):
+    """Where the images of a split come from.
+
+    Attributes:
+        root: the folder or archive, for messages.
+        names: paths below it, encoded by `os.fsencode`, as one numpy array of bytes: a worker that
+            is forked does not copy them by reading them.
+    """
+
+    root: str
+    names: np.ndarray
+
+    def size(self, index: int) -> int:
+        """Bytes of an encoded image."""
+
+    def read(self, index: int) -> bytes:
+        """An encoded image; raises OSError or ValueError."""
+
+    def where(self, index: int) -> str:
+        """An image's file, for messages."""
+
+
+def encoded(names: Sequence[str]) -> np.ndarray:
+    """Names as `Source` keeps them."""
+    return np.array([os.fsencode(name) for name in names], dtype='S')
+
+
+class Folder:
+    """Files below a folder."""
+
+    def __init__(self, root: Path, names: Sequence[str]) -> None:
+        self.root, self.names = str(root), encoded(names)
+
+    def where(self, index: int) -> str:
+        """Path of an image."""
+        return os.path.join(self.root, os.fsdecode(self.names[index]))
+
+    def size(self, index: int) -> int:
+        """Bytes of a file."""
+        with open_data(self.where(index)) as file:
+            return os.fstat(file.fileno()).st_size
+
+    def read(self, index: int) -> bytes:
+        """The bytes of a file."""
+        return read_bytes(self.where(index), IMAGE_BYTES)
+
+
+class Memory:
+    """Keeps the encoded images of some numbers in one buffer, which forked workers share."""
+
+    def __init__(self, source: Source, kept: range) -> None:
+        """Reads them.
+
+        Args:
+            source: what to read from, and what the images outside of ``kept`` are read from.
+            kept: numbers of the images to keep.
+
+        Raises:
+            OSError, ValueError: as the source; and when a file has changed meanwhile.
+        """
+        self.root, self.names = source.root, source.names
+        self._source, self._kept = source, kept
+        sizes = [source.size(index) for index in kept]
+        self._ends = np.cumsum([0, *sizes], dtype=np.int64)
+        self._bytes = np.empty(int(self._ends[-1]), dtype=np.uint8)
+        for place, index in enumerate(kept):
+            data = source.read(index)
+            if len(data) != sizes[place]:
+                raise Unreadable(f'{source.where(index)} changed while it was read')
+            self._bytes[self._ends[place] : self._ends[place + 1]] = np.frombuffer(data, np.uint8)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of all images that are kept."""
+        return len(self._bytes)
+
+    def where(self, index: int) -> str:
+        """As of the source."""
+        return self._source.where(index)
+
+    def size(self, index: int) -> int:
+        """As of the source."""
+        return self._source.size(index)
+
+    def read(self, index: int) -> bytes:
+        """The bytes of an image, from memory where it is kept."""
+        if index not in self._kept:
+            return self._source.read(index)
+        place = self._kept.index(index)
+        return self._bytes[self._ends[place] : self._ends[place + 1]].tobytes()

@@ -1,0 +1,95 @@
+"""Image folders: one folder per class, links followed, no folder of a class read twice."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from internvl_ds.errors import ConfigError, few
+
+_log = logging.getLogger(__name__)
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file of this name is taken for an image."""
+    return name.lower().endswith(IMG_EXTENSIONS)
+
+
+def class_folders(root: Path, leave_out: Collection[str] = ()) -> list[str]:
+    """Names of the folders in ``root``, sorted as text; none where there is no such folder."""
+    if not root.is_dir():
+        return []
+    with os.scandir(root) as entries:
+        return sorted(e.name for e in entries if e.is_dir() and e.name not in leave_out)
+
+
+def walk_classes(root: Path, classes: Collection[str]) -> tuple[list[str], list[int]]:
+    """Finds the images below ``root/<class>``, in the order of torchvision's ImageFolder.
+
+    A folder that links lead to a second time, in one class, is read once, and a warning names it:
+    two links to ``.`` would otherwise be a tree without an end.
+
+    Args:
+        root: the folder of a split.
+        classes: names of the class folders in it, by label.
+
+    Returns:
+        The images' paths below ``root``, and their labels.
+
+    Raises:
+        ConfigError: names the classes without an image.
+        OSError: for a folder that cannot be read.
+    """
+    names: list[str] = []
+    labels: list[int] = []
+    empty: list[str] = []
+    twice: list[str] = []
+    for label, name in enumerate(classes):
+        below = sorted(_folders(root, name, twice))
+        found = [
+            os.path.join(folder, file)
+            for folder, files in below
+            for file in sorted(files)
+            if is_image_name(file)
+        ]
+        names += found
+        labels += [label] * len(found)
+        if not found:
+            empty.append(name)
+    if twice:
+        _log.warning(
+            f'{root}: links lead to {len(twice)} folders that were read already, or to all of '
+            f'them; their images count once: {few(twice)}'
+        )
+    if empty:
+        raise ConfigError(f'{root}: no image in the class folders {few(empty)}')
+    return names, labels
+
+
+def _folders(root: Path, name: str, twice: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """The folders of a class with the files in each; links to ones seen before go to ``twice``."""
+    seen, waiting = {_identity(root)}, [name]
+    while waiting:
+        folder = waiting.pop()
+        path = root / folder
+        if (identity := _identity(path)) in seen:
+            twice.append(folder)
+            continue
+        seen.add(identity)
+        files = []
+        with os.scandir(path) as entries:
+            for entry in sorted(entries, key=lambda e: e.name, reverse=True):
+                if entry.is_dir():
+                    waiting.append(os.path.join(folder, entry.name))
+                else:
+                    files.append(entry.name)
+        yield folder, files
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino

@@ -1,0 +1,78 @@
+"""The batch norm over ranks, beside torch's on one, and in engines of every stage and precision."""
+
+import pytest
+import torch
+from torch import nn
+
+from internvl_ds.errors import ConfigError
+from internvl_ds.train.models.batch_norm import SyncBatchNorm
+from tests.harness.ranks import run_ranks
+from tests.train.models import norming
+from tests.train.models.tiny import difference
+
+PRECISIONS = [
+    ('O0', 'float16'), ('O1', 'float16'), ('O1', 'bfloat16'), ('O2', 'float16'), ('O2', 'bfloat16'),
+]  # fmt: skip
+
+
+@pytest.mark.first
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_two_ranks_have_the_statistics_of_the_whole_batch(tmp_path):
+    cells = [(stage, *precision) for precision in PRECISIONS for stage in range(4)]
+    cells.sort(key=lambda cell: cell[1:] == ('O2', 'float16'))  # DeepSpeed remembers an fp16 engine
+    for result in run_ranks(norming.beside_plain, 2, tmp_path, cells=cells, root=tmp_path):
+        # The mean is up to 75 deviations, and so is its rounding of 2^-24 in x - mean: 5e-6. What
+        # follows are differences of few terms: twice that.
+        assert all(value < 1e-5 for value in result['alone'].values()), result['alone']
+        for cell, got in zip(cells, result['engines'], strict=True):
+            assert got['dtypes'] == ['torch.float32', 'torch.int64'], cell
+            # float32 sums of 8 images: a few roundings of 6e-8 (bfloat16 has 2e-3).
+            assert got['off'] < 1e-6, cell
+            assert got['average_off'] < 1e-6, cell
+            # Two backward passes of some hundred sums in a row, 6e-8 each as a random walk.
+            assert got['weights_off'] < 5e-6, cell
+            assert list(got['resumed'].values()) == [[], []], cell
+
+
+def test_on_one_rank_it_is_torchs_own():
+    torch.manual_seed(0)
+    plain, norm = nn.BatchNorm1d(6, eps=1e-6), SyncBatchNorm(6)
+    assert list(norm.state_dict()) == list(nn.SyncBatchNorm(6).state_dict())
+    plain.load_state_dict(norm.state_dict())
+    x = torch.randn(9, 6)
+    assert torch.equal(plain(x), norm(x))
+    assert torch.equal(plain.eval()(x), norm.eval()(x))
+    assert all(torch.equal(plain.state_dict()[n], t) for n, t in norm.state_dict().items())
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_statistics_stay_in_float32_when_a_module_is_cast(dtype):
+    norm = SyncBatchNorm(6)
+    norm(torch.randn(9, 6) + 100)
+    before = norm.running_mean.clone()
+    module = nn.Sequential(norm).to(dtype)
+    assert torch.equal(norm.running_mean, before)
+    assert norm.weight.dtype == dtype
+    with torch.no_grad():
+        assert module.eval()(torch.randn(3, 6, dtype=dtype)).dtype == dtype
+    assert norm.double().running_mean.dtype == torch.float64
+    assert SyncBatchNorm(6).to('meta').running_var.is_meta
+
+
+def test_half_precision_sums_are_float32s():
+    torch.manual_seed(0)
+    x = (torch.randn(4096, 6) * 0.1 + 5).bfloat16()
+    norm = SyncBatchNorm(6).bfloat16()
+    norm(x)
+    want = nn.BatchNorm1d(6).double()
+    want(x.double())
+    assert difference(norm.running_mean, want.running_mean) < 1e-6
+    assert difference(norm.running_var, want.running_var) < 1e-6
+
+
+def test_statistics_that_were_cast_all_the_same_are_refused():
+    norm = SyncBatchNorm(6)
+    norm.running_mean.data = norm.running_mean.bfloat16()  # as data_types.buffer_dtype does
+    with pytest.raises(ConfigError, match=r'bfloat16.*data_types\.buffer_dtype'):
+        norm(torch.randn(9, 6))
