@@ -7,7 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.bench import bridge, checkpoint, elastic, ema, frozen, loads, memory, pretrained, saves
+from tests.bench import (
+    bridge,
+    build,
+    checkpoint,
+    elastic,
+    ema,
+    frozen,
+    loads,
+    memory,
+    pretrained,
+    saves,
+)
 from tests.bench.figures import (
     Pair,
     paired_ratios,
@@ -230,3 +241,14 @@ def test_a_probes_tag_is_its_trained_part_and_a_constant(tmp_path):
         assert rests[0] == pytest.approx(rests[1], rel=0.05), how
         assert large['keep']['bytes'] > large['frozen bytes'] > 20 * large[how]['bytes'], how
     assert large['once']['frozen'] > 0.99 * large['frozen bytes']
+
+
+@pytest.mark.ranks
+def test_a_build_is_measured_whole_and_in_slices(capsys):
+    build.main(['--params', '2'])
+    out = capsys.readouterr().out
+    assert '2 ranks' in out
+    whole, slices = (
+        line for line in out.splitlines() if line.startswith(('| whole', '| in slices'))
+    )
+    assert float(whole.split('|')[-2]) > 23.6 > float(slices.split('|')[-2])
