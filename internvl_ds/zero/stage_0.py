@@ -85,6 +85,10 @@ class UnfusedOptimizer(_Unpartitioned, DeepSpeedOptimizer):
         if self.engine.global_steps == 0:
             self.pull_masters()
             self.client.state.clear()
+        names = {id(p): n for n, p in self.engine.module.named_parameters()}
+        for group, lows in zip(self.client.param_groups, self.groups(), strict=True):
+            if 'param_names' in group:  # DeepSpeed has dropped what is frozen from the group
+                group['param_names'] = [names[id(low)] for low in lows]
         super().attach()
 
     def masters(self) -> dict[str, torch.Tensor]:

@@ -30,7 +30,14 @@ from internvl_ds.dist.rendezvous import rank, world_size
 from internvl_ds.engine.ema import ShardedEma
 from internvl_ds.errors import InternvlDsError
 from tests.harness.elastic import Run
-from tests.harness.model import CLASSES, FEATURES, make_config, micro_batch, zero_json
+from tests.harness.model import (
+    CLASSES,
+    FEATURES,
+    make_config,
+    micro_batch,
+    precision_values,
+    zero_json,
+)
 from tests.harness.saving import caught_warnings
 
 logger = logging.getLogger('test')
@@ -410,3 +417,48 @@ def _message_of_save(run: SharedRun) -> str:
     except InternvlDsError as error:
         return f'{type(error).__name__}: {error}'
     return 'saved'
+
+
+def frozen_in_groups(root: str, stage: int, precision: str) -> dict[str, list[str]]:
+    """Saves with frozen parameters among the optimizer's, and goes on in two layouts from there.
+
+    Returns:
+        The names of the weights that are not those of the run that went on without a save.
+    """
+
+    def start(stage: int, resume: str) -> tuple[Any, ...]:
+        config = make_config(
+            f'{root}/{stage}{resume and "resumed"}', MODEL__RESUME=resume, DATA__BATCH_SIZE=2,
+            **precision_values(precision),
+        )  # fmt: skip
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(FEATURES, 8), nn.Linear(8, CLASSES))
+        model[0].requires_grad_(False)
+        first, second = list(model.parameters())[::2], list(model.parameters())[1::2]
+        client = torch.optim.AdamW([{'params': first, 'lr': 0.1}, {'params': second, 'lr': 0.2}])
+        engine, optimizer = initialize(config, model, client, zero_json(stage))
+        scaler = NativeScalerWithGradNormCount()
+        if resume:
+            load_checkpoint(config, engine, optimizer, None, scaler, logger)
+        return config, engine, optimizer, scaler
+
+    def train_on(parts: Any, number: int) -> None:
+        engine, optimizer, scaler = parts
+        draw = torch.Generator().manual_seed(number)
+        images = torch.randn(2, FEATURES, generator=draw).to(next(engine.parameters()).dtype)
+        scaler(engine(images).float().square().sum(), optimizer, 5.0)
+
+    def named(engine: Any) -> dict[str, torch.Tensor]:
+        return {name: whole(p) for name, p in engine.module.named_parameters()}
+
+    config, *running = start(stage, '')
+    train_on(running, 0)
+    engine, optimizer, scaler = running
+    tag = save_checkpoint(config, 0, engine, 0.0, optimizer, None, scaler, logger)
+    train_on(running, 1)
+    differences = {}
+    for other in (stage, 1 if stage != 1 else 0):
+        resumed = start(other, tag)[1:]
+        train_on(resumed, 1)
+        differences[f'{stage} -> {other}'] = same(named(resumed[0]), named(engine))
+    return differences

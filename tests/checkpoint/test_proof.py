@@ -234,6 +234,18 @@ def test_what_is_unfrozen_or_frozen_after_initialize_is_saved_as_it_is(tmp_path,
             assert result[0][stage]['exported'] == result[0][stage]['averaged'] == []
 
 
+@pytest.mark.ranks
+@pytest.mark.parametrize('precision', ['fp32', 'bf16'])
+@pytest.mark.parametrize('stage', [0, 1, 3])
+def test_frozen_parameters_among_the_optimizers_are_saved_and_go_on(tmp_path, stage, precision):
+    """``AdamW(model.parameters())`` where some are frozen: DeepSpeed drops them from the groups."""
+    (differences,) = run_ranks(
+        proving.frozen_in_groups, 1, tmp_path, root=tmp_path, stage=stage, precision=precision
+    )
+    assert len(differences) == 2
+    assert not any(differences.values()), differences
+
+
 @pytest.mark.first
 @pytest.mark.ranks
 @pytest.mark.parametrize('in_background', [False, True])
