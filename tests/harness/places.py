@@ -43,6 +43,7 @@ from tests.harness import elastic
 from tests.harness.model import make_config, make_model
 from tests.harness.saving import Run, logger
 from tests.harness.training import brightness, small_config
+from tests.train.models import tiny
 
 COLLECTIVES = (
     'all_gather', 'all_gather_into_tensor', 'all_gather_object', 'all_reduce', 'barrier',
@@ -268,6 +269,25 @@ def fine_tune(shared: Path, limits: dict[str, Any]) -> None:
     _train(shared, limits, **values)
 
 
+def probe(shared: Path, limits: dict[str, Any]) -> None:
+    """The training program: a head's file on InternViT in slices, and images in memory."""
+    ds_config = Path(f'ds_{os.environ["RANK"]}.json')
+    ds_config.write_text(json.dumps({'zero_optimization': {'stage': 3}}))
+    section = {f'MODEL__INTERN_VIT_6B__{key}': value for key, value in _TINY.items()}
+    values = {
+        'MODEL__FACTORY': '', 'MODEL__TYPE': 'intern_vit_6b',
+        'MODEL__RESUME': str(shared / 'head.pth'),
+        'MODEL__INTERN_VIT_6B__PRETRAINED': str(shared / 'backbone.pth'), **section,
+        'DATA__IMG_SIZE': _TINY['PRETRAIN_SIZE'], 'DATA__IMG_ON_MEMORY': True,
+        'TRAIN__SHARDED_BUILD': 'always', 'BENCH__UPDATES': 1, 'BENCH__WARMUP': 0,
+    }  # fmt: skip
+    _train(shared, limits, str(ds_config), **values)
+
+
+# Of MODEL.INTERN_VIT_6B.
+_TINY = {'EMBED_DIM': 32, 'NUM_HEADS': 4, 'DEPTH': 1, 'PRETRAIN_SIZE': 28}
+
+
 def _train(
     shared: Path, limits: dict[str, Any], ds_config: str | None = None, output: str = 'output',
     **more: Any,
@@ -287,7 +307,7 @@ STORIES: dict[str, Callable[[Path, dict[str, Any]], None]] = {
     story.__name__: story
     for story in (
         join, save, save_behind, save_at_the_end, resume, resume_other, resume_file, evaluate,
-        pretrained, stop, train, time_updates, fine_tune,
+        pretrained, stop, train, time_updates, fine_tune, probe,
     )
 }  # fmt: skip
 
@@ -297,6 +317,10 @@ def prepare(shared: str) -> None:
     loop = originals.Loop('adamw')
     loop.steps(0, 1)
     loop.save(f'{shared}/ckpt_epoch_0.pth', 0)
+    if meetings.rank() == 0:
+        model = tiny.tiny_model(MODEL__NUM_CLASSES=3, **_TINY)
+        tiny.backbone_file(Path(shared), model)
+        tiny.head_file(Path(shared), model)
 
 
 def live(plan: str) -> None:
@@ -314,7 +338,7 @@ def live(plan: str) -> None:
     places = Places(folder, own, told['place'] if own == told['stays'] else None)
     install(places)
     places.come(BEFORE_JOINING)
-    if told['story'] not in ('train', 'time_updates', 'fine_tune'):
+    if told['story'] not in ('train', 'time_updates', 'fine_tune', 'probe'):
         config = small_config(folder, **told['limits'])
         init_distributed(config)
     STORIES[told['story']](Path(told['shared']), told['limits'])
