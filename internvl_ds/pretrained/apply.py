@@ -116,6 +116,7 @@ def _shape(value: Any) -> str:
 def rescale_head(model: nn.Module) -> None:
     """Scales weight and bias of ``model.head`` by 0.001, in place; of a slice each rank its own."""
     head = model.get_submodule('head')
+    settle()
     for name in ('weight', 'bias'):
         tensor = getattr(head, name, None)
         if isinstance(tensor, Tensor):
@@ -140,6 +141,7 @@ def write(model: nn.Module, values: Iterable[tuple[str, Tensor | Flat]]) -> None
     Each rank writes its own slice of a partitioned parameter: no rank holds more than one tensor.
     """
     targets: Mapping[str, Any] = model.state_dict(keep_vars=True)
+    settle()
     for key, value in values:
         target = targets[key]
         if is_sharded(target):

@@ -14,11 +14,13 @@ from torch import nn
 
 from internvl_ds import load_pretrained
 from internvl_ds.dist.rendezvous import rank
+from internvl_ds.train.model import build_model
 from internvl_ds.zero.parameters import is_sharded, local_values
 from internvl_ds.zero.sharded_build import ShardedBuild
 from tests.bench.memory import peak_growth
 from tests.harness.calls import message_of
 from tests.harness.model import make_config
+from tests.train.models import tiny
 
 STAGE_3 = {'zero_optimization': {'stage': 3}}
 
@@ -61,7 +63,9 @@ class Odd(nn.Module):
 
 
 def build(name: str) -> nn.Module:
-    """A model of timm by name, `Odd`, or one whose constructor loads weights from a path."""
+    """A model of timm by name, `Odd`, or one whose construction loads weights from a path."""
+    if name.endswith('backbone.pth'):
+        return build_model(tiny.tiny_config(PRETRAINED=name, EMBED_DIM=320))
     if name.endswith('.pth'):
         model = nn.Sequential(nn.Linear(700, 300), nn.Linear(300, 40))
         load_pretrained(make_config(MODEL__PRETRAINED=name), model, logging.getLogger('test'))

@@ -8,6 +8,7 @@ from internvl_ds.config.tree import default_config
 from internvl_ds.errors import ConfigError
 from internvl_ds.zero.sharded_build import choose_build
 from tests.harness.ranks import run_ranks
+from tests.train.models import tiny
 from tests.zero import sharding
 
 MODELS = ['odd', 'vit_tiny_patch16_224', 'swin_tiny_patch4_window7_224']
@@ -18,7 +19,8 @@ MODELS = ['odd', 'vit_tiny_patch16_224', 'swin_tiny_patch4_window7_224']
 def test_the_numbers_are_those_of_a_whole_build(tmp_path):
     model = nn.Sequential(nn.Linear(700, 300), nn.Linear(300, 40))
     torch.save(model.state_dict(), tmp_path / 'weights.pth')
-    names = [*MODELS, str(tmp_path / 'weights.pth')]
+    backbone = tiny.backbone_file(tmp_path, tiny.tiny_model(EMBED_DIM=320))
+    names = [*MODELS, str(tmp_path / 'weights.pth'), str(backbone)]
     for result in run_ranks(sharding.compare, 2, tmp_path, names=names):
         for name, got in result.items():
             assert got['finished'], name
