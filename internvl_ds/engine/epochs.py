@@ -13,6 +13,18 @@ from internvl_ds.config.tree import get_option
 from internvl_ds.dist.rendezvous import rank
 
 
+def seed_everything(seed: int) -> None:
+    """Seeds Python's, numpy's and torch's global generators, on all devices."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def seed_of(*place: int) -> int:
+    """A seed below 2 ** 32 that follows from numbers of at least 0, whose order counts."""
+    return int(np.random.SeedSequence(place).generate_state(1)[0])
+
+
 def start_epoch(config: CfgNode, loader: Any, epoch: int) -> None:
     """Begins an epoch, in place of ``loader.sampler.set_epoch(epoch)``: a resumed run draws alike.
 
@@ -30,11 +42,8 @@ def start_epoch(config: CfgNode, loader: Any, epoch: int) -> None:
             epoch's are new.
         epoch: counted from 0.
     """
-    place = np.random.SeedSequence([abs(int(get_option(config, 'SEED', 0))), epoch, rank()])
-    seed = int(place.generate_state(1)[0])
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+    seed = seed_of(abs(int(get_option(config, 'SEED', 0))), epoch, rank())
+    seed_everything(seed)
     if getattr(loader, 'generator', None) is not None:
         loader.generator.manual_seed(seed)
     set_epoch = getattr(loader.sampler, 'set_epoch', None)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import xxhash
 from timm.data import Mixup
 from torch.utils.data import DataLoader, Sampler
 from yacs.config import CfgNode
 
+from internvl_ds.engine.epochs import seed_everything, seed_of
 from internvl_ds.errors import ConfigError
 from internvl_ds.train.datasets.checks import check_data, keep_in_memory, reads_parts
 from internvl_ds.train.datasets.images import Images
@@ -150,13 +149,6 @@ class EvalSampler(Sampler[int]):
         return len(self._indices)
 
 
-def seed_everything(seed: int) -> None:
-    """Seeds Python's, numpy's and torch's global generators, on all devices."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
 def start_epoch(
     loader: DataLoader,
     seed: int,
@@ -179,7 +171,7 @@ def start_epoch(
     """
     if not generators_go_on:
         place = [abs(seed), epoch, rank, *([micro_batches] if micro_batches else [])]
-        seed_everything(int(np.random.SeedSequence(place).generate_state(1)[0]))
+        seed_everything(seed_of(*place))
     assert isinstance(loader.sampler, TrainSampler)
     assert loader.batch_size is not None
     loader.sampler.start(epoch, micro_batches * loader.batch_size)

@@ -32,11 +32,12 @@ from internvl_ds.config.tree import set_options
 from internvl_ds.dist.preemption import Preemption
 from internvl_ds.dist.rendezvous import exchange, from_rank_0, rank, world_size
 from internvl_ds.engine.ema import ShardedEma
+from internvl_ds.engine.epochs import seed_everything
 from internvl_ds.engine.grad_scaler import NativeScalerWithGradNormCount
 from internvl_ds.engine.initialize import initialize
 from internvl_ds.errors import ConfigError, few
 from internvl_ds.files import for_show
-from internvl_ds.train.data import Loaders, build_loaders, order_of, seed_everything
+from internvl_ds.train.data import Loaders, build_loaders, order_of
 from internvl_ds.train.log import write_config
 from internvl_ds.train.model import build_model
 from internvl_ds.train.models.build import warn_of_random_backbone

@@ -85,14 +85,14 @@ class UnfusedOptimizer(_Unpartitioned, DeepSpeedOptimizer):
         if self.engine.global_steps == 0:
             self.pull_masters()
             self.client.state.clear()
-        names = {id(p): n for n, p in self.engine.module.named_parameters()}
+        names = self._names()
         for group, lows in zip(self.client.param_groups, self.groups(), strict=True):
             if 'param_names' in group:  # DeepSpeed has dropped what is frozen from the group
                 group['param_names'] = [names[id(low)] for low in lows]
         super().attach()
 
     def masters(self) -> dict[str, torch.Tensor]:
-        names = {id(p): n for n, p in self.engine.module.named_parameters()}
+        names = self._names()
         return {names[id(low)]: master for low, master in self._pairs()}
 
     def push_masters(self) -> None:
@@ -116,6 +116,9 @@ class UnfusedOptimizer(_Unpartitioned, DeepSpeedOptimizer):
     def _reported_norm(self) -> Any:
         """Without the loss scale, which is in the norm that DeepSpeed reports."""
         return super()._reported_norm() / (1.0 if self.scale is None else self.scale.scale)
+
+    def _names(self) -> dict[int, str]:
+        return {id(p): n for n, p in self.engine.module.named_parameters()}
 
     def _pairs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Each parameter that is trained, and its fp32 master."""

@@ -23,8 +23,9 @@ from internvl_ds.checkpoint.tag.output_lock import LOCK
 from internvl_ds.config.tree import default_config, get_config, merge_opts
 from internvl_ds.dist.rendezvous import rank, world_size
 from internvl_ds.engine import registry as internvl_engine
+from internvl_ds.engine.epochs import seed_everything
 from internvl_ds.errors import RankError
-from internvl_ds.train.data import build_loaders, seed_everything, start_epoch
+from internvl_ds.train.data import build_loaders, start_epoch
 from internvl_ds.train.evaluate import evaluate
 from internvl_ds.train.loop import build_criterion, run, train_one_epoch
 from internvl_ds.train.model import build_model

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from internvl_ds.engine.epochs import seed_everything
 from internvl_ds.pretrained.head import imagenet_22k_rows
-from internvl_ds.train.data import EvalSampler, build_loaders, seed_everything
+from internvl_ds.train.data import EvalSampler, build_loaders
 from internvl_ds.train.evaluate import count_batch, evaluate, measure_throughput
 from internvl_ds.train.model import build_model
 from tests.harness import training as training_ranks
