@@ -9,6 +9,10 @@ set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
 set_up dev,mpi
+say "having DeepSpeed compile its optimizers, where they are not yet"
+python -c 'from deepspeed.ops.op_builder import CPUAdamBuilder, FusedAdamBuilder
+CPUAdamBuilder().load(), FusedAdamBuilder().load()' >"$VENV/internvl_ds-optimizers.log" 2>&1 ||
+  say "they cannot be compiled: see $VENV/internvl_ds-optimizers.log"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 say 'ruff check' && ruff check

@@ -22,8 +22,8 @@ from internvl_ds.checkpoint.frozen.omitting import Compared, Omitting
 from internvl_ds.checkpoint.frozen.sharing import Seen, Sharing
 from internvl_ds.checkpoint.tag.hashing import save_safetensors, save_tensors
 from internvl_ds.checkpoint.tag.manifest import FileEntry, Identity
-from internvl_ds.engine.ema_shard import EmaFile
 from internvl_ds.errors import CheckpointError
+from internvl_ds.files.ema_shard import EmaFile
 
 
 class ShardWriter(CheckpointEngine):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -28,6 +30,29 @@ def require_schedule(state: Mapping[str, Any], lr_scheduler: Any, where: object)
                 f'{where}: {key} of its lr schedule is {brief(saved[key])}, where the configured '
                 f'{type(lr_scheduler).__name__} has {brief(running[key])}'
             )
+    if hasattr(lr_scheduler, 'step_update'):
+        _try_schedule(lr_scheduler, saved, running, where)
+
+
+def _try_schedule(
+    lr_scheduler: Any, saved: Mapping[str, Any], running: Mapping[str, Any], where: object
+) -> None:
+    """Has a copy of timm's schedule give its lr by the saved values: a None tells no kind."""
+    pct = saved.get('noise_pct')
+    if isinstance(pct, int | float) and not pct >= 1e-4:  # timm draws until one lies within it
+        raise CheckpointError(f'{where}: noise_pct of its lr schedule is {pct!r}, below 0.0001')
+    trial = copy.copy(lr_scheduler)
+    groups = [dict(group) for group in lr_scheduler.optimizer.param_groups]
+    trial.optimizer = SimpleNamespace(param_groups=groups)
+    try:
+        trial.load_state_dict({key: saved[key] for key in saved if key in running})
+        for updates in (0, 1, 10**6):
+            trial.step_update(updates)
+            trial.step(updates)
+    except Exception as error:  # the file's values lie in timm's own code by now
+        raise CheckpointError(
+            f'{where}: its lr schedule gives no lr: {type(error).__name__}: {error}'
+        ) from error
 
 
 def _kind(value: Any) -> str | None:

@@ -45,10 +45,10 @@ from internvl_ds.config.ds.resolve import precision_of
 from internvl_ds.config.tree import checkpoint_option, get_option
 from internvl_ds.dist.process_group import collectives_within
 from internvl_ds.dist.rendezvous import exchange, from_rank_0, rank, world_size
-from internvl_ds.engine.ema_shard import EmaFile
 from internvl_ds.engine.registry import engine_of, registration_of, wrapper_of
 from internvl_ds.engine.scheduling import schedule_state, warn_of_slow_schedule
 from internvl_ds.errors import CheckpointError, RankError, few
+from internvl_ds.files.ema_shard import EmaFile
 from internvl_ds.zero.module_state import require_as_made
 from internvl_ds.zero.wrapper import Wrapper
 

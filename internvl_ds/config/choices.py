@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from yacs.config import CfgNode
 
 from internvl_ds.config.tree import checkpoint_option
@@ -10,13 +12,14 @@ from internvl_ds.errors import ConfigError
 _FROZEN = ('keep', 'once', 'omit')
 
 
-def frozen_of(config: CfgNode) -> str:
-    """CHECKPOINT.FROZEN.
+def require_one_of(key: str, value: object, words: Sequence[str]) -> None:
+    """Raises ConfigError where the value of a key is none of the words that it can be."""
+    if value not in words:
+        raise ConfigError(f'{key} is {value!r}; it can be {", ".join(map(repr, words))}')
 
-    Raises:
-        ConfigError: when it is none of the words that it may be.
-    """
+
+def frozen_of(config: CfgNode) -> str:
+    """CHECKPOINT.FROZEN; ConfigError as `require_one_of`."""
     value = checkpoint_option(config, 'FROZEN')
-    if value not in _FROZEN:
-        raise ConfigError(f'CHECKPOINT.FROZEN is {value!r}; it can be {" or ".join(_FROZEN)}')
+    require_one_of('CHECKPOINT.FROZEN', value, _FROZEN)
     return str(value)

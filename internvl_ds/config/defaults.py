@@ -66,6 +66,8 @@ _C.MODEL.RESUME = ''  # checkpoint to go on from, or to evaluate
 # the Hugging Face Hub), or its rest.
 _C.MODEL.DOWNLOAD_TIMEOUT = 120
 _C.MODEL.NUM_CLASSES = 1000  # of the head; the data must have as many
+# (new) Have the batch norms of the model (torch's and timm's) see the images of all ranks.
+_C.MODEL.SYNC_BN = False
 _C.MODEL.DROP_RATE = 0.0  # of dropout before the head, where the model has it
 _C.MODEL.DROP_PATH_RATE = 0.1  # of stochastic depth in the last block, where the model has it
 # 'linear': the rate rises from 0 over the blocks; another is refused but for a MODEL.FACTORY, which
@@ -133,6 +135,9 @@ _C.TRAIN.SAVE_MINUTES = 0.0  # minutes, see SAVE_STEPS
 _C.TRAIN.PREEMPT_EXIT_CODE = 0
 # (new) Print the traceback also of errors that this package raises on purpose (one line otherwise).
 _C.TRAIN.TRACEBACK = False
+# (new) The backend of torch.compile for the forward and backward pass: 'inductor', or another that
+# torch knows; '': none.
+_C.TRAIN.COMPILE = ''
 
 _C.TRAIN.LR_SCHEDULER = CN()
 _C.TRAIN.LR_SCHEDULER.NAME = 'cosine'  # cosine, linear, step
@@ -140,8 +145,12 @@ _C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = 30  # of step: epochs between two decays
 _C.TRAIN.LR_SCHEDULER.DECAY_RATE = 0.1  # of step: factor of each decay
 
 _C.TRAIN.OPTIMIZER = CN()
-# 'adamw', 'sgd' (Nesterov), sgd_linear_probing (momentum 0.9, no weight decay), or one of timm's.
+# 'adamw', 'sgd' (Nesterov), sgd_linear_probing (momentum 0.9), or one of timm's.
 _C.TRAIN.OPTIMIZER.NAME = 'adamw'
+# (new) Which AdamW 'adamw' is. 'auto': DeepSpeedCPUAdam where the ds_config offloads the optimizer,
+# FusedAdam on a GPU at ZeRO stages 1 to 3, else torch's; where DeepSpeed's cannot be compiled, a
+# warning, and torch's. 'torch', 'cpu' and 'fused' force one.
+_C.TRAIN.OPTIMIZER.ADAM = 'auto'
 _C.TRAIN.OPTIMIZER.EPS = 1e-8  # of adamw, and of timm's that have one
 _C.TRAIN.OPTIMIZER.BETAS = (0.9, 0.999)  # of adamw, and of timm's that have as many
 _C.TRAIN.OPTIMIZER.MOMENTUM = 0.9  # of sgd, and of timm's that have one

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import logging
 import socket
@@ -68,6 +69,9 @@ def speak_on_exceptions(
                 print(line, file=sys.stderr, flush=True)
         if afterwards is not None:
             afterwards()
+        # Python's last collection looks at all that torch and DeepSpeed made, for seconds of CPU
+        # time, while the launcher and the other ranks wait for this one to be gone.
+        gc.freeze()
 
     sys.excepthook = current_group().hook = speak
 

@@ -57,6 +57,11 @@ def detect(
             )
         return _slurm(environ)
     found = _detect(environ, local_rank)
+    if found.world_size > 1 and found.master is not None and not found.master[1]:
+        raise ConfigError(
+            'MASTER_PORT is 0, which each rank would read as another port: name a free one '
+            '(torchrun: --master-port, or --standalone on one host)'
+        )
     if launcher == 'pytorch' and found.by not in (ENVIRONMENT, SINGLE):
         raise ConfigError(
             f'--launcher pytorch: {found.by} started this process, and RANK and WORLD_SIZE are not '

@@ -212,8 +212,10 @@ def limit_collectives(config: CfgNode | None = None) -> None:
 
 
 def _set_limit(seconds: float) -> None:
+    # Published since torch 2.14.
+    set_timeout = getattr(torch_dist, 'set_timeout', None) or distributed_c10d._set_pg_timeout
     for group in list(distributed_c10d._world.pg_map) if torch_dist.is_initialized() else ():
-        torch_dist.set_timeout(timedelta(seconds=seconds), group)
+        set_timeout(timedelta(seconds=seconds), group)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from deepspeed.ops.adam import FusedAdam
 from torch import nn
 
 from internvl_ds.errors import ConfigError
@@ -99,8 +100,10 @@ class _ZeroGrad:
         if wrapper.alive and part is wrapper.client:
             part = wrapper.optimizer  # the client's own has no gradients but its partition's
         is_engine = wrapper.alive and part is wrapper.engine
-        plain_zero_grad = nn.Module.zero_grad if is_engine else type(part).zero_grad
-        plain_zero_grad(part, set_to_none=set_to_none)
+        base = nn.Module if is_engine else type(part)
+        if isinstance(part, FusedAdam):  # whose own takes no argument
+            base = torch.optim.Optimizer
+        base.zero_grad(part, set_to_none=set_to_none)
         if wrapper.alive and self._accumulation.losses and not wrapper.in_step:
             self._accumulation.drop()
             wrapper.drop_gradients()

@@ -1,108 +1,211 @@
-"""Whether an optimizer may be given pieces of tensors, as ZeRO stages 1 to 3 do. Found by trial."""
+"""Whether an engine steps an optimizer right, in pieces and on several ranks. Found by trial."""
 
 from __future__ import annotations
 
 import copy
 import math
+import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from internvl_ds.engine.optimizer_trial import copy_of
+from internvl_ds.engine.optimizer_trial import NOT_SETTINGS, OF_DEEPSPEED, copy_of
 from internvl_ds.errors import ConfigError
+from internvl_ds.zero.wrapper import only_groups
 
 _UPDATES = 3
 
-# Sides from which every known optimizer factors its state; matrices, because Muon takes nothing
-# else. In float64 the sums of both forms agree far better than LARS's small steps differ.
-_SHAPES = ((128, 130), (130, 160))
+# Matrices, because Muon takes nothing else. Small ones come first: products of larger ones, as Kron
+# makes them, fill the memory. From the other sides every known optimizer factors its state.
+_MATRICES = (((6, 10), (10, 12)), ((128, 130), (130, 160)))
+# An optimizer that takes no matrices, or no float64, is tried on the next.
+_FORMS: tuple[tuple[Sequence[Any], torch.dtype], ...] = (
+    (_MATRICES, torch.float64),
+    (_MATRICES, torch.float32),
+    ((((50,), (30,)),), torch.float32),
+)
+# Of the distance moved. In float64 the sums of both forms agree far better than LARS's small steps
+# differ.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
+
+_OTHERS = 'depends on other elements, and ZeRO gives it flat pieces of many tensors'
+_NEAREST = 'use stage 0, or an optimizer such as AdamW, SGD or Lion'
 
 
-def require_own_adagrad(optimizer: torch.optim.Optimizer) -> None:
-    """Raises ConfigError for torch's Adagrad, which DeepSpeed replaces at ZeRO stages 1 to 3."""
-    if isinstance(optimizer, torch.optim.Adagrad):
-        raise ConfigError(
-            'Adagrad at ZeRO stages 1 to 3: DeepSpeed makes another one of its defaults in its '
-            'place, which no parameter group and no lr schedule reaches: use stage 0, or AdamW'
-        )
+def require_steps(optimizer: Any, stage: int, ranks: int, device: torch.device) -> None:
+    """Refuses an optimizer that an engine of a ZeRO stage would step with wrong numbers.
 
-
-def require_elementwise(optimizer: Any, device: torch.device) -> None:
-    """Refuses, for ZeRO stages 1 to 3, an optimizer that needs its tensors whole.
-
-    There it gets flat pieces in which many tensors lie, or parts of them: LAMB's and LARS's norms,
-    Adafactor's rows and columns would be others, and training would go on with wrong numbers.
+    At stages 1 to 3 it gets flat pieces in which many tensors lie, or parts of them: LAMB's and
+    LARS's norms, Adafactor's rows and columns, the mean of a cautious mask would be others, and
+    training would go on. At each stage ``step()`` is called without a closure and without a graph
+    of the gradients, and ranks must draw no random numbers of their own.
 
     Args:
         optimizer: the client's, or the one that the ds_config names; it stays as it is.
+        stage: of ZeRO.
+        ranks: how many there are.
         device: where it is tried.
 
-    Raises ConfigError, which names its class.
+    Raises ConfigError, which names its class, the stage, and what works.
     """
+    fault = fault_of(optimizer, stage, ranks, device)
+    if fault:
+        raise ConfigError(f'{type(optimizer).__name__} at ZeRO stage {stage}: {fault}')
+
+
+def fault_of(optimizer: Any, stage: int, ranks: int, device: torch.device) -> str:
+    """As `require_steps`: what is wrong and what works, in words; '' where nothing is."""
+    if stage and isinstance(optimizer, torch.optim.Adagrad):
+        return (
+            'DeepSpeed makes another one of its defaults in its place, which no parameter group '
+            'and no lr schedule reaches; use stage 0, or AdamW'
+        )
     if type(optimizer).__module__.startswith('deepspeed.'):
-        return
+        if stage and type(optimizer).__name__ not in OF_DEEPSPEED:
+            return f'its update of an element {_OTHERS}; {_NEAREST}'
+        return ''
+    seen = set()
     for group in optimizer.param_groups:
-        if not _is_elementwise(optimizer, group, device):
-            raise ConfigError(
-                f'{type(optimizer).__name__} at ZeRO stages 1 to 3: its update of an element '
-                'depends on the tensor that it is in, and ZeRO gives it flat pieces of many: use '
-                'stage 0, or an optimizer such as AdamW, SGD or Lion'
-            )
+        key = tuple(sorted((k, repr(group[k])) for k in group.keys() - NOT_SETTINGS))
+        fault = '' if key in seen else _fault_of_group(optimizer, group, stage, ranks, device)
+        if fault:
+            return fault
+        seen.add(key)
+    return ''
 
 
-def _is_elementwise(
-    optimizer: torch.optim.Optimizer, settings: Mapping[str, Any], device: torch.device
-) -> bool:
-    """Whether whole tensors and one flat tensor of them come out alike; True if not known."""
+def _fault_of_group(
+    optimizer: Any, settings: Mapping[str, Any], stage: int, ranks: int, device: torch.device
+) -> str:
     devices = [] if device.type == 'cpu' else [device]
-    whole = _weights_and_gradients(device)
-    flat = [[torch.cat([tensor.flatten() for tensor in tensors])] for tensors in whole]
+    of_python = random.getstate()
+    error: Exception | None = None
     with (
         torch.random.fork_rng(devices, device_type=device.type if devices else 'cuda'),
         torch.compiler.set_stance('force_eager'),
     ):
         try:
-            of_whole = _weights_after(optimizer, settings, *whole)
-        except Exception:  # it needs a closure, or more than its class says
+            for sizes, dtype in _FORMS:
+                try:
+                    for shapes in sizes if stage else sizes[:1]:
+                        trial = _Trial(optimizer, settings, shapes, dtype, device)
+                        if fault := trial.fault(stage, ranks):
+                            return fault
+                    return ''
+                except Exception as failure:
+                    if isinstance(failure, _NoCopyError) and not stage:
+                        return ''  # not known; it would be stepped as in plain PyTorch
+                    error = error or failure
+        finally:
+            random.setstate(of_python)
+    words = ' '.join(str(error).split())[:120]
+    return (
+        f'a trial of its step() fails ({type(error).__name__}: {words}); an engine gives it no '
+        'closure, and dense gradients without a graph; use an optimizer such as AdamW, SGD or Lion'
+    )
+
+
+class _NoCopyError(Exception):
+    """The optimizer has attributes that cannot be copied."""
+
+
+class _Trial:
+    """An optimizer's updates of a few tensors: whole, and as ZeRO gives them to two ranks."""
+
+    def __init__(
+        self,
+        optimizer: Any,
+        settings: Mapping[str, Any],
+        shapes: Sequence[tuple[int, ...]],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._optimizer, self._settings = optimizer, settings
+        self._tolerance = _TOLERANCE[dtype]
+        self._weights, self._gradients = [], []
+        for size, shape in enumerate(shapes, 1):
+            count = torch.arange(1.0, math.prod(shape) + 1, dtype=torch.float64, device=device)
+            weight = size * count.sin()
+            # At right angles to the weights, where AdamP and SGDP do more than Adam and SGD; signs
+            # change from update to update, where cautious ones hold elements back.
+            across = torch.stack([weight[1::2], -weight[0::2]], 1) / 10**size
+            turns = [
+                (across * (count[: len(across), None] * n).cos()) for n in range(1, 1 + _UPDATES)
+            ]
+            self._weights.append(weight.reshape(shape).to(dtype))
+            self._gradients.append([turn.reshape(shape).to(dtype) for turn in turns])
+
+    def fault(self, stage: int, ranks: int) -> str:
+        whole = self._after(self._weights, self._gradients)
+        is_shared = ranks > 1 or stage > 0
+        if is_shared and self._differ(whole, self._after(self._weights, self._gradients)):
+            return (
+                'it draws random numbers, others on each rank, so that the ranks would train '
+                'weights of their own; use one rank at stage 0, or an optimizer such as AdamW'
+            )
+        if stage and self._differ(whole, self._in_pieces()):
+            return f'its update of an element {_OTHERS}; {_NEAREST}'
+        return ''
+
+    def _differ(self, whole: list[torch.Tensor], other: list[torch.Tensor] | None) -> bool:
+        if other is None:
             return True
+        pairs = zip(whole, other, self._weights, strict=True)
+        return any(
+            not (one - two).abs().max() <= self._tolerance * (one - start.flatten()).abs().max()
+            for one, two, start in pairs
+        )
+
+    def _in_pieces(self) -> list[torch.Tensor] | None:
+        """The weights as two ranks have them; None where the optimizer takes no pieces, as Muon."""
+        halves: list[list[torch.Tensor]] = []
+        for part in (0, 1):
+
+            def piece(tensor: torch.Tensor, part: int = part) -> torch.Tensor:
+                cut = tensor.numel() * 2 // 5
+                return tensor.flatten()[:cut] if part == 0 else tensor.flatten()[cut:]
+
+            gradients = [[piece(turn) for turn in turns] for turns in self._gradients]
+            try:
+                halves.append(self._after([piece(w) for w in self._weights], gradients, True))
+            except Exception:
+                return None
+        return [torch.cat(pair) for pair in zip(*halves, strict=True)]
+
+    def _after(
+        self,
+        weights: Sequence[torch.Tensor],
+        gradients: Sequence[Sequence[torch.Tensor]],
+        by_group: bool = False,
+    ) -> list[torch.Tensor]:
+        """The weights, flat, after some updates of a copy of the optimizer with a group for each.
+
+        Args:
+            weights: one tensor a group.
+            gradients: of each tensor, by update.
+            by_group: whether the groups are stepped one by one, as `ZeroOptimizer` does.
+        """
+        parameters = [nn.Parameter(weight.clone()) for weight in weights]
+        olds = [p for group in self._optimizer.param_groups for p in group['params']]
+        memo: dict[int, Any] = {id(p): parameters[0] for p in olds}
+        groups = []
+        for parameter in parameters:
+            own = {k: v for k, v in self._settings.items() if k != 'params'}
+            group = copy.deepcopy(own, dict(memo))
+            # A warm-up begins with 0, with which nothing moves.
+            lr = group.get('lr')
+            group['lr'] = torch.full_like(lr, 0.01) if torch.is_tensor(lr) else 0.01
+            groups.append({**group, 'params': [parameter]})
         try:
-            of_flat = _weights_after(optimizer, settings, *flat)
-        except Exception:  # Muon takes matrices only
-            return False
-    distance = (of_whole - flat[0][0]).abs().max()
-    return bool((of_whole - of_flat).abs().max() <= 1e-6 * distance)
-
-
-def _weights_and_gradients(device: torch.device) -> list[list[torch.Tensor]]:
-    """Gradients at right angles to the weights, where AdamP and SGDP do more than Adam and SGD."""
-    weights, gradients = [], []
-    for size, shape in enumerate(_SHAPES, 1):
-        count = torch.arange(1.0, math.prod(shape) + 1, dtype=torch.float64, device=device)
-        weight = size * count.sin()
-        gradient = weight.clone()
-        gradient[0::2], gradient[1::2] = weight[1::2], -weight[0::2]
-        weights.append(weight.reshape(shape))
-        gradients.append(gradient.reshape(shape) / 10**size)
-    return [weights, gradients]
-
-
-def _weights_after(
-    optimizer: torch.optim.Optimizer,
-    settings: Mapping[str, Any],
-    weights: Sequence[torch.Tensor],
-    gradients: Sequence[torch.Tensor],
-) -> torch.Tensor:
-    """The weights, flat, after some updates of a copy of the optimizer."""
-    copies = [nn.Parameter(weight.clone()) for weight in weights]
-    memo: dict[int, Any] = {id(p): copies[0] for g in optimizer.param_groups for p in g['params']}
-    group = copy.deepcopy({k: v for k, v in settings.items() if k != 'params'}, memo)
-    # A warm-up begins with 0, with which nothing moves.
-    group['lr'] = torch.full_like(group['lr'], 0.01) if torch.is_tensor(group['lr']) else 0.01
-    trial = copy_of(optimizer, [{**group, 'params': copies}], memo)
-    for update in range(_UPDATES):
-        for parameter, gradient in zip(copies, gradients, strict=True):
-            parameter.grad = gradient * (1 + update)
-        type(optimizer).step(trial)
-    return torch.cat([parameter.detach().flatten() for parameter in copies])
+            trial = copy_of(self._optimizer, groups, memo)
+        except Exception as error:
+            raise _NoCopyError(f'no copy of it can be made: {error}') from error
+        for update in range(_UPDATES):
+            for parameter, turns in zip(parameters, gradients, strict=True):
+                parameter.grad = turns[update].clone()
+            for some in [[group] for group in groups] if by_group else [groups]:
+                with only_groups(trial, some):
+                    type(self._optimizer).step(trial)
+        return [parameter.detach().flatten() for parameter in parameters]

@@ -22,9 +22,9 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 from internvl_ds.dist.rendezvous import rank, world_size
 from internvl_ds.engine.averaged_module import AveragedModule
-from internvl_ds.engine.ema_shard import EmaFile, shard_name
 from internvl_ds.engine.registry import engine_of, wrapper_of
 from internvl_ds.errors import CheckpointMismatch, ConfigError, few
+from internvl_ds.files.ema_shard import EmaFile, shard_name
 from internvl_ds.zero.lazy_tensor import Flat, fill
 from internvl_ds.zero.parameters import is_sharded
 from internvl_ds.zero.partition import owned, shapes_of
@@ -73,9 +73,17 @@ class ShardedEma:
             model: an engine, or a module or optimizer that belongs to one.
             decay: in [0, 1].
             warmup: True for timm's defaults.
+
+        Raises:
+            ConfigError: where weights or their masters lie on NVMe.
         """
         self.engine: DeepSpeedEngine = engine_of(model)
         self._wrapper = wrapper_of(self.engine)
+        if nvme := self._wrapper.kept_on_nvme():
+            raise ConfigError(
+                f'ShardedEma (TRAIN.EMA.ENABLE): there is nothing in memory to average, '
+                f'/zero_optimization/{nvme[0]}/device is nvme: set it to cpu, or average nothing'
+            )
         self.decay = decay
         self.warmup = EmaWarmup() if warmup is True else warmup or None
         self.num_updates = 0

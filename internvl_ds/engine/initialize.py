@@ -10,6 +10,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.ops.lion import DeepSpeedCPULion
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -25,14 +26,20 @@ from internvl_ds.config.tree import checkpoint_option, get_option
 from internvl_ds.dist.process_group import init_distributed, limit_collectives, making_groups
 from internvl_ds.dist.rendezvous import exchange, rank, world_size
 from internvl_ds.engine import param_groups
-from internvl_ds.engine.elementwise import require_own_adagrad
+from internvl_ds.engine.compiling import compile_module
+from internvl_ds.engine.elementwise import require_steps
 from internvl_ds.engine.lr_schedule import require_unit
 from internvl_ds.engine.monitors import drop_unwritable_monitors, guard_monitors
 from internvl_ds.engine.registry import configure, register, require_fp16
 from internvl_ds.errors import ConfigError
 from internvl_ds.files import for_show, write_text
-from internvl_ds.zero.guards import require_bare, require_real, require_unsharded
-from internvl_ds.zero.module_state import require_plain_state, require_sendable
+from internvl_ds.zero.guards import require_bare, require_unsharded
+from internvl_ds.zero.module_state import (
+    require_dtypes,
+    require_plain_state,
+    require_real,
+    require_sendable,
+)
 from internvl_ds.zero.origins import warn_of_unknown_origins
 from internvl_ds.zero.parameters import whole_numel
 
@@ -86,7 +93,8 @@ def initialize(
     init_distributed(config)
     trained = [p for p in model.parameters() if p.requires_grad]
     resolved = _resolve(config, trained, optimizer, ds_config, lr_scheduler is not None)
-    stage = resolved['zero_optimization']['stage']
+    if (stage := resolved['zero_optimization']['stage']) == 3:
+        require_dtypes(model)
     merged = _merge_groups(model, optimizer, lr_scheduler, stage)
     drop_unwritable_monitors(resolved, checkpoint_option(config, 'RENDEZVOUS_TIMEOUT'))
     limit_collectives(config)
@@ -100,6 +108,7 @@ def initialize(
     register(engine, lr_scheduler=lr_scheduler, schedule_in=schedule_in)
     limit_collectives(config)
     configure(engine, config, merged)
+    compile_module(engine, config)
     if optimizer is not None or 'optimizer' in resolved:
         _write_ds_config(config, resolved)
     return engine, ds_optimizer
@@ -139,8 +148,9 @@ def _merge_groups(
         if lr_scheduler is not None:
             raise ConfigError('lr_scheduler= needs the optimizer it was built over: pass both')
         return None
-    if stage:
-        require_own_adagrad(optimizer)
+    require_steps(
+        optimizer, stage, world_size(), torch.device(get_accelerator().current_device_name())
+    )
     count, names = len(optimizer.param_groups), {p: name for name, p in model.named_parameters()}
     merged = param_groups.merge_param_groups(optimizer, names)
     origins = merged.origins

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-# State of DeepSpeed's own, which cannot be tried on a copy: that would end the original's.
+# State of DeepSpeed's own that move each element by itself. They cannot be tried on a copy: that
+# would end the original's.
 _MOMENT = torch.empty(1)
-_DEEPSPEED: dict[str, dict[str, Any]] = {
+OF_DEEPSPEED: dict[str, dict[str, Any]] = {
     'FusedAdam': {'exp_avg': _MOMENT, 'exp_avg_sq': _MOMENT, 'step': 0},
     'DeepSpeedCPUAdam': {'exp_avg': _MOMENT, 'exp_avg_sq': _MOMENT, 'step': 0},
     'FusedLion': {'exp_avg': _MOMENT, 'step': 0},
@@ -104,7 +105,7 @@ class Trials:
         Of the tensor only shape, dtype and device matter.
         """
         if type(self.optimizer).__module__.startswith('deepspeed.'):
-            state = _DEEPSPEED.get(type(self.optimizer).__name__)
+            state = OF_DEEPSPEED.get(type(self.optimizer).__name__)
             return None if state is None else Kept(forms_of(state, (1,)), state, True)
         at_end = self._after(_UPDATES, settings, tensor, _SMALL)
         if at_end is None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -18,13 +19,14 @@ from internvl_ds.config.ds.resolve import precision_of
 from internvl_ds.config.ds.unsupported import unsupported_settings
 from internvl_ds.config.tree import default_of, get_option, value_at
 from internvl_ds.dist.process_group import limit_collectives
+from internvl_ds.dist.rendezvous import world_size
 from internvl_ds.engine.accumulation import Accumulation, watch_zero_grad
-from internvl_ds.engine.elementwise import require_elementwise
+from internvl_ds.engine.elementwise import require_steps
 from internvl_ds.engine.lr_schedule import LrSchedule, require_unit
 from internvl_ds.engine.param_groups import MergedGroups
 from internvl_ds.errors import ConfigError, EngineNotFound
 from internvl_ds.zero.guards import guard, require_bare
-from internvl_ds.zero.module_state import require_plain_state
+from internvl_ds.zero.module_state import require_plain_state, require_statistics
 from internvl_ds.zero.wrap import wrap
 from internvl_ds.zero.wrapper import Wrapper
 
@@ -103,11 +105,12 @@ def register(
     require_unit(lr_scheduler, schedule_in)
     if engine not in _registrations:
         require_bare(engine.module)
+        require_statistics(engine.module)
         require_plain_state(engine.module)
         wrapper = wrap(engine)
         _refuse_unsupported(wrapper.ds_config)
-        if wrapper.partitioned and wrapper.client is not None:
-            require_elementwise(wrapper.client, engine.device)
+        if wrapper.client is not None:
+            require_steps(wrapper.client, wrapper.stage, world_size(), engine.device)
         wrapper.attach()
         limit_collectives()  # of the groups that DeepSpeed has just made
         _registrations[engine] = Registration(wrapper, default_of(_LIMIT_KEY))
@@ -216,4 +219,5 @@ def _refuse_unsupported(ds_config: Mapping[str, Any]) -> None:
     """The same for a configuration that `require_right` has not seen: of plain DeepSpeed."""
     require_fp16(ds_config)
     blocks = (name for name in ('bf16', 'fp16') if value_at(ds_config, name, 'enabled'))
-    refuse(list(unsupported_settings(ds_config, next(blocks, None))))
+    version = deepspeed.__version__
+    refuse(list(unsupported_settings(ds_config, next(blocks, None), version=version)))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from urllib.parse import unquote, urlsplit, urlunsplit
+import string
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from internvl_ds.errors import PretrainedError
 
@@ -38,6 +39,8 @@ def shown(address: str) -> str:
 def split_address(address: str) -> tuple[str, str]:
     """Takes an https address apart: without user, password and fragment; and ``user:password``.
 
+    Letters that an address may not have are percent-encoded, as browsers do.
+
     Raises PretrainedError where it is none; nothing of it is in the text.
     """
     parts = urlsplit(address)
@@ -52,4 +55,5 @@ def split_address(address: str) -> tuple[str, str]:
     if parts.scheme.lower() != 'https':
         raise PretrainedError(f'nothing is downloaded from {parts.scheme}; use https')
     user, _, host = parts.netloc.rpartition('@')
-    return urlunsplit(('https', host, parts.path, parts.query, '')), unquote(user)
+    path, query = (quote(part, string.punctuation) for part in (parts.path, parts.query))
+    return urlunsplit(('https', host, path, query, '')), unquote(user)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,15 +16,18 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
+from internvl_ds.checkpoint.frozen.sources import named_in_config
+from internvl_ds.checkpoint.restore import given_by_backbone
 from internvl_ds.checkpoint.sources import downloads
 from internvl_ds.checkpoint.sources.open_weights import open_weights
 from internvl_ds.checkpoint.tag.discovery import is_tag, read_manifest
 from internvl_ds.checkpoint.tag.verify import damage, share_of, weight_files
+from internvl_ds.config.choices import require_one_of
 from internvl_ds.config.tree import checkpoint_option, get_option
 from internvl_ds.dist.process_group import collectives_within, init_distributed
 from internvl_ds.dist.rendezvous import agree, exchange, from_rank_0, rank, world_size
 from internvl_ds.engine.registry import find_engine
-from internvl_ds.errors import ConfigError, PretrainedError, RankError
+from internvl_ds.errors import PretrainedError, RankError
 from internvl_ds.files.addresses import shown
 from internvl_ds.files.reading import interpreting
 from internvl_ds.pretrained import apply, head, transforms
@@ -64,6 +67,7 @@ class Plan:
     origins: Mapping[str, Origin | None] = field(default_factory=dict)
 
 
+@named_in_config
 def load_pretrained(config: CfgNode, model: nn.Module, logger: logging.Logger) -> PretrainedReport:
     """Loads the weights at MODEL.PRETRAINED into a module, adapted to it, before training.
     Collective: every rank calls it.
@@ -123,8 +127,7 @@ def load_planned(
         alike: whether ranks that hold whole models make sure that all decide the same, too.
     """
     readers = str(get_option(config, 'MODEL.PRETRAINED_READERS', 'all'))
-    if readers not in ('all', 'one'):
-        raise ConfigError(f"MODEL.PRETRAINED_READERS is {readers!r}; it can be 'all' or 'one'")
+    require_one_of('MODEL.PRETRAINED_READERS', readers, ('all', 'one'))
     is_partitioned = any(map(is_sharded, model.parameters()))
     values: Iterable[tuple[str, Any]]
     if readers == 'one':
@@ -223,13 +226,14 @@ def _adapt(config: CfgNode, path: str, source: State, model: nn.Module) -> Plan:
     state, head_notes = run_steps((lambda s, _: head.fit_head(s, plan),), state, specs)
     apply.require_shapes(state, specs)
     rescale = plan is head.HeadPlan.RESCALE
+    given = given_by_backbone(model)  # by another file, a moment ago
     report = PretrainedReport(
         path=path,
         notes=notes + size_notes + head_notes,
         loaded=tuple(key for key in state if key in specs),
-        missing=tuple(key for key in specs if key not in state),
+        missing=tuple(key for key in specs if key not in state and key not in given),
         unexpected=tuple(key for key in state if key not in specs),
-        matched=_share_in(model, state, rescale),
+        matched=_share_in(model, state, given, rescale),
     )
     report.require(float(get_option(config, 'MODEL.PRETRAINED_MIN_MATCH')))
     plan_state = {key: state[key] for key in report.loaded}
@@ -239,8 +243,12 @@ def _adapt(config: CfgNode, path: str, source: State, model: nn.Module) -> Plan:
     return Plan(plan_state, rescale, report)
 
 
-def _share_in(model: nn.Module, state: State, rescale: bool) -> float:
-    names = [n for n, _ in model.named_parameters() if not (rescale and n.startswith('head.'))]
+def _share_in(model: nn.Module, state: State, given: Container[str], rescale: bool) -> float:
+    names = [
+        name
+        for name, _ in model.named_parameters()
+        if not (rescale and name.startswith('head.')) and (name in state or name not in given)
+    ]
     return sum(name in state for name in names) / len(names) if names else 1.0
 
 

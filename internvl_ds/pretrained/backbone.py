@@ -32,6 +32,7 @@ from internvl_ds.pretrained.transforms import Note, Result, Specs, State, Step
 _REPOSITORY = re.compile(
     r'[\w-][\w.-]*/[\w-][\w.-]*(?<!\.pth)(?<!\.pt)(?<!\.bin)(?<!\.safetensors)'
 )
+_FIRST_NUMBER = re.compile(r'\.(\d+)\.')
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class Backbone:
     Attributes:
         key: of the yacs tree, for errors.
         path: its value: a file, a directory, an address, or ORG/REPO of the Hugging Face Hub.
-        keys: of the model's state dict: those that the file must hold, all of them.
+        keys: of the model's state dict: those that the file must hold, all of them. It may hold
+            more blocks, and a head, which are left out.
         renames: pairs of a regular expression and its replacement, from a file's names.
         position: name of the position embedding, (..., 1 + side * side, width).
         patch: name of the weight that makes patches, (width, 3, side, side).
@@ -156,7 +158,13 @@ def _adapt(source: State, model: nn.Module, backbone: Backbone, name: str) -> Pl
     kept = {key: value for key, value in state.items() if key in keys}
     missing = [key for key in backbone.keys if key not in kept]
     others = [key for key in state if key not in keys]
-    unexpected = [key for key in others if not key.startswith(backbone.unused)]
+    deeper = [key for key in others if _FIRST_NUMBER.sub('.0.', key, count=1) in keys]
+    heads = model.state_dict(keep_vars=True).keys() - keys
+    unexpected = [
+        key
+        for key in others
+        if not (key.startswith(backbone.unused) or key in heads or key in deeper)
+    ]
     if missing or unexpected:
         raise PretrainedError(
             f'is of another backbone: {len(missing)} names of the model are not in it '
@@ -164,6 +172,10 @@ def _adapt(source: State, model: nn.Module, backbone: Backbone, name: str) -> Pl
             f'({few(unexpected) or "none"}). Set the keys beside {backbone.key} as for the file'
         )
     apply.require_shapes(kept, specs)
+    if deeper:  # InternViT-6B-448px-V1-0 has 48 blocks, and the original's YAMLs use 45 of them
+        blocks = sorted({int(_FIRST_NUMBER.findall(key)[0]) for key in deeper})
+        text = f'{name}: its blocks {few(blocks)} are not used: the model is built with fewer'
+        notes += (Note(f'{text} ({backbone.key.removesuffix("PRETRAINED")}DEPTH)', True),)
     if others:
         notes += (Note(f'left {len(others)} entries out that this model does not use'),)
     named = [n for n, _ in model.named_parameters()]

@@ -117,9 +117,9 @@ def shard_indices(total: int, world_size: int, rank: int) -> tuple[list[int], in
         The rank's indices, ``ceil(total / world_size)`` of them, and how many at the front are
         its own; over all ranks those are each index exactly once.
     """
-    own = list(range(rank, total, world_size))
+    indices = list(range(rank, total, world_size))
     length = -(-total // world_size)
-    return own + [0] * (length - len(own)), len(own)
+    return indices + [0] * (length - len(indices)), len(indices)
 
 
 class EvalSampler(Sampler[int]):

@@ -114,11 +114,11 @@ class MetricsLog:
             last: the record of the epoch before, from the tag that it resumes from: added where the
                 run that saved it was killed before it wrote the line.
         """
-        kept = [record for record in self.read() if record['epoch'] < epoch]
-        known = {record['epoch'] for record in kept}
+        records = [record for record in self.read() if record['epoch'] < epoch]
+        known = {record['epoch'] for record in records}
         if last and last['epoch'] == epoch - 1 and epoch - 1 not in known and self.path.is_file():
-            kept.append(dict(last))  # without a file it would be another run's
-        write_text(self.path, ''.join(_line(record) for record in kept))
+            records.append(dict(last))  # without a file it would be another run's
+        write_text(self.path, ''.join(_line(record) for record in records))
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Adds one epoch's record; values that JSON has no word for (nan, inf) become null."""

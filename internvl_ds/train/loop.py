@@ -94,19 +94,19 @@ def train_one_epoch(state: Run, epoch: int) -> dict[str, float]:
     config, engine, loader = state.config, state.engine, state.loaders.train
     assert loader is not None
     position = state.position
-    done = position.micro_batches
-    start_epoch(loader, config.SEED, epoch, rank(), done, state.generators_go_on)
+    start = position.micro_batches
+    start_epoch(loader, config.SEED, epoch, rank(), start, state.generators_go_on)
     state.generators_go_on = False  # only in the epoch that was resumed
     set_train_mode(engine, engine.module, config.TRAIN.OPTIMIZER.FREEZE_BACKBONE)
     criterion = build_criterion(config, soft_targets=state.loaders.mixup is not None)
     dtype, steps, total = input_dtype(engine), accumulation_steps(config), len(loader)
-    if done:
-        state.logger.info('epoch %d goes on after micro-batch %d of %d', epoch, done, total)
+    if start:
+        state.logger.info('epoch %d goes on after micro-batch %d of %d', epoch, start, total)
     progress = Progress(
-        config, epoch, total, world_size(), state.logger, shows_bar(rank()), done, position.meters
+        config, epoch, total, world_size(), state.logger, shows_bar(rank()), start, position.meters
     )
     try:
-        for index, (images, labels) in enumerate(loader, done):
+        for index, (images, labels) in enumerate(loader, start):
             images = images.to(engine.device, non_blocking=True)
             labels = labels.to(engine.device, non_blocking=True)
             if state.loaders.mixup is not None:

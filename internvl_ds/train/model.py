@@ -18,6 +18,7 @@ from yacs.config import CfgNode
 
 from internvl_ds.config.tree import get_option
 from internvl_ds.errors import ConfigError
+from internvl_ds.train.models.batch_norm import synchronize
 from internvl_ds.train.models.build import BUILDERS
 
 _logger = logging.getLogger(__name__)
@@ -58,6 +59,10 @@ def build_model(config: CfgNode) -> nn.Module:
             f'MODEL.TYPE {config.MODEL.TYPE!r} does not ship with this package, which has {known}: '
             "set MODEL.TYPE 'timm' and MODEL.NAME to a timm model, or MODEL.FACTORY to "
             "'package.module:function', which is called with the config and returns the nn.Module"
+        )
+    if get_option(config, 'MODEL.SYNC_BN', False):
+        _logger.info(
+            'MODEL.SYNC_BN: %d batch norms see the images of all ranks', synchronize(model)
         )
     if config.TRAIN.USE_CHECKPOINT:
         _enable_activation_checkpointing(model, by_factory='USE_CHECKPOINT' in reads)
@@ -158,24 +163,24 @@ def _build_timm_model(config: CfgNode) -> nn.Module:
         'drop_rate': ('MODEL.DROP_RATE', config.MODEL.DROP_RATE),
         'drop_path_rate': ('MODEL.DROP_PATH_RATE', config.MODEL.DROP_PATH_RATE),
     }
-    given = dict(config.MODEL.KWARGS)
+    settings = dict(config.MODEL.KWARGS)
     while True:
         standard = {key: value for key, (_, value) in offered.items()}
         try:
-            kwargs = {'num_classes': config.MODEL.NUM_CLASSES, **standard, **given}
+            kwargs = {'num_classes': config.MODEL.NUM_CLASSES, **standard, **settings}
             return timm.create_model(name, pretrained=False, **kwargs)
         except TypeError as error:
             # Not every family takes every argument, and timm has no list of who takes what.
             match = re.search(r"unexpected keyword argument '(\w+)'", str(error))
             refused = match.group(1) if match else None
-            if refused in offered and refused not in given:
+            if refused in offered and refused not in settings:
                 key, value = offered.pop(refused)
                 if value and refused != 'img_size':
                     _logger.warning('%s takes no %s: %s %s is not used', name, refused, key, value)
                 continue
-            if refused in given:
+            if refused in settings:
                 raise ConfigError(
-                    f'MODEL.KWARGS {refused}={given[refused]!r}: {name} takes no such argument'
+                    f'MODEL.KWARGS {refused}={settings[refused]!r}: {name} takes no such argument'
                 ) from error
             raise
 

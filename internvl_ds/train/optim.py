@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatch
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from yacs.config import CfgNode
 
+from internvl_ds.config.choices import require_one_of
 from internvl_ds.errors import ConfigError
 from internvl_ds.zero.parameters import whole_shape
 
@@ -67,7 +68,9 @@ def updates_per_epoch(config: CfgNode, micro_batches: int) -> int:
 
 
 def param_groups(model: nn.Module, config: CfgNode, base_lr: float) -> list[dict[str, Any]]:
-    """Groups the trainable parameters: one group per (lr, weight decay), names kept.
+    """A group for each trained parameter, in the model's order, as the original builds them.
+
+    So that its checkpoints resume, and exports do there; `initialize` merges equal ones.
 
     One-dimensional tensors, biases, and what ``model.no_weight_decay()`` or
     ``no_weight_decay_keywords()`` name have no weight decay. TRAIN.LR_LAYER_DECAY scales the lr
@@ -75,7 +78,7 @@ def param_groups(model: nn.Module, config: CfgNode, base_lr: float) -> list[dict
     parameters, as in the original.
 
     Returns:
-        Groups with ``params``, ``param_names``, ``lr`` (base_lr times the scale) and
+        Groups of one in ``params`` and ``param_names``, with ``lr`` (base_lr times the scale) and
         ``weight_decay``. A schedule starts from this lr; its warm-up's first value and its minimum
         are the same for all groups.
 
@@ -85,7 +88,7 @@ def param_groups(model: nn.Module, config: CfgNode, base_lr: float) -> list[dict
     exempt = _no_decay_patterns(model)
     scales = _layer_scales(model, config)
     multiplier = _dcn_multiplier(config)
-    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    groups = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -96,35 +99,42 @@ def param_groups(model: nn.Module, config: CfgNode, base_lr: float) -> list[dict
         lr = scales.get(name, 1.0) * base_lr
         if any(part in name for part in _DCN_NAMES):
             lr = multiplier * lr
-        lists: dict[str, Any] = {'params': [], 'param_names': []}
-        group = groups.setdefault((lr, decay), {**lists, 'lr': lr, 'weight_decay': decay})
-        group['params'].append(parameter)
-        group['param_names'].append(name)
-    return list(groups.values())
+        members = {'params': [parameter], 'param_names': [name]}
+        groups.append({**members, 'lr': lr, 'weight_decay': decay})
+    return groups
 
 
-def build_optimizer(config: CfgNode, model: nn.Module, base_lr: float) -> torch.optim.Optimizer:
+def build_optimizer(
+    config: CfgNode,
+    model: nn.Module,
+    base_lr: float,
+    adam: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
+) -> torch.optim.Optimizer:
     """Builds the optimizer that TRAIN.OPTIMIZER.NAME names over `param_groups`.
 
-    'adamw', 'sgd' (Nesterov) and 'sgd_linear_probing' (momentum 0.9, no weight decay) are torch's;
-    any other name is timm's. ``base_lr`` is the lr at the top of the schedule.
+    'adamw' is ``adam``; 'sgd' (Nesterov) and 'sgd_linear_probing' (momentum 0.9) are torch's;
+    any other name is timm's.
+
+    Args:
+        config: TRAIN is read.
+        model: whose parameters are trained.
+        base_lr: the lr at the top of the schedule.
+        adam: which AdamW, as `adam_class` chose.
 
     Raises:
-        ConfigError: for a name that timm does not have either.
+        ConfigError: for a name that timm does not have either, or that cannot be built here.
     """
     settings = config.TRAIN.OPTIMIZER
     name = settings.NAME.lower()
     groups = param_groups(model, config, base_lr)
     if name == 'adamw':
-        return torch.optim.AdamW(groups, lr=base_lr, betas=tuple(settings.BETAS), eps=settings.EPS)
+        return adam(groups, lr=base_lr, betas=tuple(settings.BETAS), eps=settings.EPS)
     if name == 'sgd':
         # Nesterov is defined for a momentum only; torch refuses it without one.
         return torch.optim.SGD(
             groups, lr=base_lr, momentum=settings.MOMENTUM, nesterov=settings.MOMENTUM > 0
         )
     if name == 'sgd_linear_probing':
-        for group in groups:
-            group['weight_decay'] = 0.0
         return torch.optim.SGD(groups, lr=base_lr, momentum=0.9)
     if name not in timm_optim.list_optimizers():
         raise ConfigError(
@@ -138,7 +148,14 @@ def build_optimizer(config: CfgNode, model: nn.Module, base_lr: float) -> torch.
     if info.has_betas and info.num_betas == len(settings.BETAS):
         kwargs['betas'] = tuple(settings.BETAS)
     kwargs |= {'lr': base_lr, 'momentum': settings.MOMENTUM}
-    return timm_optim.create_optimizer_v2(groups, opt=name, **kwargs)
+    try:
+        return timm_optim.create_optimizer_v2(groups, opt=name, **kwargs)
+    except Exception as error:  # apex, bitsandbytes or opt_einsum is not there
+        words = ' '.join(str(error).split()) or 'its package is not installed'
+        raise ConfigError(
+            f'TRAIN.OPTIMIZER.NAME {settings.NAME!r} cannot be built here '
+            f'({type(error).__name__}: {words}); install what it needs, or use adamw'
+        ) from error
 
 
 def build_scheduler(
@@ -162,23 +179,22 @@ def build_scheduler(
     Raises:
         ConfigError: for an unknown TRAIN.LR_SCHEDULER.NAME.
     """
+    name = config.TRAIN.LR_SCHEDULER.NAME
+    require_one_of('TRAIN.LR_SCHEDULER.NAME', name, ('cosine', 'linear', 'step'))
     total = max(1, int(config.TRAIN.EPOCHS * micro_batches))
     warmup = int(config.TRAIN.WARMUP_EPOCHS * micro_batches)
     shared = {'warmup_t': warmup, 'warmup_lr_init': lrs.warmup, 't_in_epochs': False}
-    name = config.TRAIN.LR_SCHEDULER.NAME
     if name == 'cosine':
         return CosineLRScheduler(
             optimizer, t_initial=total, lr_min=lrs.min, warmup_prefix=False, **shared
         )
     if name == 'linear':
         return LinearSchedule(optimizer, total, warmup, lrs.warmup)
-    if name == 'step':
-        decay_t = max(1, int(config.TRAIN.LR_SCHEDULER.DECAY_EPOCHS * micro_batches))
-        rate = config.TRAIN.LR_SCHEDULER.DECAY_RATE
-        return StepLRScheduler(
-            optimizer, decay_t=decay_t, decay_rate=rate, warmup_prefix=True, **shared
-        )
-    raise ConfigError(f'TRAIN.LR_SCHEDULER.NAME {name!r} is none of cosine, linear, step')
+    decay_t = max(1, int(config.TRAIN.LR_SCHEDULER.DECAY_EPOCHS * micro_batches))
+    rate = config.TRAIN.LR_SCHEDULER.DECAY_RATE
+    return StepLRScheduler(
+        optimizer, decay_t=decay_t, decay_rate=rate, warmup_prefix=True, **shared
+    )
 
 
 class LinearSchedule(Scheduler):

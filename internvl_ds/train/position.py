@@ -47,12 +47,12 @@ class Position:
         Raises:
             ValueError: for a value of another type, before anything is taken over.
         """
-        own = asdict(self)
-        known = {name: state[name] for name in state.keys() & own.keys()}  # earlier ones kept less
-        for name, value in known.items():
-            if type(value) is not type(own[name]) or (type(value) is int and value < 0):
+        fields = asdict(self)
+        saved = {name: state[name] for name in state.keys() & fields.keys()}
+        for name, value in saved.items():
+            if type(value) is not type(fields[name]) or (type(value) is int and value < 0):
                 raise ValueError(f'{name} of a position is {brief(value)}')
-        vars(self).update(known)
+        vars(self).update(saved)
 
     def fit(
         self,
@@ -82,17 +82,17 @@ class Position:
         same = ranks == self.ranks
         if self.micro_batches and not self.complete and self._order_changed(order, logger):
             self.micro_batches, same = 0, False
-        seen = self.micro_batches * self.images
+        before = self.micro_batches * self.images
         if self.complete:
             self.micro_batches = total
         elif images:
-            self.micro_batches = min(seen // images, total)
+            self.micro_batches = min(before // images, total)
             self.micro_batches -= self.micro_batches % group
-            if self.micro_batches * images != seen:
+            if self.micro_batches * images != before:
                 logger.warning(
-                    f'the epoch goes on after {self.micro_batches * images} of its images; {seen} '
-                    'have been seen: another batch size or number of ranks has no whole update '
-                    'there, and repeats the rest'
+                    f'the epoch goes on after {self.micro_batches * images} of its images; '
+                    f'{before} have been seen: another batch size or number of ranks has no whole '
+                    'update there, and repeats the rest'
                 )
         self.images, self.ranks, self.order = images, ranks, dict(order or {})
         if not same:

@@ -35,7 +35,7 @@ class Progress:
         world_size: int,
         logger: logging.Logger,
         show_bar: bool = False,
-        done: int = 0,
+        start: int = 0,
         meters: Mapping[str, Any] | None = None,
     ) -> None:
         """Starts the epoch's clock.
@@ -47,7 +47,7 @@ class Progress:
             world_size: how many ranks train.
             logger: takes the lines.
             show_bar: whether to show a progress bar beside them.
-            done: how many of the micro-batches were done before this process.
+            start: how many of the micro-batches were done before this process.
             meters: what `state_dict` told then.
         """
         self.losses = AverageMeter()
@@ -58,14 +58,14 @@ class Progress:
         self._pending_losses: list[torch.Tensor] = []
         self._pending_norms: list[torch.Tensor] = []
         self._skipped = 0
-        self._done = self._first = self._last_done = done
+        self._done = self._first = self._last_done = start
         self._start = self._last_time = time.perf_counter()
         if meters:
             vars(self.losses).update(meters['losses'])
             self.norms.load_state_dict(meters['norms'])
             self._skipped = meters['skipped']
         self._bar = tqdm(
-            total=micro_batches, initial=done, desc=f'epoch {epoch}/{config.TRAIN.EPOCHS}',
+            total=micro_batches, initial=start, desc=f'epoch {epoch}/{config.TRAIN.EPOCHS}',
             unit='batch', dynamic_ncols=True, leave=False, disable=not show_bar,
         )  # fmt: skip
 

@@ -48,6 +48,7 @@ from internvl_ds.train.optim import (
     scaled_lrs,
     told_lrs,
 )
+from internvl_ds.train.optimizer_check import examine_training
 from internvl_ds.train.position import Position
 from internvl_ds.train.stopwatch import Stopwatch
 from internvl_ds.utils import (
@@ -56,6 +57,7 @@ from internvl_ds.utils import (
     load_ema_checkpoint,
     load_pretrained,
 )
+from internvl_ds.zero.fast_adam import adam_class
 from internvl_ds.zero.parameters import whole_numel
 from internvl_ds.zero.sharded_build import ShardedBuild, choose_build
 
@@ -117,9 +119,10 @@ def setup(config: CfgNode, ds_config: DsConfig, logger: logging.Logger) -> Run:
     require_counts(config)
     require_linear_drop_path(config)
     trains = not (config.EVAL_MODE or config.THROUGHPUT_MODE)
-    resolution = examine(
-        tree, config, world_size(), optimizer_in_code=trains, scheduler_in_code=trains
-    )
+    if trains:
+        resolution = examine_training(tree, config, world_size())
+    else:
+        resolution = examine(tree, config, world_size(), optimizer_in_code=False)
     refuse(errors_of(resolution.findings))  # initialize logs the warnings
     ds.adopt(config, resolution.tree)
     _share_cores(config)
@@ -193,7 +196,7 @@ def _setup_training(
             logger.info('configuration, resolved: %s', write_config(config, config.OUTPUT))
     lrs = scaled_lrs(config, world_size())
     logger.info(told_lrs(config, world_size(), lrs))
-    client = build_optimizer(config, model, lrs.base)
+    client = build_optimizer(config, model, lrs.base, adam_class(config, resolution.tree))
     scheduler = build_scheduler(config, client, len(loaders.train), lrs)
     engine, optimizer = initialize(
         config, model, client, resolution, lr_scheduler=scheduler, schedule_in='original'
@@ -243,7 +246,8 @@ def _setup_evaluation(
                 averaged = None
                 logger.info('the checkpoint has no average of its own to evaluate')
     elif not config.MODEL.PRETRAINED:
-        logger.warning('neither MODEL.RESUME nor MODEL.PRETRAINED is set: the weights are random')
+        part = 'head' if getattr(model, 'given_by_backbone', None) else 'model'
+        logger.warning(f'neither MODEL.RESUME nor MODEL.PRETRAINED is set: the {part} is random')
     engine = _inference_engine(config, model, resolution)
     scaler = NativeScalerWithGradNormCount()
     return Run(config, logger, loaders, engine, scaler, averaged_weights=averaged, best=best)
@@ -309,13 +313,13 @@ def _choose_resume(config: CfgNode, logger: logging.Logger) -> None:
     if not config.TRAIN.AUTO_RESUME:
         return
     if config.MODEL.RESUME:
-        found = None if config.EVAL_MODE else newer_than_best(config)
-        if found is None:
+        newest = None if config.EVAL_MODE else newer_than_best(config)
+        if newest is None:
             return
-        logger.warning('%s goes before MODEL.RESUME %s, as the newer', found, config.MODEL.RESUME)
+        logger.warning('%s goes before MODEL.RESUME %s, as the newer', newest, config.MODEL.RESUME)
     else:
-        found = auto_resume_helper(config.OUTPUT, config=config)
-        if found is None:
+        newest = auto_resume_helper(config.OUTPUT, config=config)
+        if newest is None:
             logger.info('no checkpoint in %s: starting anew', config.OUTPUT)
             return
-    set_options(config, {'MODEL.RESUME': found})
+    set_options(config, {'MODEL.RESUME': newest})

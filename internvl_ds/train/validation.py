@@ -74,8 +74,8 @@ def report_evaluation(state: Run) -> float:
 
 def report_throughput(state: Run) -> float:
     """Times forward passes; returns images per second over all ranks. Collective."""
-    own = measure_throughput(state.engine, state.loaders.val, state.engine.device)
-    mean = reduce_tensor(torch.tensor(own, device=state.engine.device)).item()
+    rate = measure_throughput(state.engine, state.loaders.val, state.engine.device)
+    mean = reduce_tensor(torch.tensor(rate, device=state.engine.device)).item()
     total = mean * world_size()
     state.logger.info('throughput %.1f img/s on %d ranks', total, world_size())
     return total

@@ -9,17 +9,18 @@ nothing applied.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
+from deepspeed.runtime import utils as deepspeed_utils
 from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
 
 from internvl_ds.errors import ConfigError, few
 from internvl_ds.zero.loss_scale import LossScale
-from internvl_ds.zero.loss_scale_sync import configured_scale
-from internvl_ds.zero.wrapper import Wrapper, replaced
+from internvl_ds.zero.wrapper import Wrapper, configured_scale, only_groups, replaced
 
 
 class DeepSpeedOptimizer(Wrapper):
@@ -99,11 +100,20 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         # and its clipping do not know; and it makes one for every later engine of the process too,
         # whatever that trains in. A loss_scaler is what they know.
         self.optimizer.torch_autocast_gradscaler = None
+        if not hasattr(deepspeed_utils, 'is_invalid_grad_norm'):
+            self.check_all_gradients()
         self.scale = configured_scale(self.engine)
         if self.scale is not None:
             self.optimizer.dynamic_loss_scale = self.scale.dynamic
             self._renew_loss_scaler(self.scale)
         self.push_scale()
+
+    def check_all_gradients(self) -> None:
+        """Has DeepSpeed skip updates that are not finite, which before 0.19 it does in fp16 only.
+
+        Of others it makes a norm of 1, and applies them.
+        """
+        self.optimizer.check_grad_overflow = True
 
     def flat_masters(self) -> Sequence[torch.Tensor]:
         """The flat fp32 tensors that this rank owns, one for each of `shapes`."""
@@ -160,6 +170,29 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         with super().loading(model_file), self._frozen_as_made():
             yield
 
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        """See `Wrapper`. DeepSpeed calls ``step()`` for each group, and at stage 3 for each part.
+
+        The optimizer then sees no other group: what counts updates in its groups (Adan) or for all
+        of them (Lookahead) would count calls. Between the parts of a group its numbers go back.
+        """
+        client, step = self.client, self.client.step
+        left = Counter(id(group) for group, _ in self.slots())
+
+        def step_parts(*args: Any, **kwargs: Any) -> Any:
+            groups = [group for group in client.param_groups if group['params']]
+            before = [_numbers_of(g) if left[id(g)] > 1 else {} for g in groups]
+            with only_groups(client, groups):
+                result = step(*args, **kwargs)
+            for group, numbers in zip(groups, before, strict=True):
+                group.update(numbers)
+                left[id(group)] -= 1
+            return result
+
+        with replaced(client, 'step', step_parts):
+            yield
+
     @property
     def _offloads(self) -> bool:
         raise NotImplementedError
@@ -197,3 +230,9 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         finally:
             for parameter in parameters:
                 parameter.requires_grad_(not parameter.requires_grad)
+
+
+def _numbers_of(group: dict[str, Any]) -> dict[str, Any]:
+    """The numbers of a parameter group, among them what it counts."""
+    numbers = {k: v for k, v in group.items() if isinstance(v, int | float | torch.Tensor)}
+    return {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in numbers.items()}

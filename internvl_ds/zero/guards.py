@@ -8,21 +8,27 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 import torch
-from deepspeed.runtime.engine import _ENGINE_BACKWARD_GRAPH_TRACKER, DeepSpeedEngine
-from deepspeed.utils.torch import is_functorch_transforming
+from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.utils import clip_grad
 
-from internvl_ds.dist.rendezvous import rank
+from internvl_ds.dist.rendezvous import rank, world_size
 from internvl_ds.errors import ConfigError, few
+from internvl_ds.zero.agreement import Agreement, parameters_of
 from internvl_ds.zero.parameters import is_sharded, whole_numel
-from internvl_ds.zero.wrapper import Wrapper
+from internvl_ds.zero.wrapper import Wrapper, replaced
+
+try:
+    from deepspeed.runtime.engine import _ENGINE_BACKWARD_GRAPH_TRACKER as _TRACKER
+    from deepspeed.utils.torch import is_functorch_transforming
+except ImportError:  # before DeepSpeed 0.19, whose engines know of no other backward
+    _TRACKER = is_functorch_transforming = None
 
 _log = logging.getLogger(__name__)
 
@@ -44,25 +50,27 @@ _AVERAGE = (
 _guarded: weakref.WeakKeyDictionary[Any, Wrapper] = weakref.WeakKeyDictionary()
 _zero_engines: weakref.WeakSet[DeepSpeedEngine] = weakref.WeakSet()
 _modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+# Of engines that are in a forward pass, and of those whose module a script has called itself.
+_called: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_called_bare: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def require_bare(model: nn.Module) -> None:
-    """Raises ConfigError for an engine or a DataParallel of either kind, also inside the model."""
+    """Raises ConfigError for an engine, a DataParallel, or what torch.compile returned.
+
+    Also for one inside the model.
+    """
     for name, module in model.named_modules():
         if isinstance(module, DistributedDataParallel | DataParallel | DeepSpeedEngine):
             where = f' ({name} of it)' if name else ''
             raise ConfigError(f'the model is a {type(module).__name__}{where}: {_BARE}')
-
-
-def require_real(model: nn.Module) -> None:
-    """Raises ConfigError for complex trained parameters, which DeepSpeed reduces wrongly."""
-    names = [n for n, p in model.named_parameters() if p.requires_grad and p.is_complex()]
-    if names:
-        raise ConfigError(
-            f'{len(names)} trained parameters are complex, which DeepSpeed cannot train: '
-            f'{few(names)}. Keep their real view as the parameter (torch.view_as_real) and make it '
-            'complex in the forward pass (torch.view_as_complex), or freeze them.'
-        )
+        if '_orig_mod' in module._modules:
+            where = f'{name} of the model' if name else 'the model'
+            raise ConfigError(
+                f'{where} is what torch.compile returned, in whose tags all names would begin with '
+                "_orig_mod: give initialize the module itself, and set TRAIN.COMPILE 'inductor', "
+                'or call compile() of the module, which keeps its names'
+            )
 
 
 def require_unsharded(client: torch.optim.Optimizer | None) -> None:
@@ -84,6 +92,8 @@ def guard(wrapper: Wrapper) -> None:
     """Makes an engine refuse what it would answer wrongly; once for each engine."""
     engine, client = wrapper.engine, wrapper.client
     engine.register_forward_pre_hook(_require_own_precision)
+    engine.register_forward_pre_hook(_begin_forward)
+    engine.register_forward_hook(_end_forward, always_call=True)
     _modules.add(engine.module)
     engine.module.register_forward_pre_hook(_require_unwrapped)
     # What DistributedDataParallel, DataParallel and copy.deepcopy ask a module for first.
@@ -105,11 +115,57 @@ def guard(wrapper: Wrapper) -> None:
     if client not in _guarded:
         client.register_step_pre_hook(_before_client_step)
     _guarded[client] = wrapper
+    agreement = Agreement(wrapper) if wrapper.partitioned and world_size() > 1 else None
+    engine.step = functools.partial(_engine_step, weakref.ref(wrapper))
+    engine.backward = functools.partial(_backward, weakref.ref(wrapper), agreement, iter([True]))
     if wrapper.optimizer is not client:
-        wrapper.optimizer.step = functools.partial(_step, wrapper)
+        wrapper.optimizer.step = functools.partial(_step, wrapper, agreement)
     if wrapper.partitioned:
         _zero_engines.add(engine)
         _watch_clipping()
+
+
+def _engine_step(ref: weakref.ref[Wrapper], *args: Any, **kwargs: Any) -> Any:
+    """Stands for ``engine.step``."""
+    wrapper = ref()
+    assert wrapper is not None
+    with replaced(wrapper, 'in_step', True):
+        return type(wrapper.engine).step(wrapper.engine, *args, **kwargs)
+
+
+def _backward(
+    ref: weakref.ref[Wrapper],
+    agreement: Agreement | None,
+    firsts: Iterator[bool],
+    loss: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Stands for ``engine.backward``; looks at what the first loss depends on."""
+    wrapper = ref()
+    assert wrapper is not None
+    if next(firsts, False) and isinstance(loss, torch.Tensor):
+        used = parameters_of(loss)
+        _require_own_parameters(wrapper, used)
+        if agreement is not None:
+            agreement.before(used)
+    result = type(wrapper.engine).backward(wrapper.engine, loss, *args, **kwargs)
+    if agreement is not None:
+        agreement.after()
+    return result
+
+
+def _require_own_parameters(wrapper: Wrapper, used: Container[int]) -> None:
+    for other in list(_guarded.values()):
+        if other is wrapper or not other.alive or other.engine.module not in _called_bare:
+            continue
+        names = [name for p, name in other.names.items() if id(p) in used]
+        if names:
+            raise ConfigError(
+                f"the loss of this engine goes through another engine's module to {few(names)}, "
+                'whose gradients would be left in that engine: call requires_grad_(False) of that '
+                'module before this forward pass and requires_grad_(True) after it'
+            )
 
 
 class _Refusal:
@@ -140,7 +196,19 @@ class _Consolidation:
         _Consolidation.told = True
 
 
+def _begin_forward(engine: DeepSpeedEngine, _: Any) -> None:
+    _called.add(engine.module)
+
+
+def _end_forward(engine: DeepSpeedEngine, *_: Any) -> None:
+    _called.discard(engine.module)
+
+
 def _require_unwrapped(module: nn.Module, _: Any) -> None:
+    if torch.compiler.is_compiling():
+        return  # by an engine; torch could not compile what follows
+    if module in _modules and module not in _called and torch.is_grad_enabled():
+        _called_bare.add(module)
     active = DistributedDataParallel._get_active_ddp_module()
     if active is None or module not in _modules:  # a copy has the hook, too
         return
@@ -168,16 +236,20 @@ def _in_backward(ref: weakref.ref[DeepSpeedEngine], name: str, *args: Any) -> An
     """Stands for what DeepSpeed calls when a backward comes to the engine's outputs."""
     engine = ref()
     assert engine is not None  # the graph keeps it
-    if not (
-        engine._running_engine_backward
-        or engine._manual_backward_expected  # engine.scale(loss).backward()
-        or _ENGINE_BACKWARD_GRAPH_TRACKER.is_current_graph_registered()  # another engine's
-        or is_functorch_transforming()
-    ):
+    is_own = engine._running_engine_backward or engine._manual_backward_expected  # scale(loss)
+    is_anothers = not is_own and _TRACKER is not None and _TRACKER.is_current_graph_registered()
+    transforms = is_functorch_transforming is not None and is_functorch_transforming()
+    if not (is_own or is_anothers or transforms):
         raise ConfigError(
             'loss.backward() through an engine: DeepSpeed reduces, clips and counts in '
             f'engine.backward and engine.step. Instead of loss.backward(), clip_grad_norm_ and '
             f'optimizer.step() {_INSTEAD}. For gradients of inputs call engine.module.'
+        )
+    if is_anothers and engine.zero_optimization_stage() == 0:
+        raise ConfigError(
+            "another engine's backward comes through an engine of ZeRO stage 0, which DeepSpeed "
+            'does not do: where only gradients of inputs are wanted, call engine.module in place '
+            'of the engine; for its own gradients too, ZeRO stage 1'
         )
     return getattr(type(engine), name)(engine, *args)
 
@@ -188,13 +260,17 @@ def _before_client_step(optimizer: Any, *_: Any) -> None:
         _require_engine_step(wrapper)
 
 
-def _step(wrapper: Wrapper, closure: Any = None) -> None:
+def _step(wrapper: Wrapper, agreement: Agreement | None, closure: Any = None) -> None:
     """Stands for the step of DeepSpeed's optimizer."""
     if not wrapper.alive:
         return
     _require_engine_step(wrapper)
+    if agreement is not None:
+        agreement.require()
     wrapper.complete_gradients()
-    type(wrapper.optimizer).step(wrapper.optimizer)
+    # DeepSpeed before 0.19 gathers into views of its flat weights, which autograd would refuse.
+    with wrapper.stepping(), torch.no_grad():
+        type(wrapper.optimizer).step(wrapper.optimizer)
     wrapper.clear_gradients()
 
 

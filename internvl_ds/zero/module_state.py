@@ -1,14 +1,52 @@
-"""What a module has to be for a checkpoint of any ZeRO stage to hold all of it."""
+"""What a module has to be for DeepSpeed to train it, and for tags of any stage to hold it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from internvl_ds.errors import CheckpointError, ConfigError, few
 from internvl_ds.zero.parameters import is_sharded
+
+
+def require_real(model: nn.Module) -> None:
+    """Raises ConfigError for complex trained parameters, which DeepSpeed reduces wrongly."""
+    names = [n for n, p in model.named_parameters() if p.requires_grad and p.is_complex()]
+    if names:
+        raise ConfigError(
+            f'{len(names)} trained parameters are complex, which DeepSpeed cannot train: '
+            f'{few(names)}. Keep their real view as the parameter (torch.view_as_real) and make it '
+            'complex in the forward pass (torch.view_as_complex), or freeze them.'
+        )
+
+
+def require_statistics(model: nn.Module) -> None:
+    """Refuses batch norms with half-precision weights and statistics in float32.
+
+    DeepSpeed casts the parameters of a module and leaves its buffers; torch takes both or neither,
+    and would say so in the first forward pass.
+
+    Raises:
+        ConfigError: names them, and what to set.
+    """
+    mixed = [
+        f'{name} ({type(module).__name__})'
+        for name, module in model.named_modules()
+        if type(module).__module__.split('.')[0] in ('torch', 'timm')
+        and isinstance(mean := getattr(module, 'running_mean', None), torch.Tensor)
+        and isinstance(weight := getattr(module, 'weight', None), torch.Tensor)
+        and weight.itemsize < mean.itemsize
+    ]
+    if mixed:
+        raise ConfigError(
+            f'{len(mixed)} batch norms have weights in half precision and running statistics in '
+            f'float32, which they cannot compute with: {few(mixed)}. Set AMP_OPT_LEVEL O1 '
+            '(autocast), or MODEL.SYNC_BN True, whose batch norms can; or '
+            "/data_types/buffer_dtype 'bf16' or 'fp16', which rounds the statistics too"
+        )
 
 
 def require_plain_state(model: nn.Module) -> None:
@@ -47,6 +85,32 @@ def require_sendable(model: nn.Module) -> None:
         parameters = model.named_parameters()
         if names := [n for n, p in parameters if not is_sharded(p) and has_fault(p)]:
             raise ConfigError(f'{few(names)}: {len(names)} parameters have {what}')
+
+
+def require_dtypes(model: nn.Module) -> None:
+    """Refuses at ZeRO stage 3 parameters of dtypes at which DeepSpeed or torch would die later.
+
+    DeepSpeed takes the dtype of the whole module from its first parameter (parameter_offload.py:167
+    of 0.19.8), wherever the accelerator knows fp16. gloo of torch 2.9 gathers no complex tensors.
+
+    Raises:
+        ConfigError: names the first of them.
+    """
+    whole = {name: p for name, p in model.named_parameters() if not is_sharded(p)}
+    name, first = next(iter(whole.items()), ('', None))
+    if first is not None and first.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ConfigError(
+            f'{name}, the first parameter, is {first.dtype}, which DeepSpeed would take for the '
+            'dtype of the model at ZeRO stage 3: put it into a submodule that is registered '
+            'later (the parameters of a module come before those of its submodules)'
+        )
+    names = [name for name, p in whole.items() if p.is_complex()]
+    if names and torch.__version__ < '2.14':
+        raise ConfigError(
+            f'{few(names)}: {len(names)} frozen parameters are complex, which torch '
+            f'{torch.__version__} cannot gather at ZeRO stage 3: use torch>=2.14, or register them '
+            'as buffers'
+        )
 
 
 def require_as_made(

@@ -6,12 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partition_parameters import (
+    Init,
     ZeroParamStatus,
     restore_init_context,
     shutdown_init_context,
 )
+from packaging.version import Version
 
 from internvl_ds.zero.lazy_tensor import Flat
 
@@ -86,3 +90,15 @@ def copy_slice(parameter: Any, whole: Flat) -> None:
     """Copies this rank's elements of a whole tensor into its slice of the parameter."""
     start, stop = own_slice(parameter)
     whole.copy_to(parameter.ds_tensor.data[: stop - start], start)
+
+
+# Before 0.19 DeepSpeed waits for the last of several gathers only. gloo does them in any order, so
+# that some parameters would hold what was in memory.
+if Version(deepspeed.__version__) < Version('0.19.8') and get_accelerator().device_name() == 'cpu':
+    _gather_all = Init._allgather_params_coalesced
+
+    def _gather_one_by_one(init: Any, parameters: list[Any], *args: Any, **kwargs: Any) -> None:
+        for parameter in parameters:
+            _gather_all(init, [parameter], *args, **kwargs)
+
+    Init._allgather_params_coalesced = _gather_one_by_one

@@ -27,6 +27,7 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from yacs.config import CfgNode
 
+from internvl_ds.config.choices import require_one_of
 from internvl_ds.config.tree import get_option
 from internvl_ds.errors import ConfigError
 from internvl_ds.zero.parameters import is_sharded, own_slice, whole_numel
@@ -160,7 +161,8 @@ class ShardedBuild(TorchFunctionMode):
         init, own = self._init, get_accelerator().current_device_name()
         if init.remote_device == 'cpu' and not self._offloads():
             init.remote_device = init.local_device
-        if init.mem_efficient_linear:  # as DeepSpeed does where it cuts a whole model up
+        if init.mem_efficient_linear and hasattr(init, '_enable_mem_efficient_linear'):
+            # As DeepSpeed does where it cuts a whole model up; before 0.19 it did so by itself.
             init._enable_mem_efficient_linear()
         parameter: Any
         for parameter in model.parameters():
@@ -257,8 +259,7 @@ def choose_build(config: CfgNode, ds_config: Mapping[str, Any]) -> ShardedBuild 
         ConfigError: for 'always' where it cannot be, and for another value.
     """
     asked = get_option(config, 'TRAIN.SHARDED_BUILD')
-    if asked not in (AUTO, ALWAYS, NEVER):
-        raise ConfigError(f"TRAIN.SHARDED_BUILD is {asked!r}; it is 'auto', 'always' or 'never'")
+    require_one_of('TRAIN.SHARDED_BUILD', asked, (AUTO, ALWAYS, NEVER))
     reason = why_not_sharded(ds_config)
     if asked == ALWAYS and reason:
         raise ConfigError(f"TRAIN.SHARDED_BUILD 'always': {reason}")
@@ -284,10 +285,8 @@ def why_not_sharded(ds_config: Mapping[str, Any]) -> str:
         return f'/zero_optimization/stage is {zero["stage"]}, and only stage 3 has slices'
     if (zero.get('offload_param') or {}).get('device') == 'nvme':
         return '/zero_optimization/offload_param/device is nvme'
-    for key in ('zero_hpz_partition_size', 'zero_quantized_weights'):
-        if zero.get(key) not in (None, False, 1):
-            return f'/zero_optimization/{key} is {zero[key]}'
-    return ''
+    size = zero.get('zero_hpz_partition_size', 1)
+    return f'/zero_optimization/zero_hpz_partition_size is {size}' if size != 1 else ''
 
 
 def _gather(parameter: Any, flat: Tensor) -> None:

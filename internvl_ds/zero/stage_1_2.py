@@ -22,7 +22,9 @@ class Stage1And2(ZeroOptimizer):
         return self.optimizer.single_partition_of_fp32_groups
 
     def partitioning(self) -> tuple[Layout, int]:
-        gaps, sizes = self.optimizer.round_robin_bit16_padding, self.optimizer.partition_size
+        # DeepSpeed before 0.19 has no gaps, and floats for sizes.
+        gaps = getattr(self.optimizer, 'round_robin_bit16_padding', None)
+        sizes = [int(size) for size in self.optimizer.partition_size]
         return Runs(self.shapes(), gaps, sizes, world_size()), rank()
 
     def push_masters(self) -> None:

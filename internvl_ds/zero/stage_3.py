@@ -54,6 +54,17 @@ class Stage3(Stage3Module, ZeroOptimizer):
     def _offload(self) -> Any:
         return self.optimizer.parameter_offload
 
+    def check_all_gradients(self) -> None:
+        optimizer = self.optimizer
+        update_scale = optimizer._overflow_check_and_loss_scale_update
+
+        def check() -> bool:
+            optimizer.check_overflow()
+            return update_scale()
+
+        if not self.engine.fp16_enabled():
+            optimizer._overflow_check_and_loss_scale_update = check
+
     def flat_masters(self) -> Sequence[torch.Tensor]:
         return self.optimizer.fp32_partitioned_groups_flat
 

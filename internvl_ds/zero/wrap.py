@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from deepspeed.runtime.engine import DeepSpeedEngine
+import functools
+import logging
 
+import deepspeed
+from deepspeed.runtime.engine import DeepSpeedEngine
+from packaging.version import Version
+
+from internvl_ds.dist.rendezvous import rank
 from internvl_ds.errors import ConfigError
 from internvl_ds.zero.stage_0 import ClientOptimizer, UnfusedOptimizer
 from internvl_ds.zero.stage_1_2 import Stage1And2
 from internvl_ds.zero.stage_3 import Stage3, Stage3Module
 from internvl_ds.zero.wrapper import Wrapper
 
+NEWEST = '0.19.8'  # DeepSpeed that the suite of this package has run on
+
+_log = logging.getLogger(__name__)
 _BY_STAGE: tuple[type[Wrapper], ...] = (UnfusedOptimizer, Stage1And2, Stage1And2, Stage3)
 
 
@@ -20,6 +29,7 @@ def wrap(engine: DeepSpeedEngine) -> Wrapper:
         ConfigError: for FusedAdam in fp16 or bf16 at stage 0: the optimizer that DeepSpeed puts
             around it keeps its masters in one flat tensor.
     """
+    _warn_of_newer(deepspeed.__version__)
     client, stage = engine.basic_optimizer, int(engine.zero_optimization_stage())
     if type(engine.optimizer).__name__ == 'FP16_Optimizer':
         raise ConfigError(
@@ -29,3 +39,14 @@ def wrap(engine: DeepSpeedEngine) -> Wrapper:
     if client is None:
         return Stage3Module(engine) if stage == 3 else Wrapper(engine)
     return ClientOptimizer(engine) if engine.optimizer is client else _BY_STAGE[stage](engine)
+
+
+@functools.cache
+def _warn_of_newer(version: str) -> None:
+    known, running = Version(NEWEST).release[:2], Version(version).release[:2]
+    if running > known and rank() == 0:
+        _log.warning(
+            'DeepSpeed %s is newer than what this version of internvl_ds was tried with (%s): '
+            'compare the first updates with those of ZeRO stage 0 on one rank',
+            version, NEWEST,
+        )  # fmt: skip

@@ -12,7 +12,6 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 from internvl_ds.errors import ConfigError
 from internvl_ds.zero.loss_scale import LossScale
-from internvl_ds.zero.loss_scale_sync import configured_scale
 from internvl_ds.zero.module_state import shapes_of_buffers, tied_names
 from internvl_ds.zero.parameters import local_values, whole_numel
 from internvl_ds.zero.partition import Layout
@@ -33,6 +32,7 @@ class Wrapper:
         ds_config: that the engine runs with, also where it was made from a file's path.
         buffers: name and shape of each buffer of the module's state dict, as the engine was made.
         holds_average: whether averaged weights are where the weights belong.
+        in_step: whether ``engine.step`` runs.
         separate_masters: whether the fp32 masters are other tensors than the module's parameters.
     """
 
@@ -46,6 +46,7 @@ class Wrapper:
         self.ds_config: dict[str, Any] = engine._config._param_dict
         self.buffers = shapes_of_buffers(engine.module)
         self.holds_average = False
+        self.in_step = False
 
     @property
     def alive(self) -> bool:
@@ -68,11 +69,6 @@ class Wrapper:
     def client(self) -> Any:
         """The optimizer inside: the client's, or the one that the ds_config names; None if none."""
         return self.engine.basic_optimizer
-
-    @property
-    def in_step(self) -> bool:
-        """Whether ``engine.step`` runs."""
-        return self.engine._running_engine_step
 
     @property
     def names(self) -> Mapping[torch.Tensor, str]:
@@ -206,6 +202,11 @@ class Wrapper:
     def clear_gradients(self) -> None:
         """After a step: empties the buffers that the next backward may add to."""
 
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        """Around the step of DeepSpeed's optimizer: the client's counts each update once."""
+        yield
+
     def scale_loss(self, loss: torch.Tensor) -> torch.Tensor:
         """The loss to give to ``engine.backward``, which does the rest of the scaling."""
         return loss
@@ -291,3 +292,43 @@ def replaced(owner: Any, name: str, stand_in: Any) -> Iterator[None]:
         delattr(owner, name)
         if before is not _CLASS_HAS_IT:
             setattr(owner, name, before)
+
+
+@contextmanager
+def only_groups(client: Any, groups: list[dict[str, Any]]) -> Iterator[None]:
+    """Has an optimizer step some of its groups alone, also one inside timm's Lookahead."""
+    holders = [client, getattr(client, '_base_optimizer', client)]
+    before = [holder.param_groups for holder in holders]
+    try:
+        for holder in holders:
+            holder.param_groups = groups
+        yield
+    finally:
+        for holder, own in zip(holders, before, strict=True):
+            holder.param_groups = own
+
+
+def configured_scale(engine: DeepSpeedEngine) -> LossScale | None:
+    """As the ds_config's /fp16 section says, which holds for torch autocast in float16 too.
+
+    DeepSpeed 0.19.8 keeps the scale in four places, moves it by three rules, and in the middle of a
+    step, between the norm and the division by it (stage_1_and_2.py:3047, stage3.py:2892). Here one
+    `LossScale` moves after the step, and each `Wrapper` sets it in its place.
+
+    Returns:
+        None where nothing is scaled.
+    """
+    autocast = engine.torch_autocast_enabled()
+    if not (engine.fp16_enabled() or (autocast and engine.torch_autocast_dtype() == torch.float16)):
+        return None
+    settings = engine._config.float16_config
+    dynamic = engine.dynamic_loss_scale()
+    return LossScale(
+        scale=float(engine.initial_dynamic_scale() if dynamic else engine.loss_scale()),
+        dynamic=dynamic,
+        growth_interval=settings.loss_scale_window,
+        hysteresis=settings.hysteresis,
+        hysteresis_left=settings.hysteresis,
+        consecutive_hysteresis=settings.consecutive_hysteresis,
+        min_scale=float(settings.min_loss_scale),
+    )

@@ -159,7 +159,8 @@ def train(
         x, y = micro_batch(index // ACCUMULATION, index % ACCUMULATION, ACCUMULATION, rank(), 2)
         logits = engine(x.to(module_dtype(precision))).float()
         engine.backward(nn.functional.cross_entropy(logits, y))
-        engine.step()
+        with torch.no_grad():  # DeepSpeed 0.18 fails without at stages 1 and 2
+            engine.step()
         average(engine)
         if (index + 1) % ACCUMULATION == 0:
             micro = EPOCH * PER_EPOCH + index

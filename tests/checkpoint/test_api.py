@@ -5,10 +5,10 @@ import re
 import pytest
 
 from tests.harness import saving
-from tests.harness.model import OFFLOAD, PERSISTENT
+from tests.harness.model import OFFLOAD, PERSISTENT, trained
 from tests.harness.ranks import free_port, run_command, run_ranks
 
-STAGES = [0, 1, 2, 3, OFFLOAD, PERSISTENT]
+STAGES = trained([0, 1, 2, 3, OFFLOAD, PERSISTENT])
 
 
 @pytest.mark.ranks

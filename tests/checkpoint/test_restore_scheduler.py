@@ -11,9 +11,11 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
 
 from internvl_ds.checkpoint.restore_scheduler import (
     fit_to_groups,
+    require_schedule,
     restore_schedule,
     set_lr_of_schedule,
 )
+from internvl_ds.errors import CheckpointError
 from tests.checkpoint import schedule
 from tests.harness.model import make_config
 from tests.harness.ranks import run_ranks
@@ -49,6 +51,29 @@ def test_the_lr_is_the_schedules_after_so_many_updates(kind):
     optimizer.param_groups[0]['lr'] = 99.0
     set_lr_of_schedule(scheduler, optimizer.param_groups, 4)
     assert optimizer.param_groups[0]['lr'] == lr < 0.5
+
+
+@pytest.mark.parametrize(
+    ('key', 'value', 'says'),
+    [
+        ('noise_range_t', 'x', r'file: its lr schedule gives no lr: TypeError'),
+        ('noise_range_t', {'a': 1}, r'gives no lr'),
+        ('noise_range_t', ['a', 3], r'gives no lr'),
+        ('noise_pct', 0.0, r'noise_pct of its lr schedule is 0.0, below'),
+        ('noise_pct', float('nan'), r'noise_pct of its lr schedule is nan'),
+        ('warmup_t', 'x', r'warmup_t of its lr schedule'),
+    ],
+)
+def test_a_schedule_that_can_give_no_lr_is_refused_before_anything_is_restored(key, value, says):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
+    scheduler = CosineLRScheduler(optimizer, t_initial=10, t_in_epochs=False)
+    before = scheduler.state_dict()
+    good = {**before, 'noise_range_t': [2, 5]}
+    require_schedule({'lr_scheduler': good}, scheduler, 'file')
+    with pytest.raises(CheckpointError, match=says):
+        require_schedule({'lr_scheduler': {**good, key: value}}, scheduler, 'file')
+    assert scheduler.state_dict() == before
+    assert optimizer.param_groups[0]['lr'] == 0.5
 
 
 class TestRestoring:

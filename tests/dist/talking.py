@@ -12,6 +12,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
@@ -176,6 +177,8 @@ def refusals() -> dict[str, str]:
 
     def start(ds: dict[str, Any] | None = None, **values: Any) -> None:
         model = make_model()
+        if values.pop('double', False):
+            model.shift = nn.Parameter(torch.ones(3, dtype=torch.float64), requires_grad=False)
         in_code, schedule = values.pop('in_code', True), values.pop('schedule', None)
         client = make_optimizer(model) if in_code else None
         scheduler = None
@@ -202,6 +205,7 @@ def refusals() -> dict[str, str]:
         tree = {'zero_optimization': {'stage': stage}, 'data_types': {'grad_accum_dtype': 'fp32'}}
         return message_of(lambda: start(tree, **bf16))
 
+    get_accelerator().is_fp16_supported = lambda: False  # some CPUs have it
     adam = {'optimizer': {'type': 'AdamW', 'params': {'lr': 0.1}}}
     return {
         'fp16': message_of(lambda: start(AMP_OPT_LEVEL='O2')),
@@ -219,6 +223,7 @@ def refusals() -> dict[str, str]:
             lambda: start({'zero_optimization': {'stage': 2, 'compute_grad_norm': False}})
         ),
         'second order': message_of(second_order),
+        'first dtype': message_of(lambda: start(zero_json(3), double=True)),
         'contradiction': message_of(lambda: start({'gradient_accumulation_steps': 3, **adam},
                                                 TRAIN__ACCUMULATION_STEPS=2)),
     }  # fmt: skip
@@ -280,12 +285,13 @@ def rank_0_ends_at_once(folder: str) -> None:
 
 
 def wait_for_a_lost_rank(stage: int) -> None:
-    """Rank 1 never comes to the update; COMM.TIMEOUT ends the wait of rank 0."""
+    """Rank 1 does not come to the second update; COMM.TIMEOUT ends the wait of rank 0."""
     config = make_config(DATA__BATCH_SIZE=8, COMM__TIMEOUT=5)
     model = make_model()
     engine, optimizer = initialize(config, model, make_optimizer(model), zero_json(stage))
-    x, y = micro_batch(0, 0, 1, rank(), world_size())
-    loss = nn.functional.cross_entropy(engine(x), y)
-    if rank() == 1:
-        time.sleep(200)
-    NativeScalerWithGradNormCount()(loss, optimizer)
+    for update in range(2):  # before the first, ranks meet through the store
+        x, y = micro_batch(update, 0, 1, rank(), world_size())
+        loss = nn.functional.cross_entropy(engine(x), y)
+        if update and rank() == 1:
+            time.sleep(200)
+        NativeScalerWithGradNormCount()(loss, optimizer)

@@ -102,6 +102,8 @@ def test_two_steps_of_slurm_have_other_ports():
         ({'PMI_SIZE': '2', 'PMI_RANK': '-1'}, "PMI_RANK is '-1'"),
         ({**TORCHRUN, 'MASTER_PORT': 'http'}, "MASTER_PORT is 'http'"),
         ({**TORCHRUN, 'MASTER_PORT': '99999'}, "MASTER_PORT is '99999'"),
+        ({**TORCHRUN, 'MASTER_PORT': '0'}, 'MASTER_PORT is 0, .* --standalone'),
+        ({**SRUN, 'MASTER_PORT': '0'}, 'MASTER_PORT is 0, .* name a free one'),
         ({**TORCHRUN, 'MASTER_PORT': '\u00b2'}, 'MASTER_PORT is '),
         ({**TORCHRUN, 'MASTER_PORT': '9' * 5000}, 'MASTER_PORT is '),
         ({**TORCHRUN, 'RANK': '8', 'WORLD_SIZE': '8'}, 'RANK is 8 and WORLD_SIZE is 8'),

@@ -9,11 +9,11 @@ from internvl_ds.engine.accumulation import Accumulation
 from internvl_ds.errors import ConfigError
 from tests.engine import accumulating
 from tests.engine.accumulating import BATCHES, EPOCHS, GROUP, plain
-from tests.harness.model import make_model
+from tests.harness.model import make_model, trained
 from tests.harness.ranks import run_ranks
 
 LAYOUTS = ['zero0', 'zero1', 'zero2', 'zero3']
-OFFLOADED = ['zero1_offload', 'zero2_offload', 'zero3_offload']
+OFFLOADED = trained(['zero1_offload', 'zero2_offload', 'zero3_offload'])
 WHOSE = ['optimizer', 'client', 'engine', 'module', 'zeros']
 
 # fp32: sums in another order. bf16: as in test_precision.py a gradient element is rounded (2**-8)

@@ -95,6 +95,7 @@ def test_what_initialize_refuses(tmp_path):
             message = f'/data_types/grad_accum_dtype fp32 with bf16 at ZeRO stage {stage} is not'
             assert message in result[f'fp32 accumulation {stage}']
         assert '/optimizer section with bf16 at ZeRO stage 0' in result['fused']
+        assert 'shift, the first parameter, is torch.float64' in result['first dtype']
         assert result['second order'].startswith('ConfigError: create_graph=True')
 
 

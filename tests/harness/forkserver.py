@@ -10,6 +10,7 @@ session of its own, and ends as any program does.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import importlib
 import json
@@ -70,7 +71,8 @@ class Forked:
 def preload() -> None:
     """Imports what ranks import in their course, for processes that are about to be forked."""
     for name in _PRELOADED:
-        importlib.import_module(name)
+        with contextlib.suppress(ModuleNotFoundError):  # of another version of DeepSpeed
+            importlib.import_module(name)
     gc.freeze()  # or every collection in a fork goes through all of these modules
 
 

@@ -114,6 +114,8 @@ class Hosts(Bed):
         names = [f'host{host}' for host in range(self.count)]
         lines = ['127.0.0.1 localhost', *(f'{_NETWORK}.{h + 1} {n}' for h, n in enumerate(names))]
         (self.folder / 'hosts').write_text('\n'.join(lines) + '\n')
+        # Names are those of the file: a name server that does not answer keeps ssh for minutes.
+        (self.folder / 'nsswitch').write_text('hosts: files\npasswd: files\ngroup: files\n')
         self.hostfile_for('Open MPI').write_text(''.join(f'{name} slots=2\n' for name in names))
         self.hostfile_for('MPICH').write_text(''.join(f'{name}:2\n' for name in names))
 
@@ -140,6 +142,7 @@ class Hosts(Bed):
                 hostname host{host}
                 mount -t tmpfs -o size=4g tmpfs /dev/shm
                 mount --bind {shlex.quote(str(self.folder / 'hosts'))} /etc/hosts
+                mount --bind {shlex.quote(str(self.folder / 'nsswitch'))} /etc/nsswitch.conf
                 mount --bind {shlex.quote(str(self.folder / 'ssh'))} {home}
                 echo $$ > {shlex.quote(str(self.folder / f'pid{host}'))}
                 exec {_SSHD} -D -e -f {shlex.quote(str(self.folder / 'sshd_config'))}"""

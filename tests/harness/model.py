@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from packaging.version import Version
 from torch import nn
 from yacs.config import CfgNode
 
@@ -17,6 +19,8 @@ CLASSES = 5
 FEATURES = 12
 GLOBAL_BATCH = 16
 OFFLOAD, PERSISTENT = 4, 5
+# One in which this package refuses more: see config/ds/unsupported.py.
+OLD_DEEPSPEED = Version(deepspeed.__version__) < Version('0.19.8')
 
 
 class Net(nn.Module):
@@ -116,6 +120,11 @@ def precision_values(precision: str) -> dict[str, Any]:
 def module_dtype(precision: str) -> torch.dtype:
     """The dtype of the module's weights, which its inputs must have."""
     return {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(precision, torch.float32)
+
+
+def trained(layouts: Iterable[Any]) -> list[Any]:
+    """Without those with offload where the installed DeepSpeed does it wrong, and it is refused."""
+    return [x for x in layouts if not (OLD_DEEPSPEED and (x == OFFLOAD or 'offload' in str(x)))]
 
 
 def zero_json(stage: int) -> dict[str, Any]:

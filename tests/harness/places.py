@@ -280,6 +280,7 @@ def probe(shared: Path, limits: dict[str, Any]) -> None:
         'MODEL__INTERN_VIT_6B__PRETRAINED': str(shared / 'backbone.pth'), **section,
         'DATA__IMG_SIZE': _TINY['PRETRAIN_SIZE'], 'DATA__IMG_ON_MEMORY': True,
         'TRAIN__SHARDED_BUILD': 'always', 'BENCH__UPDATES': 1, 'BENCH__WARMUP': 0,
+        'TRAIN__OPTIMIZER__ADAM': 'cpu', 'TRAIN__COMPILE': 'eager',
     }  # fmt: skip
     _train(shared, limits, str(ds_config), **values)
 

@@ -311,7 +311,7 @@ def test_training_transforms_give_normalized_tensors_of_the_right_size(data, nam
 
 
 def test_an_unknown_transform_is_named(data):
-    with pytest.raises(ConfigError, match=r"DATA\.TRANSFORM 'mine'"):
+    with pytest.raises(ConfigError, match=r"DATA\.TRANSFORM is 'mine'"):
         build_transform(small_config(data, DATA__TRANSFORM='mine'), training=True)
 
 

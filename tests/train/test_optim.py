@@ -76,7 +76,8 @@ def test_vectors_biases_and_exempt_names_have_no_weight_decay(tmp_path):
     config, model = small_model(tmp_path)
     groups = param_groups(model, config, 1e-3)
     decay = by_name(groups, 'weight_decay')
-    assert len(groups) == 2
+    # one a tensor, in the model's order: what the original's checkpoints have
+    assert [group['params'] for group in groups] == [[p] for p in model.parameters()]
     assert decay['blocks.0.attn.qkv.weight'] == 0.05
     for name in ('blocks.0.attn.qkv.bias', 'norm.weight', 'pos_embed', 'cls_token'):
         assert decay[name] == 0.0
@@ -179,10 +180,14 @@ def test_sgd_is_nesterov_with_the_configured_momentum(tmp_path):
     assert {g['weight_decay'] for g in groups} == {0.0, 0.05}
 
 
-def test_linear_probing_sgd_has_no_weight_decay_and_no_nesterov(tmp_path):
-    config, model = small_model(tmp_path, TRAIN__OPTIMIZER__NAME='sgd_linear_probing')
+def test_linear_probing_sgd_has_no_nesterov_and_the_decay_of_the_original(tmp_path):
+    """The original gives SGD a decay of 0, and its groups, whose own decay goes before."""
+    config, model = small_model(
+        tmp_path, TRAIN__OPTIMIZER__NAME='sgd_linear_probing', TRAIN__WEIGHT_DECAY=0.03
+    )
     groups = build_optimizer(config, model, 0.1).param_groups
-    assert {(g['momentum'], g['nesterov'], g['weight_decay']) for g in groups} == {(0.9, False, 0)}
+    assert {(g['momentum'], g['nesterov']) for g in groups} == {(0.9, False)}
+    assert {g['weight_decay'] for g in groups} == {0.0, 0.03}
 
 
 def test_other_optimizers_come_from_timm(tmp_path):
@@ -246,5 +251,5 @@ def test_step_falls_every_decay_epochs(tmp_path):
 
 
 def test_an_unknown_schedule_is_named(tmp_path):
-    with pytest.raises(ConfigError, match=r"TRAIN\.LR_SCHEDULER\.NAME 'cosin'"):
+    with pytest.raises(ConfigError, match=r"TRAIN\.LR_SCHEDULER\.NAME is 'cosin'"):
         lrs_of_schedule(tmp_path, 'cosin', [0])

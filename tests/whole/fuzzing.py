@@ -44,12 +44,20 @@ from tests.harness.killing import state_digest
 from tests.harness.model import make_model, set_values
 from tests.harness.saving import Run, logger
 
-SECONDS, MEGABYTES = 5.0, 300
+MEGABYTES = 300
 _CONTROL = re.compile('[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]')
 _ROW = {
     'trial': 0, 'kind': 'search', 'name': 'n', 'key': 'k', 'labels': {}, 'ds_config': {},
     'opts': {}, 'status': 'ok', 'seconds': 1.0, 'bench': {'images_per_s': 5.0},
 }  # fmt: skip
+
+
+def seconds_here() -> float:
+    """The limit of one case: 5 s of a quick core, in proportion on a slower one."""
+    start = time.process_time()
+    for _ in range(10_000_000):
+        pass
+    return max(5.0, 25 * (time.process_time() - start))
 
 
 class Hang(BaseException):
@@ -139,6 +147,7 @@ class Fuzz:
     """An engine, its checkpoints, and one harm after another."""
 
     def __init__(self, root: str, stage: int) -> None:
+        self.seconds = seconds_here()
         self.output, self.work = Path(root, 'out'), Path(root, 'work')
         self.run = Run(stage, 'fp32', str(self.output), SAVE_CKPT_NUM=5)
         self.loop = Position()
@@ -163,6 +172,7 @@ class Fuzz:
                 except Exception as error:
                     wrong.append(f'{name}, reader {number}: {error}')
         assert not wrong, wrong
+        self.load(self.tag)  # `config check` draws random numbers, in what is a process of its own
 
     def checkpoints(self) -> dict[str, Kind]:
         """The kinds of files of checkpoints."""
@@ -299,7 +309,7 @@ class Fuzz:
         resident = restart_peak()
         start, wrong, refused = time.process_time(), None, True
         try:
-            with limit(SECONDS):
+            with limit(self.seconds):
                 readers[number]()
             refused = False
         except InternvlDsError as error:
@@ -310,7 +320,7 @@ class Fuzz:
         except BaseException as error:  # SystemExit too
             wrong = f'raw {type(error).__name__}: {str(error)[:300]} {place_of(error)}'
         seconds, grown = time.process_time() - start, (peak() - resident) >> 20
-        if seconds > SECONDS:
+        if seconds > self.seconds:
             wrong = wrong or f'took {seconds:.1f} s'
         if grown > MEGABYTES:
             wrong = wrong or f'took {grown} MB'

@@ -4,9 +4,12 @@ import pytest
 
 from tests.engine import accumulating
 from tests.engine.accumulating import DROP, plain_branches, plain_forwards_first
+from tests.harness.model import trained
 from tests.harness.ranks import run_ranks
 
-LAYOUTS = ['zero0', 'zero1', 'zero2', 'zero3', 'zero1_offload', 'zero2_offload', 'zero3_offload']
+LAYOUTS = trained(
+    ['zero0', 'zero1', 'zero2', 'zero3', 'zero1_offload', 'zero2_offload', 'zero3_offload']
+)
 
 # One entry an update, one number a micro-batch: whether it takes the branch.
 PLANS = [

@@ -7,8 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-from internvl_ds.errors import ConfigError
-from internvl_ds.zero.guards import require_real
 from tests.harness.model import batch, make_model, make_sgd
 from tests.harness.plain_loop import reference
 from tests.harness.ranks import run_ranks
@@ -186,10 +184,3 @@ def test_averages_of_an_engine_are_refused_and_of_its_module_right_where_it_has_
             assert message.startswith('ConfigError: a copy of a module of ZeRO stage 3'), kind
             assert 'ShardedEma(engine, decay)' in message, kind
         assert 'engine.state_dict() at ZeRO stage 3 holds no values' in result['3']['update']
-
-
-def test_complex_parameters_are_not_trained_and_may_be_frozen():
-    model = nn.ParameterDict({'w': nn.Parameter(torch.ones(3, dtype=torch.cfloat))})
-    with pytest.raises(ConfigError, match=r'1 trained parameters are complex.*: w\. Keep their'):
-        require_real(model)
-    require_real(model.requires_grad_(False))

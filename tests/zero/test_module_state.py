@@ -3,9 +3,15 @@
 import pytest
 import torch
 from torch import nn
+from torch.torch_version import TorchVersion
 
 from internvl_ds.errors import ConfigError
-from internvl_ds.zero.module_state import require_plain_state, require_sendable
+from internvl_ds.zero.module_state import (
+    require_dtypes,
+    require_plain_state,
+    require_real,
+    require_sendable,
+)
 from tests.checkpoint import proving
 from tests.harness.ranks import run_ranks
 
@@ -46,6 +52,27 @@ def shared():
 def test_what_is_no_parameter_or_buffer_under_its_own_name_is_refused(model, named):
     with pytest.raises(ConfigError, match=named):
         require_plain_state(model)
+
+
+def test_complex_parameters_are_not_trained_and_may_be_frozen():
+    model = nn.ParameterDict({'w': nn.Parameter(torch.ones(3, dtype=torch.cfloat))})
+    with pytest.raises(ConfigError, match=r'1 trained parameters are complex.*: w\. Keep their'):
+        require_real(model)
+    require_real(model.requires_grad_(False))
+
+
+@pytest.mark.parametrize(('version', 'words'), [('2.9.1', 'cannot gather'), ('2.14.0', None)])
+def test_frozen_complex_parameters_at_stage_3_need_a_torch_that_gathers_them(
+    monkeypatch, version, words
+):
+    model = nn.Sequential(nn.Linear(2, 2), nn.ParameterDict({'w': torch.ones(3) * 1j}))
+    model.requires_grad_(False)
+    monkeypatch.setattr(torch, '__version__', TorchVersion(version))
+    if words is None:
+        require_dtypes(model)
+        return
+    with pytest.raises(ConfigError, match=words):
+        require_dtypes(model)
 
 
 def test_shared_modules_and_all_kinds_of_buffers_are_plain():

@@ -66,5 +66,5 @@ def test_always_is_refused_where_there_are_no_slices_and_auto_builds_whole(zero,
     with pytest.raises(ConfigError, match=f"SHARDED_BUILD 'always': .*{reason}"):
         choose_build(config, tree)
     config.TRAIN.SHARDED_BUILD = 'yes'
-    with pytest.raises(ConfigError, match="is 'yes'; it is 'auto', 'always' or 'never'"):
+    with pytest.raises(ConfigError, match="is 'yes'; it can be 'auto', 'always', 'never'"):
         choose_build(config, {'zero_optimization': {'stage': 3}})

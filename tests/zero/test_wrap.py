@@ -11,7 +11,7 @@ from internvl_ds.errors import ConfigError
 from internvl_ds.zero.stage_0 import ClientOptimizer, UnfusedOptimizer
 from internvl_ds.zero.stage_1_2 import Stage1And2
 from internvl_ds.zero.stage_3 import Stage3, Stage3Module
-from internvl_ds.zero.wrap import wrap
+from internvl_ds.zero.wrap import _warn_of_newer, wrap
 from internvl_ds.zero.wrapper import Wrapper, replaced
 
 CLIENT = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
@@ -65,3 +65,12 @@ def test_what_is_replaced_comes_back_to_the_object_or_the_class():
     with replaced(engine, '__init__', None):
         assert engine.__init__ is None
     assert '__init__' not in vars(engine)
+
+
+@pytest.mark.parametrize(('version', 'told'), [('0.18.9', 0), ('0.19.99', 0), ('0.20.0', 1)])
+def test_a_newer_deepspeed_than_known_is_told_once(caplog, version, told):
+    _warn_of_newer.cache_clear()
+    for _ in range(2):
+        _warn_of_newer(version)
+    assert len(caplog.records) == told
+    assert all(f'DeepSpeed {version} is newer' in record.message for record in caplog.records)

@@ -18,8 +18,8 @@ from internvl_ds.checkpoint.formats.zero_shards import TagShards
 from internvl_ds.checkpoint.tag.discovery import read_manifest
 from internvl_ds.checkpoint.tag.identity import require_identity
 from internvl_ds.checkpoint.tag.manifest import Identity
-from internvl_ds.engine.ema_shard import shard_name
 from internvl_ds.errors import CheckpointError, InternvlDsError, brief
+from internvl_ds.files.ema_shard import shard_name
 from internvl_ds.files.reading import interpreting, parse_json
 
 WHOLE = 'ema.safetensors'

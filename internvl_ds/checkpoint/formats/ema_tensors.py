@@ -19,9 +19,9 @@ from internvl_ds.checkpoint.restore import load_weights
 from internvl_ds.checkpoint.sources import weight_files
 from internvl_ds.dist.rendezvous import rank, world_size
 from internvl_ds.engine.ema import ShardedEma
-from internvl_ds.engine.ema_shard import EmaFile
 from internvl_ds.engine.registry import applied_updates, wrapper_of
 from internvl_ds.errors import CheckpointError
+from internvl_ds.files.ema_shard import EmaFile
 from internvl_ds.files.reading import parse_json
 from internvl_ds.zero.lazy_tensor import Flat
 

@@ -19,7 +19,8 @@ import torch
 
 from internvl_ds.checkpoint.formats.shard_files import read_shard
 from internvl_ds.checkpoint.formats.tensor_files import pickle_of
-from internvl_ds.files.reading import open_data, require_bounded
+from internvl_ds.errors import CheckpointError
+from internvl_ds.files.reading import Unreadable, open_data, require_bounded
 
 
 def outline(path: Path) -> Any:
@@ -32,6 +33,8 @@ def outline(path: Path) -> Any:
             content = _Unpickler(io.BytesIO(pickle_of(file))).load()
         require_bounded(content)
         return content
+    except Unreadable as error:  # as that reader would find, after as long again
+        raise CheckpointError(f'{path}: cannot be read: {error}') from error
     except Exception:  # whatever it is, the reader that counts has the last word
         return read_shard(path, mmap=True)
 

@@ -130,12 +130,13 @@ def pickle_of(file: Any) -> bytes:
     """The pickle in a file of torch.save, for an unpickler that takes any operation and number.
 
     Raises:
-        Unreadable: where torch would not read it as data, or it is out of proportion.
+        Unreadable: where it is out of proportion.
+        ValueError: where torch would not read it as data.
         zipfile.BadZipFile: where it is no zip.
     """
     data = _pickle_of_zip(file)
     if not require_bounded_steps(data):
-        raise Unreadable('is no pickle that is read as data')
+        raise ValueError('is no pickle that is read as data')
     return data
 
 

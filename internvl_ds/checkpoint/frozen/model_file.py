@@ -1,8 +1,9 @@
 """DeepSpeed's model states without the frozen parameters, and put together again. Pure.
 
 What is left is what DeepSpeed writes with ``exclude_frozen_parameters``: its own load takes it with
-``load_module_strict=False``, and without that names the keys that are missing. One more entry, KEY,
-says what was taken out.
+``load_module_strict=False``, and without that names the keys that are missing. The shapes of frozen
+parameters stay, so that its ``zero_to_fp32.py`` fails where it is not told to leave these out,
+and does not take the rest for all. One more entry, KEY, says what was taken out.
 """
 
 from __future__ import annotations
@@ -51,23 +52,16 @@ def split(
     rest = copy.copy(module)  # with the attributes that a state dict carries
     for key in taken:
         del rest[key]
-    shapes = state.get(_SHAPES) or {}
     apart = {
         'order': list(module),
         'taken': taken,
         'sharded': sharded,
-        'shapes': {name: list(shape) for name, shape in shapes.items()},
         'fragments': list(fragments),
     }
     left = {name: tensor for name, tensor in fragments.items() if name not in out}
-    kept = {name: shape for name, shape in shapes.items() if name in left}
-    return {
-        **state,
-        'module': rest,
-        _SHAPES: kept or None,
-        _FRAGMENTS: left or None,
-        KEY: apart,
-    }, out
+    # At stage 1 DeepSpeed states no shapes.
+    shapes = state.get(_SHAPES) or {name: tensor.shape for name, tensor in out.items()}
+    return {**state, 'module': rest, _SHAPES: shapes, _FRAGMENTS: left or None, KEY: apart}, out
 
 
 def join(left: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> State:
@@ -84,5 +78,6 @@ def join(left: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> State:
     if apart['fragments']:
         kept = left.get(_FRAGMENTS) or {}
         state[_FRAGMENTS] = {n: kept.get(n, tensors.get(n)) for n in apart['fragments']}
-        state[_SHAPES] = {n: torch.Size(shape) for n, shape in apart['shapes'].items()}
+    else:
+        state[_SHAPES] = None
     return state

@@ -159,8 +159,8 @@ def _find(
         said.append(f'{path} has other values (their xxh3-128 is {actual}, not {digest})')
     raise CheckpointError(
         f'{tag}: omits {len(omitted)} frozen parameters (CHECKPOINT.FROZEN), which were loaded '
-        f'from {source}; {"; ".join(said)}. Set MODEL.PRETRAINED to where that file is now, or put '
-        'it next to the tag'
+        f'from {source}; {"; ".join(said)}. Name its present place, by MODEL.PRETRAINED or '
+        "PRETRAINED of the model's section, or put it next to the tag"
     )
 
 

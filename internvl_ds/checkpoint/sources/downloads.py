@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from pathlib import Path
@@ -26,8 +27,10 @@ from typing import Any, TypeVar
 from urllib.parse import unquote, urljoin, urlsplit
 
 import torch
+from safetensors import SafetensorError
 from yacs.config import CfgNode
 
+from internvl_ds.checkpoint.formats.tensor_files import open_safetensors
 from internvl_ds.checkpoint.sources import hub
 from internvl_ds.config.tree import default_of, get_option
 from internvl_ds.errors import ConfigError, PretrainedError
@@ -165,6 +168,8 @@ def _download(url: str, user: str, folder: Path, name: str, start: str, timeout:
                 f'its sha256 begins with {digest[: len(start)]}, and its name says {start}: '
                 'it is not kept'
             )
+        if not _goes_to_its_end(Path(aside)):
+            raise PretrainedError('it was cut off, and its server states the length of the part')
         flush(Path(aside))
         path = folder / f'{digest[:16]}-{name}'
         os.replace(aside, path)
@@ -221,6 +226,19 @@ def _receive(
                 'page? It is not kept'
             )
     return digest.hexdigest()
+
+
+def _goes_to_its_end(path: Path) -> bool:
+    """Whether what begins as a zip archive or a safetensors file has the end of one."""
+    with open_data(path) as file:
+        head = file.read(9)
+        if not head.endswith(b'{'):
+            return not head.startswith(b'PK') or zipfile.is_zipfile(file)
+    try:
+        with open_safetensors(path):
+            return True
+    except SafetensorError:
+        return False
 
 
 class _HttpsOnly(urllib.request.HTTPRedirectHandler):

@@ -10,12 +10,14 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import deepspeed
 from yacs.config import CfgNode
 
 from internvl_ds.config.ds import resolve as ds
 from internvl_ds.config.ds import schema
 from internvl_ds.config.ds.auto_values import Filling
 from internvl_ds.config.ds.diagnostics import Diagnostic, diagnostic, nearest, shown
+from internvl_ds.config.ds.fates import findings_of
 from internvl_ds.config.ds.pairs import ACCUMULATION, BATCH, MICRO_BATCH
 from internvl_ds.config.ds.schema import Key
 from internvl_ds.config.ds.unsupported import NAMES_OF_DTYPE, unsupported_settings
@@ -26,11 +28,19 @@ _ZERO = 'zero_optimization'
 
 # Beside those that are called stage3_...: what DeepSpeed documents, or reads, for ZeRO-3 only.
 _STAGE_3_ONLY = (
-    'sub_group_size', 'zero_hpz_partition_size', 'zero_quantized_weights',
-    'zero_quantized_nontrainable_weights', 'zero_quantized_gradients', 'memory_efficient_linear',
+    'sub_group_size', 'zero_hpz_partition_size', 'memory_efficient_linear',
     'override_module_apply', 'pipeline_loading_checkpoint', 'log_trace_cache_warnings',
     'save_muon_momentum_buffer_in_memory', 'leaf_module',
 )  # fmt: skip
+
+
+# DeepSpeed's own optimizers that ZeRO stages 1 to 3 step with other numbers, and why.
+_NOT_IN_PIECES = {
+    'lamb': 'its trust ratio is of a whole tensor, and ZeRO gives it flat pieces of many tensors',
+    'muon': 'DeepSpeed orthogonalises gradients there before their norm is taken and clipped, the '
+    "class token's and the head's among them",
+    'adagrad': 'DeepSpeed makes another one in its place, which a checkpoint does not find',
+}
 
 
 @dataclass(frozen=True)
@@ -108,10 +118,9 @@ def precision_rule(facts: Facts) -> Iterator[Diagnostic]:
         )
 
 
-def old_names_rule(facts: Facts) -> Iterator[Diagnostic]:
-    """The old name /bfloat16: DeepSpeed still reads it, and `resolve` does not."""
-    if 'bfloat16' in facts.tree:
-        yield diagnostic('/bfloat16', 'is the old name of /bf16; rename it', yacs='AMP_OPT_LEVEL')
+def fates_rule(facts: Facts) -> Iterator[Diagnostic]:
+    """Keys that are refused or have no effect, whatever else is stated."""
+    yield from findings_of(facts.tree, facts.schema, facts.shape.misspelt)
 
 
 def stage_rule(facts: Facts) -> Iterator[Diagnostic]:
@@ -128,11 +137,6 @@ def stage_rule(facts: Facts) -> Iterator[Diagnostic]:
                 f'/{_ZERO}/{name}',
                 f'is an option of ZeRO stage 3, and /{_ZERO}/stage is {stage}: it would have no '
                 'effect; remove it, or set the stage to 3',
-            )
-    for block, name in ds.OF_PARTITIONED_UPDATES:
-        if stage == 0 and value_at(facts.tree, block, name) is True:
-            yield diagnostic(
-                f'/{block}/{name}', f'needs ZeRO stage 1, 2 or 3, and /{_ZERO}/stage is 0'
             )
     if facts.zero.get('legacy_stage1') is True:
         yield diagnostic(f'/{_ZERO}/legacy_stage1', 'was removed from DeepSpeed; remove the key')
@@ -175,14 +179,19 @@ def offload_rule(facts: Facts) -> Iterator[Diagnostic]:
     name = next((n for n in ('offload_optimizer', 'cpu_offload') if n in devices), '')
     if not name:
         return
-    for option, off in (('super_offload', False), ('ratio', 1.0)):
-        value = value_at(facts.zero, name, option, default=off)
-        if value not in (off, 'auto') and stage < 3:
-            yield diagnostic(
-                f'/{_ZERO}/{name}/{option}',
-                f'is {shown(value)}, which needs ZeRO stage 3, and /{_ZERO}/stage is {stage}',
-            )
+    value = value_at(facts.zero, name, 'ratio', default=1.0)
+    if value not in (1.0, 'auto') and stage < 3:
+        yield diagnostic(
+            f'/{_ZERO}/{name}/ratio',
+            f'is {shown(value)}, which needs ZeRO stage 3, and /{_ZERO}/stage is {stage}',
+        )
     foreign = facts.optimizer_in_code and not facts.cpu_optimizer
+    if value not in (1.0, 'auto') and stage == 3 and foreign:
+        yield diagnostic(
+            f'/{_ZERO}/{name}/ratio',
+            f'is {shown(value)}, which takes an optimizer of DeepSpeed for the CPU '
+            '(DeepSpeedCPUAdam), and another was passed; pass one, or remove the key',
+        )
     forced = facts.tree.get('zero_force_ds_cpu_optimizer', True) is True
     if foreign and forced and not facts.shape.doubts('/zero_force_ds_cpu_optimizer'):
         yield diagnostic(
@@ -215,6 +224,13 @@ def optimizer_rule(facts: Facts) -> Iterator[Diagnostic]:
     if name is None:
         return
     on_cpu = value_at(facts.zero, 'offload_optimizer', 'device', default='none') != 'none'
+    kind = name.lower()
+    if facts.stage and kind in _NOT_IN_PIECES and not (kind == 'adagrad' and on_cpu):
+        yield diagnostic(
+            '/optimizer/type',
+            f'is {name} at ZeRO stage {facts.stage}: {_NOT_IN_PIECES[kind]}; use stage 0, or an '
+            'optimizer such as AdamW, SGD or Lion',
+        )
     key = schema.optimizer_params(name, params, on_cpu)
     if key is not None and isinstance(params, Mapping):
         # torch_adam chooses the class, misspelt as well
@@ -250,11 +266,13 @@ def unsupported_rule(facts: Facts) -> Iterator[Diagnostic]:
     if facts.stage is None:
         return
     tree = {**facts.tree, _ZERO: {**facts.zero, 'stage': facts.stage}}
-    yield from unsupported_settings(tree, facts.low, optimizer=not facts.optimizer_in_code)
+    yield from unsupported_settings(
+        tree, facts.low, optimizer=not facts.optimizer_in_code, version=deepspeed.__version__
+    )
 
 
 RULES: tuple[Callable[[Facts], Iterator[Diagnostic]], ...] = (
-    batch_rule, precision_rule, old_names_rule, stage_rule, offload_rule, optimizer_rule,
+    batch_rule, precision_rule, fates_rule, stage_rule, offload_rule, optimizer_rule,
     scheduler_rule, unsupported_rule,
 )  # fmt: skip
 

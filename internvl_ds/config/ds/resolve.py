@@ -22,13 +22,6 @@ from internvl_ds.errors import ConfigError
 FP32, FP16, BF16 = 'fp32', 'fp16', 'bf16'
 AUTOCAST_FP16, AUTOCAST_BF16 = 'torch_autocast float16', 'torch_autocast bfloat16'
 
-# Switches of a block that need ZeRO stage 1, 2 or 3.
-OF_PARTITIONED_UPDATES = (
-    ('fp16', 'fp16_master_weights_and_grads'),
-    ('bf16', 'bf16_master_weights_and_grads'),
-    ('bf16', 'bf16_optimizer_states'),
-)
-
 # The blocks of the ds_config that switch a precision on.
 PRECISION_BLOCKS = ('fp16', 'bf16', 'torch_autocast')
 
@@ -132,8 +125,6 @@ def for_inference(resolved: Mapping[str, Any]) -> dict[str, Any]:
     if tree['zero_optimization']['stage'] in (1, 2):
         tree['zero_optimization'] = {'stage': 0}
         tree.get('data_types', {}).pop('grad_accum_dtype', None)
-        for block, key in OF_PARTITIONED_UPDATES:
-            tree.get(block, {}).pop(key, None)
     return tree
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from packaging.version import Version
+
 from internvl_ds.config.ds.diagnostics import Diagnostic, diagnostic
 from internvl_ds.config.tree import value_at
 
@@ -22,16 +24,24 @@ _SWITCHES = {
 }
 
 
+# The first version of DeepSpeed that does them right.
+_MENDED = '0.19.8'
+
+
 def unsupported_settings(
-    tree: Mapping[str, Any], low: str | None, optimizer: bool = True
+    tree: Mapping[str, Any], low: str | None, optimizer: bool = True, version: str = _MENDED
 ) -> Iterator[Diagnostic]:
-    """What DeepSpeed 0.19.8 steps, clips or reports wrongly, and this package cannot mend.
+    """What DeepSpeed steps, clips or reports wrongly, and this package cannot mend.
 
     Args:
         tree: a ds_config in which what is left out has DeepSpeed's default.
         low: 'fp16' or 'bf16' where that engine trains, else None.
         optimizer: whether an /optimizer section would be used.
+        version: of DeepSpeed.
     """
+    old = Version(version) < Version(_MENDED)
+    if old:
+        yield from _unsupported_before(tree, version)
     for pointer, otherwise in _SWITCHES.items():
         block, *rest = pointer.split('/')[1:]
         if not value_at(tree, block, *rest, default=True) and (block != 'bf16' or low == block):
@@ -39,7 +49,8 @@ def unsupported_settings(
     stage = value_at(tree, 'zero_optimization', 'stage', default=0)
     dtype = value_at(tree, 'data_types', 'grad_accum_dtype')
     other = dtype not in (None, 'auto', *NAMES_OF_DTYPE.get(str(low), ()))
-    if other and (stage, low) in ((0, 'fp16'), (0, 'bf16'), (1, 'bf16')):
+    cells = {(0, 'fp16'), (0, 'bf16'), (1, 'bf16'), *([(1, 'fp16')] if old else [])}
+    if other and (stage, low) in cells:
         yield diagnostic(
             '/data_types/grad_accum_dtype',
             f'/data_types/grad_accum_dtype {dtype} with {low} at ZeRO stage {stage} is not '
@@ -50,4 +61,20 @@ def unsupported_settings(
             '/optimizer',
             f'the /optimizer section with {low} at ZeRO stage 0 is not supported by this version; '
             'pass a torch optimizer to initialize, or use stage 1',
+        )
+
+
+def _unsupported_before(tree: Mapping[str, Any], version: str) -> Iterator[Diagnostic]:
+    """What only earlier versions do wrong (seen in 0.18.9)."""
+    remedy = f'with DeepSpeed {version}: install deepspeed>={_MENDED}, or leave it out'
+    block, name = 'zero_optimization', 'offload_optimizer'
+    if value_at(tree, block, name, 'device', default='none') not in (None, 'none'):
+        yield diagnostic(
+            f'/{block}/{name}',
+            f'/{block}/{name} loses gradients of accumulated micro-batches {remedy}',
+        )
+    if value_at(tree, block, 'contiguous_gradients', default=True) is False:
+        yield diagnostic(
+            f'/{block}/contiguous_gradients',
+            f'/{block}/contiguous_gradients false leaves gradients unreduced on CPUs {remedy}',
         )

@@ -34,11 +34,13 @@ class Shape:
         findings: in the order of the tree's keys.
         tree: the tree without its invalid values.
         doubtful: JSON pointers of the invalid values, with every key rightly spelt.
+        misspelt: those of keys that were meant, probably, by misspelt ones.
     """
 
     findings: list[Diagnostic] = field(default_factory=list)
     tree: dict[str, Any] = field(default_factory=dict)
     doubtful: set[str] = field(default_factory=set)
+    misspelt: set[str] = field(default_factory=set)
 
     def doubts(self, *pointers: str) -> bool:
         """Whether any of these values is invalid, or lies in a block that is."""
@@ -81,6 +83,7 @@ class _Walk:
                 if like is None or like in tree or like in values:
                     continue
                 spelling, entry = like, (key.keys or {})[like]
+                self.shape.misspelt.add(pointer_of((*target, like)))
             if entry.refused:
                 self.shape.findings.append(diagnostic(pointer_of(here), entry.refused))
                 continue

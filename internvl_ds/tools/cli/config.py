@@ -1,8 +1,9 @@
-"""Check ds_configs, and show what they resolve to; print the table of all yacs keys.
+"""Check ds_configs, and show what they resolve to; print the tables of all keys.
 
     internvl-ds config check FILE... --cfg YAML --world-size N [--opts KEY VALUE ...]
         [--optimizer-in-json] [--show] [--json]
     internvl-ds config keys
+    internvl-ds config ds-keys
 
 FILE is a path, or the name of a ds_config that ships (zero2). No GPU is needed and no rank starts.
 What is found is printed a line each: error or warning, the JSON pointer, what is wrong and what to
@@ -65,6 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     check.set_defaults(act=_check)
     text = 'print all keys of the yacs configuration with their effect, as Markdown'
     actions.add_parser('keys', help=text, description=text).set_defaults(act=_keys)
+    text = 'print all keys of a ds_config with what becomes of each, as Markdown'
+    actions.add_parser('ds-keys', help=text, description=text).set_defaults(act=_ds_keys)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -80,6 +83,15 @@ def _keys(args: argparse.Namespace) -> int:
     return OK
 
 
+def _ds_keys(args: argparse.Namespace) -> int:
+    import deepspeed
+
+    from internvl_ds.config.ds import fates, schema
+
+    say(fates.as_markdown(schema.installed(), deepspeed.__version__).rstrip('\n'))
+    return OK
+
+
 def _check(args: argparse.Namespace) -> int:
     config = get_config(argparse.Namespace(cfg=args.cfg, opts=args.opts))
     files = [(name, _examine(name, config, args)) for name in args.files]
@@ -92,7 +104,8 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _examine(name: str, config: CfgNode, args: argparse.Namespace) -> Resolution:
-    from internvl_ds.config.ds.check import examine  # DeepSpeed with it, which takes seconds
+    # DeepSpeed and timm with it, which take seconds.
+    from internvl_ds.train.optimizer_check import examine_training
 
     try:
         tree = load_ds_config(name)
@@ -100,10 +113,7 @@ def _examine(name: str, config: CfgNode, args: argparse.Namespace) -> Resolution
         if not Path(name).is_file():
             raise
         return Resolution({}, {}, [Diagnostic('', str(error))])
-    in_code = not args.optimizer_in_json
-    return examine(
-        tree, config, args.world_size, optimizer_in_code=in_code, scheduler_in_code=in_code
-    )
+    return examine_training(tree, config, args.world_size, in_code=not args.optimizer_in_json)
 
 
 def _tree(name: str, resolution: Resolution, args: argparse.Namespace) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import nn
 from yacs.config import CfgNode
 
 from internvl_ds.config.tree import set_options
+from internvl_ds.engine.param_groups import merge_param_groups
 from internvl_ds.errors import ConfigError
 from internvl_ds.train.model import build_model, set_train_mode
 from internvl_ds.train.optim import build_optimizer
@@ -81,6 +82,7 @@ def sizes_of(model: nn.Module, config: CfgNode) -> Sizes:
         ConfigError: for an optimizer that does not exist.
     """
     optimizer = build_optimizer(config, model, 1e-3)
+    merge_param_groups(optimizer, {})  # as `initialize` does
     groups = [tuple(p.numel() for p in group['params']) for group in optimizer.param_groups]
     floats = [b for b in model.buffers() if b.is_floating_point()]
     others = [b for b in model.buffers() if not b.is_floating_point()]

@@ -161,7 +161,7 @@ def default_space(
         only.update(bucket={'stage': zero_stages}, overlap={'stage': zero_stages})
     if offload:
         to_host = {'device': 'cpu', 'pin_memory': True}
-        # The training program's optimizer is torch's, also where the host runs it.
+        # So that torch's optimizers train too, and its AdamW where DeepSpeed's cannot be compiled.
         free = {'zero_force_ds_cpu_optimizer': False}
         optimizer = Choice({**free, 'zero_optimization': {'offload_optimizer': to_host}})
         both = merged(optimizer.ds_config, {'zero_optimization': {'offload_param': to_host}})

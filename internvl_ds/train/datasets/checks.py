@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
 
 import psutil
 from yacs.config import CfgNode
 
+from internvl_ds.config.choices import require_one_of
 from internvl_ds.config.tree import get_option
 from internvl_ds.errors import ConfigError
 from internvl_ds.train.datasets.imagenet import REAL, VARIANTS
@@ -15,7 +15,7 @@ from internvl_ds.train.datasets.sources import Memory, Source
 
 _log = logging.getLogger(__name__)
 
-_CHOICES: dict[str, Collection[str]] = {
+_CHOICES: dict[str, tuple[str, ...]] = {
     'DATA.DATASET': ('imagenet', 'imagenet22K', REAL, *VARIANTS),
     'DATA.CACHE_MODE': ('no', 'part', 'full'),
     'DATA.INTERPOLATION': ('random', 'nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos'),
@@ -33,8 +33,7 @@ def check_data(config: CfgNode) -> None:
         ConfigError: names the keys, both values, and what to set.
     """
     for key, known in _CHOICES.items():
-        if (value := get_option(config, key)) not in known:
-            raise ConfigError(f'{key} {value!r} is none of {", ".join(known)}')
+        require_one_of(key, get_option(config, key), known)
     for key in _SHARES:
         if not 0 <= (value := get_option(config, key)) <= 1:
             raise ConfigError(f'{key} is {value}, and a probability is from 0 to 1')
@@ -86,21 +85,21 @@ def keep_in_memory(
         part, whole = reads_parts(config), zipped == 'full'
     if not part and not whole:
         return source
-    kept = range(rank, total, world_size) if part else range(total)
+    indices = range(rank, total, world_size) if part else range(total)
     try:
-        size = sum(source.size(index) for index in kept)
+        size = sum(source.size(index) for index in indices)
         if size > (free := psutil.virtual_memory().available):
             raise ConfigError(
-                f'{source.root}: rank {rank} is to keep {len(kept)} images, {size / 1e9:.1f} GB, '
-                f'and this host has {free / 1e9:.1f} GB of memory left: set DATA.IMG_ON_MEMORY '
-                "False, and DATA.CACHE_MODE 'no'"
+                f'{source.root}: rank {rank} is to keep {len(indices)} images, '
+                f'{size / 1e9:.1f} GB, and this host has {free / 1e9:.1f} GB of memory '
+                "left: set DATA.IMG_ON_MEMORY False, and DATA.CACHE_MODE 'no'"
             )
-        memory = Memory(source, kept)
+        memory = Memory(source, indices)
     except (OSError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f'{source.root}: an image cannot be read into memory: {error}') from error
-    _log.info('%s: rank %d keeps %d images, %.2f GB', split, rank, len(kept), size / 1e9)
+    _log.info('%s: rank %d keeps %d images, %.2f GB', split, rank, len(indices), size / 1e9)
     return memory
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
 from internvl_ds.errors import DataError
@@ -25,6 +25,7 @@ class Images(Dataset):
         classes: names by label; none where they are not known.
         num_classes: how many classes the labels tell apart.
         measure: how `evaluate` counts hits.
+        upright: whether an image is turned as its EXIF orientation says, as OpenCV does.
     """
 
     def __init__(
@@ -35,10 +36,12 @@ class Images(Dataset):
         classes: Sequence[str],
         num_classes: int,
         measure: Measure | None = None,
+        *,
+        upright: bool = False,
     ) -> None:
         self.source, self.labels = source, np.array(labels, dtype=np.int64)
         self.transform, self.classes, self.num_classes = transform, list(classes), num_classes
-        self.measure = measure or Measure()
+        self.measure, self.upright = measure or Measure(), upright
 
     @property
     def root(self) -> str:
@@ -55,9 +58,11 @@ class Images(Dataset):
             DataError: names the file, when it cannot be read, decoded or transformed.
         """
         try:
+            image: Image.Image = Image.open(io.BytesIO(self.source.read(index)))
+            if self.upright:
+                image = ImageOps.exif_transpose(image)
             # As torchvision's loader decodes.
-            image = Image.open(io.BytesIO(self.source.read(index))).convert('RGB')
-            return self.transform(image), int(self.labels[index])
+            return self.transform(image.convert('RGB')), int(self.labels[index])
         except Exception as error:
             where, reason = self.source.where(index), f'{type(error).__name__}: {error}'
             raise DataError(f'{where} cannot be used as an image: {reason}') from error

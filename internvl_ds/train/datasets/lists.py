@@ -36,8 +36,8 @@ def find_list(config: CfgNode, split: str, *, has_folders: bool) -> Path | None:
     else:
         folders = [root / 'meta_data']
         folders += [] if has_folders else [root.parent / 'meta_data', Path('meta_data')]
-    if found := next((f / name for f in folders for name in names if (f / name).is_file()), None):
-        return found
+    if path := next((f / name for f in folders for name in names if (f / name).is_file()), None):
+        return path
     if config.DATA.META_DATA:
         raise ConfigError(f'DATA.META_DATA {config.DATA.META_DATA}: there is no {names[0]} in it')
     return None

@@ -188,15 +188,16 @@ def _images(
     count: int,
 ) -> Images:
     transform = build_transform(config, training=split == 'train')
-    return Images(source, labels, transform, list(classes), count)
+    # The original reads these through OpenCV, and its variants through PIL.
+    return Images(source, labels, transform, list(classes), count, upright=True)
 
 
-def _require_count(config: CfgNode, split: str, root: Path, found: int) -> None:
-    wanted = config.MODEL.NUM_CLASSES
-    if split == 'val' and evaluates_22k_as_1k(config, found):
-        wanted = CLASSES_1K
-    if found != wanted:
+def _require_count(config: CfgNode, split: str, root: Path, count: int) -> None:
+    expected = config.MODEL.NUM_CLASSES
+    if split == 'val' and evaluates_22k_as_1k(config, count):
+        expected = CLASSES_1K
+    if count != expected:
         raise ConfigError(
-            f'{root} has {found} classes, and the model is to tell {wanted} apart '
+            f'{root} has {count} classes, and the model is to tell {expected} apart '
             f'(MODEL.NUM_CLASSES {config.MODEL.NUM_CLASSES})'
         )

@@ -65,22 +65,22 @@ class Folder:
 class Memory:
     """Keeps the encoded images of some numbers in one buffer, which forked workers share."""
 
-    def __init__(self, source: Source, kept: range) -> None:
+    def __init__(self, source: Source, indices: range) -> None:
         """Reads them.
 
         Args:
-            source: what to read from, and what the images outside of ``kept`` are read from.
-            kept: numbers of the images to keep.
+            source: what to read from, and what the images outside of ``indices`` are read from.
+            indices: numbers of the images to keep.
 
         Raises:
             OSError, ValueError: as the source; and when a file has changed meanwhile.
         """
         self.root, self.names = source.root, source.names
-        self._source, self._kept = source, kept
-        sizes = [source.size(index) for index in kept]
+        self._source, self._indices = source, indices
+        sizes = [source.size(index) for index in indices]
         self._ends = np.cumsum([0, *sizes], dtype=np.int64)
         self._bytes = np.empty(int(self._ends[-1]), dtype=np.uint8)
-        for place, index in enumerate(kept):
+        for place, index in enumerate(indices):
             data = source.read(index)
             if len(data) != sizes[place]:
                 raise Unreadable(f'{source.where(index)} changed while it was read')
@@ -101,7 +101,7 @@ class Memory:
 
     def read(self, index: int) -> bytes:
         """The bytes of an image, from memory where it is kept."""
-        if index not in self._kept:
+        if index not in self._indices:
             return self._source.read(index)
-        place = self._kept.index(index)
+        place = self._indices.index(index)
         return self._bytes[self._ends[place] : self._ends[place + 1]].tobytes()

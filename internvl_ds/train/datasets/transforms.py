@@ -11,6 +11,7 @@ from timm.data.transforms import str_to_interp_mode
 from torchvision import transforms
 from yacs.config import CfgNode
 
+from internvl_ds.config.choices import require_one_of
 from internvl_ds.errors import ConfigError
 
 Transform = Callable[[Any], torch.Tensor]
@@ -26,10 +27,7 @@ def build_transform(config: CfgNode, training: bool) -> Transform:
         ConfigError: for an unknown DATA.TRANSFORM, and for evaluation on random crops.
     """
     name = config.DATA.TRANSFORM
-    if name not in ('build_transform', 'build_transform_for_linear_probe'):
-        raise ConfigError(
-            f'DATA.TRANSFORM {name!r} is none of build_transform, build_transform_for_linear_probe'
-        )
+    require_one_of('DATA.TRANSFORM', name, ('build_transform', 'build_transform_for_linear_probe'))
     if not training:
         return _eval_transform(config)
     if name == 'build_transform':

@@ -50,15 +50,15 @@ def walk_classes(root: Path, classes: Collection[str]) -> tuple[list[str], list[
     twice: list[str] = []
     for label, name in enumerate(classes):
         below = sorted(_folders(root, name, twice))
-        found = [
+        files = [
             os.path.join(folder, file)
             for folder, files in below
             for file in sorted(files)
             if is_image_name(file)
         ]
-        names += found
-        labels += [label] * len(found)
-        if not found:
+        names += files
+        labels += [label] * len(files)
+        if not files:
             empty.append(name)
     if twice:
         _log.warning(
@@ -72,14 +72,14 @@ def walk_classes(root: Path, classes: Collection[str]) -> tuple[list[str], list[
 
 def _folders(root: Path, name: str, twice: list[str]) -> Iterator[tuple[str, list[str]]]:
     """The folders of a class with the files in each; links to ones seen before go to ``twice``."""
-    seen, waiting = {_identity(root)}, [name]
+    visited, waiting = {_identity(root)}, [name]
     while waiting:
         folder = waiting.pop()
         path = root / folder
-        if (identity := _identity(path)) in seen:
+        if (identity := _identity(path)) in visited:
             twice.append(folder)
             continue
-        seen.add(identity)
+        visited.add(identity)
         files = []
         with os.scandir(path) as entries:
             for entry in sorted(entries, key=lambda e: e.name, reverse=True):

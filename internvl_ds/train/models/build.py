@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from torch import nn
 from yacs.config import CfgNode
 
+from internvl_ds.config.choices import require_one_of
 from internvl_ds.config.counts import require_counts
-from internvl_ds.errors import ConfigError
 from internvl_ds.pretrained.backbone import Backbone, load_backbone
 from internvl_ds.pretrained.transforms import INTERNVIT_RENAMES
 from internvl_ds.train.models.blocks import BlockOptions
@@ -37,8 +37,8 @@ def build_intern_vit(config: CfgNode) -> InternViT:
     section = 'MODEL.INTERN_VIT_6B'
     vit = _checked(config, section, ('DROP_RATE',))
     targets = (CLS_PATCH_CONCAT, ATTENTION_POOLING, CLIP_PROJECTOR)
-    _require_one_of(f'{section}.CLS_TARGET', vit.CLS_TARGET, targets)
-    _require_one_of(f'{section}.NORM_TYPE', vit.NORM_TYPE, ('rms', 'ln'))
+    require_one_of(f'{section}.CLS_TARGET', vit.CLS_TARGET, targets)
+    require_one_of(f'{section}.NORM_TYPE', vit.NORM_TYPE, ('rms', 'ln'))
     options = BlockOptions(
         width=vit.EMBED_DIM,
         heads=vit.NUM_HEADS,
@@ -79,7 +79,7 @@ def build_clip_vit(config: CfgNode) -> ClipViT:
     """Builds CLIP's image tower by MODEL.CLIP_VIT, and loads its PRETRAINED; as the other."""
     section = 'MODEL.CLIP_VIT'
     vit = _checked(config, section, ('DROP_RATE', 'DROP_PATH_RATE'))
-    _require_one_of(f'{section}.CLS_TARGET', vit.CLS_TARGET, (CLS_PATCH_CONCAT, ATTENTION_POOLING))
+    require_one_of(f'{section}.CLS_TARGET', vit.CLS_TARGET, (CLS_PATCH_CONCAT, ATTENTION_POOLING))
     options = ClipOptions(
         side=config.DATA.IMG_SIZE,
         patch=vit.PATCH_SIZE,
@@ -120,8 +120,8 @@ BUILDERS = {'intern_vit_6b': build_intern_vit, 'clip_vit': build_clip_vit}
 
 def warn_of_random_backbone(config: CfgNode, model: nn.Module, logger: logging.Logger) -> None:
     """Says so where a frozen backbone has weights from nowhere, and would keep them."""
-    given = getattr(model, 'given_by_backbone', None)
-    if given is None or given or not getattr(model, 'frozen', False):
+    names = getattr(model, 'given_by_backbone', None)
+    if names is None or names or not getattr(model, 'frozen', False):
         return
     if not (config.MODEL.RESUME or config.MODEL.PRETRAINED):
         section = config.MODEL.TYPE.upper()
@@ -139,15 +139,10 @@ def _load(config: CfgNode, model: Probe, backbone: Backbone) -> None:
 def _checked(config: CfgNode, section: str, unused: Sequence[str]) -> CfgNode:
     """The section of a model, whose counts mean something; says which general keys have no use."""
     require_counts(config, (f'{section}.',))
-    _require_one_of('MODEL.DROP_PATH_TYPE', config.MODEL.DROP_PATH_TYPE, ('linear',))
+    require_one_of('MODEL.DROP_PATH_TYPE', config.MODEL.DROP_PATH_TYPE, ('linear',))
     vit: CfgNode = config.MODEL[section.partition('.')[2]]
     for name in unused:
         if config.MODEL[name] and not (vit.FREEZE_VIT and name == 'DROP_PATH_RATE'):
             kind = config.MODEL.TYPE
             _logger.warning('MODEL.%s %s is not used by %s', name, config.MODEL[name], kind)
     return vit
-
-
-def _require_one_of(key: str, value: object, known: Sequence[str]) -> None:
-    if value not in known:
-        raise ConfigError(f'{key} is {value!r}; it can be {", ".join(map(repr, known))}')

@@ -139,8 +139,10 @@ MUTANTS = [
         ('        self.micro_batches += 1\n', ''),
     ]),
     *mutants_of('engine', 'engine/test_elementwise.py', [
-        ('<= 1e-6 * distance)', '<= 10 * distance)'),
-        ('        except Exception:  # Muon takes matrices only\n            return False', '        except Exception:  # Muon takes matrices only\n            return True'),
-        ('    if isinstance(optimizer, torch.optim.Adagrad):', '    if False:'),
+        ('torch.float64: 1e-6,', 'torch.float64: 10.0,'),
+        ('        if other is None:\n            return True', '        if other is None:\n            return False'),
+        ('(across * (count[: len(across), None] * n).cos())', '(across * n)'),
+        ('[[group] for group in groups] if by_group', '[groups] if by_group'),
+        ('    if stage and isinstance(optimizer, torch.optim.Adagrad):', '    if False:'),
     ]),
 ]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from internvl_ds.checkpoint.formats.snapshot import Snapshot, tensor_bytes
-from internvl_ds.engine.ema_shard import EmaFile
+from internvl_ds.files.ema_shard import EmaFile
 
 Pair = namedtuple('Pair', 'first second')
 

@@ -35,7 +35,8 @@ def test_what_is_taken_apart_is_put_together_as_it_was(stage):
     assert list(out) == ['frozen.x', 'frozen.y']
     assert list(left['module']) == ['a', 'seen']
     # As exclude_frozen_parameters has it, for DeepSpeed's own readers.
-    assert left['frozen_param_shapes'] is left['frozen_param_fragments'] is None
+    assert left['frozen_param_fragments'] is None
+    assert left['frozen_param_shapes'] == {name: torch.Size(SHAPES[name]) for name in out}
     after = join(left, out)
     assert KEY not in after
     assert list(after['module']) == list(before['module'])

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from internvl_ds import load_checkpoint
+from internvl_ds import load_checkpoint, load_pretrained
 from internvl_ds.checkpoint.tag.verify import damage_of_tag
 from internvl_ds.errors import CheckpointError
 from internvl_ds.tools.cli import main
@@ -59,6 +59,9 @@ def harm(tag, source, moved):
         with pytest.raises(CheckpointError, match='has other values'):
             evaluate(tag)
         assert evaluate(tag, MODEL__PRETRAINED=str(away)).keys() == Net().state_dict().keys()
+        paths = {'MODEL__PRETRAINED': str(tag), 'MODEL__INTERN_VIT_6B__PRETRAINED': str(away)}
+        report = load_pretrained(make_config(**paths), Net(), freezing.logger)
+        assert report.missing == ()
         source.unlink()
         shutil.copy(away, tag.parent / source.name)
         assert damage_of_tag(tag) == []

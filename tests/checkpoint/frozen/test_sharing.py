@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from safetensors.torch import load_file
 
 from internvl_ds.checkpoint.frozen import frozen_file
@@ -52,8 +53,20 @@ def test_tags_share_what_is_frozen_and_every_reader_agrees(tmp_path, capsys):
                 assert re.search(r'Missing key.*"frozen\.weight"', strict, re.DOTALL), strict
                 assert loose == ours == again == [], stage
     for stage in found:
+        if stage != '0':
+            ask_deepspeeds_converter(tmp_path / stage)
         look_at(tmp_path / stage, capsys)
         harm(tmp_path / stage)
+
+
+def ask_deepspeeds_converter(output):
+    """The script that each save lays beside the tags does not take the trained part for all."""
+    with pytest.raises((KeyError, TypeError)):
+        get_fp32_state_dict_from_zero_checkpoint(str(output), 'ckpt_epoch_1')
+    trained = get_fp32_state_dict_from_zero_checkpoint(
+        str(output), 'ckpt_epoch_1', exclude_frozen_parameters=True
+    )
+    assert not [name for name in trained if 'frozen' in name]
 
 
 def look_at(output, capsys):
@@ -196,7 +209,6 @@ def test_a_file_next_to_the_tags_stays_while_a_save_is_under_way_or_a_tag_needs_
 
 @pytest.mark.parametrize('value', ['once ', 'none', True])
 def test_another_word_is_refused_before_training(value):
-    with pytest.raises(
-        ConfigError, match='CHECKPOINT.FROZEN is .*; it can be keep or once or omit'
-    ):
+    words = "CHECKPOINT.FROZEN is .*; it can be 'keep', 'once', 'omit'"
+    with pytest.raises(ConfigError, match=words):
         frozen_of(make_config(CHECKPOINT__FROZEN=value))

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 import safetensors.torch
@@ -142,6 +143,8 @@ def test_a_body_that_is_cut_off_is_not_kept_and_the_next_start_has_it(server, ca
         lambda h: reply(h, b'%x\r\n%s' % (len(whole), whole[:-9]), **CHUNKED),
         lambda h: reply(h, whole, Content_Length=None),
         lambda h: reply(h, whole, Content_Length=10**16),
+        lambda h: reply(h, whole[:-9]),
+        lambda h: reply(h, weights(4)[:-9]),
     ):  # fmt: skip
         server.answers['/w.pth'] = answer
         refused(server.url('/w.pth'))
@@ -186,6 +189,8 @@ def test_a_long_name_in_letters_of_many_bytes(server):
     path = f'/{"%E4%B8%AD" * 100}.pth'
     server.answers[path] = torch_file(1)
     assert fetch(server.url(path)).is_file()
+    assert fetch(server.url(unquote(path))).is_file()
+    assert len(server.asked) == 1
 
 
 @pytest.mark.parametrize('made', [os.mkfifo, lambda path: path.symlink_to('/dev/zero')])
@@ -281,7 +286,7 @@ def test_what_torch_hub_has_is_taken_by_its_hash_only(server, tmp_path):
 
 
 def test_a_kept_file_that_cannot_be_read_is_named(server, cache):
-    server.answers['/w.pth'] = b'PK\x03\x04 and then nothing'
+    server.answers['/w.pth'] = b'\x80\x02 and then nothing'
     for _ in range(2):
         with pytest.raises(PretrainedError) as caught:
             open_weights(server.url('/w.pth'))

@@ -41,3 +41,26 @@ def test_cells(tree, low, pointers):
 
 def test_a_section_that_is_not_used_is_no_matter():
     assert list(unsupported_settings(ADAM, 'bf16', optimizer=False)) == []
+
+
+@pytest.mark.parametrize(
+    ('section', 'pointer'),
+    [
+        ({'offload_optimizer': {'device': 'cpu'}}, '/zero_optimization/offload_optimizer'),
+        ({'offload_optimizer': {'device': 'none'}}, None),
+        ({'contiguous_gradients': False}, '/zero_optimization/contiguous_gradients'),
+    ],
+)
+def test_what_only_an_earlier_deepspeed_does_wrong(section, pointer):
+    tree = {'zero_optimization': {'stage': 2, **section}}
+    assert list(unsupported_settings(tree, None)) == []
+    found = list(unsupported_settings(tree, None, version='0.18.9'))
+    assert [f.pointer for f in found] == ([pointer] if pointer else [])
+    assert all('install deepspeed>=0.19.8' in f.message for f in found)
+
+
+def test_accumulation_in_fp32_at_stage_1_is_refused_in_fp16_too_before():
+    tree = {**zero(1), **IN_FP32}
+    assert [f.pointer for f in unsupported_settings(tree, 'fp16', version='0.18.9')] == [
+        '/data_types/grad_accum_dtype'
+    ]

@@ -22,12 +22,18 @@ def data(tmp_path_factory):
 @pytest.mark.parametrize(
     ('values', 'words'),
     [
-        ({'DATA__DATASET': 'cifar'}, "DATA.DATASET 'cifar' is none of imagenet, imagenet22K"),
-        ({'DATA__CACHE_MODE': 'all'}, "DATA.CACHE_MODE 'all' is none of no, part, full"),
+        (
+            {'DATA__DATASET': 'cifar'},
+            "DATA.DATASET is 'cifar'; it can be 'imagenet', 'imagenet22K'",
+        ),
+        ({'DATA__CACHE_MODE': 'all'}, "DATA.CACHE_MODE is 'all'; it can be 'no', 'part', 'full'"),
         ({'DATA__CACHE_MODE': 'full'}, 'DATA.ZIP_MODE is False: set it True'),
-        ({'DATA__INTERPOLATION': 'cubic'}, "DATA.INTERPOLATION 'cubic'"),
-        ({'AUG__MIXUP_MODE': 'batches'}, "AUG.MIXUP_MODE 'batches' is none of batch, pair, elem"),
-        ({'AUG__REMODE': 'noise'}, "AUG.REMODE 'noise'"),
+        ({'DATA__INTERPOLATION': 'cubic'}, "DATA.INTERPOLATION is 'cubic'"),
+        (
+            {'AUG__MIXUP_MODE': 'batches'},
+            "AUG.MIXUP_MODE is 'batches'; it can be 'batch', 'pair', 'elem'",
+        ),
+        ({'AUG__REMODE': 'noise'}, "AUG.REMODE is 'noise'"),
         ({'AUG__REPROB': 1.5}, 'AUG.REPROB is 1.5, and a probability'),
         ({'AUG__MEAN': [0.5]}, r'AUG.MEAN is \(0.5,\), and takes 3 numbers'),
         ({'AUG__CUTMIX_MINMAX': 0.5}, 'AUG.CUTMIX_MINMAX is 0.5, and takes 2 numbers'),

@@ -4,6 +4,7 @@ import zipfile
 
 import pytest
 import torch
+from PIL import Image
 
 from internvl_ds.errors import ConfigError, DataError
 from internvl_ds.train.data import build_loaders, order_of
@@ -36,6 +37,19 @@ def list_of(root):
     return [
         f'{path.relative_to(root)} {int(path.parent.name[-1])}' for path in sorted(root.glob('*/*'))
     ]
+
+
+def test_an_image_stands_upright_as_its_exif_orientation_says(data):
+    """As OpenCV reads it, through which the original does."""
+    image = Image.new('RGB', (16, 16), (255, 0, 0))
+    image.paste((0, 0, 255), (0, 0, 16, 8))  # blue above
+    orientation = Image.Exif()
+    orientation[0x0112] = 3  # it is upside down
+    path = data / 'val' / 'class_0' / '000.png'
+    image.save(path)
+    plain = contents(small_config(data))[0][0]
+    image.save(path, exif=orientation)
+    assert torch.equal(contents(small_config(data))[0][0], plain.flip(1, 2))
 
 
 @pytest.mark.parametrize('place', ['META_DATA', 'meta_data'])

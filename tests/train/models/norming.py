@@ -19,10 +19,13 @@ from internvl_ds import (
     load_ema_checkpoint,
     save_checkpoint,
 )
+from internvl_ds.config.tree import default_config
 from internvl_ds.dist.rendezvous import rank, world_size
 from internvl_ds.engine.ema import ShardedEma
+from internvl_ds.errors import ConfigError
 from internvl_ds.train.model import build_model, input_dtype
 from internvl_ds.train.models.batch_norm import SyncBatchNorm
+from tests.harness.model import zero_json
 from tests.harness.training import whole_weights
 from tests.train.models.tiny import CLASSES, difference, images, tiny_config
 
@@ -163,3 +166,48 @@ def _engine(config: Any, stage: int) -> tuple[Any, Any]:
 
 def _labels() -> torch.Tensor:
     return torch.arange(8) % CLASSES
+
+
+def _convolutional(level: str, synced: bool) -> tuple[Any, Any]:
+    torch.manual_seed(0)
+    config = default_config()
+    config.MODEL.TYPE, config.MODEL.NAME, config.MODEL.NUM_CLASSES = 'timm', 'resnet10t', 4
+    config.MODEL.DROP_PATH_RATE = 0.0
+    config.MODEL.SYNC_BN = synced
+    config.DATA.BATCH_SIZE = 8 // world_size()
+    config.AMP_OPT_LEVEL, config.AMP_TYPE = level, 'bfloat16'
+    return config, build_model(config)
+
+
+def train_convolutions(stages: list[int], level: str) -> dict[str, dict[str, Any]]:
+    """The norms of a net's tensors after updates on batches of 8 in all, of which ranks share."""
+    found = {}
+    for stage in stages:
+        config, model = _convolutional(level, synced=True)
+        client = torch.optim.SGD(model.parameters(), lr=_LR)
+        engine, optimizer = initialize(config, model, client, zero_json(stage))
+        scaler, size = NativeScalerWithGradNormCount(), 8 // world_size()
+        for step in range(3):
+            numbers = torch.Generator().manual_seed(step)
+            x = torch.randn(8, 3, 32, 32, generator=numbers)
+            y = torch.randint(4, (8,), generator=numbers)
+            own = slice(rank() * size, (rank() + 1) * size)
+            out = engine(x[own].to(input_dtype(engine))).float()
+            scaler(F.cross_entropy(out, y[own]), optimizer)
+        buffers = dict(engine.module.named_buffers())
+        values = {**whole_weights(engine), **buffers}
+        found[str(stage)] = {n: float(t.float().norm()) for n, t in values.items()}
+    return found
+
+
+def refusals() -> dict[str, str]:
+    """What initialize says of a net whose batch norms are torch's, in a bf16 engine."""
+    said = {}
+    for stage in (0, 1, 3):
+        config, model = _convolutional('O2', synced=False)
+        client = torch.optim.SGD(model.parameters(), lr=_LR)
+        try:
+            initialize(config, model, client, zero_json(stage))
+        except ConfigError as error:
+            said[str(stage)] = str(error)
+    return said

@@ -1,11 +1,14 @@
 """The batch norm over ranks, beside torch's on one, and in engines of every stage and precision."""
 
+import copy
+
 import pytest
 import torch
+from timm.layers import BatchNormAct2d
 from torch import nn
 
 from internvl_ds.errors import ConfigError
-from internvl_ds.train.models.batch_norm import SyncBatchNorm
+from internvl_ds.train.models.batch_norm import SyncBatchNorm, synchronize
 from tests.harness.ranks import run_ranks
 from tests.train.models import norming
 from tests.train.models.tiny import difference
@@ -76,3 +79,67 @@ def test_statistics_that_were_cast_all_the_same_are_refused():
     norm.running_mean.data = norm.running_mean.bfloat16()  # as data_types.buffer_dtype does
     with pytest.raises(ConfigError, match=r'bfloat16.*data_types\.buffer_dtype'):
         norm(torch.randn(9, 6))
+
+
+@pytest.mark.parametrize('momentum', [0.1, 0.02, None])
+@pytest.mark.parametrize(
+    ('make', 'shape'),
+    [
+        (nn.BatchNorm1d, (9, 6)),
+        (nn.BatchNorm1d, (4, 6, 5)),
+        (nn.BatchNorm2d, (4, 6, 5, 3)),
+        (nn.BatchNorm3d, (4, 6, 2, 3, 3)),
+        (BatchNormAct2d, (4, 6, 5, 3)),
+    ],
+)
+@pytest.mark.parametrize('more', [{}, {'affine': False}, {'track_running_stats': False}])
+def test_a_synchronized_norm_is_the_one_that_it_was(make, shape, momentum, more):
+    torch.manual_seed(0)
+    plain = make(6, momentum=momentum, **more)
+    model = nn.Sequential(copy.deepcopy(plain))
+    assert synchronize(model) == 1
+    assert isinstance(model[0], SyncBatchNorm)
+    assert repr(model[0].state_dict()) == repr(plain.state_dict())
+    for _ in range(3):
+        x = torch.randn(shape)
+        assert torch.equal(plain(x), model(x))
+    assert torch.equal(plain.eval()(x), model.eval()(x))
+    assert repr(model[0].state_dict()) == repr(plain.state_dict())
+    assert synchronize(model) == 0
+
+
+def test_a_norm_of_unknown_code_is_not_synchronized():
+    class Other(nn.BatchNorm2d):
+        def forward(self, x):
+            return x
+
+    with pytest.raises(ConfigError, match=r'MODEL\.SYNC_BN: 0 \(Other\): no batch norm of'):
+        synchronize(nn.Sequential(Other(6)))
+
+
+@pytest.mark.ranks
+def test_two_ranks_train_a_convolutional_net_as_one_does_on_the_whole_batch(tmp_path):
+    (alone,) = run_ranks(norming.train_convolutions, 1, tmp_path, stages=[0], level='O0')
+    cells = run_ranks(norming.train_convolutions, 2, tmp_path, stages=[0, 1, 3], level='O0')
+    for result in cells:
+        for stage, values in result.items():
+            for name, value in values.items():
+                # Three updates through ten layers of sums of hundreds of products, 6e-8 each.
+                assert value == pytest.approx(alone['0'][name], rel=1e-4, abs=1e-5), (stage, name)
+    halves = run_ranks(norming.train_convolutions, 2, tmp_path, stages=[0, 1, 3], level='O2')
+    for result in halves:
+        for stage, values in result.items():
+            for name, value in values.items():
+                # bfloat16 has 2^-9 a rounding.
+                assert value == pytest.approx(alone['0'][name], rel=0.1, abs=0.1), (stage, name)
+
+
+@pytest.mark.ranks
+def test_batch_norms_that_a_half_precision_engine_cannot_compute_are_refused(tmp_path):
+    for said in run_ranks(norming.refusals, 2, tmp_path):
+        for stage in ('0', '1', '3'):
+            assert said[stage].startswith(
+                '14 batch norms have weights in half precision and running statistics in float32'
+            ), said
+            assert 'conv1.1 (BatchNormAct2d)' in said[stage] or 'bn1 (' in said[stage], said
+            assert 'AMP_OPT_LEVEL O1' in said[stage]

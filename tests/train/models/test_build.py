@@ -110,6 +110,32 @@ def test_the_published_projector_is_taken_where_it_is_used(tmp_path, target, cap
     assert ('left 14 entries out' in caplog.text) == (target != 'clip_projector')
 
 
+@pytest.mark.parametrize('kind', [INTERN, 'clip_vit'])
+def test_a_file_of_more_blocks_gives_the_first_and_says_which_are_left(tmp_path, kind, caplog):
+    logging.getLogger('internvl_ds').propagate = True
+    state = published(kind, DEPTH=4)  # as 45 of the 48 blocks of InternViT-6B-448px-V1-0
+
+    model = build_model(tiny_config(kind, DEPTH=2, PRETRAINED=str(write_pth(tmp_path, state))))
+
+    assert all(torch.equal(model.state_dict()[name], state[name]) for name in model.backbone_keys)
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelname == 'WARNING']
+    assert (
+        f'its blocks 2, 3 are not used: the model is built with fewer (MODEL.{kind.upper()}.DEPTH)'
+        in warning
+    )
+
+
+def test_a_whole_model_gives_its_backbone(tmp_path):
+    state = tiny_model(INTERN).state_dict()
+    torch.save({'model': state}, tmp_path / 'whole.pth')
+
+    model = build_model(tiny_config(PRETRAINED=str(tmp_path / 'whole.pth')))
+
+    assert model.given_by_backbone == set(model.backbone_keys)
+    assert all(torch.equal(model.state_dict()[name], state[name]) for name in model.backbone_keys)
+    assert not model.head.bias.any()
+
+
 def test_positions_and_patches_are_resized_as_by_the_original(tmp_path):
     state = published(DATA__IMG_SIZE=56)  # 4 x 4 patches of 14 pixels
     path = str(write_pth(tmp_path, state))
@@ -169,10 +195,10 @@ def _without(state, name):
             r'1 names of the model are not in it \(blocks\.1\.ls1\.gamma\), and 0 of',
         ),
         (
-            lambda s: s | {'blocks.3.ls1.gamma': torch.ones(32)}, {},
-            r'0 names .* 1 of its names are not in the model \(blocks\.3\.ls1\.gamma\)',
+            lambda s: s | {'blocks.1.gate.weight': torch.ones(32)}, {},
+            r'0 names .* 1 of its names are not in the model \(blocks\.1\.gate\.weight\)',
         ),
-        (lambda s: s, {'DEPTH': 2}, r'and 13 of its names are not in the model \(blocks\.2\.'),
+        (lambda s: s, {'DEPTH': 4}, r'13 names of the model are not in it \(blocks\.3\.'),
         (lambda s: s, {'NORM_TYPE': 'ln'}, r'12 names of the model are not in it \(blocks\.0\.'),
         (lambda s: s, {'EMBED_DIM': 16}, r'entries do not fit the model: pos_embed'),
         (lambda s: s, {'CLS_TARGET': 'clip_projector'}, r'not in it \(clip_projector\.'),
@@ -181,7 +207,7 @@ def _without(state, name):
             r'of 4 patches, and images of 42 pixels have 3 x 3 of 14: set '
             r'MODEL\.INTERN_VIT_6B\.PRETRAIN_SIZE',
         ),
-        (lambda s: s | {'head.bias': torch.ones(5)}, {}, r'not in the model \(head\.bias\)'),
+        (lambda s: s | {'head_dist.bias': torch.ones(5)}, {}, r'not in the model \(head_dist\.'),
     ],
 )  # fmt: skip
 def test_another_backbone_is_refused_by_name(tmp_path, change, values, message):

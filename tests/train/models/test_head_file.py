@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from internvl_ds import load_checkpoint
+from internvl_ds import load_checkpoint, load_pretrained
 from internvl_ds.errors import CheckpointMismatch
 from internvl_ds.train.data import build_loaders
 from internvl_ds.train.model import build_model
@@ -39,6 +39,18 @@ def test_both_files_together_are_the_whole_model(tmp_path, kind, target):
 
     assert all(torch.equal(model.state_dict()[n], t) for n, t in source.state_dict().items())
     assert torch.equal(model(images()), source(images()))
+
+
+def test_pretrained_may_be_the_head_alone(tmp_path, kind):
+    source = tiny_model(kind)
+    backbone, head = backbone_file(tmp_path, source), head_file(tmp_path, source)
+    config = tiny_config(kind, PRETRAINED=str(backbone), MODEL__PRETRAINED=str(head))
+    model = build_model(config)
+
+    report = load_pretrained(config, model, _log)
+
+    assert all(torch.equal(model.state_dict()[n], t) for n, t in source.state_dict().items())
+    assert (report.matched, report.missing) == (1.0, ())
 
 
 def test_a_head_without_its_backbone_is_refused(tmp_path, kind):
