@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import string
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
@@ -9,6 +10,10 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 from internvl_ds.errors import PretrainedError
 
 BLANK = re.compile(r'[\s\x00-\x1f\x7f]')
+# A name that ends as a file does is one.
+_REPOSITORY = re.compile(
+    r'[\w-][\w.-]*/[\w-][\w.-]*(?<!\.pth)(?<!\.pt)(?<!\.bin)(?<!\.safetensors)'
+)
 _SCHEME = re.compile(r'(hf-hub:|[a-z][a-z0-9+.-]*://)', re.IGNORECASE)
 # Up to the last @ of the host; or of all where what follows the user is no port but a password
 # with a slash in it, which no address may have.
@@ -19,6 +24,12 @@ _QUERY = re.compile(r'(://[^\s?#\'"<>]*)[?#][^\s\'"<>]*?(?=[:;,.)]*(?:[\s\'"<>]|
 def is_address(path: str) -> bool:
     """Whether MODEL.PRETRAINED or MODEL.RESUME names something to download, and not a path."""
     return _SCHEME.match(path) is not None
+
+
+def repository_at(path: str) -> str | None:
+    """The address of ORG/REPO of the hub, as transformers takes it; None for any other path."""
+    named = _REPOSITORY.fullmatch(path) and not os.path.exists(path)
+    return f'hf-hub:{path}' if named else None
 
 
 def redacted(text: str) -> str:

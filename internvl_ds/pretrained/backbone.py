@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,7 +19,7 @@ from yacs.config import CfgNode
 from internvl_ds.checkpoint.sources import downloads
 from internvl_ds.checkpoint.sources.open_weights import open_weights
 from internvl_ds.errors import PretrainedError, few
-from internvl_ds.files.addresses import is_address, shown
+from internvl_ds.files.addresses import repository_at, shown
 from internvl_ds.files.reading import interpreting, read_json
 from internvl_ds.pretrained import apply, transforms
 from internvl_ds.pretrained.api import Plan, load_planned, run_steps
@@ -28,10 +27,6 @@ from internvl_ds.pretrained.places import origins_in
 from internvl_ds.pretrained.report import PretrainedReport
 from internvl_ds.pretrained.transforms import Note, Result, Specs, State, Step
 
-# ORG/REPO of the hub, as transformers takes it; a name that ends as a file does is one.
-_REPOSITORY = re.compile(
-    r'[\w-][\w.-]*/[\w-][\w.-]*(?<!\.pth)(?<!\.pt)(?<!\.bin)(?<!\.safetensors)'
-)
 _FIRST_NUMBER = re.compile(r'\.(\d+)\.')
 
 
@@ -94,10 +89,8 @@ def local_files(config: CfgNode, path: str) -> tuple[Path, Path | None]:
     Returns:
         A file or directory, and None where no config.json is beside it.
     """
-    repository = None
-    if not is_address(path) and not os.path.exists(path) and _REPOSITORY.fullmatch(path):
-        repository = f'hf-hub:{path}'
-    elif path.lower().startswith('hf-hub:') and path.count(':') == 1:
+    repository = repository_at(path)
+    if path.lower().startswith('hf-hub:') and path.count(':') == 1:
         repository = path
     if repository is None:
         file = Path(downloads.local(path, config))

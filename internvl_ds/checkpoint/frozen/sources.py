@@ -10,7 +10,8 @@ import contextlib
 import contextvars
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -18,16 +19,19 @@ import torch
 from yacs.config import CfgNode
 
 from internvl_ds.checkpoint.frozen.frozen_bytes import entry_of
+from internvl_ds.checkpoint.sources import downloads
 from internvl_ds.checkpoint.sources.weight_files import open_file
-from internvl_ds.errors import CheckpointError, InternvlDsError
-from internvl_ds.files.addresses import is_address
+from internvl_ds.errors import CheckpointError, InternvlDsError, PretrainedError
+from internvl_ds.files.addresses import is_address, repository_at
 from internvl_ds.zero.origins import Origin
 
 _P = ParamSpec('_P')
 _T = TypeVar('_T')
 
-# Paths of weights that the call under way names: a file may have another place now.
-_named: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar('named', default=())
+# What finds weights that the call under way names: a file may have another place now.
+_named: contextvars.ContextVar[tuple[Callable[[], str], ...]] = contextvars.ContextVar(
+    'named', default=()
+)
 
 
 class Omitted:
@@ -98,13 +102,22 @@ def named_in_config(call: Callable[_P, _T]) -> Callable[_P, _T]:
     @functools.wraps(call)
     def looking(*args: _P.args, **more: _P.kwargs) -> _T:
         config = args[0] if args else more.get('config')
-        token = _named.set(tuple(_pretrained_in(config)))
-        try:
+        with looking_in(_pretrained_in(config), config):
             return call(*args, **more)
-        finally:
-            _named.reset(token)
 
     return looking
+
+
+@contextlib.contextmanager
+def looking_in(paths: Iterable[str], config: Any) -> Iterator[None]:
+    """Looks for omitted weights in these files too, or at these addresses, while it is entered."""
+    addresses = [repository_at(path) or path for path in paths]
+    files_first = sorted(addresses, key=is_address)
+    token = _named.set(tuple(partial(downloads.local, each, config) for each in files_first))
+    try:
+        yield
+    finally:
+        _named.reset(token)
 
 
 def pieces_of(weights: Mapping[str, Any], omitted: Mapping[str, Omitted]) -> dict[str, Any]:
@@ -144,10 +157,17 @@ def _find(
 ) -> tuple[str, dict[str, torch.Tensor]]:
     said = []
     beside = str(tag.parent / os.path.basename(source))
-    for path in dict.fromkeys((source, *_named.get(), beside)):
-        if not os.path.exists(path):
+    tried: set[str] = set()
+    for place in (lambda: source, lambda: beside, *_named.get()):
+        try:
+            path = place()
+        except PretrainedError as error:  # of a download
+            said.append(str(error))
+            continue
+        if path in tried or not os.path.exists(path):
             said += [f'{path} is not there'] if path == source else []
             continue
+        tried.add(path)
         try:
             pieces = pieces_of(open_file(path), omitted)
             actual = entry_of(pieces).digest
@@ -160,14 +180,15 @@ def _find(
     raise CheckpointError(
         f'{tag}: omits {len(omitted)} frozen parameters (CHECKPOINT.FROZEN), which were loaded '
         f'from {source}; {"; ".join(said)}. Name its present place, by MODEL.PRETRAINED or '
-        "PRETRAINED of the model's section, or put it next to the tag"
+        "PRETRAINED of the model's section (`internvl-ds ckpt`: --pretrained), or put it next to "
+        'the tag'
     )
 
 
 def _pretrained_in(config: Any) -> Iterator[str]:
-    """The local paths of weights that a configuration names, its own or a part's."""
+    """The paths and addresses of weights that a configuration names, its own or a part's."""
     with contextlib.suppress(AttributeError, KeyError):
         parts = [config.MODEL, *(v for v in config.MODEL.values() if isinstance(v, CfgNode))]
         for path in (str(part.get('PRETRAINED') or '') for part in parts):
-            if path and not is_address(path):
+            if path:
                 yield path

@@ -1,7 +1,7 @@
 """List, verify, show, prune, export and compare checkpoints.
 
     internvl-ds ckpt list OUTPUT [--verify]
-    internvl-ds ckpt verify OUTPUT [TAG] [--all]      (or the path of a tag)
+    internvl-ds ckpt verify OUTPUT [TAG] [--all] [--pretrained FILE]   (or the path of a tag)
     internvl-ds ckpt show OUTPUT [TAG] [--config]     (or the path of a tag)
     internvl-ds ckpt prune OUTPUT --keep N [--keep-steps N] [--keep-best N] [--keep-every K]
         [--drop-later] [--dry-run]
@@ -24,8 +24,8 @@ a tag: ``tag``, ``path``, ``size`` (bytes), ``epoch``, ``max_accuracy``, ``seque
     ``zero_stage``, ``world_size``, ``precision``, ``global_steps``, ``versions``, ``step``;
     ``frozen``, where frozen parameters are that the tag shares with others (see
     CHECKPOINT.FROZEN): ``kept`` and ``output``; or an empty object;
-    ``verified``, one of 'sizes', 'checksums', 'no manifest', 'damaged'; ``problems``, a list of
-    sentences.
+    ``verified``, one of 'sizes', 'checksums', 'no manifest', 'no source', 'damaged';
+    ``problems``, a list of sentences.
 show: the keys of a tag; ``format`` of the manifest; ``files``, each with ``name``, ``size`` and
     ``xxh3_128``; ``state``: ``epoch``, ``max_accuracy``, ``max_accuracy_ema``, ``ema_decay``, the
     names that ``lr_scheduler`` and ``scaler`` hold, and ``classes``, how many class names it keeps;
@@ -57,17 +57,26 @@ from internvl_ds.checkpoint.tag.trash import TRASH
 from internvl_ds.errors import CheckpointError, CheckpointNotFound, few, shown
 from internvl_ds.tools.cli import diff, export
 from internvl_ds.tools.cli.quantities import whole
-from internvl_ds.tools.cli.tags import Examined, examine_all, examine_chosen, find_tags, tree_of
+from internvl_ds.tools.cli.tags import (
+    Examined,
+    add_pretrained,
+    examine_all,
+    examine_chosen,
+    find_tags,
+    tree_of,
+)
 from internvl_ds.tools.text import human_age, human_size, json_text, say, table
 
 OK, DAMAGED, UNVERIFIED = 0, 1, 3
 _FAILED = 2
+_NO_SOURCE = 'no source'
 
 _EPILOG = """exit status:
   0  all is well
   1  something is damaged
   2  wrong usage, or nothing there (prune: or something could not be removed)
-  3  nothing is damaged, but something has no manifest and could not be verified
+  3  nothing is damaged, but something could not be verified: it has no manifest, or the weights
+     that it omits are not where they were (see --pretrained)
 """
 
 
@@ -91,6 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which = action.add_mutually_exclusive_group()
     which.add_argument('tag', nargs='?', metavar='TAG', help='default: what auto resume takes')
     which.add_argument('--all', action='store_true', help='every tag')
+    add_pretrained(action)
     action = add('show', _show, 'what a tag is, its files and its state', either)
     action.add_argument('tag', nargs='?', metavar='TAG', help='default: what auto resume takes')
     action.add_argument('--config', action='store_true', help='print the saved config (YAML) only')
@@ -115,7 +125,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the action; an error of the file system becomes a `CheckpointError`."""
-    with discovery.reading(args.path):
+    with discovery.reading(args.path), contextlib.ExitStack() as stack:
+        if getattr(args, 'pretrained', None):
+            # imports torch, which the other actions can do without
+            from internvl_ds.checkpoint.frozen.sources import looking_in
+            from internvl_ds.config.tree import default_config
+
+            stack.enter_context(looking_in(args.pretrained, default_config()))
         status: int = args.act(args)
     return status
 
@@ -157,7 +173,8 @@ def _row(examined: Examined, latest: str | None) -> tuple[str, ...]:
     if examined.problems:
         # The path is in the line already, and only the first of several reasons is wanted.
         reason = examined.problems[0].removeprefix(str(examined.path)).lstrip(':/ ')
-        verified = f'DAMAGED: {reason.partition("; ")[0]}'
+        word = 'NO SOURCE' if verified == _NO_SOURCE else 'DAMAGED'
+        verified = f'{word}: {reason.partition("; ")[0]}'
     header = examined.header
     if header is None:
         cells = ('-', '-', size, age, '-', '-')
@@ -182,6 +199,7 @@ def _verify(args: argparse.Namespace) -> int:
         say(f'auto resume: {warning}')
     for examined in entries:
         verdict = {'checksums': 'all files are as written', 'damaged': 'DAMAGED'}
+        verdict[_NO_SOURCE] = 'all files are as written, and what it omits is not found'
         no_manifest = 'no manifest, so nothing can be said of its files'
         size = human_size(examined.size)
         say(f'{shown(examined.path)}: {verdict.get(examined.verified, no_manifest)} ({size})')
@@ -312,6 +330,7 @@ def _prune(args: argparse.Namespace) -> int:
 
 
 def _status(entries: Sequence[Examined]) -> int:
-    if any(entry.problems for entry in entries):
+    found = {'damaged' if e.problems and e.verified != _NO_SOURCE else e.verified for e in entries}
+    if 'damaged' in found:
         return DAMAGED
-    return UNVERIFIED if any(entry.verified == 'no manifest' for entry in entries) else OK
+    return UNVERIFIED if found & {'no manifest', _NO_SOURCE} else OK

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from internvl_ds.errors import CheckpointError, CheckpointNotFound
 from internvl_ds.files.reading import interpreting
-from internvl_ds.tools.cli.tags import choose
+from internvl_ds.tools.cli.tags import add_pretrained, choose
 from internvl_ds.tools.text import json_text, say, table
 
 SAME, DIFFERENT = 0, 1
@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('path', type=Path, metavar='A', help=text)
     parser.add_argument('other', type=Path, metavar='B', help=text)
     parser.add_argument('--json', action='store_true', help='print one JSON object')
+    add_pretrained(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from internvl_ds.errors import CheckpointError
 from internvl_ds.files.reading import interpreting
-from internvl_ds.tools.cli.tags import choose
+from internvl_ds.tools.cli.tags import add_pretrained, choose
 from internvl_ds.tools.text import human_size, json_text, say
 
 _LARGEST_GIB = 5.0
@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = 'above this size .safetensors is several files with an index (default: %(default)s)'
     add('--max-shard-gib', type=float, default=_LARGEST_GIB, metavar='GIB', help=text)
     add('--json', action='store_true', help='print one JSON object')
+    add_pretrained(parser)
 
 
 def run(args: argparse.Namespace) -> int:

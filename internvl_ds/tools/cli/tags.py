@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import os
 import threading
@@ -30,7 +31,7 @@ class Examined:
     header: Header | None  # None without a manifest, or without a readable one
     size: int  # bytes of all its files, but for the manifest
     time_of_save: float  # seconds since the epoch: the header's time, else the directory's
-    verified: str  # 'sizes', 'checksums', 'no manifest' or 'damaged'
+    verified: str  # 'sizes', 'checksums', 'no manifest', 'no source' or 'damaged'
     problems: list[str]  # what is wrong with it
 
     @property
@@ -88,6 +89,8 @@ def _examine(path: Path, contents: bool) -> Examined:
         elif why := discovery.problem(path):
             problems = [why]
         verified = 'no manifest' if manifest is None else 'checksums' if contents else 'sizes'
+        if manifest and contents and not problems and (problems := _sourceless(path, manifest)):
+            verified = 'no source'
     except CheckpointError as error:
         header, problems, verified = discovery.header_or_none(path), [str(error)], ''
     try:
@@ -99,7 +102,7 @@ def _examine(path: Path, contents: bool) -> Examined:
         size = sum(discovery.file_sizes(path).values())
     except OSError as error:  # no rights, a link to nowhere, no directory
         size, problems = 0, problems or [f'{path}: cannot be read: {error.strerror}']
-    verified = 'damaged' if problems else verified
+    verified = 'damaged' if problems and verified != 'no source' else verified
     return Examined(path, header, size, seconds, verified, problems)
 
 
@@ -192,6 +195,12 @@ def _is_named_as_tag(path: Path) -> bool:
     return path.name.startswith('ckpt_epoch_') and not path.suffix
 
 
+def add_pretrained(parser: argparse.ArgumentParser) -> None:
+    """Adds the option of those actions that read what a tag omits."""
+    text = 'where the weights are now that a tag omits (CHECKPOINT.FROZEN omit); may be repeated'
+    parser.add_argument('--pretrained', action='append', metavar='FILE', help=text)
+
+
 def tree_of(examined: Examined) -> dict[str, Any]:
     """A tag with the keys that the docstring of `internvl_ds.tools.cli.ckpt` lists, for JSON."""
     names = [f.name for f in fields(Header) if f.name not in _NOT_SHOWN]
@@ -203,7 +212,7 @@ def tree_of(examined: Examined) -> dict[str, Any]:
 
 def _damage(path: Path, manifest: Manifest) -> list[str]:
     # imports torch, which the other actions can do without
-    from internvl_ds.checkpoint.tag.verify import damage, damage_of_sources
+    from internvl_ds.checkpoint.tag.verify import damage
 
     names, problems = iter(manifest.files), dict[str, list[str]]()
 
@@ -217,8 +226,14 @@ def _damage(path: Path, manifest: Manifest) -> list[str]:
         thread.start()
     for thread in threads:
         thread.join()
-    found = [problem for name in sorted(manifest.files) for problem in problems[name]]
-    return found or damage_of_sources(path, manifest)
+    return [problem for name in sorted(manifest.files) for problem in problems[name]]
+
+
+def _sourceless(path: Path, manifest: Manifest) -> list[str]:
+    """Why what a tag omits cannot be taken: its own files are as written."""
+    from internvl_ds.checkpoint.tag.verify import damage_of_sources
+
+    return damage_of_sources(path, manifest)
 
 
 def _recency(examined: Examined) -> tuple[bool, int, float]:

@@ -14,11 +14,12 @@ from tests.checkpoint.frozen import freezing
 from tests.harness.elastic import Net
 from tests.harness.model import make_config
 from tests.harness.ranks import run_ranks
+from tests.harness.servers import serving
 
 
 @pytest.mark.ranks
 @pytest.mark.first
-def test_tags_omit_what_is_frozen_and_every_reader_finds_it(tmp_path):
+def test_tags_omit_what_is_frozen_and_every_reader_finds_it(tmp_path, capsys):
     torch.manual_seed(21)
     source = tmp_path / 'weights.pth'
     torch.save({'model': Net().state_dict()}, source)
@@ -39,10 +40,10 @@ def test_tags_omit_what_is_frozen_and_every_reader_finds_it(tmp_path):
                 close = pytest.approx(wanted, rel=1e-2 if stage == '2' else 1e-5)
                 assert losses == (wanted if same else close), (stage, key)
     for stage in found:
-        harm(tmp_path / stage / 'ckpt_epoch_1', source, tmp_path / f'moved{stage}')
+        harm(tmp_path / stage / 'ckpt_epoch_1', source, tmp_path / f'moved{stage}', capsys)
 
 
-def harm(tag, source, moved):
+def harm(tag, source, moved, capsys):
     """The source changed, gone, next to the tag, and elsewhere by MODEL.PRETRAINED."""
     assert damage_of_tag(tag) == []
     moved.mkdir()
@@ -55,7 +56,16 @@ def harm(tag, source, moved):
         torch.save({'model': Net().state_dict()}, source)
         for text in damage_of_tag(tag):  # of each rank's slices at stage 3
             assert f'{source} has other values' in text
-        assert main(['ckpt', 'verify', str(tag)]) == 1
+        assert main(['ckpt', 'verify', str(tag)]) == 3  # its own files are as written
+        assert 'all files are as written, and what it omits is not found' in capsys.readouterr().out
+        assert main(['ckpt', 'list', str(tag.parent), '--verify']) == 3
+        assert 'NO SOURCE: omits 2 frozen parameters' in capsys.readouterr().out
+        now = ['--pretrained', str(moved / 'none.pth'), '--pretrained', str(away)]
+        assert main(['ckpt', 'verify', str(tag), *now]) == 0
+        assert main(['ckpt', 'export', str(tag), str(moved / 'again.safetensors'), *now]) == 0
+        again = (moved / 'again.safetensors').read_bytes()
+        assert again == (moved / 'out.safetensors').read_bytes()
+        assert main(['ckpt', 'diff', str(tag), str(tag), *now]) == 0
         with pytest.raises(CheckpointError, match='has other values'):
             evaluate(tag)
         assert evaluate(tag, MODEL__PRETRAINED=str(away)).keys() == Net().state_dict().keys()
@@ -63,10 +73,25 @@ def harm(tag, source, moved):
         report = load_pretrained(make_config(**paths), Net(), freezing.logger)
         assert report.missing == ()
         source.unlink()
+        take_from_an_address(tag, away, moved)
         shutil.copy(away, tag.parent / source.name)
         assert damage_of_tag(tag) == []
     finally:
         away.rename(source)
+
+
+def take_from_an_address(tag, away, folder):
+    """Another host has another cache: the configuration names the weights' address."""
+    wanted = evaluate(tag, MODEL__PRETRAINED=str(away))
+    answers = {'/vit.pth': away.read_bytes()}
+    with serving(folder / 'server', answers) as server, pytest.MonkeyPatch.context() as patch:
+        patch.setenv('SSL_CERT_FILE', str(server.certificate))
+        patch.setattr(torch.hub, 'get_dir', lambda: str(folder / 'hub'))
+        for name in ('MODEL__PRETRAINED', 'MODEL__CLIP_VIT__PRETRAINED'):
+            got = evaluate(tag, **{name: server.url('/vit.pth')})
+            assert all(got[key].equal(tensor) for key, tensor in wanted.items())
+        with pytest.raises(CheckpointError, match=r'/none.pth: .*404.*Name its present place'):
+            evaluate(tag, MODEL__PRETRAINED=server.url('/none.pth'))
 
 
 def evaluate(tag, **values):
