@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from typing import TYPE_CHECKING, Any
 
 from internvl_ds.files import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # Key in metrics.jsonl -> legend; the colours are the Okabe-Ito ones, told apart by every eye.
 _LOSSES = {'train_loss': ('training', '#0072B2'), 'val_loss': ('validation', '#D55E00')}
@@ -31,6 +29,9 @@ def plot_curves(records: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
         records: one mapping per epoch; a value that is missing or None leaves a gap.
         path: where the PNG goes.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # half a second, of one rank only
+    from matplotlib.figure import Figure
+
     path = Path(path)
     figure = Figure(figsize=(10, 4), dpi=110, layout='constrained')
     FigureCanvasAgg(figure)
@@ -57,7 +58,7 @@ def _draw(
             axes.plot(*zip(*points, strict=True), marker='.', color=colour, label=name)
     axes.set_xlabel('epoch')
     axes.set_ylabel(label)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.locator_params('x', integer=True)
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()

@@ -66,6 +66,8 @@ def measure(
     """
     samples: dict[str, list[float]] = defaultdict(list)
     orders = random.Random(seed)
+    gc.collect()
+    gc.freeze()  # a collection before each sample goes through what the samples made, and no more
     for number in range(-_WARM_UPS, rounds):
         names = list(contenders)
         if number >= 0:
@@ -75,6 +77,7 @@ def measure(
             if number >= 0:
                 for part, seconds in parts.items():
                     samples[part].append(seconds)
+    gc.unfreeze()
     return {name: samples[name] for name in sorted(samples)}
 
 

@@ -41,7 +41,7 @@ def test_rank_0_leaves_last(tmp_path):
 @pytest.mark.ranks
 def test_the_harness_shows_what_each_rank_printed_and_ends_the_others(tmp_path):
     with pytest.raises(RankFailed) as failure:
-        run_ranks(harness.fail_on_rank_1, 2, tmp_path)
+        run_ranks(harness.fail_on_rank_1, 2, tmp_path, grace=8)
     text = str(failure.value)
     assert 'ValueError: on purpose' in text
     assert 'rank 0 waits' in text
@@ -64,7 +64,7 @@ def test_the_harness_ends_a_job_at_its_limit_with_all_its_children(tmp_path):
 def test_comm_timeout_bounds_the_collectives_of_deepspeed(tmp_path, stage):
     texts = run_ranks(
         talking.wait_for_a_lost_rank, 2, tmp_path,
-        timeout=120, expect_failure=True, stage=stage,
+        timeout=120, expect_failure=True, grace=1, stage=stage,
     )  # fmt: skip
     # gloo's words; torch's own default would have kept rank 0 waiting for 30 minutes
     assert re.search('Timed out waiting 5000ms', texts[0]), texts[0][-2000:]

@@ -27,6 +27,7 @@ _PRELOADED = (
     'internvl_ds.utils',
     'internvl_ds.engine.ema',
     'internvl_ds.train.loop',
+    'matplotlib.backends.backend_agg',
     # What DeepSpeed imports when it makes an engine, torch's compiler with it.
     'deepspeed.module_inject.auto_ep_config',
     'deepspeed.runtime.zero.stage3',

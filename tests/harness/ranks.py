@@ -83,6 +83,7 @@ def run_ranks(
     timeout: float = 240,
     env: dict[str, str] | None = None,
     expect_failure: bool = False,
+    grace: float = _GRACE,
     python: str = sys.executable,
     **kwargs: Any,
 ) -> list[Any]:
@@ -96,6 +97,7 @@ def run_ranks(
         env: further environment variables, in time for what imports read of them.
         python: the interpreter, of an environment that has the packages.
         expect_failure: return each rank's output (text) instead of raising when ranks fail.
+        grace: seconds that the others get, when a rank has failed, to fail by themselves.
         **kwargs: passed to the function; JSON values and paths.
     """
     target = _name_of(function)
@@ -117,7 +119,7 @@ def run_ranks(
         )
         parent = f'rank {rank} {sorted((env or {}).items())} {python}'
         processes.append(fork(parent, [target, str(work)], variables, logs[-1], ROOT, python))
-    reason = _wait(processes, timeout)
+    reason = _wait(processes, timeout, grace)
     _end(processes)
     remove_shm_buffers(port)
     texts = [log.read_text(errors='replace') for log in logs]
@@ -208,7 +210,7 @@ def remove_shm_buffers(port: str) -> None:
         path.unlink(missing_ok=True)
 
 
-def _wait(processes: list[Forked], timeout: float) -> str:
+def _wait(processes: list[Forked], timeout: float, grace: float) -> str:
     deadline = time.monotonic() + timeout
     failed_at = None
     while any(p.poll() is None for p in processes):
@@ -217,8 +219,8 @@ def _wait(processes: list[Forked], timeout: float) -> str:
             return f'ended after {timeout:g} s'
         if failed_at is None and any(p.poll() for p in processes):
             failed_at = now
-        if failed_at is not None and now > failed_at + _GRACE:
-            return f'a rank failed, and the others were ended {_GRACE:g} s later'
+        if failed_at is not None and now > failed_at + grace:
+            return f'a rank failed, and the others were ended {grace:g} s later'
         time.sleep(0.05)
     return 'a rank failed'
 
