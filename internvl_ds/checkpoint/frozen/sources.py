@@ -186,9 +186,11 @@ def _find(
 
 
 def _pretrained_in(config: Any) -> Iterator[str]:
-    """The paths and addresses of weights that a configuration names, its own or a part's."""
+    """The paths of weights that a configuration names; and addresses, of the model that it has."""
     with contextlib.suppress(AttributeError, KeyError):
-        parts = [config.MODEL, *(v for v in config.MODEL.values() if isinstance(v, CfgNode))]
-        for path in (str(part.get('PRETRAINED') or '') for part in parts):
-            if path:
+        parts = [(k, v) for k, v in config.MODEL.items() if isinstance(v, CfgNode)]
+        for kind, part in [('', config.MODEL), *parts]:
+            path = str(part.get('PRETRAINED') or '')
+            own = kind in ('', str(config.MODEL.get('TYPE', '')).upper())  # another's is a default
+            if path and (own or os.path.exists(path)):
                 yield path

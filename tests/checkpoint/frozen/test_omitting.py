@@ -87,8 +87,9 @@ def take_from_an_address(tag, away, folder):
     with serving(folder / 'server', answers) as server, pytest.MonkeyPatch.context() as patch:
         patch.setenv('SSL_CERT_FILE', str(server.certificate))
         patch.setattr(torch.hub, 'get_dir', lambda: str(folder / 'hub'))
-        for name in ('MODEL__PRETRAINED', 'MODEL__CLIP_VIT__PRETRAINED'):
-            got = evaluate(tag, **{name: server.url('/vit.pth')})
+        named = {'MODEL__TYPE': 'clip_vit', 'MODEL__CLIP_VIT__PRETRAINED': server.url('/vit.pth')}
+        for names in (named, {'MODEL__PRETRAINED': server.url('/vit.pth')}):
+            got = evaluate(tag, **names)
             assert all(got[key].equal(tensor) for key, tensor in wanted.items())
         with pytest.raises(CheckpointError, match=r'/none.pth: .*404.*Name its present place'):
             evaluate(tag, MODEL__PRETRAINED=server.url('/none.pth'))
