@@ -8,6 +8,7 @@ began and returned.
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import hashlib
 import json
 import os
@@ -152,6 +153,7 @@ class Teller:
 def live(action: Callable[[], object]) -> None:
     """Ends a fork as the interpreter ends a program: its hooks run, and say what went wrong."""
     status = 0
+    faulthandler.register(signal.SIGQUIT)  # what all threads do, into its log
     try:
         action()
     except BaseException:
