@@ -76,20 +76,24 @@ class Peers(NamedTuple):
         Raises:
             RankError: when the store does not answer, or is gone.
         """
+
+        def not_come(store: Any) -> list[int]:
+            return [r for r in range(self.world_size) if not store.check([f'{place}/{r}'])]
+
         start = time.monotonic()
         while True:
-            now, dead_ranks = time.monotonic(), current_group().dead_ranks()
+            now, dead_ranks = time.monotonic(), set(current_group().dead_ranks())
             if self.ask(lambda store: store.check([f'{place}/all']), deadline):
                 return []
-            is_late, skips_dead = now > deadline, without_dead and bool(dead_ranks)
-            ranks = list(range(self.world_size)) if is_late or skips_dead else dead_ranks
-
-            def not_come(store: Any, ranks: list[int] = ranks) -> list[int]:
-                return [r for r in ranks if not store.check([f'{place}/{r}'])]
-
-            absentees = self.ask(not_come, deadline) if ranks else []
-            if is_late or (set(absentees) <= set(dead_ranks) if skips_dead else absentees):
-                return absentees
+            if dead_ranks or now > deadline:
+                absentees = self.ask(not_come, deadline)
+                # The last to come may have died before it could say that all are there.
+                if not absentees or now > deadline:
+                    return absentees
+                if without_dead and dead_ranks.issuperset(absentees):
+                    return absentees
+                if not without_dead and dead_ranks.intersection(absentees):
+                    return [r for r in absentees if r in dead_ranks]
             time.sleep(min(0.5, max(0.001, 0.1 * (now - start))))
 
 

@@ -74,6 +74,14 @@ def test_threads_meet_after_the_process_group_is_gone(tmp_path):
 
 
 @pytest.mark.ranks
+def test_who_dies_having_come_is_not_waited_for(tmp_path):
+    run_ranks(waiting.a_rank_dies_as_it_comes, 2, tmp_path, expect_failure=True, folder=tmp_path)
+    (path,) = tmp_path.glob('ranks-*/result_0.json')
+    seconds, message = json.loads(path.read_text())
+    assert (seconds < 15, message) == (True, 'no error')
+
+
+@pytest.mark.ranks
 @pytest.mark.slow
 @pytest.mark.parametrize(('how', 'dies'), [('sync', 2), ('async', 2), ('async', 0)])
 def test_the_death_of_a_rank_ends_a_save_and_every_later_meeting(tmp_path, how, dies):

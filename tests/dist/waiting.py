@@ -24,7 +24,7 @@ from internvl_ds.checkpoint import async_save
 from internvl_ds.checkpoint import reshard as elastic
 from internvl_ds.checkpoint.checkpoint_engine import ShardWriter
 from internvl_ds.dist.group import current_group
-from internvl_ds.dist.peers import background_meetings
+from internvl_ds.dist.peers import Peers, background_meetings
 from internvl_ds.dist.preemption import Preemption
 from internvl_ds.dist.process_group import (
     init_distributed,
@@ -258,6 +258,27 @@ def a_rank_dies(how: str, dies: int, folder: str) -> None:
     found['shutdown'] = timed(shutdown)
     leave_result(folder, found)
     os._exit(0)
+
+
+def a_rank_dies_as_it_comes(folder: str) -> None:
+    """Rank 1, the last to come, is killed before it can say that all are there."""
+    if rank() == 1:
+        while not exists_in_store('x/0/0'):
+            time.sleep(0.05)
+
+        def come(peers: Peers, place: str, text: str = '') -> None:
+            peers.client.call(lambda store: store.set(f'{place}/1', text), 60)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        Peers.come = come  # type: ignore[method-assign]
+    leave_result(folder, timed(lambda: exchange('x', rank(), 300)))
+    os._exit(0)
+
+
+def exists_in_store(place: str) -> bool:
+    group = current_group()
+    assert group.peers is not None
+    return group.peers.client.call(lambda store: store.check([group.key(place)]), 60)
 
 
 LIMIT, SLOW = 3, 4.5  # COMM.TIMEOUT, and how long a disk takes; seconds
