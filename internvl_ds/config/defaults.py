@@ -246,6 +246,7 @@ _C.COMM.TIMEOUT = 1800
 _C.COMM.INIT_TIMEOUT = 300  # seconds within which all ranks must have joined
 _C.COMM.EXIT_TIMEOUT = 60  # seconds that an ending rank waits for what others still need of it
 # Seconds after which a host that does not answer is taken for dead; a rank that ends is at once.
+# As long a collective is waited in for a dead rank, where it does not end by itself.
 _C.COMM.DEAD_AFTER = 10
 # Seconds without an answer after which a rank is called silent, which ends no wait.
 _C.COMM.SILENT_AFTER = 4

@@ -16,7 +16,7 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from internvl_ds.dist.network import address_towards
@@ -90,6 +90,8 @@ class Liveness:
         self._silent_after = limits['SILENT_AFTER']
         self.words = ''  # 'cause', 'effect' or '': see `speak`
         self._deaths: dict[int, float] = {}  # rank -> when that was noticed
+        self._left: set[int] = set()  # ranks that said so before their connection closed
+        self.on_death: Callable[[], None] = lambda: None  # called once, of one that had not
         self._links: list[_Link] = []
         self._answer: list[int] | None = None  # of rank 0: who is silent
         self._stopped = False
@@ -103,6 +105,10 @@ class Liveness:
         """The ranks that are known to be dead for so long, in the order in which they died."""
         now = time.monotonic()
         return [rank for rank, since in list(self._deaths.items()) if now - since >= for_seconds]
+
+    def lost(self, for_seconds: float) -> list[int]:
+        """As `dead`, without those that left the process group in order."""
+        return [rank for rank in self.dead(for_seconds) if rank not in self._left]
 
     def describe_dead(self) -> str:
         """A clause on the ranks that are dead; '' where none is known to be."""
@@ -131,6 +137,8 @@ class Liveness:
         """Closes the connections: to the others this rank has ended."""
         self._stopped = True
         forks.forget(self)
+        for link in self._links:
+            link.tell('left', self._rank)
         self._close()
 
     def _close(self) -> None:
@@ -216,13 +224,19 @@ class Liveness:
     def _lose(self, selector: selectors.BaseSelector, link: _Link) -> None:
         rank = None if self._stopped else link.rank
         if rank is not None:  # before the link goes: whoever finds none must find its rank dead
-            self._deaths.setdefault(rank, time.monotonic())
+            self._note_death(rank)
         selector.unregister(link.connection)
         self._links.remove(link)
         link.connection.close()
         if rank is not None:
             for other in self._links:
                 other.tell('dead', rank)
+
+    def _note_death(self, rank: int) -> None:
+        is_first = not self.lost(0)
+        self._deaths.setdefault(rank, time.monotonic())
+        if is_first and rank not in self._left:
+            self.on_death()
 
     def _hear(self, link: _Link, word: str, *values: Any) -> None:
         if link.rank is None:  # rank 0 hears from someone new
@@ -235,7 +249,11 @@ class Liveness:
         elif word == 'ask':
             link.tell('here')
         elif word == 'dead':
-            self._deaths.setdefault(int(values[0]), time.monotonic())
+            self._note_death(int(values[0]))
+        elif word == 'left':
+            self._left.add(int(values[0]))
+            for other in self._links if self._listener is not None else ():
+                other.tell('left', values[0])
         elif word == 'spoke':
             if self._listener is None:
                 self.words = values[0]

@@ -34,6 +34,7 @@ from internvl_ds.dist.group import current_group, drop_group
 from internvl_ds.dist.network import interface_towards, why_not_reached
 from internvl_ds.dist.rendezvous import begin, part_from, world_size
 from internvl_ds.dist.store_client import first_line, store_answers
+from internvl_ds.dist.stranded import end_if_stranded
 from internvl_ds.errors import RankError
 
 logger = logging.getLogger(__name__)
@@ -93,18 +94,14 @@ def init_distributed(
     elif launch.by == launchers.SINGLE:
         master = master or ('127.0.0.1', free_port())
     if master is not None:
-        os.environ.update(MASTER_ADDR=master[0], MASTER_PORT=str(master[1]))
-        # gloo takes what the host's name resolves to, on many systems a loopback address
-        interface = settings['INTERFACE'] or interface_towards(master[0])
-        for variable in ('GLOO_SOCKET_IFNAME', 'NCCL_SOCKET_IFNAME'):
-            if interface:
-                os.environ.setdefault(variable, interface)
+        _set_master(*master, settings['INTERFACE'])
     os.environ.update(
         RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), LOCAL_RANK=str(own_rank)
     )
     _join(launch, settings['INIT_TIMEOUT'])
     patience = mpi.PATIENCE if launch.by == launchers.OPEN_MPI else 0.0
     speak_on_exceptions(launch.rank, end_job, patience, joined=True)
+    end_if_stranded(functools.partial(_end, 1))
     group.timeout = settings['TIMEOUT']
     limit_collectives()
     sharing = '' if on_host is None else f', {on_host} on its host'
@@ -112,6 +109,15 @@ def init_distributed(
     group.start = f'started by {launch.by}: {launch.world_size} ranks{sharing}, rank 0 at {where}'
     if launch.rank == 0:
         logger.info(group.start)
+
+
+def _set_master(address: str, port: int, interface: str) -> None:
+    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
+    # gloo takes what the host's name resolves to, on many systems a loopback address
+    interface = interface or interface_towards(address) or ''
+    for variable in ('GLOO_SOCKET_IFNAME', 'NCCL_SOCKET_IFNAME'):
+        if interface:
+            os.environ.setdefault(variable, interface)
 
 
 def _join(launch: launchers.Launch, limit: float) -> None:

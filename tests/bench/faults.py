@@ -74,6 +74,13 @@ AT_PLACES = [
     for launcher in LAUNCHERS
     if launcher != 'Slurm'
 ]
+# Every other one; with QUICK, below, each launcher meets a killed rank or a stopped one.
+QUICK_CELLS = [
+    (fault, launcher)
+    for fault, launcher in CELLS
+    if (list(FAULTS).index(fault) + LAUNCHERS.index(launcher)) % 2 == 1
+]
+
 # One for each launcher, and each place.
 QUICK = [
     ('stopped at find newest #1', 'Open MPI'),
@@ -263,22 +270,15 @@ def _says(text: str) -> str:
 
 
 def measure_all(
-    folder: Path,
-    faults: Sequence[str] = tuple(FAULTS),
-    launchers: Sequence[str] = LAUNCHERS,
-    at_places: Sequence[tuple[str, str]] = (),
+    folder: Path, asked: Sequence[tuple[str, str]], at_places: Sequence[tuple[str, str]] = ()
 ) -> list[Cell]:
-    """The cells of these faults that can be tried here, and those of ``at_places``.
+    """Those of the cells that can be tried here, and those of ``at_places``.
 
     A machine with other work is slow: what took too long is tried once more, with nothing beside
     it.
     """
-    cells = [
-        (fault, launcher)
-        for fault, launcher in CELLS
-        if fault in faults and launcher in launchers and why_not(fault, launcher) is None
-    ]
-    cells += [cell for cell in at_places if cell[1] in launchers]
+    cells = [(fault, launcher) for fault, launcher in asked if why_not(fault, launcher) is None]
+    cells += at_places
     with_mpich = any(launcher == 'MPICH' for _, launcher in cells)
     mpich_env = mpich.make_environment(folder) if with_mpich else {}
 
@@ -351,7 +351,8 @@ def main() -> None:
             ended[index] = cell
         print(places.table(ended), end='\n\n', flush=True)
         at_places = QUICK if args.quick else AT_PLACES
-        cells = measure_all(folder, args.only, at_places=at_places if args.only else ())
+        asked = [cell for cell in CELLS if cell[0] in args.only]
+        cells = measure_all(folder, asked, at_places if args.only else ())
     outputs = {f'{cell.launcher}-{cell.fault}': cell.output for cell in cells}
     outputs |= {
         f'{e.trial.fault} {e.trial.victim} at {e.trial.place.name}': e.output for e in ended

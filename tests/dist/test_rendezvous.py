@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 
 import pytest
 
@@ -79,6 +80,28 @@ def test_who_dies_having_come_is_not_waited_for(tmp_path):
     (path,) = tmp_path.glob('ranks-*/result_0.json')
     seconds, message = json.loads(path.read_text())
     assert (seconds < 15, message) == (True, 'no error')
+
+
+@pytest.mark.ranks
+def test_a_collective_with_a_dead_rank_ends_where_gloo_does_not_notice(tmp_path):
+    start = time.monotonic()
+    texts = run_ranks(
+        waiting.a_rank_dies_whose_child_lives, 2, tmp_path, expect_failure=True, grace=40,
+        folder=tmp_path,
+    )  # fmt: skip
+    assert time.monotonic() - start < 50  # the child lives for 60 s
+    line = texts[0].splitlines()[-1]
+    assert re.search(
+        r'rank 0 on \S+ ends the job: rank 1 on \S+ \(pid \d+\) is dead .*; RankError: waited 4 s '
+        r'in all_reduce \(.*waiting.py:\d+\) for a rank that is dead$',
+        line,
+    ), texts[0]
+    assert list(tmp_path.glob('ranks-*/result_0.json'))  # exit functions have run
+
+
+@pytest.mark.ranks
+def test_a_rank_that_left_in_order_ends_no_collective_of_the_others(tmp_path):
+    assert run_ranks(waiting.a_rank_leaves_early, 3, tmp_path) == [2.0, 2.0, 1.0]
 
 
 @pytest.mark.ranks

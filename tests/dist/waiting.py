@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import json
 import logging
@@ -273,6 +274,31 @@ def a_rank_dies_as_it_comes(folder: str) -> None:
         Peers.come = come  # type: ignore[method-assign]
     leave_result(folder, timed(lambda: exchange('x', rank(), 300)))
     os._exit(0)
+
+
+def a_rank_dies_whose_child_lives(folder: str) -> None:
+    """Rank 1 is killed; its child keeps its connections open, as a loader's worker does."""
+    init_distributed(make_config('', COMM__DEAD_AFTER=4))
+    x = torch.ones(1)
+    torch.distributed.all_reduce(x)
+    if rank() == 1:
+        if os.fork() == 0:
+            time.sleep(60)
+            os._exit(0)
+        os.kill(os.getpid(), signal.SIGKILL)
+    atexit.register(leave_result, folder, time.monotonic())
+    torch.distributed.all_reduce(x)
+
+
+def a_rank_leaves_early() -> float:
+    """Rank 2 has left in order; the others use a group without it, one of them late."""
+    init_distributed(make_config('', COMM__DEAD_AFTER=2))
+    pair, x = torch.distributed.new_group([0, 1]), torch.ones(1)
+    if rank() < 2:
+        time.sleep(6 * rank())
+        torch.distributed.all_reduce(x, group=pair)
+    shutdown()
+    return float(x)
 
 
 def exists_in_store(place: str) -> bool:

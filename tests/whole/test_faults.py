@@ -9,8 +9,8 @@ from tests.bench import places
 from tests.bench.faults import (
     AT_PLACES,
     CELLS,
-    LAUNCHERS,
     QUICK,
+    QUICK_CELLS,
     WORST,
     measure_all,
     table,
@@ -23,6 +23,8 @@ pytestmark = [pytest.mark.ranks, pytest.mark.slow, pytest.mark.soak]
 
 SOAK = bool(os.environ.get('INTERNVL_DS_SOAK'))
 PLACES = AT_PLACES if SOAK else QUICK
+# A Slurm of its own for each cell does not always start its job beside others: see test_slurm.py.
+ALONE = [cell for cell in (CELLS if SOAK else QUICK_CELLS) if cell[1] != 'Slurm']
 
 # What names the place and the reason; where a launcher ends the ranks at once, its own words.
 NAMED = {
@@ -40,17 +42,13 @@ NAMED = {
 @pytest.fixture(scope='module')
 def cells(tmp_path_factory):
     folder = tmp_path_factory.mktemp('faults')
-    launchers = [name for name in LAUNCHERS if name != 'Slurm']
-    measured = measure_all(folder, launchers=launchers, at_places=PLACES)
+    measured = measure_all(folder, ALONE, PLACES)
     (folder / 'table.md').write_text(table(measured))
     return {(cell.launcher, cell.fault): cell for cell in measured}
 
 
 @pytest.mark.timeout(7200 if SOAK else 1200)
-# A Slurm of its own for each cell does not always start its job beside others: see test_slurm.py.
-@pytest.mark.parametrize(
-    ('fault', 'launcher'), [*(cell for cell in CELLS if cell[1] != 'Slurm'), *PLACES]
-)
+@pytest.mark.parametrize(('fault', 'launcher'), [*ALONE, *PLACES])
 def test_a_fault_ends_the_job(cells, fault, launcher):
     if reason := why_not(fault, launcher):
         pytest.skip(f'cannot be tried here: {reason}')

@@ -1,0 +1,93 @@
+"""Ends a rank that waits in a collective for a rank that is dead.
+
+gloo ends a collective when its connection to another rank breaks, which takes no time. But a worker
+of a loader, or another child of a rank that was killed, keeps that connection open; and of some 80
+ranks killed on a loaded host one was still waited for after half a minute, without such a child.
+What would end that wait is COMM.TIMEOUT, half an hour.
+"""
+
+from __future__ import annotations
+
+import linecache
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+
+from internvl_ds.dist.group import current_group
+from internvl_ds.errors import RankError
+
+# Seconds between two looks at the main thread.
+_LOOK = 0.5
+
+# Where the innermost Python frame is while a collective runs.
+_COLLECTIVES = tuple(
+    os.path.join(*parts, '') for parts in (('torch', 'distributed'), ('deepspeed', 'comm'))
+)
+
+
+def end_if_stranded(end: Callable[[], None]) -> None:
+    """Watches, once a rank has died, whether this one's main thread waits for it in a collective.
+
+    After COMM.DEAD_AFTER seconds in one place there it says so, as an exception that ends the
+    process does, and calls ``end``. A rank that has left the process group in order is not dead.
+
+    Args:
+        end: ends the process; it has COMM.EXIT_TIMEOUT seconds.
+    """
+    group = current_group()
+    heartbeat = group.heartbeat
+    if heartbeat is None:
+        return
+
+    def watch() -> None:
+        limit = group.limit('DEAD_AFTER')
+        seen, since = None, time.monotonic()
+        while group.heartbeat is heartbeat:
+            frame, now = (
+                sys._current_frames().get(threading.main_thread().ident or 0),
+                time.monotonic(),
+            )
+            place = None if frame is None else (id(frame), frame.f_lasti)
+            if place != seen:
+                seen, since = place, now
+            if frame and heartbeat.lost(limit) and now - since >= limit and _is_collective(frame):
+                _say_and_end(f'waited {limit:g} s in {_shown(frame)}', end)
+            del frame  # it holds what its locals hold
+            time.sleep(_LOOK)
+
+    def begin() -> None:
+        threading.Thread(target=watch, name='stranded', daemon=True).start()
+
+    heartbeat.on_death = begin
+    if heartbeat.lost(0):  # meanwhile
+        begin()
+
+
+def _say_and_end(reason: str, end: Callable[[], None]) -> None:
+    limit = current_group().limit('EXIT_TIMEOUT')
+    guard = threading.Timer(limit, os._exit, [1])
+    guard.daemon = True
+    guard.start()
+    error = RankError(f'{reason} for a rank that is dead')
+    sys.excepthook(RankError, error, None)
+    sys.last_type, sys.last_value, sys.last_traceback = RankError, error, None  # for exit functions
+    end()
+
+
+def _is_collective(frame: FrameType) -> bool:
+    """Whether a thread whose innermost frame this is may wait for other ranks."""
+    if any(folder in frame.f_code.co_filename for folder in _COLLECTIVES):
+        return True
+    # of a collective that was started before
+    return '.wait(' in linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+
+
+def _shown(frame: FrameType) -> str:
+    """The call of the program, or of DeepSpeed, in which a collective is: its function and line."""
+    outer = frame
+    while outer.f_back and any(folder in outer.f_code.co_filename for folder in _COLLECTIVES):
+        outer = outer.f_back
+    return f'{frame.f_code.co_name} ({outer.f_code.co_filename}:{outer.f_lineno})'
