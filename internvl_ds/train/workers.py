@@ -8,6 +8,7 @@ import functools
 import logging
 import multiprocessing.process
 import signal
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -140,10 +141,13 @@ def _begin(begun: Any, worker: int) -> None:
 
 
 def _kill(workers: Sequence[multiprocessing.process.BaseProcess]) -> None:
-    # torch's handler would raise that a worker was killed, as if memory had run out.
-    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    # torch's handler would raise that a worker was killed, as if memory had run out; only the main
+    # thread has handlers, and where another ends the process it stands in a collective.
+    handles = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if handles else None
     for worker in workers:
         worker.kill()
     for worker in workers:
         worker.join(1)
-    signal.signal(signal.SIGCHLD, before)
+    if handles:
+        signal.signal(signal.SIGCHLD, before)

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from internvl_ds.dist.signals import SIGNALS
 from internvl_ds.errors import DataError
 from internvl_ds.files import forks
+from internvl_ds.train import workers
 from internvl_ds.train.workers import Loader
 from tests.dist import ending
 from tests.harness.ranks import run_ranks
@@ -26,6 +28,14 @@ def test_only_workers_of_loaders_are_killed_at_exit(tmp_path):
     assert (tmp_path / 'ended in order 0').exists()
     assert len(workers) == 2
     assert not [pid for pid in workers if Path(f'/proc/{pid}').exists()]
+
+
+def test_another_thread_than_the_main_one_may_end_the_process():
+    worker = multiprocessing.Process(target=time.sleep, args=(60,), daemon=True)
+    worker.start()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(workers._kill, [worker]).result(30)
+    assert worker.exitcode == -signal.SIGKILL
 
 
 class Stuck:
