@@ -7,7 +7,7 @@ a rank that is known to be dead is not waited for.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -77,24 +77,31 @@ class Peers(NamedTuple):
             RankError: when the store does not answer, or is gone.
         """
 
-        def not_come(store: Any) -> list[int]:
-            return [r for r in range(self.world_size) if not store.check([f'{place}/{r}'])]
+        def of(ranks: Sequence[int]) -> list[int]:
+            def not_come(store: Any) -> list[int]:
+                return [r for r in ranks if not store.check([f'{place}/{r}'])]
+
+            return self.ask(not_come, deadline) if ranks else []
 
         start = time.monotonic()
         while True:
-            now, dead_ranks = time.monotonic(), set(current_group().dead_ranks())
+            now, dead_ranks = time.monotonic(), current_group().dead_ranks()
             if self.ask(lambda store: store.check([f'{place}/all']), deadline):
                 return []
-            if dead_ranks or now > deadline:
-                absentees = self.ask(not_come, deadline)
-                # The last to come may have died before it could say that all are there.
-                if not absentees or now > deadline:
+            if not without_dead and (absentees := of(dead_ranks)):
+                return absentees
+            # A rank that came as the last may have died before it could say that all are there.
+            alive = self.world_size - len(dead_ranks)
+            is_late = now > deadline
+            if is_late or (dead_ranks and self._count(place, deadline) >= alive):
+                absentees = of(range(self.world_size))
+                if is_late or set(absentees) <= set(dead_ranks):
                     return absentees
-                if without_dead and dead_ranks.issuperset(absentees):
-                    return absentees
-                if not without_dead and dead_ranks.intersection(absentees):
-                    return [r for r in absentees if r in dead_ranks]
             time.sleep(min(0.5, max(0.001, 0.1 * (now - start))))
+
+    def _count(self, place: str, deadline: float) -> int:
+        """How many ranks have come, but for those that died as they came."""
+        return int(self.ask(lambda store: store.add(f'{place}/count', 0), deadline))
 
 
 # The connection of a background thread: see `background_meetings`.

@@ -1,9 +1,8 @@
 """Ends a rank that waits in a collective for a rank that is dead.
 
-gloo ends a collective when its connection to another rank breaks, which takes no time. But a worker
-of a loader, or another child of a rank that was killed, keeps that connection open; and of some 80
-ranks killed on a loaded host one was still waited for after half a minute, without such a child.
-What would end that wait is COMM.TIMEOUT, half an hour.
+gloo ends a collective when its connection to another rank breaks, which takes no time. But a child
+of a rank that was killed keeps that connection open; and of some 80 ranks killed on a loaded host
+one was still waited for after half a minute. COMM.TIMEOUT would end that wait, after half an hour.
 """
 
 from __future__ import annotations
@@ -46,10 +45,8 @@ def end_if_stranded(end: Callable[[], None]) -> None:
         limit = group.limit('DEAD_AFTER')
         seen, since = None, time.monotonic()
         while group.heartbeat is heartbeat:
-            frame, now = (
-                sys._current_frames().get(threading.main_thread().ident or 0),
-                time.monotonic(),
-            )
+            now = time.monotonic()
+            frame = sys._current_frames().get(threading.main_thread().ident or 0)
             place = None if frame is None else (id(frame), frame.f_lasti)
             if place != seen:
                 seen, since = place, now
