@@ -23,8 +23,8 @@ from tests.harness.ranks import run_ranks
 
 # Another seed tries other moments, and more of them: set these in the environment.
 SEED = int(os.environ.get('INTERNVL_DS_KILL_SEED', '20261124'))
-KILLS = trials_of('INTERNVL_DS_KILLS', 4, soak=100)
-STOPS = trials_of('INTERNVL_DS_STOPS', 2, soak=50)
+KILLS = trials_of('INTERNVL_DS_KILLS', 6, soak=100)
+STOPS = trials_of('INTERNVL_DS_STOPS', 4, soak=50)
 
 # 1433 images: 22 micro-batches of 32 on 2 ranks, so 8 updates, of which the last is of one only.
 CONFIG = {
