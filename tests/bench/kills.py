@@ -335,7 +335,7 @@ def _watch(
         Exit statuses, negative for a signal; when the first was killed; when the last has ended.
     """
     statuses: dict[int, int] = {}
-    deadline, killed_at, due_at, asked = time.monotonic() + LIFE_LIMIT, None, None, None
+    deadline, killed_at, due_at, asked = time.monotonic() + LIFE_LIMIT, None, None, False
     victims = pids if plan['victim'] == 'all' else [pids[plan['victim'] or 0]]
     while True:
         for pid in set(pids) - statuses.keys():
@@ -352,13 +352,11 @@ def _watch(
         if due_at is None and all((folder / f'due_{pids.index(pid)}').exists() for pid in victims):
             due_at = now
         due = plan['after'] > 0 and due_at is not None and now > due_at + plan['after']
-        if now > deadline and asked is None:
-            asked = now if plan['grace'] is None else 0.0
-        if asked == now:  # where they are, for their logs
-            for pid in set(pids) - statuses.keys():
+        if now > deadline and plan['grace'] is None and not asked:
+            for pid in set(pids) - statuses.keys():  # where they are, for their logs
                 os.kill(pid, signal.SIGQUIT)
-        over = asked is not None and now > asked + 2
-        for pid in pids if over else victims if due else ():
+            deadline, asked = now + 2, True
+        for pid in pids if now > deadline else victims if due else ():
             if pid not in statuses:
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.002)

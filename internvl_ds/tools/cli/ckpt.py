@@ -330,7 +330,7 @@ def _prune(args: argparse.Namespace) -> int:
 
 
 def _status(entries: Sequence[Examined]) -> int:
-    found = {'damaged' if e.problems and e.verified != _NO_SOURCE else e.verified for e in entries}
+    found = {entry.verified for entry in entries}
     if 'damaged' in found:
         return DAMAGED
     return UNVERIFIED if found & {'no manifest', _NO_SOURCE} else OK
