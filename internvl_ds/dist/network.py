@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 import socket
+from pathlib import Path
 
 import psutil
 
 _VIRTUAL = ('lo', 'docker', 'virbr', 'veth', 'br-')
+_OUTGOING = Path('/proc/sys/net/ipv4/ip_local_port_range')
+_PRIVILEGED = 1024  # ports below need rights
+_TRIES = 100
 
 
 def own_addresses(interface: str = '') -> list[str]:
@@ -52,3 +58,20 @@ def addresses() -> list[tuple[str, str]]:
     """(interface, IPv4 address) of this host, in the kernel's order."""
     every = [(name, a) for name, several in psutil.net_if_addrs().items() for a in several]
     return [(name, a.address) for name, a in every if a.family == socket.AF_INET]
+
+
+def free_port() -> int:
+    """A TCP port that was free on the loopback interface when asked.
+
+    It is outside the range that the kernel gives to outgoing connections: a connection of another
+    process could take one of those before the caller listens.
+    """
+    first = int(_OUTGOING.read_text().split()[0]) if _OUTGOING.exists() else 32_768
+    below = range(max(_PRIVILEGED, first - 12_000), first)
+    for port in random.SystemRandom().choices(below, k=_TRIES) if below else ():
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(('127.0.0.1', port))
+            return port
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        return int(probe.getsockname()[1])

@@ -31,7 +31,7 @@ from internvl_ds.config.tree import default_config, default_of, get_option
 from internvl_ds.dist import launchers, mpi
 from internvl_ds.dist.excepthook import speak_on_exceptions
 from internvl_ds.dist.group import current_group, drop_group
-from internvl_ds.dist.network import interface_towards, why_not_reached
+from internvl_ds.dist.network import free_port, interface_towards, why_not_reached
 from internvl_ds.dist.rendezvous import begin, part_from, world_size
 from internvl_ds.dist.store_client import first_line, store_answers
 from internvl_ds.dist.stranded import end_if_stranded
@@ -295,10 +295,3 @@ def _end(status: int) -> NoReturn:
         with contextlib.suppress(OSError):  # the terminal is gone
             stream.flush()
     os._exit(status)
-
-
-def free_port() -> int:
-    """A TCP port on the loopback interface that was free when asked."""
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        return int(probe.getsockname()[1])

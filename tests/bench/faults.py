@@ -25,12 +25,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from internvl_ds.dist.network import free_port
 from tests.bench import places
 from tests.harness import hosts, mpich, slurm
 from tests.harness.ranks import (
     ROOT,
     base_env,
-    free_port,
     processes_with,
     remove_shm_buffers,
     wait_for_words,

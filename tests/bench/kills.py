@@ -32,10 +32,10 @@ import torch
 from internvl_ds.checkpoint.tag import discovery
 from internvl_ds.checkpoint.tag.verify import damage_of_tag
 from internvl_ds.config.ds import schema as ds_schema
+from internvl_ds.dist.network import free_port
 from tests.harness import killing
 from tests.harness.forking import fork_ranks
 from tests.harness.forkserver import preload
-from tests.harness.ranks import free_port
 from tests.harness.training import write_folder
 
 RANKS = 2

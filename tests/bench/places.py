@@ -23,11 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from internvl_ds.dist.network import free_port
 from tests.harness import hosts
 from tests.harness import places as places_ranks
 from tests.harness.forkserver import Forked, fork
 from tests.harness.places import STORIES
-from tests.harness.ranks import ROOT, base_env, free_port, run_ranks
+from tests.harness.ranks import ROOT, base_env, run_ranks
 from tests.harness.training import write_folder
 
 KILLED, STOPPED, CUT = 'killed', 'stopped', 'cut'

@@ -19,6 +19,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+from internvl_ds.dist.network import free_port
 from internvl_ds.tools.cli.digits import write_digits
 from internvl_ds.tools.tune.command import complete, trial_words
 from internvl_ds.tools.tune.records import BASE, OK, SHIPPED, Records
@@ -30,7 +31,6 @@ from tests.bench.figures import (
     seconds_report,
     seconds_table,
 )
-from tests.harness.ranks import free_port
 
 CFG = 'digits_quickstart'
 LAUNCHER = ['deepspeed', '--num_gpus', '2']

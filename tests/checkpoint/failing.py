@@ -20,12 +20,12 @@ from internvl_ds.checkpoint.formats.ema_files import EmaFiles
 from internvl_ds.checkpoint.tag.discovery import newest
 from internvl_ds.checkpoint.tag.output_lock import LOCK
 from internvl_ds.config.tree import get_config, merge_opts
+from internvl_ds.dist.network import free_port
 from internvl_ds.dist.process_group import init_distributed, shutdown
 from internvl_ds.dist.rendezvous import rank
 from internvl_ds.train.loop import run as run_program
 from tests.harness.calls import message_of, on_rank_0
 from tests.harness.killing import state_digest
-from tests.harness.ranks import free_port
 from tests.harness.saving import Run
 
 

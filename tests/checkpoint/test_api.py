@@ -4,9 +4,10 @@ import re
 
 import pytest
 
+from internvl_ds.dist.network import free_port
 from tests.harness import saving
 from tests.harness.model import OFFLOAD, PERSISTENT, trained
-from tests.harness.ranks import free_port, run_command, run_ranks
+from tests.harness.ranks import run_command, run_ranks
 
 STAGES = trained([0, 1, 2, 3, OFFLOAD, PERSISTENT])
 

@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from internvl_ds.dist.excepthook import one_line
+from internvl_ds.dist.network import free_port
 from tests.dist import ending
-from tests.harness.ranks import base_env, free_port, run_ranks
+from tests.harness.ranks import base_env, run_ranks
 from tests.harness.training import small_config, write_folder
 
 RANKS = pytest.mark.ranks

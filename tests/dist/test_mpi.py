@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from tests.harness.ranks import free_port, run_command
+from internvl_ds.dist.network import free_port
+from tests.harness.ranks import run_command
 
 MPIRUN = ['mpirun', '--allow-run-as-root', '--oversubscribe', '--bind-to', 'none']
 pytestmark = [

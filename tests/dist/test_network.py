@@ -1,8 +1,17 @@
 """The host's addresses and interfaces, on the loopback interface and on what there is."""
 
 import socket
+from pathlib import Path
 
-from internvl_ds.dist.network import interface_towards, own_addresses, why_not_reached
+import pytest
+
+from internvl_ds.dist import network
+from internvl_ds.dist.network import (
+    free_port,
+    interface_towards,
+    own_addresses,
+    why_not_reached,
+)
 
 
 def test_loopback_is_named_only_when_asked_for():
@@ -27,3 +36,18 @@ def test_what_listens_is_reached():
         assert 'no connection to' in why_not_reached('127.0.0.1', port, 3)
         listener.listen()
         assert why_not_reached('127.0.0.1', port, 3) is None
+
+
+def test_a_free_port_is_none_that_the_kernel_gives_to_outgoing_connections():
+    first, last = map(int, Path('/proc/sys/net/ipv4/ip_local_port_range').read_text().split())
+    ports = [free_port() for _ in range(20)]
+    assert not [port for port in ports if first <= port <= last]
+    with socket.socket() as listener:
+        listener.bind(('127.0.0.1', ports[0]))
+
+
+@pytest.mark.parametrize('first', [1, 1024, 1025])
+def test_there_is_a_free_port_where_the_kernel_gives_nearly_all(monkeypatch, tmp_path, first):
+    (outgoing := tmp_path / 'range').write_text(f'{first}\t65535\n')
+    monkeypatch.setattr(network, '_OUTGOING', outgoing)
+    assert free_port() >= 1024

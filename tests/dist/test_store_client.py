@@ -10,11 +10,12 @@ import time
 import pytest
 
 from internvl_ds.dist import store_client
+from internvl_ds.dist.network import free_port
 from internvl_ds.dist.store_client import StoreClient
 from internvl_ds.errors import RankError
 from tests.dist import waiting
 from tests.harness import hosts
-from tests.harness.ranks import ROOT, base_env, free_port, run_ranks
+from tests.harness.ranks import ROOT, base_env, run_ranks
 
 LIMIT = 6.0
 # Those that tell the others something, and wait for nothing.

@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
+from internvl_ds.dist.network import free_port
 from tests.harness.forkserver import preload
-from tests.harness.ranks import free_port, run_command
+from tests.harness.ranks import run_command
 
 
 def run_chain(

@@ -13,9 +13,7 @@ import contextlib
 import importlib
 import json
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from internvl_ds.dist.network import free_port
 from tests.harness.forkserver import Forked, fork
 
 ROOT = Path(__file__).parents[2]
@@ -40,19 +39,6 @@ class Job(NamedTuple):
 
     returncode: int
     output: str
-
-
-def free_port() -> int:
-    """A TCP port that was free on the loopback interface when asked.
-
-    It is below those that the kernel gives to outgoing connections: one of another process could
-    have it before the job listens.
-    """
-    while True:
-        port = random.SystemRandom().randrange(20_000, 32_000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(('127.0.0.1', port))
-            return port
 
 
 def base_env(**more: str) -> dict[str, str]:

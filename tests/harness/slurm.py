@@ -18,8 +18,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from internvl_ds.dist.network import free_port
 from tests.harness.beds import Bed, missing
-from tests.harness.ranks import base_env, free_port
+from tests.harness.ranks import base_env
 
 _DAEMONS = ('munged', 'slurmctld', 'slurmd')
 _SBIN = '/usr/sbin'

@@ -8,9 +8,10 @@ import yaml
 
 from internvl_ds.checkpoint.formats.zero_shards import TagShards
 from internvl_ds.config.tree import find_config_file
+from internvl_ds.dist.network import free_port
 from internvl_ds.tools.cli.digits import write_digits
 from tests.harness import hosts, mpich, training
-from tests.harness.ranks import free_port, remove_shm_buffers, run_command, run_ranks
+from tests.harness.ranks import remove_shm_buffers, run_command, run_ranks
 from tests.harness.starts import start_command
 
 pytestmark = [pytest.mark.ranks, pytest.mark.slow]

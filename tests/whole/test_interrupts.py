@@ -10,9 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from internvl_ds.dist.network import free_port
 from tests.harness import mpich
 from tests.harness.interrupts import STOPPED, Interrupted
-from tests.harness.ranks import free_port, wait_for_words
+from tests.harness.ranks import wait_for_words
 from tests.harness.starts import start_command
 
 pytestmark = [pytest.mark.ranks, pytest.mark.slow, pytest.mark.timeout(600)]

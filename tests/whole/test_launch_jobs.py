@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from internvl_ds.checkpoint.tag.discovery import read_header
+from internvl_ds.dist.network import free_port
 from tests.harness.ranks import (
     ROOT,
     base_env,
-    free_port,
     processes_with,
     remove_shm_buffers,
     run_command,

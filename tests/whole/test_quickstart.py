@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness.ranks import free_port, run_command
+from internvl_ds.dist.network import free_port
+from tests.harness.ranks import run_command
 
 # As launch/quickstart.sh: other CPUs take several times as long in bf16.
 BF16 = re.search(r'\b(avx512f|amx_bf16|bf16)\b', Path('/proc/cpuinfo').read_text()) is not None

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Starts the ranks, waits for them, and prints what rank 0 wrote."""
     from internvl_ds.config.tree import get_config
-    from internvl_ds.dist.process_group import free_port
+    from internvl_ds.dist.network import free_port
     from internvl_ds.files.reading import read_json
     from internvl_ds.tools.tune.command import complete
 

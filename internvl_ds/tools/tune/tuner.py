@@ -15,7 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from internvl_ds.config.ds.load import load_ds_config
-from internvl_ds.dist.process_group import free_port
+from internvl_ds.dist.network import free_port
 from internvl_ds.errors import ConfigError, InternvlDsError
 from internvl_ds.files import write_text
 from internvl_ds.tools.plan.sizes import can_recompute

@@ -6,9 +6,10 @@ import sys
 import pytest
 import torch
 
+from internvl_ds.dist.network import free_port
 from internvl_ds.tools.cli import main
 from internvl_ds.train.datasets.imagenet import wnids_1k
-from tests.harness.ranks import free_port, run_command
+from tests.harness.ranks import run_command
 from tests.train.datasets.made import (
     Colours,
     variant_config,

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from internvl_ds.dist.network import free_port
 from internvl_ds.tools.cli import main
 from tests.harness.counts import trials
-from tests.harness.ranks import ROOT, free_port, run_command, run_ranks
+from tests.harness.ranks import ROOT, run_command, run_ranks
 from tests.whole.port import running
 
 FOLDER = Path(__file__).parent
