@@ -35,11 +35,11 @@ class EngineNotFound(InternvlDsError, LookupError):
 
 
 class RankError(InternvlDsError, RuntimeError):
-    """Ranks did not act alike: some did not come, or they came with different arguments."""
+    """Ranks did not act alike: some are missing, or their arguments differ."""
 
 
 class GradientOverflow(InternvlDsError, ArithmeticError):
-    """Update after update was skipped for non-finite gradients, and no more would help.
+    """Too many updates in a row were skipped for non-finite gradients.
 
     Attributes:
         losses: this rank's last ones, one an update: the sum over its micro-batches.
@@ -64,11 +64,11 @@ class GradientOverflow(InternvlDsError, ArithmeticError):
 
 
 class CheckpointError(InternvlDsError, RuntimeError):
-    """A checkpoint could not be written, or could not be read as what it claims to be."""
+    """A checkpoint could not be written, or is damaged."""
 
 
 class CheckpointNotFound(CheckpointError, FileNotFoundError):
-    """There is no checkpoint at the path that was asked for."""
+    """There is no checkpoint at the given path."""
 
 
 class CheckpointMismatch(CheckpointError, ValueError):
@@ -80,11 +80,11 @@ class PretrainedError(InternvlDsError, RuntimeError):
 
 
 class DataError(InternvlDsError, ValueError):
-    """An image cannot be read, or not be made into what the model takes; its file is named."""
+    """An image cannot be read or transformed; the message names its file."""
 
 
 class Preempted(Exception):
-    """Not an error: every rank is to save here, and to end."""
+    """Not an error: every rank is to save now, and to end."""
 
 
 def few(values: Sequence[Any], most: int = 5) -> str:
@@ -93,7 +93,7 @@ def few(values: Sequence[Any], most: int = 5) -> str:
 
 
 def printable(text: object) -> str:
-    """``text`` with what a terminal would obey, and cannot show, escaped; lines and tabs stay."""
+    """``text`` with control characters escaped, but for line breaks and tabs."""
     return _CONTROL.sub(lambda m: m[0].encode('unicode_escape').decode(), str(text))
 
 

@@ -1,4 +1,4 @@
-"""One save at a time may finish in the background, on a thread; everything waits for it in order.
+"""At most one save finishes on a background thread; the next save, load or exit waits for it.
 
 The next save, a load, `internvl_ds.shutdown` and the end of the program wait, and hear of its
 failure.
@@ -100,12 +100,12 @@ def start(name: str, action: Callable[[], None], limit: float) -> None:
 
 
 def is_pending() -> bool:
-    """Whether a save was started that nobody has waited for yet."""
+    """Whether a background save was started and not waited for yet."""
     return current_group().part(_Saves).pending is not None
 
 
 def wait(limit: float | None = None) -> None:
-    """Waits until nothing is saved in the background; returns at once when nothing is.
+    """Waits for the background save; returns at once if there is none.
 
     Args:
         limit: seconds; None for the limit that the save was started with.

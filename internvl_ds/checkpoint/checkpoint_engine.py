@@ -27,7 +27,7 @@ from internvl_ds.files.ema_shard import EmaFile
 
 
 class ShardWriter(CheckpointEngine):
-    """Writes this rank's files of a save, flushed and hashed, once DeepSpeed is through.
+    """Writes, flushes and hashes this rank's files of a save, after DeepSpeed has collected them.
 
     ``engine.save_checkpoint`` meets in barriers, whose time limit a disk may exceed: it only
     collects, and `finish` writes. An exception in between would leave the others waiting, and is
@@ -61,7 +61,7 @@ class ShardWriter(CheckpointEngine):
     def begin(
         self, identity: Identity, *, in_background: bool, apart: Sharing | Omitting | None = None
     ) -> None:
-        """Begins a save, which `finish` or `forget` ends; one in the background collects copies."""
+        """Begins a save, which `finish` or `forget` ends; a background save collects copies."""
         self.identity, self.apart, self.error, self.entries = identity, apart, None, {}
         self.forget()
         self._collects, self._in_background = True, in_background
@@ -112,7 +112,7 @@ class ShardWriter(CheckpointEngine):
         self.forget()
 
     def defer(self, work: Callable[[], None]) -> None:
-        """Does something more in `finish`, after the files."""
+        """Adds an action to `finish`, after the files."""
         self._tasks.append(work)
 
     def _write(self, value: Any, path: Path) -> None:
@@ -133,14 +133,14 @@ class ShardWriter(CheckpointEngine):
         self._contents[path] = shards.read(path)
 
     def load(self, path: str | Path, map_location: Any = None) -> Any:
-        """Reads one shard as data, mapped into memory; what is no data is refused."""
+        """Reads one shard as data, mapped into memory; refuses anything but data."""
         content = self._contents.get(Path(path))
         if content is None:  # a script calls DeepSpeed's own load
             content = frozen_file.joined(Path(path).parent, Path(path), read_shard(path, mmap=True))
         return content
 
     def close(self) -> None:
-        """Lets go of what was opened."""
+        """Closes the opened files."""
         self._contents = {}
 
     def commit(self, info: CheckpointCommitInfo) -> bool:

@@ -33,7 +33,7 @@ Find = Callable[[Mapping[str, str]], discovery.Resume | None]
 
 
 class _Last:
-    """The last settings and their choice, so that an average comes from where the weights did."""
+    """The last settings and their choice: the average is loaded from the source of the weights."""
 
     settings: tuple[str, str, bool, bool] | None = None
     path: Path | None = None
@@ -195,7 +195,7 @@ def _choose(
 
 
 def _is_newer(tag: Path, resume: str) -> bool:
-    """Whether a tag of OUTPUT goes before MODEL.RESUME: see `choose`."""
+    """Whether a tag of OUTPUT takes precedence over MODEL.RESUME: see `choose`."""
     rival = discovery.present(Path(resume))
     if os.path.isdir(rival) and not discovery.is_tag(rival):
         with contextlib.suppress(CheckpointError):  # told when it is loaded, if it is
@@ -230,7 +230,7 @@ def _position(path: Path) -> tuple[int, int] | None:
 
 
 def _resumed_from(tag: Path) -> str:
-    """The MODEL.RESUME of the run that saved a tag, from the configuration that it keeps; or ''."""
+    """The MODEL.RESUME of the run that saved a tag, from the tag's configuration; or ''."""
     try:
         tree = parse_yaml(state_of(tag).get('config') or '')
     except (CheckpointError, ValueError):  # told when it is loaded

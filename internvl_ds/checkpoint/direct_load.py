@@ -1,4 +1,4 @@
-"""Training goes on by DeepSpeed's own load: from a tag of the layout that runs."""
+"""Resumes by DeepSpeed's own load: from a tag of the running layout."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def load_same_layout(
     state: dict[str, Any],
     ready: Callable[[], None],
 ) -> None:
-    """Goes on from a tag as DeepSpeed itself does. Collective: every rank calls it.
+    """Resumes from a tag by DeepSpeed's own load. Collective: every rank calls it.
 
     Args:
         load: what is restored beside the engine.
@@ -109,7 +109,7 @@ def _load_engine(
 
 
 def _own_file(files: Sequence[Path]) -> Path:
-    """Of one kind of shards, the file that this rank reads."""
+    """The file that this rank reads, of one kind of shards."""
     return files[min(rank(), len(files) - 1)]
 
 
@@ -160,7 +160,7 @@ def _require_same_optimizer(
 
 
 def _give_numbers_form(state: dict[str, Any], group: Mapping[str, Any], trial: Kept | None) -> None:
-    """Gives the numbers of a tensor the form that this optimizer keeps them in.
+    """Converts the numbers of a tensor's state to the form that this optimizer keeps.
 
     DeepSpeed's Adam for the CPU counts in an int, torch's in a tensor, apex's in the group.
     """

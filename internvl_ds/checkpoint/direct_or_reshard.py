@@ -22,7 +22,7 @@ from internvl_ds.zero.partition import describe
 
 
 class TagLayout(NamedTuple):
-    """How a training state is cut up and in what precision it trains."""
+    """How a training state is partitioned, and the precision that it trains in."""
 
     zero_stage: int
     ranks: int
@@ -67,7 +67,7 @@ def layout_of_tag(tag: Path) -> TagLayout:
 
 
 def of_this_deepspeed(tag: Path) -> bool:
-    """Whether DeepSpeed may load a tag itself: one of ours, or of the minor version that runs.
+    """Whether DeepSpeed may load a tag itself: ours, or of the running minor version.
 
     What earlier versions wrote differs in details: before 0.10 FusedAdam counted its updates in the
     parameter groups, which no other optimizer of today would find.

@@ -86,7 +86,7 @@ def finish(save: Save) -> None:
 
 
 def abandon(save: Save) -> None:
-    """Ends a save that failed: its staging directory goes."""
+    """Ends a failed save and removes its staging directory."""
     save.writer.forget()
     if save.staging is not None:
         commit.abandon(save.staging)

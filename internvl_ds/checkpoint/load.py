@@ -1,4 +1,4 @@
-"""load_checkpoint: what MODEL.RESUME names, into an engine or a module."""
+"""load_checkpoint: loads MODEL.RESUME into an engine or a module."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def load_checkpoint(
         lr_scheduler, scaler: restored through ``load_state_dict``; may be None.
         logger: gets what was loaded.
         loop: what `save_checkpoint` was given; its ``load_state_dict`` gets this rank's state.
-        class_names: of the data of now, by label; compared with those that the checkpoint keeps.
+        class_names: of the data now, by label; compared with the names in the checkpoint.
 
     Returns:
         The saved max_accuracy; 0.0 when the checkpoint has none.

@@ -1,4 +1,4 @@
-"""Training goes on by parameter name: from a tag of another layout, or from an original's .pth."""
+"""Resumes by parameter name: from a tag of another layout, or from an original's .pth."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from internvl_ds.zero.partition import owned
 
 
 def train_from_file(load: Load, resume: str, model: Any) -> float:
-    """Goes on from an original's .pth, each rank with its part. Collective: every rank calls it.
+    """Resumes from an original's .pth, each rank its part. Collective: every rank calls it.
 
     Where a .pth holds a head alone, and no optimizer, training begins with that: see
     `given_by_backbone`. Returns the saved max_accuracy.
@@ -89,7 +89,7 @@ def _is_head_alone(load: Load, engine: DeepSpeedEngine, resume: str) -> bool:
 
 
 def _train_from_head(load: Load, engine: DeepSpeedEngine, resume: str) -> float:
-    """Sets the head's weights, in float32 where the optimizer has masters; all else is as it was.
+    """Sets the head's weights, and its masters in float32; changes nothing else.
 
     Returns:
         0.0: no accuracy was reached in this training.
@@ -122,7 +122,7 @@ def load_other_layout(
     state: dict[str, Any],
     ready: Callable[[], None],
 ) -> None:
-    """Goes on from a tag of another layout, by parameter name. Collective: every rank calls it.
+    """Resumes from a tag of another layout. Collective: every rank calls it.
 
     See `load_same_layout` for the arguments.
     """
@@ -152,7 +152,7 @@ def load_other_layout(
 
 
 def _fit_schedule(load: Load, schedule: Any, groups: list[list[str]], now: list[list[str]]) -> Any:
-    """A saved schedule for the parameter groups of now."""
+    """Fits a saved schedule to the current parameter groups."""
     if schedule is None or load.lr_scheduler is None:
         return schedule
     return fit_to_groups(schedule, groups, load.lr_scheduler.state_dict(), now)
@@ -182,7 +182,7 @@ def _finish_restoring(
     where: object,
     engines_schedule: Any,
 ) -> None:
-    """Restores what is no tensor, the schedule that DeepSpeed itself steps last."""
+    """Restores everything but tensors; last, the schedule that DeepSpeed steps."""
     lr_scheduler, logger = load.lr_scheduler, load.logger
     registration = registration_of(engine)
     wrapper, scheduler = registration.wrapper, registration.scheduler

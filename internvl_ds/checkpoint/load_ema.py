@@ -1,4 +1,4 @@
-"""load_ema_checkpoint: the average of what load_checkpoint loaded, into any kind of average."""
+"""load_ema_checkpoint: loads the average that belongs to the loaded weights, of any kind."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def load_ema_checkpoint(config: CfgNode, model_ema: Any, logger: logging.Logger)
 
 
 def _load_file(model_ema: Any, where: str, logger: logging.Logger) -> tuple[bool, dict[str, Any]]:
-    """Whether the file has averaged weights, which are loaded; and what it says of them."""
+    """Loads averaged weights if the file has them; returns whether, and their header."""
     checkpoint = open_file(where)
     weights = checkpoint.get('model_ema')
     if weights is not None:

@@ -34,7 +34,7 @@ REMEDY = (
 
 
 class SavedTensor(NamedTuple):
-    """What a checkpoint holds of an optimizer for one tensor.
+    """The optimizer state in a checkpoint for one tensor.
 
     Attributes:
         names: of the parameters that lie in it, for messages.
@@ -54,16 +54,16 @@ def optimizer_name(optimizer: Any) -> str:
 
 
 def require_optimizer(client: Any) -> None:
-    """Raises CheckpointError for an engine without an optimizer: it cannot go on training."""
+    """Raises CheckpointError for an engine without an optimizer: it cannot resume training."""
     if client is None:
         raise CheckpointError('this engine has no optimizer: load with EVAL_MODE')
 
 
 class RunningOptimizer:
-    """What the optimizer that runs keeps, group by group. Asking changes nothing of it."""
+    """The state that the running optimizer keeps, by group. Reading changes nothing."""
 
     def __init__(self, optimizer: Any) -> None:
-        """Takes the client's optimizer, or the one that DeepSpeed made."""
+        """Takes the optimizer of the client, or of DeepSpeed."""
         self.optimizer = optimizer
         self.name = optimizer_name(optimizer)
         self.kept = Trials(optimizer).kept
@@ -114,7 +114,7 @@ class RunningOptimizer:
     def _changes(
         self, saved: Mapping[str, Any], now: Mapping[str, Any], trial: Kept | None
     ) -> dict[str, tuple[Any, Any]]:
-        """The settings of a group, but for what moves: key -> (saved, now) where they differ."""
+        """The changed settings of a group, without scheduled ones: key -> (saved, now)."""
         keys = self.optimizer.defaults.keys() - NOT_SETTINGS - set(trial.counters if trial else ())
         return {
             key: (saved[key], now[key])

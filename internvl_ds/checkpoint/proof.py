@@ -1,4 +1,4 @@
-"""A save's proof of itself: what a rank wrote is read by the reader that will read it one day.
+"""The proof of a save: each rank's files are read by the reader that a resume uses.
 
 Only the pickles and headers are read, no tensor (see `outline`). Files only; knows no ranks.
 """
@@ -29,7 +29,7 @@ from internvl_ds.zero.wrapper import Wrapper
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the files of a save have to hold, taken from the engine when the save begins.
+    """The required content of a save's files, taken from the engine when the save begins.
 
     Attributes:
         shapes: name -> whole shape of every parameter and buffer of the module's state dict.
@@ -46,7 +46,7 @@ class Wanted:
 
 
 def wanted_of(wrapper: Wrapper, groups: Sequence[Sequence[str]] | None) -> Wanted:
-    """What a save of this engine has to hold; ``groups``: see `Wanted`."""
+    """The required content of a save of this engine; ``groups``: see `Wanted`."""
     shapes = model_shapes(wrapper.engine.module)
     if wrapper.client is None:
         return Wanted(shapes, frozenset(), None, None, 0)

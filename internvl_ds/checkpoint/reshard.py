@@ -1,4 +1,4 @@
-"""Puts state by parameter name into the partitioning that runs, whatever layout it was saved in."""
+"""Writes state by parameter name into the running partitioning, from any saved layout."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from internvl_ds.zero.wrapper import Wrapper
 
 
 class Restorer:
-    """What a saved state and a running engine have to do with each other.
+    """Maps a saved state onto a running engine.
 
     Making one reads and checks; only `restore` changes anything. Every rank makes its own.
     """
@@ -230,7 +230,7 @@ def _require_same_trained(state: NamedState, layout: Layout) -> None:
 
 
 def _require_known_layout(layout: Layout, rank: int, masters: list[torch.Tensor]) -> None:
-    """Another cut than DeepSpeed's plain one (MiCS, expert parallel) would be filled wrongly."""
+    """Refuses other partitionings than DeepSpeed's plain one, such as MiCS and expert parallel."""
     least = [layout.least_length(rank, group) for group in range(len(layout.groups))]
     if len(masters) != len(least) or any(
         master.numel() < length for master, length in zip(masters, least, strict=True)

@@ -37,7 +37,7 @@ def require_schedule(state: Mapping[str, Any], lr_scheduler: Any, where: object)
 def _try_schedule(
     lr_scheduler: Any, saved: Mapping[str, Any], running: Mapping[str, Any], where: object
 ) -> None:
-    """Has a copy of timm's schedule give its lr by the saved values: a None tells no kind."""
+    """Reads the lr of a copy of timm's schedule with the saved values; raises if it cannot."""
     pct = saved.get('noise_pct')
     if isinstance(pct, int | float) and not pct >= 1e-4:  # timm draws until one lies within it
         raise CheckpointError(f'{where}: noise_pct of its lr schedule is {pct!r}, below 0.0001')
@@ -74,7 +74,7 @@ def restore_schedule(
 ) -> bool:
     """Restores scheduler and scaler, and sets TRAIN.START_EPOCH.
 
-    Returns whether the schedule is the one that was saved.
+    Returns whether the schedule equals the saved one.
     """
     is_restored = False
     if state.get('lr_scheduler') is not None and lr_scheduler is not None:

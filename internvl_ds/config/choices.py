@@ -1,4 +1,4 @@
-"""Settings that are one of a few words."""
+"""Settings that take one of a few words."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _FROZEN = ('keep', 'once', 'omit')
 
 
 def require_one_of(key: str, value: object, words: Sequence[str]) -> None:
-    """Raises ConfigError where the value of a key is none of the words that it can be."""
+    """Raises ConfigError if the value of a key is none of its allowed words."""
     if value not in words:
         raise ConfigError(f'{key} is {value!r}; it can be {", ".join(map(repr, words))}')
 

@@ -32,7 +32,7 @@ _LEAST: dict[str, int | None] = {
 
 
 def require_counts(config: CfgNode, beginnings: Sequence[str] = ('',)) -> None:
-    """Refuses values that mean nothing, before anything is divided by one or counted with it.
+    """Refuses counts and durations out of range, before anything is computed with them.
 
     Args:
         config: any tree; a setting that it lacks has its default.
@@ -52,7 +52,7 @@ def require_counts(config: CfgNode, beginnings: Sequence[str] = ('',)) -> None:
 
 
 def require_linear_drop_path(config: CfgNode) -> None:
-    """Refuses a MODEL.DROP_PATH_TYPE that no model here has; a MODEL.FACTORY reads it itself.
+    """Refuses MODEL.DROP_PATH_TYPE other than linear, unless a MODEL.FACTORY reads it.
 
     Raises:
         ConfigError: for another than 'linear'.

@@ -71,7 +71,7 @@ def get_config(args: Namespace) -> CN:
 
 
 def find_config_file(name: str) -> Path:
-    """Finds a YAML file by path, or by name among those that ship with the package."""
+    """Finds a YAML file by path, or by name among the files that ship with the package."""
     folder = Path(__file__).parent
     for candidate in (Path(name), folder / name, folder / f'{name}.yaml'):
         if os.path.exists(candidate) and not os.path.isdir(candidate):
@@ -89,12 +89,12 @@ def merge_opts(config: CN, opts: Sequence[str]) -> None:
 
 
 def checkpoint_option(config: CN, key: str) -> Any:
-    """CHECKPOINT.``key`` of a tree that may lack it, as the original's trees do."""
+    """CHECKPOINT.``key``; the default if the tree lacks it, as the original's trees do."""
     return get_option(config, f'CHECKPOINT.{key}')
 
 
 def default_of(key: str) -> Any:
-    """The default of a dotted key, None where there is none; the tree is not copied for it."""
+    """The default of a dotted key, or None; does not copy the tree."""
     return get_option(DEFAULTS, key, None)
 
 
@@ -129,7 +129,7 @@ def set_options(config: CN, options: Mapping[str, Any]) -> CN:
 
 
 def scale_lr(lr: float, images: int) -> float:
-    """A learning rate of TRAIN, given for a batch of 512, for a whole batch of ``images``."""
+    """Scales a learning rate of TRAIN, given for a batch of 512, to a batch of ``images``."""
     return lr * images / 512
 
 
@@ -184,7 +184,7 @@ def _merge_tree(config: CN, tree: Mapping[str, Any], source: str) -> None:
 
 
 def _fit(node: CN, tree: Mapping[str, Any], prefix: str, all_keys: set[str], source: str) -> dict:
-    """Refuses unknown keys, and turns what YAML parsed into the type of the default it replaces."""
+    """Refuses unknown keys, and converts YAML values to the types of the defaults."""
     values: dict[str, Any] = {}
     for key, value in tree.items():
         name = f'{prefix}{key}'
@@ -211,7 +211,7 @@ def _fit(node: CN, tree: Mapping[str, Any], prefix: str, all_keys: set[str], sou
 
 
 def _as_type_of(default: Any, value: Any, where: str) -> Any:
-    """Turns what YAML parsed into the default's type: 5e-4 and (1, 2) are text to it, 0 an int."""
+    """Converts a YAML value to the default's type: YAML reads 5e-4 and (1, 2) as text."""
     if isinstance(value, str):
         if '\0' in value:
             raise ConfigError(f'{where}: has a NUL character in it: {brief(value)}')
@@ -252,7 +252,7 @@ def _nearest(name: str, all_keys: set[str]) -> str | None:
 
 
 def nest(path: Sequence[str], value: Any) -> Any:
-    """A value inside a mapping for each key of a path."""
+    """Nests a value into one mapping for each key of a path."""
     for key in reversed(path):
         value = {key: value}
     return value

@@ -1,4 +1,4 @@
-"""What a rank says when an exception ends it: which rank, where, why, and who else is gone."""
+"""Prints one line if an exception ends a rank: which rank, where, why, and who else is gone."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def speak_on_exceptions(
         rank: this process's; None where it is not known yet.
         afterwards: called last.
         patience: seconds left to the launcher to end a job of which other ranks are gone.
-        joined: all ranks have met: one speaks for all, and names those that are gone.
+        joined: all ranks have met: one rank speaks for all, and names the ranks that are gone.
     """
     before = sys.excepthook
 
@@ -77,7 +77,7 @@ def speak_on_exceptions(
 
 
 def _may_speak(is_cause: bool) -> bool:
-    """Whether this rank is the first to say why the job ends; it then has to.
+    """Whether this rank is the first to report why the job ends; then it must.
 
     Args:
         is_cause: False for what other ranks see of an error: after a cause it is not said.
@@ -118,6 +118,6 @@ def one_line(error: BaseException) -> str:
 
 
 def _follows(error: BaseException) -> bool:
-    """Whether this is what the end of another rank looks like."""
+    """Whether the error is a consequence of another rank's end."""
     is_of_ranks = isinstance(error, torch_dist.DistError | RankError)
     return is_of_ranks or (isinstance(error, RuntimeError) and 'gloo' in str(error))

@@ -1,4 +1,4 @@
-"""The process group object: all that this process keeps of its process group between two calls."""
+"""The process group object: all state of the process group that lives longer than a call."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ T = TypeVar('T')
 
 @dataclass
 class ProcessGroup:
-    """A process group as this rank knows it, from its first meeting to `shutdown`.
+    """This rank's view of the process group, from the first meeting to `shutdown`.
 
     A process without a process group has an object without ranks.
 
@@ -61,31 +61,31 @@ class ProcessGroup:
         return self.limits.get(key, default_of(f'COMM.{key}'))
 
     def key(self, name: str) -> str:
-        """A key of the store: of this group, and of this start where torchrun restarts."""
+        """A key of the store, with the number of the group and of torchrun's restart."""
         return f'internvl_ds/{os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}.{self.number}/{name}'
 
     def part(self, kind: type[T]) -> T:
-        """The one object of a class that this group holds; made at the first call."""
+        """The group's single object of a class; made at the first call."""
         if kind not in self.parts:
             self.parts[kind] = kind()
         return self.parts[kind]
 
     def named(self, ranks: list[int], most: int = 16) -> str:
-        """Ranks for a message, with host and process id where they are known."""
+        """Names ranks for a message, with host and process id if known."""
         text = ', '.join(self.names[r] if self.names else f'rank {r}' for r in ranks[:most])
         return text if len(ranks) <= most else f'{text} and {len(ranks) - most} more'
 
     def dead_ranks(self) -> list[int]:
-        """Ranks that are dead for so long that the store has got all that they said."""
+        """Ranks that died long enough ago that all their messages are in the store."""
         return self.heartbeat.dead(for_seconds=1.0) if self.heartbeat else []
 
     def dead_holder(self) -> str:
-        """Why rank 0, with the store, will not answer any more; '' where nothing says so."""
+        """Why rank 0, which holds the store, is known to be gone; '' if it is not."""
         heartbeat = self.heartbeat
         return heartbeat.describe_dead() if heartbeat and 0 in heartbeat.dead() else ''
 
     def disconnect(self) -> None:
-        """Lets go of the other ranks; whoever is met next is met under other keys."""
+        """Leaves the other ranks; the next meeting takes other keys."""
         if self.peers is not None:
             self.number += 1
             if self.heartbeat is not None:

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class Offer(NamedTuple):
-    """Where rank 0 is reached, and what a rank says to be let in. JSON."""
+    """Rank 0's address, and the secret that a rank sends to connect. JSON."""
 
     addresses: list[str]
     port: int
@@ -107,23 +107,23 @@ class Liveness:
         return [rank for rank, since in list(self._deaths.items()) if now - since >= for_seconds]
 
     def lost(self, for_seconds: float) -> list[int]:
-        """As `dead`, without those that left the process group in order."""
+        """As `dead`, without the ranks that left the process group in order."""
         return [rank for rank in self.dead(for_seconds) if rank not in self._left]
 
     def describe_dead(self) -> str:
-        """A clause on the ranks that are dead; '' where none is known to be."""
+        """A clause that names dead ranks; '' if none is known."""
         names = [self._names[rank] for rank in self.dead()]
         verb = 'is' if len(names) == 1 else 'are'
         what = 'the process has ended or its host is cut off'
         return f'{few(names)} {verb} dead ({what})' if names else ''
 
     def describe_silent(self) -> str:
-        """A clause on the ranks that are dead or do not answer; '' where all do. Takes seconds."""
+        """A clause that names dead and silent ranks; '' if all answer. Takes seconds."""
         silent = self._ask_rank_0() if self._listener is None else self._silent()
         return self._describe(silent, self._silent_after)
 
     def describe_gone(self, after: float) -> str:
-        """A clause on the ranks that are dead, or were last heard so many seconds ago, or ''."""
+        """A clause that names ranks that are dead or silent for so many seconds, or ''."""
         return self._describe(self._unheard(after), after)
 
     def _describe(self, silent: list[int], seconds: float) -> str:
@@ -134,7 +134,7 @@ class Liveness:
         return '; '.join(filter(None, clauses))
 
     def stop(self) -> None:
-        """Closes the connections: to the others this rank has ended."""
+        """Closes the connections: the others take this rank for ended."""
         self._stopped = True
         forks.forget(self)
         for link in self._links:
@@ -178,7 +178,7 @@ class Liveness:
         return self._listener is None and bool(self._unheard(self._silent_after))
 
     def speak(self, kind: str) -> None:
-        """Announces to all ranks that this one prints why the job ends: 'cause' or 'effect'."""
+        """Announces to all ranks that this one reports why the job ends: 'cause' or 'effect'."""
         self.words = kind
         for link in self._links:
             link.tell('spoke', kind)
@@ -267,7 +267,7 @@ class Liveness:
             self._answer = list(map(int, values))
 
     def _unheard(self, seconds: float) -> list[int]:
-        """The ranks at the other ends that have said nothing for so many seconds."""
+        """The connected ranks that have sent nothing for so many seconds."""
         since = time.monotonic() - seconds
         links = [link for link in list(self._links) if link.heard < since]
         return [link.rank for link in links if link.rank is not None]

@@ -1,4 +1,4 @@
-"""Who started this process, as its environment says. Pure."""
+"""Detects the launcher of this process from its environment. Pure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PORTS = range(20000, 32000)
 
 @dataclass(frozen=True)
 class Launch:
-    """What a launcher announced to this process.
+    """The rank, world size and address that a launcher set.
 
     Attributes:
         by: one of this module's constants.
@@ -37,7 +37,7 @@ class Launch:
 def detect(
     environ: Mapping[str, str], launcher: str | None = None, local_rank: int | None = None
 ) -> Launch:
-    """Reads RANK and its like, or else what mpirun, mpiexec.hydra or srun set.
+    """Reads RANK, WORLD_SIZE and so on, else the variables of mpirun, mpiexec.hydra or srun.
 
     Args:
         environ: the environment of this process.

@@ -50,7 +50,7 @@ def world(launch: Launch) -> Any:
 
 
 def local_rank(communicator: Any) -> tuple[int, int]:
-    """This process's rank among those that share its host's memory, and how many they are."""
+    """This process's rank on its host (ranks that share memory), and their number."""
     from mpi4py import MPI
 
     shared = communicator.Split_type(MPI.COMM_TYPE_SHARED)
@@ -99,7 +99,7 @@ def agree_on_master(
 
 
 def abort(communicator: Any, limit: int) -> None:
-    """Ends all ranks of the job, which an exception on one would let hang when MPI is finalized.
+    """Aborts all ranks of the job: after an exception on one, MPI_Finalize would hang.
 
     It may take ``limit`` whole seconds.
     """
@@ -111,7 +111,7 @@ def abort(communicator: Any, limit: int) -> None:
 
 
 def finalize() -> None:
-    """Ends MPI where it was begun, so that mpirun knows that this process is done."""
+    """Finalizes MPI if it was initialized, so that mpirun sees an orderly end."""
     module = sys.modules.get('mpi4py.MPI')
     if module is not None and module.Is_initialized() and not module.Is_finalized():
         module.Finalize()

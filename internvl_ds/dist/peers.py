@@ -1,4 +1,4 @@
-"""The other ranks, as a thread of this one reaches them through the process group's store.
+"""A thread's connection to the other ranks, through the process group's store.
 
 A place is a name in the store that every rank comes to. No place is waited at without a limit, and
 a rank that is known to be dead is not waited for.
@@ -32,7 +32,7 @@ class Peers(NamedTuple):
     world_size: int
 
     def ask(self, action: Callable[[Any], Any], deadline: float) -> Any:
-        """Asks the store, which has until the deadline, and always COMM.SILENT_AFTER seconds.
+        """Calls the store, which has until the deadline, and at least COMM.SILENT_AFTER seconds.
 
         Raises:
             RankError: when it does not answer, or is gone.
@@ -41,11 +41,11 @@ class Peers(NamedTuple):
         return self.client.call(action, max(seconds, current_group().limit('SILENT_AFTER')))
 
     def put(self, key: str, text: str) -> None:
-        """Sets a key of the store; waits for nothing."""
+        """Sets a key of the store; does not wait."""
         self.client.post(lambda store: store.set(key, text))
 
     def come(self, place: str, text: str = '') -> None:
-        """Comes to a place, and leaves a text there; waits for nothing."""
+        """Arrives at a place, and leaves a text there; does not wait."""
 
         def arrive(store: Any) -> None:
             store.set(f'{place}/{self.rank}', text)
@@ -56,13 +56,13 @@ class Peers(NamedTuple):
         self.client.post(arrive)
 
     def clear(self, place: str, *, of_all: bool = False) -> None:
-        """Removes what this rank, or all, have left at a place, and on rank 0 the place."""
+        """Removes the texts of this rank, or of all, from a place; on rank 0, the place too."""
         ranks = range(self.world_size) if of_all else [self.rank]
         names = [*ranks, 'count', 'all'] if self.rank == 0 else ranks
         self.client.post(lambda store: [store.delete_key(f'{place}/{name}') for name in names])
 
     def missing_at(self, place: str, deadline: float, *, without_dead: bool) -> list[int]:
-        """Waits until all ranks have come to a place.
+        """Waits until all ranks have arrived at a place.
 
         Args:
             place: its name.
@@ -100,7 +100,7 @@ class Peers(NamedTuple):
             time.sleep(min(0.5, max(0.001, 0.1 * (now - start))))
 
     def _count(self, place: str, deadline: float) -> int:
-        """How many ranks have come, but for those that died as they came."""
+        """How many ranks have come; a rank that died as it came does not count."""
         return int(self.ask(lambda store: store.add(f'{place}/count', 0), deadline))
 
 
@@ -110,7 +110,7 @@ thread_peers: ContextVar[Peers | None] = ContextVar('thread_peers', default=None
 
 @contextmanager
 def background_meetings(peers: Peers | None) -> Iterator[None]:
-    """Lets this thread meet the other ranks' threads through a connection of its own.
+    """Opens a connection for this thread to meet the threads of other ranks.
 
     A connection serves one call at a time, and the rank and world size stay what they were, should
     the main thread leave the process group. The names of the meetings must not be in use by another

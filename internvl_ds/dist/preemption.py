@@ -1,4 +1,4 @@
-"""Saving, and stopping, at one and the same update on all ranks, when any of them is asked to.
+"""Saves, or saves and stops, at the same update on all ranks, if any rank is asked to.
 
 A scheduler that takes a host back sends SIGTERM or SIGUSR1, to some ranks or to all, at moments
 that differ between them; Ctrl-C sends SIGINT, and a terminal that is closed SIGHUP. Ranks that
@@ -54,8 +54,8 @@ class Preemption:
                     sys.exit(config.TRAIN.PREEMPT_EXIT_CODE)
 
     Every rank makes one, in its main thread, and leaves the ``with`` block; where no exception ends
-    it the ranks wait there for each other. Whoever had the signals before has them after it, unless
-    the program is about to end (SystemExit): then a late one must not spoil that.
+    it the ranks wait there for each other. The previous signal handlers are restored after it,
+    unless the program is about to end (SystemExit): then a late one must not spoil that.
     """
 
     def __init__(self, config: CfgNode) -> None:

@@ -49,7 +49,7 @@ def init_distributed(
     launcher: str | None = None,
     local_rank: int | None = None,
 ) -> None:
-    """Joins the process group that the launcher announced; a process of its own without one.
+    """Joins the launcher's process group; without a launcher, makes a group of one process.
 
     Collective: every rank calls it. A later call changes the limits only.
 
@@ -161,7 +161,7 @@ def _join(launch: launchers.Launch, limit: float) -> None:
 
 
 def _hand_over(url: str, timeout: timedelta, **_: Any) -> Iterator[tuple[Any, int, int]]:
-    """Gives torch the store where all have met: its own way to it tries twice, each time as long.
+    """Hands torch the store of the first meeting: its own rendezvous would wait twice as long.
 
     Under a prefix, because a store may outlive a process group and the addresses in it.
     """
@@ -201,7 +201,7 @@ def _store_answers(limit: float) -> AbstractContextManager[None]:
 
 
 def limit_collectives(config: CfgNode | None = None) -> None:
-    """Bounds every collective of every process group that there is, those of DeepSpeed too.
+    """Bounds every collective of all existing process groups, DeepSpeed's included.
 
     Groups that are made later need it again. DEEPSPEED_TIMEOUT reaches the first one only. Groups
     that the program made itself, with a limit of its own, keep it unless COMM.TIMEOUT is set.
@@ -226,7 +226,7 @@ def _set_limit(seconds: float) -> None:
 
 @contextmanager
 def collectives_within(seconds: float) -> Iterator[None]:
-    """Allows collectives this long, where COMM.TIMEOUT is less: ranks read files in between.
+    """Raises the limit of collectives to this: ranks read files between them.
 
     Collective: every rank calls it. A group that the program made itself keeps its limit.
     """
@@ -242,7 +242,7 @@ def collectives_within(seconds: float) -> Iterator[None]:
 
 
 def shutdown() -> None:
-    """Leaves the process group, rank 0 last: it holds the store that the others may still read.
+    """Leaves the process group; rank 0 last, which holds the store.
 
     Collective: every rank calls it. It is safe to call twice, and without a process group.
 
@@ -266,14 +266,14 @@ def shutdown() -> None:
 
 
 def before_shutdown(callback: Callable[[], None]) -> None:
-    """Makes `shutdown` call a function, once, while the process group is still there."""
+    """Registers a function that `shutdown` calls once, before the process group ends."""
     callbacks = current_group().callbacks
     if callback not in callbacks:
         callbacks.append(callback)
 
 
 def leave(status: int = 0) -> NoReturn:
-    """Ends a process whose work is done, after `shutdown`.
+    """Ends a process after its work, through `shutdown`.
 
     Exit functions run and output is flushed, but the interpreter is not torn down: C++ threads of
     torch and DeepSpeed can abort that, and a finished job would look failed.

@@ -1,4 +1,4 @@
-"""Meetings of all ranks, named and with a time limit: they exchange what they did or found.
+"""Meetings of all ranks, named and with a time limit, in which they exchange values.
 
 They go through the process group's store, not through a collective of the training group, so that a
 rank that does not come is named instead of waited for.
@@ -76,7 +76,7 @@ def _exchange(
             group.rounds[what] += 1
             raise RankError(f'{what}: {error}') from None
         items = _read(peers, [f'{place}/{r}' for r in range(peers.world_size)], deadline)
-        if turn:  # whoever came to this round is through with the one before
+        if turn:  # a rank that came to this round has left the round before
             peers.clear(group.key(f'{what}/{turn - 1}'))
         group.rounds[what] += 1
         if all('value' in item for item in items):
@@ -88,7 +88,7 @@ def _exchange(
 def _warn_of_absentees(
     peers: Peers, what: str, place: str, timeout: float, warn: Callable[[str], None]
 ) -> None:
-    """Waits for COMM.WARN_AFTER seconds at most, and says who has not come then."""
+    """Waits for at most COMM.WARN_AFTER seconds, then names the absent ranks."""
     group = current_group()
     if not (seconds := group.limit('WARN_AFTER')):
         return
@@ -139,7 +139,7 @@ def _let_all_read(peers: Peers, place: str, deadline: float) -> None:
 def begin(
     connect: Callable[[], Any], own_rank: int, ranks: int, where: str, what: str, limit: float
 ) -> Peers:
-    """Meets all ranks for the first time, and learns their names and, from then on, who dies.
+    """Meets all ranks for the first time: exchanges hosts and pids, starts the heartbeat.
 
     Collective: every rank calls it.
 
@@ -177,7 +177,7 @@ def begin(
 
 
 def _peers(what: str, limit: float) -> Peers:
-    """This thread's connection; the main thread's where it has none of its own."""
+    """This thread's connection, else the main thread's."""
     if peers := thread_peers.get():
         return peers
     store, group = distributed_c10d._get_default_store(), current_group()
@@ -307,7 +307,7 @@ def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
 
 
 def part_from(peers: Peers) -> None:
-    """Blocks rank 0, whose store the others may still need, until all have come here.
+    """Blocks rank 0, which holds the store, until all ranks have arrived here.
 
     Every rank that has these peers calls it at its end; they are of no use afterwards.
     """

@@ -1,4 +1,4 @@
-"""Signals that ask a process to stop, seen at once, also while its main thread is in C code."""
+"""Notices signals at once, also while the main thread is in C code."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 # The exit status of a process that SIGINT ended at once: what shells say of one that died of it.
 INTERRUPTED = 128 + signal.SIGINT
 
-# Whoever starts a process in the background, or with nohup, has these ignored: so they stay.
+# A shell that starts a process in the background, and nohup, ignore these: they stay ignored.
 _MAY_BE_IGNORED = (signal.SIGINT, signal.SIGHUP)
 
 # Seconds after a request within which a further signal belongs to it: a terminal signals ranks
@@ -63,7 +63,7 @@ class Listener:
         self._thread.start()
 
     def release(self) -> None:
-        """Gives the signals back to whoever had them; safe to call twice."""
+        """Restores the previous signal handlers; safe to call twice."""
         if not forks.forget(self):
             return
         self._restore()
@@ -93,7 +93,7 @@ class Request(Listener):
         super().__init__(SIGNALS, self._note, self._handle)
 
     def know(self) -> None:
-        """Notes that another rank, or the launch script, was asked."""
+        """Records that another rank, or the launch script, got the signal."""
         if self._since is None:
             self._since = time.monotonic()
 

@@ -1,4 +1,4 @@
-"""A connection to the process group's store whose every call ends in time.
+"""A connection to the process group's store in which every call has a time limit.
 
 torch's own calls do not: where the process that holds the store stands still, or its host is cut
 off, none of them returns, neither a ``wait`` with a time limit nor a new connection. So a thread of
@@ -31,7 +31,7 @@ _CUTS = 5
 
 
 class StoreClient:
-    """One connection. Its calls are made in the order in which they were asked for.
+    """One connection, which makes its calls in order.
 
     Once a call has not come back in time, the connection is given up: it is not known what of it
     the store will still do. Every later call fails at once.
@@ -78,14 +78,14 @@ class StoreClient:
         raise RankError(self._given_up)
 
     def post(self, action: Callable[[Any], Any]) -> futures.Future:
-        """Queues ``action`` behind the calls before it, and waits for nothing."""
+        """Queues ``action`` behind earlier calls; does not wait."""
         future: futures.Future = futures.Future()
         if not self._given_up:
             self._calls.put((action, future))
         return future
 
     def close(self, limit: float) -> None:
-        """Ends the thread after the calls that were asked for; waits so many seconds for it."""
+        """Ends the thread after the queued calls; waits for it at most so many seconds."""
         self._calls.put(None)
         self._thread.join(limit)
         self._give_up('the connection to the store was closed')
@@ -107,7 +107,7 @@ class StoreClient:
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, without the C++ stack that torch puts under it."""
+    """The text of an exception without torch's C++ stack."""
     return str(error).strip().partition('\n')[0] or type(error).__name__
 
 
@@ -115,7 +115,7 @@ def first_line(error: BaseException) -> str:
 def store_answers(
     client: StoreClient, port: int, limit: float, gone: Callable[[float], str]
 ) -> Iterator[None]:
-    """Bounds what torch itself asks the store, in calls that cannot be moved to another thread.
+    """Bounds torch's own calls to the store, which cannot move to another thread.
 
     While the block runs another thread asks the store as well. Where it does not answer, or a rank
     is gone whom torch would wait for, all connections of this process to it are cut, which ends the

@@ -75,7 +75,7 @@ def _say_and_end(reason: str, end: Callable[[], None]) -> None:
 
 
 def _is_collective(frame: FrameType) -> bool:
-    """Whether a thread whose innermost frame this is may wait for other ranks."""
+    """Whether a thread with this innermost frame may be waiting for other ranks."""
     if any(folder in frame.f_code.co_filename for folder in _COLLECTIVES):
         return True
     # of a collective that was started before
@@ -83,7 +83,7 @@ def _is_collective(frame: FrameType) -> bool:
 
 
 def _shown(frame: FrameType) -> str:
-    """The call of the program, or of DeepSpeed, in which a collective is: its function and line."""
+    """The function and line, of the program or DeepSpeed, that called the collective."""
     outer = frame
     while outer.f_back and any(folder in outer.f_code.co_filename for folder in _COLLECTIVES):
         outer = outer.f_back

@@ -17,7 +17,7 @@ from internvl_ds.zero.wrapper import Wrapper
 
 @dataclass
 class Accumulation:
-    """What has come since an engine's last update.
+    """The micro-batches since an engine's last update.
 
     Attributes:
         losses: of the micro-batches whose gradients are kept; 0-dim, this rank's, divided by the
@@ -35,7 +35,7 @@ class Accumulation:
     warned: bool = False
 
     def add(self, loss: torch.Tensor) -> None:
-        """Takes note of a micro-batch that runs its backward now."""
+        """Counts a micro-batch whose backward begins."""
         self.losses.append(loss.detach())
         self.micro_batches += 1
 
@@ -76,7 +76,7 @@ class Accumulation:
 
 
 def watch_zero_grad(wrapper: Wrapper, accumulation: Accumulation) -> None:
-    """Makes any zero_grad of an engine drop what ZeRO keeps, and the count of it.
+    """Makes any zero_grad of an engine drop ZeRO's gradients, and reset their count.
 
     That of the engine, of its module, of DeepSpeed's optimizer and of the client's own. By itself
     only DeepSpeed's does, at stage 3 only.
@@ -87,7 +87,7 @@ def watch_zero_grad(wrapper: Wrapper, accumulation: Accumulation) -> None:
 
 
 class _ZeroGrad:
-    """Stands for the ``zero_grad`` of a part of an engine. Keeps neither alive."""
+    """Replaces the ``zero_grad`` of a part of an engine. Holds no strong reference."""
 
     def __init__(self, part: Any, wrapper: Wrapper, accumulation: Accumulation) -> None:
         self._part, self._wrapper = weakref.ref(part), wrapper
@@ -109,6 +109,6 @@ class _ZeroGrad:
             wrapper.drop_gradients()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """A copy of the module is of no engine: it gets a zero_grad of its own."""
+        """A copy of the module belongs to no engine: it gets its own zero_grad."""
         copy = memo[id(self._part())]
         return types.MethodType(type(copy).zero_grad, copy)

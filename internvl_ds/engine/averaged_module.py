@@ -20,7 +20,7 @@ class AveragedModule:
 
     A call is a forward pass of the engine in evaluation mode and without gradients. At ZeRO stages
     0 to 2 the first call keeps a copy of the averaged weights in the dtype of the module, which
-    stands in for the weights during this call and those that follow; the next update of the average
+    stands in for the weights during this call and later ones; the next update of the average
     and the next forward pass with gradients free it. At stage 3 weights and average change places
     around every call: `ShardedEma.swapped_in` does it once for many.
 
@@ -97,7 +97,7 @@ class AveragedModule:
             _set_data(tensors, weights)
 
     def _copy(self) -> None:
-        """Copies what the average keeps. Frozen parameters are the module's own."""
+        """Copies the averaged tensors. Frozen parameters stay the module's own."""
         engine = self._average.engine
         with torch.inference_mode(False), torch.no_grad(), self._average.swapped_in():
             tensors = self._average.averaged_tensors()
@@ -118,7 +118,7 @@ def _set_data(tensors: Mapping[str, torch.Tensor], values: Mapping[str, torch.Te
 
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Puts a module into evaluation mode; what trained before trains afterwards, the rest not."""
+    """Puts a module into evaluation mode for the block, then restores each part's mode."""
     training = [part for part in module.modules() if part.training]
     module.eval()
     try:

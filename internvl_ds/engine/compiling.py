@@ -1,4 +1,4 @@
-"""TRAIN.COMPILE: has torch.compile make the forward and backward pass of an engine's module."""
+"""TRAIN.COMPILE: compiles an engine's module with torch.compile."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _log = logging.getLogger(__name__)
 
 
 def compile_module(engine: DeepSpeedEngine, config: CfgNode) -> None:
-    """Has an engine's module compiled at its first forward passes, where TRAIN.COMPILE says so.
+    """Compiles an engine's module at its first forward passes, if TRAIN.COMPILE is set.
 
-    The module stays the one that it is: its parameters keep their names, and checkpoints do not
+    The module stays the same object: its parameters keep their names, and checkpoints do not
     tell whether it was compiled. Random numbers (dropout, drop path) are those of the module that
     is not compiled. Collective: every rank calls it.
 

@@ -1,4 +1,4 @@
-"""Whether an engine steps an optimizer right, in pieces and on several ranks. Found by trial."""
+"""Finds by trial whether ZeRO steps an optimizer right, in pieces and on several ranks."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def require_steps(optimizer: Any, stage: int, ranks: int, device: torch.device) 
     of the gradients, and ranks must draw no random numbers of their own.
 
     Args:
-        optimizer: the client's, or the one that the ds_config names; it stays as it is.
+        optimizer: of the client, or made from the ds_config; it is not changed.
         stage: of ZeRO.
         ranks: how many there are.
         device: where it is tried.
@@ -56,7 +56,7 @@ def require_steps(optimizer: Any, stage: int, ranks: int, device: torch.device) 
 
 
 def fault_of(optimizer: Any, stage: int, ranks: int, device: torch.device) -> str:
-    """As `require_steps`: what is wrong and what works, in words; '' where nothing is."""
+    """As `require_steps`, as a text: the fault and what works; '' if there is no fault."""
     if stage and isinstance(optimizer, torch.optim.Adagrad):
         return (
             'DeepSpeed makes another one of its defaults in its place, which no parameter group '
@@ -159,7 +159,7 @@ class _Trial:
         )
 
     def _in_pieces(self) -> list[torch.Tensor] | None:
-        """The weights as two ranks have them; None where the optimizer takes no pieces, as Muon."""
+        """The weights as two ranks hold them; None if the optimizer takes no pieces, as Muon."""
         halves: list[list[torch.Tensor]] = []
         for part in (0, 1):
 

@@ -32,7 +32,7 @@ from internvl_ds.zero.partition import owned, shapes_of
 
 @dataclass(frozen=True)
 class EmaWarmup:
-    """Lets the decay rise from 0, so that the first weights are soon forgotten; as timm does.
+    """Ramps the decay up from 0, so that the average soon forgets the first weights; as timm.
 
     The decay of update n (the first is 1) is ``1 - (1 + (n - 1) / gamma) ** -power``, and 0 for the
     first, within ``min_decay`` and the average's own decay (timm.utils.ModelEmaV3.get_decay).
@@ -135,7 +135,7 @@ class ShardedEma:
 
     @contextmanager
     def swapped_in(self, engine: DeepSpeedEngine | None = None) -> Iterator[None]:
-        """Lets the engine compute with the averaged weights; they are put back at the end.
+        """Swaps the averaged weights into the engine; the trained ones come back at the end.
 
         Collective: every rank enters and leaves it. The weights come back bit for bit, also after
         an exception. No step and no save may be made inside; entered again, it does nothing.

@@ -1,4 +1,4 @@
-"""The beginning of an epoch in a script's own loop: all that is random follows from its number."""
+"""Begins an epoch in a script's own loop: all randomness follows from its number."""
 
 from __future__ import annotations
 

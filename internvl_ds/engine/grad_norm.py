@@ -1,4 +1,4 @@
-"""The norm of gradients that ZeRO keeps in parts, and which parameters have them non-finite."""
+"""The norm of gradients that ZeRO partitions, and the parameters with non-finite gradients."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from internvl_ds.zero.parameters import is_partitioned
 def get_grad_norm(
     parameters: torch.Tensor | Iterable[torch.Tensor], norm_type: float = 2
 ) -> torch.Tensor:
-    """The norm of the gradients that the parameters have, taken together as one vector.
+    """The norm of all the parameters' gradients, taken as one vector.
 
     For parameters of a ZeRO engine (stages 1-3), where ``p.grad`` is None, each rank takes the part
     of the gradients that it owns, and one small all-gather adds them up. Collective: every rank
@@ -87,7 +87,7 @@ def non_finite_flags(engine: DeepSpeedEngine) -> torch.Tensor:
 
 
 def _is_left_alone(parameter: torch.Tensor) -> bool:
-    """Whether a ZeRO engine has the parameter and does not train it: it was unfrozen since.
+    """Whether a ZeRO engine has the parameter but does not train it, as it was unfrozen later.
 
     Its gradient is each rank's own, and every backward adds to it.
     """

@@ -121,7 +121,7 @@ def _resolve(
     ds_config: str | Path | Mapping[str, Any] | ds.Resolution | None,
     has_scheduler: bool,
 ) -> dict[str, Any]:
-    """The ds_config to train with; raises ConfigError where it does not suit the parts."""
+    """The ds_config to train with; raises ConfigError if it does not fit the parts."""
     if not isinstance(ds_config, ds.Resolution):
         ds_config = examine(
             load_ds_config(ds_config),

@@ -1,4 +1,4 @@
-"""The lr schedule that an engine steps: what it counts, how far it is, and who else steps it."""
+"""The lr schedule that an engine steps: its unit, its position, and a check that only it steps."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _LENGTHS = ('t_initial', 'total_steps', 'T_max')
 
 @dataclass
 class LrSchedule:
-    """A client's scheduler, and where it stands in what it counts.
+    """A client's scheduler, with its unit and position.
 
     Attributes:
         scheduler: timm's or torch's.
@@ -53,7 +53,7 @@ class LrSchedule:
 
     @classmethod
     def of(cls, scheduler: Any, schedule_in: str | None, accumulation_steps: int) -> LrSchedule:
-        """A schedule at its beginning; see `require_unit`. Warns where its unit is not clear."""
+        """A schedule at its beginning; see `require_unit`. Warns if its unit is not clear."""
         require_unit(scheduler, schedule_in)
         if schedule_in is None and accumulation_steps > 1 and rank() == 0:
             _log.warning(
@@ -67,7 +67,7 @@ class LrSchedule:
         return cls(scheduler, counts, is_explicit, accumulation_steps, accumulation_steps)
 
     def position(self, updates: int, micro_batches: int) -> float:
-        """Where the schedule stands, in what it counts.
+        """The position of the schedule, in its unit.
 
         Args:
             updates: applied so far.
@@ -108,7 +108,7 @@ class LrSchedule:
         return max(0, self.moved - 1) if self.counts == ORIGINAL else self.moved
 
     def require_untouched(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Refuses a scheduler that someone else steps too.
+        """Refuses a scheduler that the script steps too.
 
         Raises ConfigError when learning rates or the scheduler's count are not as this left them.
         """
@@ -123,7 +123,7 @@ class LrSchedule:
             )
 
     def state_dict(self, updates: int, micro_batches: int) -> dict[str, Any]:
-        """What a checkpoint keeps of it, at a `position`, beside the scheduler's own state."""
+        """The state for a checkpoint at a `position`, beside the scheduler's own state."""
         position = self.position(updates, micro_batches)
         return {
             'counts': self.counts, 'position': position, 'moved': self.moved, 'group': self.group
@@ -132,7 +132,7 @@ class LrSchedule:
     def restore(
         self, state: Mapping[str, Any] | None, updates: int, micro_batches: int, loaded: bool
     ) -> None:
-        """Goes on where a checkpoint was saved.
+        """Restores the position that a checkpoint was saved at.
 
         Args:
             state: of `state_dict`, or of `schedule_of_original`, which does not say what it counts;
@@ -159,7 +159,7 @@ class LrSchedule:
             self.moved = _number(record.get('moved', record['position']) * scale)
 
     def too_long(self, updates: int, epochs: int, all_epochs: int) -> str | None:
-        """Whether the schedule turns out to be of micro-batches, where nobody said what it counts.
+        """Whether the schedule turns out to count micro-batches, if its unit was not stated.
 
         Args:
             updates: applied so far.
@@ -197,7 +197,7 @@ def _number(value: Fraction | float) -> float:
 
 
 def require_unit(scheduler: Any, schedule_in: str | None) -> None:
-    """Raises ConfigError for a scheduler that counts epochs, and for what is no unit."""
+    """Raises ConfigError for a scheduler that counts epochs, and for an unknown unit."""
     if schedule_in not in (None, *UNITS):
         raise ConfigError(
             f"schedule_in={schedule_in!r}: it is 'updates', 'micro-batches' or 'original' "

@@ -1,4 +1,4 @@
-"""What an optimizer keeps for a tensor, found out by steps of a copy on a tensor of its own."""
+"""Finds the state that an optimizer keeps for a tensor, by steps of a copy on a new tensor."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ NUMBER, ELEMENTS, TENSOR = 'number', 'elements', 'tensor'
 
 
 class Kept(NamedTuple):
-    """What an optimizer keeps for a tensor of one of its groups.
+    """The state that an optimizer keeps for a tensor of one group.
 
     Attributes:
         forms: key -> its form, after the first update.
@@ -55,7 +55,7 @@ class Kept(NamedTuple):
 
 
 def state_of_optimizer(optimizer: Any) -> Any:
-    """Tensor -> its state; of the optimizer inside, where timm's Lookahead is around it."""
+    """Tensor -> its state; inside timm's Lookahead, of the inner optimizer."""
     return getattr(optimizer, '_base_optimizer', optimizer).state
 
 
@@ -77,7 +77,7 @@ def form_of(value: Any, shape: Sequence[int] | None = None) -> Form:
 
 
 def forms_of(state: Mapping[str, Any], shape: Sequence[int] | None = None) -> dict[str, Form]:
-    """The forms of a tensor's state; what is None is nothing. See `form_of`."""
+    """The forms of a tensor's state, without values of None. See `form_of`."""
     return {key: form_of(value, shape) for key, value in state.items() if value is not None}
 
 
@@ -92,15 +92,15 @@ def like(value: Any, other: Any) -> Any:
 
 
 class Trials:
-    """What the optimizer that runs keeps, group by group. Asking changes nothing of it."""
+    """The state that the running optimizer keeps, by group. Reading changes nothing."""
 
     def __init__(self, optimizer: Any) -> None:
-        """Takes the client's optimizer, or the one that DeepSpeed made."""
+        """Takes the optimizer of the client, or of DeepSpeed."""
         self.optimizer = optimizer
         self._results: dict[Any, Kept | None] = {}
 
     def kept(self, settings: Mapping[str, Any], tensor: torch.Tensor) -> Kept | None:
-        """What the optimizer keeps for a tensor of a group's settings; None where it is not known.
+        """The state that the optimizer keeps for a tensor of a group; None if not known.
 
         Of the tensor only shape, dtype and device matter.
         """
@@ -126,7 +126,7 @@ class Trials:
     def _after(
         self, updates: int, settings: Mapping[str, Any], tensor: torch.Tensor, shape: Sequence[int]
     ) -> Kept | None:
-        """What a copy keeps for a blank tensor after updates; None where it cannot be stepped."""
+        """The state that a copy keeps for a blank tensor after updates; None if it cannot step."""
         texts = sorted((key, repr(settings[key])) for key in settings.keys() - NOT_SETTINGS)
         key = (updates, tuple(texts), shape, tensor.dtype, tensor.device)
         if key not in self._results:
@@ -155,7 +155,7 @@ def _trial_shape(shape: Sequence[int]) -> tuple[int, ...]:
 def _keeps_after(
     optimizer: Any, settings: Mapping[str, Any], blank: torch.Tensor, updates: int
 ) -> Kept:
-    """What a copy keeps for a parameter of its own after updates."""
+    """The state that a copy keeps for a new parameter after updates."""
     parameter = nn.Parameter(blank)
     memo: dict[int, Any] = {id(p): parameter for g in optimizer.param_groups for p in g['params']}
     group = copy.deepcopy({key: value for key, value in settings.items() if key != 'params'}, memo)

@@ -1,4 +1,4 @@
-"""When skipped updates stop the run, and what the error then says."""
+"""Decides when skipped updates stop the run, and words the error."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class OverflowWatch:
     def record(
         self, losses: list[torch.Tensor], norm: torch.Tensor, scale: float, skipped: bool
     ) -> None:
-        """Takes note of one update.
+        """Records one update.
 
         Args:
             losses: 0-dim, this rank's, one a micro-batch, divided by the accumulation steps.

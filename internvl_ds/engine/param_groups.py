@@ -1,4 +1,4 @@
-"""Parameter groups: those of equal settings become one, and the scheduler follows.
+"""Merges parameter groups of equal settings, and adapts the scheduler.
 
 The original builds one group per tensor, and ZeRO partitions and reduces group by group, so
 hundreds of groups are slow. Merging changes no tensor's lr or weight decay.
@@ -21,7 +21,7 @@ PER_GROUP_LISTS = frozenset({'base_values', 'warmup_steps', 'base_lrs', 'lr_lamb
 
 
 class MergedGroups(NamedTuple):
-    """What became of the client's parameter groups.
+    """The result of merging the client's parameter groups.
 
     Attributes:
         names: of the parameters of each group as the client built it.
@@ -34,7 +34,7 @@ class MergedGroups(NamedTuple):
     became: list[int]
 
     def names_now(self) -> list[list[str]]:
-        """The names of each group's parameters as the groups are now."""
+        """The names of each group's parameters, in the present groups."""
         groups: list[list[str]] = [[] for _ in self.origins]
         for names, index in zip(self.names, self.became, strict=True):
             groups[index] += names
@@ -75,7 +75,7 @@ def merge_param_groups(optimizer: torch.optim.Optimizer, names: Mapping[Any, str
 
 
 def require_trained_groups(optimizer: torch.optim.Optimizer) -> None:
-    """Refuses, for ZeRO stages 1 and 2, groups of which nothing is trained: they are cut by group.
+    """Refuses, for ZeRO stages 1 and 2, groups without a trained parameter.
 
     Raises ConfigError for the first of them. Call it after `merge_param_groups`.
     """
@@ -89,7 +89,7 @@ def require_trained_groups(optimizer: torch.optim.Optimizer) -> None:
 
 
 def remap_scheduler(lr_scheduler: Any, origins: list[int], groups_before: int) -> None:
-    """Makes a scheduler that was built for the old groups fit the merged ones, in place.
+    """Adapts a scheduler of the old groups to the merged ones, in place.
 
     Args:
         lr_scheduler: one of timm's or torch's, which keep lists with one entry per group.
@@ -103,5 +103,5 @@ def remap_scheduler(lr_scheduler: Any, origins: list[int], groups_before: int) -
 
 
 def _exact(value: Any) -> str:
-    """A text that two values share only if they are equal; a tensor's own is rounded."""
+    """A text that is the same for equal values only; repr of a tensor rounds."""
     return repr(value.item() if isinstance(value, torch.Tensor) and value.dim() == 0 else value)

@@ -1,4 +1,4 @@
-"""Which engine a model, a module or an optimizer belongs to, and what is kept of each engine."""
+"""Maps a model, module or optimizer to its engine, and keeps a record of each engine."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _LIMIT_KEY = 'TRAIN.MAX_CONSECUTIVE_OVERFLOWS'
 
 @dataclass(eq=False)
 class Registration:
-    """What this package keeps of an engine.
+    """The record of an engine.
 
     Attributes:
         wrapper: all that depends on the kind of its optimizer.
@@ -62,7 +62,7 @@ class Registration:
 
     @property
     def progress(self) -> tuple[int, int]:
-        """The applied updates, and the micro-batches that have come in this process."""
+        """The applied updates, and the micro-batches of this process."""
         return applied_updates(self.wrapper.engine), self.accumulation.micro_batches
 
     @property
@@ -128,7 +128,7 @@ def register(
 
 
 def configure(engine: DeepSpeedEngine, config: CfgNode, merged: MergedGroups | None) -> None:
-    """Adds to an engine's registration what `initialize` knows of it.
+    """Adds the facts that `initialize` knows to an engine's record.
 
     Args:
         config: TRAIN.MAX_CONSECUTIVE_OVERFLOWS is read.
@@ -151,12 +151,12 @@ def configure(engine: DeepSpeedEngine, config: CfgNode, merged: MergedGroups | N
 
 
 def registration_of(engine: DeepSpeedEngine) -> Registration:
-    """What is kept of a registered engine."""
+    """The record of a registered engine."""
     return _registrations[engine]
 
 
 def wrapper_of(engine: DeepSpeedEngine) -> Wrapper:
-    """All that depends on the kind of a registered engine's optimizer."""
+    """The `Wrapper` of a registered engine."""
     return _registrations[engine].wrapper
 
 
@@ -195,7 +195,7 @@ def find_engine(part: Any) -> DeepSpeedEngine | None:
 
 
 def last_config() -> CfgNode | None:
-    """What the last engine that lives was initialized with; None where there is none."""
+    """The config of the newest living engine; None if there is none."""
     configs = [r.config for r in _registrations.values() if r.config is not None]
     return configs[-1] if configs else None
 
@@ -216,7 +216,7 @@ def require_fp16(ds_config: Mapping[str, Any]) -> None:
 
 
 def _refuse_unsupported(ds_config: Mapping[str, Any]) -> None:
-    """The same for a configuration that `require_right` has not seen: of plain DeepSpeed."""
+    """Refuses unsupported settings of an engine from plain DeepSpeed, not checked before."""
     require_fp16(ds_config)
     blocks = (name for name in ('bf16', 'fp16') if value_at(ds_config, name, 'enabled'))
     version = deepspeed.__version__

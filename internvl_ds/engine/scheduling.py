@@ -35,7 +35,7 @@ def require_schedule_untouched(engine: DeepSpeedEngine) -> None:
 
 
 def schedule_state(engine: DeepSpeedEngine) -> dict[str, Any] | None:
-    """What a checkpoint keeps of the engine's schedule beside the scheduler's own state."""
+    """The schedule's state for a checkpoint, beside the scheduler's own state."""
     registration = registration_of(engine)
     schedule = registration.schedule
     return schedule.state_dict(*registration.progress) if schedule else None
@@ -44,7 +44,7 @@ def schedule_state(engine: DeepSpeedEngine) -> dict[str, Any] | None:
 def restore_schedule_position(
     engine: DeepSpeedEngine, state: Mapping[str, Any] | None, loaded: bool
 ) -> float:
-    """Puts the engine's schedule where a checkpoint has it, once the updates are restored.
+    """Restores the position of the engine's schedule, after the number of updates.
 
     Args:
         state: of `schedule_state`; None for a checkpoint without one.
@@ -63,7 +63,7 @@ def restore_schedule_position(
 def warn_of_slow_schedule(
     engine: DeepSpeedEngine, config: CfgNode, epochs: int, logger: logging.Logger
 ) -> None:
-    """Says so where updates have turned out not to be what the engine's schedule counts.
+    """Warns if the engine's schedule turns out not to count updates.
 
     Args:
         config: TRAIN.EPOCHS is read.

@@ -1,7 +1,7 @@
 """Writing files that others read: aside, flushed to disk, and renamed.
 
-Whoever may write into a directory may put links, pipes and files of any name there: what is written
-aside has a random name that nobody had, and a file of a name of ours is opened as what it is.
+Others who may write into a directory can put links, pipes and files of any name there. So a file
+that is written aside has a random new name, and a fixed name is opened without following links.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _warnings: set[str] = set()
 
 @contextlib.contextmanager
 def for_show(what: str | Path, logger: logging.Logger) -> Iterator[None]:
-    """Runs a block that writes what only people read: its first failure is logged as a warning.
+    """Runs a block that writes files for people only: logs its first failure as a warning.
 
     Args:
         what: a file, or another name for what is written.
@@ -49,7 +49,7 @@ def for_show(what: str | Path, logger: logging.Logger) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Opens a file, to be written and read, that takes the place of ``path`` where all goes well.
+    """Opens a new file that replaces ``path`` if the block succeeds.
 
     It is flushed to disk before: a reader sees the old file or the new one. A link that has the
     name is replaced, not followed.
@@ -69,7 +69,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
                 os.fsync(file.fileno())
                 aside.replace(path)
             except BaseException:
-                with contextlib.suppress(OSError):  # what went wrong is told, not this
+                with contextlib.suppress(OSError):  # the first error is raised, not this one
                     aside.unlink()
                 raise
         flush(path.parent)
@@ -105,7 +105,7 @@ def open_own(path: Path, flags: int, *, make: bool = True) -> int:
 
 
 def _remove_left(folder: Path) -> None:
-    """Removes what processes that were killed have left of `replacing`."""
+    """Removes temporary files of `replacing` that killed processes left."""
     with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
         for name in [entry.name for entry in entries if _ASIDE.fullmatch(entry.name)]:
             with contextlib.suppress(OSError):  # locked: in use; or just renamed

@@ -1,4 +1,4 @@
-"""Addresses of weights, and what of them may be shown."""
+"""Addresses of weights, and their form without secrets."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def redacted(text: str) -> str:
 
 
 def shown(address: str) -> str:
-    """An address, or a path, as `redacted` shows it; nothing of an address with a blank in it."""
+    """An address or a path, `redacted`; nothing of an address with a blank in it."""
     if is_address(address) and BLANK.search(address):
         return 'an address with a blank in it'
     return redacted(address)
 
 
 def split_address(address: str) -> tuple[str, str]:
-    """Takes an https address apart: without user, password and fragment; and ``user:password``.
+    """Splits an https address: the address without user, password and fragment; ``user:password``.
 
     Letters that an address may not have are percent-encoded, as browsers do.
 

@@ -1,4 +1,4 @@
-"""What a fork must not inherit: a child gives up its copies of locks, connections and signals."""
+"""Makes a forked child drop its copies of locks, connections and signal handlers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Locks on open files (flock): the kernel releases one when its last holder ends, however."""
+"""Locks on open files (flock): the kernel releases a lock when its last holder ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files from outside, opened and parsed within limits: what is no such file is an error at once.
+"""Opens and parses files from outside within limits; anything else is an error at once.
 
 A name may be a FIFO, a device or a link to one; a file may be sparse, endless or made to grow when
 it is parsed. Everything that this package reads comes through here, or through
@@ -34,11 +34,11 @@ _INT_BITS = 256
 
 
 class Unreadable(ValueError):
-    """A file is not of a kind, size or depth that is read; the message does not name it."""
+    """A file is of a kind, size or depth that is not read; the message does not name it."""
 
 
 def open_data(path: str | Path, *, ours: bool = False) -> BinaryIO:
-    """Opens a regular file to read, without waiting for anyone.
+    """Opens a regular file for reading; never blocks, as on a pipe.
 
     Args:
         path: the file. Links are followed: users link weights and directories.
@@ -101,7 +101,7 @@ def read_json(path: str | Path, limit: int = JSON_BYTES, *, ours: bool = False) 
 
 
 def parse_json(text: str, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
-    """What JSON text says; ``pairs`` makes an object of its pairs, by default a dict.
+    """Parses JSON; ``pairs`` makes an object of its pairs, by default a dict.
 
     Raises:
         Unreadable: where it would take much memory, is nested deeply, or has a huge integer.
@@ -156,7 +156,7 @@ def require_bounded(tree: Any, values: int = VALUES) -> list[Any]:
 
 
 def parse_yaml(text: str) -> Any:
-    """What YAML text says; aliases count as often as they are used.
+    """Parses YAML; aliases count as often as they are used.
 
     Raises:
         Unreadable: where it is no YAML, or too long, too deep or too large.
@@ -203,7 +203,7 @@ _YamlLoader.add_constructor('tag:yaml.org,2002:int', _YamlLoader.construct_yaml_
 
 @contextlib.contextmanager
 def interpreting(where: object, error_type: type[InternvlDsError]) -> Iterator[None]:
-    """Runs a block that takes apart what a file holds, and changes nothing.
+    """Runs a block that interprets a file's content, and has no side effects.
 
     A file that was read well may still hold anything, and the first to meet an odd value raises
     whatever it raises: here it becomes one ``error_type`` that names the file or tag, ``where``.

@@ -53,7 +53,7 @@ _SIZING: tuple[Step, ...] = (
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be written, decided before anything is.
+    """The values to write, decided before anything is written.
 
     Attributes:
         state: key of the model -> value, not read yet; only what the model has.
@@ -117,7 +117,7 @@ def load_planned(
     *,
     alike: bool = False,
 ) -> PretrainedReport:
-    """Decides what is to be written, and writes it. Collective: every rank calls it.
+    """Decides what to write, and writes it. Collective: every rank calls it.
 
     Args:
         config: MODEL.PRETRAINED_READERS and CHECKPOINT.IO_TIMEOUT are read.
@@ -192,7 +192,7 @@ def convert_22k_head_to_1k(model: _M, logger: logging.Logger) -> _M:
 
 
 def _decide(config: CfgNode, path: str, model: nn.Module) -> Plan:
-    """Opens the weights and adapts them. Reads files; no rank speaks to another."""
+    """Opens the weights and adapts them. Reads files; no collective."""
     name, path = shown(path), downloads.local(path, config)
     _verify_share(path)
     ema = bool(get_option(config, 'MODEL.PRETRAINED_EMA', False))
@@ -261,7 +261,7 @@ def run_steps(steps: Iterable[Step], state: State, specs: Specs) -> tuple[State,
 
 
 def _verify_share(path: str) -> None:
-    """Compares this rank's share of a tag's files with their checksums; others have none."""
+    """Compares this rank's share of a tag's files with their checksums; other sources have none."""
     if not (Path(path).is_dir() and is_tag(Path(path))):
         return
     manifest = read_manifest(Path(path))
@@ -274,7 +274,7 @@ def _verify_share(path: str) -> None:
 
 
 def _decide_alike(decide: Any, config: CfgNode) -> Plan:
-    """Every rank decides for itself, and all go on only if all decided the same."""
+    """Every rank decides for itself; raises unless all decided the same."""
     timeout = checkpoint_option(config, 'IO_TIMEOUT')
     plan: Plan = agree('read pretrained weights', decide, timeout, PretrainedError)
     summary = [plan.report.path, list(plan.state), [list(v.shape) for v in plan.state.values()]]
@@ -290,7 +290,7 @@ def _decide_alike(decide: Any, config: CfgNode) -> Plan:
 
 
 def _decide_on_rank_0(decide: Any, timeout: float) -> Plan:
-    """Rank 0 decides and tells; the others get a plan whose values are still to come."""
+    """Rank 0 decides; the others get its plan without the values."""
     plans: list[Plan] = []
 
     def tell() -> list[Any]:
@@ -317,7 +317,7 @@ def _decide_on_rank_0(decide: Any, timeout: float) -> Plan:
 
 
 def _broadcast(state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """The values of rank 0, one at a time. Collective: every rank takes all of them."""
+    """The values of rank 0, one at a time. Collective: every rank iterates over all of them."""
     device = get_accelerator().current_device_name()
     for key, value in state.items():
         if rank() == 0:

@@ -1,4 +1,4 @@
-"""The weights of a backbone, into a model that is a backbone and a head: all of it, or an error."""
+"""Loads the weights of a backbone into a backbone with a head: all of them, or an error."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ _FIRST_NUMBER = re.compile(r'\.(\d+)\.')
 
 @dataclass(frozen=True)
 class Backbone:
-    """What is to be loaded, and how it differs from the model.
+    """The weights to load, and their differences from the model.
 
     Attributes:
         key: of the yacs tree, for errors.
         path: its value: a file, a directory, an address, or ORG/REPO of the Hugging Face Hub.
-        keys: of the model's state dict: those that the file must hold, all of them. It may hold
+        keys: of the model's state dict; the file must hold all of them. It may hold
             more blocks, and a head, which are left out.
         renames: pairs of a regular expression and its replacement, from a file's names.
         position: name of the position embedding, (..., 1 + side * side, width).
@@ -84,7 +84,7 @@ def load_backbone(
 
 
 def local_files(config: CfgNode, path: str) -> tuple[Path, Path | None]:
-    """The weights that a path names, downloaded where it is an address; and their config.json.
+    """The weights at a path or address (downloaded), and their config.json.
 
     Returns:
         A file or directory, and None where no config.json is beside it.
@@ -117,7 +117,7 @@ def settings_of(path: Path) -> Mapping[str, Any]:
 
 
 def _decide(config: CfgNode, model: nn.Module, backbone: Backbone) -> Plan:
-    """Opens the weights and adapts them. Reads files; no rank speaks to another."""
+    """Opens the weights and adapts them. Reads files; no collective."""
     name = f'{backbone.key} {shown(backbone.path)}'
     try:
         path, settings = local_files(config, backbone.path)

@@ -1,4 +1,4 @@
-"""The classification head: what becomes of one of another length, and the 22K -> 1K rows."""
+"""The classification head: fits one of another length; the 22K -> 1K rows."""
 
 from __future__ import annotations
 

@@ -44,14 +44,14 @@ def through_timm(model: nn.Module, state: State, specs: Specs) -> Result:
 
 
 def _wide(key: str, value: torch.Tensor) -> torch.Tensor:
-    """In float32 what the function may resize, because it rounds to the stored dtype again."""
+    """Casts what the function may resize to float32: it rounds to the stored dtype again."""
     is_resized = any(word in key for word in ('pos', 'patch', 'conv1'))
     return value.float() if is_resized and value.is_floating_point() else value
 
 
 @contextmanager
 def _whole_shapes(model: nn.Module) -> Iterator[None]:
-    """Shows partitioned parameters in their whole shapes, with nothing in them."""
+    """Gives partitioned parameters their whole shapes for the block, without values."""
     parameters: list[Any] = [p for p in model.parameters() if is_sharded(p)]
     slices = [p.data for p in parameters]
     try:

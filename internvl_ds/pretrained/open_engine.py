@@ -1,4 +1,4 @@
-"""The module of an engine that has not trained yet, opened for pretrained weights."""
+"""Opens the module of an engine that has not trained yet, for pretrained weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from internvl_ds.errors import PretrainedError
 
 @contextmanager
 def open_engine(engine: DeepSpeedEngine) -> Iterator[nn.Module]:
-    """Yields the module to write into; afterwards the fp32 masters are what was written.
+    """Yields the module to write into; then sets the fp32 masters to the written values.
 
     Collective: every rank enters and leaves it.
 

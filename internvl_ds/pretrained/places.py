@@ -1,4 +1,4 @@
-"""Where in a file the values stand that are written into a model."""
+"""The places in a file of the values that are written into a model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from internvl_ds.zero.origins import Origin
 def origins_in(
     path: str, source: State, state: State, model: nn.Module, *, ema: bool = False
 ) -> dict[str, Origin | None]:
-    """Of each value that is written, where it is in the file, if it is there as it is.
+    """For each written value its place in the file, if it stands there unchanged.
 
     Args:
         path: that ``source`` was opened from; a tag is none to come from, as retention removes it.

@@ -1,4 +1,4 @@
-"""What load_pretrained did: for code, and for the log."""
+"""The report of load_pretrained, for code and for the log."""
 
 from __future__ import annotations
 

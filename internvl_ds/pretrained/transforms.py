@@ -26,7 +26,7 @@ State = Mapping[str, Any]
 
 
 class TensorSpec(NamedTuple):
-    """What the steps need to know of one tensor of the model.
+    """The facts about one tensor of the model that the steps need.
 
     Attributes:
         grid: (rows, columns) over which its vectors are laid out, where the model says it.
@@ -51,7 +51,7 @@ class Note:
 
 
 class Result(NamedTuple):
-    """What a step hands on: the new state dict, and what there is to say about it."""
+    """The result of a step: the new state dict, and notes about it."""
 
     state: State
     notes: tuple[Note, ...] = ()
@@ -91,7 +91,7 @@ def unwrap(state: State, specs: Specs) -> Result:
 
 
 def take_student(state: State, specs: Specs) -> Result:
-    """Keeps the student of a student-teacher checkpoint, which its first key gives away."""
+    """Keeps the student of a student-teacher checkpoint, recognised by its first key."""
     first = _first_key(state)
     if 'student' not in first and 'teacher' not in first:
         return Result(state)
@@ -132,7 +132,7 @@ def strip_prefixes(state: State, specs: Specs) -> Result:
 
 
 def rename_internvit(state: State, specs: Specs) -> Result:
-    """Gives an InternViT of the Hugging Face naming the names of the original's and timm's."""
+    """Renames an InternViT from Hugging Face names to those of the original and timm."""
     if 'embeddings.class_embedding' not in state:
         return Result(state)
     return rename_by(INTERNVIT_RENAMES, 'InternViT: renamed')(state, specs)
@@ -250,7 +250,7 @@ def is_weight(value: object) -> TypeGuard[Tensor | Flat]:
 
 
 def read(value: Tensor | Flat) -> Tensor:
-    """A value of a state dict as a tensor: that of a shard is put together now."""
+    """A value of a state dict as a tensor; reads and joins shards now."""
     return value.whole() if isinstance(value, Flat) else value
 
 

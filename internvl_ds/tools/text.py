@@ -1,4 +1,4 @@
-"""Text for a terminal or a pipe: tables, sizes, ages, JSON. Pure, but for what prints."""
+"""Text for a terminal or a pipe: tables, sizes, ages, JSON."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _join_to_fail(args: argparse.Namespace) -> None:
-    """Meets the other ranks, which have the same error, so that one of them alone tells it."""
+    """Meets the other ranks, which have the same error: only one of them prints it."""
     from internvl_ds.config.tree import default_config
     from internvl_ds.dist.process_group import init_distributed
 

@@ -63,7 +63,7 @@ def build_loaders(config: CfgNode, rank: int, world_size: int) -> Loaders:
 
 
 def order_of(loader: DataLoader, seed: int) -> dict[str, Any]:
-    """What the order of a training loader's images depends on, beside the epoch.
+    """The values, beside the epoch, that determine the order of a training loader's images.
 
     The number of images, the seed, a digest of the files' names below their folder, and how many
     parts they are in where each rank keeps and reads one of its own; else None.

@@ -1,4 +1,4 @@
-"""What a run writes down: log files, config.json, and metrics.jsonl."""
+"""The files that a run writes: logs, config.json, and metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ class _Formatter(logging.Formatter):
 
 
 class _LogFile(logging.FileHandler):
-    """Says once, on stderr, that it cannot be written, where logging would print each time."""
+    """A log file whose first write error is one line on stderr; later ones are silent."""
 
     _told = False
 
@@ -178,7 +178,7 @@ def _line(record: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Nested mappings and sequences as what JSON has."""
+    """Nested mappings and sequences as JSON types."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -179,7 +179,7 @@ def _train(state: Run) -> float:
 
 
 def _time_updates(state: Run, stopwatch: Stopwatch) -> float:
-    """Trains, over as many epochs as it takes, until the stopwatch has seen enough."""
+    """Trains until the stopwatch has its updates, over as many epochs as needed."""
     state.stopwatch = stopwatch
     stopwatch.start()
     with contextlib.suppress(TimeTaken):
@@ -225,12 +225,12 @@ def _run_epoch(state: Run, epoch: int, metrics: MetricsLog) -> None:
 
 
 def _is_due(config: CfgNode, epoch: int, every: int) -> bool:
-    """Whether an epoch has its turn, by EVAL_FREQ or SAVE_FREQ; the last one always has."""
+    """Whether an epoch is due, by EVAL_FREQ or SAVE_FREQ; the last one always is."""
     return (every > 0 and epoch % every == 0) or epoch == config.TRAIN.EPOCHS - 1
 
 
 def _pass_boundary(state: Run, epoch: int, progress: Progress) -> None:
-    """After an update: saves where that is due, and stops where it is asked for."""
+    """After an update: saves if due, and stops if asked to."""
     if state.preemption is None:
         return
     action = state.preemption.reached()

@@ -1,4 +1,4 @@
-"""Builds the model that the config names, and freezes what is not to be trained."""
+"""Builds the configured model, and freezes its untrained parameters."""
 
 from __future__ import annotations
 

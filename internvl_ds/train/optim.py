@@ -26,7 +26,7 @@ _DCN_NAMES = ('offset', 'attention_weights', 'center_feature_scale_proj', 'alpha
 
 
 class ScaledLrs(NamedTuple):
-    """Learning rates for the batch that is really trained with."""
+    """Learning rates for the global batch."""
 
     base: float
     warmup: float
@@ -44,7 +44,7 @@ def scaled_lrs(config: CfgNode, world_size: int) -> ScaledLrs:
 
 
 def told_lrs(config: CfgNode, world_size: int, scaled: ScaledLrs) -> str:
-    """A line of the log that says what `scaled_lrs` did: batch and lrs before and after."""
+    """A log line on `scaled_lrs`: batch, and learning rates before and after."""
     batch, steps = config.DATA.BATCH_SIZE, accumulation_steps(config)
     train, images = config.TRAIN, batch * world_size * steps
     before = ScaledLrs(train.BASE_LR, train.WARMUP_LR, train.MIN_LR)

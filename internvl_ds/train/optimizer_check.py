@@ -1,4 +1,4 @@
-"""Whether the optimizer that a configuration names steps right at its ZeRO stage. No ranks."""
+"""Checks that the configured optimizer steps right at its ZeRO stage. No ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far a run has come inside an epoch, for it to go on there."""
+"""The position of a run inside an epoch, to resume from."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Position:
         logger: logging.Logger,
         order: Mapping[str, Any] | None = None,
     ) -> bool:
-        """Turns a loaded position into one of the run as it is now.
+        """Converts a loaded position to the batch sizes and ranks of this run.
 
         With another batch or number of ranks that is the last whole update before the images that
         all ranks together have seen. In another order of images the epoch is begun anew.

@@ -1,4 +1,4 @@
-"""What an epoch reports while it runs: meters that do not make the device wait, lines, a bar."""
+"""Reports an epoch while it runs: meters without device synchronization, log lines, a bar."""
 
 from __future__ import annotations
 
@@ -98,23 +98,23 @@ class Progress:
             self._write_line(index, lr, loss_scale)
 
     def state_dict(self) -> dict[str, Any]:
-        """The meters as they are now, as plain numbers; makes the host wait for the device."""
+        """The present meters as plain numbers; synchronizes with the device."""
         self._read_pending()
         losses = {key: float(value) for key, value in vars(self.losses).items()}
         return {'losses': losses, 'norms': self.norms.state_dict(), 'skipped': self._skipped}
 
     @property
     def images_per_second(self) -> float:
-        """Images of all ranks per second since the epoch began, or was gone on with."""
+        """Images per second over all ranks, since the epoch began or was resumed."""
         return self._images_per_step * (self._done - self._first) / max(self.seconds, 1e-9)
 
     @property
     def seconds(self) -> float:
-        """Seconds since the epoch began, or was gone on with."""
+        """Seconds since the epoch began or was resumed."""
         return time.perf_counter() - self._start
 
     def close(self) -> None:
-        """Takes the bar down; to be called on every path."""
+        """Removes the bar; call it on every path."""
         self._bar.close()
 
     def _read_pending(self) -> None:

@@ -1,4 +1,4 @@
-"""Which training image comes when, and what its augmentation draws: functions of the seed alone."""
+"""The order of training images, and their augmentation seeds: functions of the seed alone."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class TrainSampler(Sampler[Draw]):
 
 
 class SeededImages(Dataset):
-    """A data set whose items are asked for by `Draw`; the global generators stay as they were."""
+    """A data set indexed by `Draw`; leaves the global generators unchanged."""
 
     def __init__(self, images: Any) -> None:
         self.images = images

@@ -1,4 +1,4 @@
-"""Makes everything a run needs, in the order that it needs: data, weights, engine, checkpoint."""
+"""Sets a run up in order: data, weights, engine, checkpoint."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ DsConfig = str | Path | Mapping[str, Any] | None
 
 @dataclass
 class Run:
-    """What one run works with, and how far it has come.
+    """The parts of one run, and its position.
 
     Attributes:
         optimizer, scheduler: None where the run does not train.
@@ -155,7 +155,7 @@ def setup(config: CfgNode, ds_config: DsConfig, logger: logging.Logger) -> Run:
 
 
 def _build(config: CfgNode, build: ShardedBuild | None) -> tuple[nn.Module, ShardedBuild | None]:
-    """The model, and what built it in slices, if anything has.
+    """The model, and its sharded build, if any.
 
     Raises:
         ConfigError: where ranks have built other weights, of which slices would be a mixture.
@@ -234,7 +234,7 @@ def _setup_evaluation(
     loaders: Loaders,
     logger: logging.Logger,
 ) -> Run:
-    """Loads before there is an engine, so that a checkpoint of any layout will do."""
+    """Loads before the engine exists, so that any layout of checkpoint fits."""
     best, averaged = 0.0, None
     if config.MODEL.RESUME:
         best = load_checkpoint(config, model, None, None, None, logger, class_names=loaders.classes)
@@ -298,7 +298,7 @@ def enter_output(config: CfgNode) -> None:
 def _compare_pretrained_classes(
     config: CfgNode, classes: Sequence[str], logger: logging.Logger
 ) -> None:
-    """A head of as many classes is taken over, row by row; one of another number never is."""
+    """Refuses a head of equal length and other class names, which would be loaded row by row."""
 
     def compare() -> None:
         weights = local(config.MODEL.PRETRAINED, config)
@@ -309,7 +309,7 @@ def _compare_pretrained_classes(
 
 
 def _choose_resume(config: CfgNode, logger: logging.Logger) -> None:
-    """Sets MODEL.RESUME where it is not; where it is, `load_checkpoint` looks into OUTPUT."""
+    """Sets MODEL.RESUME if it is empty; else `load_checkpoint` looks into OUTPUT."""
     if not config.TRAIN.AUTO_RESUME:
         return
     if config.MODEL.RESUME:

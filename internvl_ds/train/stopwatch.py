@@ -36,7 +36,7 @@ class Stopwatch:
     """
 
     def __init__(self, config: CfgNode) -> None:
-        """Notes the memory that the process has needed so far; to be made before the model is.
+        """Records the process's memory so far; make it before the model.
 
         Args:
             config: BENCH is read.
@@ -105,7 +105,7 @@ class Stopwatch:
 
 
 def summarize(ranks: list[dict[str, Any]]) -> dict[str, Any]:
-    """What all ranks saw, as one record. Pure.
+    """The figures of all ranks as one record. Pure.
 
     Args:
         ranks: of each one ``laps`` (images of all ranks and seconds, for each update), ``peak``,

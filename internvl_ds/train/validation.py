@@ -1,4 +1,4 @@
-"""The evaluations of a run: before training, after an epoch, and alone; and how they are told."""
+"""The evaluations of a run (before training, after an epoch, alone) and their log lines."""
 
 from __future__ import annotations
 

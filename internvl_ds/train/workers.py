@@ -1,4 +1,4 @@
-"""Data loaders whose workers leave signals to their rank, and end with it."""
+"""Data loaders whose workers ignore a launcher's signals, and end with their rank."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _exit_is_watched = False
 
 
 class Loader(DataLoader):
-    """torch's, for a rank that signals ask to save and stop: its workers read on meanwhile.
+    """torch's DataLoader, whose workers keep reading when a signal asks their rank to stop.
 
     Workers that do not begin are started anew: Python 3.10 can lock a child out of the interpreter
     where it forks beside threads of C++. A batch that does not come is a `DataError`.

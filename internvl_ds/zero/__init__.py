@@ -1,1 +1,1 @@
-"""What is known of DeepSpeed's insides: partitions, master weights, loss scales, hooks."""
+"""DeepSpeed's insides: partitions, master weights, loss scales, hooks."""

@@ -1,4 +1,4 @@
-"""Ranks train the same parameters in the same order, or stop: ZeRO reduces what comes as it comes.
+"""Stops ranks that train different parameters, or in another order: ZeRO would mix them.
 
 At stages 1 to 3 DeepSpeed puts gradients into buckets in the order in which the backward makes
 them. Where a rank skips a layer, or takes layers in another order, the all-reduce of a bucket adds
@@ -45,7 +45,7 @@ class Agreement:
             parameter.register_post_accumulate_grad_hook(functools.partial(self._note, index))
 
     def before(self, used: Container[int]) -> None:
-        """Compares what the first loss depends on. Collective: every rank calls it.
+        """Compares the parameters of the first loss. Collective: every rank calls it.
 
         Args:
             used: ids of parameters.
@@ -59,13 +59,13 @@ class Agreement:
             self._require_same('first backward', indices)
 
     def after(self) -> None:
-        """Takes note that a backward has ended."""
+        """Records the end of a backward."""
         if self._made:
             self._passes.append(_digest(self._made))
             self._last, self._made = self._made, []
 
     def require(self) -> None:
-        """Compares what was made since the last update, before it is applied.
+        """Compares the gradients since the last update, before it is applied.
 
         Raises:
             ConfigError: naming the parameters.
@@ -91,7 +91,7 @@ class Agreement:
         self._agreed.update(passes)
 
     def _require_same(self, what: str, used: Sequence[int]) -> None:
-        """Compares parameters, in order, and names those that the ranks do not share."""
+        """Compares parameters, in order, and names the ones that differ between ranks."""
         found = exchange(f'parameters of the {what}', list(used), current_group().limit('TIMEOUT'))
         first = found[0]
         for other, theirs in enumerate(found):

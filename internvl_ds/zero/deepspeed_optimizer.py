@@ -1,4 +1,4 @@
-"""What DeepSpeed's own optimizers have in common, and those of ZeRO stages 1 to 3 beyond that.
+"""The wrapper base of DeepSpeed's optimizers, and the one of ZeRO stages 1 to 3.
 
 DeepSpeed 0.19.8 leaves old gradients in its buffers for the next backward to overwrite. So where a
 parameter takes no part in the next update, its last gradient is applied again (at stage 3, and with
@@ -73,7 +73,7 @@ class DeepSpeedOptimizer(Wrapper):
 
     @property
     def _holder(self) -> Any:
-        """The object that has DeepSpeed's loss scale."""
+        """The object that holds DeepSpeed's loss scale."""
         raise NotImplementedError
 
     def _hysteresis_left(self) -> int:
@@ -109,7 +109,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         self.push_scale()
 
     def check_all_gradients(self) -> None:
-        """Has DeepSpeed skip updates that are not finite, which before 0.19 it does in fp16 only.
+        """Makes DeepSpeed skip updates that are not finite; before 0.19 it does so in fp16 only.
 
         Of others it makes a norm of 1, and applies them.
         """
@@ -233,6 +233,6 @@ class ZeroOptimizer(DeepSpeedOptimizer):
 
 
 def _numbers_of(group: dict[str, Any]) -> dict[str, Any]:
-    """The numbers of a parameter group, among them what it counts."""
+    """The numbers of a parameter group, counters included."""
     numbers = {k: v for k, v in group.items() if isinstance(v, int | float | torch.Tensor)}
     return {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in numbers.items()}

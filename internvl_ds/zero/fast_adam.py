@@ -1,4 +1,4 @@
-"""Which AdamW a run steps: DeepSpeed's for the host or for a GPU, or torch's."""
+"""Chooses the AdamW of a run: DeepSpeed's for the host or for a GPU, or torch's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an engine refuses of a script: calls after which it would train on with wrong numbers.
+"""Makes an engine refuse calls after which training would be wrong.
 
 Each is one of plain PyTorch that DeepSpeed takes, and answers with nothing or with half of it.
 """
@@ -89,7 +89,7 @@ def require_unsharded(client: torch.optim.Optimizer | None) -> None:
 
 
 def guard(wrapper: Wrapper) -> None:
-    """Makes an engine refuse what it would answer wrongly; once for each engine."""
+    """Installs the refusals on an engine, once."""
     engine, client = wrapper.engine, wrapper.client
     engine.register_forward_pre_hook(_require_own_precision)
     engine.register_forward_pre_hook(_begin_forward)
@@ -126,7 +126,7 @@ def guard(wrapper: Wrapper) -> None:
 
 
 def _engine_step(ref: weakref.ref[Wrapper], *args: Any, **kwargs: Any) -> Any:
-    """Stands for ``engine.step``."""
+    """Replaces ``engine.step``."""
     wrapper = ref()
     assert wrapper is not None
     with replaced(wrapper, 'in_step', True):
@@ -141,7 +141,7 @@ def _backward(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Stands for ``engine.backward``; looks at what the first loss depends on."""
+    """Replaces ``engine.backward``; compares the parameters of the first loss."""
     wrapper = ref()
     assert wrapper is not None
     if next(firsts, False) and isinstance(loss, torch.Tensor):
@@ -181,7 +181,7 @@ class _Refusal:
 
 
 class _Consolidation:
-    """Stands for ZeroRedundancyOptimizer.consolidate_state_dict, which the original calls."""
+    """Replaces ZeroRedundancyOptimizer.consolidate_state_dict, which the original calls."""
 
     told = False
 
@@ -233,7 +233,7 @@ def _require_own_precision(engine: DeepSpeedEngine, _: Any) -> None:
 
 
 def _in_backward(ref: weakref.ref[DeepSpeedEngine], name: str, *args: Any) -> Any:
-    """Stands for what DeepSpeed calls when a backward comes to the engine's outputs."""
+    """Replaces DeepSpeed's hook for a backward that reaches the engine's outputs."""
     engine = ref()
     assert engine is not None  # the graph keeps it
     is_own = engine._running_engine_backward or engine._manual_backward_expected  # scale(loss)
@@ -261,7 +261,7 @@ def _before_client_step(optimizer: Any, *_: Any) -> None:
 
 
 def _step(wrapper: Wrapper, agreement: Agreement | None, closure: Any = None) -> None:
-    """Stands for the step of DeepSpeed's optimizer."""
+    """Replaces the step of DeepSpeed's optimizer."""
     if not wrapper.alive:
         return
     _require_engine_step(wrapper)
@@ -302,7 +302,7 @@ def _watch_clipping() -> None:
 
 
 def _clip(function: Any, parameters: Any, *args: Any, **kwargs: Any) -> Any:
-    """Stands for what clip_grad_norm_ calls when it has the norm."""
+    """Replaces the function that clip_grad_norm_ calls with the norm."""
     for p in [parameters] if isinstance(parameters, torch.Tensor) else parameters:
         if p.requires_grad and _is_of_zero(p):
             raise ConfigError(
@@ -328,7 +328,7 @@ def _is_of_zero(parameter: torch.Tensor) -> bool:
 
 
 def _flat_partitions() -> Iterator[torch.Tensor]:
-    """What optimizer.param_groups of ZeRO engines hold in place of the model's parameters."""
+    """The flat partitions in optimizer.param_groups of ZeRO engines."""
     for engine in _zero_engines:
         for group in engine.basic_optimizer.param_groups:
             yield from group['params']

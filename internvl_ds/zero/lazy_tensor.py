@@ -1,4 +1,4 @@
-"""A checkpoint as parameters by name, whatever it was saved by. Nothing is read until asked for."""
+"""A checkpoint of any kind as parameters by name, read on demand."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Source = Callable[[int, int], torch.Tensor]
 
 
 class Flat:
-    """A tensor's elements, where they lie in the flat tensors of one or more ranks.
+    """A tensor, by the places of its elements in the flat tensors of one or more ranks.
 
     Attributes:
         shape: of the whole tensor.
@@ -111,7 +111,7 @@ def fill(
 
 @dataclass
 class NamedState:
-    """All that training goes on from, by the parameters' names.
+    """The training state by parameter name.
 
     Attributes:
         where: the checkpoint's path.
@@ -142,7 +142,7 @@ class NamedState:
     unnamed: str = ''
 
     def require_all_named(self) -> None:
-        """Raises CheckpointMismatch for state that cannot be taken by name."""
+        """Raises CheckpointMismatch for state without parameter names."""
         if self.unnamed:
             raise CheckpointMismatch(
                 f'{self.where}: {self.unnamed}: such state goes on only in the layout that it was '

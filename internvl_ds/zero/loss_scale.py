@@ -11,7 +11,7 @@ from internvl_ds.errors import InternvlDsError
 
 @dataclass
 class LossScale:
-    """What fp16 losses are multiplied by before the backward, as torch's GradScaler moves it.
+    """The factor of fp16 losses before the backward; moves as torch's GradScaler.
 
     An overflow multiplies the scale by ``backoff_factor``, and ``growth_interval`` applied updates
     in a row by ``growth_factor``. DeepSpeed's settings go beyond that: ``hysteresis`` overflows it
@@ -43,7 +43,7 @@ class LossScale:
         return self.dynamic and self.hysteresis_left <= 1 and self.scale <= self.min_scale
 
     def update(self, skipped: bool) -> None:
-        """Moves on by one boundary, whose update may be ``skipped`` for a non-finite gradient."""
+        """Moves the scale after an update, which may be ``skipped`` for a non-finite gradient."""
         if not self.dynamic:
             return
         if skipped:
@@ -92,7 +92,7 @@ class LossScale:
 
 
 def require_scaler_state(state: Mapping[str, Any]) -> None:
-    """Raises InternvlDsError for what is not the state of a loss scaler; an empty one is."""
+    """Raises InternvlDsError unless this is the state of a loss scaler, or empty."""
     if state and 'scale' not in state:
         raise InternvlDsError(f'not the state of a loss scaler: no scale among {sorted(state)[:5]}')
     scale = state.get('scale', 1.0)

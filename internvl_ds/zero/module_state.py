@@ -1,4 +1,4 @@
-"""What a module has to be for DeepSpeed to train it, and for tags of any stage to hold it."""
+"""Checks that DeepSpeed can train a module, and that tags of any stage can hold it."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def require_dtypes(model: nn.Module) -> None:
 def require_as_made(
     module: nn.Module, names: Mapping[Any, str], buffers: Mapping[str, Any]
 ) -> None:
-    """Refuses to save parameters or buffers that a fresh model, made as this was, would not have.
+    """Refuses to save parameters or buffers that a newly built model would not have.
 
     Args:
         module: of an engine.

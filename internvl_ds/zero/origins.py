@@ -1,4 +1,4 @@
-"""Where weights of a module came from: what load_pretrained took out of a file as it is there.
+"""Records which weights of a module load_pretrained took unchanged from which file.
 
 CHECKPOINT.FROZEN 'omit' leaves such parameters out of tags. Weak: no module is kept alive.
 """
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Origin:
-    """Where one tensor came from.
+    """The origin of one tensor.
 
     Attributes:
         source: the path of the file, or of the directory of files.
@@ -34,7 +34,7 @@ class Origin:
 
     @classmethod
     def of(cls, said: Mapping[str, Any]) -> Origin:
-        """What JSON makes of ``dataclasses.asdict``."""
+        """Reverses ``dataclasses.asdict``, from JSON."""
         return cls(said['source'], tuple(said['keys']), tuple(said['dtypes']))
 
 
@@ -44,7 +44,7 @@ _origins: weakref.WeakKeyDictionary[nn.Module, dict[str, Origin | None]] = (
 
 
 def note_origins(module: nn.Module, origins: Mapping[str, Origin | None]) -> None:
-    """Keeps where the tensors of these names came from.
+    """Records the origins of the tensors of these names.
 
     Args:
         module: that they were written into.
@@ -74,7 +74,7 @@ def warn_of_unknown_origins(frozen: str, module: nn.Module) -> None:
 
 
 def origins_of(module: nn.Module) -> dict[str, Origin | None]:
-    """By name, of all tensors of a module that `note_origins` was told of, for it or its parts."""
+    """Name -> origin, of all tensors of a module or its parts that `note_origins` recorded."""
     return {
         f'{path}.{name}' if path else name: origin
         for path, part in module.named_modules()

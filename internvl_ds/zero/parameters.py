@@ -1,4 +1,4 @@
-"""Parameters that ZeRO-3 or zero.Init has cut up: one slice a rank, found by DeepSpeed's marks."""
+"""Parameters that ZeRO-3 or zero.Init has partitioned: one slice on each rank."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from internvl_ds.zero.lazy_tensor import Flat
 
 
 def is_sharded(tensor: Any) -> bool:
-    """Whether a parameter was cut into one slice a rank by ZeRO-3 or zero.Init."""
+    """Whether ZeRO-3 or zero.Init has cut a parameter into one slice for each rank."""
     return hasattr(tensor, 'ds_id')
 
 
@@ -31,22 +31,22 @@ def is_partitioned(parameter: Any) -> bool:
 
 
 def whole_shape(tensor: Any) -> torch.Size:
-    """The shape that the model declared, of a tensor that may be cut up."""
+    """The shape that the model declared, of a tensor that may be partitioned."""
     return torch.Size(getattr(tensor, 'ds_shape', tensor.shape))
 
 
 def whole_numel(tensor: Any) -> int:
-    """The elements that the model declared, of a tensor that may be cut up."""
+    """The elements that the model declared, of a tensor that may be partitioned."""
     return getattr(tensor, 'ds_numel', tensor.numel())
 
 
 def local_values(tensor: Any) -> torch.Tensor:
-    """The values that this rank keeps: a slice, or all of a tensor that is not cut up."""
+    """The values on this rank: a slice, or the whole of an unpartitioned tensor."""
     return getattr(tensor, 'ds_tensor', tensor)
 
 
 def unwritable(parameter: Any) -> str:
-    """Why a sharded parameter's slice is not all that holds its values; '' where it is."""
+    """Why writing a sharded parameter's slice does not set its values; '' if it does."""
     if not is_sharded(parameter):
         return ''
     if parameter.ds_status != ZeroParamStatus.NOT_AVAILABLE:
@@ -62,7 +62,7 @@ def unwritable(parameter: Any) -> str:
 
 @contextmanager
 def outside_zero_init() -> Iterator[None]:
-    """Takes off what zero.Init does to torch meanwhile, where one is entered.
+    """Suspends zero.Init's patches of torch for the block, if one is entered.
 
     It gives every new tensor the engine's dtype and device: what is read from a file would be cut
     up by it into numbers of another size.
@@ -75,7 +75,7 @@ def outside_zero_init() -> Iterator[None]:
 
 
 def shard_alike(source: Any, tensor: torch.Tensor) -> None:
-    """Cuts a whole tensor up as another parameter is, in place."""
+    """Partitions a whole tensor in place, as another parameter is."""
     source.convert_to_zero_parameters([tensor])
 
 

@@ -59,7 +59,7 @@ class Slices:
                 yield Place(rank, group, offset, start, stop)
 
     def least_length(self, rank: int, group: int) -> int:
-        """Elements that the flat tensor must at least have."""
+        """The least number of elements of the flat tensor."""
         return self._lengths[group]
 
 
@@ -106,7 +106,7 @@ class Runs:
             at = stop
 
     def least_length(self, rank: int, group: int) -> int:
-        """Elements that the flat tensor must at least have."""
+        """The least number of elements of the flat tensor."""
         return max(0, min(self._sizes[group], self._ends[group] - rank * self._sizes[group]))
 
 
@@ -127,5 +127,5 @@ def shapes_of(layout: Layout) -> dict[str, tuple[int, ...]]:
 
 
 def describe(zero_stage: int, ranks: int, precision: str) -> str:
-    """A layout in words, for log lines."""
+    """Describes a layout in words, for log lines."""
     return f'ZeRO stage {zero_stage} on {ranks} rank{"s" if ranks > 1 else ""} in {precision}'

@@ -1,4 +1,4 @@
-"""Building a model in slices, for ZeRO stage 3: the numbers of a whole build, in 1/N of its memory.
+"""Builds a model in slices for ZeRO stage 3: the values of a whole build, in 1/N of its memory.
 
 ``deepspeed.zero.Init`` cuts a parameter up when its module's constructor ends, and makes it in half
 precision. What a parent's constructor then does to it (timm's ``init_weights``) is lost, and random
@@ -74,7 +74,7 @@ _OF_SHAPES: Mapping[Any, Any] = {
 
 
 class ShardedBuild(TorchFunctionMode):
-    """While it is entered, modules that are constructed have slices for parameters.
+    """Within the block, constructed modules get slices for parameters.
 
     Collective: every rank constructs the same in it. Then every rank calls `finish`, may load
     weights, and calls `cast` before ``deepspeed.initialize``.
@@ -84,7 +84,7 @@ class ShardedBuild(TorchFunctionMode):
     """
 
     def __init__(self, ds_config: Mapping[str, Any], above: int) -> None:
-        """Nothing is cut up yet.
+        """Starts without partitioned parameters.
 
         Args:
             ds_config: resolved, of ZeRO stage 3.
@@ -127,7 +127,7 @@ class ShardedBuild(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def finish(self, model: nn.Module) -> bool:
-        """Cuts up what is still whole. Collective: every rank calls it, outside of the build.
+        """Partitions the rest. Collective: every rank calls it, after the build.
 
         Returns:
             Whether the model's parameters are slices; False for a model smaller than ``above``.
@@ -148,7 +148,7 @@ class ShardedBuild(TorchFunctionMode):
         return hash((self._digest, *(_sum(buffer) for buffer in model.buffers())))
 
     def settle(self) -> None:
-        """Cuts up all that is whole, whoever holds views of it."""
+        """Partitions every parameter that is whole, also if something holds views of it."""
         for parameter, _ in list(self._open.values()) if self.active else ():
             self._close(parameter)
 
@@ -178,7 +178,7 @@ class ShardedBuild(TorchFunctionMode):
         return section.get('device', 'none') not in (None, 'none')
 
     def _registered(self, module: nn.Module, name: str, parameter: Any) -> None:
-        """Follows each parameter that becomes one of a module."""
+        """Tracks each parameter that is assigned to a module."""
         if parameter is None or is_sharded(parameter) or id(parameter) in self._open:
             return
         with torch._C.DisableTorchFunction():
@@ -213,7 +213,7 @@ class ShardedBuild(TorchFunctionMode):
         parameter.data, parameter.ds_status = whole, ZeroParamStatus.AVAILABLE
 
     def _hold(self, parameter: Any, pinned: list[Any]) -> None:
-        """Makes room for a whole parameter, and counts it."""
+        """Frees memory for a whole parameter, and counts it."""
         size, kept = _bytes_of(parameter), {id(p) for p in pinned}
         limit = self._largest + _SLACK - size
         for other, _ in list(self._open.values()) if self.active else ():
@@ -249,7 +249,7 @@ class ShardedBuild(TorchFunctionMode):
 
 
 def choose_build(config: CfgNode, ds_config: Mapping[str, Any]) -> ShardedBuild | None:
-    """The build that TRAIN.SHARDED_BUILD asks for; None where the model is to be built whole.
+    """The build that TRAIN.SHARDED_BUILD asks for; None to build the model whole.
 
     Args:
         config: the yacs tree.
@@ -273,13 +273,13 @@ _present: ShardedBuild | None = None
 
 
 def settle() -> None:
-    """Cuts up what a build that goes on has whole at the moment, for slices to be written."""
+    """Partitions the whole parameters of a running build, so that slices can be written."""
     if _present is not None:
         _present.settle()
 
 
 def why_not_sharded(ds_config: Mapping[str, Any]) -> str:
-    """What of a resolved ds_config cannot be built in slices; '' where it can."""
+    """Why a resolved ds_config cannot be built in slices; '' if it can."""
     zero = ds_config['zero_optimization']
     if zero['stage'] != 3:
         return f'/zero_optimization/stage is {zero["stage"]}, and only stage 3 has slices'

@@ -75,7 +75,7 @@ class UnfusedOptimizer(_Unpartitioned, DeepSpeedOptimizer):
     """An engine in fp16 or bf16 at stage 0."""
 
     def attach(self) -> None:
-        """Takes back the step on zero gradients with which DeepSpeed makes the optimizer's state.
+        """Undoes the step on zero gradients by which DeepSpeed initializes the optimizer's state.
 
         AdamW counts that step and applies its weight decay, so the first real step would differ
         from plain PyTorch's (seen in DeepSpeed 0.19.8,

@@ -1,4 +1,4 @@
-"""What this package asks of an engine, and the answers of one without an optimizer."""
+"""The interface to an engine's insides, and its implementation without an optimizer."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Wrapper:
 
     @property
     def alive(self) -> bool:
-        """Whether the engine still is."""
+        """Whether the engine still exists."""
         return self._engine() is not None
 
     @property
@@ -67,7 +67,7 @@ class Wrapper:
 
     @property
     def client(self) -> Any:
-        """The optimizer inside: the client's, or the one that the ds_config names; None if none."""
+        """The inner optimizer, of the client or of the ds_config; None if there is none."""
         return self.engine.basic_optimizer
 
     @property
@@ -76,7 +76,7 @@ class Wrapper:
         return self.engine.param_names
 
     def attach(self) -> None:
-        """Gives a new engine one loss scale, which `LossScale` alone moves."""
+        """Gives a new engine one loss scale, moved by `LossScale` only."""
         self.scale = configured_scale(self.engine) if self.client is not None else None
         self.push_scale()
 
@@ -92,11 +92,11 @@ class Wrapper:
         raise NotImplementedError
 
     def trained_names(self) -> frozenset[str]:
-        """The parameters that the optimizer has: what it trains, whatever is frozen since."""
+        """The parameters in the optimizer, also those frozen later."""
         return frozenset(self.masters())
 
     def untrained_names(self) -> list[str]:
-        """The parameters that require a gradient, and that the optimizer does not have.
+        """The parameters that require a gradient but are not in the optimizer.
 
         They were frozen when the engine was made: DeepSpeed decides then what it trains.
         """
@@ -104,7 +104,7 @@ class Wrapper:
         return [n for n, p in pairs if p.requires_grad and n not in trained and whole_numel(p)]
 
     def require_own_weights(self, call: str) -> None:
-        """Refuses what would save or train averaged weights in place of the weights.
+        """Raises while averaged weights are swapped in: a save or update would take them.
 
         Args:
             call: for the error.
@@ -148,14 +148,14 @@ class Wrapper:
         return [(g, tensor) for g in self.client.param_groups for tensor in g['params']]
 
     def kept_on_nvme(self) -> list[str]:
-        """Which of 'offload_optimizer' and 'offload_param' the engine has on NVMe."""
+        """Which of 'offload_optimizer' and 'offload_param' are on NVMe."""
         offloads = (self.engine.zero_offload_optimizer(), self.engine.zero_offload_param())
         devices = [each and getattr(each.device, 'value', each.device) for each in offloads]
         names = ('offload_optimizer', 'offload_param')
         return [name for name, device in zip(names, devices, strict=True) if device == 'nvme']
 
     def saved_tensors(self, rank: int) -> list[Any]:
-        """What DeepSpeed makes a rank save: an estimate from below.
+        """The tensors that DeepSpeed makes a rank save: a lower estimate.
 
         Each rank saves the masters and the state that it owns, and rank 0 the module (stages 0 to
         2); at stage 0 it alone saves.
@@ -185,16 +185,16 @@ class Wrapper:
         return {p: p.grad for p in self.engine.module.parameters() if p.grad is not None}
 
     def begin_backward(self) -> None:
-        """Makes the next backward add to the gradients of those before, as in plain PyTorch.
+        """Makes the next backward add to earlier gradients, as in plain PyTorch.
 
         Stage 3 by itself adds only where a forward of the engine came in between.
         """
 
     def drop_gradients(self) -> None:
-        """Forgets the gradients since the last update that no ``p.grad`` holds, on this rank."""
+        """Drops this rank's gradients since the last update that no ``p.grad`` holds."""
 
     def complete_gradients(self) -> None:
-        """Before a step with offload: hands over gradients that the last micro-batch did not.
+        """Before a step with offload: hands over gradients that the last micro-batch did not make.
 
         Those are of parameters without a part in it; zero where they had none in the whole update.
         """
@@ -237,7 +237,7 @@ class Wrapper:
             self.push_scale()
 
     def pull_scale(self, scale: LossScale) -> None:
-        """Takes over what DeepSpeed's own load has put into its fields, but for the settings."""
+        """Reads the loss scale from DeepSpeed's fields after its own load; settings stay."""
 
     @contextmanager
     def saving(self, defer: Callable[[Callable[[], None]], None]) -> Iterator[None]:
@@ -259,7 +259,7 @@ class Wrapper:
 
     @contextmanager
     def handing_over_fragments(self) -> Iterator[None]:
-        """Around ``engine.save_checkpoint``: of frozen parameters it gives no copies, but views.
+        """Around ``engine.save_checkpoint``: it collects views of frozen parameters, not copies.
 
         DeepSpeed copies all of them to the host, on each rank at stage 2 too.
         """
@@ -283,7 +283,7 @@ class Wrapper:
 
 @contextmanager
 def replaced(owner: Any, name: str, stand_in: Any) -> Iterator[None]:
-    """Puts something in place of an attribute or method of one object."""
+    """Replaces an attribute or method of one object for the block."""
     before = vars(owner).get(name, _CLASS_HAS_IT)
     setattr(owner, name, stand_in)
     try:
@@ -296,7 +296,7 @@ def replaced(owner: Any, name: str, stand_in: Any) -> Iterator[None]:
 
 @contextmanager
 def only_groups(client: Any, groups: list[dict[str, Any]]) -> Iterator[None]:
-    """Has an optimizer step some of its groups alone, also one inside timm's Lookahead."""
+    """Makes an optimizer step some of its groups only, also inside timm's Lookahead."""
     holders = [client, getattr(client, '_base_optimizer', client)]
     before = [holder.param_groups for holder in holders]
     try:
@@ -309,7 +309,7 @@ def only_groups(client: Any, groups: list[dict[str, Any]]) -> Iterator[None]:
 
 
 def configured_scale(engine: DeepSpeedEngine) -> LossScale | None:
-    """As the ds_config's /fp16 section says, which holds for torch autocast in float16 too.
+    """The loss scale of the ds_config's /fp16 section; also for torch autocast in float16.
 
     DeepSpeed 0.19.8 keeps the scale in four places, moves it by three rules, and in the middle of a
     step, between the norm and the division by it (stage_1_and_2.py:3047, stage3.py:2892). Here one

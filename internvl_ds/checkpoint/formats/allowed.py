@@ -1,4 +1,4 @@
-"""What a PyTorch file may name beside tensors and plain types, and how a refusal is told.
+"""What a PyTorch file may name beside tensors and plain types, and the error if it names more.
 
 Every reader of the package allows this one list, and a save proves its files against it. No code of
 a file runs: the entries are data classes of DeepSpeed, the two configuration classes that public
@@ -55,7 +55,7 @@ def allowed_globals() -> Allowed:
 
 @contextmanager
 def allowing() -> Iterator[None]:
-    """Lets torch.load meet `allowed_globals` meanwhile, and nothing that makes bytes of any number.
+    """Allows torch.load, meanwhile, `allowed_globals` only, without bytes made from a number.
 
     torch keeps its list for the whole process, and a thread that leaves takes its entries away from
     the others: one thread at a time reads, where several verify or save.

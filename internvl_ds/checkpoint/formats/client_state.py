@@ -56,7 +56,7 @@ def saved_state(shards: TagShards) -> dict[str, Any]:
 
 
 def unread_keys(shards: TagShards) -> list[str]:
-    """The names in a script's client_state of which nothing is made."""
+    """The names in a script's client_state that are not read."""
     if shards.has_manifest:
         return []
     return [key for key in shards.head if key not in _DEEPSPEEDS | _READ]
@@ -105,7 +105,7 @@ def average_of(shards: TagShards) -> dict[str, torch.Tensor]:
 
 
 def _table(shards: TagShards, form: Callable[[str], str]) -> dict[str, set[str]]:
-    """What a name that a script wrote in one form stands for."""
+    """The saved state that a name in a script's client_state means."""
     aliases, table = shards.aliases(), defaultdict(set)
     for name in shards.shapes():
         table[form(name)].add(aliases.get(name, name))
@@ -152,7 +152,7 @@ def _loss_scale(shards: TagShards) -> dict[str, Any] | None:
 
 
 def _position(shards: TagShards, state: Mapping[str, Any], config: Any) -> dict[str, Any] | None:
-    """Where InternImage's schedule stands, as `LrSchedule.restore` takes it; None for updates.
+    """The position of InternImage's schedule, for `LrSchedule.restore`; None if it counts updates.
 
     It is built over TRAIN.EPOCHS epochs of micro-batches, and moved when all but the last of a
     whole update are counted.

@@ -64,7 +64,7 @@ def contents_of(path: Path) -> Contents:
 
 
 def differences(a: Contents, b: Contents) -> Iterator[Difference]:
-    """What is in one and not the other, of another shape, or of other values; in order of name."""
+    """Entries that only one has, or whose shapes or values differ; in order of name."""
     for name in sorted(a.tensors.keys() | b.tensors.keys()):
         if name not in a.tensors or name not in b.tensors:
             yield Difference(name, f'only in {"B" if name not in a.tensors else "A"}')
@@ -135,13 +135,13 @@ def _contents_of_file(source: Mapping[str, Any], where: str) -> Contents:
 
 
 def _known_numbers(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Those that are there; an accuracy of 0 stands for none, as in what is loaded."""
+    """The numbers that are present; an accuracy of 0 means none, as in a load."""
     numbers = {k: v for k in _NUMBERS if isinstance(v := state.get(k), int | float)}
     return {k: v for k, v in numbers.items() if v or not k.startswith('max_accuracy')}
 
 
 def _group_names(optimizer: Mapping[str, Any], weights: Mapping[str, Any]) -> list[list[str]]:
-    """The names of an optimizer's parameters: those that it keeps, or else found by their shapes.
+    """The names of an optimizer's parameters: the saved ones, or else found by shape.
 
     The original numbers its parameters in the order of the model. Frozen parameters and buffers
     are in between: the next tensor of the right shape is taken.

@@ -138,7 +138,7 @@ def weights_of_tag(shards: TagShards) -> dict[str, Flat]:
 def _blank_weights(
     flats: Mapping[str, Flat], aliases: Mapping[str, str], fillers: dict[int, Flat]
 ) -> dict[str, torch.Tensor]:
-    """Tensors whose memory is not touched, for the pickle; ``fillers`` says what is to be there."""
+    """Tensors of untouched memory, for the pickle; ``fillers`` gives their values."""
     blank = {n: _blank(flat, fillers) for n, flat in flats.items() if n not in aliases}
     return {name: blank[aliases.get(name, name)] for name in flats}
 

@@ -1,4 +1,4 @@
-"""What each rank's training loop goes on with: its generators, and its position in the epoch."""
+"""The state of each rank's training loop: random generators, and position in the epoch."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from internvl_ds.files.reading import interpreting
 
 
 class SavedLoop:
-    """What a tag keeps for this rank's loop; on other ranks than before, rank 0's."""
+    """The loop state in a tag for this rank; with another number of ranks, rank 0's."""
 
     def __init__(self, path: Path, saved_ranks: int) -> None:
-        """Reads it, where the tag has it: not one of plain DeepSpeed, or of an earlier version.
+        """Reads the state; tags of plain DeepSpeed and of earlier versions have none.
 
         ``saved_ranks``: how many ranks saved the tag. CheckpointError for a file of another rank or
         save, and for what does not belong there.
@@ -50,7 +50,7 @@ class SavedLoop:
         agree('restore loop', restore, timeout, CheckpointError)
 
     def restore_generators(self, state: Mapping[str, Any], logger: logging.Logger) -> None:
-        """Restores this rank's generators, at last; on other ranks than before they stay.
+        """Restores this rank's generators, as the last step; not with another number of ranks.
 
         ``state`` is the tag's state.json; a warning says where its epoch is begun anew.
         """

@@ -93,7 +93,7 @@ def state_by_order(
 def split(
     where: str, name: str, state: Mapping[str, Any]
 ) -> tuple[dict[str, Flat], dict[str, float], str]:
-    """The tensors and the numbers that an optimizer keeps for a parameter, and what is neither.
+    """Splits an optimizer's state of a parameter into tensors, numbers, and the rest.
 
     Args:
         where, name: the checkpoint's path and the parameter, for errors.
@@ -111,7 +111,7 @@ def split(
 
 
 def _require_same_order(where: str, result: State, weights: Mapping[str, torch.Tensor]) -> None:
-    """Refuses parameters in another order, which shows in tensors of each other's shapes."""
+    """Refuses parameters in another order: their tensors have swapped shapes."""
     shapes = {name: weights[name].shape for name in result.masters}
     kinds = {n: {flat.shape for flat in moments.values()} for n, moments in result.moments.items()}
     has_one_each = all(len(kind) <= 1 for kind in kinds.values())

@@ -24,7 +24,7 @@ from internvl_ds.files.reading import Unreadable, open_data, require_bounded
 
 
 def outline(path: Path) -> Any:
-    """What a file holds, its tensors on the meta device, and 0 for those of one number.
+    """The content of a file, its tensors on the meta device; tensors of one number become 0.
 
     CheckpointError as `read_shard`, for a file that it would refuse.
     """

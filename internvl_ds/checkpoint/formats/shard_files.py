@@ -46,7 +46,7 @@ def read_shard(path: Path | str, *, mmap: bool = False) -> Any:
 
 
 class ShardFiles:
-    """The shards of one tag directory, of ours or of plain DeepSpeed, and what all ranks share."""
+    """The shards of one tag, ours or plain DeepSpeed's, and what all ranks share."""
 
     def __init__(self, tag: Path, contents: Mapping[Path, Any] | None = None) -> None:
         """Finds the files of the tag.
@@ -81,7 +81,7 @@ class ShardFiles:
 
     @property
     def unused(self) -> list[str]:
-        """Of a tag without a manifest: files of weights or states that are not of its layout."""
+        """Of a tag without a manifest: files of weights or states of another layout."""
         if self._header is not None:
             return []
         files = {path.name for path in (*self.model_files, *self.optim_files)}
@@ -105,7 +105,7 @@ class ShardFiles:
         return head
 
     def read(self, path: Path) -> Any:
-        """What one of the files holds, mapped into memory; each is read once.
+        """The content of one file, mapped into memory; each file is read once.
 
         Raises:
             CheckpointError: as `read_shard`, and for a file of another rank or another save.
@@ -142,7 +142,7 @@ class ShardFiles:
 
     @property
     def updates(self) -> int:
-        """Of these, those that were applied."""
+        """The parameters whose state was applied, of these."""
         return self.global_steps - int(self.head.get('skipped_steps') or 0)
 
     @property
@@ -152,7 +152,7 @@ class ShardFiles:
 
     @cached_property
     def ds_config(self) -> Mapping[str, Any]:
-        """The ds_config of the run that saved it; where that was a path, what its files show."""
+        """The ds_config of the saving run; if it was a path, as far as the files show it."""
         config = self.head.get('ds_config')
         if isinstance(config, Mapping):
             return config

@@ -1,4 +1,4 @@
-"""A copy of a state tree in host memory that is used again for the next one.
+"""A copy of a state tree in host buffers, which the next copy uses again.
 
 Background saves write from the copy while training changes the original.
 """
@@ -25,7 +25,7 @@ class Snapshot:
         self._buffers: dict[int, list[torch.UntypedStorage]] = defaultdict(list)
 
     def begin(self) -> None:
-        """Takes all buffers back: what the last round copied is no longer valid.
+        """Frees all buffers for a new copy; the last copy becomes invalid.
 
         Buffers that the last round had no use for are given up.
         """

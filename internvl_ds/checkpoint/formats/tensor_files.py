@@ -1,4 +1,4 @@
-"""Files of PyTorch and safetensors opened as data: no code of theirs runs, and none grows.
+"""Opens PyTorch and safetensors files as data: no code runs, and memory is bounded by file size.
 
 A small file may ask for much when it is read: a compressed entry, a call that makes bytes of any
 number, values that contain each other. All of that is refused before, or while, it is read; with
@@ -73,7 +73,7 @@ def load_torch(path: Path | str, *, mapped: bool | None = None) -> Any:
 
 @contextmanager
 def open_safetensors(path: Path | str) -> Iterator[Any]:
-    """`safetensors.safe_open` of a file whose header is not out of proportion."""
+    """`safetensors.safe_open`, after a check of the header's size."""
     with open_data(path) as file:
         length = int.from_bytes(file.read(8) or b'', 'little')
         if not length or length > min(_HEADER_BYTES, os.fstat(file.fileno()).st_size):
@@ -85,7 +85,7 @@ def open_safetensors(path: Path | str) -> Iterator[Any]:
 def safetensors_header(
     tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str]
 ) -> bytes:
-    """The front of a file, which the tensors' bytes follow, one after another.
+    """The header of a file; the tensors' bytes follow it, one after another.
 
     It is 8 bytes of length and JSON. The same arguments give the same bytes.
 
@@ -112,7 +112,7 @@ def load_safetensors(path: Path | str) -> dict[str, torch.Tensor]:
 
 
 def _require_bounded_pickle(file: Any) -> bool:
-    """Refuses a file that unpacks to more than it is; tells whether it is a zip."""
+    """Refuses a file that unpacks to more bytes than it has; returns whether it is a zip."""
     is_zip = file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
     if is_zip:
         require_bounded_steps(_pickle_of_zip(file))
@@ -179,7 +179,7 @@ _EFFECTS = {
 
 
 def require_bounded_steps(data: Any, start: int = 0) -> int:
-    """Goes through a pickle without doing what it says, and refuses one that has no measure.
+    """Walks a pickle's operations without executing them; refuses one of unbounded cost.
 
     Returns:
         Where it ends: for what torch would not read as data, or is cut off, ``start``.

@@ -33,7 +33,7 @@ _COUNTERS = ('global_steps', 'skipped_steps', 'global_samples')
 
 
 class TagShards(ShardFiles):
-    """What the shards of one tag hold, by parameter name."""
+    """The content of one tag's shards, by parameter name."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every parameter and buffer of the model that was saved."""
@@ -87,7 +87,7 @@ class TagShards(ShardFiles):
         return {name: flat.whole() for name, flat in self.named_weights().items()}
 
     def named_weights(self) -> dict[str, Flat]:
-        """As `weights`, with nothing read yet."""
+        """As `weights`, not read yet."""
         if self.zero_stage < 3:
             return {n: Flat.of(f'{self.tag}: {n}', t) for n, t in self.head['module'].items()}
         weights = {**self.flats(self._master), **self._frozen()}
@@ -100,7 +100,7 @@ class TagShards(ShardFiles):
         return {name: weights[name] for name in self.head['module'] if name in weights}
 
     def named_state(self, names: Sequence[Sequence[str]] | None = None) -> NamedState:
-        """What training goes on from, by parameter name; nothing but the pickles is read yet.
+        """The training state by parameter name; reads only the pickles, no tensor yet.
 
         ``names``: of each group's parameters, where a tag of stage 0 does not say them itself.
         CheckpointError when a file is missing, or the tag holds no optimizer.
@@ -189,7 +189,7 @@ class TagShards(ShardFiles):
         return State(self.flats(self._master), moments, steps, settings, unnamed)
 
     def _lengths(self, group: int) -> list[int]:
-        """Of the first rank's part of a group, with and without its padding."""
+        """Lengths of the first rank's part of a group, with and without padding."""
         optim = self._optim(0)
         if self.zero_stage == 3:
             return [optim['fp32_flat_groups'][group].numel()]
@@ -264,7 +264,7 @@ class TagShards(ShardFiles):
         return {name: t for name, t in self.head['module'].items() if name in names}
 
     def _frozen(self) -> dict[str, Flat]:
-        """Stage 3: frozen parameters, cut into slices; each has a file's own tensor a rank."""
+        """Stage 3: frozen parameters, one slice in each rank's file."""
         shapes = self.head.get('frozen_param_shapes') or {}
         layout = Slices([{name: shape} for name, shape in shapes.items()], self.world_size)
         names = list(shapes)

@@ -1,1 +1,1 @@
-"""Frozen parameters apart from a tag's other files: CHECKPOINT.FROZEN."""
+"""Frozen parameters kept apart from a tag's other files: CHECKPOINT.FROZEN."""

@@ -1,4 +1,4 @@
-"""The bytes of a .safetensors file of some tensors, and so its digest, before it is written."""
+"""The bytes, and so the digest, of a .safetensors file that is not written yet."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PIECE = 64 << 20  # bytes that are copied from a GPU at a time
 
 
 def entry_of(tensors: Mapping[str, torch.Tensor]) -> FileEntry:
-    """The size and digest of the file that these would be, which is not written."""
+    """The size and digest of the file that these tensors would make; writes nothing."""
     digest, size = xxhash.xxh3_128(), 0
     for piece in bytes_of(tensors):
         digest.update(piece)

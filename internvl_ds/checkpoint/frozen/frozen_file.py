@@ -39,7 +39,7 @@ class FrozenFile(NamedTuple):
 
 
 def write(frozen: FrozenFile, path: Path) -> None:
-    """Writes and flushes the file; it has the name when it is whole.
+    """Writes and flushes the file aside, then renames it.
 
     Raises:
         OSError: when it cannot be written.
@@ -65,7 +65,7 @@ def write(frozen: FrozenFile, path: Path) -> None:
 
 
 def joined(tag: Path, where: Path, content: Any, *, outline: bool = False) -> Any:
-    """What a model file holds, its frozen parameters put back, mapped from where they lie.
+    """The content of a model file with its frozen parameters, mapped from their own files.
 
     Of a tag that omits them KEY stays in it, which says where they were found ('places').
 

@@ -65,7 +65,7 @@ def split(
 
 
 def join(left: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> State:
-    """What `split` was given; the parameters are ``tensors``, and not copied."""
+    """Reverses `split`; the parameters are ``tensors``, not copies."""
     state = dict(left)
     apart = state.pop(KEY)
     rest, module = left['module'], copy.copy(left['module'])

@@ -75,7 +75,7 @@ class Omitting:
         return [(path, left)]
 
     def _origins(self) -> dict[str, Origin]:
-        """Of the frozen parameters that stand in a file as they are.
+        """The origins of the frozen parameters that a file holds unchanged.
 
         What load_pretrained made out of others (a resized embedding) is left to the tag.
         """
@@ -97,7 +97,7 @@ def omitting(wrapper: Wrapper, compared: Compared) -> Omitting:
 
 
 def adopt_origins(module: nn.Module, head: Mapping[str, Any]) -> None:
-    """Lets a run that goes on from a tag that omits parameters omit them again.
+    """Records where the omitted parameters of a loaded tag came from: this run omits them too.
 
     Args:
         module: that the tag was loaded into.
@@ -130,7 +130,7 @@ def _stamp(source: str) -> tuple[Any, ...]:
 def _require_same(
     sources: list[str], omitted: Mapping[str, Omitted], tensors: Mapping[str, torch.Tensor]
 ) -> dict[str, str]:
-    """The digest of each source's tensors, of which all that is omitted can be made again."""
+    """The digest of each source's tensors; raises if they do not give all omitted values again."""
     digests = {}
     for source in sources:
         own = {name: one for name, one in omitted.items() if one.origin.source == source}
@@ -152,7 +152,7 @@ def _require_same(
 
 
 def _equal(made: torch.Tensor, tensor: torch.Tensor) -> bool:
-    """Bit for bit; a slice may be longer, and what follows then is of nobody."""
+    """Compares bit for bit; a slice may be longer, by padding."""
     own = tensor.reshape(-1)[: made.numel()].cpu().contiguous()
     made = made.reshape(-1).contiguous()
     return own.dtype == made.dtype and torch.equal(own.view(torch.uint8), made.view(torch.uint8))

@@ -62,7 +62,7 @@ class Sharing:
 
     @property
     def header(self) -> dict[str, str]:
-        """What the manifest says of it: `Header.frozen`."""
+        """The manifest's entry: `Header.frozen`."""
         return {'kept': 'once', 'output': str(self.output)} if self.files else {}
 
     def parts(self, state: Any, path: Path) -> list[tuple[Path, Any]]:
@@ -82,7 +82,7 @@ class Sharing:
         return [(path, left), (folder / name, FrozenFile(entry, tensors))]
 
     def _take(self, name: str, entry: FileEntry) -> bool:
-        """Gives the tag what has the name already; False where nothing whole has it."""
+        """Links an existing shared file into the tag; False if there is no whole one."""
         for path in holders(self.output, name):
             try:
                 if not self._is_whole(path, entry):
@@ -139,7 +139,7 @@ def frozen_names(wrapper: Wrapper) -> frozenset[str]:
 
 
 def apart_from(wrapper: Wrapper, config: CfgNode) -> dict[str, torch.Tensor]:
-    """The whole parameters that stand apart from a tag; none at stage 3, where they are slices."""
+    """The whole parameters kept apart from a tag; none at stage 3, which keeps slices."""
     if frozen_of(config) == 'keep':
         return {}
     frozen, named = frozen_names(wrapper), wrapper.engine.module.named_parameters()

@@ -51,14 +51,14 @@ class Omitted:
         self.start, self.stop, self.length = start, stop, length
 
     def to_list(self) -> list[Any]:
-        """As it stands in a model file."""
+        """The form in a model file."""
         origin = self.origin
         place = [origin.source, list(origin.keys), list(origin.dtypes)]
         return [place, self.dtype, list(self.shape), self.start, self.stop, self.length]
 
     @classmethod
     def of(cls, said: Any) -> Omitted:
-        """What `to_list` gave."""
+        """Reverses `to_list`."""
         (source, keys, dtypes), *rest = said
         return cls(Origin(source, tuple(keys), tuple(dtypes)), *rest)
 
@@ -82,7 +82,7 @@ class Omitted:
         return piece
 
     def outline(self, *, sharded: bool) -> torch.Tensor:
-        """A tensor as it would be, without memory."""
+        """The tensor on the meta device."""
         shape = (self.length,) if sharded else self.shape
         return torch.empty(shape, dtype=getattr(torch, self.dtype), device='meta')
 
@@ -97,7 +97,7 @@ class Omitted:
 
 
 def named_in_config(call: Callable[_P, _T]) -> Callable[_P, _T]:
-    """Has a function of a config look for omitted weights where that names some, too."""
+    """Wraps a function of a config: it seeks omitted weights in the files of the config, too."""
 
     @functools.wraps(call)
     def looking(*args: _P.args, **more: _P.kwargs) -> _T:
@@ -110,7 +110,7 @@ def named_in_config(call: Callable[_P, _T]) -> Callable[_P, _T]:
 
 @contextlib.contextmanager
 def looking_in(paths: Iterable[str], config: Any) -> Iterator[None]:
-    """Looks for omitted weights in these files too, or at these addresses, while it is entered."""
+    """Within the block, omitted weights are also sought in these files or at these addresses."""
     addresses = [repository_at(path) or path for path in paths]
     files_first = sorted(addresses, key=is_address)
     token = _named.set(tuple(partial(downloads.local, each, config) for each in files_first))
@@ -121,14 +121,14 @@ def looking_in(paths: Iterable[str], config: Any) -> Iterator[None]:
 
 
 def pieces_of(weights: Mapping[str, Any], omitted: Mapping[str, Omitted]) -> dict[str, Any]:
-    """The elements of parameters in opened weights; and so what a digest is of."""
+    """The elements of parameters in opened weights; digests are of these."""
     return {name: one.piece(weights) for name, one in omitted.items()}
 
 
 def take(
     tag: Path, omitted: Mapping[str, Omitted], digests: Mapping[str, str], *, sharded: bool
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The omitted parameters, from where they came from.
+    """Reads the omitted parameters from their sources.
 
     Args:
         tag: the directory, for errors; beside it is looked too.
@@ -186,7 +186,7 @@ def _find(
 
 
 def _pretrained_in(config: Any) -> Iterator[str]:
-    """The paths of weights that a configuration names; and addresses, of the model that it has."""
+    """The paths and addresses of weights in a configuration."""
     with contextlib.suppress(AttributeError, KeyError):
         parts = [(k, v) for k, v in config.MODEL.items() if isinstance(v, CfgNode)]
         for kind, part in [('', config.MODEL), *parts]:

@@ -1,4 +1,4 @@
-"""Class names that weights were trained on, and whether they are those of now."""
+"""Compares the class names that weights were trained on with the current ones."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from internvl_ds.files.reading import parse_json, read_json
 def require_same_classes(
     config: CfgNode, now: Sequence[str], where: str, logger: logging.Logger
 ) -> None:
-    """Compares class names in their order with those that weights keep, where they keep any.
+    """Compares class names, in order, with the class names saved with the weights, if any.
 
     Args:
         config: DATA.CHECK_CLASS_NAMES is read; False makes the error a warning.
@@ -57,7 +57,7 @@ def require_same_classes(
 
 
 def saved_classes(where: str) -> list[str] | None:
-    """The class names that a tag keeps, or a file that was exported from one; else None.
+    """The class names in a tag, or in a file exported from one; else None.
 
     None also for what cannot be read: the load that follows says so. CheckpointError when a tag's
     state.json is not what was written.

@@ -183,7 +183,7 @@ def _download(url: str, user: str, folder: Path, name: str, start: str, timeout:
 def _receive(
     url: str, user: str, descriptor: int, has_hash: bool, timeout: float, stop: threading.Event
 ) -> str:
-    """Writes what an address answers, and returns its digest, if it is whole and can be weights."""
+    """Writes the body of a response and returns its digest; refuses it if cut off or no weights."""
     request = urllib.request.Request(url, headers={'User-Agent': 'internvl_ds'})
     if user:
         words = base64.b64encode(user.encode()).decode()
@@ -229,7 +229,7 @@ def _receive(
 
 
 def _goes_to_its_end(path: Path) -> bool:
-    """Whether what begins as a zip archive or a safetensors file has the end of one."""
+    """Whether a file that begins as a zip archive or safetensors file is complete."""
     with open_data(path) as file:
         head = file.read(9)
         if not head.endswith(b'{'):
@@ -242,7 +242,7 @@ def _goes_to_its_end(path: Path) -> bool:
 
 
 class _HttpsOnly(urllib.request.HTTPRedirectHandler):
-    """Follows a redirect to https, and gives a password to the host alone that it is for."""
+    """Follows redirects to https only, and sends a password to its own host only."""
 
     def http_error_302(self, req: Any, fp: Any, code: int, msg: str, headers: Any) -> Any:
         target = urljoin(req.full_url, headers.get('Location', ''))
@@ -263,7 +263,7 @@ class _HttpsOnly(urllib.request.HTTPRedirectHandler):
 
 
 def _progressing(work: Callable[[], _T], measure: Callable[[], int], timeout: float) -> _T:
-    """Runs ``work`` in a thread; leaves it alone there once ``measure`` grows too slowly.
+    """Runs ``work`` in a thread; abandons it if ``measure`` grows too slowly.
 
     The limits of sockets do not end a server that sends a byte a second, in a body or a header.
     """
@@ -287,7 +287,7 @@ def _progressing(work: Callable[[], _T], measure: Callable[[], int], timeout: fl
 
 
 def _growth(measure: Callable[[], int], timeout: float) -> Iterator[bool]:
-    """Whether what is measured has grown enough of late; asked again and again."""
+    """Whether a measured size grows fast enough; called repeatedly."""
     size, start = measure(), time.monotonic()
     while True:
         now = measure()
@@ -298,7 +298,7 @@ def _growth(measure: Callable[[], int], timeout: float) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def _turn(folder: Path, timeout: float, measure: Callable[[], int]) -> Iterator[None]:
-    """Waits while another process downloads the same, as long as that one gets on.
+    """Waits while another process downloads the same file, as long as it makes progress.
 
     Only a courtesy: two that download at once, as where files cannot be locked, are right as well.
     """

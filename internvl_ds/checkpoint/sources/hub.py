@@ -57,7 +57,7 @@ def parse(address: str) -> HfUri | None:
 
 
 def arriving(uri: HfUri) -> int:
-    """The bytes that have come of downloads from a repository that are not whole yet."""
+    """Bytes received so far of unfinished downloads from a repository."""
     from huggingface_hub import constants
 
     repository = f'{uri.type}s--{uri.id.replace("/", "--")}'
@@ -65,7 +65,7 @@ def arriving(uri: HfUri) -> int:
 
 
 def total_size(paths: Iterable[Path]) -> int:
-    """The bytes in files, some of which may be gone meanwhile."""
+    """The total size of files, of which some may vanish meanwhile."""
     total = 0
     for path in paths:
         with contextlib.suppress(OSError):  # it is whole now, and has its own name
@@ -76,7 +76,7 @@ def total_size(paths: Iterable[Path]) -> int:
 def download(
     uri: HfUri, run: Callable[[Callable[[], str]], str], digest_of: Callable[[Path], str]
 ) -> Path:
-    """The file in the client's cache, downloaded where the hub has another; its hash is checked.
+    """The file in the client's cache, downloaded if the hub has a newer one; its hash is checked.
 
     Beside an index the files that it names are in the cache then too.
 
@@ -116,7 +116,7 @@ def _whole(
 
 
 def _named_by(index: Path) -> list[str]:
-    """The files beside an index that it names; what is wrong with it, its reader tells."""
+    """The files that an index names; a faulty index is left to its reader."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         files = {str(file) for file in read_json(index)['weight_map'].values()}
         return sorted(f for f in files if PurePosixPath(f).name == f and not f.endswith('.json'))

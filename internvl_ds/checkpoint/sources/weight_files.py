@@ -108,7 +108,7 @@ def _open_index(path: Path) -> dict[str, Any]:
 
 
 def _read(path: str, reader: Callable[[str], Any]) -> Any:
-    """Runs a reader; whatever a broken or hostile file makes it raise becomes one error."""
+    """Runs a reader; any exception from a broken or hostile file becomes one error."""
     try:
         return _restore_configs(reader(path))
     # A damaged legacy pickle can raise nearly anything (KeyError, struct.error, ...).
@@ -125,7 +125,7 @@ def _read(path: str, reader: Callable[[str], Any]) -> Any:
 
 
 def _restore_configs(source: Any) -> Any:
-    """Makes the top-level values that were written as CfgNodes CfgNodes again."""
+    """Turns top-level values that were written as CfgNodes into CfgNodes again."""
     for key, value in source.items() if isinstance(source, dict) else ():
         if (config := config_node(value)) is not None:
             source[key] = config
@@ -133,7 +133,7 @@ def _restore_configs(source: Any) -> Any:
 
 
 def config_node(value: Any) -> CfgNode | None:
-    """What was written as a CfgNode, and read as an OrderedDict that has its marks; else None."""
+    """The CfgNode of an OrderedDict that was written as one; else None."""
     state = getattr(value, '__dict__', {})
     if type(value) is not OrderedDict or CfgNode.IMMUTABLE not in state:
         return None

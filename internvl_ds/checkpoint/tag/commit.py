@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Staging:
-    """A save under way; belongs to the process that began it.
+    """A save in progress; belongs to the process that began it.
 
     Attributes:
         path: the directory that is written into.
@@ -61,11 +61,11 @@ class Staging:
 
     @property
     def aside(self) -> Path:
-        """What an old tag of the name is called until the new one has it."""
+        """The name of an old tag while the new one takes its place."""
         return aside_of(self.output / self.tag, self.save)
 
     def release(self) -> None:
-        """Gives up the lock: nothing is written any more. What is left is the next sweep's."""
+        """Releases the lock after the last write; the next sweep removes what is left."""
         if self._lock >= 0:
             if not (self.path.exists() or self.aside.exists()):
                 unlink(_lock_of(self.path))
@@ -117,7 +117,7 @@ def abandon(staging: Staging) -> None:
 def require_files(
     staging: Staging, files: Mapping[str, FileEntry], sizes: Mapping[str, int]
 ) -> None:
-    """Raises CheckpointError where this process does not see, by ``sizes``, what ranks wrote."""
+    """Raises CheckpointError if this process does not see the ranks' files with ``sizes``."""
     wrong = wrong_files(files, sizes)
     if wrong:
         raise CheckpointError(
@@ -127,7 +127,7 @@ def require_files(
 
 
 def commit(staging: Staging, manifest: Manifest, *, latest: bool = False) -> Path:
-    """Publishes a staged tag: manifest last, flushed, renamed; an old tag of that name goes after.
+    """Publishes a staged tag: manifest last, flush, rename; then removes an old tag of the name.
 
     Args:
         staging: all of the tag's files are in it, and flushed.
@@ -209,7 +209,7 @@ def prune(output: Path, policies: Sequence[Policy]) -> list[str]:
 
 
 def remove(output: Path, entries: Sequence[EpochTag]) -> tuple[list[str], list[str]]:
-    """Removes tags; returns the names of those that went, and of those that stay, with a warning.
+    """Removes tags; returns the removed names, and the names that stay, with a warning.
 
     What another process has removed or replaced since it was found is neither.
     """

@@ -27,7 +27,7 @@ ASIDE = '.old-'
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Makes an OSError of a block a CheckpointError."""
+    """Turns an OSError of a block into a CheckpointError."""
     try:
         yield
     except CheckpointError:  # CheckpointNotFound is an OSError
@@ -38,7 +38,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 class Resume(NamedTuple):
-    """Where to resume from, and what the user should be told about the choice (or None)."""
+    """Where to resume from, and a message about the choice (or None)."""
 
     path: Path
     warning: str | None
@@ -129,7 +129,7 @@ def tags(output: Path) -> list[Path]:
 
 
 def epoch_tags(output: Path) -> list[EpochTag]:
-    """The tags of epochs and of steps, with what retention decides by, in no order."""
+    """The epoch and step tags with the values that retention compares, in no order."""
     entries = []
     for path in tags(output):
         epoch = epoch_of(path.name)
@@ -218,7 +218,7 @@ def file_sizes(directory: Path) -> dict[str, int]:
 
 
 def sizes_of(tag: Path, files: Iterable[str]) -> dict[str, int]:
-    """As `file_sizes`, and of those of ``files`` that lie next to the tag."""
+    """As `file_sizes`, with the ``files`` that lie next to the tag."""
     sizes = file_sizes(tag)
     for name in files:
         if name not in sizes and os.path.isfile(path := place_of(tag, name)):
@@ -260,7 +260,7 @@ def problem(tag: Path) -> str | None:
 
 
 def present(tag: Path) -> Path:
-    """The tag, or what stepped aside for a save of that name that died before its last rename."""
+    """The tag, or its old copy that a save moved aside and died before its last rename."""
     try:
         if tag.exists():
             return tag
@@ -271,17 +271,17 @@ def present(tag: Path) -> Path:
 
 
 def aside_of(tag: Path, save: str) -> Path:
-    """What a tag is called while the save of that id takes its name."""
+    """The name of an old tag while the save of that id replaces it."""
     return tag.with_name(f'{ASIDE}{tag.name}-{save}')
 
 
 def tag_of_aside(aside: Path) -> str:
-    """The tag that `aside_of` was given; earlier versions put no id behind it."""
+    """Reverses `aside_of`; earlier versions appended no id."""
     return re.sub('-[0-9a-f]{16}$', '', aside.name.removeprefix(ASIDE))
 
 
 def stand_ins(output: Path) -> list[Path]:
-    """The tags that stepped aside and stand in for one of their name, which is missing."""
+    """The tags moved aside whose successor is missing: they stand in for it."""
     names = dict.fromkeys(map(tag_of_aside, sorted(output.glob(f'{ASIDE}*'))))
     return [path for name in names if (path := present(output / name)) != output / name]
 
@@ -311,7 +311,7 @@ def _why_not_latest(output: Path) -> str:
 
 
 def _newest_first(output: Path) -> list[Path]:
-    """Every tag of a directory: epoch tags from the newest on, then the others likewise."""
+    """Every tag of a directory: epoch tags, newest first, then the others, newest first."""
     epochs = [output / t.name for t in sorted(epoch_tags(output), key=lambda t: t[:3])[::-1]]
     names = {path.name for path in epochs}
     others = [path for path in tags(output) if path.name not in names and is_tag(path)]

@@ -28,7 +28,7 @@ from internvl_ds.files.reading import open_data
 
 # Hashed and written piece by piece: a piece is still in the CPU's cache when it is copied.
 _PIECE = 1 << 20
-# After so many bytes the kernel is told to begin writing, so that the flush finds little left.
+# The kernel begins to write after so many bytes, so that the flush finds little left.
 _WRITE_BACK = 8 << 20
 _SYNC_FILE_RANGE_WRITE = 2
 # Hashed from a mapping part by part, whole pages each.
@@ -72,7 +72,7 @@ def save_tensors(value: Any, path: Path) -> FileEntry:
 def save_safetensors(
     tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None
 ) -> FileEntry:
-    """Writes tensors of any device and layout, readable by whoever may read the directory.
+    """Writes tensors of any device and layout, with the read permissions of the directory.
 
     The file is flushed to disk, and hashed from the page cache.
     """
@@ -96,7 +96,7 @@ def flush_and_hash(path: Path) -> FileEntry:
 
 
 def hash_file(path: Path, expected: int | None = None) -> FileEntry:
-    """The size and digest of a file as it is; of one of another size than ``expected``, digest ''.
+    """The size and digest of a file; digest '' if its size is not ``expected``.
 
     Raises:
         OSError: when it cannot be read; a sector that cannot be is no end of the process.
@@ -114,7 +114,7 @@ def hash_file(path: Path, expected: int | None = None) -> FileEntry:
 
 
 def _hash_mapped(descriptor: int, size: int, digest: Any) -> bool:
-    """Hashes a file through memory; False, with nothing hashed, where the kernel cannot.
+    """Hashes a mapped file; returns False, and hashes nothing, if it cannot be mapped.
 
     Each part is asked for before it is touched: what cannot be read is then an error (EFAULT) of
     the asking, where the touch would end the process (SIGBUS). Linux 5.14 and newer.
@@ -153,7 +153,7 @@ def _without_crc() -> Iterator[None]:
 
 
 class _HashingFile(io.RawIOBase):
-    """An unbuffered file that hashes what is written and keeps the disk busy meanwhile.
+    """An unbuffered file that hashes its bytes while the disk writes them.
 
     A failed write is raised by `sync`, not by `write`: torch.save writes from C++, which turns an
     exception from here into another one that does not say why.
@@ -190,7 +190,7 @@ class _HashingFile(io.RawIOBase):
             self._started = self.size
 
     def sync(self) -> None:
-        """Flushes to disk, or raises what went wrong since the file was opened."""
+        """Flushes to disk; raises any write error since the file was opened."""
         try:
             if self._error is None:
                 os.fsync(self._descriptor)

@@ -1,4 +1,4 @@
-"""What a tag holds: its name, its manifest, and whether files are what that says. Pure."""
+"""The name and the manifest of a tag, and the comparison of files with the manifest. Pure."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class FileEntry(NamedTuple):
 
 @dataclass(frozen=True)
 class Header:
-    """What a tag is, without its files: the front of a manifest, so that it is read quickly.
+    """The description of a tag without its list of files: the front of a manifest, quick to read.
 
     Attributes:
         tag: the directory's name when it was saved.
@@ -82,7 +82,7 @@ class Header:
 
 @dataclass(frozen=True)
 class Identity:
-    """Whose file one is; kept inside the file, which a name and a checksum are not.
+    """The save and rank of a file; kept inside the file, unlike its name and checksum.
 
     Attributes:
         tag: as it was called when it was saved.
@@ -97,12 +97,12 @@ class Identity:
     KEY: ClassVar[str] = 'internvl_ds'
 
     def to_dict(self) -> dict[str, str]:
-        """As it stands in a file: text, which every format can keep."""
+        """The form in a file: text values, which every format can keep."""
         return {'tag': self.tag, 'save': self.save, 'rank': str(self.rank)}
 
     @staticmethod
     def describe(entry: Any) -> str:
-        """What a file says of itself, in words."""
+        """The identity in words."""
         entry = entry if isinstance(entry, Mapping) else {}
         rank, save, tag = (brief(entry.get(key)).strip("'") for key in ('rank', 'save', 'tag'))
         return f"rank {rank}'s file of save {save} of {tag}"
@@ -142,7 +142,7 @@ def parse_header(front: str, where: str) -> Header | None:
 
 
 def parse_manifest(text: str, where: str) -> Manifest:
-    """Reads what `Manifest.to_text` gave; CheckpointError, naming ``where``, for anything else."""
+    """Reverses `Manifest.to_text`; CheckpointError, naming ``where``, for any other text."""
     try:
         tree = parse_json(text)
     except ValueError as error:
@@ -250,12 +250,12 @@ def shared_name(rank: int, digest: str) -> str:
 
 
 def is_shared(name: str) -> bool:
-    """Whether a file of a tag is one that several tags may have: see `shared_name`."""
+    """Whether several tags may have the file: see `shared_name`."""
     return bool(_SHARED_FILE.fullmatch(name))
 
 
 def file_rank(name: str) -> int:
-    """The rank whose shard a file is; 0 for what belongs to none."""
+    """The rank whose shard a file is; 0 for a file of no rank."""
     match = _FILE_RANK.search(name[-_NAME_LENGTH:])
     return int(match.group(1)) if match else 0
 

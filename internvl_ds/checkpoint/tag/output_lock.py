@@ -55,7 +55,7 @@ class _Output:
     ended: threading.Event = field(default_factory=threading.Event)
 
     def give_up(self) -> None:
-        """Lets go of the lock, whose file stays."""
+        """Releases the lock; its file stays."""
         self.ended.set()
         if self.descriptor >= 0:
             owners.let_go(self.descriptor)
@@ -97,7 +97,7 @@ def enter_output(output: Path, config: CfgNode, limit: float) -> None:
 
 
 def note_save(output: Path, tag: str, save: str) -> None:
-    """Remembers a committed tag: a directory that holds it is the one that was saved in."""
+    """Remembers a committed tag, by which the directory is recognised later."""
     if entry := _outputs.get(os.path.abspath(output)):
         entry.saves[tag] = save
 
@@ -167,7 +167,7 @@ def _lock(entry: _Output, wait: float, age: float, limit: float) -> None:
 
 
 def _take(entry: _Output, descriptor: int, is_held: bool | None, age: float) -> bool:
-    """Writes down whose the lock is; False where another process did so at the same time."""
+    """Writes the owner into the lock; False if another process did so at the same time."""
     path, owner = entry.path / LOCK, owners.this_process()
     text = owner.to_text().encode()
     try:
@@ -175,7 +175,7 @@ def _take(entry: _Output, descriptor: int, is_held: bool | None, age: float) -> 
         os.ftruncate(descriptor, len(text))
         os.fsync(descriptor)
     except OSError as error:
-        with contextlib.suppress(OSError):  # what went wrong is told, not this
+        with contextlib.suppress(OSError):  # the first error is raised, not this one
             path.unlink()
         owners.let_go(descriptor)
         raise OSError(error.errno, error.strerror, str(path)) from error
@@ -201,7 +201,7 @@ def _beat(path: Path, owner: Owner, interval: float, ended: threading.Event) -> 
 
 
 def _now_in(output: Path) -> float:
-    """The time by the clock that gives the directory's files theirs."""
+    """The time by the clock of the directory's file system."""
     with tempfile.TemporaryFile(dir=output) as file:
         return os.fstat(file.fileno()).st_mtime
 

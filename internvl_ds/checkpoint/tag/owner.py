@@ -24,7 +24,7 @@ _LONGEST = 4096  # bytes of a record
 
 
 class Owner(NamedTuple):
-    """What a lock and a mark say: text only, as JSON.
+    """The content of a lock and of a mark: JSON of texts.
 
     Attributes:
         id: random; names what is owned.
@@ -45,19 +45,19 @@ class Owner(NamedTuple):
         return f'process {self.pid} on {self.host}, since {self.since}'
 
     def to_text(self) -> str:
-        """As it stands in a file."""
+        """The form in a file."""
         return json.dumps(self._asdict()) + '\n'
 
 
 def this_process() -> Owner:
-    """An owner with an id that nobody has."""
+    """A record of this process, with a new random id."""
     now, pid = datetime.now(timezone.utc).isoformat(timespec='seconds'), os.getpid()
     place = socket.gethostname(), str(pid), _machine(), _started(pid) or ''
     return Owner(secrets.token_hex(8), *place, now)
 
 
 def read_owner(place: Path | int) -> Owner | None:
-    """The record in a file, by its path (no link) or descriptor; None where there is none."""
+    """Reads the record in a file, by path (no link) or descriptor; None if there is none."""
     try:
         if isinstance(place, int):
             data = os.pread(place, _LONGEST, 0)
@@ -95,7 +95,7 @@ def _is_alive(owner: Owner) -> bool:
 
 
 def open_lock(path: Path, *, make: bool = True) -> tuple[int, bool | None]:
-    """Opens the file of a lock, which is no link, and tries to take the lock; see `let_go`.
+    """Opens a lock file (no link) and tries to take the lock; see `let_go`.
 
     Forked children close the file, and other programs do not get it: the lock is this process's.
 

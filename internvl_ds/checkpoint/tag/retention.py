@@ -1,4 +1,4 @@
-"""Which tags go after a save. Pure: tags in, names out.
+"""Which tags to remove after a save. Pure: tags in, names out.
 
 A policy says which tags it wants to stay; what no policy wants goes. It is about epoch tags (saved
 after one) or step tags (saved inside one). Tags saved with ``best`` are never among them.
@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 
 
 class EpochTag(NamedTuple):
-    """A tag that exists, and what orders it; compares from the oldest save to the newest.
+    """A tag and its order: compares from the oldest save to the newest.
 
     Attributes:
         sequence: number of the save; 0 where the tag does not say.
@@ -33,7 +33,7 @@ class EpochTag(NamedTuple):
 
     @property
     def position(self) -> tuple[int, int, int]:
-        """How far in training it was saved: epochs that are done, and updates of the next one."""
+        """Its position in training: finished epochs, and updates of the next one."""
         return (self.epoch + (self.step is None), self.updates or 0, self.step or 0)
 
 
@@ -41,7 +41,7 @@ class Policy(Protocol):
     """Decides which tags stay."""
 
     def keeps(self, tags: Sequence[EpochTag]) -> set[str]:
-        """The names of those that stay, of all epoch and step tags, oldest save first."""
+        """The names of the tags to keep, of all epoch and step tags, oldest save first."""
         ...
 
 
@@ -119,7 +119,7 @@ class KeepEvery:
 def tags_to_prune(tags: Iterable[EpochTag], policies: Sequence[Policy]) -> list[str]:
     """The names of the tags that no policy keeps, oldest save first.
 
-    The tag saved last always stays: it is the one that a run resumes from.
+    The tag saved last always stays: a run resumes from it.
     """
     ordered = sorted(tags, key=lambda tag: tag[:3])
     names = {ordered[-1].name} if ordered else set()

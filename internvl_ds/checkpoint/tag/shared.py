@@ -56,7 +56,7 @@ def remove_unneeded(output: Path) -> list[str]:
 
 
 def own_size(tag: Path, sizes: Iterable[tuple[str, int]]) -> int:
-    """Bytes that would be free without a tag: of its files, those that no other tag has too."""
+    """Bytes that removing a tag frees: the size of its files that no other tag links."""
     total = 0
     for name, size in sizes:
         path = tag / name
@@ -66,7 +66,7 @@ def own_size(tag: Path, sizes: Iterable[tuple[str, int]]) -> int:
 
 
 def counted_again(tags: Iterable[Path]) -> int:
-    """Bytes in the sizes of tags that are on disk once, and in more than one of them."""
+    """Bytes that the sizes of several tags count again, though they are on disk once."""
     total, once = 0, {}
     for tag in tags:
         for name in filter(is_shared, os.listdir(tag) if tag.is_dir() else ()):

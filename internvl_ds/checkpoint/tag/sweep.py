@@ -68,7 +68,7 @@ def sweep(output: Path, *, age: float | None = None) -> list[str]:
 
 
 def _sweep_save(output: Path, key: str, prefixes: set[str], age: float) -> bool:
-    """Clears up after a save, if it was ours and is dead; whether it did."""
+    """Removes the staging of a save of ours that is dead; returns whether it did."""
     staging, lock, aside = (output / f'{prefix}{key}' for prefix in (STAGING, LOCK, ASIDE))
     name, _, save = key.rpartition('-')
     with contextlib.ExitStack() as stack:
@@ -104,7 +104,7 @@ def _sweep_save(output: Path, key: str, prefixes: set[str], age: float) -> bool:
 
 
 def _sweep_trash(trash: Path) -> None:
-    """What has the mark was on its way out, whoever began that; an empty one had it last."""
+    """A directory with the mark was being removed by some process; an empty one had it last."""
     if trash.is_symlink() or not trash.is_dir():
         return
     try:
@@ -113,7 +113,7 @@ def _sweep_trash(trash: Path) -> None:
         elif remove_marked(trash):
             logger.info('%s: the rest of a tag that was being removed; removed', trash)
     except FileNotFoundError:
-        return  # whoever began has just ended
+        return  # the process that began has just ended
     except OSError as error:
         logger.warning('could not remove all of %s: %s', trash, error)
 
@@ -133,7 +133,7 @@ def _leave(path: Path) -> None:
 
 
 def _last_write(places: Sequence[Path]) -> float:
-    """When anything in them was written last, seconds since the epoch."""
+    """The latest write in these directories, seconds since the epoch."""
     newest = 0.0
     for path in (path for place in places for path in (place, *place.rglob('*'))):
         with contextlib.suppress(FileNotFoundError):  # just renamed or removed

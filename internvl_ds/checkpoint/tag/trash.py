@@ -1,4 +1,4 @@
-"""Removing directories of an output directory: the name first, a mark last. Files only.
+"""Removes directories of an output directory: renames first, deletes a mark last. Files only.
 
 The mark inside says that this package is removing the directory: where the process is killed, any
 other one may remove the rest.
@@ -21,7 +21,7 @@ MARK = '.internvl_ds-owner'
 
 
 def discard(path: Path) -> bool | None:
-    """Takes a directory's name away and then its files; what cannot be removed is a warning.
+    """Renames a directory, then removes it; warns of what cannot be removed.
 
     Returns whether all of it is gone; None where somebody else has taken it away.
     """

@@ -1,4 +1,4 @@
-"""Whether the contents of a tag's files are what was written, there. Files only; knows no ranks."""
+"""Compares the contents of a tag's files with their checksums. Files only; knows no ranks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from internvl_ds.files.reading import interpreting
 
 
 def share_of(names: Iterable[str], rank: int, world_size: int) -> list[str]:
-    """The files that ``rank`` verifies when all ranks share the work: its own shards, if it can."""
+    """The files that ``rank`` verifies if all ranks share the work: shards go to their own rank."""
     return [name for name in names if file_rank(name) % world_size == rank]
 
 
@@ -39,7 +39,7 @@ def weight_files(manifest: Manifest) -> list[str]:
 
 
 def training_files(manifest: Manifest, rank: int | None = None) -> list[str]:
-    """The files that training goes on from: those that a rank reads itself; None for any rank's."""
+    """The files that a resume reads: those of one rank, or (None) of every rank."""
     loops = {LOOP_FILE.format(file_rank(name)) for name in manifest.files}
     names = [n for n in manifest.files if n.endswith('_states.pt') or n in loops or is_shared(n)]
     if rank is not None:
@@ -51,13 +51,13 @@ def training_files(manifest: Manifest, rank: int | None = None) -> list[str]:
 
 
 def ema_files_of_rank(manifest: Manifest, rank: int) -> list[str]:
-    """What a sharded average reads on one rank, and state.json."""
+    """The files that a sharded average reads on one rank, and state.json."""
     files = [name for name in manifest.files if name.startswith('ema_rank_')]
     return [STATE_FILE, *(name for name in files if file_rank(name) in (0, rank))]
 
 
 def damage(tag: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
-    """Reads the named files whole, and says of each that differs from the manifest how it does.
+    """Reads the named files whole; describes each difference from the manifest.
 
     A name that the manifest does not list is damage too.
     """

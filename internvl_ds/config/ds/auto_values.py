@@ -1,4 +1,4 @@
-"""What a ds_config leaves open ('auto', or absent), filled from the yacs config and the model."""
+"""Fills what a ds_config leaves open ('auto', or absent) from the yacs config and the model."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Filling:
         return None if value == 'auto' else value
 
     def put(self, pointer: str, value: Any, origin: str) -> None:
-        """Sets a value; its origin stays the file where that states the same."""
+        """Sets a value; its origin stays the file if the file states the same."""
         if self.value_of(pointer) != value:
             self.origins[pointer] = origin
         *sections, last = pointer.split('/')[1:]
@@ -99,7 +99,7 @@ def fill_buckets(filling: Filling, trained: int | None) -> None:
 
 
 def fill_open_values(filling: Filling, config: CfgNode, trained: int | None) -> None:
-    """Fills what is open once the batch is settled, and refuses each 'auto' that nothing fills."""
+    """Fills open values after the batch sizes; refuses each 'auto' that nothing fills."""
     images = filling.value_of(BATCH.pointer)
     _fill_optimizer(filling, config, images)
     _fill_scheduler(filling, config, images)
@@ -161,7 +161,7 @@ def _fill_scheduler(filling: Filling, config: CfgNode, images: int) -> None:
 
 
 def _same(entry: Any, value: Any) -> bool:
-    """Equal, but for what rounding does to a learning rate."""
+    """Whether two learning rates are equal but for rounding."""
     numbers = [list(v) if isinstance(v, list | tuple) else [v] for v in (entry, value)]
     try:
         return len(numbers[0]) == len(numbers[1]) and all(map(math.isclose, *numbers))
@@ -170,7 +170,7 @@ def _same(entry: Any, value: Any) -> bool:
 
 
 def _arguments_of(name: str) -> set[str]:
-    """The arguments of the optimizer that DeepSpeed makes of a name."""
+    """The arguments of the optimizer class that DeepSpeed makes for a name."""
     import torch
 
     torch_names = {'adam': 'Adam', 'adamw': 'AdamW', 'lamb': 'Adam', 'adagrad': 'Adagrad'}

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 def check(
     ds_config: Mapping[str, Any], config: CfgNode, world_size: int, **in_code: bool
 ) -> list[Diagnostic]:
-    """The findings of `examine`: one a fault, none where all is well."""
+    """The findings of `examine`, one for each fault."""
     return examine(ds_config, config, world_size, **in_code).findings
 
 
@@ -85,7 +85,7 @@ def require_right(findings: list[Diagnostic]) -> None:
 def _refused_blocks(
     tree: Mapping[str, Any], schema: Key, findings: list[Diagnostic]
 ) -> Iterator[Diagnostic]:
-    """What the pydantic models say to blocks in which no error was found yet."""
+    """The verdicts of the pydantic models on blocks without an error so far."""
     faults = [error.pointer for error in errors_of(findings)]
     models = {path: key.model for path, key in walk(schema) if key.model is not None}
     for path, model in models.items():

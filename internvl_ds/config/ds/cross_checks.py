@@ -84,7 +84,7 @@ class Facts:
 
     @property
     def low(self) -> str | None:
-        """The block of the low-precision engine that trains; None for none, or where in doubt."""
+        """The block of the low-precision engine in use; None for none, or in doubt."""
         mode = ds.precision_or_fault(self.tree, self.config)
         return mode if isinstance(mode, str) and mode in NAMES_OF_DTYPE else None
 
@@ -151,7 +151,7 @@ def stage_rule(facts: Facts) -> Iterator[Diagnostic]:
 
 
 def offload_rule(facts: Facts) -> Iterator[Diagnostic]:
-    """Offload without the stage that it needs, or without what else it needs."""
+    """Offload without its required stage or other settings."""
     stage, devices = facts.stage, {}
     for name, old in (('offload_param', 'cpu_offload_param'), ('offload_optimizer', 'cpu_offload')):
         device = value_at(facts.zero, name, 'device', default='none')
@@ -202,7 +202,7 @@ def offload_rule(facts: Facts) -> Iterator[Diagnostic]:
 
 
 def optimizer_rule(facts: Facts) -> Iterator[Diagnostic]:
-    """The optimizer that the JSON names: that it is the only one, and that it takes its params."""
+    """The JSON's optimizer: it must be the only one, and take its params."""
     section = facts.tree.get('optimizer')
     if not isinstance(section, Mapping):
         return
@@ -239,7 +239,7 @@ def optimizer_rule(facts: Facts) -> Iterator[Diagnostic]:
 
 
 def scheduler_rule(facts: Facts) -> Iterator[Diagnostic]:
-    """The scheduler that the JSON names: likewise."""
+    """The JSON's scheduler: likewise."""
     section = facts.tree.get('scheduler')
     if not isinstance(section, Mapping):
         return
@@ -262,7 +262,7 @@ def scheduler_rule(facts: Facts) -> Iterator[Diagnostic]:
 
 
 def unsupported_rule(facts: Facts) -> Iterator[Diagnostic]:
-    """`unsupported_settings` of the configuration at hand."""
+    """`unsupported_settings` of this ds_config."""
     if facts.stage is None:
         return
     tree = {**facts.tree, _ZERO: {**facts.zero, 'stage': facts.stage}}

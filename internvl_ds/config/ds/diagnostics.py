@@ -45,12 +45,12 @@ def diagnostic(pointer: str, message: str, severity: str = ERROR, yacs: str = ''
 
 
 def errors_of(findings: Iterable[Diagnostic]) -> list[Diagnostic]:
-    """The errors: nothing can be trained with them."""
+    """The findings that are errors."""
     return [each for each in findings if each.severity == ERROR]
 
 
 def refuse(errors: Sequence[Diagnostic]) -> None:
-    """Raises ConfigError where there are errors: one in one line, more in one line each."""
+    """Raises ConfigError if there are errors, a line each."""
     if len(errors) == 1:
         raise ConfigError(str(errors[0]))
     if errors:

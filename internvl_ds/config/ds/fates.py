@@ -1,4 +1,4 @@
-"""What becomes of each key of a ds_config: it trains right, is refused, or has no effect. Pure.
+"""The fate of each key of a ds_config: it trains right, is refused, or has no effect. Pure.
 
 A fate holds for its key and for all below it that has none of its own. It speaks of a value that is
 stated, that is not DeepSpeed's default, and that lies in no block whose ``enabled`` is false.
@@ -32,7 +32,7 @@ This file is what `internvl-ds config ds-keys` prints, for the DeepSpeed that is
 
 
 class Fate(NamedTuple):
-    """What becomes of a key.
+    """The fate of a key.
 
     Attributes:
         kind: RIGHT, REFUSED or UNUSED.

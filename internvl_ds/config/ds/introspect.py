@@ -1,4 +1,4 @@
-"""Which keys of a ds_config the installed DeepSpeed reads: found by letting it read.
+"""Finds the ds_config keys that the installed DeepSpeed reads, by letting it read probes.
 
 `deepspeed.runtime.config.DeepSpeedConfig` is built again and again over a mapping that notes every
 key it is asked for. Each key found is then stated in turn - as an empty block, as text, as true, as
@@ -32,7 +32,7 @@ _MARK = '\0path'  # an entry by which a pydantic model that is made of a block t
 
 @dataclass
 class Read:
-    """What is known of one key.
+    """The facts about one key.
 
     Attributes:
         defaults: what DeepSpeed takes where the key is left out, one for each place that reads it.
@@ -52,7 +52,7 @@ class Read:
 
 
 class _Probe(dict):
-    """A block of a ds_config that notes what it is asked for, and holds what is stated."""
+    """A block of a ds_config that records which keys are looked up in it."""
 
     def __init__(self, reads: dict[Path, Read], path: Path, tree: dict[str, Any]) -> None:
         super().__init__(
@@ -76,7 +76,7 @@ class _Probe(dict):
         return super().__getitem__(key)
 
     def get(self, key: str, default: Any = None) -> Any:
-        """Notes the default; a block that is left out is answered with one that is empty."""
+        """Records the default; an absent block is answered with an empty one."""
         read = self._note(key)
         if not any(default is d or default == d for d in read.defaults):
             read.defaults.append(default)
@@ -85,7 +85,7 @@ class _Probe(dict):
         return _Probe(self.reads, (*self.path, key), {}) if default == {} else default
 
     def keys(self) -> Any:
-        """Keys that note what is looked for among them."""
+        """Keys that record which key is sought among them."""
         return _Keys(self)
 
     def items(self) -> Any:
@@ -146,7 +146,7 @@ def keys_read() -> dict[Path, Read]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silences DeepSpeed's logger, while it reads configurations that nobody wrote."""
+    """Silences DeepSpeed's logger while it reads probes."""
     logger = logging.getLogger('DeepSpeed')
     before = logger.disabled
     logger.disabled = True
@@ -187,7 +187,7 @@ def keys_in_source(function: Callable[..., Any], variable: str) -> list[str]:
 
 
 def _state(reads: dict[Path, Read], path: Path) -> None:
-    """Lets DeepSpeed read configurations that state one key, in each form that may tell more."""
+    """Parses, with DeepSpeed, ds_configs of one key, in each form that may reveal more keys."""
     read = reads[path]
     default = next((d for d in read.defaults if d is not None and d != {}), None)
     if default is not None:  # it is a value, then, and only true may have more read
@@ -204,7 +204,7 @@ def _state(reads: dict[Path, Read], path: Path) -> None:
 
 
 def _state_together(reads: dict[Path, Read], block: Path, below: Collection[Path]) -> None:
-    """Some keys are read only where several of the others are stated: switches on, and blocks."""
+    """Probes with several keys stated: some keys are read only beside switches or blocks."""
     switches = {path[-1]: True for path in below if False in reads[path].defaults}
     blocks: dict[str, Any] = {path[-1]: {} for path in below if not reads[path].defaults}
     _run(reads, nest(block, {**blocks, **switches}))

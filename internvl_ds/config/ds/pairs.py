@@ -88,7 +88,7 @@ GRAD_SCALER = {
 
 
 def markdown() -> str:
-    """The table of the documentation: what an open field ('auto', or left out) takes."""
+    """The table for the documentation: the value that an open field ('auto', or absent) takes."""
     rows = [(pair.pointer, pair.origin()) for pair in PAIRS if pair.rule != NAMED]
     rows += [(f'/fp16/{key}', f"GradScaler's: {value}") for key, value in GRAD_SCALER.items()]
     rows.append(('/zero_optimization/stage', '1 with TRAIN.OPTIMIZER.USE_ZERO, else 0'))

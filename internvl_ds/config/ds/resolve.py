@@ -27,7 +27,7 @@ PRECISION_BLOCKS = ('fp16', 'bf16', 'torch_autocast')
 
 
 class Resolution(NamedTuple):
-    """What a ds_config becomes for one run.
+    """A ds_config resolved for one run.
 
     Attributes:
         tree: a ds_config with batch sizes, clipping and precision stated, and without any 'auto'
@@ -108,7 +108,7 @@ def settle_batch(filling: Filling, config: CfgNode, world_size: int) -> None:
 
 
 def adopt(config: CfgNode, resolved: Mapping[str, Any]) -> None:
-    """Writes into the yacs config what the JSON decided, so that loop and engine agree."""
+    """Writes the JSON's decisions into the yacs config, so that loop and engine agree."""
     settings = (MICRO_BATCH, ACCUMULATION, CLIPPING)
     set_options(config, {pair.yacs: resolved[pair.key] for pair in settings})
 
@@ -186,7 +186,7 @@ def precision_or_fault(ds_config: Mapping[str, Any], config: CfgNode) -> str | D
 
 
 def precision_of(resolved: Any) -> str:
-    """The precision that a resolved ds_config trains in, where what it leaves out is off."""
+    """The precision of a resolved ds_config; absent blocks are off."""
     tree = resolved if isinstance(resolved, Mapping) else {}
     off = {block: {'enabled': False} for block in PRECISION_BLOCKS}
     return precision({**off, **tree}, CfgNode())
@@ -226,7 +226,7 @@ def _set_precision(filling: Filling, mode: str) -> None:
 
 
 def _settle_number(filling: Filling, pair: Pair, config: CfgNode) -> float:
-    """One number that both files may state; that of the JSON where they disagree."""
+    """A number that both files may state; the JSON's if they disagree."""
     number, entry = get_option(config, pair.yacs) or 0, filling.value_of(pair.pointer)
     if entry is None:
         return number

@@ -1,4 +1,4 @@
-"""What may stand in a ds_config: the keys, types and limits that the installed DeepSpeed has.
+"""The schema of a ds_config: keys, types and limits of the installed DeepSpeed.
 
 Nothing here is a list of DeepSpeed's keys. They are read off the installed version: from what its
 configuration reads (`introspect`), from its pydantic models, and from the signatures of the
@@ -35,7 +35,7 @@ BOOL, INT, NUMBER, TEXT, LIST, OBJECT, NULL = (
 
 @dataclass(frozen=True)
 class Value:
-    """What a key takes. 'auto' is taken everywhere; whether it means anything is another question.
+    """The values that a key takes. The schema takes 'auto' everywhere; resolve decides on it.
 
     Attributes:
         kinds: the JSON types, in words; empty where the installed version does not tell.
@@ -274,7 +274,7 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
 
 
 def _value_of(annotation: Any) -> Value:
-    """What an annotation takes of JSON; anything, where it is not understood."""
+    """The JSON values of an annotation; any value if the annotation is not understood."""
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
         parts = [_value_of(part) for part in inner]
@@ -327,7 +327,7 @@ def _key_of_signature(called: Callable[..., Any]) -> Key:
 
 
 def _value_of_argument(hint: Any, default: Any) -> Value:
-    """Looser than a field's: nobody checks these, and a list may stand for one a group."""
+    """The values of an argument, looser than a field's: a list gives one for each group."""
     value = _value_of(hint) if hint is not None else Value()
     kinds = value.kinds or _KIND_OF_DEFAULT.get(type(default), ())
     if isinstance(default, tuple):

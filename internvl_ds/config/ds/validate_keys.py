@@ -28,7 +28,7 @@ _MANY = 3  # a name that is known in more places than this tells nothing of wher
 
 @dataclass
 class Shape:
-    """What the check of a tree's shape gives.
+    """The result of `check_shape`.
 
     Attributes:
         findings: in the order of the tree's keys.
@@ -50,7 +50,7 @@ class Shape:
 def check_shape(
     tree: Mapping[str, Any], key: Key, root: Key | None = None, path: Path = ()
 ) -> Shape:
-    """Compares a block with what may stand in it.
+    """Compares a block with the schema.
 
     Args:
         tree: the block, as stated.
@@ -69,7 +69,7 @@ class _Walk:
     root: Key | None
 
     def block(self, tree: Mapping[str, Any], key: Key, path: Path, target: Path) -> dict[str, Any]:
-        """Looks at a block's keys; ``target`` is its path with every key rightly spelt."""
+        """Checks a block's keys; ``target`` is its path in right spelling."""
         values: dict[str, Any] = {}
         for name, value in tree.items():
             entry, here = (key.keys or {}).get(name), (*path, str(name))
@@ -95,7 +95,7 @@ class _Walk:
     def value(
         self, value: Any, key: Key, path: Path, target: Path, values: dict[str, Any], silent: bool
     ) -> None:
-        """Puts a value that fits into ``values``; silent: its key has a finding already."""
+        """Adds a valid value to ``values``; silent: its key has a finding already."""
         if key.keys is not None and isinstance(value, Mapping):
             values[target[-1]] = self.block(value, key, path, target)
             return
@@ -110,7 +110,7 @@ class _Walk:
             self.shape.findings.append(diagnostic(pointer_of(path), fault, yacs=yacs))
 
     def _like(self, name: str, key: Key) -> str | None:
-        """The key beside it that an unknown one is a misspelling of."""
+        """The known key in the block that an unknown key misspells."""
         doubtful = not key.complete or self._elsewhere(name, exactly=True) is not None
         names = [k for k, entry in (key.keys or {}).items() if not entry.refused]
         return nearest(name, names, _ALIKE_IN_DOUBT if doubtful else _ALIKE)
@@ -124,7 +124,7 @@ class _Walk:
         self.shape.findings.append(diagnostic(pointer_of((*path, name)), f'unknown key; {hint}'))
 
     def _elsewhere(self, name: str, exactly: bool = False) -> str | None:
-        """Where a key of that name, or one much like it, is known."""
+        """The other blocks that know a key of that name, or a similar one."""
         if self.root is None:
             return None
         by_name: dict[str, list[Path]] = {}
@@ -152,7 +152,7 @@ class _Walk:
 
 
 def misfit(value: Any, spec: Value) -> str:
-    """What is wrong with a value, in words that begin with 'is'; '' where nothing is."""
+    """The fault of a value, in words that begin with 'is'; '' for a right value."""
     kinds = spec.kinds
     if kinds and not any(_is_a(value, kind) for kind in kinds):
         quoted = isinstance(value, str) and (

@@ -69,7 +69,7 @@ def examine(path: Path, contents: bool) -> Examined:
 
 
 def _identity(path: Path) -> tuple[int, int, str] | None:
-    """Of what has the name now; None where nothing has."""
+    """The identity of the tag that has the name now; None if there is none."""
     try:
         status = path.stat() if os.path.exists(path) else path.lstat()
     except OSError:
@@ -130,7 +130,7 @@ def examine_all(output: Path, contents: bool) -> list[Examined]:
 
 
 def choose(path: Path, tag: str | None) -> tuple[list[Path], str | None]:
-    """The tags that the words mean, and what auto resume would say to that.
+    """The tags that the words mean, and auto resume's message about the choice.
 
     Without TAG: what auto resume takes, then what ``latest`` names where that is another tag.
 
@@ -162,7 +162,7 @@ def choose(path: Path, tag: str | None) -> tuple[list[Path], str | None]:
 def examine_chosen(
     path: Path, tag: str | None, contents: bool
 ) -> tuple[list[Examined], str | None]:
-    """Examines what `choose` chooses, anew where a run has pruned that meanwhile."""
+    """Examines the tags of `choose`; again if a run prunes them meanwhile."""
     for retries in reversed(range(_REPLACED)):
         paths, warning = choose(path, tag)
         try:
@@ -196,7 +196,7 @@ def _is_named_as_tag(path: Path) -> bool:
 
 
 def add_pretrained(parser: argparse.ArgumentParser) -> None:
-    """Adds the option of those actions that read what a tag omits."""
+    """Adds the option of the actions that read omitted parameters."""
     text = 'where the weights are now that a tag omits (CHECKPOINT.FROZEN omit); may be repeated'
     parser.add_argument('--pretrained', action='append', metavar='FILE', help=text)
 
@@ -230,7 +230,7 @@ def _damage(path: Path, manifest: Manifest) -> list[str]:
 
 
 def _sourceless(path: Path, manifest: Manifest) -> list[str]:
-    """Why what a tag omits cannot be taken: its own files are as written."""
+    """Why a tag's omitted parameters cannot be read; its own files are right."""
     from internvl_ds.checkpoint.tag.verify import damage_of_sources
 
     return damage_of_sources(path, manifest)

@@ -93,7 +93,7 @@ def _tune(args: argparse.Namespace) -> int:
 def _raise_on_signals() -> Iterator[None]:
     """Makes SIGINT, SIGTERM and SIGHUP raise `_Signal`, so that the present trial is ended too.
 
-    Only the first raises: those that come while the trial is being ended change nothing.
+    Only the first one raises: later ones, while the trial is being ended, change nothing.
     """
 
     def end(number: int, frame: FrameType | None) -> None:

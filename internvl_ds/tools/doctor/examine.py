@@ -1,4 +1,4 @@
-"""Runs the probes, each in a process with a limit: what hangs or dies is a line, not the end."""
+"""Runs each probe in a process with a limit: a hang or crash is a line of the result."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _AS_WELL = 'a run needs the same, and would '
 
 
 class _Run:
-    """A probe under way. Its words go to memory: neither a pipe nor a full disk can stop it."""
+    """A running probe. It prints to memory: no full pipe or disk can block it."""
 
     def __init__(self, name: str, probe: Probe, output: Path) -> None:
         self._name, self._seconds = name, probe.seconds

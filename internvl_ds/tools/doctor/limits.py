@@ -41,7 +41,7 @@ def _open_files() -> ProbeResult:
 
 
 def _processes() -> ProbeResult:
-    """Threads count too, and a container's own limit is the one that is forgotten."""
+    """Counts threads too; the limit of the container applies as well as the user's."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NPROC)
     pids = _tightest('pids.max')
     text = f'soft limit {_shown(soft)}, hard limit {_shown(hard)}'

@@ -104,7 +104,7 @@ def _version(mpirun: str) -> str:
 
 
 def _of_another_mpi(mpirun: str, kind: str | None) -> list[str]:
-    """Launchers on PATH, with their MPI, that are of another one than the first mpirun."""
+    """Launchers on PATH whose MPI is not that of the first mpirun."""
     programs, others = {os.path.realpath(mpirun)}, []
     for folder in filter(None, os.environ.get('PATH', '').split(os.pathsep)):
         for name in _STARTERS:

@@ -1,4 +1,4 @@
-"""Interfaces, the address that rank 0 would have, and what is there to start several hosts with."""
+"""Interfaces, the address of rank 0, and the tools that start ranks on several hosts."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _starters() -> ProbeResult:
 
 
 def _state(name: str) -> str:
-    """The kernel's word; 'unknown' is what it says of virtual ones that carry traffic."""
+    """The kernel's state; it says 'unknown' of virtual interfaces that carry traffic."""
     try:
         state = Path('/sys/class/net', name, 'operstate').read_text().strip()
     except OSError:

@@ -24,7 +24,7 @@ def ok(topic: str, found: str) -> ProbeResult:
 
 
 def warn(topic: str, found: str, advice: str = '') -> ProbeResult:
-    """A topic that one should know of, and that breaks no run by itself."""
+    """A topic to know of, which breaks no run by itself."""
     return ProbeResult(topic, WARNING, found, advice)
 
 

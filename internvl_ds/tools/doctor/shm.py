@@ -1,4 +1,4 @@
-"""/dev/shm: its size, what is free, and what dead CPU runs of DeepSpeed left there."""
+"""/dev/shm: its size, its free space, and files that dead CPU runs of DeepSpeed left."""
 
 from __future__ import annotations
 

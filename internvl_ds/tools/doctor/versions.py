@@ -56,7 +56,7 @@ def unmet(requirements: Iterable[str]) -> list[str]:
 
 
 def pair(torch: str, vision: str, requirements: Iterable[str]) -> ProbeResult:
-    """Whether a torchvision was built for the torch that is there.
+    """Whether a torchvision was built for the installed torch.
 
     Args:
         torch: version, with a local part such as ``+cpu`` where the wheel's name has one.

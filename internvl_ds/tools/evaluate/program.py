@@ -30,7 +30,7 @@ def evaluate_variants(
 ) -> Result:
     """Evaluates a checkpoint on data sets. Collective: every rank calls it.
 
-    All data sets are opened before the model is built: what is wrong with one is told at once.
+    All data sets are opened before the model is built: a faulty one is an error at once.
 
     Args:
         config: of EVAL_MODE; MODEL.RESUME, or MODEL.PRETRAINED, are the weights.
@@ -42,7 +42,7 @@ def evaluate_variants(
     Returns:
         ``checkpoint``, ``ranks``, and ``rows``: one of the weights and, with TRAIN.EMA.ENABLE, one
         of their average, each with ``name`` and ``results``: of each data set ``acc1``, ``acc5``
-        (percent), ``loss``, ``count`` (images) and ``labelled`` (those that the accuracies are of).
+        (percent), ``loss``, ``count`` (images) and ``labelled`` (images that the accuracies cover).
 
     Raises:
         ConfigError: for data, weights or settings that do not fit.

@@ -36,7 +36,7 @@ Loss = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Timeline:
-    """Bytes that are alive after each operation of a step, weights and buffers left out."""
+    """Bytes alive after each operation of a step, without weights and buffers."""
 
     activations: np.ndarray  # all but finished gradients; float64, one entry an operation
     gradients: np.ndarray  # of the parameters whose gradient is finished; the same length
@@ -50,7 +50,7 @@ class Timeline:
 
 @dataclass(frozen=True)
 class Step:
-    """A training step of any batch, computed from steps of two batches that were watched.
+    """A training step of any batch, computed from two watched batches.
 
     Operation by operation, what is alive is a constant and a part that grows with the batch.
     """
@@ -150,7 +150,7 @@ class _Watch(TorchDispatchMode):
         return result
 
     def turn(self) -> None:
-        """The forward pass is over."""
+        """Marks the end of the forward pass."""
         self._forward = len(self._history)
 
     def timeline(self) -> Timeline:
@@ -173,7 +173,7 @@ class _Watch(TorchDispatchMode):
         self._activations -= self._sizes.pop(address)
 
     def _finish(self, parameter: torch.Tensor) -> None:
-        """A parameter's gradient is complete: it is no activation any more."""
+        """Marks a parameter's gradient as complete: no activation any more."""
         assert parameter.grad is not None
         address = parameter.grad.untyped_storage()._cdata
         size = self._sizes.get(address, 0)

@@ -34,7 +34,7 @@ class Need:
     host: int  # under offload, in the host's memory, with what the optimizer takes there
     build: int  # in the host's memory while the model is built, before there is an engine
     parts: Parts  # of ``device``, at the moment in forward and backward when they are most
-    static: Parts  # of them, those that stay from one update to the next
+    static: Parts  # the part that stays from one update to the next
     host_parts: Parts  # of ``host``, between two updates
     # what the optimizer's update has on the device beside weights and states; it counts where it is
     # more than the gradients, buffers and activations of ``parts``
@@ -42,7 +42,7 @@ class Need:
 
 
 class MemoryPlanner:
-    """Tells what a configured run needs, without allocating any of it.
+    """Computes the memory of a configured run, without allocating any.
 
     It measures the model at first use, once for each precision, with and without activation
     checkpointing.
@@ -118,7 +118,7 @@ class MemoryPlanner:
     def largest_micro_batch(
         self, scheme: ZeroScheme, device_bytes: float, *, recompute: bool
     ) -> int:
-        """The most images of a micro-batch whose need the device's bytes cover; 0 where none.
+        """The largest micro-batch, in images, that fits the device; 0 if none does.
 
         The scheme's own micro-batch is not read; ``recompute`` is as for `need`.
         """

@@ -1,4 +1,4 @@
-"""The ways in which a model can be trained, what each needs, and which is the fastest that fits."""
+"""The ways to train a model, the memory of each, and the fastest that fits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many elements a configured model has, by what becomes of them. No memory is taken."""
+"""Counts a configured model's elements by their role. Allocates nothing."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Sizes:
     groups: tuple[tuple[int, ...], ...]
     frozen: tuple[int, ...]  # of each parameter that is not trained
     float_buffers: int  # of all buffers that are floating point
-    other_buffers: int  # bytes of those that are not
+    other_buffers: int  # bytes of the others
     moments: float  # fp32 values that the optimizer keeps for each trained element
     largest_module: int  # of the module with the most parameters of its own
 
@@ -65,7 +65,7 @@ def with_recompute(config: CfgNode, recompute: bool) -> CfgNode:
 
 
 def can_recompute(config: CfgNode) -> bool:
-    """Whether the model has activation checkpointing; nothing is allocated for it."""
+    """Whether the model has activation checkpointing; allocates nothing."""
     try:
         meta_model(with_recompute(config, True))
     except ConfigError:
@@ -113,7 +113,7 @@ def _moments(config: CfgNode) -> float:
 
 
 def _elements(value: Any) -> float:
-    """fp32 values in an entry of an optimizer's state; its step counter is none."""
+    """fp32 values in an entry of an optimizer's state, without the step counter."""
     if isinstance(value, torch.Tensor) and value.numel() > 1:
         return value.numel() * value.element_size() / 4
     if isinstance(value, Mapping):

@@ -31,7 +31,7 @@ class Parts:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The sum."""
         return sum(vars(self).values())
 
 
@@ -123,7 +123,7 @@ def all_parameters(sizes: Sizes) -> Iterable[int]:
 
 
 def _elements_of_weights(sizes: Sizes, scheme: ZeroScheme) -> int:
-    """On the device between updates: padded at stages 1 and 2, a shard and small ones at 3."""
+    """Elements on the device between updates: padded at stages 1 and 2; a shard at 3."""
     if scheme.stage == 0:
         return sizes.parameters
     if scheme.stage < 3:
@@ -153,7 +153,7 @@ def _ema_buffers(sizes: Sizes) -> int:
 
 
 def _buffers(sizes: Sizes, scheme: ZeroScheme) -> int:
-    """Of the module; the floating ones have the weights' dtype."""
+    """Bytes of the module's buffers; floating buffers have the weights' dtype."""
     return scheme.weight_bytes * sizes.float_buffers + sizes.other_buffers
 
 

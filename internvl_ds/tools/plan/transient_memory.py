@@ -75,7 +75,7 @@ def _in_backward_of_shards(sizes: Sizes, scheme: ZeroScheme, step: Timeline) -> 
 
 
 def _reduces(step: Timeline, scheme: ZeroScheme) -> np.ndarray:
-    """Where a gradient is finished after which a bucket may be full."""
+    """The operations that complete a gradient with which a bucket may be full."""
     ends = np.diff(step.gradients, prepend=0) > 0
     return ends & (step.gradients >= scheme.weight_bytes * scheme.bucket)
 
@@ -136,7 +136,7 @@ def _owned_gradients(sizes: Sizes, scheme: ZeroScheme) -> int:
 
 
 def _copy_bytes(sizes: Sizes, scheme: ZeroScheme) -> int:
-    """The flat copy in which gradients are reduced; one that fits no bucket is there beside it."""
+    """Bytes of the flat copy in which gradients are reduced; an oversized one lies beside it."""
     if scheme.stage == 0:
         return scheme.weight_bytes * reduce_bucket_of(sizes.trained)
     alone = sizes.largest if sizes.largest > scheme.bucket else 0
@@ -144,7 +144,7 @@ def _copy_bytes(sizes: Sizes, scheme: ZeroScheme) -> int:
 
 
 def _at_peak(active: np.ndarray, gradients: np.ndarray, buffers: np.ndarray) -> Parts:
-    """The parts at the operation at which they are most together."""
+    """The parts at the operation with the largest sum."""
     at = int((active + gradients + buffers).argmax())
     return Parts(
         gradients=int(gradients[at]), buffers=int(buffers[at]), activations=int(active[at])

@@ -14,7 +14,7 @@ _BYTES = {'fp32': 4, 'float32': 4, 'fp16': 2, 'float16': 2, 'half': 2, 'bf16': 2
 
 @dataclass(frozen=True)
 class ZeroScheme:
-    """How DeepSpeed is to keep weights, gradients and optimizer state."""
+    """The placement of weights, gradients and optimizer state by DeepSpeed."""
 
     stage: int  # of ZeRO, 0 to 3
     ranks: int  # among which the states are divided
@@ -38,7 +38,7 @@ class ZeroScheme:
 
     @property
     def weight_bytes(self) -> int:
-        """Of an element of the weights that the module computes with."""
+        """Bytes of an element of the weights that the module computes with."""
         return 2 if self.precision in (ds.BF16, ds.FP16) else 4
 
     @property

@@ -41,7 +41,7 @@ class Candidate:
 
     @property
     def key(self) -> str:
-        """Equal for two that train with the same settings, however these were written."""
+        """A key that is equal for configurations of the same effective settings."""
         # A section that is only switched off means what its absence does.
         tree = {key: value for key, value in self.resolved.items() if value != {'enabled': False}}
         text = json.dumps(tree, sort_keys=True) + self.config.dump()
@@ -55,7 +55,7 @@ def name_of(labels: Labels) -> str:
 
 @dataclass(frozen=True)
 class Subject:
-    """The configuration to tune, as the user gave it."""
+    """The user's configuration, which is tuned."""
 
     # as for the training program, as `data_path` and `opts` are
     cfg: str
@@ -93,7 +93,7 @@ class Subject:
         return self._settle(SEARCH, name_of(labels), ds_config, opts, labels)
 
     def images(self) -> int:
-        """Of one rank in one update."""
+        """Images of one rank in one update."""
         micro, accumulation = self._batch_numbers()
         return micro * accumulation
 

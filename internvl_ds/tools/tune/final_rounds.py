@@ -1,4 +1,4 @@
-"""Who is measured again side by side, and who wins. Pure.
+"""Chooses the finalists, orders their rounds, and ranks them. Pure.
 
 The fastest of many noisy measurements is the luckiest one: only a second, fair comparison tells.
 """
@@ -18,7 +18,7 @@ MOST_FINALISTS = 2 + _SEARCHED
 
 @dataclass(frozen=True)
 class Standing:
-    """How a finalist did."""
+    """The result of a finalist."""
 
     key: str  # of its configuration
     # its images per second over the reference's, of each round; 0 where it failed
@@ -27,7 +27,7 @@ class Standing:
 
     @property
     def median(self) -> float:
-        """Of the ratios; 0 without any."""
+        """The median of the ratios; 0 without any."""
         return statistics.median(self.ratios) if self.ratios else 0.0
 
 

@@ -1,4 +1,4 @@
-"""Leaves out what needs more memory than there is, by the plan."""
+"""Drops configurations that by the plan need more memory than there is."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ class MemoryLimits:
 
     @classmethod
     def of(cls, bench: Mapping[str, Any]) -> MemoryLimits:
-        """By a trial's bench.json."""
+        """The limits in a trial's bench.json."""
         on_cpu = bench['device'] == 'cpu'
         baseline = bench['baseline_bytes'] if on_cpu else 0
         return cls(bench['device_bytes'], bench['host_bytes'], on_cpu, baseline)
 
     def lacks(self, need: Need) -> str:
-        """Why a need exceeds it, in one line; '' where it does not."""
+        """Why a need exceeds the limit, in one line; '' if it does not."""
         if self.on_cpu:
             total = need.device + need.host + self.baseline
             return _compare("a rank's", total, self.host)

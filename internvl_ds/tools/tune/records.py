@@ -71,10 +71,10 @@ def _row(tree: dict[str, Any]) -> Row:
 
 
 class Records:
-    """The rows of a directory's trials.jsonl, which stay the truth when all else is lost."""
+    """The rows of a directory's trials.jsonl, from which everything else is made."""
 
     def __init__(self, folder: Path) -> None:
-        """Reads what is there. A last line that a killed run left half-written is dropped.
+        """Reads the file; drops a half-written last line.
 
         Raises:
             ConfigError: for a line before it that is no row.

@@ -23,7 +23,7 @@ class Request:
     opts: Sequence[str] = ()
     ds_config: str | None = None  # that tuning starts from: a path or a shipped name; None for none
     space: Path | None = None  # a JSON file, or None for `default_space`
-    # how many configurations to run before the finals, the one given and those that ship among them
+    # configurations to run before the finals, the given one and the shipped ones included
     trials: int = 40
     # seconds for all trials of the directory together; none is begun that would not end in them, by
     # what trials have taken so far. Up to half of them are the finals'.

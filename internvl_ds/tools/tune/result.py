@@ -29,7 +29,7 @@ class Result:
     standings: Sequence[Standing]  # the finalists, best first
     reference: str  # key of the finalist that the others' ratios are against
     names: Mapping[str, str]  # key -> name of each configuration
-    shipped: Sequence[str]  # keys of those that ship
+    shipped: Sequence[str]  # keys of the shipped configurations
     rows: Sequence[Row]  # of all trials
 
 
@@ -55,7 +55,7 @@ def make_result(
     measured = {row.key: row for row in rows if row.kind != FINAL}
     names = {key: row.name for key, row in measured.items()}
     for key, name in shipped.items():
-        if names.get(key, name) != name:  # the configuration as given is one of those that ship
+        if names.get(key, name) != name:  # the given configuration is a shipped one
             names[key] = f'{name}, {names[key]}'
     words = ['--deepspeed_config', str(output / TUNED_FILE)]
     if user_opts or opts:

@@ -8,7 +8,7 @@ from typing import Any
 from internvl_ds.errors import InternvlDsError
 from internvl_ds.tools.tune.search_space import Labels, SearchSpace
 
-# The first proposals are drawn at random: the sampler has nothing to go by yet.
+# The first proposals are drawn at random: the sampler has no results yet.
 _RANDOM = 8
 
 

@@ -118,7 +118,7 @@ def classify(code: int | None, log: str, measured: bool) -> str:
 
 
 def error_line(log: str) -> str:
-    """The line of a log that says best why a job failed; its last one where none does. Pure."""
+    """The line of a log that best explains a failure, else its last line. Pure."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     last_words = [_LAST_WORDS.sub('', line) for line in lines if _LAST_WORDS.search(line)]
     memory = [line for line in reversed(lines) if _MEMORY_WORDS.search(line)]

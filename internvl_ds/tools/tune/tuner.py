@@ -216,7 +216,7 @@ class _Tuner:
         return statistics.median(row.seconds for row in self._records.rows if row.status == OK)
 
     def _trials(self) -> list[Row]:
-        """Those that count: neither refused nor left out, and not of the finals."""
+        """The trials that count: not refused, dropped, or of the finals."""
         return [row for row in self._records.of(BASE, SHIPPED, SEARCH) if row.started]
 
     def _finals(self, keys: Sequence[str]) -> list[Row]:
@@ -244,7 +244,7 @@ class _Tuner:
         return {candidate.key: candidate.name for candidate in self._subject.shipped}
 
     def _candidate(self, row: Row) -> Candidate:
-        """The configuration that a row is of."""
+        """The configuration of a row."""
         if row.labels:
             return self._subject.proposal(self._space, row.labels)
         every = [self._subject.base, *self._subject.shipped]

@@ -51,7 +51,7 @@ class Archive:
                 yield name[len(start) :]
 
     def choose(self, folder: str, names: Sequence[str]) -> Archive:
-        """Makes these entries the images 0, 1, ... and forgets the others; returns itself.
+        """Selects these entries as the images 0, 1, ...; returns itself.
 
         Raises:
             ConfigError: names an entry that is not there, or is of a kind or size not read.

@@ -1,4 +1,4 @@
-"""What DATA.*, AUG.* and TEST.* may say together, and what of the images is kept in memory."""
+"""Checks DATA.*, AUG.* and TEST.* against each other, and chooses the images kept in memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _LENGTHS = {'AUG.SCALE': 2, 'AUG.MEAN': 3, 'AUG.STD': 3, 'AUG.CUTMIX_MINMAX': 2}
 
 
 def check_data(config: CfgNode) -> None:
-    """Refuses values of DATA.*, AUG.* and TEST.* that mean nothing, or not together.
+    """Refuses invalid values of DATA.*, AUG.* and TEST.*, and invalid combinations.
 
     Raises:
         ConfigError: names the keys, both values, and what to set.
@@ -69,7 +69,7 @@ def reads_parts(config: CfgNode) -> bool:
 def keep_in_memory(
     config: CfgNode, source: Source, split: str, rank: int, world_size: int
 ) -> Source:
-    """Reads what this rank is to keep of a split: image i on rank i % world_size, or all.
+    """Reads the images that this rank keeps: image i on rank i % world_size, or all.
 
     Returns:
         The source to read from; the given one where nothing is kept.

@@ -1,6 +1,6 @@
 """ImageNet's variants: which logits they are measured against, and their labels.
 
-Nothing is listed here: WordNet ids and ReaL's labels are those that timm ships.
+Nothing is listed here: WordNet ids and ReaL's labels come with timm.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from internvl_ds.train.datasets.transforms import Transform
 
 
 class Images(Dataset):
-    """Yields (what the transform makes of an image, label).
+    """Yields (transformed image, label).
 
     Attributes:
         source: the encoded images.

@@ -31,7 +31,7 @@ def norm_of(kind: str, width: int) -> nn.Module:
 
 @dataclass(frozen=True)
 class BlockOptions:
-    """What all the blocks of a model have alike.
+    """The options that all blocks of a model share.
 
     Attributes:
         norm: 'rms' or 'ln'.

@@ -119,7 +119,7 @@ BUILDERS = {'intern_vit_6b': build_intern_vit, 'clip_vit': build_clip_vit}
 
 
 def warn_of_random_backbone(config: CfgNode, model: nn.Module, logger: logging.Logger) -> None:
-    """Says so where a frozen backbone has weights from nowhere, and would keep them."""
+    """Warns of a frozen backbone with random weights, which would stay random."""
     names = getattr(model, 'given_by_backbone', None)
     if names is None or names or not getattr(model, 'frozen', False):
         return
@@ -137,7 +137,7 @@ def _load(config: CfgNode, model: Probe, backbone: Backbone) -> None:
 
 
 def _checked(config: CfgNode, section: str, unused: Sequence[str]) -> CfgNode:
-    """The section of a model, whose counts mean something; says which general keys have no use."""
+    """Checks the counts of a model's section; logs the general keys without effect."""
     require_counts(config, (f'{section}.',))
     require_one_of('MODEL.DROP_PATH_TYPE', config.MODEL.DROP_PATH_TYPE, ('linear',))
     vit: CfgNode = config.MODEL[section.partition('.')[2]]

@@ -17,7 +17,7 @@ CLS_PATCH_CONCAT, ATTENTION_POOLING, CLIP_PROJECTOR = (
 
 
 class Probe(nn.Module):
-    """What the original's models have alike; a subclass makes its backbone, then calls `add_head`.
+    """The base of the original's models; a subclass makes its backbone, then calls `add_head`.
 
     ``train()`` puts all of it in training mode, as in the original: the head's batch norm learns
     its running statistics, and MODEL.DROP_PATH_RATE drops paths of a frozen backbone too.
@@ -73,12 +73,12 @@ class Probe(nn.Module):
         return logits
 
     def get_classifier(self) -> nn.ModuleList:
-        """All that stands on the backbone, the batch norm too, as timm names a classifier."""
+        """Everything above the backbone, the batch norm included, as timm's method of that name."""
         pooling = [self.attn_pooling] if self.cls_target == ATTENTION_POOLING else []
         return nn.ModuleList([*pooling, self.norm, self.head])
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Has the blocks run again in the backward pass instead of keeping what is in them."""
+        """Recomputes the blocks in the backward pass instead of keeping their activations."""
         self._recomputes = enable
 
     def through(self, blocks: Iterable[nn.Module], tokens: torch.Tensor) -> torch.Tensor:
