@@ -35,6 +35,7 @@ from internvl_ds.errors import ConfigError
 from internvl_ds.files import for_show, write_text
 from internvl_ds.zero.guards import require_bare, require_unsharded
 from internvl_ds.zero.module_state import (
+    keeping_buffers,
     require_dtypes,
     require_plain_state,
     require_real,
@@ -100,7 +101,7 @@ def initialize(
     limit_collectives(config)
     # Ranks may have read pretrained weights until now, which has a limit of its own.
     exchange('initialize', None, checkpoint_option(config, 'IO_TIMEOUT'))
-    with making_groups():
+    with making_groups(), keeping_buffers(model):
         engine, ds_optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, model_parameters=trained, config=resolved
         )

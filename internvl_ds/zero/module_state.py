@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
 from internvl_ds.errors import CheckpointError, ConfigError, few
@@ -47,6 +49,22 @@ def require_statistics(model: nn.Module) -> None:
             '(autocast), or MODEL.SYNC_BN True, whose batch norms can; or '
             "/data_types/buffer_dtype 'bf16' or 'fp16', which rounds the statistics too"
         )
+
+
+@contextmanager
+def keeping_buffers(model: nn.Module) -> Iterator[None]:
+    """Makes ``deepspeed.initialize`` in the block leave the module's buffers in their dtype.
+
+    DeepSpeed before 0.19 rounds them to half precision with the parameters.
+    """
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    yield
+    if not hasattr(DeepSpeedEngine, '_cast_module_mixed_precision'):
+        for prefix, module in model.named_modules(remove_duplicate=False):
+            for name, now in module._buffers.items():
+                made = buffers.get(f'{prefix}.{name}' if prefix else name)
+                if made is not None and now is not None and made.dtype != now.dtype:
+                    module._buffers[name] = made.to(now.device)
 
 
 def require_plain_state(model: nn.Module) -> None:

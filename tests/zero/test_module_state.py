@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 from torch.torch_version import TorchVersion
 
 from internvl_ds.errors import ConfigError
 from internvl_ds.zero.module_state import (
+    keeping_buffers,
     require_dtypes,
     require_plain_state,
     require_real,
@@ -73,6 +75,19 @@ def test_frozen_complex_parameters_at_stage_3_need_a_torch_that_gathers_them(
         return
     with pytest.raises(ConfigError, match=words):
         require_dtypes(model)
+
+
+def test_buffers_that_an_old_deepspeed_rounds_are_as_they_were(monkeypatch):
+    monkeypatch.delattr(DeepSpeedEngine, '_cast_module_mixed_precision')
+    norm = nn.BatchNorm1d(2)
+    norm.running_mean.fill_(1 / 3)
+    model = nn.ModuleDict({'a': norm, 'b': norm, 'c': nn.Linear(2, 2)})
+    with keeping_buffers(model):
+        model.half()
+        assert norm.running_mean.dtype == torch.float16
+    assert norm.running_mean.tolist() == torch.full((2,), 1 / 3).tolist()
+    assert norm.weight.dtype == model['c'].weight.dtype == torch.float16
+    assert norm.num_batches_tracked.dtype == torch.int64
 
 
 def test_shared_modules_and_all_kinds_of_buffers_are_plain():

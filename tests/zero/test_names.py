@@ -63,6 +63,7 @@ TABLE = [
     Names(ENGINE, ENGINE_CLASS, 'guards',
           '_backward_prologue _backward_prologue_per_tensor _running_engine_backward '
           '_manual_backward_expected', '0.18.9'),
+    Names(ENGINE, ENGINE_CLASS, 'module_state', '_cast_module_mixed_precision', '0.19.8'),
     Names(ENGINE, '', 'guards', '_ENGINE_BACKWARD_GRAPH_TRACKER', '0.19.8'),
     Names(ENGINE, ENGINE_CLASS, 'deepspeed_optimizer', '_get_zero_param_shapes', '0.18.9'),
     Names(ENGINE, ENGINE_CLASS, 'stage_0', 'torch_autocast_z0_gradscaler', '0.18.9'),
