@@ -22,7 +22,8 @@ from internvl_ds.dist.heartbeat import Liveness, Offer, listen
 from internvl_ds.dist.peers import Peers, thread_peers
 from internvl_ds.dist.peers import rank as rank
 from internvl_ds.dist.peers import world_size as world_size
-from internvl_ds.dist.store_client import StoreClient
+from internvl_ds.dist.store_client import StoreClient, first_line
+from internvl_ds.dist.stranded import is_of_collective
 from internvl_ds.errors import InternvlDsError, RankError
 
 T = TypeVar('T')
@@ -256,7 +257,8 @@ def agree(
     Args:
         what: the name of the meeting, the same on all ranks.
         action: this rank's part; it may raise.
-        timeout: seconds to wait for the others.
+        timeout: seconds to wait for the others. Where a collective in the action fails, they count
+            from the beginning of the action: it has waited for a rank already.
         error_type: what the ranks raise whose own part went well.
 
     Returns:
@@ -266,11 +268,19 @@ def agree(
         Exception: this rank's own, as it was; or ``error_type``, naming the ranks that failed and
             why; or RankError when a rank does not come.
     """
+    start = time.monotonic()
     result, failure = _attempt(action)
-    report = None if failure is None else f'{type(failure).__name__}: {failure}'
-    reports = exchange(what, report, timeout)
     if failure is not None:
+        report = f'{type(failure).__name__}: {failure}'
+        if is_of_collective(failure):  # on all ranks, one a little after the other
+            rest = timeout - (time.monotonic() - start)
+            timeout = max(rest, current_group().limit('SILENT_AFTER') / 4)
+        try:
+            exchange(what, report, timeout)
+        except RankError as error:
+            raise RankError(f'{error} Its own part failed: {first_line(failure)}') from failure
         raise failure
+    reports = exchange(what, None, timeout)
     if texts := [f'rank {r}: {text}' for r, text in enumerate(reports) if text is not None]:
         raise error_type(f'{what}: {"; ".join(texts)}')
     return result  # type: ignore[return-value]

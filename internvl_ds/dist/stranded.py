@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import linecache
 import os
+import re
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from types import FrameType
 
@@ -25,6 +27,8 @@ _LOOK = 0.5
 _COLLECTIVES = tuple(
     os.path.join(*parts, '') for parts in (('torch', 'distributed'), ('deepspeed', 'comm'))
 )
+# Through which DeepSpeed calls the handles of collectives that it waits for.
+_WRAPPER = os.path.join('deepspeed', 'utils', 'nvtx')
 
 
 def end_if_stranded(end: Callable[[], None]) -> None:
@@ -50,7 +54,8 @@ def end_if_stranded(end: Callable[[], None]) -> None:
             place = None if frame is None else (id(frame), frame.f_lasti)
             if place != seen:
                 seen, since = place, now
-            if frame and heartbeat.lost(limit) and now - since >= limit and _is_collective(frame):
+            stood = now - since >= limit and heartbeat.lost(limit)
+            if frame and stood and _stands_in_collective(frame):
                 _say_and_end(f'waited {limit:g} s in {_shown(frame)}', end)
             del frame  # it holds what its locals hold
             time.sleep(_LOOK)
@@ -74,12 +79,28 @@ def _say_and_end(reason: str, end: Callable[[], None]) -> None:
     end()
 
 
-def _is_collective(frame: FrameType) -> bool:
+def is_of_collective(error: BaseException) -> bool:
+    """Whether a collective raised an error, or the error that it was made of."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if any(_is_collective(*place) for place in traceback.walk_tb(cause.__traceback__)):
+            return True
+        cause = cause.__cause__
+    return False
+
+
+def _stands_in_collective(frame: FrameType) -> bool:
     """Whether a thread with this innermost frame may be waiting for other ranks."""
+    while _WRAPPER in frame.f_code.co_filename and frame.f_back:
+        frame = frame.f_back
+    return _is_collective(frame, frame.f_lineno)
+
+
+def _is_collective(frame: FrameType, line: int) -> bool:
     if any(folder in frame.f_code.co_filename for folder in _COLLECTIVES):
         return True
     # of a collective that was started before
-    return '.wait(' in linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+    return re.search(r'\.wait\b', linecache.getline(frame.f_code.co_filename, line)) is not None
 
 
 def _shown(frame: FrameType) -> str:

@@ -31,7 +31,9 @@ def origins_in(
     inner = {name: value for name, value in source.items() if isinstance(value, Mapping)}
     places = {id(v): (*front, n, k) for n, part in inner.items() for k, v in part.items()}
     places |= {id(value): (*front, name) for name, value in source.items()}
-    dtypes = {n: str(t.dtype).removeprefix('torch.') for n, t in model.state_dict().items()}
+    # A detached parameter would be gathered, in a model that is being built in slices.
+    kept = model.state_dict(keep_vars=True)
+    dtypes = {name: str(tensor.dtype).removeprefix('torch.') for name, tensor in kept.items()}
     where = os.path.abspath(path)
     return {
         key: Origin(where, place, (dtypes[key],)) if (place := places.get(id(value))) else None

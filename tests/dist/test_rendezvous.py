@@ -83,17 +83,30 @@ def test_who_dies_having_come_is_not_waited_for(tmp_path):
 
 
 @pytest.mark.ranks
-def test_a_collective_with_a_dead_rank_ends_where_gloo_does_not_notice(tmp_path):
+def test_a_collective_that_failed_in_a_meeting_counts_as_its_wait(tmp_path):
+    run_ranks(
+        waiting.a_collective_in_a_meeting, 2, tmp_path, 60, expect_failure=True, grace=0,
+        folder=tmp_path,
+    )  # fmt: skip
+    (path,) = tmp_path.glob('ranks-*/result_0.json')
+    seconds, message = json.loads(path.read_text())
+    assert 5 <= seconds < 9, seconds  # not 5 in each
+    assert re.match(r'RankError: x: rank 0 waited 1 s and rank 1 .* Its own part failed: ', message)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize('waits', ['at once', 'later'])
+def test_a_collective_with_a_dead_rank_ends_where_gloo_does_not_notice(tmp_path, waits):
     start = time.monotonic()
     texts = run_ranks(
         waiting.a_rank_dies_whose_child_lives, 2, tmp_path, expect_failure=True, grace=40,
-        folder=tmp_path,
+        folder=tmp_path, waits=waits,
     )  # fmt: skip
     assert time.monotonic() - start < 50  # the child lives for 60 s
     line = texts[0].splitlines()[-1]
     assert re.search(
         r'rank 0 on \S+ ends the job: rank 1 on \S+ \(pid \d+\) is dead .*; RankError: waited 4 s '
-        r'in all_reduce \(.*waiting.py:\d+\) for a rank that is dead$',
+        r'in (all_reduce|wrapped_fn) \(.*\.py:\d+\) for a rank that is dead$',
         line,
     ), texts[0]
     assert list(tmp_path.glob('ranks-*/result_0.json'))  # exit functions have run

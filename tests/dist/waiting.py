@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.utils.nvtx import instrument_w_nvtx
 from torch import nn
 
 from internvl_ds import load_pretrained
@@ -276,8 +277,13 @@ def a_rank_dies_as_it_comes(folder: str) -> None:
     os._exit(0)
 
 
-def a_rank_dies_whose_child_lives(folder: str) -> None:
-    """Rank 1 is killed; its child keeps its connections open, as a loader's worker does."""
+def a_rank_dies_whose_child_lives(folder: str, waits: str) -> None:
+    """Rank 1 is killed; its child keeps its connections open, as a loader's worker does.
+
+    Args:
+        folder: where exit functions leave a file.
+        waits: 'at once', or 'later' as DeepSpeed waits for what it gathers at stage 3.
+    """
     init_distributed(make_config('', COMM__DEAD_AFTER=4))
     x = torch.ones(1)
     torch.distributed.all_reduce(x)
@@ -287,7 +293,20 @@ def a_rank_dies_whose_child_lives(folder: str) -> None:
             os._exit(0)
         os.kill(os.getpid(), signal.SIGKILL)
     atexit.register(leave_result, folder, time.monotonic())
-    torch.distributed.all_reduce(x)
+    if waits == 'at once':
+        torch.distributed.all_reduce(x)
+    handle = torch.distributed.all_reduce(x, async_op=True)
+    instrument_w_nvtx(handle.wait)()
+
+
+def a_collective_in_a_meeting(folder: str) -> None:
+    """Rank 1 stands still; rank 0 misses it in a collective, then in the meeting that it is in."""
+    limit_collectives(make_config('', COMM__TIMEOUT=5))
+    x = torch.ones(1)
+    if rank() == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    leave_result(folder, timed(lambda: agree('x', lambda: torch.distributed.all_reduce(x), 5)))
+    os._exit(1)  # the other one would never end
 
 
 def a_rank_leaves_early() -> float:

@@ -15,8 +15,10 @@ from torch import nn
 from internvl_ds import load_pretrained
 from internvl_ds.dist.rendezvous import rank
 from internvl_ds.train.model import build_model
+from internvl_ds.zero import sharded_build
 from internvl_ds.zero.parameters import is_sharded, local_values
 from internvl_ds.zero.sharded_build import ShardedBuild
+from internvl_ds.zero.wrapper import replaced
 from tests.bench.memory import peak_growth
 from tests.harness.calls import message_of
 from tests.harness.model import make_config
@@ -83,9 +85,14 @@ def _compare(name: str) -> dict[str, Any]:
     torch.manual_seed(3)
     whole, state = build(name), torch.get_rng_state()
     torch.manual_seed(3)
-    with ShardedBuild(STAGE_3, 0) as sharded:
+    gather, gathers = sharded_build._gather, []
+    counted = replaced(
+        sharded_build, '_gather', lambda p, flat: [gathers.append(p), gather(p, flat)]
+    )
+    with counted, ShardedBuild(STAGE_3, 0) as sharded:
         sliced = build(name)
     found = {
+        'gathers': len(gathers),
         'finished': sharded.finish(sliced),
         'generator': torch.equal(torch.get_rng_state(), state),
     }

@@ -27,6 +27,7 @@ def test_the_numbers_are_those_of_a_whole_build(tmp_path):
             assert got['wrong'] == [], name
             assert got['generator'], name
             assert got['kept'] < 0.51 * got['all'], name
+        assert result[str(backbone)]['gathers'] == 0
 
 
 @pytest.mark.ranks
