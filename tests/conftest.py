@@ -1,14 +1,12 @@
 """The order of the test files, and an end that leaves no shared memory of killed ranks behind."""
 
-import contextlib
 import os
 import signal
-import time
-from pathlib import Path
 
 import pytest
 
 from tests.harness.counts import trials
+from tests.harness.shared_memory import remove_unused, shared_files
 
 # Whoever starts the tests in the background, or with nohup, has these ignored, and so would ranks.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -28,9 +26,6 @@ _FIRST = (
     'test_launch_jobs.py', 'test_kills.py', 'test_sequences.py', 'test_interrupts.py',
     'tools/cli/test_tune.py', 'test_hostile_files.py',
 )  # fmt: skip
-
-# What MPICH, Open MPI and DeepSpeed leave in /dev/shm when a rank is killed.
-_SHARED = ('mpich_shm_*', 'sm_segment.*', 'deepspeed_allreduce_buffer_*')
 
 
 def pytest_report_header():
@@ -60,32 +55,11 @@ def _is_quick(item):
 def pytest_sessionstart(session):
     """Notes what is in /dev/shm, in the process that ends last."""
     if not hasattr(session.config, 'workerinput'):
-        session.config.shared_before = _shared_files()
+        session.config.shared_before = shared_files()
 
 
 def pytest_sessionfinish(session):
     """Removes what the session's ranks left there and no process uses any more."""
     before = getattr(session.config, 'shared_before', None)
-    if before is None:
-        return
-    used, now = _mapped(), time.time()
-    for path in _shared_files() - before:
-        with contextlib.suppress(FileNotFoundError):
-            # A younger one may be of another session's rank, which is about to map it.
-            if str(path) not in used and now - path.stat().st_mtime > 5:
-                path.unlink()
-
-
-def _shared_files():
-    return {path for pattern in _SHARED for path in Path('/dev/shm').glob(pattern)}
-
-
-def _mapped():
-    """All that processes here have mapped, as one text."""
-    texts = []
-    for maps in Path('/proc').glob('[0-9]*/maps'):
-        try:
-            texts.append(maps.read_text(errors='replace'))
-        except OSError:  # it has ended, or is another user's
-            continue
-    return '\n'.join(texts)
+    if before is not None:
+        remove_unused(before)

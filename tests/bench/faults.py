@@ -35,6 +35,7 @@ from tests.harness.ranks import (
     remove_shm_buffers,
     wait_for_words,
 )
+from tests.harness.shared_memory import remove_unused, shared_files
 from tests.harness.starts import start_command
 from tests.harness.training import small_config, write_folder
 
@@ -337,6 +338,7 @@ def main() -> None:
     parser.add_argument('--places', default='', help='of those without a launcher: a pattern')
     parser.add_argument('--quick', action='store_true', help='at places: what CI tries')
     args = parser.parse_args()
+    before = shared_files()
     with tempfile.TemporaryDirectory(prefix='faults-') as name:
         folder = Path(name)
         shared, found = places.prepare(folder / 'places')
@@ -353,6 +355,7 @@ def main() -> None:
         at_places = QUICK if args.quick else AT_PLACES
         asked = [cell for cell in CELLS if cell[0] in args.only]
         cells = measure_all(folder, asked, at_places if args.only else ())
+    remove_unused(before, young=0)
     outputs = {f'{cell.launcher}-{cell.fault}': cell.output for cell in cells}
     outputs |= {
         f'{e.trial.fault} {e.trial.victim} at {e.trial.place.name}': e.output for e in ended

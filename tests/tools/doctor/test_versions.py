@@ -15,9 +15,9 @@ from internvl_ds.tools.doctor.versions import installed, pair, probe, unmet
 @pytest.fixture
 def old_torch(tmp_path, monkeypatch):
     """A torch of another version that comes first, as metadata goes."""
-    home = tmp_path / 'torch-2.9.0.dist-info'
+    home = tmp_path / 'torch-2.8.0.dist-info'
     home.mkdir()
-    (home / 'METADATA').write_text('Metadata-Version: 2.1\nName: torch\nVersion: 2.9.0\n')
+    (home / 'METADATA').write_text('Metadata-Version: 2.1\nName: torch\nVersion: 2.8.0\n')
     monkeypatch.syspath_prepend(str(tmp_path))
 
 
@@ -46,9 +46,9 @@ def test_another_python_on_path_is_a_note(tmp_path, monkeypatch):
 def test_a_torch_outside_the_ranges_bites(old_torch):
     found = by_topic(probe())
     assert found['version ranges'].verdict == ERROR
-    assert 'torch 2.9.0 (needs <2.16,>=2.14)' in found['version ranges'].found
+    assert 'torch 2.8.0 (needs <2.16,>=2.9)' in found['version ranges'].found
     assert found['torch pair'].verdict == ERROR
-    assert 'not 2.9.0' in found['torch pair'].found
+    assert 'not 2.8.0' in found['torch pair'].found
 
 
 def test_unmet_skips_extras_and_names_what_is_not_there():
