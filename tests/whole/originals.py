@@ -102,6 +102,11 @@ def _opts(values: dict[str, Any]) -> list[str]:
     return [text for key, value in values.items() for text in (key, str(value))]
 
 
+def family_of(name: str) -> str:
+    """The file that trains what a file evaluates; its own name where it trains."""
+    return re.sub(r'(_test)?_imagenet.*', '', name)
+
+
 def start_all(folder: str, names: list[str], stage: int) -> dict[str, str]:
     """On ranks, in the original's folder: trains, or evaluates; what each run ended with."""
     os.chdir(folder)
@@ -110,7 +115,7 @@ def start_all(folder: str, names: list[str], stage: int) -> dict[str, str]:
 
 def _start(name: str, stage: int) -> str:
     """A variant evaluates what its family's file has trained; the README's own a head's file."""
-    family = re.sub(r'(_test)?_imagenet.*', '', name)
+    family = family_of(name)
     output, values = Path(f'work_dirs/{stage}'), dict(SETTINGS)
     args = Namespace(cfg=f'configs/{name}.yaml', output=str(output), opts=_opts(values))
     if family != name:
