@@ -27,6 +27,7 @@ _LOOK = 0.5
 _COLLECTIVES = tuple(
     os.path.join(*parts, '') for parts in (('torch', 'distributed'), ('deepspeed', 'comm'))
 )
+_LIBRARIES = re.compile(r'\b(torch|deepspeed)\b')
 # Through which DeepSpeed calls the handles of collectives that it waits for.
 _WRAPPER = os.path.join('deepspeed', 'utils', 'nvtx')
 
@@ -83,8 +84,9 @@ def is_of_collective(error: BaseException) -> bool:
     """Whether a collective raised an error, or the error that it was made of."""
     cause: BaseException | None = error
     while cause is not None:
-        if any(_is_collective(*place) for place in traceback.walk_tb(cause.__traceback__)):
-            return True
+        for frame, line in traceback.walk_tb(cause.__traceback__):
+            if _is_collective(frame, line) and _LIBRARIES.search(frame.f_code.co_filename):
+                return True
         cause = cause.__cause__
     return False
 
