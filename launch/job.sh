@@ -2,11 +2,10 @@
 # shellcheck shell=bash
 
 # Variables that reach the ranks on other hosts, where they are set here.
-readonly FORWARDED=(
-  PATH PYTHONPATH LD_LIBRARY_PATH VIRTUAL_ENV TMPDIR OMP_NUM_THREADS MASTER_ADDR MASTER_PORT
-  TORCH_EXTENSIONS_DIR CUDA_VISIBLE_DEVICES DS_ACCELERATOR GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME
-  NCCL_DEBUG NCCL_IB_DISABLE NCCL_IB_HCA HF_HOME INTERNVL_DS_RESULT
-)
+readonly FORWARDED='PATH|PYTHONPATH|LD_LIBRARY_PATH|VIRTUAL_ENV|TMPDIR|MASTER_ADDR|MASTER_PORT|'\
+'TORCH_EXTENSIONS_DIR|DS_ACCELERATOR|(NCCL|GLOO|TORCH_NCCL|CUDA|OMP|HF|TRITON|INTERNVL_DS)_.*'
+# Their values would be seen in the list of processes, or are of the job script alone.
+readonly KEPT_HERE='.*(TOKEN|SECRET|PASSWORD).*|INTERNVL_DS_(VENV|PYTHON|GRACE)'
 
 die() {
   printf '%s: error: %s\n' "$(basename -- "$0")" "$1" >&2
@@ -21,7 +20,7 @@ usage() {
 
 set_variables() {
   local name
-  for name in "${FORWARDED[@]}"; do
+  compgen -e | grep -xE "$FORWARDED" | grep -vxE "$KEPT_HERE" | while read -r name; do
     [[ -z ${!name-} ]] || printf '%s\n' "$name"
   done
 }

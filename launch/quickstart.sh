@@ -79,7 +79,7 @@ wrong_option() {
 }
 
 free_port() {
-  python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
+  python -c 'from internvl_ds.dist.network import free_port; print(free_port())'
 }
 
 # Without these a CPU takes several times as long in bf16 as in fp32.

@@ -37,7 +37,7 @@ command=(deepspeed)
 [[ -z $hostfile ]] || command+=(--hostfile "$hostfile" --force_multi)
 [[ -z $ranks ]] || command+=(--num_gpus "$ranks")
 if [[ -z $port && -z $hostfile ]]; then
-  port=$("${PYTHON:-python}" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+  port=$("${PYTHON:-python}" -c 'from internvl_ds.dist.network import free_port; print(free_port())')
 fi
 [[ -z $port ]] || command+=(--master_port "$port")
 command+=(--no_local_rank --module internvl_ds.train)

@@ -29,6 +29,7 @@ from yacs.config import CfgNode
 from internvl_ds.config.counts import require_counts
 from internvl_ds.config.tree import default_config, default_of, get_option
 from internvl_ds.dist import launchers, mpi
+from internvl_ds.dist.device import take_device
 from internvl_ds.dist.excepthook import speak_on_exceptions
 from internvl_ds.dist.group import current_group, drop_group
 from internvl_ds.dist.network import free_port, interface_towards, why_not_reached
@@ -65,7 +66,8 @@ def init_distributed(
     Raises:
         RankError: when mpi4py is of another MPI than the launcher, when rank 0 cannot be reached,
             or when ranks have not come after COMM.INIT_TIMEOUT seconds; they are named.
-        ConfigError: for incomplete variables of a launcher, or another than the flag names.
+        ConfigError: for incomplete variables of a launcher, another than the flag names, or fewer
+            devices than ranks on a host.
     """
     group = current_group()
     section: dict[str, Any] = {}
@@ -95,9 +97,10 @@ def init_distributed(
         master = master or ('127.0.0.1', free_port())
     if master is not None:
         _set_master(*master, settings['INTERFACE'])
-    os.environ.update(
-        RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), LOCAL_RANK=str(own_rank)
-    )
+    device = str(take_device(own_rank))  # which DeepSpeed calls the local rank
+    for name in ('LOCAL_RANK', *({'OMPI_COMM_WORLD_LOCAL_RANK'} & set(os.environ))):
+        os.environ[name] = device
+    os.environ.update(RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size))
     _join(launch, settings['INIT_TIMEOUT'])
     patience = mpi.PATIENCE if launch.by == launchers.OPEN_MPI else 0.0
     speak_on_exceptions(launch.rank, end_job, patience, joined=True)
@@ -114,10 +117,10 @@ def init_distributed(
 def _set_master(address: str, port: int, interface: str) -> None:
     os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
     # gloo takes what the host's name resolves to, on many systems a loopback address
-    interface = interface or interface_towards(address) or ''
-    for variable in ('GLOO_SOCKET_IFNAME', 'NCCL_SOCKET_IFNAME'):
-        if interface:
-            os.environ.setdefault(variable, interface)
+    if route := interface or interface_towards(address):
+        os.environ.setdefault('GLOO_SOCKET_IFNAME', route)
+    if interface:  # NCCL finds its own: the fastest, and all of several
+        os.environ.setdefault('NCCL_SOCKET_IFNAME', interface)
 
 
 def _join(launch: launchers.Launch, limit: float) -> None:

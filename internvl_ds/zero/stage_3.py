@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus, get_allgather_dtype
 
 from internvl_ds.dist.rendezvous import rank, world_size
@@ -36,6 +37,8 @@ class Stage3Module(Wrapper):
 
     def gather_persistent(self) -> None:
         """See `Wrapper`. In one collective where that is exact."""
+        # The next forward pass gathers on a stream of its own, which waits for nobody's writes.
+        get_accelerator().synchronize()
         persistent = self._offload.persistent_parameters
         freed = [p for p in persistent if p.ds_status is ZeroParamStatus.NOT_AVAILABLE]
         if freed and all(_is_sent_as_it_is(p) for p in freed):
