@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import tempfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -261,11 +262,15 @@ def _inference_engine(
 
 
 def _share_cores(config: CfgNode) -> None:
-    """Divides a host's cores between its ranks, which would otherwise each take all of them."""
-    hosts = exchange('hosts', socket.gethostname(), config.CHECKPOINT.RENDEZVOUS_TIMEOUT)
-    if 'OMP_NUM_THREADS' not in os.environ and not torch.cuda.is_available():
-        cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(max(1, cores // hosts.count(socket.gethostname())))
+    """Divides cores between the ranks that share them, which would each take all of them.
+
+    Ranks that their launcher has bound to cores of their own keep these.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    own = [socket.gethostname(), zlib.crc32(repr(cores).encode())]
+    sharing = exchange('hosts', own, config.CHECKPOINT.RENDEZVOUS_TIMEOUT).count(own)
+    if 'OMP_NUM_THREADS' not in os.environ:
+        torch.set_num_threads(max(1, len(cores) // sharing))
 
 
 def enter_output(config: CfgNode) -> None:
