@@ -138,6 +138,9 @@ _C.TRAIN.TRACEBACK = False
 # (new) The backend of torch.compile for the forward and backward pass: 'inductor', or another that
 # torch knows; '': none.
 _C.TRAIN.COMPILE = ''
+# (new) Take algorithms that give the same bits each time, also in the backward passes of attention
+# and convolutions on a GPU, which are slower; an operation that has none is an error that names it.
+_C.TRAIN.DETERMINISTIC = False
 
 _C.TRAIN.LR_SCHEDULER = CN()
 _C.TRAIN.LR_SCHEDULER.NAME = 'cosine'  # cosine, linear, step

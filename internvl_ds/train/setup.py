@@ -33,7 +33,7 @@ from internvl_ds.config.tree import set_options
 from internvl_ds.dist.preemption import Preemption
 from internvl_ds.dist.rendezvous import exchange, from_rank_0, rank, world_size
 from internvl_ds.engine.ema import ShardedEma
-from internvl_ds.engine.epochs import seed_everything
+from internvl_ds.engine.epochs import make_deterministic, seed_everything
 from internvl_ds.engine.grad_scaler import NativeScalerWithGradNormCount
 from internvl_ds.engine.initialize import initialize
 from internvl_ds.errors import ConfigError, few
@@ -127,6 +127,8 @@ def setup(config: CfgNode, ds_config: DsConfig, logger: logging.Logger) -> Run:
     refuse(errors_of(resolution.findings))  # initialize logs the warnings
     ds.adopt(config, resolution.tree)
     _share_cores(config)
+    if config.TRAIN.DETERMINISTIC:
+        make_deterministic()
     loaders = build_loaders(config, rank(), world_size())
     if config.DATA.IMG_ON_MEMORY or config.DATA.ZIP_MODE:  # one host may take longer
         exchange('images in memory', None, config.CHECKPOINT.IO_TIMEOUT)

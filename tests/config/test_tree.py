@@ -271,6 +271,7 @@ def test_keys_that_the_original_lacks_are_these():
         'TRAIN.SAVE_MINUTES',
         'MODEL.SYNC_BN',
         'TRAIN.COMPILE',
+        'TRAIN.DETERMINISTIC',
         'TRAIN.OPTIMIZER.ADAM',
         'TRAIN.SHARDED_BUILD',
         'TRAIN.SAVE_ON_OVERFLOW',

@@ -1,5 +1,6 @@
 """The beginning of an epoch: what workers and the process draw in it, whatever came before."""
 
+import os
 import random
 
 import numpy as np
@@ -9,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from internvl_ds import start_epoch
+from internvl_ds.engine.epochs import make_deterministic
 from tests.harness.model import make_config
 
 
@@ -92,3 +94,16 @@ def test_epochs_and_seeds_differ():
     assert loop.epoch(0, ours) != other.epoch(0, ours)
     loop.loader.generator = torch.Generator()
     assert loop.epoch(0, ours) == loop.epoch(0, ours)
+
+
+def test_an_operation_without_a_deterministic_algorithm_is_named(monkeypatch):
+    monkeypatch.delenv('CUBLAS_WORKSPACE_CONFIG', raising=False)
+    torch.zeros(2).put_(torch.tensor([0, 0]), torch.ones(2))
+    try:
+        make_deterministic()
+        with pytest.raises(RuntimeError, match='put_'):
+            torch.zeros(2).put_(torch.tensor([0, 0]), torch.ones(2))
+        assert os.environ['CUBLAS_WORKSPACE_CONFIG'] == ':4096:8'
+    finally:
+        torch.use_deterministic_algorithms(False)
+        os.environ.pop('CUBLAS_WORKSPACE_CONFIG', None)
