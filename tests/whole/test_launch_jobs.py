@@ -1,5 +1,6 @@
 """The train_*.sh scripts: the commands that they make, and real jobs that end well and badly."""
 
+import itertools
 import os
 import shutil
 import signal
@@ -102,6 +103,20 @@ def test_the_dialect_of_mpich_and_intel(tmp_path, version):
     assert words[:7] == ['mpirun', '-n', '4', '-f', str(hosts), '-ppn', '2']
     assert words[7] == '-genvlist'
     assert 'PATH' in words[8].replace('\\', '').split(',')
+
+
+@MPI
+def test_variables_are_forwarded_by_prefix_and_secrets_are_not():
+    env = {
+        'NCCL_ALGO': 'Ring', 'TORCH_NCCL_BLOCKING_WAIT': '1', 'GLOO_SOCKET_IFNAME': 'lo',
+        'CUDA_DEVICE_ORDER': 'PCI_BUS_ID', 'TRITON_CACHE_DIR': '/t', 'HF_HOME': '/h',
+        'HF_TOKEN': 'secret', 'INTERNVL_DS_VENV': '/v', 'EDITOR': 'vi', 'NCCL_EMPTY': '',
+    }  # fmt: skip
+    words = dry('train_mpi.sh', '-n', '2', **env)
+    names = {name for option, name in itertools.pairwise(words) if option == '-x'}
+    left = {'HF_TOKEN', 'INTERNVL_DS_VENV', 'EDITOR', 'NCCL_EMPTY'}
+    assert not names & left, names
+    assert names >= env.keys() - left
 
 
 def test_the_deepspeed_launcher_gets_a_free_port(tmp_path):
