@@ -45,10 +45,11 @@ command+=(--no_local_rank --module internvl_ds.train)
 if [[ -n $hostfile && ${DRY_RUN:-0} != 1 ]]; then
   # A connection that is cut counts as broken after 15 s, not never.
   export PDSH_SSH_ARGS_APPEND="-oServerAliveInterval=5 -oServerAliveCountMax=3 ${PDSH_SSH_ARGS_APPEND-}"
-  # The launcher forwards few variables by itself; others go through this file.
+  # The launcher forwards few variables by itself; others go through this file, as they stand in it
+  # into the command of a shell.
   [[ ! -e .deepspeed_env ]] || die "$PWD/.deepspeed_env exists; add to it, or start elsewhere"
   trap 'rm -f .deepspeed_env' EXIT
   mapfile -t variables < <(set_variables)
-  for name in "${variables[@]}"; do printf '%s=%s\n' "$name" "${!name}"; done >.deepspeed_env
+  for name in "${variables[@]}"; do printf '%s=%q\n' "$name" "${!name}"; done >.deepspeed_env
 fi
 run_job "${command[@]}" "$@"

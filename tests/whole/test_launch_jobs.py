@@ -119,6 +119,23 @@ def test_variables_are_forwarded_by_prefix_and_secrets_are_not():
     assert names >= env.keys() - left
 
 
+def test_values_reach_the_other_hosts_as_they_are(tmp_path):
+    value = "{0},{1}; echo $HOME 'x'"
+    stub = tmp_path / 'deepspeed'  # as pdsh's runner, which writes: export NAME=VALUE;
+    stub.write_text(
+        "#!/bin/bash\ncommand=$(sed 's/^/export /; s/$/;/' .deepspeed_env)\n"
+        'env -i bash -c "$command printf %s \\"\\$OMP_PLACES\\""\n'
+    )
+    stub.chmod(0o755)
+    (tmp_path / 'hosts').write_text('a slots=2\n')
+    command = ['bash', str(ROOT / 'launch' / 'train_deepspeed.sh'), '--hostfile', 'hosts', '--']
+    env = base_env(OMP_PLACES=value)
+    env['PATH'] = f'{tmp_path}:{env["PATH"]}'
+    job = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert job.stdout == value, job.stderr
+    assert not (tmp_path / '.deepspeed_env').exists()
+
+
 def test_the_deepspeed_launcher_gets_a_free_port(tmp_path):
     words = dry('train_deepspeed.sh', '-n', '2')
     assert words[:3] == ['deepspeed', '--num_gpus', '2']
