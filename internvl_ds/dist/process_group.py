@@ -98,9 +98,9 @@ def init_distributed(
     if master is not None:
         _set_master(*master, settings['INTERFACE'])
     device = str(take_device(own_rank))  # which DeepSpeed calls the local rank
-    for name in ('LOCAL_RANK', *({'OMPI_COMM_WORLD_LOCAL_RANK'} & set(os.environ))):
-        os.environ[name] = device
-    os.environ.update(RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size))
+    os.environ.update(RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), LOCAL_RANK=device)
+    if 'OMPI_COMM_WORLD_LOCAL_RANK' in os.environ:  # which DeepSpeed compares with it
+        os.environ['OMPI_COMM_WORLD_LOCAL_RANK'] = device
     _join(launch, settings['INIT_TIMEOUT'])
     patience = mpi.PATIENCE if launch.by == launchers.OPEN_MPI else 0.0
     speak_on_exceptions(launch.rank, end_job, patience, joined=True)
