@@ -22,6 +22,6 @@ wait "$compiler" || say "DeepSpeed's optimizers cannot be compiled: see $VENV/in
 (($#)) || set -- -m '' -n 2 --dist loadfile --no-loadscope-reorder --durations 25 tests
 if [[ ${1-} == --soak ]]; then
   export INTERNVL_DS_SOAK=1
-  set -- -m soak "${@:2}"
+  set -- -m 'soak or soak_only' "${@:2}"
 fi
 say "pytest $*" && exec python -m pytest "$@"

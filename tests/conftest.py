@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from tests.harness.counts import trials
+from tests.harness.counts import SOAK, trials
 from tests.harness.shared_memory import remove_unused, shared_files
 
 # Whoever starts the tests in the background, or with nohup, has these ignored, and so would ranks.
@@ -14,7 +14,7 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Of test_sequences.py, here so that every run says them: another seed draws other sequences.
 _SEQUENCES = {
-    'INTERNVL_DS_SEQUENCES': str(trials('INTERNVL_DS_SEQUENCES', 200, soak=2000)),
+    'INTERNVL_DS_SEQUENCES': str(trials('INTERNVL_DS_SEQUENCES', 120, soak=2000)),
     'INTERNVL_DS_SEQUENCE_SEED': '20261128',
 }
 for _name, _default in _SEQUENCES.items():
@@ -40,6 +40,10 @@ def pytest_collection_modifyitems(config, items):
         left = [item for item in items if not _is_quick(item)]
         config.hook.pytest_deselected(items=left)
         items[:] = [item for item in items if _is_quick(item)]
+    if not SOAK:
+        rare = [item for item in items if item.get_closest_marker('soak_only')]
+        config.hook.pytest_deselected(items=rare)
+        items[:] = [item for item in items if not item.get_closest_marker('soak_only')]
     items.sort(key=lambda item: _place(str(item.path)))
 
 

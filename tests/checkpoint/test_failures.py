@@ -16,6 +16,7 @@ from tests.checkpoint import failing
 from tests.checkpoint.failing import start_program
 from tests.dist import waiting
 from tests.harness import beds
+from tests.harness.counts import SOAK
 from tests.harness.ranks import run_ranks
 
 
@@ -132,10 +133,12 @@ def test_where_latest_cannot_be_written_the_tag_is_not_published(tmp_path):
 
 @pytest.mark.ranks
 @pytest.mark.slow
+@pytest.mark.soak
 def test_a_disk_may_be_slower_than_a_collective(tmp_path):
-    for result in run_ranks(waiting.slow_disk, 2, tmp_path, root=tmp_path / 'out'):
+    stages = [0, 1, 2, 3] if SOAK else [1, 3]  # DeepSpeed saves and loads 0 as 1, and 2 too
+    for result in run_ranks(waiting.slow_disk, 2, tmp_path, root=tmp_path / 'out', stages=stages):
         assert result.pop('pretrained') == 'no error'
-        assert len(result) == 4
+        assert list(map(int, result)) == stages
         for stage, got in result.items():
             errors = {name: text for name, text in got.items() if 'load' in name or name == 'save'}
             assert set(errors.values()) == {'no error'}, (stage, errors)

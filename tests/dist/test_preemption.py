@@ -23,8 +23,9 @@ from tests.harness.ranks import run_ranks
 
 # Another seed tries other moments, and more of them: set these in the environment.
 SEED = int(os.environ.get('INTERNVL_DS_KILL_SEED', '20261124'))
-KILLS = trials_of('INTERNVL_DS_KILLS', 6, soak=100)
-STOPS = trials_of('INTERNVL_DS_STOPS', 4, soak=50)
+KILLS = trials_of('INTERNVL_DS_KILLS', 3, soak=100)
+STOPS = trials_of('INTERNVL_DS_STOPS', 2, soak=50)
+LOOPS = trials_of('INTERNVL_DS_LOOPS', 10, soak=100)
 
 # 1433 images: 22 micro-batches of 32 on 2 ranks, so 8 updates, of which the last is of one only.
 CONFIG = {
@@ -52,9 +53,11 @@ def digits(tmp_path_factory):
 
 @pytest.mark.ranks
 @pytest.mark.slow
+@pytest.mark.soak
+@pytest.mark.timeout(120 + 3 * LOOPS)
 @pytest.mark.parametrize('ranks', [2, 4])
 def test_all_ranks_stop_at_the_same_boundary(tmp_path, ranks):
-    told = run_ranks(signalled.boundaries, ranks, tmp_path, seed=SEED, trials=20, count=60)
+    told = run_ranks(signalled.boundaries, ranks, tmp_path, seed=SEED, trials=LOOPS, count=60)
     assert all(rank == told[0] for rank in told)
     stops = [actions[-1] for actions in told[0] if actions]
     assert len(stops) >= 5

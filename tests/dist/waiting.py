@@ -329,7 +329,7 @@ def exists_in_store(place: str) -> bool:
 LIMIT, SLOW = 3, 4.5  # COMM.TIMEOUT, and how long a disk takes; seconds
 
 
-def slow_disk(root: str) -> dict[str, Any]:
+def slow_disk(root: str, stages: list[int]) -> dict[str, Any]:
     """Rank 1's disk is slower than a collective may be: in a save, a load, and pretrained weights.
 
     Returns:
@@ -353,7 +353,7 @@ def slow_disk(root: str) -> dict[str, Any]:
         limit_collectives(make_config('', COMM__TIMEOUT=LIMIT))
         return run
 
-    for stage in range(4):
+    for stage in stages:
         run = run_of(stage, f'{root}/{stage}')
         slow_once(os, 'fsync', 1)
         before, held = _storages(gc.get_objects()), []

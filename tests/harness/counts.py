@@ -2,6 +2,8 @@
 
 import os
 
+SOAK = bool(os.environ.get('INTERNVL_DS_SOAK'))
+
 
 def trials(name: str, ci: int, soak: int) -> int:
     """The number in the environment variable ``name``; else of the tier that runs.
@@ -11,4 +13,4 @@ def trials(name: str, ci: int, soak: int) -> int:
         ci: the number in continuous integration.
         soak: the number under ``launch/test.sh --soak``, which sets INTERNVL_DS_SOAK.
     """
-    return int(os.environ.get(name) or (soak if os.environ.get('INTERNVL_DS_SOAK') else ci))
+    return int(os.environ.get(name) or (soak if SOAK else ci))

@@ -95,6 +95,8 @@ class Interrupted:
     def wait_until_it_trains(self) -> None:
         """Waits for the third epoch."""
         seen = wait_for_words('Train: [2/', self._output / 'log_rank0.txt', 240, self.process)
+        if not seen:
+            self.end(limit=0)
         assert seen, self.log.read_text()[-3000:]
 
     def hang(self, ranks: int = 1) -> None:
@@ -102,6 +104,8 @@ class Interrupted:
         (self.data / 'hang').touch()
         for rank in range(ranks):
             came = wait_for_words('', self.data / f'hangs_{rank}', 60, self.process)
+            if not came:
+                self.end(limit=0)
             assert came, self.log.read_text()[-3000:]
 
     def press_ctrl_c(self) -> None:

@@ -18,6 +18,9 @@ pytestmark = [pytest.mark.ranks, pytest.mark.slow]
 
 MPI = pytest.mark.skipif(not shutil.which('mpirun'), reason='the mpi extra is not installed')
 
+# Two ranks under these are started by test_interrupts.py and test_launch_jobs.py too.
+ON_TWO = pytest.mark.soak_only
+
 
 @pytest.fixture(scope='module')
 def cfgs(tmp_path_factory):
@@ -75,11 +78,11 @@ def mpich_env(tmp_path_factory):
 @pytest.mark.parametrize(
     ('launcher', 'ranks'),
     [
-        ('deepspeed', 2),
+        pytest.param('deepspeed', 2, marks=ON_TWO),
         ('deepspeed', 4),
-        pytest.param('Open MPI', 2, marks=MPI),
+        pytest.param('Open MPI', 2, marks=[MPI, ON_TWO]),
         pytest.param('Open MPI', 4, marks=MPI),
-        ('MPICH', 2),
+        pytest.param('MPICH', 2, marks=ON_TWO),
         ('MPICH', 4),
         ('torchrun', 2),
     ],

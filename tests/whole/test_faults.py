@@ -1,6 +1,5 @@
 """Whatever happens to a job under any launcher, it ends in time, fails, says why, and is gone."""
 
-import os
 import re
 
 import pytest
@@ -17,11 +16,11 @@ from tests.bench.faults import (
     why_not,
 )
 from tests.harness import hosts
+from tests.harness.counts import SOAK
 from tests.harness.ranks import ROOT
 
 pytestmark = [pytest.mark.ranks, pytest.mark.slow, pytest.mark.soak]
 
-SOAK = bool(os.environ.get('INTERNVL_DS_SOAK'))
 PLACES = AT_PLACES if SOAK else QUICK
 # A Slurm of its own for each cell does not always start its job beside others: see test_slurm.py.
 ALONE = [cell for cell in (CELLS if SOAK else QUICK_CELLS) if cell[1] != 'Slurm']

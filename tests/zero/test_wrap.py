@@ -21,6 +21,10 @@ class FP16_Optimizer:
     pass
 
 
+class FP16_UnfusedOptimizer:
+    pass
+
+
 class Engine:
     """As much of DeepSpeed's as choosing takes."""
 
@@ -55,6 +59,12 @@ def test_the_optimizer_and_the_stage_choose_the_class(stage, optimizer, client, 
 def test_a_fused_optimizer_in_low_precision_is_refused_at_stage_0():
     with pytest.raises(ConfigError, match='SGD with fp16 or bf16 at ZeRO stage 0'):
         wrap(Engine(0, FP16_Optimizer()))
+
+
+def test_an_optimizer_that_shards_nothing_is_refused_at_stage_1():
+    """DeepSpeed 0.17's of bf16, in an engine that `initialize` has not made."""
+    with pytest.raises(ConfigError, match='bf16 at ZeRO stage 1 with FP16_UnfusedOptimizer'):
+        wrap(Engine(1, FP16_UnfusedOptimizer()))
 
 
 def test_what_is_replaced_comes_back_to_the_object_or_the_class():
