@@ -150,7 +150,7 @@ def _require_same_optimizer(
     comparisons = []
     slots = zip(wrapper.slots(), shards.optimizer_state(rank()), names, strict=True)
     for index, ((group, tensor), tensor_state, names_of_tensor) in enumerate(slots):
-        # A partition is flat whatever the parameters' shapes, and not here where it is on NVMe.
+        # A partition is flat whatever the parameters' shapes.
         shape = None if stage else tensor.shape
         shown_names = [name for name in names_of_tensor if name] or [f'parameter {index}']
         entry = SavedTensor(shown_names, forms_of(tensor_state.state, shape), tensor_state.settings)

@@ -20,7 +20,7 @@ from internvl_ds.checkpoint.formats.state_json import require_state
 from internvl_ds.checkpoint.formats.zero_shards import TagShards
 from internvl_ds.checkpoint.load_context import Load
 from internvl_ds.checkpoint.optimizer_state import require_optimizer
-from internvl_ds.checkpoint.reshard import Restorer, require_in_memory
+from internvl_ds.checkpoint.reshard import Restorer
 from internvl_ds.checkpoint.restore import given_by_backbone, load_weights
 from internvl_ds.checkpoint.restore_scheduler import (
     adopt_lr_scales,
@@ -98,7 +98,6 @@ def _train_from_head(load: Load, engine: DeepSpeedEngine, resume: str) -> float:
 
     @torch.no_grad()
     def take() -> None:
-        require_in_memory(wrapper)
         checkpoint = open_file(resume)
         with interpreting(resume, CheckpointError):
             weights = weights_of_file(checkpoint, resume)

@@ -51,8 +51,8 @@ def wanted_of(wrapper: Wrapper, groups: Sequence[Sequence[str]] | None) -> Wante
     if wrapper.client is None:
         return Wanted(shapes, frozenset(), None, None, 0)
     layout, rank = wrapper.partitioning()
-    in_files = wrapper.partitioned and not wrapper.kept_on_nvme()
-    return Wanted(shapes, wrapper.trained_names(), groups, layout if in_files else None, rank)
+    layout_in_files = layout if wrapper.partitioned else None
+    return Wanted(shapes, wrapper.trained_names(), groups, layout_in_files, rank)
 
 
 def prove(staging: Path, names: Iterable[str], wanted: Wanted) -> None:

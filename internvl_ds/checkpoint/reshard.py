@@ -17,7 +17,6 @@ from internvl_ds.errors import CheckpointError, CheckpointMismatch, few
 from internvl_ds.zero.lazy_tensor import Flat, NamedState, fill
 from internvl_ds.zero.parameters import is_sharded, local_values, own_slice
 from internvl_ds.zero.partition import Layout, owned, shapes_of
-from internvl_ds.zero.wrapper import Wrapper
 
 
 class Restorer:
@@ -32,10 +31,9 @@ class Restorer:
         Raises:
             CheckpointMismatch: for another model, other trained parameters, another optimizer or
                 parameter groups that cannot share a step; names the first that differ.
-            CheckpointError: when a shard cannot be read, or the engine keeps its state on NVMe.
+            CheckpointError: when a shard cannot be read.
         """
         self.engine, self.wrapper = engine, wrapper_of(engine)
-        require_in_memory(self.wrapper)
         state.require_all_named()
         optimizer = RunningOptimizer(self.wrapper.client)
         weights = state.weights()
@@ -182,20 +180,6 @@ class Restorer:
                             f'{counts[key]} and {value}, and they are one group now'
                         )
         return list(groups.values())
-
-
-def require_in_memory(wrapper: Wrapper) -> None:
-    """Refuses an engine that keeps parameters or optimizer state on NVMe.
-
-    Raises:
-        CheckpointError: names the setting.
-    """
-    for what in wrapper.kept_on_nvme():
-        raise CheckpointError(
-            f'/zero_optimization/{what}/device is nvme: a checkpoint of another layout cannot '
-            "be loaded into state that is on disk. Load it with device 'cpu' and save a tag; "
-            'that tag loads with nvme in the same layout.'
-        )
 
 
 def _with_frozen(state: NamedState, engine: DeepSpeedEngine, layout: Layout) -> NamedState:

@@ -43,7 +43,6 @@ from internvl_ds.checkpoint.tag.retention import (
 from internvl_ds.config.choices import frozen_of
 from internvl_ds.config.ds.resolve import precision_of
 from internvl_ds.config.tree import checkpoint_option, get_option
-from internvl_ds.dist.process_group import collectives_within
 from internvl_ds.dist.rendezvous import exchange, from_rank_0, rank, world_size
 from internvl_ds.engine.registry import engine_of, registration_of, wrapper_of
 from internvl_ds.engine.scheduling import schedule_state, warn_of_slow_schedule
@@ -301,8 +300,6 @@ def _stage(
     with (
         wrapper.saving(writer.defer),
         contextlib.nullcontext() if apart is None else wrapper.handing_over_fragments(),
-        # What is on NVMe is copied to the tag between barriers.
-        collectives_within(save.io_timeout if wrapper.kept_on_nvme() else 0),
     ):
         wrapper.engine.save_checkpoint(
             str(save.output), tag=save.staging_path.name, save_latest=False

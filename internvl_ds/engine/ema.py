@@ -73,17 +73,9 @@ class ShardedEma:
             model: an engine, or a module or optimizer that belongs to one.
             decay: in [0, 1].
             warmup: True for timm's defaults.
-
-        Raises:
-            ConfigError: where weights or their masters lie on NVMe.
         """
         self.engine: DeepSpeedEngine = engine_of(model)
         self._wrapper = wrapper_of(self.engine)
-        if nvme := self._wrapper.kept_on_nvme():
-            raise ConfigError(
-                f'ShardedEma (TRAIN.EMA.ENABLE): there is nothing in memory to average, '
-                f'/zero_optimization/{nvme[0]}/device is nvme: set it to cpu, or average nothing'
-            )
         self.decay = decay
         self.warmup = EmaWarmup() if warmup is True else warmup or None
         self.num_updates = 0

@@ -19,18 +19,13 @@ def open_engine(engine: DeepSpeedEngine) -> Iterator[nn.Module]:
     Collective: every rank enters and leaves it.
 
     Raises:
-        PretrainedError: for an engine that has trained, or keeps weights on NVMe.
+        PretrainedError: for an engine that has trained.
     """
     wrapper = wrapper_of(engine)
     if engine.global_steps or registration_of(engine).accumulation.micro_batches:
         raise PretrainedError(
             'load_pretrained after the first update: the optimizer goes on from other weights. '
             'Call it before training; load_checkpoint (MODEL.RESUME) goes on with a run'
-        )
-    if nvme := wrapper.kept_on_nvme():
-        raise PretrainedError(
-            f'load_pretrained into an engine with {" and ".join(nvme)} on NVMe: call it before '
-            'initialize, on the bare module'
         )
     wrapper.release_gathered()
     try:

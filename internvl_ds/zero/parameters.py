@@ -54,7 +54,7 @@ def unwritable(parameter: Any) -> str:
     second = getattr(parameter, 'ds_secondary_tensor', None)
     if second is not None or not parameter.ds_tensor.numel():
         return (
-            'is kept on NVMe or in a second partition (zero_hpz_partition_size), which is not '
+            'is kept in a second partition (zero_hpz_partition_size), which is not '
             'supported; build the model without'
         )
     return ''

@@ -283,8 +283,6 @@ def why_not_sharded(ds_config: Mapping[str, Any]) -> str:
     zero = ds_config['zero_optimization']
     if zero['stage'] != 3:
         return f'/zero_optimization/stage is {zero["stage"]}, and only stage 3 has slices'
-    if (zero.get('offload_param') or {}).get('device') == 'nvme':
-        return '/zero_optimization/offload_param/device is nvme'
     size = zero.get('zero_hpz_partition_size', 1)
     return f'/zero_optimization/zero_hpz_partition_size is {size}' if size != 1 else ''
 

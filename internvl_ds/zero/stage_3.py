@@ -124,8 +124,7 @@ class Stage3(Stage3Module, ZeroOptimizer):
                 continue
             index, start, size = optimizer.grad_position[identity]
             gradient = optimizer.fp32_partitioned_groups_flat[index].grad
-            # The gradients of a sub-group that is swapped out to NVMe are not here.
-            if gradient is not None and not optimizer._swappable_optimizer_subgroup(index):
+            if gradient is not None:
                 yield gradient.narrow(0, start, size)
 
     @contextmanager

@@ -147,13 +147,6 @@ class Wrapper:
         """The tensors of the client's optimizer in its order, each with the group that it is in."""
         return [(g, tensor) for g in self.client.param_groups for tensor in g['params']]
 
-    def kept_on_nvme(self) -> list[str]:
-        """Which of 'offload_optimizer' and 'offload_param' are on NVMe."""
-        offloads = (self.engine.zero_offload_optimizer(), self.engine.zero_offload_param())
-        devices = [each and getattr(each.device, 'value', each.device) for each in offloads]
-        names = ('offload_optimizer', 'offload_param')
-        return [name for name, device in zip(names, devices, strict=True) if device == 'nvme']
-
     def saved_tensors(self, rank: int) -> list[Any]:
         """The tensors that DeepSpeed makes a rank save: a lower estimate.
 

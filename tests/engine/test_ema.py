@@ -9,7 +9,6 @@ from torch import nn
 
 from internvl_ds.engine import ema
 from internvl_ds.engine.ema import EmaWarmup, ShardedEma
-from internvl_ds.errors import ConfigError
 from tests.engine import averaging
 from tests.harness import saving
 from tests.harness.model import OFFLOAD, PERSISTENT, trained
@@ -27,18 +26,11 @@ def engine(monkeypatch):
     monkeypatch.setattr(ema, 'engine_of', lambda model: engine)
     wrapper = SimpleNamespace(
         holds_average=False,
-        kept_on_nvme=list,
         masters=lambda: {'0': engine.master},
         push_masters=lambda: engine.pushed.append(engine.master.tolist()),
     )
     monkeypatch.setattr(ema, 'wrapper_of', lambda engine: wrapper)
     return engine
-
-
-def test_masters_on_nvme_are_refused(engine):
-    ema.wrapper_of(engine).kept_on_nvme = lambda: ['offload_optimizer']
-    with pytest.raises(ConfigError, match='ShardedEma .*/offload_optimizer/device is nvme: set it'):
-        ShardedEma(engine)
 
 
 def set_to(engine, value, count):

@@ -200,10 +200,10 @@ CONTRADICTIONS: list[tuple[dict[str, Any], dict[str, str], dict[str, bool], str,
     (zero(2, offload_param=CPU), {}, {}, '/zero_optimization/offload_param', 'needs ZeRO stage 3'),
     (zero(0, offload_optimizer=CPU), {}, {}, '/zero_optimization/offload_optimizer',
      'needs ZeRO stage 1, 2 or 3'),
-    ({**zero(2, offload_optimizer={'device': 'nvme', 'nvme_path': '/x'}), **UNFORCED}, {}, {},
-     '/zero_optimization/offload_optimizer', 'NVMe needs ZeRO stage 3'),
     ({**zero(3, offload_optimizer={'device': 'nvme'}), **UNFORCED}, {}, {},
-     '/zero_optimization/offload_optimizer/nvme_path', 'is missing'),
+     '/zero_optimization/offload_optimizer/device', 'goes on from a checkpoint of that with other'),
+    ({**zero(3, offload_param={'device': 'nvme'}), **UNFORCED}, {}, {},
+     '/zero_optimization/offload_param/device', 'set "cpu"'),
     ({**zero(2, offload_optimizer={**CPU, 'ratio': 0.5}), **UNFORCED}, {}, {},
      '/zero_optimization/offload_optimizer/ratio', 'needs ZeRO stage 3'),
     ({**zero(3, offload_optimizer={**CPU, 'ratio': 0.5}), **UNFORCED}, {}, {},
@@ -335,13 +335,6 @@ RIGHT: dict[str, tuple[dict[str, Any], dict[str, str], dict[str, bool]]] = {
              stage3_gather_16bit_weights_on_model_save=True), {}, {}),
     'stage 3, fields by their other names': (
         zero(3, prefetch_bucket_size=10, param_persistence_threshold=0), {}, {}),
-    'stage 3, offload to NVMe': (
-        {**zero(3, offload_optimizer={'device': 'nvme', 'nvme_path': '/local_nvme', 'pin_memory':
-                True, 'buffer_count': 4, 'fast_init': False},
-                offload_param={'device': 'nvme', 'nvme_path': '/local_nvme', 'buffer_count': 5,
-                               'buffer_size': 1e8, 'max_in_cpu': 1e9}),
-         'aio': {'block_size': 262144, 'queue_depth': 32, 'intra_op_parallelism': 1,
-                 'single_submit': False, 'overlap_events': True}, **UNFORCED}, {}, {}),
     'stage 3, partial offload': (
         zero(3, offload_optimizer={**CPU, 'ratio': 0.3}), {}, {'cpu_optimizer': True}),
     'stage 3, ZeRO++': (

@@ -30,6 +30,10 @@ ROOT = Path(__file__).parents[2]
 _GRACE = 15.0
 
 
+# A folder with a package of another version than the environment's: see test_versions.py.
+BESIDE = 'INTERNVL_DS_BESIDE'
+
+
 class RankFailed(AssertionError):
     """A rank exited non-zero or was ended; holds what each rank printed."""
 
@@ -47,14 +51,15 @@ def base_env(**more: str) -> dict[str, str]:
     for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_SIZE', 'MASTER_ADDR', 'MASTER_PORT'):
         env.pop(name, None)
     path = [str(Path(sys.executable).parent), env.get('PATH', '')]
+    beside = os.environ.get(BESIDE)
     env.update(
         PATH=os.pathsep.join(path),
-        PYTHONPATH=str(ROOT),
+        PYTHONPATH=os.pathsep.join([*filter(None, [beside]), str(ROOT)]),
         PYTHONUNBUFFERED='1',
         OMP_NUM_THREADS='1',
         DS_ACCELERATOR='cpu',
         # Environments that share the default directory rebuild each other's ops again and again.
-        TORCH_EXTENSIONS_DIR=str(Path(sys.prefix) / 'torch_extensions'),
+        TORCH_EXTENSIONS_DIR=str(Path(beside or sys.prefix) / 'torch_extensions'),
         CUDA_VISIBLE_DEVICES='',
     )
     env.update(more)

@@ -16,7 +16,6 @@ from tests.zero import ds_keys
 
 # Shown elsewhere, by the test files named; a key stands for those below it.
 ELSEWHERE = {
-    '/aio': 'with offload to NVMe',
     '/bf16': 'tests/engine/test_grad_scaler.py',
     '/bf16/check_grad_overflow': 'tests/config/ds/test_unsupported.py',
     '/bf16/immediate_grad_update': 'tests/engine/test_grad_scaler.py',

@@ -117,7 +117,7 @@ TABLE = [
           'checkpoint_event_prologue checkpoint_event_epilogue _unflatten_partitioned_parameters '
           'invalidate_secondary_tensor sub_group_to_group_id micro_step_id offload_optimizer '
           'get_local_fp32_grad_for_param grad_partitions_flat_buffer grad_position '
-          '_swappable_optimizer_subgroup get_param_id', '0.17.6'),
+          'get_param_id', '0.17.6'),
     Names(THREE, STAGE_3, 'stage_3',
           '_offload_boundary_param_ids _finalize_offload_gradient_accumulation', '0.19.8'),
     Names('runtime/zero/parameter_offload.py', 'DeepSpeedZeRoOffload', 'stage_3',

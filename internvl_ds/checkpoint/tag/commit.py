@@ -139,7 +139,7 @@ def commit(staging: Staging, manifest: Manifest, *, latest: bool = False) -> Pat
         CheckpointError: when it is published, but ``latest`` cannot be made to name it.
     """
     output, final = staging.output, staging.output / staging.tag
-    for folder, names, _ in os.walk(staging.path):  # offloading to NVMe makes folders in a tag
+    for folder, names, _ in os.walk(staging.path):  # a script may have made folders in it
         for name in names:
             flush(Path(folder, name))
     write_text(staging.path / FILE_NAME, manifest.to_text())

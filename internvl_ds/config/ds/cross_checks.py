@@ -152,31 +152,26 @@ def stage_rule(facts: Facts) -> Iterator[Diagnostic]:
 
 def offload_rule(facts: Facts) -> Iterator[Diagnostic]:
     """Offload without its required stage or other settings."""
-    stage, devices = facts.stage, {}
+    stage, names = facts.stage, list[str]()
     for name, old in (('offload_param', 'cpu_offload_param'), ('offload_optimizer', 'cpu_offload')):
         device = value_at(facts.zero, name, 'device', default='none')
-        if device not in ('none', 'auto'):
-            devices[name] = device
-            path = f'/{_ZERO}/{name}/nvme_path'
-            nowhere = device == 'nvme' and not facts.zero[name].get('nvme_path')
-            if nowhere and not facts.shape.doubts(path):
-                yield diagnostic(path, 'is missing: /device is "nvme"')
-        elif facts.zero.get(old) is True:
-            devices[old] = 'cpu'
+        if device not in ('none', 'auto', 'nvme'):
+            names.append(name)
+        elif device != 'nvme' and facts.zero.get(old) is True:
+            names.append(old)
     if stage is None:
         return
-    for name, device in devices.items():
-        least = 3 if 'param' in name or device == 'nvme' else 1
+    for name in names:
+        least = 3 if 'param' in name else 1
         if stage < least:
-            what = 'offload to NVMe' if device == 'nvme' and 'param' not in name else name
             at_least = 'stage 3' if least == 3 else 'stage 1, 2 or 3'
             yield diagnostic(
                 f'/{_ZERO}/{name}',
-                f'{what} needs ZeRO {at_least}, and /{_ZERO}/stage is {stage}',
+                f'{name} needs ZeRO {at_least}, and /{_ZERO}/stage is {stage}',
             )
             if 'param' not in name:
                 return
-    name = next((n for n in ('offload_optimizer', 'cpu_offload') if n in devices), '')
+    name = next((n for n in ('offload_optimizer', 'cpu_offload') if n in names), '')
     if not name:
         return
     value = value_at(facts.zero, name, 'ratio', default=1.0)

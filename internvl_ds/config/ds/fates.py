@@ -57,6 +57,7 @@ _ROUNDED = (
     'weights would be rounded to 8 bits at each gather, by kernels that need a GPU: the numbers '
     'are not those of plain PyTorch; remove the key'
 )
+_NVME = 'offload to NVMe is refused: DeepSpeed does not go on from its checkpoints as it saved them'
 _OUTER = 'belongs to another kind of DeepSpeed engine, which `initialize` does not make'
 
 # Looked at in DeepSpeed 0.19.8. What is refused or unused differs from plain PyTorch, or from what
@@ -67,7 +68,7 @@ FATES: dict[str, Fate] = {
         'it configures deepspeed.checkpointing, which no model of timm or this package calls: '
         'TRAIN.USE_CHECKPOINT recomputes activations',
     ),
-    '/aio': Fate(RIGHT, 'for offload to NVMe, which no test runs'),
+    '/aio': Fate(UNUSED, _NVME),
     '/autotuning': Fate(UNUSED, '`internvl-ds tune` tries settings'),
     '/autotuning/enabled': Fate(
         REFUSED, 'DeepSpeed ends the process after some steps; use `internvl-ds tune`'
@@ -145,6 +146,16 @@ FATES: dict[str, Fate] = {
     '/zero_optimization': Fate(RIGHT),
     '/zero_optimization/elastic_checkpoint': Fate(UNUSED, _LOADS),
     '/zero_optimization/load_from_fp32_weights': Fate(UNUSED, _LOADS),
+    **{
+        f'/zero_optimization/{block}/{key}': Fate(UNUSED, _NVME)
+        for block, keys in (
+            ('offload_param', ('nvme_path', 'buffer_count', 'buffer_size', 'max_in_cpu')),
+            ('offload_optimizer', ('nvme_path', 'buffer_count', 'pipeline_read', 'pipeline_write')),
+        )
+        for key in keys
+    },
+    '/zero_optimization/offload_param/device': Fate(RIGHT, f'"nvme": {_NVME}'),
+    '/zero_optimization/offload_optimizer/device': Fate(RIGHT, f'"nvme": {_NVME}'),
     '/zero_optimization/offload_optimizer/super_offload': Fate(
         REFUSED,
         'it reads the clipping during the backward pass, before the boundary is known, and keeps '

@@ -46,6 +46,13 @@ def unsupported_settings(
         block, *rest = pointer.split('/')[1:]
         if not value_at(tree, block, *rest, default=True) and (block != 'bf16' or low == block):
             yield diagnostic(pointer, f'{pointer} is false: {otherwise}; remove the key')
+    for name in ('offload_optimizer', 'offload_param'):
+        if value_at(tree, 'zero_optimization', name, 'device') == 'nvme':
+            yield diagnostic(
+                f'/zero_optimization/{name}/device',
+                f'/zero_optimization/{name}/device is "nvme": DeepSpeed goes on from a checkpoint '
+                'of that with other state than it has saved; set "cpu"',
+            )
     stage = value_at(tree, 'zero_optimization', 'stage', default=0)
     dtype = value_at(tree, 'data_types', 'grad_accum_dtype')
     other = dtype not in (None, 'auto', *NAMES_OF_DTYPE.get(str(low), ()))

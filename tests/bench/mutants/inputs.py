@@ -46,7 +46,7 @@ MUTANTS = [
         ('        if any(pointer_of(path[:depth]) in misspelt for', '        if any(False for'),
         ("    if facts.zero.get('legacy_stage1') is True:", '    if False:'),
         ('    if stage == 2 and (dividing or prescaling) and', '    if (dividing or prescaling) and'),
-        ("        least = 3 if 'param' in name or device == 'nvme' else 1", '        least = 1'),
+        ("        least = 3 if 'param' in name else 1", '        least = 1'),
         ("        if stage < least:\n", '        if stage <= least:\n'),
         ('    foreign = facts.optimizer_in_code and not facts.cpu_optimizer', '    foreign = facts.optimizer_in_code'),
         ("    if 'max_grad_norm' in params:", '    if False:'),
@@ -57,7 +57,7 @@ MUTANTS = [
         ("    if dtype not in (None, 'auto', *names):", '    if False:'),
         ("    if value not in (1.0, 'auto') and stage < 3:", '    if False:'),
         ("    if value not in (1.0, 'auto') and stage == 3 and foreign:", '    if False:'),
-        ("            nowhere = device == 'nvme' and not facts.zero[name].get('nvme_path')", '            nowhere = False'),
+        ("        if device not in ('none', 'auto', 'nvme'):", "        if device not in ('none', 'auto'):"),
     ]),
     *mutants_of('config/ds', 'config/ds/test_validate_keys.py', [
         ('    if not math.isfinite(value):', '    if False:'),

@@ -21,6 +21,7 @@ CPU = {'device': 'cpu', 'pin_memory': False}
 # A ds_config that meets each fate but RIGHT.
 MET: dict[str, dict[str, Any]] = {
     '/activation_checkpointing': {'activation_checkpointing': {'cpu_checkpointing': True}},
+    '/aio': {'aio': {'block_size': 262144}},
     '/autotuning/enabled': {'autotuning': ON},
     '/bf16/bf16_master_weights_and_grads': {
         **zero(1), 'bf16': {**ON, 'bf16_master_weights_and_grads': True}},
@@ -63,6 +64,15 @@ MET: dict[str, dict[str, Any]] = {
     '/zero_optimization/zero_quantized_nontrainable_weights': zero(
         3, zero_quantized_nontrainable_weights=True),
     '/zero_optimization/zero_quantized_weights': zero(3, zero_quantized_weights=True),
+    **{
+        f'/zero_optimization/{block}/{key}': {
+            **zero(3, **{block: {**CPU, key: value}}), 'zero_force_ds_cpu_optimizer': False}
+        for block in ('offload_param', 'offload_optimizer')
+        for key, value in {
+            'nvme_path': '/x', 'buffer_count': 9, 'buffer_size': 9, 'max_in_cpu': 9,
+            'pipeline_read': True, 'pipeline_write': True,
+        }.items()
+    },
 }  # fmt: skip
 # Said of blocks whose other keys mean nothing while they are off, as they are.
 NEVER_MET = {'/autotuning', '/data_efficiency'}
