@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import torch
 from deepspeed.accelerator import get_accelerator
 
 from internvl_ds.errors import ConfigError
@@ -36,3 +37,14 @@ def take_device(local_rank: int) -> int:
         )
     accelerator.set_device(index)
     return index
+
+
+def emulates_bf16(device: str) -> bool:
+    """Whether the current device computes bfloat16 in float32, as NVIDIA's before Ampere do.
+
+    Args:
+        device: the accelerator's name, such as 'cuda'.
+    """
+    if device != 'cuda' or torch.version.hip or not torch.cuda.is_available():
+        return False
+    return not torch.cuda.is_bf16_supported(including_emulation=False)

@@ -3,6 +3,9 @@
 gloo ends a collective when its connection to another rank breaks, which takes no time. But a child
 of a rank that was killed keeps that connection open; and of some 80 ranks killed on a loaded host
 one was still waited for after half a minute. COMM.TIMEOUT would end that wait, after half an hour.
+
+On a GPU the collectives run apart from Python. The main thread stands where it next needs their
+result, or room in the device's queue, and no exception comes: any place may be one of these.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ import time
 import traceback
 from collections.abc import Callable
 from types import FrameType
+
+from deepspeed.accelerator import get_accelerator
 
 from internvl_ds.dist.group import current_group
 from internvl_ds.errors import RankError
@@ -35,8 +40,9 @@ _WRAPPER = os.path.join('deepspeed', 'utils', 'nvtx')
 def end_if_stranded(end: Callable[[], None]) -> None:
     """Watches, once a rank has died, whether this one's main thread waits for it in a collective.
 
-    After COMM.DEAD_AFTER seconds in one place there it says so, as an exception that ends the
-    process does, and calls ``end``. A rank that has left the process group in order is not dead.
+    After COMM.DEAD_AFTER seconds in one place there, on a device in any place, it says so, as an
+    exception that ends the process does, and calls ``end``. A rank that has left the process group
+    in order is not dead.
 
     Args:
         end: ends the process; it has COMM.EXIT_TIMEOUT seconds.
@@ -47,7 +53,7 @@ def end_if_stranded(end: Callable[[], None]) -> None:
         return
 
     def watch() -> None:
-        limit = group.limit('DEAD_AFTER')
+        limit, on_device = group.limit('DEAD_AFTER'), get_accelerator().device_name() != 'cpu'
         seen, since = None, time.monotonic()
         while group.heartbeat is heartbeat:
             now = time.monotonic()
@@ -56,7 +62,7 @@ def end_if_stranded(end: Callable[[], None]) -> None:
             if place != seen:
                 seen, since = place, now
             stood = now - since >= limit and heartbeat.lost(limit)
-            if frame and stood and _stands_in_collective(frame):
+            if frame and stood and (on_device or _stands_in_collective(frame)):
                 _say_and_end(f'waited {limit:g} s in {_shown(frame)}', end)
             del frame  # it holds what its locals hold
             time.sleep(_LOOK)

@@ -99,9 +99,10 @@ def guard(wrapper: Wrapper) -> None:
         return
     for part in {client, wrapper.optimizer}:
         part.consolidate_state_dict = _Consolidation()
-    for name in ('_backward_prologue', '_backward_prologue_per_tensor') if _SEES_BACKWARDS else ():
-        setattr(engine, name, functools.partial(_in_backward, weakref.ref(engine), name))
-    if not _SEES_BACKWARDS:
+    if _SEES_BACKWARDS:
+        for name in ('_backward_prologue', '_backward_prologue_per_tensor'):
+            setattr(engine, name, functools.partial(_in_backward, weakref.ref(engine), name))
+    else:
         engine.register_forward_hook(functools.partial(_watch_outputs, weakref.ref(wrapper)))
     if client not in _guarded:
         client.register_step_pre_hook(_before_client_step)

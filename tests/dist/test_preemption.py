@@ -130,7 +130,8 @@ def _check_steps(trials):
         resumed_inside += bool(trial['steps'][0] and trial['steps'][0][0][1] > 0)
         if trial['statuses'] == [STOPPED] * RANKS:
             assert trial['steps'][0][-1][:2] == trial['steps'][1][-1][:2], trial
-    assert resumed_inside > len(trials) / 3  # else this has shown nothing
+    # Else this has shown nothing; of few trials a third may by chance be one or none.
+    assert resumed_inside > (len(trials) / 3 if len(trials) > 10 else 1)
 
 
 def _check_ends(trials):

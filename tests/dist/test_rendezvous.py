@@ -113,6 +113,23 @@ def test_a_collective_with_a_dead_rank_ends_where_gloo_does_not_notice(tmp_path,
 
 
 @pytest.mark.ranks
+@pytest.mark.parametrize('device', ['cuda', 'cpu'])
+def test_a_wait_for_a_device_ends_when_another_rank_is_dead(tmp_path, device):
+    """On a GPU a collective runs apart: Python waits for its result anywhere, and never hears."""
+    texts = run_ranks(
+        waiting.a_rank_dies_beside_a_device, 2, tmp_path, expect_failure=True, grace=40,
+        folder=tmp_path, device=device,
+    )  # fmt: skip
+    told = re.search(
+        r'rank 0 on \S+ ends the job: rank 1 on \S+ \(pid \d+\) is dead .*; RankError: waited 4 s '
+        r'in a_rank_dies_beside_a_device \(.*\.py:\d+\) for a rank that is dead',
+        texts[0],
+    )
+    assert bool(told) is (device == 'cuda'), texts[0]
+    assert list(tmp_path.glob('ranks-*/result_0.json'))  # exit functions have run
+
+
+@pytest.mark.ranks
 def test_a_rank_that_left_in_order_ends_no_collective_of_the_others(tmp_path):
     assert run_ranks(waiting.a_rank_leaves_early, 3, tmp_path) == [2.0, 2.0, 1.0]
 

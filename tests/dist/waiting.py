@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import gc
 import json
 import logging
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils.nvtx import instrument_w_nvtx
 from torch import nn
 
@@ -297,6 +299,21 @@ def a_rank_dies_whose_child_lives(folder: str, waits: str) -> None:
         torch.distributed.all_reduce(x)
     handle = torch.distributed.all_reduce(x, async_op=True)
     instrument_w_nvtx(handle.wait)()
+
+
+def a_rank_dies_beside_a_device(folder: str, device: str) -> None:
+    """Rank 1 is killed while rank 0's main thread waits for its device, in C code.
+
+    Args:
+        folder: where exit functions leave a file.
+        device: the name that rank 0's accelerator says it has.
+    """
+    init_distributed(make_config('', COMM__DEAD_AFTER=4))
+    if rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    get_accelerator().device_name = lambda *index: device
+    atexit.register(leave_result, folder, time.monotonic())
+    ctypes.CDLL(None).sleep(20)  # as cudaStreamSynchronize: without the interpreter's lock
 
 
 def a_collective_in_a_meeting(folder: str) -> None:

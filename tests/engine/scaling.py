@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -67,13 +68,20 @@ def _our_reads() -> Iterator[list[str]]:
 
 
 def counted(train: Any) -> dict[str, int]:
-    """Collectives and host reads of a call."""
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        train()
+    """Collectives, host reads and waits for the device of a call."""
+    accelerator, waits = get_accelerator(), []
+    synchronize = accelerator.synchronize
+    accelerator.synchronize = lambda *device: waits.append(device) or synchronize(*device)
+    try:
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            train()
+    finally:
+        del accelerator.synchronize
     events = Counter(event.name for event in profiler.events())
     return {
         'collectives': sum(n for name, n in events.items() if name.startswith('c10d::')),
         'reads': events['aten::_local_scalar_dense'],
+        'synchronisations': len(waits),
     }
 
 

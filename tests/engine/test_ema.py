@@ -142,7 +142,9 @@ def test_an_update_talks_to_nobody_and_reads_nothing(tmp_path, precision):
         averaging.count_update, 2, tmp_path, stages=[0, 1, 2, 3],
         precision=precision,
     ):  # fmt: skip
-        assert result == {str(s): {'collectives': 0, 'reads': 0} for s in range(4)}
+        assert result == {
+            str(s): {'collectives': 0, 'reads': 0, 'synchronisations': 0} for s in range(4)
+        }
 
 
 @pytest.mark.ranks

@@ -65,8 +65,13 @@ def _cuda(count: int) -> ProbeResult:
 
 
 def _precisions(device: str, engines: list[str]) -> ProbeResult:
+    from internvl_ds.dist.device import emulates_bf16
+
     topic = 'precisions'
     text = f'fp32, torch autocast, {", ".join(engines) or "no half-precision engine"}'
+    if emulates_bf16(device):
+        advice = 'set AMP_TYPE float16: bf16 is computed in float32 and rounded, many times slower'
+        return warn(topic, f'{text}; bf16 by emulation', advice)
     if 'fp16' in engines:
         return ok(topic, text)
     advice = 'AMP_OPT_LEVEL O2 with AMP_TYPE float16 is refused; bfloat16 and O1 work'

@@ -28,8 +28,9 @@ _LONGEST = 300  # characters of the error in a row
 
 # What the allocators of torch, CUDA, numpy, C++ and the system say.
 _MEMORY_WORDS = re.compile(
-    r'out of memory|OutOfMemory|Cannot allocate memory|can\'t allocate memory|DefaultCPUAllocator'
-    r'|MemoryError|Unable to allocate|bad_alloc|failed to map segment|oom[-_ ]kill',
+    r'out[ _]of[ _]memory|OutOfMemory|Cannot allocate memory|can\'t allocate memory'
+    r'|DefaultCPUAllocator|MemoryError|Unable to allocate|bad_alloc|failed to map segment'
+    r'|oom[-_ ]kill|ALLOC_FAILED|cudaErrorMemoryAllocation|Failed to CUDA (host )?(m|c)alloc',
     re.IGNORECASE,
 )
 # How launchers tell that a rank got SIGKILL: by the kernel, where nobody else did.

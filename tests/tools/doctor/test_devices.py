@@ -107,3 +107,13 @@ def test_no_nvcc_is_a_note(gpus):
 def test_another_device_is_a_note(monkeypatch):
     finding = devices.describe(Gpu('xpu', 4))[0]
     assert (finding.verdict, finding.found) == (WARNING, 'xpu, 4 devices')
+
+
+@pytest.mark.parametrize('native', [True, False])
+def test_bf16_that_is_emulated_is_a_note(gpus, monkeypatch, native):
+    """As on a V100 or T4, of which torch says that they know it."""
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation: native)
+    finding = gpus(79 * 10**9)[1]
+    verdict = OK if native else WARNING
+    assert (finding.verdict, 'by emulation' in finding.found) == (verdict, not native)
