@@ -389,7 +389,7 @@ def slow_disk(root: str, stages: list[int]) -> dict[str, Any]:
         own['load'] = message_of(lambda: run.load(f'{root}/{stage}/ckpt_epoch_0'))
         if stage > 1:
             slow_once(elastic, 'fill', 1)
-            other = f'{root}/{5 - stage}/ckpt_epoch_0' if stage == 3 else f'{root}/1/ckpt_epoch_0'
+            other = f'{root}/{2 if stage == 3 and 2 in stages else 1}/ckpt_epoch_0'
             own['load other'] = message_of(lambda: run.load(other))
         own['steps'] = len(run.steps(1, 2))
         run.close()

@@ -18,8 +18,9 @@ pytestmark = [pytest.mark.ranks, pytest.mark.slow]
 
 MPI = pytest.mark.skipif(not shutil.which('mpirun'), reason='the mpi extra is not installed')
 
-# Two ranks under these are started by test_interrupts.py and test_launch_jobs.py too.
-ON_TWO = pytest.mark.soak_only
+# Two ranks under these are started by test_interrupts.py and test_launch_jobs.py too, and four on
+# two hosts, below.
+ELSEWHERE = pytest.mark.soak_only
 
 
 @pytest.fixture(scope='module')
@@ -78,13 +79,13 @@ def mpich_env(tmp_path_factory):
 @pytest.mark.parametrize(
     ('launcher', 'ranks'),
     [
-        pytest.param('deepspeed', 2, marks=ON_TWO),
+        pytest.param('deepspeed', 2, marks=ELSEWHERE),
         ('deepspeed', 4),
-        pytest.param('Open MPI', 2, marks=[MPI, ON_TWO]),
-        pytest.param('Open MPI', 4, marks=MPI),
-        pytest.param('MPICH', 2, marks=ON_TWO),
-        ('MPICH', 4),
-        ('torchrun', 2),
+        pytest.param('Open MPI', 2, marks=[MPI, ELSEWHERE]),
+        pytest.param('Open MPI', 4, marks=[MPI, ELSEWHERE]),
+        pytest.param('MPICH', 2, marks=ELSEWHERE),
+        pytest.param('MPICH', 4, marks=ELSEWHERE),
+        pytest.param('torchrun', 2, marks=ELSEWHERE),
     ],
 )
 def test_on_one_host(tmp_path, cfgs, expected, request, launcher, ranks):

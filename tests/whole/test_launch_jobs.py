@@ -300,7 +300,10 @@ def test_a_second_signal_ends_the_job_at_once(start):
 
 @pytest.mark.ranks
 @pytest.mark.slow
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGUSR1])
+# They have one handler: tests/dist/test_signals.py.
+@pytest.mark.parametrize(
+    'number', [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.soak_only)]
+)
 def test_a_signal_to_one_rank_stops_all_with_a_tag(start, number):
     job = start('train_deepspeed.sh', ['-n', '2'])
     job.wait_for('epoch 1:')
