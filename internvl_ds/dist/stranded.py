@@ -20,8 +20,6 @@ import traceback
 from collections.abc import Callable
 from types import FrameType
 
-from deepspeed.accelerator import get_accelerator
-
 from internvl_ds.dist.group import current_group
 from internvl_ds.errors import RankError
 
@@ -53,6 +51,8 @@ def end_if_stranded(end: Callable[[], None]) -> None:
         return
 
     def watch() -> None:
+        from deepspeed.accelerator import get_accelerator  # takes a second, and nobody may die
+
         limit, on_device = group.limit('DEAD_AFTER'), get_accelerator().device_name() != 'cpu'
         seen, since = None, time.monotonic()
         while group.heartbeat is heartbeat:

@@ -24,7 +24,7 @@ from tests.harness.ranks import run_ranks
 # Another seed tries other moments, and more of them: set these in the environment.
 SEED = int(os.environ.get('INTERNVL_DS_KILL_SEED', '20261124'))
 KILLS = trials_of('INTERNVL_DS_KILLS', 3, soak=100)
-STOPS = trials_of('INTERNVL_DS_STOPS', 3, soak=50)
+STOPS = trials_of('INTERNVL_DS_STOPS', 2, soak=50)
 # Stage 2 saves and loads as stage 1 does.
 STAGES = [(1, 'O0'), pytest.param(2, 'O2', marks=pytest.mark.soak_only), (3, 'O2')]
 LOOPS = trials_of('INTERNVL_DS_LOOPS', 10, soak=100)

@@ -44,7 +44,7 @@ from tests.harness.killing import state_digest
 from tests.harness.model import make_model, set_values
 from tests.harness.saving import Run, logger
 
-MEGABYTES = 300
+MEGABYTES, HANGS = 300, 'hangs'
 _CONTROL = re.compile('[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]')
 _ROW = {
     'trial': 0, 'kind': 'search', 'name': 'n', 'key': 'k', 'labels': {}, 'ds_config': {},
@@ -316,7 +316,7 @@ class Fuzz:
             if _CONTROL.search(str(error)) or len(str(error)) > 20_000:
                 wrong = f'an error that cannot be shown: {str(error)[:500]!r}'
         except Hang:
-            wrong = 'hangs'
+            return what, HANGS  # in the middle of whatever it was: nothing goes on from there
         except BaseException as error:  # SystemExit too
             wrong = f'raw {type(error).__name__}: {str(error)[:300]} {place_of(error)}'
         seconds, grown = time.process_time() - start, (peak() - resident) >> 20
@@ -331,8 +331,11 @@ class Fuzz:
             wrong = wrong or 'refused, and the state has changed'
         self.restore(path)
         if changed:
-            self.load(self.tag)
-            self.load_ema(self.tag)
+            try:
+                self.load(self.tag)
+                self.load_ema(self.tag)
+            except InternvlDsError as error:
+                raise AssertionError(f'{what} ({wrong}), and then the good tag: {error}') from error
         self.slowest = max(getattr(self, 'slowest', (0.0, '')), (seconds, what))
         self.largest = max(getattr(self, 'largest', (0, '')), (grown, what))
         return what, wrong
@@ -405,6 +408,8 @@ def fuzz(root: str, stage: int, cases: int, seed: int) -> dict[str, Any]:
         if wrong is not None:
             failures.append(f'case {number}: {what}: {wrong}')
             print(failures[-1], flush=True)
+        if wrong == HANGS:
+            break
     fuzz.run.close()
     return {
         'seed': seed, 'cases': cases, 'seconds': round(time.monotonic() - start, 1),

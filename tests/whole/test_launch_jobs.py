@@ -291,6 +291,8 @@ def test_a_second_signal_ends_the_job_at_once(start):
     job = start('train_deepspeed.sh', ['-n', '2'], factory='tests.harness.faulty:model')
     job.wait_for('epoch 1:')
     (job.data / 'hang').touch()  # so that no boundary comes any more
+    for rank in range(2):
+        assert wait_for_words('', job.data / f'hangs_{rank}', 60, job.process)
     job.process.send_signal(signal.SIGTERM)
     job.wait_for('a second signal ends it at once')
     job.process.send_signal(signal.SIGTERM)
