@@ -10,7 +10,6 @@ PYTHONS = ['3.10', '3.11', '3.12', '3.13']
 
 # Python, torch, torchvision, DeepSpeed.
 VERSIONS = [
-    ('3.10', '2.9.1', '0.24.1', '0.17.6'),
     ('3.10', '2.9.1', '0.24.1', '0.18.9'),
     ('3.12', '2.9.1', '0.24.1', '0.18.9'),
     ('3.12', '2.9.1', '0.24.1', '0.19.8'),
@@ -24,7 +23,7 @@ nox.options.sessions = ['tests']
 
 @nox.session(python=PYTHONS, venv_backend='venv')
 def tests(session: nox.Session) -> None:
-    """All that launch/test.sh runs; arguments after -- go to it."""
+    """What launch/test.sh runs without arguments; arguments after -- go to it."""
     session.run(
         'bash', 'launch/test.sh', *session.posargs,
         env={'INTERNVL_DS_VENV': session.virtualenv.location}, external=True,

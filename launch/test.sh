@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The checks of this repository: set up, then lint, format, types and tests.
-# Without arguments all tests run, two files at a time: much of a test of several processes is waiting.
+# Without arguments all tests run but those marked soak_only, two files at a time: much of a test of
+# several processes is waiting.
 # --soak runs those of random trials alone, and many more of these: kills, stops, faults, files.
 # Other arguments go to pytest: bash launch/test.sh -m 'not slow' tests/config/test_tree.py
 set -euo pipefail

@@ -30,6 +30,7 @@ _LOOK = 0.5
 _COLLECTIVES = tuple(
     os.path.join(*parts, '') for parts in (('torch', 'distributed'), ('deepspeed', 'comm'))
 )
+_OWN_WAITS = tuple(os.path.join('internvl_ds', room, '') for room in ('dist', 'checkpoint'))
 _LIBRARIES = re.compile(r'\b(torch|deepspeed)\b')
 # Through which DeepSpeed calls the handles of collectives that it waits for.
 _WRAPPER = os.path.join('deepspeed', 'utils', 'nvtx')
@@ -38,9 +39,9 @@ _WRAPPER = os.path.join('deepspeed', 'utils', 'nvtx')
 def end_if_stranded(end: Callable[[], None]) -> None:
     """Watches, once a rank has died, whether this one's main thread waits for it in a collective.
 
-    After COMM.DEAD_AFTER seconds in one place there, on a device in any place, it says so, as an
-    exception that ends the process does, and calls ``end``. A rank that has left the process group
-    in order is not dead.
+    After COMM.DEAD_AFTER seconds in one place there it says so, as an exception that ends the
+    process does, and calls ``end``. On a device in any place, but for this package's own waits. A
+    rank that has left the process group in order is not dead.
 
     Args:
         end: ends the process; it has COMM.EXIT_TIMEOUT seconds.
@@ -62,7 +63,8 @@ def end_if_stranded(end: Callable[[], None]) -> None:
             if place != seen:
                 seen, since = place, now
             stood = now - since >= limit and heartbeat.lost(limit)
-            if frame and stood and (on_device or _stands_in_collective(frame)):
+            waits = frame and stood and on_device and not _has_limit(frame)
+            if frame and (waits or (stood and _stands_in_collective(frame))):
                 _say_and_end(f'waited {limit:g} s in {_shown(frame)}', end)
             del frame  # it holds what its locals hold
             time.sleep(_LOOK)
@@ -94,6 +96,16 @@ def is_of_collective(error: BaseException) -> bool:
             if _is_collective(frame, line) and _LIBRARIES.search(frame.f_code.co_filename):
                 return True
         cause = cause.__cause__
+    return False
+
+
+def _has_limit(frame: FrameType) -> bool:
+    """Whether this is a wait of this package, which ends by itself: a meeting, a save, the exit."""
+    inner: FrameType | None = frame
+    while inner is not None:
+        if any(room in inner.f_code.co_filename for room in _OWN_WAITS):
+            return True
+        inner = inner.f_back
     return False
 
 

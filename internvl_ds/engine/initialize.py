@@ -34,10 +34,9 @@ from internvl_ds.engine.monitors import drop_unwritable_monitors, guard_monitors
 from internvl_ds.engine.registry import configure, register, require_fp16
 from internvl_ds.errors import ConfigError
 from internvl_ds.files import for_show, write_text
-from internvl_ds.zero.guards import require_unsharded
+from internvl_ds.zero.guards import require_bare, require_unsharded
 from internvl_ds.zero.module_state import (
     keeping_buffers,
-    require_bare,
     require_dtypes,
     require_plain_state,
     require_real,
@@ -45,7 +44,6 @@ from internvl_ds.zero.module_state import (
 )
 from internvl_ds.zero.origins import warn_of_unknown_origins
 from internvl_ds.zero.parameters import whole_numel
-from internvl_ds.zero.wrap import sharding_bf16
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +102,7 @@ def initialize(
     limit_collectives(config)
     # Ranks may have read pretrained weights until now, which has a limit of its own.
     exchange('initialize', None, checkpoint_option(config, 'IO_TIMEOUT'))
-    with making_groups(), keeping_buffers(model), sharding_bf16():
+    with making_groups(), keeping_buffers(model):
         engine, ds_optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, model_parameters=trained, config=resolved
         )

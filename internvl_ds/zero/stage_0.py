@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
 from typing import Any
 
+import deepspeed
 import torch
 
+from internvl_ds.errors import ConfigError, few
 from internvl_ds.zero.deepspeed_optimizer import DeepSpeedOptimizer
 from internvl_ds.zero.partition import Layout, Slices
 from internvl_ds.zero.wrapper import Wrapper, replaced
@@ -29,7 +30,7 @@ class ClientOptimizer(_Unpartitioned):
         return {n: p for n, p in self.engine.module.named_parameters() if id(p) in ids}
 
     def push_scale(self) -> None:
-        if self.scale is not None and self._has_scaler:
+        if self.scale is not None:
             # GradScaler.update(scale) wants a backward before. Its growth is off.
             state = {'scale': self.scale.scale, 'growth_factor': 2.0, 'backoff_factor': 0.5}
             state |= {'growth_interval': 2**31 - 1, '_growth_tracker': 0}
@@ -42,16 +43,15 @@ class ClientOptimizer(_Unpartitioned):
         no bit of the gradients. The decision is read from the device once, by GradScaler.
         """
         engine, optimizer = self.engine, self.optimizer
-        scaler = engine.torch_autocast_z0_gradscaler if self._has_scaler else None
+        scaler = engine.torch_autocast_z0_gradscaler
         if scaler is None:
-            scale = 1.0 if self.scale is None else self.scale.scale
-            scaler = torch.amp.GradScaler(engine.device.type, init_scale=scale)
+            scaler = torch.amp.GradScaler(engine.device.type, init_scale=1.0)
             scaler.scale(torch.zeros((), device=engine.device))  # makes its scale tensor
         params = [p for group in self.groups() for p in group if p.grad is not None]
         hook = optimizer.register_step_post_hook(_note_step)
         try:
             with (
-                self._stepped_by(scaler),
+                replaced(engine, 'torch_autocast_z0_gradscaler', scaler),
                 replaced(engine._config, 'gradient_clipping', 0.0),
                 # A fused optimizer would be called for every step and decide on the device, where
                 # nobody sees whether it stepped; the scheduler and the count of skipped steps need
@@ -67,28 +67,6 @@ class ClientOptimizer(_Unpartitioned):
         finally:
             hook.remove()
         return norm
-
-    def scale_loss(self, loss: torch.Tensor) -> torch.Tensor:
-        """See `Wrapper`. Before DeepSpeed 0.18 an engine scales nothing under torch autocast."""
-        if self.scale is None or self._has_scaler:
-            return loss
-        return loss.float() * self.scale.scale
-
-    @property
-    def _has_scaler(self) -> bool:
-        """Whether the engine steps through torch's GradScaler; not before DeepSpeed 0.18."""
-        return hasattr(self.engine, 'torch_autocast_z0_gradscaler')
-
-    def _stepped_by(self, scaler: torch.amp.GradScaler) -> AbstractContextManager[None]:
-        if self._has_scaler:
-            return replaced(self.engine, 'torch_autocast_z0_gradscaler', scaler)
-        optimizer, step = self.optimizer, self.optimizer.step
-
-        def step_if_finite() -> None:
-            with replaced(optimizer, 'step', step):
-                scaler.step(optimizer)
-
-        return replaced(optimizer, 'step', step_if_finite)
 
 
 def _note_step(optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -106,6 +84,14 @@ class UnfusedOptimizer(_Unpartitioned, DeepSpeedOptimizer):
         FP16_UnfusedOptimizer.initialize_optimizer_states). The masters were copied from the
         low-precision weights and are copied from them again.
         """
+        frozen = [p for lows in self.groups() for p in lows if not p.requires_grad]
+        if frozen and self.engine.global_steps == 0:
+            raise ConfigError(  # 0.19.8 leaves them out by itself
+                f'{len(frozen)} frozen parameters are in the optimizer, and DeepSpeed '
+                f'{deepspeed.__version__} lets weight decay move them in half precision at ZeRO '
+                f'stage 0: {few([self.names[p] for p in frozen])}. Make the optimizer over those '
+                'that are trained, use stage 1, or install deepspeed>=0.19.8'
+            )
         if self.engine.global_steps == 0:
             self.pull_masters()
             self.client.state.clear()
@@ -114,8 +100,6 @@ class UnfusedOptimizer(_Unpartitioned, DeepSpeedOptimizer):
             if 'param_names' in group:  # DeepSpeed has dropped what is frozen from the group
                 group['param_names'] = [names[id(low)] for low in lows]
         super().attach()
-        if self.scale is None:  # before 0.18 DeepSpeed scales in bf16 too
-            self._holder.dynamic_loss_scale, self._holder.cur_scale = False, 1.0
 
     def masters(self) -> dict[str, torch.Tensor]:
         names = self._names()
@@ -128,36 +112,16 @@ class UnfusedOptimizer(_Unpartitioned, DeepSpeedOptimizer):
     def groups(self) -> list[list[Any]]:
         return self.optimizer.fp16_groups
 
-    def clear_gradients(self) -> None:
-        for parameter in (low for lows in self.groups() for low in lows):
-            parameter.grad = None  # before 0.18 DeepSpeed keeps it in bf16
-
     def scale_loss(self, loss: torch.Tensor) -> torch.Tensor:
         """See `Wrapper`. ``engine.backward`` scales for ZeRO optimizers only.
 
-        So it does in DeepSpeed 0.19.8 (engine.py:3417), while the step divides by the scale. Before
-        0.18 it scales here too.
+        So it does in DeepSpeed 0.19.8 (engine.py:3417), while the step divides by the scale.
         """
-        scale = self._holder.cur_scale
-        return loss if scale == 1.0 or self._holder is self.optimizer else loss.float() * scale
-
-    @contextmanager
-    def saving(self, defer: Callable[[Callable[[], None]], None]) -> Iterator[None]:
-        with super().saving(defer), self._in_the_models_file():
-            yield
-
-    @contextmanager
-    def loading(self, model_file: str) -> Iterator[None]:
-        with super().loading(model_file), self._in_the_models_file():
-            yield
-
-    def _in_the_models_file(self) -> AbstractContextManager[None]:
-        """Before 0.18 DeepSpeed leaves the state of bf16 to an optimizer of ZeRO, here too."""
-        return replaced(self.engine, 'bfloat16_enabled', lambda: False)
+        return loss if self._holder.cur_scale == 1.0 else loss.float() * self._holder.cur_scale
 
     @property
     def _holder(self) -> Any:
-        return getattr(self.optimizer, 'loss_scale_config', self.optimizer)  # it, before 0.18
+        return self.optimizer.loss_scale_config
 
     def _reported_norm(self) -> Any:
         """Without the loss scale, which is in the norm that DeepSpeed reports."""

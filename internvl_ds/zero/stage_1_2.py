@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,15 +17,6 @@ class Stage1And2(ZeroOptimizer):
 
     OFFLOADED_IDS = '_offload_accumulated_param_ids'
     HAND_OVER = '_finalize_cpu_offload_gradient_accumulation'
-
-    def check_all_gradients(self) -> None:
-        super().check_all_gradients()
-        optimizer = self.optimizer
-        # Before 0.18 the ranks of stage 1 do not agree, and one skips what others apply.
-        optimizer.has_overflow = lambda _=True: type(optimizer).has_overflow(optimizer, True)
-        if not hasattr(optimizer, '_clear_param_grad_only'):  # before 0.18
-            get = optimizer.get_all_grad_tensors
-            optimizer.get_all_grad_tensors = functools.partial(_with_earlier, optimizer, get)
 
     def flat_masters(self) -> Sequence[torch.Tensor]:
         return self.optimizer.single_partition_of_fp32_groups
@@ -83,15 +73,3 @@ class Stage1And2(ZeroOptimizer):
             for parameter, part in zip(parameters, parts, strict=False):
                 if self.optimizer.get_param_id(parameter) not in norms:
                     yield part
-
-
-def _with_earlier(
-    optimizer: Any, get: Callable[..., list[Any]], parameters: list[Any], dtype: torch.dtype
-) -> list[torch.Tensor]:
-    """A micro-batch's gradients, added to those before it, whose place DeepSpeed gives them."""
-    index = next(i for i, own in enumerate(optimizer.params_in_partition) if own is parameters)
-    gradients, earlier = get(parameters, dtype), optimizer.all_grad_tensors.get(index)
-    if earlier is None:
-        return gradients
-    torch._foreach_add_(earlier, gradients)
-    return earlier

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
 
 import deepspeed
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
 from packaging.version import Version
 
 from internvl_ds.dist.rendezvous import rank
@@ -18,8 +14,9 @@ from internvl_ds.errors import ConfigError
 from internvl_ds.zero.stage_0 import ClientOptimizer, UnfusedOptimizer
 from internvl_ds.zero.stage_1_2 import Stage1And2
 from internvl_ds.zero.stage_3 import Stage3, Stage3Module
-from internvl_ds.zero.wrapper import Wrapper, replaced
+from internvl_ds.zero.wrapper import Wrapper
 
+OLDEST = '0.18.9'  # as setup.cfg says; pip only warns of a conflict with another package
 NEWEST = '0.19.8'  # DeepSpeed that the suite of this package has run on
 
 _log = logging.getLogger(__name__)
@@ -30,10 +27,10 @@ def wrap(engine: DeepSpeedEngine) -> Wrapper:
     """Makes the wrapper of an engine; nothing of the engine changes.
 
     Raises:
-        ConfigError: for FusedAdam in fp16 or bf16 at stage 0: the optimizer that DeepSpeed puts
-            around it keeps its masters in one flat tensor. For bf16 at
-            stage 1 before 0.18, where `sharding_bf16` was not around ``deepspeed.initialize``.
+        ConfigError: for a DeepSpeed older than `OLDEST`. For FusedAdam in fp16 or bf16 at stage 0:
+            the optimizer that DeepSpeed puts around it keeps its masters in one flat tensor.
     """
+    _require_known(deepspeed.__version__)
     _warn_of_newer(deepspeed.__version__)
     client, stage = engine.basic_optimizer, int(engine.zero_optimization_stage())
     if type(engine.optimizer).__name__ == 'FP16_Optimizer':
@@ -41,34 +38,17 @@ def wrap(engine: DeepSpeedEngine) -> Wrapper:
             f'{type(client).__name__} with fp16 or bf16 at ZeRO stage 0 is not supported by this '
             'version; pass a torch optimizer to initialize, or use stage 1'
         )
-    if stage and type(engine.optimizer).__name__ == 'FP16_UnfusedOptimizer':
-        raise ConfigError(
-            f'DeepSpeed {deepspeed.__version__} trains bf16 at ZeRO stage {stage} with '
-            'FP16_UnfusedOptimizer, which shards nothing: make the engine with '
-            'internvl_ds.initialize, use stage 2 or 3, or install deepspeed>=0.18'
-        )
     if client is None:
         return Stage3Module(engine) if stage == 3 else Wrapper(engine)
     return ClientOptimizer(engine) if engine.optimizer is client else _BY_STAGE[stage](engine)
 
 
-@contextmanager
-def sharding_bf16() -> Iterator[None]:
-    """Makes ``deepspeed.initialize`` in the block shard the optimizer of bf16 at stage 1.
-
-    Before 0.18 DeepSpeed gives it the one of stage 0 (seen in 0.17.6: two kinds have one name).
-    """
-    choose = DeepSpeedEngine._do_optimizer_sanity_check
-
-    def choose_by_stage(engine: DeepSpeedEngine, optimizer: Any) -> Any:
-        kind = choose(engine, optimizer)
-        return ZERO_OPTIMIZATION if engine.zero_optimization_stage() else kind
-
-    if Version(deepspeed.__version__) >= Version('0.18'):
-        yield
-        return
-    with replaced(DeepSpeedEngine, '_do_optimizer_sanity_check', choose_by_stage):
-        yield
+def _require_known(version: str) -> None:
+    if Version(version) < Version(OLDEST):
+        raise ConfigError(
+            f'DeepSpeed {version} trains some settings wrongly, and this package mends what '
+            f'{OLDEST} and later ones do: install deepspeed>={OLDEST}'
+        )
 
 
 @functools.cache

@@ -2,11 +2,13 @@
 
 import json
 import re
+import sys
 import time
 
 import pytest
 
 from internvl_ds.dist import rendezvous as meetings
+from internvl_ds.dist.stranded import _has_limit
 from tests.dist import talking, waiting
 from tests.harness.ranks import run_ranks
 
@@ -127,6 +129,11 @@ def test_a_wait_for_a_device_ends_when_another_rank_is_dead(tmp_path, device):
     )
     assert bool(told) is (device == 'cuda'), texts[0]
     assert list(tmp_path.glob('ranks-*/result_0.json'))  # exit functions have run
+
+
+def test_a_wait_of_this_package_has_a_limit_of_its_own():
+    assert not _has_limit(sys._getframe())
+    assert meetings.agree('x', lambda: _has_limit(sys._getframe()), 1)
 
 
 @pytest.mark.ranks

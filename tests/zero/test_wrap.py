@@ -11,17 +11,13 @@ from internvl_ds.errors import ConfigError
 from internvl_ds.zero.stage_0 import ClientOptimizer, UnfusedOptimizer
 from internvl_ds.zero.stage_1_2 import Stage1And2
 from internvl_ds.zero.stage_3 import Stage3, Stage3Module
-from internvl_ds.zero.wrap import _warn_of_newer, wrap
+from internvl_ds.zero.wrap import OLDEST, _require_known, _warn_of_newer, wrap
 from internvl_ds.zero.wrapper import Wrapper, replaced
 
 CLIENT = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
 
 
 class FP16_Optimizer:
-    pass
-
-
-class FP16_UnfusedOptimizer:
     pass
 
 
@@ -61,12 +57,6 @@ def test_a_fused_optimizer_in_low_precision_is_refused_at_stage_0():
         wrap(Engine(0, FP16_Optimizer()))
 
 
-def test_an_optimizer_that_shards_nothing_is_refused_at_stage_1():
-    """DeepSpeed 0.17's of bf16, in an engine that `initialize` has not made."""
-    with pytest.raises(ConfigError, match='bf16 at ZeRO stage 1 with FP16_UnfusedOptimizer'):
-        wrap(Engine(1, FP16_UnfusedOptimizer()))
-
-
 def test_what_is_replaced_comes_back_to_the_object_or_the_class():
     engine = Engine(0, CLIENT)
     with replaced(engine, 'basic_optimizer', None):
@@ -84,3 +74,19 @@ def test_a_newer_deepspeed_than_known_is_told_once(caplog, version, told):
         _warn_of_newer(version)
     assert len(caplog.records) == told
     assert all(f'DeepSpeed {version} is newer' in record.message for record in caplog.records)
+
+
+def test_an_older_deepspeed_than_was_tried_is_refused():
+    with pytest.raises(ConfigError, match=f'DeepSpeed 0.17.6 .* install deepspeed>={OLDEST}'):
+        _require_known('0.17.6')
+    _require_known(OLDEST)
+
+
+def test_frozen_parameters_that_deepspeed_would_move_are_refused():
+    """As DeepSpeed 0.18's of half precision at stage 0 has them; 0.19.8 leaves them out."""
+    engine = Engine(0, SimpleNamespace(fp16_groups=[list(nn.Linear(2, 2).parameters())]))
+    engine.global_steps = 0
+    engine.param_names = dict(zip(engine.optimizer.fp16_groups[0], ('w', 'b'), strict=True))
+    engine.optimizer.fp16_groups[0][1].requires_grad_(False)
+    with pytest.raises(ConfigError, match='1 frozen parameters are in the optimizer.* stage 0: b'):
+        UnfusedOptimizer(engine).attach()

@@ -106,9 +106,9 @@ def fill_open_values(filling: Filling, config: CfgNode, trained: int | None) -> 
     fill_buckets(filling, trained)
     origin = "internvl_ds: timm's optimizers and SGD are meant under ZeRO"
     filling.fill('/zero_allow_untested_optimizer', True, origin)
-    if value_at(filling.tree, 'timers', 'throughput', 'enabled', default=True) is not False:
-        origin = 'internvl_ds: for its own rate DeepSpeed would wait for the device in each pass'
-        filling.fill('/timers/throughput/synchronized', False, origin)
+    if not value_at(filling.tree, 'timers', 'throughput'):
+        origin = 'internvl_ds: for a rate of its own DeepSpeed waits for the device in each pass'
+        filling.fill('/timers/throughput/enabled', False, origin)
     skips = {*_BUCKETS, *(finding.pointer for finding in filling.findings)}
     for pointer in filling.autos():
         if pointer not in skips and default_at(pointer) != 'auto':  # DeepSpeed reads some itself

@@ -72,7 +72,7 @@ def unsupported_settings(
 
 
 def _unsupported_before(tree: Mapping[str, Any], version: str) -> Iterator[Diagnostic]:
-    """What only earlier versions do wrong (seen in 0.17.6 and 0.18.9)."""
+    """What only earlier versions do wrong (seen in 0.18.9)."""
     remedy = f'with DeepSpeed {version}: install deepspeed>={_MENDED}, or leave it out'
     block, name = 'zero_optimization', 'offload_optimizer'
     if value_at(tree, block, name, 'device', default='none') not in (None, 'none'):

@@ -62,7 +62,7 @@ def _tools(required: bool) -> ProbeResult:
     if required:
         effect = 'DeepSpeed compiles an op as soon as CPU ranks meet, and fails there'
         return fault(topic, text, f'{effect}. {install}')
-    return warn(topic, text, f'FusedAdam, CPU Adam and NVMe offload cannot be built. {install}')
+    return warn(topic, text, f'FusedAdam and CPU Adam cannot be built. {install}')
 
 
 def _op(library: Path) -> ProbeResult:
