@@ -10,7 +10,7 @@ import time
 from typing import Any
 
 from internvl_ds.dist.launchers import Launch
-from internvl_ds.dist.network import own_addresses, why_not_reached
+from internvl_ds.dist.network import free_port, own_addresses, why_not_reached
 from internvl_ds.errors import RankError
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,11 @@ def agree_on_master(
         offer = None
         if is_rank_0:
             addresses = ['127.0.0.1'] if one_host else own_addresses(interface)
-            listener.bind(('127.0.0.1' if one_host else '', 0))
+            own = '127.0.0.1' if one_host else ''
+            try:  # a port that no outgoing connection takes before the store listens there
+                listener.bind((own, free_port()))
+            except OSError:  # taken on another address than loopback
+                listener.bind((own, 0))
             listener.listen(communicator.Get_size())
             offer = addresses, listener.getsockname()[1], socket.gethostname()
         addresses, port, host = communicator.bcast(offer)
