@@ -37,14 +37,15 @@ def pytest_collection_modifyitems(config, items):
     """Moves these files to the front; leaves out what `pytest` alone does not run."""
     whole = config.option.markexpr or config.args_source == pytest.Config.ArgsSource.ARGS
     if not whole:
-        left = [item for item in items if not _is_quick(item)]
-        config.hook.pytest_deselected(items=left)
-        items[:] = [item for item in items if _is_quick(item)]
+        _keep(config, items, _is_quick)
     if not SOAK:
-        rare = [item for item in items if item.get_closest_marker('soak_only')]
-        config.hook.pytest_deselected(items=rare)
-        items[:] = [item for item in items if not item.get_closest_marker('soak_only')]
+        _keep(config, items, lambda item: not item.get_closest_marker('soak_only'))
     items.sort(key=lambda item: _place(str(item.path)))
+
+
+def _keep(config, items, wanted):
+    config.hook.pytest_deselected(items=[item for item in items if not wanted(item)])
+    items[:] = [item for item in items if wanted(item)]
 
 
 def _place(path):

@@ -63,8 +63,11 @@ def end_if_stranded(end: Callable[[], None]) -> None:
             if place != seen:
                 seen, since = place, now
             stood = now - since >= limit and heartbeat.lost(limit)
-            waits = frame and stood and on_device and not _has_limit(frame)
-            if frame and (waits or (stood and _stands_in_collective(frame))):
+            if (
+                frame
+                and stood
+                and (_stands_in_collective(frame) or (on_device and not _has_limit(frame)))
+            ):
                 _say_and_end(f'waited {limit:g} s in {_shown(frame)}', end)
             del frame  # it holds what its locals hold
             time.sleep(_LOOK)

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from internvl_ds.zero.wrap import OLDEST
 from tests.harness.ranks import BESIDE, ROOT, base_env, run_command
 
 # A test on ranks of the bridge, of averages and of all that zero/ knows.
@@ -20,6 +21,10 @@ QUICK = {'TESTS_WITHOUT_SHM_OP': '1'}
 
 def oldest():
     return re.search(r'^ *deepspeed>=(\S+)', (ROOT / 'setup.cfg').read_text(), re.M).group(1)
+
+
+def test_what_setup_cfg_allows_is_what_is_not_refused():
+    assert oldest() == OLDEST
 
 
 @pytest.mark.ranks
