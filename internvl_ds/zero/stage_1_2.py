@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
@@ -17,6 +19,14 @@ class Stage1And2(ZeroOptimizer):
 
     OFFLOADED_IDS = '_offload_accumulated_param_ids'
     HAND_OVER = '_finalize_cpu_offload_gradient_accumulation'
+
+    def attach(self) -> None:
+        super().attach()
+        optimizer = self.optimizer
+        if self.stage == 1 and optimizer.overlap_comm:
+            optimizer.reduce_gradients = functools.partial(
+                _reduce_gradients, weakref.ref(optimizer)
+            )
 
     def flat_masters(self) -> Sequence[torch.Tensor]:
         return self.optimizer.single_partition_of_fp32_groups
@@ -73,3 +83,23 @@ class Stage1And2(ZeroOptimizer):
             for parameter, part in zip(parameters, parts, strict=False):
                 if self.optimizer.get_param_id(parameter) not in norms:
                     yield part
+
+
+def _reduce_gradients(ref: weakref.ref[Any], *args: Any, **kwargs: Any) -> None:
+    """Replaces the ``reduce_gradients`` of stage 1 with overlap, at an update's last micro-batch.
+
+    DeepSpeed 0.19.8 reduces there in the backward's hooks alone (stage_1_and_2.py:971): a gradient
+    of an earlier micro-batch, of a parameter without a part in the last, would be applied as each
+    rank has it.
+    """
+    optimizer = ref()
+    assert optimizer is not None
+    waiting = {i for bucket in optimizer.ipg_buckets.values() for _, _, i in bucket.params}
+    for index, group in enumerate(optimizer.bit16_groups):
+        for parameter in group:
+            number = optimizer.get_param_id(parameter)
+            if number in waiting or optimizer.params_already_reduced[number]:
+                continue
+            if optimizer.get_gradient_for_reduction(parameter) is not None:
+                optimizer.reduce_ready_partitions_and_remove_grads(parameter, index)
+    type(optimizer).reduce_gradients(optimizer, *args, **kwargs)

@@ -40,7 +40,7 @@ def zero_of(layout: str) -> dict[str, Any]:
     if 'offload' in layout:
         zero['offload_optimizer'] = {'device': 'cpu'}
     if 'overlap' in layout:
-        zero.update(overlap_comm=True, contiguous_gradients=False)
+        zero.update(overlap_comm=True, contiguous_gradients='copied' in layout)
     json = {'zero_optimization': zero, 'zero_force_ds_cpu_optimizer': False}
     return {**json, 'data_types': {'grad_accum_dtype': 'fp32'}} if 'fp32' in layout else json
 

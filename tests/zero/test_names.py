@@ -95,7 +95,9 @@ TABLE = [
     Names(ONE_TWO, STAGE_1_2, 'stage_1_2',
           'single_partition_of_fp32_groups partition_size bit16_groups update_lp_params '
           '_get_groups_without_padding params_in_partition cpu_offload offload_gradient_dict '
-          'averaged_gradients all_grad_tensors accumulated_grads_in_cpu get_param_id', '0.18.9'),
+          'averaged_gradients all_grad_tensors accumulated_grads_in_cpu get_param_id overlap_comm '
+          'ipg_buckets params_already_reduced get_gradient_for_reduction reduce_gradients '
+          'reduce_ready_partitions_and_remove_grads', '0.18.9'),
     Names(ONE_TWO, STAGE_1_2, 'stage_1_2',
           'round_robin_bit16_padding _offload_accumulated_param_ids '
           '_finalize_cpu_offload_gradient_accumulation', '0.19.8'),
