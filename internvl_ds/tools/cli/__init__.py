@@ -15,11 +15,21 @@ from collections.abc import Sequence
 
 from internvl_ds.dist.signals import INTERRUPTED
 from internvl_ds.errors import InternvlDsError
-from internvl_ds.tools.cli import ckpt, config, digits, doctor, evaluate, plan, tune, version
+from internvl_ds.tools.cli import (
+    ckpt,
+    config,
+    digits,
+    doctor,
+    evaluate,
+    plan,
+    selftest,
+    tune,
+    version,
+)
 from internvl_ds.tools.text import stdout_for_answers
 
 # The subcommands, in the order in which --help lists them; each is named as its module.
-_COMMANDS = (ckpt, config, digits, doctor, evaluate, plan, tune, version)
+_COMMANDS = (ckpt, config, digits, doctor, evaluate, plan, selftest, tune, version)
 
 USER_ERROR = 2
 

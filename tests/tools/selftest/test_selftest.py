@@ -1,0 +1,60 @@
+"""The self-test: all is ok where nothing is wrong, and each fault put in turns its row."""
+
+import shutil
+import sys
+
+import pytest
+
+from internvl_ds.dist.network import free_port
+from tests.harness.ranks import remove_shm_buffers, run_command, run_ranks
+from tests.tools.selftest import faulting
+
+pytestmark = [pytest.mark.ranks, pytest.mark.slow]
+
+MODULE = 'internvl_ds.tools.cli'
+MPIRUN = ['mpirun', '--allow-run-as-root', '--oversubscribe', '--bind-to', 'none']
+MPI = pytest.mark.skipif(not shutil.which('mpirun'), reason='the mpi extra is not installed')
+
+
+@pytest.mark.parametrize(
+    ('ranks', 'quick', 'start'),
+    [
+        (1, False, [sys.executable, '-m', MODULE]),
+        (2, True, ['deepspeed', '--num_accelerators', '2', '--module', MODULE]),
+        pytest.param(4, True, [*MPIRUN, '-n', '4', sys.executable, '-m', MODULE], marks=MPI),
+    ],
+)  # fmt: skip
+def test_nothing_is_wrong_here(tmp_path, ranks, quick, start):
+    port, options = str(free_port()), ['--quick'] if quick else []
+    if start[0] == 'deepspeed':
+        start = [start[0], '--master_port', port, *start[1:]]
+    command = [*start, 'selftest', '--output', str(tmp_path / 'out'), *options]
+    try:
+        job = run_command(command, 480, cwd=tmp_path)
+    finally:
+        remove_shm_buffers(port)
+    assert job.returncode == 0, job.output
+    assert 'all that could be tried is ok' in job.output, job.output
+    assert list(tmp_path.iterdir()) == []
+
+
+SEEN = {
+    'wrong norm': ('wrong', 'stage 1: the norm of update 0 off by 1.0e-03'),
+    'skipped clip': ('wrong', 'stage 1: the norm of update 2'),
+    'late average': ('wrong', 'stage 1: their average'),
+    'lost group': ('wrong', 'stage 1: the norm of update 0'),
+    'swapped shards': ('wrong', 'checksum'),
+    'stale latest': ('wrong', 'latest is ckpt_epoch_0'),
+    'wrong device': ('wrong', 'on cpu'),
+    'extra read': ('wrong', 'the host reads the device'),
+    'slow link': ('slow', 'rank 0 to 1'),
+    'absent rank': ('wrong', 'rank 1 did not come'),
+}
+
+
+def test_each_fault_turns_its_row(tmp_path):
+    results = run_ranks(faulting.run_faults, 2, tmp_path, folder=str(tmp_path))
+    for name, (verdict, text) in SEEN.items():
+        got = results[0][name]
+        assert (got[0], text in got[1]) == (verdict, True), (name, got)
+    assert [result[2] for result in results[0].values()] == ['True'] * 9 + ['False']
