@@ -1,11 +1,12 @@
-"""Ends a rank that waits in a collective for a rank that is dead.
+"""Ends a rank that waits in a collective for a rank that is dead, or has waited too long.
 
 gloo ends a collective when its connection to another rank breaks, which takes no time. But a child
 of a rank that was killed keeps that connection open; and of some 80 ranks killed on a loaded host
 one was still waited for after half a minute. COMM.TIMEOUT would end that wait, after half an hour.
 
 On a GPU the collectives run apart from Python. The main thread stands where it next needs their
-result, or room in the device's queue, and no exception comes: any place may be one of these.
+result, or room in the device's queue, and no exception comes: any place may be one of these. NCCL
+aborts the process in the end, without a name; so its limit comes a little after COMM.TIMEOUT.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ import linecache
 import os
 import re
 import sys
+import sysconfig
 import threading
 import time
 import traceback
 from collections.abc import Callable
 from types import FrameType
 
+from internvl_ds.dist.device import is_on_device
 from internvl_ds.dist.group import current_group
 from internvl_ds.errors import RankError
 
@@ -32,16 +35,18 @@ _COLLECTIVES = tuple(
 )
 _OWN_WAITS = tuple(os.path.join('internvl_ds', room, '') for room in ('dist', 'checkpoint'))
 _LIBRARIES = re.compile(r'\b(torch|deepspeed)\b')
+_STANDARD_LIBRARY = os.path.join(sysconfig.get_path('stdlib'), '')
 # Through which DeepSpeed calls the handles of collectives that it waits for.
 _WRAPPER = os.path.join('deepspeed', 'utils', 'nvtx')
 
 
 def end_if_stranded(end: Callable[[], None]) -> None:
-    """Watches, once a rank has died, whether this one's main thread waits for it in a collective.
+    """Watches whether this rank's main thread waits in a collective that will not end.
 
-    After COMM.DEAD_AFTER seconds in one place there it says so, as an exception that ends the
-    process does, and calls ``end``. On a device in any place, but for this package's own waits. A
-    rank that has left the process group in order is not dead.
+    Once a rank has died, it waits for COMM.DEAD_AFTER seconds in one place there; on a device also
+    without, for COMM.TIMEOUT seconds. Then it says so, as an exception that ends the process does,
+    and calls ``end``. On a device in any place, but for this package's own waits. A rank that has
+    left the process group in order is not dead.
 
     Args:
         end: ends the process; it has COMM.EXIT_TIMEOUT seconds.
@@ -51,10 +56,16 @@ def end_if_stranded(end: Callable[[], None]) -> None:
     if heartbeat is None:
         return
 
-    def watch() -> None:
-        from deepspeed.accelerator import get_accelerator  # takes a second, and nobody may die
+    def reason(frame: FrameType, seconds: float, on_device: bool) -> str:
+        limit, late = group.limit('DEAD_AFTER'), group.collective_limit
+        if seconds >= limit and heartbeat.lost(limit):
+            return f'waited {limit:g} s in {{}} for a rank that is dead'
+        if on_device and late is not None and seconds >= late and not _is_idle(frame):
+            return f'waited {late:g} s (COMM.TIMEOUT) in {{}}'
+        return ''
 
-        limit, on_device = group.limit('DEAD_AFTER'), get_accelerator().device_name() != 'cpu'
+    def watch() -> None:
+        on_device = is_on_device()
         seen, since = None, time.monotonic()
         while group.heartbeat is heartbeat:
             now = time.monotonic()
@@ -62,22 +73,25 @@ def end_if_stranded(end: Callable[[], None]) -> None:
             place = None if frame is None else (id(frame), frame.f_lasti)
             if place != seen:
                 seen, since = place, now
-            stood = now - since >= limit and heartbeat.lost(limit)
+            text = reason(frame, now - since, on_device) if frame else ''
             if (
                 frame
-                and stood
+                and text
                 and (_stands_in_collective(frame) or (on_device and not _has_limit(frame)))
             ):
-                _say_and_end(f'waited {limit:g} s in {_shown(frame)}', end)
+                _say_and_end(text.format(_shown(frame)), end)
             del frame  # it holds what its locals hold
             time.sleep(_LOOK)
 
     def begin() -> None:
         threading.Thread(target=watch, name='stranded', daemon=True).start()
 
-    heartbeat.on_death = begin
-    if heartbeat.lost(0):  # meanwhile
+    if heartbeat.lost(0) or is_on_device():
         begin()
+    else:
+        heartbeat.on_death = begin
+        if heartbeat.lost(0):  # meanwhile
+            begin()
 
 
 def _say_and_end(reason: str, end: Callable[[], None]) -> None:
@@ -85,7 +99,7 @@ def _say_and_end(reason: str, end: Callable[[], None]) -> None:
     guard = threading.Timer(limit, os._exit, [1])
     guard.daemon = True
     guard.start()
-    error = RankError(f'{reason} for a rank that is dead')
+    error = RankError(reason)
     sys.excepthook(RankError, error, None)
     sys.last_type, sys.last_value, sys.last_traceback = RankError, error, None  # for exit functions
     end()
@@ -110,6 +124,14 @@ def _has_limit(frame: FrameType) -> bool:
             return True
         inner = inner.f_back
     return False
+
+
+def _is_idle(frame: FrameType) -> bool:
+    """Whether it waits for a person or the clock, not for a device: a debugger, a notebook."""
+    line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+    in_python = frame.f_code.co_filename.startswith(_STANDARD_LIBRARY)
+    of_packages = 'site-packages' in frame.f_code.co_filename
+    return (in_python and not of_packages) or re.search(r'\b(sleep|input)\(', line) is not None
 
 
 def _stands_in_collective(frame: FrameType) -> bool:

@@ -145,6 +145,21 @@ def test_a_wait_for_a_device_ends_when_another_rank_is_dead(tmp_path, device):
     assert list(tmp_path.glob('ranks-*/result_0.json'))  # exit functions have run
 
 
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_a_wait_for_a_device_ends_after_the_limit_of_collectives(tmp_path):
+    """NCCL would abort the process, and name nobody."""
+    texts = run_ranks(
+        waiting.a_rank_stands_still_beside_a_device, 2, tmp_path, expect_failure=True, grace=1,
+        folder=tmp_path, device='cuda',
+    )  # fmt: skip
+    assert re.search(
+        r'rank 0 on \S+ ends the job: rank 1 on \S+ \(pid \d+\) has given no sign of life for 4 s; '
+        r'RankError: waited 6 s \(COMM.TIMEOUT\) in a_rank_stands_still_beside_a_device',
+        texts[0],
+    ), texts[0]
+
+
 def test_a_wait_of_this_package_has_a_limit_of_its_own():
     assert not _has_limit(sys._getframe())
     assert meetings.agree('x', lambda: _has_limit(sys._getframe()), 1)
