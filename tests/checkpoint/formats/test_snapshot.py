@@ -179,3 +179,51 @@ def test_the_bytes_of_a_tree():
     assert tensor_bytes(tree) == 12 + 8 + 8
     assert tensor_bytes(EmaFile('x', {'w': torch.zeros(5)}, None)) == 20
     assert tensor_bytes(None) == 0
+
+
+class _Driver:
+    """In place of the CUDA driver: the pages that are locked, of so many at most."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.locked = most, {}
+
+    def cudaHostRegister(self, at: int, size: int, flags: int) -> int:
+        if sum(self.locked.values()) + size > self.most:
+            return 2  # cudaErrorMemoryAllocation
+        self.locked[at] = size
+        return 0
+
+    def cudaHostUnregister(self, at: int) -> int:
+        del self.locked[at]
+        return 0
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    stub = _Driver(most=8_000_000)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'cudart', lambda: stub)
+    return stub
+
+
+def test_pages_are_locked_by_exact_size_and_given_back(driver):
+    snapshot = Snapshot()
+    for size in (700_000, 700_000, 300_000):  # of float32; the last has no use for 2.8 MB
+        snapshot.begin()
+        snapshot.copy({'a': torch.zeros(size), 'small': torch.zeros(9)})
+    assert sorted(driver.locked.values()) == [1_200_000, 2_800_000]
+    snapshot.begin()
+    snapshot.copy(torch.zeros(300_000))
+    assert list(driver.locked.values()) == [1_200_000]
+    snapshot.release()
+    assert driver.locked == {}
+
+
+def test_what_the_driver_does_not_lock_is_copied_all_the_same(driver, caplog):
+    snapshot, values = Snapshot(), torch.randn(3, 900_000)
+    snapshot.begin()
+    assert torch.equal(snapshot.copy(values), values)
+    assert torch.equal(snapshot.copy(values[0]), values[0])
+    assert driver.locked == {}
+    (record,) = caplog.records
+    assert 'not page-locked' in record.message
