@@ -16,9 +16,9 @@ looked at), ``disk_rate``, ``usable`` (the share planned with); ``options``, eac
 ``offload`` ('none', 'optimizer', 'all'), ``recompute``, ``device`` and ``host`` (bytes of each part
 on a GPU, and of one rank in its host's memory, for the configured micro-batch), ``device_bytes``
 (the most), ``update_bytes`` (what the optimizer's update takes when the activations are gone),
-``host_bytes`` (of all ranks of a host, while the model is built or later), ``largest_micro_batch``
-(0: none fits), ``fits_host``, ``micro_batch`` and ``accumulation`` (to train with, at the
-configured batch), ``checkpoint_bytes``, ``save_seconds``; ``choice``, the index of the option to
+``host_bytes`` (of all ranks of a host, while the model is built or later, with the copy that
+CHECKPOINT.ASYNC saves from), ``largest_micro_batch`` (0: none fits), ``fits_host``,
+``micro_batch`` and ``accumulation`` (to train with, at the configured batch), ``checkpoint_bytes``, ``save_seconds``; ``choice``, the index of the option to
 take, or null; ``advice``.
 """
 

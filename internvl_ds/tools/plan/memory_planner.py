@@ -60,6 +60,11 @@ class MemoryPlanner:
         return bool(self._config.TRAIN.EMA.ENABLE)
 
     @property
+    def copies_saves(self) -> bool:
+        """Whether saves are written from a copy in the host's memory."""
+        return bool(self._config.CHECKPOINT.ASYNC)
+
+    @property
     def step_of_micro_batch(self) -> int:
         """The number that divides every micro-batch: 2 with mixup, else 1."""
         return 1 if build_mixup(self._config) is None else 2

@@ -12,7 +12,7 @@ from yacs.config import CfgNode
 from internvl_ds.config.ds import resolve as ds
 from internvl_ds.tools.plan.memory_planner import MemoryPlanner, Need
 from internvl_ds.tools.plan.sizes import can_recompute
-from internvl_ds.tools.plan.static_memory import checkpoint_bytes
+from internvl_ds.tools.plan.static_memory import checkpoint_bytes, snapshot_bytes
 from internvl_ds.tools.plan.zero_scheme import ZeroScheme
 
 # The share of a memory that is planned with. The rest is for what is not counted: the CUDA context,
@@ -132,6 +132,8 @@ def _option(
     micro = _micro_batch(planner, scheme, min(share, largest), usable, recompute)
     on_host = machine.gpus_per_host * max(need.host, need.build)
     size = checkpoint_bytes(planner.sizes, scheme, planner.keeps_ema)
+    if planner.copies_saves:
+        on_host += snapshot_bytes(planner.sizes, scheme, planner.keeps_ema, machine.gpus_per_host)
     return Option(
         stage=scheme.stage,
         offload=offload,

@@ -117,6 +117,19 @@ def checkpoint_bytes(sizes: Sizes, scheme: ZeroScheme, ema: bool) -> int:
     return int(weights + states + average)
 
 
+def snapshot_bytes(sizes: Sizes, scheme: ZeroScheme, ema: bool, on_host: int) -> int:
+    """Bytes that CHECKPOINT.ASYNC copies into the memory of rank 0's host.
+
+    Args:
+        on_host: ranks of the host.
+    """
+    whole = checkpoint_bytes(sizes, scheme, ema)
+    if scheme.stage == 0:  # rank 0 saves what all hold
+        return whole
+    weights = scheme.weight_bytes * (0 if scheme.stage == 3 else sizes.parameters)
+    return weights + (whole - weights) * on_host // scheme.ranks
+
+
 def all_parameters(sizes: Sizes) -> Iterable[int]:
     """Elements of each parameter, frozen ones included."""
     return (*(n for group in sizes.groups for n in group), *sizes.frozen)

@@ -309,6 +309,24 @@ class TestFit:
         assert plain.host == 0
         assert need(stage=2, offload_optimizer={'device': 'cpu'}).host > 0
 
+    @pytest.mark.parametrize('hosts', [1, 2])
+    def test_a_host_keeps_the_copy_of_a_background_save(self, hosts):
+        """That of rank 0 has the module too, and its ranks' share of the states."""
+
+        def on_host(*opts):
+            config = config_of('DATA.BATCH_SIZE', '96', *opts)
+            machine = Machine(8, 10**9, 8 // hosts, None, 1e9)
+            return {o.stage: o for o in options(MemoryPlanner(config), config, {}, machine)
+                    if not o.recompute and o.offload == NONE}  # fmt: skip
+
+        sync, copied = on_host(), on_host('CHECKPOINT.ASYNC', 'True')
+        for stage, option in copied.items():
+            copy = option.host_bytes - sync[stage].host_bytes
+            size = option.checkpoint_bytes
+            weights = 0 if stage == 3 else option.need.parts.weights
+            wanted = size if stage == 0 else weights + (size - weights) / hosts
+            assert copy == pytest.approx(wanted, rel=0.01)
+
     def test_the_choice_keeps_the_batch_and_takes_what_it_must(self, planner):
         config = config_of('DATA.BATCH_SIZE', '96')
 
