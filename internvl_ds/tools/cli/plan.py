@@ -18,8 +18,9 @@ on a GPU, and of one rank in its host's memory, for the configured micro-batch),
 (the most), ``update_bytes`` (what the optimizer's update takes when the activations are gone),
 ``host_bytes`` (of all ranks of a host, while the model is built or later, with the copy that
 CHECKPOINT.ASYNC saves from), ``largest_micro_batch`` (0: none fits), ``fits_host``,
-``micro_batch`` and ``accumulation`` (to train with, at the configured batch), ``checkpoint_bytes``, ``save_seconds``; ``choice``, the index of the option to
-take, or null; ``advice``.
+``micro_batch`` and ``accumulation`` (to train with, at the configured batch),
+``checkpoint_bytes``, ``save_seconds``; ``choice``, the index of the option to take, or null;
+``advice``.
 """
 
 from __future__ import annotations

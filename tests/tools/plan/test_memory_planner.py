@@ -15,6 +15,7 @@ from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 
 from internvl_ds.config.ds import resolve as ds
+from internvl_ds.config.tree import set_options
 from internvl_ds.errors import ConfigError
 from internvl_ds.tools.cli import main
 from internvl_ds.tools.cli.quantities import parse_rate, parse_size, whole
@@ -309,23 +310,26 @@ class TestFit:
         assert plain.host == 0
         assert need(stage=2, offload_optimizer={'device': 'cpu'}).host > 0
 
-    @pytest.mark.parametrize('hosts', [1, 2])
-    def test_a_host_keeps_the_copy_of_a_background_save(self, hosts):
+    def test_a_host_keeps_the_copy_of_a_background_save(self):
         """That of rank 0 has the module too, and its ranks' share of the states."""
+        config = config_of('DATA.BATCH_SIZE', '96')
+        planner = MemoryPlanner(config)
 
-        def on_host(*opts):
-            config = config_of('DATA.BATCH_SIZE', '96', *opts)
-            machine = Machine(8, 10**9, 8 // hosts, None, 1e9)
-            return {o.stage: o for o in options(MemoryPlanner(config), config, {}, machine)
-                    if not o.recompute and o.offload == NONE}  # fmt: skip
+        def on_host(hosts):
+            found = options(planner, config, {}, Machine(8, 10**9, 8 // hosts, None, 1e9))
+            return {o.stage: o for o in found if not o.recompute and o.offload == NONE}
 
-        sync, copied = on_host(), on_host('CHECKPOINT.ASYNC', 'True')
-        for stage, option in copied.items():
-            copy = option.host_bytes - sync[stage].host_bytes
-            size = option.checkpoint_bytes
-            weights = 0 if stage == 3 else option.need.parts.weights
-            wanted = size if stage == 0 else weights + (size - weights) / hosts
-            assert copy == pytest.approx(wanted, rel=0.01)
+        sync = {hosts: on_host(hosts) for hosts in (1, 2)}
+        set_options(config, {'CHECKPOINT.ASYNC': True})
+        for hosts, of_stages in sync.items():
+            for stage, option in on_host(hosts).items():
+                copy, size = (
+                    option.host_bytes - of_stages[stage].host_bytes,
+                    option.checkpoint_bytes,
+                )
+                weights = 0 if stage == 3 else option.need.parts.weights
+                wanted = size if stage == 0 else weights + (size - weights) / hosts
+                assert copy == pytest.approx(wanted, rel=0.01)
 
     def test_the_choice_keeps_the_batch_and_takes_what_it_must(self, planner):
         config = config_of('DATA.BATCH_SIZE', '96')
