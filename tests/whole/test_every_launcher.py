@@ -80,7 +80,7 @@ def mpich_env(tmp_path_factory):
     ('launcher', 'ranks'),
     [
         pytest.param('deepspeed', 2, marks=ELSEWHERE),
-        ('deepspeed', 4),
+        pytest.param('deepspeed', 4, marks=ELSEWHERE),
         pytest.param('Open MPI', 2, marks=[MPI, ELSEWHERE]),
         pytest.param('Open MPI', 4, marks=[MPI, ELSEWHERE]),
         pytest.param('MPICH', 2, marks=ELSEWHERE),

@@ -473,6 +473,7 @@ def test_a_linear_probe_of_intern_vit_6b_is_planned(capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.soak_only  # the same model, but for its head frozen, is planned above
 def test_a_model_of_5_9_g_parameters_is_planned_in_2_gib():
     done = subprocess.run(
         [sys.executable, '-c', _SIX_G], capture_output=True, text=True, timeout=300,
