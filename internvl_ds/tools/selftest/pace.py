@@ -30,7 +30,8 @@ _STAGE, _CLASSES, _ROUNDS = 1, 1000, 9
 _SHARED = f'MODEL.TYPE timm MODEL.NUM_CLASSES {_CLASSES} MODEL.DROP_PATH_RATE 0.0 '
 _ON_CPU = 'MODEL.NAME vit_tiny_patch16_224 MODEL.KWARGS.depth 4 DATA.IMG_SIZE 64 DATA.BATCH_SIZE 8'
 _ON_DEVICE = 'MODEL.NAME vit_base_patch16_224 DATA.IMG_SIZE 224 DATA.BATCH_SIZE 64'
-# What the bridge adds is far below: so much is left to the noise of a median of nine pairs.
+# It is slow where it takes this much longer in all pairs but one: other work on a host makes single
+# ones of any size.
 _MOST = 1.10
 # Of what is planned, how much may be allocated: states alone, on a CPU, and a device's whole peak.
 _PLAN = {True: 0.05, False: 0.25}
@@ -87,7 +88,7 @@ def _pace(engine: Any, optimizer: Any, config: CfgNode) -> Row:
         f'pairs of {config.MODEL.NAME}, {images / update:.0f} images/s a rank'
     )
     figures = {'ratio': middle, 'images_per_second': images / update}
-    return Row('pace', SLOW if middle > _MOST else OK, found, figures)
+    return Row('pace', SLOW if sorted(ratios)[1] > _MOST else OK, found, figures)
 
 
 def _memory(engine: Any, config: CfgNode, json: dict[str, Any], on_cpu: bool) -> Row:

@@ -33,18 +33,20 @@ _STAGES, _QUICK_STAGES = (0, 1, 2, 3), (1, 3)
 _LIMIT = 180  # seconds that a rank waits for the others
 
 
-def selftest(output: Path, quick: bool) -> list[Row]:
+def selftest(output: Path, quick: bool, local_rank: int | None = None) -> list[Row]:
     """Runs all trials. Collective: every rank calls it.
 
     Args:
         output: a directory that all ranks see, as the checkpoints' is. Nothing is left in it.
         quick: at ZeRO stages 1 and 3 only, in fp32 and bfloat16.
+        local_rank: that a launcher gave as an argument.
 
     Returns:
         A row of each trial, the same on all ranks. Where a rank did not come, or a collective
         failed, that row is the last.
     """
-    init_distributed(set_options(default_config(), {'COMM.TIMEOUT': _LIMIT}))
+    config = set_options(default_config(), {'COMM.TIMEOUT': _LIMIT})
+    init_distributed(config, local_rank=local_rank)
     rows: list[Row] = []
     with _folder(output) as folder:
         for name, trial in _trials(folder, quick):

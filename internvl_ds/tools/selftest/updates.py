@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from internvl_ds.errors import few
 from internvl_ds.tools.selftest.row import ABSENT, Row, judged
 from internvl_ds.tools.selftest.subject import (
     OVERFLOW,
@@ -32,7 +33,11 @@ def updates_row(precision: str, stages: Sequence[int]) -> Row:
     plain = plain_course(precision, torch.device(get_accelerator().current_device_name()))
     limit, faults, worst = rounding_of(precision), [], 0.0
     for stage in stages:
-        off = _differences(engine_course(precision, stage), plain)
+        course = engine_course(precision, stage)
+        if lost := sorted(plain.weights.keys() - course.weights.keys()):
+            faults.append(f'stage {stage}: {few(lost)} not trained')
+            continue
+        off = _differences(course, plain)
         worst = max(worst, *off.values())
         faults += [
             f'stage {stage}: {what} off by {value:.1e} of it (allowed {limit:.1e})'
