@@ -30,10 +30,16 @@ def test_each_is_right_or_refused_at_each_stage(tmp_path):
     right = {name for name, fate in made.items() if not any(isinstance(f, str) for f in fate)}
     assert right >= {
         'timm adamw', 'timm lion', 'timm adan', 'timm adopt', 'timm nadamw', 'timm lookahead_adan',
-        'torch SGD', 'torch RAdam', 'cpu', 'fused',
+        'timm muon', 'timm nmuon', 'torch SGD', 'torch RAdam', 'cpu', 'fused',
     }  # fmt: skip
     needs_whole = {name for name, fate in made.items() if isinstance(fate[0], float)} - right
-    assert needs_whole >= {'timm lamb', 'timm muon', 'timm cadamw', 'timm adafactor', 'timm lars'}
+    assert needs_whole >= {
+        'timm lamb',
+        'timm adamuon',
+        'timm cadamw',
+        'timm adafactor',
+        'timm lars',
+    }
     assert {'timm adahessian', 'torch SparseAdam', 'torch LBFGS'} <= made.keys() - right
 
 

@@ -123,12 +123,12 @@ MUTANTS = [
         ('        try:\n            yield\n        finally:\n            self._exchange', '        yield\n        if True:\n            self._exchange'),
     ]),
     *mutants_of('engine', 'engine/test_param_groups.py', [
-        ('sorted((k, _exact(v)) for k, v in group.items() if k not in _MEMBERSHIP)', "sorted((k, _exact(v)) for k, v in group.items() if k not in _MEMBERSHIP and k != 'weight_decay')"),
-        ('            origins.append(index)\n', '            origins.append(len(origins))\n'),
-        ('        became.append(list(merged).index(key))', '        became.append(index)'),
+        ('sorted((k, _exact(v)) for k, v in settings.items())', "sorted((k, _exact(v)) for k, v in settings.items() if k != 'weight_decay')"),
+        ('                origins.append(index)\n', '                origins.append(len(origins))\n'),
+        ("[list(g['param_names']) for g in merged.values()]", 'before'),
         ('            setattr(lr_scheduler, name, [values[i] for i in origins])', '            setattr(lr_scheduler, name, values[: len(origins)])'),
         ("        if not any(p.requires_grad for p in group['params']):", '        if False:'),
-        ("merged[key]['param_names'] += before[index]", "merged[key]['param_names'] += before[0]"),
+        ("merged[key]['param_names'] += [names.get(p, '') for p in params]", "merged[key]['param_names'] += before[0]"),
     ]),
     *mutants_of('engine', 'engine/test_accumulation.py', [
         ('agreed if self.dropped else len(losses)', 'len(losses)'),
