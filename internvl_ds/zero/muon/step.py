@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from internvl_ds.errors import ConfigError
-from internvl_ds.zero.muon.exchange import Round, on_whole, rounds_of
+from internvl_ds.zero.muon.exchange import Round, shared_out
 from internvl_ds.zero.muon.routing import fault_of_matrices, is_suitable, route_of
 from internvl_ds.zero.partition import Layout, shapes_of
 
@@ -89,12 +89,11 @@ class MuonParts:
         own_rank: int,
         device: torch.device,
     ) -> None:
-        self._client, self._layout, self._own_rank = client, layout, own_rank
-        self._shapes, self._device = shapes_of(layout), device
+        self._client, self._shapes, self._device = client, shapes_of(layout), device
         _route(client, [group for group, _ in slots], layout)
         # By flat tensor; each stays the same object as long as the engine lives.
         self._rounds: dict[int, list[Round]] = {
-            id(flat): rounds_of(layout, index)
+            id(flat): [Round(layout, own_rank, owners) for owners in shared_out(layout, index)]
             for index, (group, flat) in enumerate(slots)
             if route_of(client, group)
         }
@@ -121,8 +120,8 @@ class MuonParts:
             update.copy_(direction(self._client, group, whole).view(-1))
 
         def orthogonalise(update: torch.Tensor) -> None:
-            for owners in self._rounds[id(flat)]:
-                on_whole(update, self._layout, self._own_rank, owners, work, self._device)
+            for each in self._rounds[id(flat)]:
+                each.replace(update, work, self._device)
 
         step_flat(group, flat, self._client.state[flat], orthogonalise)
 

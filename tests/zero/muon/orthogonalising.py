@@ -15,7 +15,7 @@ from torch import distributed, nn
 from internvl_ds import NativeScalerWithGradNormCount, initialize
 from internvl_ds.dist.rendezvous import rank, world_size
 from internvl_ds.engine.registry import register, wrapper_of
-from internvl_ds.zero.muon.exchange import on_whole, rounds_of
+from internvl_ds.zero.muon.exchange import Round, shared_out
 from internvl_ds.zero.partition import Runs, Slices, owned
 from tests.checkpoint.optimizers import Run
 from tests.engine.accumulating import zero_of
@@ -278,8 +278,8 @@ def exchange() -> list[bool]:
                 assert torch.equal(tensor, whole[name])
                 tensor.mul_(2).add_(tensor[0].clone())
 
-            for owners in rounds_of(layout, index, limit=6):
-                on_whole(flat, layout, rank(), owners, work, torch.device('cpu'))
+            for owners in shared_out(layout, index, limit=6):
+                Round(layout, rank(), owners).replace(flat, work, torch.device('cpu'))
             for name, place in runs:
                 end = place.offset + place.stop - place.start
                 wanted = (whole[name] * 2 + 2)[place.start : place.stop]
