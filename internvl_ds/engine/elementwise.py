@@ -14,7 +14,7 @@ from torch import nn
 from internvl_ds.engine.optimizer_trial import NOT_SETTINGS, OF_DEEPSPEED, copy_of
 from internvl_ds.errors import ConfigError
 from internvl_ds.zero.muon.routing import fault_of_matrices, is_muon, route_of, routes_of
-from internvl_ds.zero.muon.step import direction, step_flat
+from internvl_ds.zero.muon.step import movement, step_flat
 from internvl_ds.zero.wrapper import only_groups
 
 _UPDATES = 3
@@ -199,7 +199,7 @@ class _Trial:
             def orthogonalise(
                 update: torch.Tensor, group: Any = group, shape: torch.Size = weight.shape
             ) -> None:
-                update.copy_(direction(self._optimizer, group, update.view(shape)).view(-1))
+                update.copy_(movement(self._optimizer, group, update.view(shape)).view(-1))
 
             for turn in turns:
                 flat.grad = turn.flatten()

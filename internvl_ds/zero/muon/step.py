@@ -15,14 +15,14 @@ from internvl_ds.zero.partition import Layout, shapes_of
 # Of a group: which tensors it holds, as opposed to how they are trained.
 _MEMBERSHIP = frozenset({'params', 'param_names', 'names', 'name'})
 # With these a step of the class moves a tensor of zeros by the update alone.
-_BARE: dict[str, Any] = {'lr': 1.0, 'weight_decay': 0.0, 'momentum': 0.0, 'nesterov': False}
+_BARE: dict[str, Any] = {'weight_decay': 0.0, 'momentum': 0.0, 'nesterov': False}
 
 
-def direction(optimizer: Any, group: Mapping[str, Any], update: torch.Tensor) -> torch.Tensor:
-    """Where a step of lr 1 moves a whole matrix, computed by the optimizer's own class.
+def movement(optimizer: Any, group: Mapping[str, Any], update: torch.Tensor) -> torch.Tensor:
+    """How far a step moves a whole matrix beside weight decay, by the optimizer's own class.
 
-    Orthogonalised, times what the class makes of the shape. It takes the memory of three matrices
-    more in their dtype, and of some four in bfloat16.
+    That is the orthogonalised update, times lr and what the class makes of the shape. It takes the
+    memory of three matrices more in their dtype, and of some four in bfloat16.
 
     Args:
         optimizer: timm's or torch's Muon.
@@ -50,7 +50,7 @@ def step_flat(
         group: its settings.
         flat: weights, one after the other.
         state: that the optimizer keeps for them.
-        orthogonalise: replaces momentum and gradient by `direction`.
+        orthogonalise: replaces momentum and gradient by `movement`.
     """
     gradient, momentum = flat.grad, group['momentum']
     assert gradient is not None
@@ -62,9 +62,8 @@ def step_flat(
     buffer.lerp_(gradient, 1 - momentum)
     update = gradient.lerp(buffer, momentum) if group['nesterov'] else buffer.clone()
     orthogonalise(update)
-    lr = group['lr']
-    flat.mul_(1 - lr * group['weight_decay'])
-    flat.add_(update.mul_(lr))
+    flat.mul_(1 - group['lr'] * group['weight_decay'])
+    flat.add_(update)
 
 
 class MuonParts:
@@ -117,7 +116,7 @@ class MuonParts:
     def _step(self, group: dict[str, Any], flat: torch.Tensor) -> None:
         def work(name: str, update: torch.Tensor) -> None:
             whole = update.view(self._shapes[name])
-            update.copy_(direction(self._client, group, whole).view(-1))
+            update.copy_(movement(self._client, group, whole).view(-1))
 
         def orthogonalise(update: torch.Tensor) -> None:
             for each in self._rounds[id(flat)]:

@@ -145,4 +145,24 @@ MUTANTS = [
         ('[[group] for group in groups] if by_group', '[groups] if by_group'),
         ('    if stage and isinstance(optimizer, torch.optim.Adagrad):', '    if False:'),
     ]),
+    *mutants_of('zero', 'zero/muon/test_step.py', [
+        ('    buffer.lerp_(gradient, 1 - momentum)', '    buffer.mul_(momentum).add_(gradient)'),
+        ("gradient.lerp(buffer, momentum) if group['nesterov'] else buffer.clone()", 'buffer.clone()'),
+        ("flat.mul_(1 - group['lr'] * group['weight_decay'])", "flat.mul_(1 - group['lr'] * group['weight_decay'] ** 2)"),
+        ('    flat.add_(update)', '    flat.add_(update * 1.001)'),
+        ("        state['use_muon'] = True\n", "        pass\n"),
+        ('            if not flats:\n', '            if True:\n'),
+        ('            if len(routes) > 1:\n', '            if False:\n'),
+    ]),
+    *mutants_of('zero', 'zero/muon/test_exchange.py', [
+        ('key=lambda rank: work[rank]', 'key=lambda rank: rank'),
+        ('key=lambda name: len(holders[name])', 'key=lambda name: name'),
+        ('        if filled[owner] and filled[owner] + numel > limit:', '        if filled[owner] + numel > 2 * limit:'),
+        ('filter(holders.get, holders)', 'holders'),
+    ]),
+    *mutants_of('zero', 'zero/muon/test_routing.py', [
+        ('        suits = [*trained] * len(suits)\n', '        pass\n'),
+        ("    if group.get('use_fallback', False):\n        return False\n", ''),
+        ('of_timm or kind is _TORCH', 'of_timm'),
+    ]),
 ]
