@@ -13,7 +13,6 @@ import torch
 
 from internvl_ds.errors import ConfigError, few
 from internvl_ds.zero.muon.routing import divided
-from internvl_ds.zero.parameters import whole_shape
 
 # Which tensors a group holds, as opposed to how they are trained.
 _MEMBERSHIP = frozenset({'params', 'param_names', 'names', 'name'})
@@ -58,8 +57,7 @@ def merge_param_groups(
     before = [[names.get(p, '') for p in group['params']] for group in optimizer.param_groups]
     for index, group in enumerate(optimizer.param_groups):
         shared = {k: v for k, v in group.items() if k not in _MEMBERSHIP}
-        shapes = [whole_shape(p) for p in group['params']]
-        parts = divided(optimizer, group, shapes) if stage else [({}, group['params'])]
+        parts = divided(optimizer, group) if stage else [({}, group['params'])]
         for entries, params in (part for part in parts if part[1]):
             settings = {**shared, **entries}
             key = tuple(sorted((k, _exact(v)) for k, v in settings.items()))

@@ -36,18 +36,11 @@ def routes_of(optimizer: Any, group: Mapping[str, Any]) -> list[dict[str, bool]]
     return [{'use_muon': True}, {'use_muon': False}] if is_open else [{}]
 
 
-def divided(
-    optimizer: Any, group: Mapping[str, Any], shapes: Sequence[Sequence[int]]
-) -> list[tuple[dict[str, bool], list[Any]]]:
+def divided(optimizer: Any, group: Mapping[str, Any]) -> list[tuple[dict[str, bool], list[Any]]]:
     """Divides a group's parameters by route: ZeRO makes one flat tensor of a group.
 
     A flat tensor has one dimension, from which the class could not tell the route any more. A
     frozen parameter, which ZeRO leaves out, goes where trained ones are.
-
-    Args:
-        optimizer: whose group it is.
-        group: its parameters and settings.
-        shapes: whole, of each of its parameters.
 
     Returns:
         (entries for the group that state the route, parameters); one for any other optimizer.
@@ -55,7 +48,9 @@ def divided(
     parameters = group['params']
     if routes_of(optimizer, group) == [{}]:
         return [({}, parameters)]
-    suits = list(map(is_suitable, shapes))
+    from internvl_ds.zero.parameters import whole_shape  # imports DeepSpeed
+
+    suits = [is_suitable(whole_shape(p)) for p in parameters]
     trained = {suit for suit, p in zip(suits, parameters, strict=True) if p.requires_grad}
     if len(trained) == 1:
         suits = [*trained] * len(suits)

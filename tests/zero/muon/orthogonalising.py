@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import logging
+from pathlib import Path
 from typing import Any
 
 import timm.optim
@@ -13,14 +13,15 @@ import torch
 from torch import distributed, nn
 
 from internvl_ds import NativeScalerWithGradNormCount, initialize
+from internvl_ds.checkpoint.formats.export import write_original
 from internvl_ds.dist.rendezvous import rank, world_size
 from internvl_ds.engine.registry import register, wrapper_of
 from internvl_ds.zero.muon.exchange import Round, shared_out
 from internvl_ds.zero.partition import Runs, Slices, owned
-from tests.checkpoint.optimizers import Run
+from tests.checkpoint.optimizers import Run, small_model
 from tests.engine.accumulating import zero_of
 from tests.engine.stepping import masters
-from tests.harness.calls import message_of
+from tests.harness.calls import message_of, on_rank_0
 from tests.harness.model import (
     batch,
     make_config,
@@ -31,7 +32,6 @@ from tests.harness.model import (
 )
 from tests.harness.whole_state import whole_state
 
-_log = logging.getLogger('test')
 UPDATES = 6
 # Five steps of them magnify a rounding some eight times, and not five hundred times as the
 # defaults do, which are made to be quick.
@@ -195,22 +195,21 @@ def save(root: str, layouts: list[str]) -> dict[str, Any]:
     return found
 
 
-def load(saved: dict[str, Any], layouts: list[str]) -> dict[str, Any]:
-    """The same of runs that go on from each tag."""
+def load(saved: dict[str, Any], moves: list[list[str]]) -> dict[str, Any]:
+    """The same of runs that go on from a tag, by (its layout, the run's)."""
     exact()
     found = {}
-    for layout in layouts:
-        for source, of_source in saved.items():
-            run = _run(layout)
-            run.steps(1)
-            said = run.load(of_source['path'])
-            then, digest = _digest(run), run.digest()
-            later = run.steps(2)
-            found[f'{source} -> {layout}'] = {
-                'said': said, 'then': then, 'digest': digest, 'later': later,
-                'ended': _digest(run), 'weights': masters(run.engine),
-            }  # fmt: skip
-            run.close()
+    for source, layout in moves:
+        run = _run(layout)
+        run.steps(1)
+        said = run.load(saved[source]['path'])
+        then, digest = _digest(run), run.digest()
+        later = run.steps(2)
+        found[f'{source} -> {layout}'] = {
+            'said': said, 'then': then, 'digest': digest, 'later': later, 'ended': _digest(run),
+            'weights': masters(run.engine),
+        }  # fmt: skip
+        run.close()
     return found
 
 
@@ -225,6 +224,38 @@ def _digest(run: Run) -> dict[str, Any]:
         }
         for name, weight in weights.items()
     }  # fmt: skip
+
+
+def files(root: str) -> dict[str, Any]:
+    """An update after an export of a tag: of the engine, of another from the file, and plain."""
+
+    def one(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        return timm.optim.Muon([p for group in groups for p in group['params']], lr=0.02)
+
+    exact()
+    run, path = Run(one, 2, root), f'{root}/exported.pth'
+    run.steps(2)
+    tag, step = run.save(2), run.engine.global_steps
+    on_rank_0(lambda: write_original(Path(tag), Path(path)))
+    run.steps(1)
+    found = {'engine': masters(run.engine)}
+    run.close()
+    run = Run(one, 3, '')
+    found['said'] = run.load(path)
+    run.steps(1)
+    found['file'] = masters(run.engine)
+    run.close()
+    saved = torch.load(path, weights_only=False)
+    model = small_model()
+    client = one([{'params': list(model.parameters())}])
+    model.load_state_dict(saved['model'])
+    client.load_state_dict(saved['optimizer'])
+    found['groups'] = [sorted(group.keys() & {'use_muon'}) for group in client.param_groups]
+    x, y = batch(step)
+    nn.functional.cross_entropy(model(x), y).backward()
+    client.step()
+    found['plain'] = {n: p.flatten().tolist() for n, p in model.named_parameters()}
+    return found
 
 
 def refusals() -> dict[str, str]:

@@ -25,7 +25,7 @@ def test_groups_are_divided_as_timm_s_class_routes_their_tensors():
     tensors = {name: parameter(shape) for name, shape in SHAPES.items()}
     optimizer = muon(list(tensors.values()))
     (group,) = optimizer.param_groups
-    parts = routing.divided(optimizer, group, list(SHAPES.values()))
+    parts = routing.divided(optimizer, group)
     for p in tensors.values():
         p.grad = torch.ones_like(p)
     optimizer.step()
@@ -49,14 +49,14 @@ def test_a_group_that_states_its_route_is_not_divided(entries, route):
     optimizer = muon([{'params': [parameter((8, 8)), parameter((8,))], **entries}])
     (group,) = optimizer.param_groups
     assert routing.route_of(optimizer, group) is route
-    parts = routing.divided(optimizer, group, [(8, 8), (8,)])
+    parts = routing.divided(optimizer, group)
     assert len(parts) == (2 if route is None else 1)
 
 
 def test_what_is_frozen_goes_where_trained_tensors_are():
     matrix, vector = parameter((8, 8)), parameter((8,), trained=False)
     optimizer = muon([matrix, vector])
-    ((entries, members),) = routing.divided(optimizer, optimizer.param_groups[0], [(8, 8), (8,)])
+    ((entries, members),) = routing.divided(optimizer, optimizer.param_groups[0])
     assert entries == {'use_muon': True}
     assert members == [matrix, vector]
 
@@ -66,7 +66,7 @@ def test_other_optimizers_and_subclasses_are_none():
     for optimizer in (torch.optim.SGD([parameter((8, 8))]), kind([parameter((8, 8))], lr=0.1)):
         assert not routing.is_muon(optimizer)
         (group,) = optimizer.param_groups
-        assert routing.divided(optimizer, group, [(8, 8)]) == [({}, group['params'])]
+        assert routing.divided(optimizer, group) == [({}, group['params'])]
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, 'Muon'), reason='a torch without Muon')
