@@ -172,10 +172,15 @@ def skip(layouts: list[str]) -> dict[str, list[Any]]:
 
 
 def _run(layout: str, output: str = '') -> Run:
-    """A run whose groups have each a matrix or a vector."""
+    """A run whose groups have each a matrix or a vector, or of one group ('mixed')."""
     zero = zero_of(layout)
     stage = zero.pop('zero_optimization')['stage']
-    return Run(lambda groups: timm.optim.Muon(groups, lr=0.02), stage, output, **zero)
+    make = _one if 'mixed' in layout else lambda groups: timm.optim.Muon(groups, lr=0.02)
+    return Run(make, stage, output, **zero)
+
+
+def _one(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    return timm.optim.Muon([p for group in groups for p in group['params']], lr=0.02)
 
 
 def save(root: str, layouts: list[str]) -> dict[str, Any]:
@@ -228,26 +233,22 @@ def _digest(run: Run) -> dict[str, Any]:
 
 def files(root: str) -> dict[str, Any]:
     """An update after an export of a tag: of the engine, of another from the file, and plain."""
-
-    def one(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        return timm.optim.Muon([p for group in groups for p in group['params']], lr=0.02)
-
     exact()
-    run, path = Run(one, 2, root), f'{root}/exported.pth'
+    run, path = Run(_one, 2, root), f'{root}/exported.pth'
     run.steps(2)
     tag, step = run.save(2), run.engine.global_steps
     on_rank_0(lambda: write_original(Path(tag), Path(path)))
     run.steps(1)
     found = {'engine': masters(run.engine)}
     run.close()
-    run = Run(one, 3, '')
+    run = Run(_one, 3, '')
     found['said'] = run.load(path)
     run.steps(1)
     found['file'] = masters(run.engine)
     run.close()
     saved = torch.load(path, weights_only=False)
     model = small_model()
-    client = one([{'params': list(model.parameters())}])
+    client = _one([{'params': list(model.parameters())}])
     model.load_state_dict(saved['model'])
     client.load_state_dict(saved['optimizer'])
     found['groups'] = [sorted(group.keys() & {'use_muon'}) for group in client.param_groups]

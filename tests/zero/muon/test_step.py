@@ -159,10 +159,11 @@ def test_a_skipped_update_changes_nothing(tmp_path):
 
 @pytest.mark.ranks
 def test_tags_go_on_in_each_stage_and_on_another_number_of_ranks(tmp_path):
-    layouts = ['zero0', 'zero1', 'zero2', 'zero3']
+    layouts = ['zero0', 'zero1', 'zero2', 'zero3', 'zero0_mixed', 'zero2_mixed']
     saved, _ = run_ranks(orthogonalising.save, 2, tmp_path, root=str(tmp_path), layouts=layouts)
     to = [(layout, layout) for layout in layouts] + [('zero1', 'zero3'), ('zero1', 'zero0')]
     to += [('zero3', 'zero1'), ('zero0', 'zero1'), ('zero0', 'zero3'), ('zero3', 'zero2')]
+    to += [('zero2_mixed', 'zero0_mixed'), ('zero0_mixed', 'zero3_mixed')]
     moved, others = run_ranks(orthogonalising.load, 2, tmp_path, saved=saved, moves=to)
     to = [('zero3', 'zero1'), ('zero1', 'zero3')]
     (alone,) = run_ranks(orthogonalising.load, 1, tmp_path, saved=saved, moves=to)
