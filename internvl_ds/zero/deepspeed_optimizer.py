@@ -191,7 +191,8 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         def step_parts(*args: Any, **kwargs: Any) -> Any:
             groups = [group for group in client.param_groups if group['params']]
             before = [_numbers_of(g) if left[id(g)] > 1 else {} for g in groups]
-            with only_groups(client, groups if self._muon is None else self._muon.step(groups)):
+            rest = groups if self._muon is None else self._muon.step(client, groups)
+            with only_groups(client, rest):
                 result = step(*args, **kwargs)
             for group, numbers in zip(groups, before, strict=True):
                 group.update(numbers)

@@ -67,7 +67,7 @@ def step_flat(
 
 
 class MuonParts:
-    """Steps those groups of a Muon whose matrices ZeRO has cut up.
+    """Steps those groups of a Muon whose matrices ZeRO has cut up. It does not keep the Muon alive.
 
     Args:
         client: timm's or torch's Muon, over the flat tensors.
@@ -88,7 +88,7 @@ class MuonParts:
         own_rank: int,
         device: torch.device,
     ) -> None:
-        self._client, self._shapes, self._device = client, shapes_of(layout), device
+        self._shapes, self._device = shapes_of(layout), device
         _route(client, [group for group, _ in slots], layout)
         # By flat tensor; each stays the same object as long as the engine lives.
         self._rounds: dict[int, list[Round]] = {
@@ -98,8 +98,8 @@ class MuonParts:
         }
 
     @torch.no_grad()
-    def step(self, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Steps the matrices in some groups. Collective: every rank calls it.
+    def step(self, client: Any, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Steps the matrices in some of the client's groups. Collective: every rank calls it.
 
         Returns:
             The groups that the client steps by itself.
@@ -108,21 +108,21 @@ class MuonParts:
         for group in groups:
             flats = [flat for flat in group['params'] if id(flat) in self._rounds]
             for flat in flats:
-                self._step(group, flat)
+                self._step(client, group, flat)
             if not flats:
                 rest.append(group)
         return rest
 
-    def _step(self, group: dict[str, Any], flat: torch.Tensor) -> None:
+    def _step(self, client: Any, group: dict[str, Any], flat: torch.Tensor) -> None:
         def work(name: str, update: torch.Tensor) -> None:
             whole = update.view(self._shapes[name])
-            update.copy_(movement(self._client, group, whole).view(-1))
+            update.copy_(movement(client, group, whole).view(-1))
 
         def orthogonalise(update: torch.Tensor) -> None:
             for each in self._rounds[id(flat)]:
                 each.replace(update, work, self._device)
 
-        step_flat(group, flat, self._client.state[flat], orthogonalise)
+        step_flat(group, flat, client.state[flat], orthogonalise)
 
 
 def _route(client: Any, groups: Sequence[dict[str, Any]], layout: Layout) -> None:

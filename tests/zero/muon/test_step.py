@@ -1,6 +1,8 @@
 """timm's and torch's Muon at ZeRO stages 1 to 3: the numbers of plain PyTorch on whole batches."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import timm.optim
@@ -60,7 +62,7 @@ def alone(optimizer_of, shapes=SHAPES, **settings):
                 p.grad = torch.randn_like(p)
             flat.grad = torch.cat([p.grad.flatten() for p in group])
         whole.step()
-        with only_groups(client, parts.step(client.param_groups)):
+        with only_groups(client, parts.step(client, client.param_groups)):
             client.step()
     wanted = [torch.cat([p.detach().flatten() for p in group]) for group in tensors]
     got = [flat.detach() for flat in flats]
@@ -101,6 +103,19 @@ def test_one_flat_tensor_of_both_kinds_is_refused():
         alone(lambda groups: timm.optim.Muon(groups, lr=0.1), [{'a': (6, 5), 'b': (5,)}])
     with pytest.raises(ConfigError, match='of shape .5,. is in a group with use_muon True'):
         alone(lambda groups: timm.optim.Muon(groups, lr=0.1), [{'b': (5,)}], use_muon=True)
+
+
+def test_the_optimizer_of_an_engine_that_is_gone_is_freed():
+    flat = nn.Parameter(torch.randn(30))
+    client = timm.optim.Muon([{'params': [flat], 'use_muon': True}], lr=0.1)
+    layout = Slices([{'a': (6, 5)}], 1)
+    parts = MuonParts(client, [(client.param_groups[0], flat)], layout, 0, torch.device('cpu'))
+    flat.grad = torch.randn(30)
+    assert parts.step(client, client.param_groups) == []
+    gone = weakref.ref(client)
+    del client
+    gc.collect()
+    assert gone() is None
 
 
 @pytest.fixture
