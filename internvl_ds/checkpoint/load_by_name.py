@@ -50,7 +50,7 @@ def train_from_file(load: Load, resume: str, model: Any) -> float:
         return _train_from_head(load, engine, resume)
     require_optimizer(wrapper_of(engine).client)
     client_groups = registration_of(engine).client_groups
-    now = client_groups.names_now()
+    now = client_groups.now
 
     def read() -> tuple[NamedState, dict[str, Any], list[dict[str, Any]]]:
         checkpoint = open_file(resume)
@@ -125,7 +125,7 @@ def load_other_layout(
 
     See `load_same_layout` for the arguments.
     """
-    now = registration_of(engine).client_groups.names_now()
+    now = registration_of(engine).client_groups.now
 
     def read() -> tuple[NamedState, dict[str, Any], list[dict[str, Any]]]:
         saved_by = str(state.get('optimizer_class') or '')
@@ -187,7 +187,7 @@ def _finish_restoring(
     wrapper, scheduler = registration.wrapper, registration.scheduler
     wrapper.restore_scale(state.get('loss_scale') or state.get('scaler'))
     is_restored = restore_schedule(load.config, state, lr_scheduler, load.scaler, where, logger)
-    groups, names_of_groups = wrapper.client.param_groups, registration.client_groups.names_now()
+    groups, names_of_groups = wrapper.client.param_groups, registration.client_groups.now
     if is_restored:
         adopt_lr_scales(groups, names_of_groups, settings)
     position = restore_schedule_position(engine, state.get('schedule'), is_restored)

@@ -13,6 +13,8 @@ from torch import nn
 
 from internvl_ds.engine.optimizer_trial import NOT_SETTINGS, OF_DEEPSPEED, copy_of
 from internvl_ds.errors import ConfigError
+from internvl_ds.zero.muon.routing import fault_of_matrices, is_muon, route_of, routes_of
+from internvl_ds.zero.muon.step import movement, step_flat
 from internvl_ds.zero.wrapper import only_groups
 
 _UPDATES = 3
@@ -32,6 +34,7 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 
 _OTHERS = 'depends on other elements, and ZeRO gives it flat pieces of many tensors'
 _NEAREST = 'use stage 0, or an optimizer such as AdamW, SGD or Lion'
+_MUON = "use timm's (TRAIN.OPTIMIZER.NAME muon or nmuon) or torch's Muon, or stage 0"
 
 
 def require_steps(optimizer: Any, stage: int, ranks: int, device: torch.device) -> None:
@@ -39,8 +42,10 @@ def require_steps(optimizer: Any, stage: int, ranks: int, device: torch.device) 
 
     At stages 1 to 3 it gets flat pieces in which many tensors lie, or parts of them: LAMB's and
     LARS's norms, Adafactor's rows and columns, the mean of a cautious mask would be others, and
-    training would go on. At each stage ``step()`` is called without a closure and without a graph
-    of the gradients, and ranks must draw no random numbers of their own.
+    training would go on. The matrices of timm's and torch's Muon are stepped whole there (see
+    `MuonParts`); their class is tried as well, which may be of another version. At each stage
+    ``step()`` is called without a closure and without a graph of the gradients, and ranks must draw
+    no random numbers of their own.
 
     Args:
         optimizer: of the client, or made from the ds_config; it is not changed.
@@ -63,13 +68,16 @@ def fault_of(optimizer: Any, stage: int, ranks: int, device: torch.device) -> st
             'and no lr schedule reaches; use stage 0, or AdamW'
         )
     if type(optimizer).__module__.startswith('deepspeed.'):
+        if stage and 'Muon' in type(optimizer).__name__:
+            return f'it orthogonalises gradients before their norm is taken; {_MUON}'
         if stage and type(optimizer).__name__ not in OF_DEEPSPEED:
             return f'its update of an element {_OTHERS}; {_NEAREST}'
         return ''
     seen = set()
-    for group in optimizer.param_groups:
-        key = tuple(sorted((k, repr(group[k])) for k in group.keys() - NOT_SETTINGS))
-        fault = '' if key in seen else _fault_of_group(optimizer, group, stage, ranks, device)
+    for group, route in ((g, r) for g in optimizer.param_groups for r in routes_of(optimizer, g)):
+        settings = {**group, **route} if stage else group
+        key = tuple(sorted((k, repr(settings[k])) for k in settings.keys() - NOT_SETTINGS))
+        fault = '' if key in seen else _fault_of_group(optimizer, settings, stage, ranks, device)
         if fault:
             return fault
         seen.add(key)
@@ -79,6 +87,8 @@ def fault_of(optimizer: Any, stage: int, ranks: int, device: torch.device) -> st
 def _fault_of_group(
     optimizer: Any, settings: Mapping[str, Any], stage: int, ranks: int, device: torch.device
 ) -> str:
+    if stage and _has_matrices(optimizer, settings) and (fault := fault_of_matrices(settings)):
+        return fault
     devices = [] if device.type == 'cpu' else [device]
     of_python = random.getstate()
     error: Exception | None = None
@@ -105,6 +115,10 @@ def _fault_of_group(
         f'a trial of its step() fails ({type(error).__name__}: {words}); an engine gives it no '
         'closure, and dense gradients without a graph; use an optimizer such as AdamW, SGD or Lion'
     )
+
+
+def _has_matrices(optimizer: Any, settings: Mapping[str, Any]) -> bool:
+    return is_muon(optimizer) and bool(route_of(optimizer, settings))
 
 
 class _NoCopyError(Exception):
@@ -145,7 +159,8 @@ class _Trial:
                 'it draws random numbers, others on each rank, so that the ranks would train '
                 'weights of their own; use one rank at stage 0, or an optimizer such as AdamW'
             )
-        if stage and self._differ(whole, self._in_pieces()):
+        is_whole = _has_matrices(self._optimizer, self._settings)
+        if stage and self._differ(whole, self._by_matrix() if is_whole else self._in_pieces()):
             return f'its update of an element {_OTHERS}; {_NEAREST}'
         return ''
 
@@ -174,6 +189,41 @@ class _Trial:
                 return None
         return [torch.cat(pair) for pair in zip(*halves, strict=True)]
 
+    def _by_matrix(self) -> list[torch.Tensor]:
+        """The weights as `MuonParts` steps them, on one rank."""
+        groups = self._groups([weight.flatten() for weight in self._weights], {})
+        for group, weight, turns in zip(groups, self._weights, self._gradients, strict=True):
+            (flat,) = group['params']
+            state: dict[str, Any] = {}
+
+            def orthogonalise(
+                update: torch.Tensor, group: Any = group, shape: torch.Size = weight.shape
+            ) -> None:
+                update.copy_(movement(self._optimizer, group, update.view(shape)).view(-1))
+
+            for turn in turns:
+                flat.grad = turn.flatten()
+                with torch.no_grad():
+                    step_flat(group, flat, state, orthogonalise)
+        return [group['params'][0].detach() for group in groups]
+
+    def _groups(
+        self, weights: Sequence[torch.Tensor], memo: dict[int, Any]
+    ) -> list[dict[str, Any]]:
+        """A group of the same settings for each tensor; ``memo`` as of `copy_of`."""
+        parameters = [nn.Parameter(weight.clone()) for weight in weights]
+        olds = [p for group in self._optimizer.param_groups for p in group['params']]
+        memo.update({id(p): parameters[0] for p in olds})
+        groups = []
+        for parameter in parameters:
+            own = {k: v for k, v in self._settings.items() if k != 'params'}
+            group = copy.deepcopy(own, dict(memo))
+            # A warm-up begins with 0, with which nothing moves.
+            lr = group.get('lr')
+            group['lr'] = torch.full_like(lr, 0.01) if torch.is_tensor(lr) else 0.01
+            groups.append({**group, 'params': [parameter]})
+        return groups
+
     def _after(
         self,
         weights: Sequence[torch.Tensor],
@@ -187,17 +237,9 @@ class _Trial:
             gradients: of each tensor, by update.
             by_group: whether the groups are stepped one by one, as `ZeroOptimizer` does.
         """
-        parameters = [nn.Parameter(weight.clone()) for weight in weights]
-        olds = [p for group in self._optimizer.param_groups for p in group['params']]
-        memo: dict[int, Any] = {id(p): parameters[0] for p in olds}
-        groups = []
-        for parameter in parameters:
-            own = {k: v for k, v in self._settings.items() if k != 'params'}
-            group = copy.deepcopy(own, dict(memo))
-            # A warm-up begins with 0, with which nothing moves.
-            lr = group.get('lr')
-            group['lr'] = torch.full_like(lr, 0.01) if torch.is_tensor(lr) else 0.01
-            groups.append({**group, 'params': [parameter]})
+        memo: dict[int, Any] = {}
+        groups = self._groups(weights, memo)
+        parameters = [group['params'][0] for group in groups]
         try:
             trial = copy_of(self._optimizer, groups, memo)
         except Exception as error:

@@ -161,7 +161,7 @@ def _merge_groups(
         optimizer, stage, world_size(), torch.device(get_accelerator().current_device_name())
     )
     count, names = len(optimizer.param_groups), {p: name for name, p in model.named_parameters()}
-    merged = param_groups.merge_param_groups(optimizer, names)
+    merged = param_groups.merge_param_groups(optimizer, names, stage)
     origins = merged.origins
     if stage in (1, 2):
         param_groups.require_trained_groups(optimizer)

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from internvl_ds.zero.muon.routing import is_muon, route_of
+
 # State of DeepSpeed's own that move each element by itself. They cannot be tried on a copy: that
 # would end the original's.
 _MOMENT = torch.empty(1)
@@ -28,6 +30,8 @@ NOT_SETTINGS = frozenset({'params', 'param_names', 'names', 'name', 'lr', 'initi
 # Elements of the largest tensor that is tried in its own shape, and updates after which no key is
 # new any more: timm's Lookahead has one after its sixth.
 _LARGEST, _SMALL, _UPDATES = 1 << 20, (3,), 32
+# What a Muon keeps of a matrix does not depend on its shape, and flat parts have none to try.
+_MATRIX = (4, 4)
 
 # What a value of a state is: a number, a tensor of the parameter's own shape, of one that does not
 # matter, or of another; or else the name of its type.
@@ -107,7 +111,10 @@ class Trials:
         if type(self.optimizer).__module__.startswith('deepspeed.'):
             state = OF_DEEPSPEED.get(type(self.optimizer).__name__)
             return None if state is None else Kept(forms_of(state, (1,)), state, True)
-        at_end = self._after(_UPDATES, settings, tensor, _SMALL)
+        small: tuple[int, ...] = _SMALL
+        if is_muon(self.optimizer) and route_of(self.optimizer, settings):
+            small, tensor = _MATRIX, tensor.new_empty(_MATRIX)
+        at_end = self._after(_UPDATES, settings, tensor, small)
         if at_end is None:
             return None
         # What it has counted so far does not count: the copy begins anew.
@@ -116,11 +123,11 @@ class Trials:
         fresh.update({key: defaults[key] for key in counters if key in defaults})
         shape = _trial_shape(tensor.shape)
         first = self._after(1, fresh, tensor, shape)
-        small = self._after(1, fresh, tensor, _SMALL)
-        later = self._after(_UPDATES, fresh, tensor, _SMALL)
-        if first is None or small is None or later is None:
+        early = self._after(1, fresh, tensor, small)
+        later = self._after(_UPDATES, fresh, tensor, small)
+        if first is None or early is None or later is None:
             return None
-        late = frozenset(later.forms.keys() - small.forms.keys())
+        late = frozenset(later.forms.keys() - early.forms.keys())
         return Kept(first.forms, first.numbers, shape == tensor.shape, late, counters)
 
     def _after(

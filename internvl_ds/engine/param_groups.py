@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from internvl_ds.errors import ConfigError, few
+from internvl_ds.zero.muon.routing import divided
 
 # Which tensors a group holds, as opposed to how they are trained.
 _MEMBERSHIP = frozenset({'params', 'param_names', 'names', 'name'})
@@ -26,52 +27,47 @@ class MergedGroups(NamedTuple):
     Attributes:
         names: of the parameters of each group as the client built it.
         origins: for each group that there is now, the index of the client's whose settings it has.
-        became: for each of the client's groups, which group it is in now; 0 for an empty one.
+        now: of the parameters of each group that there is now.
     """
 
     names: list[list[str]]
     origins: list[int]
-    became: list[int]
-
-    def names_now(self) -> list[list[str]]:
-        """The names of each group's parameters, in the present groups."""
-        groups: list[list[str]] = [[] for _ in self.origins]
-        for names, index in zip(self.names, self.became, strict=True):
-            groups[index] += names
-        return groups
+    now: list[list[str]]
 
 
-def merge_param_groups(optimizer: torch.optim.Optimizer, names: Mapping[Any, str]) -> MergedGroups:
+def merge_param_groups(
+    optimizer: torch.optim.Optimizer, names: Mapping[Any, str], stage: int = 0
+) -> MergedGroups:
     """Merges the optimizer's groups of equal settings, in place, and drops empty ones.
 
     Two groups are equal when every entry but their tensors and names is: lr, weight_decay, betas,
     initial_lr, lr_scale and whatever else the client put there. Order is that of first appearance.
+    At ZeRO stages 1 to 3 a group of timm's Muon is divided first: see `divided`.
 
     Args:
         optimizer: a fresh optimizer (its state is per tensor and stays as it is).
         names: the name of each parameter of the model; kept in the group as ``param_names``.
+        stage: of ZeRO.
 
     Returns:
         The groups as they were, and which is now which.
     """
     merged: dict[tuple, dict[str, Any]] = {}
     origins: list[int] = []
-    became: list[int] = []
     before = [[names.get(p, '') for p in group['params']] for group in optimizer.param_groups]
     for index, group in enumerate(optimizer.param_groups):
-        if not group['params']:
-            became.append(0)
-            continue
-        key = tuple(sorted((k, _exact(v)) for k, v in group.items() if k not in _MEMBERSHIP))
-        if key not in merged:
-            merged[key] = {k: v for k, v in group.items() if k not in _MEMBERSHIP}
-            merged[key].update(params=[], param_names=[])
-            origins.append(index)
-        became.append(list(merged).index(key))
-        merged[key]['params'] += group['params']
-        merged[key]['param_names'] += before[index]
+        shared = {k: v for k, v in group.items() if k not in _MEMBERSHIP}
+        parts = divided(optimizer, group) if stage else [({}, group['params'])]
+        for entries, params in (part for part in parts if part[1]):
+            settings = {**shared, **entries}
+            key = tuple(sorted((k, _exact(v)) for k, v in settings.items()))
+            if key not in merged:
+                merged[key] = {**settings, 'params': [], 'param_names': []}
+                origins.append(index)
+            merged[key]['params'] += params
+            merged[key]['param_names'] += [names.get(p, '') for p in params]
     optimizer.param_groups[:] = merged.values()
-    return MergedGroups(before, origins, became)
+    return MergedGroups(before, origins, [list(g['param_names']) for g in merged.values()])
 
 
 def require_trained_groups(optimizer: torch.optim.Optimizer) -> None:

@@ -74,7 +74,7 @@ class Registration:
         if self.merged:
             return self.merged
         names = [[self.wrapper.names[p] for p in group] for group in self.wrapper.groups()]
-        return MergedGroups(names, list(range(len(names))), list(range(len(names))))
+        return MergedGroups(names, list(range(len(names))), names)
 
 
 # Engine, module and optimizer objects -> their engine. Weak on both sides: nothing is kept alive.

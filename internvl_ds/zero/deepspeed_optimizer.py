@@ -20,6 +20,8 @@ from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
 
 from internvl_ds.errors import ConfigError, few
 from internvl_ds.zero.loss_scale import LossScale
+from internvl_ds.zero.muon.routing import is_muon
+from internvl_ds.zero.muon.step import MuonParts
 from internvl_ds.zero.wrapper import Wrapper, configured_scale, only_groups, replaced
 
 
@@ -94,12 +96,17 @@ class ZeroOptimizer(DeepSpeedOptimizer):
 
     OFFLOADED_IDS: ClassVar[str]
     HAND_OVER: ClassVar[str]
+    _muon: MuonParts | None = None
 
     def attach(self) -> None:
         # Under torch autocast in float16 DeepSpeed makes a GradScaler here, whose factor its norm
         # and its clipping do not know; and it makes one for every later engine of the process too,
         # whatever that trains in. A loss_scaler is what they know.
         self.optimizer.torch_autocast_gradscaler = None
+        if is_muon(self.client):
+            self._muon = MuonParts(
+                self.client, self.slots(), *self.partitioning(), self.engine.device
+            )
         if not hasattr(deepspeed_utils, 'is_invalid_grad_norm'):
             self.check_all_gradients()
         self.scale = configured_scale(self.engine)
@@ -176,6 +183,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
 
         The optimizer then sees no other group: what counts updates in its groups (Adan) or for all
         of them (Lookahead) would count calls. Between the parts of a group its numbers go back.
+        A Muon's matrices are stepped here, and its own step then has the other groups, or none.
         """
         client, step = self.client, self.client.step
         left = Counter(id(group) for group, _ in self.slots())
@@ -183,7 +191,8 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         def step_parts(*args: Any, **kwargs: Any) -> Any:
             groups = [group for group in client.param_groups if group['params']]
             before = [_numbers_of(g) if left[id(g)] > 1 else {} for g in groups]
-            with only_groups(client, groups):
+            rest = groups if self._muon is None else self._muon.step(client, groups)
+            with only_groups(client, rest):
                 result = step(*args, **kwargs)
             for group, numbers in zip(groups, before, strict=True):
                 group.update(numbers)

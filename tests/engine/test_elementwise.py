@@ -24,8 +24,8 @@ ELEMENTWISE = {
 }
 TIMM = ('lion', 'adan', 'nadamw', 'adabelief', 'madgrad', 'laprop', 'adopt', 'rmsproptf', 'sgdw')
 WHOLE = (
-    'lamb', 'lars', 'sgdp', 'adamp', 'novograd', 'mars', 'muon', 'adafactor', 'adafactorbv',
-    'cadamw', 'clion', 'csgdw', 'cnadamw', 'cadan', 'cadoptw', 'claprop', 'crmsproptf',
+    'lamb', 'lars', 'sgdp', 'adamp', 'novograd', 'mars', 'adafactor', 'adafactorbv', 'cadamw',
+    'clion', 'csgdw', 'cnadamw', 'cadan', 'cadoptw', 'claprop', 'crmsproptf', 'lookahead_muon',
 )  # fmt: skip
 
 
@@ -69,10 +69,48 @@ def test_adagrad_would_be_replaced_by_another():
     require_steps(optimizer, 0, 1, CPU)
 
 
+@pytest.mark.parametrize(
+    'more',
+    [
+        {}, {'nesterov': True, 'adjust_lr_fn': 'original'}, {'ns_coefficients': 'polar_express'},
+        {'conv_mode': 'batched', 'scale_eps': True, 'safety_factor': 1.02}, {'weight_decay': 0.3},
+    ],
+)  # fmt: skip
+def test_matrices_of_muon_are_stepped_whole(more):
+    for each in ([{}], [{'use_fallback': True}, {'use_muon': True}]):
+        entries = [{**group, **own} for group, own in zip(groups(), each, strict=False)]
+        require_steps(timm.optim.Muon(entries, lr=0.01, **more), 2, 2, CPU)
+
+
+def test_muon_of_another_algorithm_is_refused_by_its_name():
+    for name in ('adamuon', 'nadamuon'):
+        optimizer = timm.optim.create_optimizer_v2(groups(), opt=name, lr=0.01)
+        with pytest.raises(ConfigError, match="Muon at ZeRO stage 1: its algo 'adamuon' keeps"):
+            require_steps(optimizer, 1, 2, CPU)
+        require_steps(optimizer, 0, 2, CPU)
+
+
+def test_a_muon_of_another_version_is_refused(monkeypatch):
+    step = timm.optim.Muon.step
+
+    def with_half_the_momentum(self, closure=None):
+        for group in self.param_groups:
+            group['momentum'] /= 2
+        step(self)
+        for group in self.param_groups:
+            group['momentum'] *= 2
+
+    monkeypatch.setattr(timm.optim.Muon, 'step', with_half_the_momentum)
+    with pytest.raises(ConfigError, match='Muon at ZeRO stage 1: its update of an element'):
+        require_steps(timm.optim.Muon(groups(), lr=0.01), 1, 2, CPU)
+
+
 @pytest.mark.skipif(not hasattr(torch.optim, 'Muon'), reason='a torch without Muon')
-def test_an_optimizer_that_takes_matrices_only_is_refused():
-    with pytest.raises(ConfigError, match='Muon at ZeRO stage 3: its update of an element'):
-        require_steps(torch.optim.Muon([nn.Parameter(torch.ones(3, 3))]), 3, 1, CPU)
+def test_an_optimizer_that_takes_matrices_only_is_refused_if_it_is_not_torch_s():
+    matrix = nn.Parameter(torch.ones(3, 3))
+    require_steps(torch.optim.Muon([matrix]), 3, 2, CPU)
+    with pytest.raises(ConfigError, match='Mine at ZeRO stage 3: its update of an element'):
+        require_steps(type('Mine', (torch.optim.Muon,), {})([matrix]), 3, 1, CPU)
 
 
 @pytest.mark.parametrize('stage', [0, 1])
@@ -144,6 +182,10 @@ def test_of_deepspeed_s_own_those_are_taken_that_move_each_element_by_itself():
     require_steps(lamb(groups()), 0, 2, CPU)
     with pytest.raises(ConfigError, match='FusedLamb at ZeRO stage 1: its update'):
         require_steps(lamb(groups()), 1, 2, CPU)
+    kind = {'__module__': 'deepspeed.runtime.zero.muon.muon_optimizer'}
+    muon = type('MuonWithAuxAdam', (torch.optim.SGD,), kind)
+    with pytest.raises(ConfigError, match='norm is taken; use timm.s .TRAIN.OPTIMIZER.NAME muon'):
+        require_steps(muon(groups()), 1, 2, CPU)
 
 
 @pytest.mark.first

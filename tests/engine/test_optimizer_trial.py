@@ -83,6 +83,25 @@ def test_asking_changes_nothing_of_the_optimizer_that_runs(make):
             optimizer.step()
 
 
+@pytest.mark.parametrize(
+    ('entries', 'keys'),
+    [
+        ({'use_muon': True}, {'use_muon', 'momentum_buffer'}),
+        ({'use_muon': False}, {'use_muon', 'step', 'exp_avg', 'exp_avg_sq'}),
+    ],
+)
+def test_what_muon_keeps_of_a_flat_part_goes_by_its_group(entries, keys):
+    optimizer = create_optimizer_v2(
+        [{'params': [nn.Parameter(torch.randn(40))], **entries}], opt='muon', lr=1e-3
+    )
+    (group,) = optimizer.param_groups
+    kept = Trials(optimizer).kept(group, group['params'][0])
+    assert kept.forms.keys() == keys
+    assert kept.numbers['use_muon'] is entries['use_muon']
+    assert kept.exact
+    assert not kept.late
+
+
 def test_each_group_has_its_own_settings():
     parameters = _parameters()
     groups = [{'params': parameters[:1], 'amsgrad': True}, {'params': parameters[1:]}]

@@ -33,7 +33,7 @@ def test_groups_of_equal_settings_are_merged_and_names_kept():
     merged = merge_param_groups(optimizer, {a: 'a', b: 'b', c: 'c', d: 'd'})
     assert merged.names == [['a'], ['b'], [], ['c'], ['d']]
     assert merged.origins == [0, 1, 4]
-    assert merged.became == [0, 1, 0, 0, 2]
+    assert merged.now == [['a', 'c'], ['b'], ['d']]
     got = [(g['param_names'], g['lr'], g['weight_decay']) for g in optimizer.param_groups]
     assert got == [(['a', 'c'], 0.1, 0.0), (['b'], 0.2, 0.0), (['d'], 0.1, 0.05)]
     assert optimizer.param_groups[0]['params'][1] is c

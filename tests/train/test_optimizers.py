@@ -30,10 +30,16 @@ def test_each_is_right_or_refused_at_each_stage(tmp_path):
     right = {name for name, fate in made.items() if not any(isinstance(f, str) for f in fate)}
     assert right >= {
         'timm adamw', 'timm lion', 'timm adan', 'timm adopt', 'timm nadamw', 'timm lookahead_adan',
-        'torch SGD', 'torch RAdam', 'cpu', 'fused',
+        'timm muon', 'timm nmuon', 'torch SGD', 'torch RAdam', 'cpu', 'fused',
     }  # fmt: skip
     needs_whole = {name for name, fate in made.items() if isinstance(fate[0], float)} - right
-    assert needs_whole >= {'timm lamb', 'timm muon', 'timm cadamw', 'timm adafactor', 'timm lars'}
+    assert needs_whole >= {
+        'timm lamb',
+        'timm adamuon',
+        'timm cadamw',
+        'timm adafactor',
+        'timm lars',
+    }
     assert {'timm adahessian', 'torch SparseAdam', 'torch LBFGS'} <= made.keys() - right
 
 
@@ -97,6 +103,9 @@ def test_the_configured_optimizer_is_tried_before_a_run_starts():
     (error,) = found(zero(2), TRAIN__OPTIMIZER__NAME='lamb')
     assert error.startswith("TRAIN.OPTIMIZER.NAME 'lamb' (Lamb) at ZeRO stage 2: its update of an ")
     assert 'use stage 0, or an optimizer such as AdamW' in error
+    for stage in (1, 2, 3):
+        assert found(zero(stage), TRAIN__OPTIMIZER__NAME='muon') == []
+        assert "algo 'adamuon'" in found(zero(stage), TRAIN__OPTIMIZER__NAME='adamuon')[0]
     (error,) = found(zero(0), TRAIN__OPTIMIZER__NAME='adahessian')
     assert "'adahessian' (Adahessian) at ZeRO stage 0: a trial of its step() fails" in error
     assert 'neither adamw, sgd' in found(zero(0), TRAIN__OPTIMIZER__NAME='adamm')[0]
@@ -112,4 +121,5 @@ def test_so_is_one_that_the_json_names(kind):
     assert error.startswith('/optimizer/type')
     assert kind in error
     assert 'at ZeRO stage 1' in error
+    assert ('TRAIN.OPTIMIZER.NAME muon trains right' in error) is (kind == 'Muon')
     assert found(zero(1, optimizer={**section, 'type': 'RAdam'}), in_code=False) == []

@@ -166,7 +166,7 @@ def test_a_version_that_lacks_a_name_is_found(tmp_path):
 def test_the_table_has_every_name_that_zero_uses():
     listed = {(row.where, name) for row in TABLE for name in row.names.split()}
     named = {name for _, name in listed}
-    for path in sorted((PACKAGE / 'zero').glob('*.py')):
+    for path in sorted((PACKAGE / 'zero').rglob('*.py')):
         for owner, name in attributes(ast.parse(path.read_text())):
             unpublished = owner in ('engine', 'optimizer', '_config') and name not in PUBLISHED
             marks = name.startswith('ds_') and name != 'ds_config'

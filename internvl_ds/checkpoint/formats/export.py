@@ -46,13 +46,16 @@ def write_original(tag: Path, target: Path) -> None:
     groups = state.get('optimizer_groups') or engine_groups
     index_of = {name: i for i, names in enumerate(engine_groups) for name in names}
     # Frozen parameters may be in the client's groups; an empty group has no settings of its own.
-    indices = [next((index_of[n] for n in names if n in index_of), 0) for names in groups]
+    places = [[index_of[n] for n in names if n in index_of] or [0] for names in groups]
+    indices = [several[0] for several in places]
     source = shards.named_state(groups)
     source.require_all_named()
     fillers: dict[int, Flat] = {}
     tree: dict[str, Any] = {
         'model': _blank_weights(shards.in_order(source.weights()), source.aliases, fillers),
-        'optimizer': _blank_optimizer(source, groups, indices, settings, fillers),
+        'optimizer': _blank_optimizer(
+            source, groups, [_shared([settings[i] for i in several]) for several in places], fillers
+        ),
         'optimizer_class': state.get('optimizer_class'),
         'lr_scheduler': _expand(state.get('lr_scheduler'), indices, len(engine_groups)),
         'schedule': state.get('schedule'),  # what it counts, for a load of ours
@@ -152,14 +155,13 @@ def _blank(flat: Flat, fillers: dict[int, Flat]) -> torch.Tensor:
 def _blank_optimizer(
     source: NamedState,
     groups: list[list[str]],
-    indices: list[int],
     settings: list[dict[str, Any]],
     fillers: dict[int, Flat],
 ) -> dict[str, Any]:
     """A torch optimizer's state dict, its parameters numbered through the groups."""
     state, param_groups, number = {}, [], 0
-    for names, index in zip(groups, indices, strict=True):
-        values = {k: v for k, v in settings[index].items() if k != 'param_names'}
+    for names, of_group in zip(groups, settings, strict=True):
+        values = {k: v for k, v in of_group.items() if k != 'param_names'}
         numbers = list(range(number, number + len(names)))
         param_groups.append({**values, 'param_names': list(names), 'params': numbers})
         for name in names:
@@ -170,6 +172,13 @@ def _blank_optimizer(
                 state[number] = {key: _blank(flat, fillers) for key, flat in flats.items()}
             number += 1
     return {'state': state, 'param_groups': param_groups}
+
+
+def _shared(settings: list[dict[str, Any]]) -> dict[str, Any]:
+    """What groups that were one have in common: a Muon's is divided for ZeRO, see `divided`."""
+    first = settings[0]
+    texts = [{key: repr(value) for key, value in each.items()} for each in settings]
+    return {k: v for k, v in first.items() if all(each.get(k) == texts[0][k] for each in texts)}
 
 
 def _expand(schedule: Any, indices: list[int], groups: int) -> Any:

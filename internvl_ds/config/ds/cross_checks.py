@@ -38,7 +38,8 @@ _STAGE_3_ONLY = (
 _NOT_IN_PIECES = {
     'lamb': 'its trust ratio is of a whole tensor, and ZeRO gives it flat pieces of many tensors',
     'muon': 'DeepSpeed orthogonalises gradients there before their norm is taken and clipped, the '
-    "class token's and the head's among them",
+    "class token's and the head's among them (TRAIN.OPTIMIZER.NAME muon trains right, and so does "
+    "timm's or torch's Muon passed to initialize)",
     'adagrad': 'DeepSpeed makes another one in its place, which a checkpoint does not find',
 }
 

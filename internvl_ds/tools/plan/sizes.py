@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +16,10 @@ from internvl_ds.engine.param_groups import merge_param_groups
 from internvl_ds.errors import ConfigError
 from internvl_ds.train.model import build_model, set_train_mode
 from internvl_ds.train.optim import build_optimizer
+from internvl_ds.zero.muon.routing import is_muon, route_of
 
-_PROBE = 64  # elements of the tensor that tells how much state an optimizer keeps
+# Tensors that tell how much state an optimizer keeps.
+_VECTOR, _MATRIX = (64,), (8, 8)
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,13 @@ def sizes_of(model: nn.Module, config: CfgNode) -> Sizes:
         ConfigError: for an optimizer that does not exist.
     """
     optimizer = build_optimizer(config, model, 1e-3)
-    merge_param_groups(optimizer, {})  # as `initialize` does
+    merge_param_groups(optimizer, {}, stage=1)  # as `initialize` does
     groups = [tuple(p.numel() for p in group['params']) for group in optimizer.param_groups]
+    whole = [is_muon(optimizer) and bool(route_of(optimizer, g)) for g in optimizer.param_groups]
+    matrices = sum(sum(group) for group, is_whole in zip(groups, whole, strict=True) if is_whole)
+    moments = _moments(config, _VECTOR)
+    if matrices:
+        moments += (_moments(config, _MATRIX) - moments) * matrices / sum(map(sum, groups))
     floats = [b for b in model.buffers() if b.is_floating_point()]
     others = [b for b in model.buffers() if not b.is_floating_point()]
     return Sizes(
@@ -91,25 +99,27 @@ def sizes_of(model: nn.Module, config: CfgNode) -> Sizes:
         frozen=tuple(p.numel() for p in model.parameters() if not p.requires_grad),
         float_buffers=sum(b.numel() for b in floats),
         other_buffers=sum(b.numel() * b.element_size() for b in others),
-        moments=_moments(config),
+        moments=moments,
         largest_module=max(
             sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules()
         ),
     )
 
 
-def _moments(config: CfgNode) -> float:
-    """fp32 values that the configured optimizer keeps for each element of a flat tensor.
+def _moments(config: CfgNode, shape: tuple[int, ...]) -> float:
+    """fp32 values that the configured optimizer keeps for each element of a tensor.
 
-    The optimizer makes one step with a tensor of a few elements, flat as ZeRO's are.
+    The optimizer makes one step with a tensor of a few elements: flat as ZeRO's are, or a matrix
+    for a Muon.
     """
-    probe = nn.Linear(_PROBE, 1, bias=False)
-    probe.weight = nn.Parameter(torch.zeros(_PROBE))
+    probe = nn.Linear(1, 1, bias=False)
+    probe.weight = nn.Parameter(torch.zeros(shape))
     plain = set_options(config.clone(), {'TRAIN.LR_LAYER_DECAY': False})
     optimizer = build_optimizer(plain, probe, 1e-3)
-    probe.weight.grad = torch.ones(_PROBE)
+    probe.weight.grad = torch.ones(shape)
     optimizer.step()
-    return sum(_elements(value) for value in optimizer.state[probe.weight].values()) / _PROBE
+    values = optimizer.state[probe.weight].values()
+    return sum(map(_elements, values)) / math.prod(shape)
 
 
 def _elements(value: Any) -> float:

@@ -123,12 +123,12 @@ MUTANTS = [
         ('        try:\n            yield\n        finally:\n            self._exchange', '        yield\n        if True:\n            self._exchange'),
     ]),
     *mutants_of('engine', 'engine/test_param_groups.py', [
-        ('sorted((k, _exact(v)) for k, v in group.items() if k not in _MEMBERSHIP)', "sorted((k, _exact(v)) for k, v in group.items() if k not in _MEMBERSHIP and k != 'weight_decay')"),
-        ('            origins.append(index)\n', '            origins.append(len(origins))\n'),
-        ('        became.append(list(merged).index(key))', '        became.append(index)'),
+        ('sorted((k, _exact(v)) for k, v in settings.items())', "sorted((k, _exact(v)) for k, v in settings.items() if k != 'weight_decay')"),
+        ('                origins.append(index)\n', '                origins.append(len(origins))\n'),
+        ("[list(g['param_names']) for g in merged.values()]", 'before'),
         ('            setattr(lr_scheduler, name, [values[i] for i in origins])', '            setattr(lr_scheduler, name, values[: len(origins)])'),
         ("        if not any(p.requires_grad for p in group['params']):", '        if False:'),
-        ("merged[key]['param_names'] += before[index]", "merged[key]['param_names'] += before[0]"),
+        ("merged[key]['param_names'] += [names.get(p, '') for p in params]", "merged[key]['param_names'] += before[0]"),
     ]),
     *mutants_of('engine', 'engine/test_accumulation.py', [
         ('agreed if self.dropped else len(losses)', 'len(losses)'),
@@ -144,5 +144,25 @@ MUTANTS = [
         ('(across * (count[: len(across), None] * n).cos())', '(across * n)'),
         ('[[group] for group in groups] if by_group', '[groups] if by_group'),
         ('    if stage and isinstance(optimizer, torch.optim.Adagrad):', '    if False:'),
+    ]),
+    *mutants_of('zero', 'zero/muon/test_step.py', [
+        ('    buffer.lerp_(gradient, 1 - momentum)', '    buffer.mul_(momentum).add_(gradient)'),
+        ("gradient.lerp(buffer, momentum) if group['nesterov'] else buffer.clone()", 'buffer.clone()'),
+        ("flat.mul_(1 - group['lr'] * group['weight_decay'])", "flat.mul_(1 - group['lr'] * group['weight_decay'] ** 2)"),
+        ('    flat.add_(update)', '    flat.add_(update * 1.001)'),
+        ("        state['use_muon'] = True\n", "        pass\n"),
+        ('            if not flats:\n', '            if True:\n'),
+        ('            if len(routes) > 1:\n', '            if False:\n'),
+    ]),
+    *mutants_of('zero', 'zero/muon/test_exchange.py', [
+        ('key=lambda rank: work[rank]', 'key=lambda rank: rank'),
+        ('key=lambda name: len(holders[name])', 'key=lambda name: name'),
+        ('        if filled[owner] and filled[owner] + numel > limit:', '        if filled[owner] + numel > 2 * limit:'),
+        ('filter(holders.get, holders)', 'holders'),
+    ]),
+    *mutants_of('zero', 'zero/muon/test_routing.py', [
+        ('        suits = [*trained] * len(suits)\n', '        pass\n'),
+        ("    if group.get('use_fallback', False):\n        return False\n", ''),
+        ('of_timm or kind is _TORCH', 'of_timm'),
     ]),
 ]

@@ -132,6 +132,13 @@ class TestSizes:
 
         assert sizes_of(meta_model(config), config).moments == moments
 
+    def test_muon_keeps_momentum_of_matrices_and_what_adamw_does_of_the_rest(self):
+        config = config_of('TRAIN.OPTIMIZER.NAME', 'muon')
+        sizes = sizes_of(meta_model(config), config)
+        rest = sum(p.numel() for p in build_model(config).parameters() if p.dim() in (1, 3))
+
+        assert sizes.moments == pytest.approx(1 + rest / sizes.trained)
+
 
 class TestActivations:
     def step(self, precision=ds.BF16, recompute=False):
