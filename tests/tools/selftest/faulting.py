@@ -52,11 +52,11 @@ def _lost_group(config: Any, model: Any, optimizer: Any, json: Any) -> Any:
     return initialize(config, model, optimizer, json)
 
 
-def _swapped_shards(config: Any, *args: Any) -> str:
-    """Saves, and gives each rank's optimizer state the other's name."""
-    tag = save_checkpoint(config, *args)
+def _swapped_shards(config: Any, epoch: int, *args: Any) -> str:
+    """Saves, and gives each rank's optimizer state in the second tag the other's name."""
+    tag = save_checkpoint(config, epoch, *args)
     async_save.wait()
-    if rank() == 0:
+    if rank() == 0 and epoch == 1:
         a, b = sorted(Path(tag).glob('*_optim_states.pt'))
         other = a.with_suffix('.other')
         a.rename(other)

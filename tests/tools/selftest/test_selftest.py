@@ -20,9 +20,13 @@ MPI = pytest.mark.skipif(not shutil.which('mpirun'), reason='the mpi extra is no
 @pytest.mark.parametrize(
     ('ranks', 'quick', 'start'),
     [
-        (1, False, ['internvl-ds', 'selftest']),
-        (2, True, ['deepspeed', '--num_accelerators', '2', '--module', MODULE]),
-        pytest.param(4, True, [*MPIRUN, '-n', '4', 'internvl-ds', 'selftest'], marks=MPI),
+        (1, True, ['internvl-ds', 'selftest']),
+        (2, False, ['deepspeed', '--num_accelerators', '2', '--module', MODULE]),
+        # Slow, and the same trials as on two ranks.
+        pytest.param(
+            4, True, [*MPIRUN, '-n', '4', 'internvl-ds', 'selftest'],
+            marks=[MPI, pytest.mark.soak_only],
+        ),
     ],
 )  # fmt: skip
 def test_nothing_is_wrong_here(tmp_path, ranks, quick, start):
@@ -51,12 +55,12 @@ SEEN = {
     'skipped clip': ('wrong', 'stage 1: the norm of update 2'),
     'late average': ('wrong', 'stage 1: their average'),
     'lost group': ('wrong', 'stage 1: head.bias, norm.bias, norm.weight, stem.bias not trained'),
-    'swapped shards': ('wrong', 'checksum'),
+    'swapped shards': ('wrong', 'it cannot be loaded'),
     'stale latest': ('wrong', 'latest is ckpt_epoch_0'),
     'wrong device': ('wrong', 'on cpu'),
     'extra read': ('wrong', 'the host reads the device'),
     'slow link': ('slow', 'rank 0 to 1'),
-    'absent rank': ('wrong', 'rank 1 did not come'),
+    'absent rank': ('wrong', 'rank 0 waited 5 s and rank 1 on '),
 }
 
 
