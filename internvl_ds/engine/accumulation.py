@@ -104,7 +104,8 @@ class _ZeroGrad:
         if isinstance(part, FusedAdam):  # whose own takes no argument
             base = torch.optim.Optimizer
         base.zero_grad(part, set_to_none=set_to_none)
-        if wrapper.alive and self._accumulation.losses and not wrapper.in_step:
+        by_deepspeed = wrapper.in_step or wrapper.in_backward  # in backward before 0.18
+        if wrapper.alive and self._accumulation.losses and not by_deepspeed:
             self._accumulation.drop()
             wrapper.drop_gradients()
 

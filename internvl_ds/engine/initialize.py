@@ -34,9 +34,10 @@ from internvl_ds.engine.monitors import drop_unwritable_monitors, guard_monitors
 from internvl_ds.engine.registry import configure, register, require_fp16
 from internvl_ds.errors import ConfigError
 from internvl_ds.files import for_show, write_text
-from internvl_ds.zero.guards import require_bare, require_unsharded
+from internvl_ds.zero.guards import require_unsharded
 from internvl_ds.zero.module_state import (
     keeping_buffers,
+    require_bare,
     require_dtypes,
     require_plain_state,
     require_real,

@@ -25,8 +25,8 @@ from internvl_ds.engine.elementwise import require_steps
 from internvl_ds.engine.lr_schedule import LrSchedule, require_unit
 from internvl_ds.engine.param_groups import MergedGroups
 from internvl_ds.errors import ConfigError, EngineNotFound
-from internvl_ds.zero.guards import guard, require_bare
-from internvl_ds.zero.module_state import require_plain_state, require_statistics
+from internvl_ds.zero.guards import guard
+from internvl_ds.zero.module_state import require_bare, require_plain_state, require_statistics
 from internvl_ds.zero.wrap import wrap
 from internvl_ds.zero.wrapper import Wrapper
 

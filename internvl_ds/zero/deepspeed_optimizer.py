@@ -140,7 +140,8 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         return [list(group) for group in self.shapes()]
 
     def begin_backward(self) -> None:
-        self.optimizer.clear_backward_seen_flag()
+        if hasattr(self.optimizer, 'clear_backward_seen_flag'):
+            self.optimizer.clear_backward_seen_flag()
 
     def drop_gradients(self) -> None:
         type(self.optimizer).zero_grad(self.optimizer)

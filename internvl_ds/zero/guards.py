@@ -15,12 +15,14 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad
+from torch.utils._pytree import tree_leaves
 
 from internvl_ds.dist.rendezvous import rank, world_size
 from internvl_ds.errors import ConfigError, few
 from internvl_ds.zero.agreement import Agreement, parameters_of
+from internvl_ds.zero.module_state import BARE
 from internvl_ds.zero.parameters import is_sharded, whole_numel
 from internvl_ds.zero.wrapper import Wrapper, replaced
 
@@ -30,6 +32,9 @@ try:
 except ImportError:  # before DeepSpeed 0.19, whose engines know of no other backward
     _TRACKER = is_functorch_transforming = None
 
+# Before DeepSpeed 0.18 an engine sees no backward but its own.
+_SEES_BACKWARDS = hasattr(DeepSpeedEngine, '_backward_prologue_per_tensor')
+
 _log = logging.getLogger(__name__)
 
 _INSTEAD = (
@@ -38,8 +43,10 @@ _INSTEAD = (
     'NativeScalerWithGradNormCount(), in fp32 (AMP_OPT_LEVEL O0) too; or engine.backward(loss) and '
     'engine.step()'
 )
-_BARE = (
-    'give initialize the bare module, and call the engine: it averages the gradients over the ranks'
+_OTHER_BACKWARD = (
+    'loss.backward() through an engine: DeepSpeed reduces, clips and counts in engine.backward and '
+    'engine.step. Instead of loss.backward(), clip_grad_norm_ and optimizer.step() '
+    f'{_INSTEAD}. For gradients of inputs call engine.module.'
 )
 _AVERAGE = (
     "keep an average with internvl_ds.ShardedEma(engine, decay); at ZeRO stages 0 to 2 timm's "
@@ -53,24 +60,6 @@ _modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 # Of engines that are in a forward pass, and of those whose module a script has called itself.
 _called: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _called_bare: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-
-
-def require_bare(model: nn.Module) -> None:
-    """Raises ConfigError for an engine, a DataParallel, or what torch.compile returned.
-
-    Also for one inside the model.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, DistributedDataParallel | DataParallel | DeepSpeedEngine):
-            where = f' ({name} of it)' if name else ''
-            raise ConfigError(f'the model is a {type(module).__name__}{where}: {_BARE}')
-        if '_orig_mod' in module._modules:
-            where = f'{name} of the model' if name else 'the model'
-            raise ConfigError(
-                f'{where} is what torch.compile returned, in whose tags all names would begin with '
-                "_orig_mod: give initialize the module itself, and set TRAIN.COMPILE 'inductor', "
-                'or call compile() of the module, which keeps its names'
-            )
 
 
 def require_unsharded(client: torch.optim.Optimizer | None) -> None:
@@ -97,8 +86,8 @@ def guard(wrapper: Wrapper) -> None:
     _modules.add(engine.module)
     engine.module.register_forward_pre_hook(_require_unwrapped)
     # What DistributedDataParallel, DataParallel and copy.deepcopy ask a module for first.
-    engine._ddp_params_and_buffers_to_ignore = _Refusal(f'DistributedDataParallel(engine): {_BARE}')
-    engine._replicate_for_data_parallel = _Refusal(f'DataParallel(engine): {_BARE}')
+    engine._ddp_params_and_buffers_to_ignore = _Refusal(f'DistributedDataParallel(engine): {BARE}')
+    engine._replicate_for_data_parallel = _Refusal(f'DataParallel(engine): {BARE}')
     engine.__deepcopy__ = _Refusal(f'an engine has no copies (ModelEma(engine), ...): {_AVERAGE}')
     if wrapper.sharded:
         engine.register_state_dict_pre_hook(_require_values)
@@ -110,8 +99,11 @@ def guard(wrapper: Wrapper) -> None:
         return
     for part in {client, wrapper.optimizer}:
         part.consolidate_state_dict = _Consolidation()
-    for name in ('_backward_prologue', '_backward_prologue_per_tensor'):
-        setattr(engine, name, functools.partial(_in_backward, weakref.ref(engine), name))
+    if _SEES_BACKWARDS:
+        for name in ('_backward_prologue', '_backward_prologue_per_tensor'):
+            setattr(engine, name, functools.partial(_in_backward, weakref.ref(engine), name))
+    else:
+        engine.register_forward_hook(functools.partial(_watch_outputs, weakref.ref(wrapper)))
     if client not in _guarded:
         client.register_step_pre_hook(_before_client_step)
     _guarded[client] = wrapper
@@ -149,7 +141,8 @@ def _backward(
         _require_own_parameters(wrapper, used)
         if agreement is not None:
             agreement.before(used)
-    result = type(wrapper.engine).backward(wrapper.engine, loss, *args, **kwargs)
+    with replaced(wrapper, 'in_backward', True):
+        result = type(wrapper.engine).backward(wrapper.engine, loss, *args, **kwargs)
     if agreement is not None:
         agreement.after()
     return result
@@ -213,7 +206,7 @@ def _require_unwrapped(module: nn.Module, _: Any) -> None:
     if active is None or module not in _modules:  # a copy has the hook, too
         return
     if any(inner is module for inner in active.modules()):
-        raise ConfigError(f"an engine's module inside a DistributedDataParallel: {_BARE}")
+        raise ConfigError(f"an engine's module inside a DistributedDataParallel: {BARE}")
 
 
 def _require_own_precision(engine: DeepSpeedEngine, _: Any) -> None:
@@ -240,11 +233,7 @@ def _in_backward(ref: weakref.ref[DeepSpeedEngine], name: str, *args: Any) -> An
     is_anothers = not is_own and _TRACKER is not None and _TRACKER.is_current_graph_registered()
     transforms = is_functorch_transforming is not None and is_functorch_transforming()
     if not (is_own or is_anothers or transforms):
-        raise ConfigError(
-            'loss.backward() through an engine: DeepSpeed reduces, clips and counts in '
-            f'engine.backward and engine.step. Instead of loss.backward(), clip_grad_norm_ and '
-            f'optimizer.step() {_INSTEAD}. For gradients of inputs call engine.module.'
-        )
+        raise ConfigError(_OTHER_BACKWARD)
     if is_anothers and engine.zero_optimization_stage() == 0:
         raise ConfigError(
             "another engine's backward comes through an engine of ZeRO stage 0, which DeepSpeed "
@@ -252,6 +241,17 @@ def _in_backward(ref: weakref.ref[DeepSpeedEngine], name: str, *args: Any) -> An
             'of the engine; for its own gradients too, ZeRO stage 1'
         )
     return getattr(type(engine), name)(engine, *args)
+
+
+def _watch_outputs(ref: weakref.ref[Wrapper], _: Any, __: Any, outputs: Any) -> None:
+    for tensor in tree_leaves(outputs):
+        if isinstance(tensor, torch.Tensor) and tensor.grad_fn is not None:
+            tensor.register_hook(functools.partial(_require_own_backward, ref))
+
+
+def _require_own_backward(ref: weakref.ref[Wrapper], _: torch.Tensor) -> None:
+    if (wrapper := ref()) is not None and not wrapper.in_backward:
+        raise ConfigError(_OTHER_BACKWARD)
 
 
 def _before_client_step(optimizer: Any, *_: Any) -> None:

@@ -9,9 +9,32 @@ from typing import Any
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from internvl_ds.errors import CheckpointError, ConfigError, few
 from internvl_ds.zero.parameters import is_sharded
+
+BARE = (
+    'give initialize the bare module, and call the engine: it averages the gradients over the ranks'
+)
+
+
+def require_bare(model: nn.Module) -> None:
+    """Raises ConfigError for an engine, a DataParallel, or what torch.compile returned.
+
+    Also for one inside the model.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, DistributedDataParallel | DataParallel | DeepSpeedEngine):
+            where = f' ({name} of it)' if name else ''
+            raise ConfigError(f'the model is a {type(module).__name__}{where}: {BARE}')
+        if '_orig_mod' in module._modules:
+            where = f'{name} of the model' if name else 'the model'
+            raise ConfigError(
+                f'{where} is what torch.compile returned, in whose tags all names would begin with '
+                "_orig_mod: give initialize the module itself, and set TRAIN.COMPILE 'inductor', "
+                'or call compile() of the module, which keeps its names'
+            )
 
 
 def require_real(model: nn.Module) -> None:

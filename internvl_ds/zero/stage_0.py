@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
@@ -11,7 +13,16 @@ import torch
 from internvl_ds.errors import ConfigError, few
 from internvl_ds.zero.deepspeed_optimizer import DeepSpeedOptimizer
 from internvl_ds.zero.partition import Layout, Slices
-from internvl_ds.zero.wrapper import Wrapper, replaced
+from internvl_ds.zero.wrapper import Wrapper, configured_scale, replaced
+
+
+class ModuleBefore018(Wrapper):
+    """An engine without an optimizer, before DeepSpeed 0.18."""
+
+    def attach(self) -> None:
+        super().attach()
+        if self.optimizer is not None:  # of nothing, in bf16, and its own looks for groups
+            self.optimizer.destroy = lambda: None
 
 
 class _Unpartitioned(Wrapper):
@@ -67,6 +78,38 @@ class ClientOptimizer(_Unpartitioned):
         finally:
             hook.remove()
         return norm
+
+
+class ClientOptimizerBefore018(ClientOptimizer):
+    """The same before DeepSpeed 0.18, whose engine has no GradScaler."""
+
+    def attach(self) -> None:
+        engine, optimizer, device = self.engine, self.optimizer, self.engine.device.type
+        scales = configured_scale(engine) is not None
+        engine.torch_autocast_z0_gradscaler = torch.amp.GradScaler(device) if scales else None
+        optimizer.step = functools.partial(self._step, optimizer.step)
+        if scales:
+            engine._do_optimizer_backward = self._backward
+            engine.clip_fp32_gradients = self._clip
+        super().attach()
+
+    def _backward(self, loss: torch.Tensor, retain_graph: bool) -> None:
+        engine = self.engine
+        scaled = engine.torch_autocast_z0_gradscaler.scale(loss)
+        type(engine)._do_optimizer_backward(engine, scaled, retain_graph)
+
+    def _clip(self) -> None:
+        self.engine.torch_autocast_z0_gradscaler.unscale_(self.optimizer)
+        type(self.engine).clip_fp32_gradients(self.engine)
+
+    def _step(self, step: Callable[[], None]) -> None:
+        scaler = self.engine.torch_autocast_z0_gradscaler if self.in_step else None
+        if scaler is None:
+            step()
+            return
+        with replaced(self.optimizer, 'step', step):
+            scaler.step(self.optimizer)
+        scaler.update()
 
 
 def _note_step(optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -134,3 +177,35 @@ class UnfusedOptimizer(_Unpartitioned, DeepSpeedOptimizer):
         """Each parameter that is trained, and its fp32 master."""
         for lows, masters in zip(self.groups(), self.optimizer.fp32_groups, strict=True):
             yield from zip(lows, masters, strict=True)
+
+
+class UnfusedOptimizerBefore018(UnfusedOptimizer):
+    """The same before DeepSpeed 0.18, whose optimizer holds the scale and scales by itself.
+
+    In bf16 it does so too, keeps gradients after a step, and is left out of tags.
+    """
+
+    def attach(self) -> None:
+        super().attach()
+        if self.scale is None:
+            self._holder.dynamic_loss_scale, self._holder.cur_scale = False, 1.0
+
+    def scale_loss(self, loss: torch.Tensor) -> torch.Tensor:
+        return loss
+
+    def clear_gradients(self) -> None:
+        self.optimizer.zero_grad()
+
+    @contextmanager
+    def saving(self, defer: Callable[[Callable[[], None]], None]) -> Iterator[None]:
+        with super().saving(defer), replaced(self.engine, 'bfloat16_enabled', lambda: False):
+            yield
+
+    @contextmanager
+    def loading(self, model_file: str) -> Iterator[None]:
+        with super().loading(model_file), replaced(self.engine, 'bfloat16_enabled', lambda: False):
+            yield
+
+    @property
+    def _holder(self) -> Any:
+        return self.optimizer

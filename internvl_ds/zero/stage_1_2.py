@@ -8,6 +8,7 @@ from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 import torch
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from internvl_ds.dist.rendezvous import rank, world_size
 from internvl_ds.zero.deepspeed_optimizer import ZeroOptimizer
@@ -83,6 +84,45 @@ class Stage1And2(ZeroOptimizer):
             for parameter, part in zip(parameters, parts, strict=False):
                 if self.optimizer.get_param_id(parameter) not in norms:
                     yield part
+
+
+class Stage1And2Before018(Stage1And2):
+    """The same before DeepSpeed 0.18."""
+
+    def attach(self) -> None:
+        self.optimizer.__class__ = _Mended
+        super().attach()
+        if self.engine.torch_autocast_enabled():
+            # DeepSpeed would put a larger parameter into a bucket that cannot hold it.
+            largest = max(p.numel() for group in self.groups() for p in group)
+            self.optimizer.reduce_bucket_size = max(self.optimizer.reduce_bucket_size, largest)
+
+
+class _Mended(DeepSpeedZeroOptimizer):
+    """What trains otherwise in DeepSpeed 0.17.6."""
+
+    def has_overflow(self, partition_gradients: bool = True) -> bool:
+        """On any rank; by itself a rank of stage 1 skips what the others apply."""
+        return super().has_overflow(True)
+
+    def get_all_grad_tensors(self, tensor_list: list[Any], dtype: torch.dtype) -> list[Any]:
+        """A micro-batch's, added to those before it, in whose place DeepSpeed puts them."""
+        gradients = super().get_all_grad_tensors(tensor_list, dtype)
+        index = next(i for i, own in enumerate(self.params_in_partition) if own is tensor_list)
+        earlier = self.all_grad_tensors.get(index)
+        if not earlier:
+            return gradients
+        torch._foreach_add_(earlier, gradients)
+        return earlier
+
+    def get_flat_partition(
+        self, tensor_list: list[Any], first_offset: float, partition_size: float, **kwargs: Any
+    ) -> list[torch.Tensor]:
+        """Padding alone where this rank has no parameter of a group; DeepSpeed takes the first."""
+        if not tensor_list:
+            padding = torch.zeros(int(partition_size), dtype=kwargs['dtype'])
+            return [padding.to(kwargs['device'])]
+        return super().get_flat_partition(tensor_list, first_offset, partition_size, **kwargs)
 
 
 def _reduce_gradients(ref: weakref.ref[Any], *args: Any, **kwargs: Any) -> None:

@@ -103,7 +103,8 @@ class Stage3(Stage3Module, ZeroOptimizer):
     def owned_gradients(self) -> dict[torch.Tensor, torch.Tensor] | None:
         optimizer = self.optimizer
         # The buffers keep an old gradient; these two say whether a backward came after the step.
-        if not (optimizer.micro_step_id > 0 or optimizer._epilogue_ran_this_backward):
+        is_new = getattr(optimizer, '_epilogue_ran_this_backward', False)  # not before 0.18
+        if not (optimizer.micro_step_id > 0 or is_new):
             return None
         parameters = [p for group in optimizer.fp16_groups for p in group]
         return {p: optimizer.get_local_fp32_grad_for_param(p) for p in parameters}

@@ -11,26 +11,36 @@ from packaging.version import Version
 
 from internvl_ds.dist.rendezvous import rank
 from internvl_ds.errors import ConfigError
-from internvl_ds.zero.stage_0 import ClientOptimizer, UnfusedOptimizer
-from internvl_ds.zero.stage_1_2 import Stage1And2
+from internvl_ds.zero.stage_0 import (
+    ClientOptimizer,
+    ClientOptimizerBefore018,
+    ModuleBefore018,
+    UnfusedOptimizer,
+    UnfusedOptimizerBefore018,
+)
+from internvl_ds.zero.stage_1_2 import Stage1And2, Stage1And2Before018
 from internvl_ds.zero.stage_3 import Stage3, Stage3Module
 from internvl_ds.zero.wrapper import Wrapper
 
-OLDEST = '0.18.9'  # as setup.cfg says; pip only warns of a conflict with another package
 NEWEST = '0.19.8'  # DeepSpeed that the suite of this package has run on
 
 _log = logging.getLogger(__name__)
-_BY_STAGE: tuple[type[Wrapper], ...] = (UnfusedOptimizer, Stage1And2, Stage1And2, Stage3)
+# Without an optimizer, with the client's own, and with DeepSpeed's by stage.
+_KINDS: tuple[type[Wrapper], ...] = (
+    (Wrapper, ClientOptimizer, UnfusedOptimizer, Stage1And2, Stage1And2, Stage3)
+    if Version(deepspeed.__version__) >= Version('0.18')
+    else (ModuleBefore018, ClientOptimizerBefore018, UnfusedOptimizerBefore018,
+          Stage1And2Before018, Stage1And2Before018, Stage3)
+)  # fmt: skip
 
 
 def wrap(engine: DeepSpeedEngine) -> Wrapper:
     """Makes the wrapper of an engine; nothing of the engine changes.
 
     Raises:
-        ConfigError: for a DeepSpeed older than `OLDEST`. For FusedAdam in fp16 or bf16 at stage 0:
-            the optimizer that DeepSpeed puts around it keeps its masters in one flat tensor.
+        ConfigError: for FusedAdam in fp16 or bf16 at stage 0: the optimizer that DeepSpeed puts
+            around it keeps its masters in one flat tensor.
     """
-    _require_known(deepspeed.__version__)
     _warn_of_newer(deepspeed.__version__)
     client, stage = engine.basic_optimizer, int(engine.zero_optimization_stage())
     if type(engine.optimizer).__name__ == 'FP16_Optimizer':
@@ -39,16 +49,8 @@ def wrap(engine: DeepSpeedEngine) -> Wrapper:
             'version; pass a torch optimizer to initialize, or use stage 1'
         )
     if client is None:
-        return Stage3Module(engine) if stage == 3 else Wrapper(engine)
-    return ClientOptimizer(engine) if engine.optimizer is client else _BY_STAGE[stage](engine)
-
-
-def _require_known(version: str) -> None:
-    if Version(version) < Version(OLDEST):
-        raise ConfigError(
-            f'DeepSpeed {version} trains some settings wrongly, and this package mends what '
-            f'{OLDEST} and later ones do: install deepspeed>={OLDEST}'
-        )
+        return Stage3Module(engine) if stage == 3 else _KINDS[0](engine)
+    return _KINDS[1 if engine.optimizer is client else 2 + stage](engine)
 
 
 @functools.cache

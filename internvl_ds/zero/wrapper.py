@@ -32,7 +32,7 @@ class Wrapper:
         ds_config: that the engine runs with, also where it was made from a file's path.
         buffers: name and shape of each buffer of the module's state dict, as the engine was made.
         holds_average: whether averaged weights are where the weights belong.
-        in_step: whether ``engine.step`` runs.
+        in_step, in_backward: whether ``engine.step`` or ``engine.backward`` runs.
         separate_masters: whether the fp32 masters are other tensors than the module's parameters.
     """
 
@@ -46,7 +46,7 @@ class Wrapper:
         self.ds_config: dict[str, Any] = engine._config._param_dict
         self.buffers = shapes_of_buffers(engine.module)
         self.holds_average = False
-        self.in_step = False
+        self.in_step = self.in_backward = False
 
     @property
     def alive(self) -> bool:

@@ -18,6 +18,7 @@ from internvl_ds.checkpoint.proof import Wanted, prove
 from internvl_ds.errors import CheckpointError
 from internvl_ds.zero.partition import Runs, Slices
 from tests.checkpoint import proving
+from tests.harness.model import OLD_DEEPSPEED
 from tests.harness.ranks import run_ranks
 
 STAGES = [0, 1, 2, 3]
@@ -235,7 +236,8 @@ def test_what_is_unfrozen_or_frozen_after_initialize_is_saved_as_it_is(tmp_path,
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize('precision', ['fp32', 'bf16'])
+# An earlier DeepSpeed moves them in bf16 at stage 0, and is refused.
+@pytest.mark.parametrize('precision', ['fp32', *([] if OLD_DEEPSPEED else ['bf16'])])
 @pytest.mark.parametrize('stage', [0, 1, 3])
 def test_frozen_parameters_among_the_optimizers_are_saved_and_go_on(tmp_path, stage, precision):
     """``AdamW(model.parameters())`` where some are frozen: DeepSpeed drops them from the groups."""

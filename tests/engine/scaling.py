@@ -259,16 +259,19 @@ def _norms_of_parts(precision: str, zero: dict[str, Any]) -> dict[str, Any]:
     return {'norms': norms, 'after': after}
 
 
-def poison_one(stage: int, bad_loss: bool) -> list[str]:
+def poison(stages: list[int], precision: str, bad_loss: bool) -> list[list[str]]:
     """A nan in the gradient of one tensor, or in the loss, on rank 1 only: what the error names."""
-    config = make_config(DATA__BATCH_SIZE=8, TRAIN__MAX_CONSECUTIVE_OVERFLOWS=1)
-    model = make_model()
-    engine, optimizer = initialize(config, model, make_optimizer(model), zero_json(stage))
+    return [_poison(stage, precision, bad_loss) for stage in stages]
+
+
+def _poison(stage: int, precision: str, bad_loss: bool) -> list[str]:
+    engine, optimizer = make_engine(stage, precision, TRAIN__MAX_CONSECUTIVE_OVERFLOWS=1)
     scaler = NativeScalerWithGradNormCount()
     x, y = micro_batch(0, 0, 1, rank(), world_size())
+    head = engine.module.head
     if rank() == 1 and not bad_loss:
-        model.head.bias.register_hook(lambda grad: grad * float('nan'))
-    loss = nn.functional.cross_entropy(engine(x), y)
+        head.bias.register_hook(lambda grad: grad * float('nan'))
+    loss = nn.functional.cross_entropy(engine(x.to(head.bias.dtype)).float(), y)
     if rank() == 1 and bad_loss:
         loss = loss * float('nan')
     try:

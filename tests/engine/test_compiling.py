@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from internvl_ds.errors import ConfigError
-from internvl_ds.zero.guards import require_bare
+from internvl_ds.zero.module_state import require_bare
 from tests.engine import compiling
 from tests.harness.model import Net
 from tests.harness.ranks import run_ranks

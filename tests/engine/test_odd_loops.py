@@ -3,6 +3,7 @@
 import pytest
 
 from tests.engine import odd_loops
+from tests.harness.model import OLD_DEEPSPEED
 from tests.harness.ranks import run_ranks
 
 
@@ -35,7 +36,8 @@ def test_gradients_that_would_be_left_in_another_engine_are_refused(tmp_path):
 
 @pytest.mark.ranks
 def test_frozen_norms_are_recomputed_with_the_numbers_of_kept_ones(tmp_path):
-    stages = [0, 1, 2, 3]
+    # DeepSpeed 0.17 frees frozen parameters in between, and torch says so in the backward.
+    stages = [0, 1, 2] if OLD_DEEPSPEED else [0, 1, 2, 3]
     for result in run_ranks(odd_loops.recomputed, 2, tmp_path, timeout=100, stages=stages):
         right = result['0 False']
         assert len(right) > 20

@@ -55,7 +55,6 @@ def test_what_the_error_says(scale, bad_loss, why, advice):
     assert 'Parameters with non-finite gradients: head.bias (1 in all)' in text
 
 
-@pytest.mark.first
 @pytest.mark.ranks
 @pytest.mark.parametrize('precision', ['fp16', 'autocast_fp16'])
 def test_a_scale_at_its_minimum_stops_all_ranks(tmp_path, precision):
@@ -105,18 +104,26 @@ def _require_common(result, updates):
     assert result['diagnostic_epoch'] == 3
 
 
+@pytest.mark.first
 @pytest.mark.ranks
-@pytest.mark.parametrize('stage', [0, 1, 2, 3])
-def test_the_parameters_are_named_on_all_ranks(tmp_path, stage):
-    for result in run_ranks(scaling.poison_one, 2, tmp_path, stage=stage, bad_loss=False):
-        *names, message = result
-        assert names == ['head.bias']
-        assert 'Parameters with non-finite gradients: head.bias (1 in all)' in message
-        assert 'The loss is finite on all ranks: look at the layers named' in message
+@pytest.mark.parametrize('precision', ['fp32', 'fp16'])
+def test_the_parameters_are_named_on_all_ranks(tmp_path, precision):
+    """What one rank alone owns is not finite, and all skip the update."""
+    stages = [0, 1, 2, 3]
+    for result in run_ranks(
+        scaling.poison, 2, tmp_path, stages=stages, precision=precision, bad_loss=False
+    ):
+        for *names, message in result:
+            assert names == ['head.bias']
+            assert 'Parameters with non-finite gradients: head.bias (1 in all)' in message
+            advice = 'range of float16' if precision == 'fp16' else 'look at the layers named'
+            assert advice in message
 
 
 @pytest.mark.ranks
 def test_a_bad_loss_on_one_rank_is_told_on_all(tmp_path):
-    for result in run_ranks(scaling.poison_one, 2, tmp_path, stage=2, bad_loss=True):
+    for (result,) in run_ranks(
+        scaling.poison, 2, tmp_path, stages=[2], precision='fp32', bad_loss=True
+    ):
         assert 'The loss itself is not finite on some rank' in result[-1]
         assert 'stem.weight' in result

@@ -85,12 +85,12 @@ def test_what_initialize_refuses(tmp_path):
         assert '/fp16 (AMP_OPT_LEVEL O2 with AMP_TYPE float16): the cpu device' in result['fp16']
         assert 'AMP_OPT_LEVEL O1, torch autocast in float16, works there' in result['fp16']
         assert '/bf16/check_grad_overflow is false' in result['unchecked']
-        assert '/zero_optimization/compute_grad_norm is false' in result['no norm']
+        assert '/zero_optimization/compute_grad_norm' in result['no norm']
         assert '/optimizer section and an optimizer was passed' in result['two optimizers']
         assert 'TRAIN.ACCUMULATION_STEPS is 2' in result['contradiction']
         assert 'pass it as lr_scheduler=' in result['scheduler not passed']
         assert 'build it with t_in_epochs=False' in result['epoch scheduler']
-        assert '/managed_gradient_accumulation is false' in result['unmanaged']
+        assert '/managed_gradient_accumulation' in result['unmanaged']
         for stage in (0, 1):
             message = f'/data_types/grad_accum_dtype fp32 with bf16 at ZeRO stage {stage} is not'
             assert message in result[f'fp32 accumulation {stage}']

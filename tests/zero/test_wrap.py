@@ -11,7 +11,7 @@ from internvl_ds.errors import ConfigError
 from internvl_ds.zero.stage_0 import ClientOptimizer, UnfusedOptimizer
 from internvl_ds.zero.stage_1_2 import Stage1And2
 from internvl_ds.zero.stage_3 import Stage3, Stage3Module
-from internvl_ds.zero.wrap import OLDEST, _require_known, _warn_of_newer, wrap
+from internvl_ds.zero.wrap import _warn_of_newer, wrap
 from internvl_ds.zero.wrapper import Wrapper, replaced
 
 CLIENT = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
@@ -43,7 +43,7 @@ class Engine:
 def test_the_optimizer_and_the_stage_choose_the_class(stage, optimizer, client, kind):
     engine = Engine(stage, optimizer, client)
     wrapper = wrap(engine)
-    assert type(wrapper) is kind
+    assert kind in type(wrapper).__mro__[:2]  # one for an earlier DeepSpeed stands below it
     assert wrapper.engine is engine
     assert (wrapper.partitioned, wrapper.sharded) == (stage > 0, stage == 3)
     assert wrapper.ds_config == {'train_batch_size': 2}
@@ -74,12 +74,6 @@ def test_a_newer_deepspeed_than_known_is_told_once(caplog, version, told):
         _warn_of_newer(version)
     assert len(caplog.records) == told
     assert all(f'DeepSpeed {version} is newer' in record.message for record in caplog.records)
-
-
-def test_an_older_deepspeed_than_was_tried_is_refused():
-    with pytest.raises(ConfigError, match=f'DeepSpeed 0.17.6 .* install deepspeed>={OLDEST}'):
-        _require_known('0.17.6')
-    _require_known(OLDEST)
 
 
 def test_frozen_parameters_that_deepspeed_would_move_are_refused():

@@ -5,6 +5,7 @@ import re
 import pytest
 
 from tests.engine import scaling
+from tests.harness.model import trained
 from tests.harness.ranks import run_ranks
 
 PRECISIONS = ['fp32', 'fp16', 'bf16', 'autocast_fp16', 'autocast_bf16']
@@ -84,7 +85,7 @@ def test_a_grad_scalers_state_is_accepted(tmp_path):
 @pytest.mark.ranks
 @pytest.mark.parametrize('precision', ['fp32', 'bf16'])
 def test_grad_norm_of_single_parameters_under_zero_settings(tmp_path, precision):
-    settings = [
+    settings = trained([
         {'stage': 0},
         {'stage': 1, 'round_robin_gradients': True},
         {'stage': 2, 'round_robin_gradients': True},
@@ -92,7 +93,7 @@ def test_grad_norm_of_single_parameters_under_zero_settings(tmp_path, precision)
         {'stage': 2, 'offload_optimizer': {'device': 'cpu'}},
         {'stage': 2, 'contiguous_gradients': False, 'overlap_comm': True},
         {'stage': 3, 'sub_group_size': 100, 'offload_optimizer': {'device': 'cpu'}},
-    ]
+    ])  # fmt: skip
     tolerance = 1e-5 if precision == 'fp32' else 4 * 2.0**-8  # as in test_precision.py
     for plain, *others in run_ranks(
         scaling.norms_of_parts, 2, tmp_path, precision=precision, settings=settings

@@ -62,6 +62,8 @@ _ROUNDED = (
     'are not those of plain PyTorch; remove the key'
 )
 _NVME = 'offload to NVMe is refused: DeepSpeed does not go on from its checkpoints as it saved them'
+# Of keys that an earlier DeepSpeed still reads.
+_REMOVED = 'it was removed from DeepSpeed, and is tried with none that reads it; remove the key'
 _OUTER = 'belongs to another kind of DeepSpeed engine, which `initialize` does not make'
 
 # Looked at in DeepSpeed 0.19.8. What is refused or unused differs from plain PyTorch, or from what
@@ -178,6 +180,16 @@ FATES: dict[str, Fate] = {
     ),
     '/zero_optimization/zero_quantized_nontrainable_weights': Fate(REFUSED, _ROUNDED),
     '/zero_optimization/zero_quantized_weights': Fate(REFUSED, _ROUNDED),
+    **dict.fromkeys(
+        (
+            '/amp', '/compression_training', '/curriculum_learning', '/elasticity',
+            '/graph_harvesting', '/nebula', '/progressive_layer_drop', '/sparse_attention',
+            '/sparse_gradients', '/zero_optimization/mics_shard_size',
+            '/zero_optimization/mics_hierarchical_params_gather',
+            '/zero_optimization/zeropp_loco_param',
+        ),
+        Fate(REFUSED, _REMOVED),
+    ),
 }  # fmt: skip
 
 

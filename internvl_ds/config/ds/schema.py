@@ -170,8 +170,9 @@ def optimizer_params(name: str, params: Mapping[str, Any], on_cpu: bool) -> Key 
         return _key_of_signature(getattr(torch.optim, name))
     is_adam, extra = lower in ('adam', 'adamw'), []
     if is_adam:
-        extra = keys_in_source(DeepSpeedEngine._configure_basic_optimizer, 'optimizer_parameters')
-        extra += keys_in_source(DeepSpeedEngine.get_optimizer_configuration, 'optimizer_parameters')
+        for reader in ('_configure_basic_optimizer', 'get_optimizer_configuration'):
+            if method := getattr(DeepSpeedEngine, reader, None):  # no second before 0.18
+                extra += keys_in_source(method, 'optimizer_parameters')
     classes = {
         'adam': (adam.FusedAdam, adam.DeepSpeedCPUAdam),
         'adamw': (adam.FusedAdam, adam.DeepSpeedCPUAdam),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from internvl_ds.config.ds.diagnostics import Diagnostic, diagnostic
@@ -26,6 +27,10 @@ _SWITCHES = {
 
 # The first version of DeepSpeed that does them right.
 _MENDED = '0.19.8'
+# As setup.cfg says; pip only warns of a conflict with another package.
+SUPPORTED = SpecifierSet(
+    '>=0.17.6,!=0.18.0,!=0.18.1,!=0.18.2,!=0.18.3,!=0.18.4,!=0.18.5,!=0.18.6,!=0.18.7,!=0.18.8'
+)
 
 
 def unsupported_settings(
@@ -39,6 +44,12 @@ def unsupported_settings(
         optimizer: whether an /optimizer section would be used.
         version: of DeepSpeed.
     """
+    if not SUPPORTED.contains(version, prereleases=True):
+        yield diagnostic(
+            '',
+            f'DeepSpeed {version} trains some settings wrongly, in silence, and this package mends '
+            'only what 0.17.6, 0.18.9 and later ones do: install deepspeed>=0.18.9',
+        )
     old = Version(version) < Version(_MENDED)
     if old:
         yield from _unsupported_before(tree, version)
@@ -72,7 +83,7 @@ def unsupported_settings(
 
 
 def _unsupported_before(tree: Mapping[str, Any], version: str) -> Iterator[Diagnostic]:
-    """What only earlier versions do wrong (seen in 0.18.9)."""
+    """What only earlier versions do wrong (seen in 0.17.6 and 0.18.9)."""
     remedy = f'with DeepSpeed {version}: install deepspeed>={_MENDED}, or leave it out'
     block, name = 'zero_optimization', 'offload_optimizer'
     if value_at(tree, block, name, 'device', default='none') not in (None, 'none'):
@@ -85,3 +96,6 @@ def _unsupported_before(tree: Mapping[str, Any], version: str) -> Iterator[Diagn
             f'/{block}/contiguous_gradients',
             f'/{block}/contiguous_gradients false leaves gradients unreduced on CPUs {remedy}',
         )
+    for name in ('stage3_use_all_reduce_for_fetch_params', 'use_all_reduce_for_fetch_params'):
+        if value_at(tree, block, name):
+            yield diagnostic(f'/{block}/{name}', f'/{block}/{name} gathers other weights {remedy}')

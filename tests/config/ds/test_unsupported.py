@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from internvl_ds.config.ds.unsupported import unsupported_settings
@@ -49,6 +51,10 @@ def test_a_section_that_is_not_used_is_no_matter():
         ({'offload_optimizer': {'device': 'cpu'}}, '/zero_optimization/offload_optimizer'),
         ({'offload_optimizer': {'device': 'none'}}, None),
         ({'contiguous_gradients': False}, '/zero_optimization/contiguous_gradients'),
+        (
+            {'stage3_use_all_reduce_for_fetch_params': True},
+            '/zero_optimization/stage3_use_all_reduce_for_fetch_params',
+        ),
     ],
 )
 def test_what_only_an_earlier_deepspeed_does_wrong(section, pointer):
@@ -57,6 +63,17 @@ def test_what_only_an_earlier_deepspeed_does_wrong(section, pointer):
     found = list(unsupported_settings(tree, None, version='0.18.9'))
     assert [f.pointer for f in found] == ([pointer] if pointer else [])
     assert all('install deepspeed>=0.19.8' in f.message for f in found)
+
+
+@pytest.mark.parametrize('version', ['0.17.5', '0.18.0', '0.18.3', '0.18.8'])
+def test_a_deepspeed_that_is_not_supported_is_an_error_that_names_it(version):
+    (found,) = unsupported_settings({}, None, version=version)
+    assert re.match(f'DeepSpeed {version} trains .* install deepspeed>=0.18.9$', str(found))
+
+
+@pytest.mark.parametrize('version', ['0.17.6', '0.18.9', '0.19.0rc1', '0.19.8', '0.20.0'])
+def test_a_supported_deepspeed_is_none(version):
+    assert list(unsupported_settings({}, None, version=version)) == []
 
 
 def test_accumulation_in_fp32_at_stage_1_is_refused_in_fp16_too_before():
