@@ -22,7 +22,6 @@ import traceback
 from collections.abc import Callable
 from types import FrameType
 
-from internvl_ds.dist.device import is_on_device
 from internvl_ds.dist.group import current_group
 from internvl_ds.errors import RankError
 
@@ -51,6 +50,8 @@ def end_if_stranded(end: Callable[[], None]) -> None:
     Args:
         end: ends the process; it has COMM.EXIT_TIMEOUT seconds.
     """
+    from internvl_ds.dist.device import is_on_device  # and DeepSpeed, which others do without
+
     group = current_group()
     heartbeat = group.heartbeat
     if heartbeat is None:
