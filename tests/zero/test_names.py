@@ -46,7 +46,7 @@ class Names(NamedTuple):
 MARKS, READ = 'marks', 'read'
 LOOKUPS = ('getattr', 'hasattr', 'setattr', 'delattr', 'replaced')
 # Names in the table that others use for things of their own.
-SHARED = {'_config', 'step', 'zero_grad', 'clip_grad', 'overflow', 'gradient_clipping'}
+SHARED = {'_config', 'destroy', 'step', 'zero_grad', 'clip_grad', 'overflow', 'gradient_clipping'}
 TIMM = {'_base_optimizer'}  # of its Lookahead
 
 ENGINE, BASE = 'runtime/engine.py', 'runtime/base_optimizer.py'
