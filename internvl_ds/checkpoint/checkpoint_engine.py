@@ -68,7 +68,7 @@ class ShardWriter(CheckpointEngine):
         if in_background:
             self._snapshot.begin()
         else:
-            self._snapshot.release()
+            self._snapshot = Snapshot()  # lets go of its memory
 
     def forget(self) -> None:
         """Ends a save without writing."""

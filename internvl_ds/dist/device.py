@@ -39,11 +39,6 @@ def take_device(local_rank: int) -> int:
     return index
 
 
-def is_on_device() -> bool:
-    """Whether ranks compute on devices, such as GPUs."""
-    return bool(get_accelerator().device_name() != 'cpu')
-
-
 def emulates_bf16(device: str) -> bool:
     """Whether the current device computes bfloat16 in float32, as NVIDIA's before Ampere do.
 

@@ -36,7 +36,6 @@ class ProcessGroup:
         store: torch's default store, kept alive: rank 0's may serve all others.
         rounds: meetings of each name until now: part of the key that ranks meet under.
         timeout: seconds within which a collective must end; None where nothing was said.
-        collective_limit: what they have at present, which may be longer.
         start: how the ranks were started, a line.
         callbacks: called before the group is left, the last one first.
         parts: what rooms above keep, by class: see `part`.
@@ -53,7 +52,6 @@ class ProcessGroup:
     store: Any = None
     rounds: Counter[str] = field(default_factory=Counter)
     timeout: float | None = None
-    collective_limit: float | None = None
     start: str = ''
     callbacks: list[Callable[[], None]] = field(default_factory=list)
     parts: dict[type, Any] = field(default_factory=dict)

@@ -29,7 +29,7 @@ from yacs.config import CfgNode
 from internvl_ds.config.counts import require_counts
 from internvl_ds.config.tree import default_config, default_of, get_option
 from internvl_ds.dist import launchers, mpi
-from internvl_ds.dist.device import is_on_device, take_device
+from internvl_ds.dist.device import take_device
 from internvl_ds.dist.excepthook import speak_on_exceptions
 from internvl_ds.dist.group import current_group, drop_group
 from internvl_ds.dist.network import free_port, interface_towards, why_not_reached
@@ -42,8 +42,6 @@ logger = logging.getLogger(__name__)
 
 # Of the address under which torch is given the store.
 _SCHEME = 'internvl-ds'
-# Seconds in which a rank on a device says who is missing.
-_BEFORE_NCCL = 30.0
 
 
 def init_distributed(
@@ -225,11 +223,8 @@ def limit_collectives(config: CfgNode | None = None) -> None:
 def _set_limit(seconds: float) -> None:
     # Published since torch 2.14.
     set_timeout = getattr(torch_dist, 'set_timeout', None) or distributed_c10d._set_pg_timeout
-    current_group().collective_limit = seconds
-    # This rank is to name who is missing before NCCL aborts it: see stranded.py.
-    limit = timedelta(seconds=seconds + (_BEFORE_NCCL if is_on_device() else 0))
     for group in list(distributed_c10d._world.pg_map) if torch_dist.is_initialized() else ():
-        set_timeout(limit, group)
+        set_timeout(timedelta(seconds=seconds), group)
 
 
 @contextmanager

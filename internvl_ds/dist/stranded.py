@@ -1,12 +1,11 @@
-"""Ends a rank that waits in a collective for a rank that is dead, or has waited too long.
+"""Ends a rank that waits in a collective for a rank that is dead.
 
 gloo ends a collective when its connection to another rank breaks, which takes no time. But a child
 of a rank that was killed keeps that connection open; and of some 80 ranks killed on a loaded host
 one was still waited for after half a minute. COMM.TIMEOUT would end that wait, after half an hour.
 
 On a GPU the collectives run apart from Python. The main thread stands where it next needs their
-result, or room in the device's queue, and no exception comes: any place may be one of these. NCCL
-aborts the process in the end, without a name; so its limit comes a little after COMM.TIMEOUT.
+result, or room in the device's queue, and no exception comes: any place may be one of these.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import linecache
 import os
 import re
 import sys
-import sysconfig
 import threading
 import time
 import traceback
@@ -34,39 +32,29 @@ _COLLECTIVES = tuple(
 )
 _OWN_WAITS = tuple(os.path.join('internvl_ds', room, '') for room in ('dist', 'checkpoint'))
 _LIBRARIES = re.compile(r'\b(torch|deepspeed)\b')
-_STANDARD_LIBRARY = os.path.join(sysconfig.get_path('stdlib'), '')
 # Through which DeepSpeed calls the handles of collectives that it waits for.
 _WRAPPER = os.path.join('deepspeed', 'utils', 'nvtx')
 
 
 def end_if_stranded(end: Callable[[], None]) -> None:
-    """Watches whether this rank's main thread waits in a collective that will not end.
+    """Watches, once a rank has died, whether this one's main thread waits for it in a collective.
 
-    Once a rank has died, it waits for COMM.DEAD_AFTER seconds in one place there; on a device also
-    without, for COMM.TIMEOUT seconds. Then it says so, as an exception that ends the process does,
-    and calls ``end``. On a device in any place, but for this package's own waits. A rank that has
-    left the process group in order is not dead.
+    After COMM.DEAD_AFTER seconds in one place there it says so, as an exception that ends the
+    process does, and calls ``end``. On a device in any place, but for this package's own waits. A
+    rank that has left the process group in order is not dead.
 
     Args:
         end: ends the process; it has COMM.EXIT_TIMEOUT seconds.
     """
-    from internvl_ds.dist.device import is_on_device  # and DeepSpeed, which others do without
-
     group = current_group()
     heartbeat = group.heartbeat
     if heartbeat is None:
         return
 
-    def reason(frame: FrameType, seconds: float, on_device: bool) -> str:
-        limit, late = group.limit('DEAD_AFTER'), group.collective_limit
-        if seconds >= limit and heartbeat.lost(limit):
-            return f'waited {limit:g} s in {{}} for a rank that is dead'
-        if on_device and late is not None and seconds >= late and not _is_idle(frame):
-            return f'waited {late:g} s (COMM.TIMEOUT) in {{}}'
-        return ''
-
     def watch() -> None:
-        on_device = is_on_device()
+        from deepspeed.accelerator import get_accelerator  # takes a second, and nobody may die
+
+        limit, on_device = group.limit('DEAD_AFTER'), get_accelerator().device_name() != 'cpu'
         seen, since = None, time.monotonic()
         while group.heartbeat is heartbeat:
             now = time.monotonic()
@@ -74,25 +62,22 @@ def end_if_stranded(end: Callable[[], None]) -> None:
             place = None if frame is None else (id(frame), frame.f_lasti)
             if place != seen:
                 seen, since = place, now
-            text = reason(frame, now - since, on_device) if frame else ''
+            stood = now - since >= limit and heartbeat.lost(limit)
             if (
                 frame
-                and text
+                and stood
                 and (_stands_in_collective(frame) or (on_device and not _has_limit(frame)))
             ):
-                _say_and_end(text.format(_shown(frame)), end)
+                _say_and_end(f'waited {limit:g} s in {_shown(frame)}', end)
             del frame  # it holds what its locals hold
             time.sleep(_LOOK)
 
     def begin() -> None:
         threading.Thread(target=watch, name='stranded', daemon=True).start()
 
-    if heartbeat.lost(0) or is_on_device():
+    heartbeat.on_death = begin
+    if heartbeat.lost(0):  # meanwhile
         begin()
-    else:
-        heartbeat.on_death = begin
-        if heartbeat.lost(0):  # meanwhile
-            begin()
 
 
 def _say_and_end(reason: str, end: Callable[[], None]) -> None:
@@ -100,7 +85,7 @@ def _say_and_end(reason: str, end: Callable[[], None]) -> None:
     guard = threading.Timer(limit, os._exit, [1])
     guard.daemon = True
     guard.start()
-    error = RankError(reason)
+    error = RankError(f'{reason} for a rank that is dead')
     sys.excepthook(RankError, error, None)
     sys.last_type, sys.last_value, sys.last_traceback = RankError, error, None  # for exit functions
     end()
@@ -125,14 +110,6 @@ def _has_limit(frame: FrameType) -> bool:
             return True
         inner = inner.f_back
     return False
-
-
-def _is_idle(frame: FrameType) -> bool:
-    """Whether it waits for a person or the clock, not for a device: a debugger, a notebook."""
-    line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
-    in_python = frame.f_code.co_filename.startswith(_STANDARD_LIBRARY)
-    of_packages = 'site-packages' in frame.f_code.co_filename
-    return (in_python and not of_packages) or re.search(r'\b(sleep|input)\(', line) is not None
 
 
 def _stands_in_collective(frame: FrameType) -> bool:

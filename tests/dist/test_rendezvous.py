@@ -48,20 +48,6 @@ def test_a_meeting_ends_on_rank_0_when_all_have_read_what_it_holds(tmp_path):
     assert results == [None, [0, 1]]
 
 
-@pytest.mark.ranks
-def test_a_meeting_reads_a_key_a_rank_and_one_text_where_all_are_equal(tmp_path):
-    rounds, ranks = 5, 4
-    results = run_ranks(talking.read_keys, ranks, tmp_path, rounds=rounds)
-    for what in ('different', 'equal'):
-        # One for each rank, and the last to come reads what all have brought.
-        assert sum(got[what][0] for got in results) == rounds * 2 * ranks
-    text = '{"value": "of all ' + 100 * '-' + '"}'
-    brought = rounds * ranks * len(text)
-    assert sum(got['equal'][1] for got in results) == brought + rounds * ranks * len(
-        json.dumps(text)
-    )
-
-
 def test_alone_there_is_nothing_to_wait_for():
     assert meetings.exchange('x', {'a': 1}, 1) == [{'a': 1}]
     assert meetings.agree('x', lambda: 5, 1) == 5
@@ -143,21 +129,6 @@ def test_a_wait_for_a_device_ends_when_another_rank_is_dead(tmp_path, device):
     )
     assert bool(told) is (device == 'cuda'), texts[0]
     assert list(tmp_path.glob('ranks-*/result_0.json'))  # exit functions have run
-
-
-@pytest.mark.ranks
-@pytest.mark.slow
-def test_a_wait_for_a_device_ends_after_the_limit_of_collectives(tmp_path):
-    """NCCL would abort the process, and name nobody."""
-    texts = run_ranks(
-        waiting.a_rank_stands_still_beside_a_device, 2, tmp_path, expect_failure=True, grace=1,
-        folder=tmp_path, device='cuda',
-    )  # fmt: skip
-    assert re.search(
-        r'rank 0 on \S+ ends the job: rank 1 on \S+ \(pid \d+\) has given no sign of life for 4 s; '
-        r'RankError: waited 6 s \(COMM.TIMEOUT\) in a_rank_stands_still_beside_a_device',
-        texts[0],
-    ), texts[0]
 
 
 def test_a_wait_of_this_package_has_a_limit_of_its_own():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import ctypes
-import functools
 import gc
 import json
 import logging
@@ -32,7 +31,6 @@ from internvl_ds.dist.group import current_group
 from internvl_ds.dist.peers import Peers, background_meetings
 from internvl_ds.dist.preemption import Preemption
 from internvl_ds.dist.process_group import (
-    _end,
     init_distributed,
     limit_collectives,
     making_groups,
@@ -49,7 +47,6 @@ from internvl_ds.dist.rendezvous import (
     rank,
     request_is_raised,
 )
-from internvl_ds.dist.stranded import end_if_stranded
 from internvl_ds.pretrained import transforms
 from tests.harness.calls import message_of
 from tests.harness.model import make_config, make_model
@@ -317,20 +314,6 @@ def a_rank_dies_beside_a_device(folder: str, device: str) -> None:
     get_accelerator().device_name = lambda *index: device
     atexit.register(leave_result, folder, time.monotonic())
     ctypes.CDLL(None).sleep(20)  # as cudaStreamSynchronize: without the interpreter's lock
-
-
-def a_rank_stands_still_beside_a_device(folder: str, device: str) -> None:
-    """As `a_rank_dies_beside_a_device`, where rank 1 is stopped, for COMM.TIMEOUT."""
-    config = make_config('', COMM__TIMEOUT=6, COMM__EXIT_TIMEOUT=5)
-    init_distributed(config)
-    limit_collectives(config)
-    if rank() == 1:
-        os.kill(os.getpid(), signal.SIGSTOP)
-    get_accelerator().device_name = lambda *index: device
-    end_if_stranded(functools.partial(_end, 1))  # once more, as at the start on such a device
-    atexit.register(leave_result, folder, time.monotonic())
-    ctypes.CDLL(None).poll(None, 0, 15_000)
-    os._exit(1)  # the other one would never end
 
 
 def a_collective_in_a_meeting(folder: str) -> None:

@@ -46,7 +46,9 @@ def write_original(tag: Path, target: Path) -> None:
     groups = state.get('optimizer_groups') or engine_groups
     index_of = {name: i for i, names in enumerate(engine_groups) for name in names}
     # Frozen parameters may be in the client's groups; an empty group has no settings of its own.
-    places = [[index_of[n] for n in names if n in index_of] or [0] for names in groups]
+    places = [
+        list(dict.fromkeys(index_of[n] for n in names if n in index_of)) or [0] for names in groups
+    ]
     indices = [several[0] for several in places]
     source = shards.named_state(groups)
     source.require_all_named()
@@ -176,9 +178,10 @@ def _blank_optimizer(
 
 def _shared(settings: list[dict[str, Any]]) -> dict[str, Any]:
     """What groups that were one have in common: a Muon's is divided for ZeRO, see `divided`."""
-    first = settings[0]
-    texts = [{key: repr(value) for key, value in each.items()} for each in settings]
-    return {k: v for k, v in first.items() if all(each.get(k) == texts[0][k] for each in texts)}
+    if len(settings) == 1:
+        return settings[0]
+    first = {k: v for k, v in settings[0].items() if k != 'param_names'}
+    return {k: v for k, v in first.items() if all(repr(s.get(k)) == repr(v) for s in settings)}
 
 
 def _expand(schedule: Any, indices: list[int], groups: int) -> Any:

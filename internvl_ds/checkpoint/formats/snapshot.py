@@ -6,29 +6,21 @@ Background saves write from the copy while training changes the original.
 from __future__ import annotations
 
 import copy
-import logging
 from collections import OrderedDict, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-logger = logging.getLogger(__name__)
-
-# Bytes; malloc gives larger ones pages of their own.
-_LEAST_LOCKED = 1 << 20
-
 
 class Snapshot:
     """Host buffers that state trees are copied into.
 
     The buffers stay for the next round, because fresh memory costs more than the copy (the kernel
-    clears every page of it); they are page-locked where there is a GPU, for its copies to be fast.
+    clears every page of it); they are pinned where there is a GPU, for its copies to be fast.
     """
 
     def __init__(self) -> None:
-        self._locks = True  # until the driver refuses
-        self._locked: set[int] = set()
         self._spares: dict[int, list[torch.UntypedStorage]] = defaultdict(list)
         self._buffers: dict[int, list[torch.UntypedStorage]] = defaultdict(list)
 
@@ -37,15 +29,7 @@ class Snapshot:
 
         Buffers that the last round had no use for are given up.
         """
-        for storages in self._spares.values():
-            for storage in storages:
-                self._unlock(storage)
         self._spares, self._buffers = self._buffers, defaultdict(list)
-
-    def release(self) -> None:
-        """Gives up all buffers; the last copy becomes invalid."""
-        self.begin()
-        self.begin()
 
     def copy(self, tree: Any) -> Any:
         """Copies nested dicts, lists and tuples; of tensors only the values they show.
@@ -73,35 +57,11 @@ class Snapshot:
         if self._spares[size]:
             storage = self._spares[size].pop()
         else:
-            storage = torch.empty(size, dtype=torch.uint8).untyped_storage()
-            self._lock(storage)
+            pin = torch.cuda.is_available() and size > 0
+            storage = torch.empty(size, dtype=torch.uint8, pin_memory=pin).untyped_storage()
         self._buffers[size].append(storage)
         target = torch.empty(0, dtype=tensor.dtype).set_(storage)
         return target.view(tensor.shape).copy_(tensor)
-
-    def _lock(self, storage: torch.UntypedStorage) -> None:
-        """Locks the pages where there is a GPU.
-
-        Not by torch's allocator: it rounds each size up to a power of two, and keeps it for ever.
-        """
-        size = storage.nbytes()
-        if not (self._locks and size >= _LEAST_LOCKED and torch.cuda.is_available()):
-            return
-        code = int(torch.cuda.cudart().cudaHostRegister(storage.data_ptr(), size, 0))
-        if code == 0:
-            self._locked.add(storage.data_ptr())
-            return
-        self._locks = False
-        logger.warning(
-            'the copy for background saves is not page-locked from here on, and copies are slower: '
-            'cudaHostRegister of %d bytes returned %d. `ulimit -l` may limit it',
-            size, code,
-        )  # fmt: skip
-
-    def _unlock(self, storage: torch.UntypedStorage) -> None:
-        if storage.data_ptr() in self._locked:
-            self._locked.remove(storage.data_ptr())
-            torch.cuda.cudart().cudaHostUnregister(storage.data_ptr())
 
 
 def tensor_bytes(tree: Any) -> int:

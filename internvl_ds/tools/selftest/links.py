@@ -11,6 +11,7 @@ from deepspeed.accelerator import get_accelerator
 
 from internvl_ds.dist.rendezvous import exchange, rank, world_size
 from internvl_ds.tools.selftest.row import ABSENT, OK, SLOW, WRONG, Row
+from internvl_ds.tools.selftest.subject import LIMIT
 
 _ELEMENTS = 1 << 22  # 16 MiB of float32
 _TRIES = 5
@@ -18,7 +19,6 @@ _TRIES = 5
 _LEAST = 0.1e9
 # A link this many times slower than the middle one holds up all ranks.
 _FACTOR = 4.0
-_LIMIT = 120.0
 
 
 def links_row() -> Row:
@@ -35,7 +35,7 @@ def links_row() -> Row:
     reduced = min(_seconds(lambda: dist.all_reduce(total)) for _ in range(_TRIES))
     came = min(_pass_on(data) for _ in range(_TRIES))
     wrong |= not bool((data == float((rank() - _TRIES) % ranks + 1)).all())
-    rates = [4 * _ELEMENTS / seconds for seconds in exchange('selftest links', came, _LIMIT)]
+    rates = [4 * _ELEMENTS / seconds for seconds in exchange('selftest links', came, LIMIT)]
     middle = statistics.median(rates)
     slow = [r for r, rate in enumerate(rates) if rate < max(_LEAST, middle / _FACTOR)]
     found = (

@@ -21,7 +21,7 @@ from internvl_ds.engine.initialize import initialize
 from internvl_ds.engine.registry import wrapper_of
 from internvl_ds.tools.plan.memory_planner import MemoryPlanner
 from internvl_ds.tools.selftest.row import OK, SLOW, WRONG, Row
-from internvl_ds.tools.selftest.subject import CLIP, is_supported
+from internvl_ds.tools.selftest.subject import CLIP, LIMIT, is_supported
 from internvl_ds.tools.text import human_size
 from internvl_ds.train.model import build_model, input_dtype
 from internvl_ds.train.optim import build_optimizer
@@ -35,7 +35,6 @@ _ON_DEVICE = 'MODEL.NAME vit_base_patch16_224 DATA.IMG_SIZE 224 DATA.BATCH_SIZE 
 _MOST = 1.10
 # Of what is planned, how much may be allocated: states alone, on a CPU, and a device's whole peak.
 _PLAN = {True: 0.05, False: 0.25}
-_LIMIT = 300.0
 
 
 def pace_rows() -> tuple[Row, Row]:
@@ -46,7 +45,7 @@ def pace_rows() -> tuple[Row, Row]:
     merge_opts(config, (_SHARED + (_ON_CPU if on_cpu else _ON_DEVICE)).split())
     half = is_supported('bf16') and not on_cpu
     level = ['O2', 'AMP_TYPE', 'bfloat16'] if half else ['O0']
-    merge_opts(config, ['AMP_OPT_LEVEL', *level, 'OUTPUT', ''])
+    merge_opts(config, ['AMP_OPT_LEVEL', *level, 'OUTPUT', '', 'COMM.TIMEOUT', str(LIMIT)])
     json = {'zero_optimization': {'stage': _STAGE}}
     model = build_model(config)
     engine, optimizer = initialize(config, model, build_optimizer(config, model, 1e-5), json)
@@ -98,7 +97,7 @@ def _memory(engine: Any, config: CfgNode, json: dict[str, Any], on_cpu: bool) ->
     )
     planned = need.static.weights + need.static.optimizer if on_cpu else need.device
     measured = _held(engine) if on_cpu else get_accelerator().max_memory_allocated()
-    most = max(exchange('selftest memory', int(measured), _LIMIT))
+    most = max(exchange('selftest memory', int(measured), LIMIT))
     ratio, allowed = planned / most, _PLAN[on_cpu]
     what = 'weights and optimizer' if on_cpu else 'the most on the device'
     found = (

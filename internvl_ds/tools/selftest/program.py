@@ -16,12 +16,12 @@ from internvl_ds.dist.excepthook import one_line
 from internvl_ds.dist.process_group import init_distributed
 from internvl_ds.dist.rendezvous import exchange, from_rank_0, rank
 from internvl_ds.dist.stranded import is_of_collective
-from internvl_ds.errors import RankError
+from internvl_ds.errors import InternvlDsError, RankError
 from internvl_ds.tools.selftest.killed import killed_row
 from internvl_ds.tools.selftest.links import links_row
 from internvl_ds.tools.selftest.pace import pace_rows
 from internvl_ds.tools.selftest.row import ABSENT, OK, SLOW, WRONG, Row
-from internvl_ds.tools.selftest.subject import FP32, PRECISIONS
+from internvl_ds.tools.selftest.subject import FP32, LIMIT, PRECISIONS
 from internvl_ds.tools.selftest.tags import tags_row
 from internvl_ds.tools.selftest.traffic import traffic_row
 from internvl_ds.tools.selftest.updates import updates_row
@@ -30,7 +30,6 @@ Trial = Callable[[], Row | tuple[Row, ...]]
 
 _SEVERITY = [ABSENT, OK, SLOW, WRONG]
 _STAGES, _QUICK_STAGES = (0, 1, 2, 3), (1, 3)
-_LIMIT = 180  # seconds that a rank waits for the others
 
 
 def selftest(output: Path, quick: bool, local_rank: int | None = None) -> list[Row]:
@@ -45,10 +44,17 @@ def selftest(output: Path, quick: bool, local_rank: int | None = None) -> list[R
         A row of each trial, the same on all ranks. Where a rank did not come, or a collective
         failed, that row is the last.
     """
-    config = set_options(default_config(), {'COMM.TIMEOUT': _LIMIT})
+    config = set_options(default_config(), {'COMM.TIMEOUT': LIMIT})
     init_distributed(config, local_rank=local_rank)
     rows: list[Row] = []
-    with _folder(output) as folder:
+    with contextlib.ExitStack() as stack:
+        folder: Path | None = None
+        try:
+            folder = stack.enter_context(_folder(output))
+        except OSError as error:  # on rank 0; on the others it is one of this package's
+            rows.append(Row('output', WRONG, f'{output}: {error.strerror}: give another --output'))
+        except InternvlDsError as error:
+            rows.append(Row('output', WRONG, str(error)))
         for name, trial in _trials(folder, quick):
             goes_on, added = _agreed(name, trial)
             rows += added
@@ -57,13 +63,16 @@ def selftest(output: Path, quick: bool, local_rank: int | None = None) -> list[R
     return rows
 
 
-def _trials(folder: Path, quick: bool) -> Iterator[tuple[str, Trial]]:
+def _trials(folder: Path | None, quick: bool) -> Iterator[tuple[str, Trial]]:
     stages = _QUICK_STAGES if quick else _STAGES
     yield 'links', links_row
     for precision in (FP32, 'bf16') if quick else PRECISIONS:
         yield f'updates in {precision}', functools.partial(updates_row, precision, stages)
     yield 'collectives and reads', functools.partial(traffic_row, stages)
-    for stage, other in ((3, 1),) if quick else ((0, 2), (1, 3), (3, 0)):
+    pairs = ((3, 1),) if quick else ((0, 2), (1, 3), (3, 0))
+    for stage, other in pairs:
+        if folder is None:
+            break
         yield f'tags of stage {stage}', functools.partial(tags_row, stage, other, folder)
     yield 'pace and plan', pace_rows
     yield 'a killed rank', killed_row
@@ -81,10 +90,11 @@ def _agreed(name: str, trial: Trial) -> tuple[bool, list[Row]]:
     seconds = time.monotonic() - start
     try:
         told = exchange(
-            f'selftest {name}', [goes_on, [dataclasses.asdict(row) for row in rows]], _LIMIT
+            f'selftest {name}', [goes_on, [dataclasses.asdict(row) for row in rows]], LIMIT
         )
     except RankError as error:
-        return False, [Row(name, WRONG, str(error), seconds=seconds)]
+        own = [row.found for row in rows if row.verdict == WRONG]
+        return False, [Row(name, WRONG, '; '.join([*own, str(error)]), seconds=seconds)]
     all_rows = [[Row(**row) for row in of_rank] for _, of_rank in told]
     shortest = min(all_rows, key=len)  # a rank that failed has one row
     worst = [_worst([of_rank[i] for of_rank in all_rows]) for i in range(len(shortest))]
@@ -110,7 +120,7 @@ def _folder(output: Path) -> Iterator[Path]:
         output.mkdir(parents=True, exist_ok=True)
         return tempfile.mkdtemp(prefix='selftest-', dir=output)
 
-    folder = Path(from_rank_0('selftest folder', make, _LIMIT))
+    folder = Path(from_rank_0('selftest folder', make, LIMIT))
     try:
         yield folder
     finally:

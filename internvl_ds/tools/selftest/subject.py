@@ -27,6 +27,7 @@ Tensors = dict[str, torch.Tensor]
 # Sizes that two ranks cannot share without padding.
 _FEATURES, _WIDTH, _CLASSES, _IMAGES = 24, 37, 7, 4
 CLIP, DECAY, _SCALE_POWER = 0.4, 0.9, 8
+LIMIT = 180  # seconds that a rank waits for the others
 UPDATES, OVERFLOW = 4, 1  # the second of four has an infinite gradient on the last rank
 
 FP32 = 'fp32'
@@ -89,7 +90,7 @@ def settings(precision: str = FP32, **options: Any) -> CfgNode:
     """The yacs tree of an engine; ``options`` are dotted keys, as OUTPUT or CHECKPOINT__ASYNC."""
     level, kind, _, _ = _PRECISIONS[precision]
     values = {'AMP_OPT_LEVEL': level, 'AMP_TYPE': kind, 'DATA.BATCH_SIZE': _IMAGES}
-    values |= {'TRAIN.CLIP_GRAD': CLIP, 'OUTPUT': ''}
+    values |= {'TRAIN.CLIP_GRAD': CLIP, 'OUTPUT': '', 'COMM.TIMEOUT': LIMIT}
     values |= {key.replace('__', '.'): value for key, value in options.items()}
     return set_options(default_config(), values)
 

@@ -16,14 +16,13 @@ from internvl_ds.dist.rendezvous import exchange
 from internvl_ds.engine.ema import ShardedEma
 from internvl_ds.engine.grad_scaler import NativeScalerWithGradNormCount
 from internvl_ds.tools.selftest.row import Row, judged
-from internvl_ds.tools.selftest.subject import CLIP, DECAY, loss_of, make_engine, settings
+from internvl_ds.tools.selftest.subject import CLIP, DECAY, LIMIT, loss_of, make_engine, settings
 
 # https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/api/types.html
 _SENT_BY_NCCL = {
     torch.int8, torch.uint8, torch.int32, torch.int64, torch.float16, torch.bfloat16,
     torch.float32, torch.float64, torch.bool,
 }  # fmt: skip
-_LIMIT = 60.0
 # Whether an update is finite, which the bare engine of stage 0 does not ask in fp32.
 _TO_SKIP = 1
 # The last is counted: at stage 3 DeepSpeed learns the order of the modules in those before.
@@ -55,7 +54,7 @@ class Traffic(TorchDispatchMode):
                 self._note(func._opname, tensor)
         result = func(*args, **(kwargs or {}))
         if func is torch.ops.aten._local_scalar_dense.default:
-            self.reads += 1
+            self.reads += args[0].device.type == self._device.type
         elif self._device.type != 'cpu' and func._opname in ('_to_copy', 'copy_'):
             source = args[0] if func._opname == '_to_copy' else args[1]
             self.reads += source.device.type == self._device.type and result.device.type == 'cpu'
@@ -98,7 +97,7 @@ def traffic_row(stages: Sequence[int]) -> Row:
         for noted in (bridge, others):
             faults += [f'stage {stage}: {fault}' for fault in noted.faults]
         orders = exchange(
-            f'selftest order {stage}', _digest(bridge.collectives + others.collectives), _LIMIT
+            f'selftest order {stage}', _digest(bridge.collectives + others.collectives), LIMIT
         )
         if others_differ := [r for r, order in enumerate(orders) if order != orders[0]]:
             faults.append(

@@ -97,7 +97,7 @@ def _absent() -> Row:
 
 @contextmanager
 def _impatient() -> Iterator[None]:
-    with mock.patch.object(program, '_LIMIT', 5):
+    with mock.patch.object(program, 'LIMIT', 5):
         yield
 
 
