@@ -10,6 +10,7 @@ result, or room in the device's queue, and no exception comes: any place may be 
 
 from __future__ import annotations
 
+import gc
 import linecache
 import os
 import re
@@ -58,7 +59,7 @@ def end_if_stranded(end: Callable[[], None]) -> None:
         seen, since = None, time.monotonic()
         while group.heartbeat is heartbeat:
             now = time.monotonic()
-            frame = sys._current_frames().get(threading.main_thread().ident or 0)
+            frame = _main_frame()
             place = None if frame is None else (id(frame), frame.f_lasti)
             if place != seen:
                 seen, since = place, now
@@ -78,6 +79,22 @@ def end_if_stranded(end: Callable[[], None]) -> None:
     heartbeat.on_death = begin
     if heartbeat.lost(0):  # meanwhile
         begin()
+
+
+def _main_frame() -> FrameType | None:
+    """Where the main thread is.
+
+    Python before 3.12 makes the frames under a lock of the interpreter. A collection among them may
+    let another thread run (torch's tensors do), which waits for that lock for ever: no thread of
+    the process runs again.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return sys._current_frames().get(threading.main_thread().ident or 0)
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _say_and_end(reason: str, end: Callable[[], None]) -> None:

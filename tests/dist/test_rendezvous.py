@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import sys
 import time
 
@@ -10,7 +11,7 @@ import pytest
 from internvl_ds.dist import rendezvous as meetings
 from internvl_ds.dist.stranded import _has_limit
 from tests.dist import talking, waiting
-from tests.harness.ranks import run_ranks
+from tests.harness.ranks import ROOT, base_env, run_ranks
 
 
 @pytest.mark.first
@@ -129,6 +130,16 @@ def test_a_wait_for_a_device_ends_when_another_rank_is_dead(tmp_path, device):
     )
     assert bool(told) is (device == 'cuda'), texts[0]
     assert list(tmp_path.glob('ranks-*/result_0.json'))  # exit functions have run
+
+
+@pytest.mark.slow
+def test_looking_at_the_main_thread_never_stops_the_process():
+    """Where a collection falls into the look, Python 3.11 would wait for ever."""
+    command = [sys.executable, '-m', 'tests.dist.looking', '3']
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=90, env=base_env(), cwd=ROOT
+    )
+    assert (done.returncode, done.stdout.split()[-1:]) == (0, ['True']), done.stderr
 
 
 def test_a_wait_of_this_package_has_a_limit_of_its_own():
