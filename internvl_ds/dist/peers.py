@@ -6,6 +6,7 @@ a rank that is known to be dead is not waited for.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -49,11 +50,27 @@ class Peers(NamedTuple):
 
         def arrive(store: Any) -> None:
             store.set(f'{place}/{self.rank}', text)
-            # The last one says that all are there, for the others to look at one key only.
+            # The last one puts all texts in one key: a thousand ranks would read a million.
             if store.add(f'{place}/count', 1) == self.world_size:
-                store.set(f'{place}/all', '')
+                store.set(
+                    f'{place}/all', _together(store.multi_get(self._keys(place)) if text else [])
+                )
 
         self.client.post(arrive)
+
+    def texts_at(self, place: str, deadline: float) -> list[str]:
+        """What each rank has left at a place, in rank order, once all have come."""
+
+        def read(store: Any) -> Any:
+            if not store.check([f'{place}/all']):  # the last died before it could say so
+                return [text.decode() for text in store.multi_get(self._keys(place))]
+            return json.loads(store.get(f'{place}/all'))
+
+        texts = self.ask(read, deadline)
+        return [texts] * self.world_size if isinstance(texts, str) else texts
+
+    def _keys(self, place: str) -> list[str]:
+        return [f'{place}/{r}' for r in range(self.world_size)]
 
     def clear(self, place: str, *, of_all: bool = False) -> None:
         """Removes the texts of this rank, or of all, from a place; on rank 0, the place too."""
@@ -102,6 +119,12 @@ class Peers(NamedTuple):
     def _count(self, place: str, deadline: float) -> int:
         """How many ranks have come; a rank that died as it came does not count."""
         return int(self.ask(lambda store: store.add(f'{place}/count', 0), deadline))
+
+
+def _together(texts: list[bytes]) -> str:
+    """JSON of the texts; of one where all are the same, as in most meetings."""
+    decoded = [text.decode() for text in texts]
+    return json.dumps(decoded[0] if len(set(decoded)) == 1 else decoded)
 
 
 # The connection of a background thread: see `background_meetings`.

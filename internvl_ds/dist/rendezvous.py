@@ -76,7 +76,7 @@ def _exchange(
             peers.put(f'{place}/{peers.rank}', json.dumps({'gave up': peers.rank}))
             group.rounds[what] += 1
             raise RankError(f'{what}: {error}') from None
-        items = _read(peers, [f'{place}/{r}' for r in range(peers.world_size)], deadline)
+        items = [json.loads(text) for text in peers.texts_at(place, deadline)]
         if turn:  # a rank that came to this round has left the round before
             peers.clear(group.key(f'{what}/{turn - 1}'))
         group.rounds[what] += 1
@@ -115,10 +115,6 @@ def _reproach(absentees: list[int], own_rank: int, timeout: float) -> str:
         'rank must make this call: remove an `if rank == 0` around it, and look in the output of '
         'the missing rank for an error of its own.'
     )
-
-
-def _read(peers: Peers, keys: list[str], deadline: float) -> list[Any]:
-    return [json.loads(text) for text in peers.ask(lambda s: s.multi_get(keys), deadline)]
 
 
 def _let_all_read(peers: Peers, place: str, deadline: float) -> None:
@@ -239,7 +235,7 @@ def gather(what: str, value: Any, timeout: float) -> list[Any] | None:
     keys = exchange(what, key, timeout)
     if peers.rank != 0:
         return None
-    values = _read(peers, keys, deadline)
+    values = [json.loads(text) for text in peers.ask(lambda s: s.multi_get(keys), deadline)]
     peers.client.post(lambda store: list(map(store.delete_key, keys)))
     return values
 

@@ -23,8 +23,8 @@ from internvl_ds import (
     reduce_tensor,
     register,
 )
-from internvl_ds.dist import rendezvous as meetings
-from internvl_ds.dist.peers import background_meetings
+from internvl_ds.dist.group import current_group
+from internvl_ds.dist.peers import Peers, background_meetings
 from internvl_ds.dist.reduce import reduce_tensors
 from internvl_ds.dist.rendezvous import (
     agree,
@@ -272,13 +272,13 @@ def rank_0_ends_at_once(folder: str) -> None:
         exchange('last', 0, 20)
         (next(Path(folder).glob('ranks-*')) / 'result_0.json').write_text('null')
         os._exit(0)
-    read = meetings._read
+    read = Peers.texts_at
 
     def slow(*given: Any) -> Any:
         time.sleep(1)
         return read(*given)
 
-    meetings._read = slow
+    Peers.texts_at = slow  # type: ignore[method-assign]
     brought = exchange('last', 1, 20)
     (next(Path(folder).glob('ranks-*')) / 'result_1.json').write_text(str(brought))
     os._exit(0)
@@ -295,3 +295,37 @@ def wait_for_a_lost_rank(stage: int) -> None:
         if update and rank() == 1:
             time.sleep(200)
         NativeScalerWithGradNormCount()(loss, optimizer)
+
+
+class _Counted:
+    """A store that counts the keys that it is asked for, and the bytes that it gives."""
+
+    def __init__(self, store: Any) -> None:
+        self._store, self.keys, self.bytes = store, 0, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        return self._give(self._store.multi_get(keys))
+
+    def get(self, key: str) -> bytes:
+        return self._give([self._store.get(key)])[0]
+
+    def _give(self, texts: list[bytes]) -> list[bytes]:
+        self.keys += len(texts)
+        self.bytes += sum(map(len, texts))
+        return texts
+
+
+def read_keys(rounds: int) -> dict[str, list[int]]:
+    """Keys and bytes that a rank reads in meetings of different values, and of equal ones."""
+    exchange('first', None, 20)
+    client = current_group().peers.client  # type: ignore[union-attr]
+    read = {}
+    for what, value in (('different', f'rank {rank():4}'), ('equal', 'of all ' + 100 * '-')):
+        client.store = _Counted(getattr(client.store, '_store', client.store))
+        for _ in range(rounds):
+            assert len(exchange(what, value, 20)) == world_size()
+        read[what] = [client.store.keys, client.store.bytes]
+    return read

@@ -49,6 +49,20 @@ def test_a_meeting_ends_on_rank_0_when_all_have_read_what_it_holds(tmp_path):
     assert results == [None, [0, 1]]
 
 
+@pytest.mark.ranks
+def test_a_meeting_reads_a_key_a_rank_and_one_text_where_all_are_equal(tmp_path):
+    rounds, ranks = 5, 4
+    results = run_ranks(talking.read_keys, ranks, tmp_path, rounds=rounds)
+    for what in ('different', 'equal'):
+        # One for each rank, and the last to come reads what all have brought.
+        assert sum(got[what][0] for got in results) == rounds * 2 * ranks
+    text = '{"value": "of all ' + 100 * '-' + '"}'
+    brought = rounds * ranks * len(text)
+    assert sum(got['equal'][1] for got in results) == brought + rounds * ranks * len(
+        json.dumps(text)
+    )
+
+
 def test_alone_there_is_nothing_to_wait_for():
     assert meetings.exchange('x', {'a': 1}, 1) == [{'a': 1}]
     assert meetings.agree('x', lambda: 5, 1) == 5
