@@ -12,10 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from internvl_ds.errors import ConfigError, few
-from internvl_ds.zero.muon.routing import divided
-
-# Which tensors a group holds, as opposed to how they are trained.
-_MEMBERSHIP = frozenset({'params', 'param_names', 'names', 'name'})
+from internvl_ds.zero.muon.routing import MEMBERSHIP, divided
 
 # Lists with one entry per parameter group: timm's schedulers keep the first two, torch's the rest.
 PER_GROUP_LISTS = frozenset({'base_values', 'warmup_steps', 'base_lrs', 'lr_lambdas', '_last_lr'})
@@ -56,7 +53,7 @@ def merge_param_groups(
     origins: list[int] = []
     before = [[names.get(p, '') for p in group['params']] for group in optimizer.param_groups]
     for index, group in enumerate(optimizer.param_groups):
-        shared = {k: v for k, v in group.items() if k not in _MEMBERSHIP}
+        shared = {k: v for k, v in group.items() if k not in MEMBERSHIP}
         parts = divided(optimizer, group) if stage else [({}, group['params'])]
         for entries, params in (part for part in parts if part[1]):
             settings = {**shared, **entries}

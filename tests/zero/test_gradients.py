@@ -4,7 +4,7 @@ import pytest
 
 from tests.engine import accumulating
 from tests.engine.accumulating import DROP, plain_branches, plain_forwards_first
-from tests.harness.model import OLD_DEEPSPEED, trained
+from tests.harness.model import trained
 from tests.harness.ranks import run_ranks
 
 LAYOUTS = trained(
@@ -34,9 +34,7 @@ def near(result):
 @pytest.mark.first
 @pytest.mark.ranks
 def test_a_parameter_without_a_part_in_an_update_stays(tmp_path):
-    # contiguous_gradients false is refused with an old DeepSpeed.
-    overlapped = [x for x in OVERLAPPED if 'copied' in x or not OLD_DEEPSPEED]
-    layouts = LAYOUTS + trained(overlapped)
+    layouts = LAYOUTS + trained(OVERLAPPED)
     for result in run_ranks(accumulating.branches, 2, tmp_path, layouts=layouts, plans=PLANS):
         for plan in PLANS:
             wanted = near(plain_branches(plan))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
+from typing import Any
 
 import deepspeed.comm as dist
 import torch
@@ -32,7 +34,7 @@ def links_row() -> Row:
     dist.all_reduce(total)
     wanted = float(ranks * (ranks + 1) // 2)  # below 2**24 where float32 has all integers
     wrong = not bool((total == wanted).all())
-    reduced = min(_seconds(lambda: dist.all_reduce(total)) for _ in range(_TRIES))
+    reduced = min(seconds_of(lambda: dist.all_reduce(total)) for _ in range(_TRIES))
     came = min(_pass_on(data) for _ in range(_TRIES))
     wrong |= not bool((data == float((rank() - _TRIES) % ranks + 1)).all())
     rates = [4 * _ELEMENTS / seconds for seconds in exchange('selftest links', came, LIMIT)]
@@ -61,7 +63,7 @@ def _pass_on(data: torch.Tensor) -> float:
     dist.barrier()
 
     def receive() -> float:
-        return _seconds(lambda: dist.recv(came, src=(own - 1) % ranks))
+        return seconds_of(lambda: dist.recv(came, src=(own - 1) % ranks))
 
     if own % 2 == 0:
         dist.send(data, dst=(own + 1) % ranks)
@@ -73,10 +75,12 @@ def _pass_on(data: torch.Tensor) -> float:
     return seconds
 
 
-def _seconds(action: object) -> float:
+def seconds_of(action: Callable[[], Any], count: int = 1) -> float:
+    """The seconds that so many calls take, with all that they start on the device."""
     synchronize = get_accelerator().synchronize
     synchronize()
     start = time.monotonic()
-    action()  # type: ignore[operator]
+    for _ in range(count):
+        action()
     synchronize()
     return time.monotonic() - start

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import random
 import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,8 +18,9 @@ from internvl_ds.engine.grad_scaler import NativeScalerWithGradNormCount
 from internvl_ds.engine.initialize import initialize
 from internvl_ds.engine.registry import wrapper_of
 from internvl_ds.tools.plan.memory_planner import MemoryPlanner
+from internvl_ds.tools.selftest.links import seconds_of
 from internvl_ds.tools.selftest.row import OK, SLOW, WRONG, Row
-from internvl_ds.tools.selftest.subject import CLIP, LIMIT, is_supported
+from internvl_ds.tools.selftest.subject import CLIP, LIMIT, bare_update, is_supported
 from internvl_ds.tools.text import human_size
 from internvl_ds.train.model import build_model, input_dtype
 from internvl_ds.train.optim import build_optimizer
@@ -67,17 +66,14 @@ def _pace(engine: Any, optimizer: Any, config: CfgNode) -> Row:
         scaler(loss(), optimizer, CLIP, engine.parameters())
 
     def bare() -> None:
-        engine.set_gradient_accumulation_boundary(True)
-        engine.backward(loss(), scale_wrt_gas=False)
-        engine.step()
-        engine.get_global_grad_norm()
+        bare_update(engine, loss())
 
     updates = 1 if engine.device.type == 'cpu' else 10
     order = random.Random(0)  # on all ranks alike
     ratios, seconds = [], []
     for index in range(_ROUNDS + 1):
         first, second = order.sample([bridge, bare], 2)
-        took = {way: _seconds(way, updates) for way in (first, second)}
+        took = {way: seconds_of(way, updates) for way in (first, second)}
         if index:  # the first pair warms up
             ratios.append(took[bridge] / took[bare])
             seconds.append(took[bridge] / updates)
@@ -115,12 +111,3 @@ def _held(engine: Any) -> int:
     tensors += [value for value in state if isinstance(value, torch.Tensor)]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
-
-
-def _seconds(update: Callable[[], None], count: int) -> float:
-    get_accelerator().synchronize()
-    start = time.monotonic()
-    for _ in range(count):
-        update()
-    get_accelerator().synchronize()
-    return time.monotonic() - start

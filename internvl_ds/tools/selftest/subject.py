@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import deepspeed.comm as dist
 import torch
 from deepspeed.accelerator import get_accelerator
 from torch import nn
@@ -20,7 +19,6 @@ from internvl_ds.engine.ema import ShardedEma
 from internvl_ds.engine.grad_scaler import NativeScalerWithGradNormCount
 from internvl_ds.engine.initialize import initialize
 from internvl_ds.engine.registry import wrapper_of
-from internvl_ds.zero.partition import owned, shapes_of
 
 Tensors = dict[str, torch.Tensor]
 
@@ -201,19 +199,16 @@ def plain_course(precision: str, device: torch.device) -> Course:
 
 def whole_masters(engine: Any) -> Tensors:
     """The fp32 weights by name, whole on every rank and exact. Collective: every rank calls it."""
-    wrapper = wrapper_of(engine)
-    layout, own = wrapper.partitioning()
-    masters = [tensor.detach().view(-1) for tensor in wrapper.masters().values()]
-    shapes = shapes_of(layout)
-    flat = {n: torch.zeros(math.prod(s), device=engine.device) for n, s in shapes.items()}
-    for group in owned(layout, own):
-        for name, place in group:
-            end = place.offset + place.stop - place.start
-            flat[name][place.start : place.stop] = masters[place.group][place.offset : end]
-    if layout.ranks > 1:
-        for name in flat:
-            dist.all_reduce(flat[name])  # each element comes from one rank; the others add 0
-    return {name: flat[name].view(shape) for name, shape in shapes.items()}
+    trained = wrapper_of(engine).trained_names()
+    return {n: t for n, t in ShardedEma(engine).whole_tensors() if n in trained}
+
+
+def bare_update(engine: Any, loss: torch.Tensor) -> None:
+    """An update without the bridge, clipped by the ds_config. Collective: every rank calls it."""
+    engine.set_gradient_accumulation_boundary(True)
+    engine.backward(loss, scale_wrt_gas=False)
+    engine.step()
+    engine.get_global_grad_norm()
 
 
 def distance(a: Tensors, b: Tensors) -> float:

@@ -16,7 +16,15 @@ from internvl_ds.dist.rendezvous import exchange
 from internvl_ds.engine.ema import ShardedEma
 from internvl_ds.engine.grad_scaler import NativeScalerWithGradNormCount
 from internvl_ds.tools.selftest.row import Row, judged
-from internvl_ds.tools.selftest.subject import CLIP, DECAY, LIMIT, loss_of, make_engine, settings
+from internvl_ds.tools.selftest.subject import (
+    CLIP,
+    DECAY,
+    LIMIT,
+    bare_update,
+    loss_of,
+    make_engine,
+    settings,
+)
 
 # https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/api/types.html
 _SENT_BY_NCCL = {
@@ -79,10 +87,7 @@ def traffic_row(stages: Sequence[int]) -> Row:
                 scaler(loss, optimizer, CLIP, engine.parameters())
                 average.update(engine)
         with Traffic(engine.device) as bare:
-            engine.set_gradient_accumulation_boundary(True)
-            engine.backward(loss_of(engine, _UPDATES), scale_wrt_gas=False)
-            engine.step()
-            engine.get_global_grad_norm()
+            bare_update(engine, loss_of(engine, _UPDATES))
         with Traffic(engine.device) as others:
             reduce_tensor(loss)
             with average.swapped_in(), torch.no_grad():

@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 
+# Of a parameter group: which tensors it holds, as opposed to how they are trained.
+MEMBERSHIP = frozenset({'params', 'param_names', 'names', 'name'})
+
 _TORCH: Any = getattr(torch.optim, 'Muon', None)  # since torch 2.9
 
 

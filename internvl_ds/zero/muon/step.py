@@ -9,11 +9,9 @@ import torch
 
 from internvl_ds.errors import ConfigError
 from internvl_ds.zero.muon.exchange import Round, shared_out
-from internvl_ds.zero.muon.routing import fault_of_matrices, is_suitable, route_of
+from internvl_ds.zero.muon.routing import MEMBERSHIP, fault_of_matrices, is_suitable, route_of
 from internvl_ds.zero.partition import Layout, shapes_of
 
-# Of a group: which tensors it holds, as opposed to how they are trained.
-_MEMBERSHIP = frozenset({'params', 'param_names', 'names', 'name'})
 # With these a step of the class moves a tensor of zeros by the update alone.
 _BARE: dict[str, Any] = {'weight_decay': 0.0, 'momentum': 0.0, 'nesterov': False}
 
@@ -31,7 +29,7 @@ def movement(optimizer: Any, group: Mapping[str, Any], update: torch.Tensor) -> 
     """
     matrix = torch.zeros_like(update)
     matrix.grad = update
-    settings = {k: v for k, v in group.items() if k not in _MEMBERSHIP}
+    settings = {k: v for k, v in group.items() if k not in MEMBERSHIP}
     type(optimizer)([{**settings, **_BARE, 'params': [matrix]}]).step()
     return matrix
 
