@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -58,6 +58,21 @@ class Peers(NamedTuple):
 
         self.client.post(arrive)
 
+    def bring(self, place: str, value: Any, deadline: float) -> None:
+        """Leaves a value at a place to which not every rank may come; waits until it is there.
+
+        Args:
+            value: anything JSON can hold, small.
+        """
+        self.come(place, json.dumps(value))
+        self.ask(lambda store: None, deadline)
+
+    def brought(self, place: str, deadline: float) -> list[Any] | None:
+        """The value of each rank, in rank order; None if a rank has not come."""
+        if not self.ask(lambda store: store.check([f'{place}/all']), deadline):
+            return None
+        return [json.loads(text) for text in self.texts_at(place, deadline)]
+
     def texts_at(self, place: str, deadline: float) -> list[str]:
         """What each rank has left at a place, in rank order, once all have come."""
 
@@ -74,8 +89,14 @@ class Peers(NamedTuple):
 
     def clear(self, place: str, *, of_all: bool = False) -> None:
         """Removes the texts of this rank, or of all, from a place; on rank 0, the place too."""
-        ranks = range(self.world_size) if of_all else [self.rank]
-        names = [*ranks, 'count', 'all'] if self.rank == 0 else ranks
+        self._remove(place, range(self.world_size) if of_all else [self.rank], self.rank == 0)
+
+    def leave(self, place: str) -> None:
+        """Removes what this rank brought to a place, and the place."""
+        self._remove(place, [self.rank], True)
+
+    def _remove(self, place: str, ranks: Iterable[int], with_place: bool) -> None:
+        names = [*ranks, *(['count', 'all'] if with_place else [])]
         self.client.post(lambda store: [store.delete_key(f'{place}/{name}') for name in names])
 
     def missing_at(self, place: str, deadline: float, *, without_dead: bool) -> list[int]:

@@ -50,7 +50,7 @@ def exchange(
     if world_size() == 1:
         return [value]
     deadline = time.monotonic() + timeout
-    return _exchange(_peers(what, timeout), what, value, timeout, deadline, warn)
+    return _exchange(connection(what, timeout), what, value, timeout, deadline, warn)
 
 
 def _exchange(
@@ -173,8 +173,15 @@ def begin(
     return peers
 
 
-def _peers(what: str, limit: float) -> Peers:
-    """This thread's connection, else the main thread's."""
+def connection(what: str, limit: float) -> Peers:
+    """This thread's connection to the other ranks, else the main thread's.
+
+    Collective: every rank calls it, where ranks have not met yet.
+
+    Args:
+        what: it is for, for errors.
+        limit: seconds.
+    """
     if peers := thread_peers.get():
         return peers
     store, group = distributed_c10d._get_default_store(), current_group()
@@ -197,7 +204,7 @@ def connect_peers() -> Peers | None:
     """
     if world_size() == 1:
         return None
-    main = _peers('first meeting', current_group().limit('TIMEOUT')).client
+    main = connection('first meeting', current_group().limit('TIMEOUT')).client
     client = StoreClient(lambda: main.store.clone(), main.holder, main.dead)
     # Now: torch complains at length of an address that it cannot reach later, see mpi.PATIENCE.
     client.post(lambda store: None)
@@ -226,7 +233,7 @@ def gather(what: str, value: Any, timeout: float) -> list[Any] | None:
     """
     if world_size() == 1:
         return [value]
-    peers, deadline = _peers(what, timeout), time.monotonic() + timeout
+    peers, deadline = connection(what, timeout), time.monotonic() + timeout
     # Under another name: the next gathering may begin while rank 0 still reads this one.
     group = current_group()
     group.rounds['gather'] += 1

@@ -116,13 +116,18 @@ class NativeScalerWithGradNormCount:
 
     def state_dict(self) -> dict[str, Any]:
         """The state of torch's GradScaler (``scale``, ``_growth_tracker``, ...) with the hysteresis
-        and the last update's micro-batches; ``scale`` is 1.0 without a loss scale.
+        and the last update's micro-batches; ``scale`` is 1.0 without a loss scale. At ZeRO stages 1
+        to 3 also the names of parameters without a gradient so far, where there are any.
         """
         engine = self._engine()
         if engine is None:
             return {'scale': 1.0, **self._early_state}
-        scale = wrapper_of(engine).scale
-        state = {'scale': 1.0} if scale is None else scale.state_dict()
+        wrapper = wrapper_of(engine)
+        state: dict[str, Any] = (
+            {'scale': 1.0} if wrapper.scale is None else wrapper.scale.state_dict()
+        )
+        if wrapper.idle:
+            state['idle'] = sorted(wrapper.idle)
         return {**state, 'micro_batches': registration_of(engine).accumulation.last_group}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -146,7 +151,10 @@ class NativeScalerWithGradNormCount:
 
     def _restore(self, engine: DeepSpeedEngine) -> None:
         if self._early_state:
-            wrapper_of(engine).restore_scale(self._early_state)
+            wrapper = wrapper_of(engine)
+            wrapper.restore_scale(self._early_state)
+            if wrapper.partitioned:
+                wrapper.idle = set(self._early_state.get('idle', ()))
             registration_of(engine).accumulation.last_group = self._early_state.get('micro_batches')
         self._early_state = {}
 

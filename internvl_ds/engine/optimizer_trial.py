@@ -1,4 +1,4 @@
-"""Finds the state that an optimizer keeps for a tensor, by steps of a copy on a new tensor."""
+"""Finds what an optimizer keeps for a tensor, and does to it, by steps of a copy on a new one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from internvl_ds.zero.muon.routing import is_muon, route_of
+from internvl_ds.zero.muon.routing import is_muon, route_of, routes_of
+from internvl_ds.zero.passes.unused import ZeroEffect
 
 # State of DeepSpeed's own that move each element by itself. They cannot be tried on a copy: that
 # would end the original's.
@@ -164,10 +165,7 @@ def _keeps_after(
 ) -> Kept:
     """The state that a copy keeps for a new parameter after updates."""
     parameter = nn.Parameter(blank)
-    memo: dict[int, Any] = {id(p): parameter for g in optimizer.param_groups for p in g['params']}
-    group = copy.deepcopy({key: value for key, value in settings.items() if key != 'params'}, memo)
-    group['params'] = [parameter]
-    trial = copy_of(optimizer, [group], memo)
+    trial, group = _trial_of(optimizer, settings, parameter)
     for _ in range(updates):
         parameter.grad = torch.ones_like(parameter)
         type(optimizer).step(trial)
@@ -177,6 +175,55 @@ def _keeps_after(
     entries = group.keys() - NOT_SETTINGS
     counters = {k: group[k] for k in entries if repr(group[k]) != repr(settings.get(k))}
     return Kept(forms, numbers, True, frozenset(), counters)
+
+
+def effect_of_zeros(optimizer: Any, settings: Mapping[str, Any]) -> ZeroEffect:
+    """What gradients of zero do in place of none, with the settings of a group; by trial.
+
+    DeepSpeed's own cannot be tried; where a trial fails the effect is taken to be another.
+    """
+    if type(optimizer).__module__.startswith('deepspeed.'):
+        return ZeroEffect(never=not settings.get('weight_decay', 0.0), at_times=False)
+    # timm's Lookahead does more in each sixth update.
+    turns = [None, 1.0, None, 1.0, None, None] * 2
+    try:
+        with torch.random.fork_rng([]), torch.compiler.set_stance('force_eager'):
+            same = [
+                torch.equal(*(_moved(optimizer, group, gradients, empty) for empty in (None, 0.0)))
+                for gradients in ([None] * len(turns), turns)
+                for group in ({**settings, **route} for route in routes_of(optimizer, settings))
+            ]
+    except Exception:  # it needs a closure, say
+        return ZeroEffect(never=False, at_times=False)
+    half = len(same) // 2
+    return ZeroEffect(never=all(same[:half]), at_times=all(same[half:]))
+
+
+def _moved(
+    optimizer: Any,
+    settings: Mapping[str, Any],
+    gradients: Sequence[float | None],
+    empty: float | None,
+) -> torch.Tensor:
+    """A new weight after updates of a copy; ``empty`` stands for gradients of None."""
+    is_matrix = is_muon(optimizer) and bool(route_of(optimizer, settings))
+    parameter = nn.Parameter(torch.ones(_MATRIX if is_matrix else _SMALL))
+    trial, _ = _trial_of(optimizer, {**settings, 'lr': 0.01}, parameter)
+    for gradient in gradients:
+        value = empty if gradient is None else gradient
+        parameter.grad = None if value is None else torch.full_like(parameter, value)
+        type(optimizer).step(trial)
+    return parameter.detach()
+
+
+def _trial_of(
+    optimizer: Any, settings: Mapping[str, Any], parameter: nn.Parameter
+) -> tuple[Any, dict[str, Any]]:
+    """A copy of an optimizer for a new parameter, and its only group."""
+    memo: dict[int, Any] = {id(p): parameter for g in optimizer.param_groups for p in g['params']}
+    group = copy.deepcopy({key: value for key, value in settings.items() if key != 'params'}, memo)
+    group['params'] = [parameter]
+    return copy_of(optimizer, [group], memo), group
 
 
 def copy_of(optimizer: Any, groups: list[dict[str, Any]], memo: dict[int, Any]) -> Any:

@@ -23,6 +23,7 @@ from internvl_ds.dist.rendezvous import world_size
 from internvl_ds.engine.accumulation import Accumulation, watch_zero_grad
 from internvl_ds.engine.elementwise import require_steps
 from internvl_ds.engine.lr_schedule import LrSchedule, require_unit
+from internvl_ds.engine.optimizer_trial import effect_of_zeros
 from internvl_ds.engine.param_groups import MergedGroups
 from internvl_ds.errors import ConfigError, EngineNotFound
 from internvl_ds.zero.guards import guard
@@ -116,7 +117,7 @@ def register(
         _registrations[engine] = Registration(wrapper, default_of(_LIMIT_KEY))
         if wrapper.client is not None:
             watch_zero_grad(wrapper, _registrations[engine].accumulation)
-        guard(wrapper)
+        guard(wrapper, effect_of_zeros)
     for part in (engine, engine.module, engine.optimizer, wrapper_of(engine).client):
         if part is not None:
             _engines[part] = weakref.ref(engine)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,11 +19,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad
 from torch.utils._pytree import tree_leaves
 
-from internvl_ds.dist.rendezvous import rank, world_size
+from internvl_ds.dist.rendezvous import rank
 from internvl_ds.errors import ConfigError, few
-from internvl_ds.zero.agreement import Agreement, parameters_of
 from internvl_ds.zero.module_state import BARE
 from internvl_ds.zero.parameters import is_sharded, whole_numel
+from internvl_ds.zero.passes.agreement import Agreement, parameters_of
+from internvl_ds.zero.passes.unused import LeaveOut, Unused, ZeroEffect
 from internvl_ds.zero.wrapper import Wrapper, replaced
 
 try:
@@ -55,6 +56,7 @@ _AVERAGE = (
 
 # Optimizer of a client -> the wrapper of its engine, which keeps neither alive.
 _guarded: weakref.WeakKeyDictionary[Any, Wrapper] = weakref.WeakKeyDictionary()
+_leave_out: weakref.WeakKeyDictionary[Any, LeaveOut] = weakref.WeakKeyDictionary()
 _zero_engines: weakref.WeakSet[DeepSpeedEngine] = weakref.WeakSet()
 _modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 # Of engines that are in a forward pass, and of those whose module a script has called itself.
@@ -77,8 +79,8 @@ def require_unsharded(client: torch.optim.Optimizer | None) -> None:
         )
 
 
-def guard(wrapper: Wrapper) -> None:
-    """Installs the refusals on an engine, once."""
+def guard(wrapper: Wrapper, effect: Callable[[Any, Mapping[str, Any]], ZeroEffect]) -> None:
+    """Installs the refusals on an engine, once; ``effect``: see `Unused`."""
     engine, client = wrapper.engine, wrapper.client
     engine.register_forward_pre_hook(_require_own_precision)
     engine.register_forward_pre_hook(_begin_forward)
@@ -107,7 +109,9 @@ def guard(wrapper: Wrapper) -> None:
     if client not in _guarded:
         client.register_step_pre_hook(_before_client_step)
     _guarded[client] = wrapper
-    agreement = Agreement(wrapper) if wrapper.partitioned and world_size() > 1 else None
+    agreement = Agreement(wrapper, Unused(wrapper, effect)) if wrapper.partitioned else None
+    if agreement is None:
+        _leave_out[client] = LeaveOut(wrapper)
     engine.step = functools.partial(_engine_step, weakref.ref(wrapper))
     engine.backward = functools.partial(_backward, weakref.ref(wrapper), agreement, iter([True]))
     if wrapper.optimizer is not client:
@@ -258,6 +262,8 @@ def _before_client_step(optimizer: Any, *_: Any) -> None:
     wrapper = _guarded[optimizer]
     if wrapper.alive and wrapper.client is optimizer:
         _require_engine_step(wrapper)
+        if optimizer in _leave_out:
+            _leave_out[optimizer].apply()
 
 
 def _step(wrapper: Wrapper, agreement: Agreement | None, closure: Any = None) -> None:

@@ -33,6 +33,8 @@ class Wrapper:
         buffers: name and shape of each buffer of the module's state dict, as the engine was made.
         holds_average: whether averaged weights are where the weights belong.
         in_step, in_backward: whether ``engine.step`` or ``engine.backward`` runs.
+        idle: names of parameters that no update has given a gradient yet; None before the first
+            update, and at stage 0.
         separate_masters: whether the fp32 masters are other tensors than the module's parameters.
     """
 
@@ -47,6 +49,7 @@ class Wrapper:
         self.buffers = shapes_of_buffers(engine.module)
         self.holds_average = False
         self.in_step = self.in_backward = False
+        self.idle: set[str] | None = None
 
     @property
     def alive(self) -> bool:

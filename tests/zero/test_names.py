@@ -72,6 +72,8 @@ TABLE = [
     Names(ENGINE, ENGINE_CLASS, 'stage_0', '_do_optimizer_backward', '0.17.6', '0.18'),
     Names(ENGINE, ENGINE_CLASS, 'stage_0', 'clip_fp32_gradients', '0.17.6'),
     Names(ENGINE, READ, 'stage_0', 'overflow', '0.17.6'),
+    Names(ENGINE, ENGINE_CLASS, 'passes/unused',
+          'allreduce_gradients is_gradient_accumulation_boundary', '0.17.6'),
     Names(CONFIG, 'DeepSpeedConfig', 'wrapper', '_param_dict', '0.17.6'),
     Names(CONFIG, 'DeepSpeedConfig', 'stage_0', 'gradient_clipping', '0.17.6'),
     Names(CONFIG, 'DeepSpeedConfig', 'wrapper', 'float16_config', '0.17.6'),

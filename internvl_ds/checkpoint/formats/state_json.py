@@ -47,8 +47,10 @@ def _is_scale(value: Any) -> bool:
     """Whether it is the state of a loss scaler, or nothing."""
     if not value:
         return value is None or value == {}
-    numbers = [n for key, n in value.items() if (key, n) != ('micro_batches', None)]
-    return value['scale'] > 0 and all(_is_number(n, 0) for n in numbers)
+    others = {key: v for key, v in value.items() if key not in ('micro_batches', 'idle')}
+    count = value.get('micro_batches')
+    is_whole = (count is None or _is_number(count, 0)) and _of_names(value.get('idle'))
+    return value['scale'] > 0 and is_whole and all(_is_number(n, 0) for n in others.values())
 
 
 # What state.json and loop_rank_*.json hold of each key, where they hold something.

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.harness.ranks import RankFailed, run_ranks
-from tests.zero import agreeing
+from tests.zero.passes import agreeing
 
 
 @pytest.mark.ranks

@@ -15,8 +15,9 @@ from collections.abc import Container, Sequence
 import torch
 
 from internvl_ds.dist.group import current_group
-from internvl_ds.dist.rendezvous import exchange, rank
+from internvl_ds.dist.rendezvous import exchange, rank, world_size
 from internvl_ds.errors import ConfigError, RankError, few
+from internvl_ds.zero.passes.unused import Unused
 from internvl_ds.zero.wrapper import Wrapper
 
 _ADVICE = (
@@ -33,7 +34,8 @@ class Agreement:
     where a backward made other gradients than those before: most runs never ask again.
     """
 
-    def __init__(self, wrapper: Wrapper) -> None:
+    def __init__(self, wrapper: Wrapper, unused: Unused) -> None:
+        self._unused, self._is_alone = unused, world_size() == 1
         trained = {p: name for p, name in wrapper.names.items() if p.requires_grad}
         self._names, parameters = list(trained.values()), list(trained)
         self._indices = {id(p): index for index, p in enumerate(parameters)}
@@ -41,6 +43,7 @@ class Agreement:
         self._passes: list[str] = []  # a digest for each backward since the last update
         self._agreed: set[str] = set()
         self._last: list[int] = []  # what the last backward made
+        self._used: set[int] = set()  # by the backwards since the last update
         for index, parameter in enumerate(parameters):
             parameter.register_post_accumulate_grad_hook(functools.partial(self._note, index))
 
@@ -53,6 +56,8 @@ class Agreement:
         Raises:
             ConfigError: on all ranks, naming the parameters.
         """
+        if self._is_alone:
+            return
         indices = [index for identity, index in self._indices.items() if identity in used]
         digests = exchange('first backward', _digest(indices), current_group().limit('TIMEOUT'))
         if len(set(digests)) > 1:
@@ -62,16 +67,23 @@ class Agreement:
         """Records the end of a backward."""
         if self._made:
             self._passes.append(_digest(self._made))
+            self._used.update(self._made)
             self._last, self._made = self._made, []
 
     def require(self) -> None:
         """Compares the gradients since the last update, before it is applied.
 
         Raises:
-            ConfigError: naming the parameters.
+            ConfigError: naming the parameters; see `Unused` too.
         """
         self.after()  # of a backward that was not the engine's own
         passes, self._passes = self._passes, []
+        used, self._used = self._used, set()
+        if not self._is_alone:
+            self._require_agreement(passes)
+        self._unused.require({self._names[index] for index in used})
+
+    def _require_agreement(self, passes: list[str]) -> None:
         if len(self._agreed) == 1 and self._agreed.issuperset(passes):
             return
         try:

@@ -1,0 +1,1 @@
+"""What the forward and backward passes of an update used."""

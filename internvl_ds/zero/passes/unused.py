@@ -1,0 +1,146 @@
+"""Parameters without a gradient in an update: plain PyTorch leaves them alone.
+
+DeepSpeed gives them a gradient of zero, with which weight decay and momentum move them on, and an
+optimizer counts an update. At stage 0 that gradient is taken away again, so that they train as in
+DistributedDataParallel(find_unused_parameters=True). At stages 1 to 3, where the optimizer steps
+flat tensors of many parameters, the update is refused where it would make a difference.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from deepspeed.accelerator import get_accelerator
+
+from internvl_ds.dist.group import current_group
+from internvl_ds.dist.rendezvous import connection, world_size
+from internvl_ds.errors import ConfigError, few
+from internvl_ds.zero.parameters import whole_numel
+from internvl_ds.zero.wrapper import Wrapper
+
+_WHAT = 'unused parameters'
+
+
+class ZeroEffect(NamedTuple):
+    """Whether an optimizer does with gradients of zero what it does without a gradient.
+
+    Attributes:
+        never: for a parameter that never has another gradient.
+        at_times: for one that has another in some updates.
+    """
+
+    never: bool
+    at_times: bool
+
+
+class Unused:
+    """Refuses gradients of zero, at stages 1 to 3, where they are not as none."""
+
+    def __init__(
+        self, wrapper: Wrapper, effect: Callable[[Any, Mapping[str, Any]], ZeroEffect]
+    ) -> None:
+        """``effect``: that of a client's optimizer with the settings of a parameter group."""
+        self._wrapper, self._effect = wrapper, effect
+
+    def require(self, used: set[str]) -> None:
+        """Refuses an update, before it is applied, on all ranks alike.
+
+        Args:
+            used: names of the parameters to which its backwards gave a gradient; the same on all
+                ranks, see `Agreement`.
+
+        Raises:
+            ConfigError: naming the parameters.
+        """
+        wrapper = self._wrapper
+        trained = {p: n for p, n in wrapper.names.items() if p.requires_grad and whole_numel(p)}
+        unused = set(trained.values()) - used
+        if wrapper.idle is None:  # a resumed run of which no more is known has used all of them
+            wrapper.idle = unused if wrapper.engine.global_steps == 0 else set()
+        if not unused and not wrapper.idle:
+            return
+        idle, late = wrapper.idle & unused, wrapper.idle - unused
+        moved, at_times = [], []
+        for group, parameters in zip(wrapper.client.param_groups, wrapper.groups(), strict=True):
+            names = {trained[p] for p in parameters if p in trained}
+            if not names & (unused | late):
+                continue
+            effect = self._effect(wrapper.client, group)
+            moved += sorted(names & idle) if not effect.never else []
+            at_times += sorted(names & (late | unused - idle)) if not effect.at_times else []
+        if moved or at_times:
+            raise ConfigError(self._message(moved, at_times))
+        wrapper.idle = idle
+
+    def _message(self, moved: list[str], at_times: list[str]) -> str:
+        kind = type(self._wrapper.client).__name__
+        what = 'no gradient in any update'
+        way_out = 'Call requires_grad_(False) of them before initialize'
+        if at_times:
+            what = 'a gradient in some updates only'
+            way_out = 'Use them in each update, if only times 0'
+        return (
+            f'{few(at_times or moved)}: {what}. Plain PyTorch leaves a parameter alone then; at '
+            f'ZeRO stage {self._wrapper.stage} DeepSpeed gives it a gradient of zero, and {kind} '
+            f'with these settings moves it by weight decay, momentum or its count of updates. '
+            f'{way_out}, or train at ZeRO stage 0'
+        )
+
+
+class LeaveOut:
+    """Takes the zero gradients of stage 0 away from parameters that no rank used."""
+
+    def __init__(self, wrapper: Wrapper) -> None:
+        """Collective: every rank calls it."""
+        self._wrapper = wrapper
+        self._unused: list[str] = []  # on this rank, in the update that runs
+        self._places: list[str] = []  # where this rank has brought them, in the last two
+        engine = wrapper.engine
+        reduce, ref = type(engine).allreduce_gradients, weakref.ref(engine)
+
+        def look_and_reduce(*args: Any, **kwargs: Any) -> Any:
+            engine = ref()
+            assert engine is not None
+            if engine.is_gradient_accumulation_boundary():
+                self._look()
+            return reduce(engine, *args, **kwargs)
+
+        engine.allreduce_gradients = look_and_reduce
+        if world_size() > 1:
+            connection(_WHAT, _limit())  # later one rank alone may ask for it
+
+    def _look(self) -> None:
+        """Before gradients are reduced: tells the other ranks which this rank lacks, if any."""
+        pairs = self._wrapper.names.items()
+        self._unused = [n for p, n in pairs if p.requires_grad and p.grad is None and p.numel()]
+        group = current_group()
+        group.rounds[_WHAT] += 1  # on each rank
+        if not self._unused or world_size() == 1:
+            return
+        peers = connection(_WHAT, limit := _limit())
+        # Two back: to reduce the last one's gradients, all ranks had ended the update before it.
+        for old in self._places[:-1]:
+            peers.leave(old)
+        place = group.key(f'{_WHAT}/{group.rounds[_WHAT]}')
+        self._places = [*self._places[-1:], place]
+        peers.bring(place, self._unused, time.monotonic() + limit)
+
+    def apply(self) -> None:
+        """Before the client's step. A rank that lacks none knows that each was used."""
+        unused, self._unused = set(self._unused), []
+        if unused and world_size() > 1:
+            get_accelerator().synchronize()  # all have reduced, so all have said what they lack
+            deadline = time.monotonic() + (limit := _limit())
+            lists = connection(_WHAT, limit).brought(self._places[-1], deadline)
+            unused = set.intersection(*map(set, lists)) if lists else set()
+        if unused:
+            masters = self._wrapper.masters()
+            for name in unused & masters.keys():
+                masters[name].grad = None
+
+
+def _limit() -> float:
+    return current_group().limit('TIMEOUT')

@@ -1,0 +1,122 @@
+"""What ranks do in test_unused.py."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from internvl_ds import NativeScalerWithGradNormCount, initialize, load_checkpoint, save_checkpoint
+from internvl_ds.dist.rendezvous import rank, world_size
+from internvl_ds.engine.registry import wrapper_of
+from internvl_ds.errors import ConfigError
+from tests.harness.model import batch, make_config, module_dtype, precision_values, zero_json
+from tests.harness.training import whole_weights
+from tests.zero.passes.agreeing import Branches
+
+logger = logging.getLogger(__name__)
+
+UPDATES = 6
+# Name -> the layers that ranks 0 and 1 use in each update; a rank alone uses both.
+WAYS: dict[str, tuple[list[str], list[str]]] = {
+    'never': (['l'] * UPDATES,) * 2,
+    'in turns': (['l', 'r', 'lr', 'l', 'rl', 'r'],) * 2,
+    'at last': (['l', 'l', 'l', 'lr', 'lr', 'lr'],) * 2,
+    'each its own': (['l', '', 'lr', '', '', 'r'], ['r', '', 'l', 'l', 'r', '']),
+}
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    'sgd': functools.partial(torch.optim.SGD, lr=0.1),
+    'momentum': functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+    'adam': functools.partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.0),
+    'adamw': functools.partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.5),
+}
+# Where a gradient of zero is as none: for the ways of all ranks at stages 1 to 3.
+HARMLESS = {('never', 'adam'), ('never', 'momentum')}
+HARMLESS |= {(way, 'sgd') for way in WAYS}
+
+
+def make(optimizer: str) -> tuple[Branches, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = Branches()
+    return model, OPTIMIZERS[optimizer](model.parameters())
+
+
+def plain(way: str, optimizer: str) -> dict[str, list[float]]:
+    """The weights of plain PyTorch, after updates by the mean loss of both ranks' halves."""
+    model, client = make(optimizer)
+    for step in range(UPDATES):
+        client.zero_grad()
+        x, y = batch(step)
+        for part, ways in zip((slice(8), slice(8, 16)), WAYS[way], strict=True):
+            (cross_entropy(model(x[part], ways[step]), y[part]) / 2).backward()
+        client.step()
+    return {name: p.detach().flatten().tolist() for name, p in model.named_parameters()}
+
+
+def train(cells: list[tuple[str, str]], stage: int) -> list[dict[str, Any]]:
+    """For each way and optimizer the weights, or the error and the updates before it."""
+    return [_train(way, optimizer, stage) for way, optimizer in cells]
+
+
+def _train(way: str, optimizer: str, stage: int) -> dict[str, Any]:
+    ranks = [rank()] if world_size() == 2 else [0, 1]
+    model, client = make(optimizer)
+    config = make_config(DATA__BATCH_SIZE=8, TRAIN__ACCUMULATION_STEPS=len(ranks))
+    engine, client = initialize(config, model, client, zero_json(stage))
+    scaler = NativeScalerWithGradNormCount()
+    try:
+        for step in range(UPDATES):
+            x, y = batch(step)
+            for half in ranks:
+                part = slice(8 * half, 8 * half + 8)
+                loss = cross_entropy(engine(x[part], way=WAYS[way][half][step]), y[part])
+                scaler(loss / len(ranks), client, update_grad=half == ranks[-1])
+    except ConfigError as error:
+        return {'error': str(error), 'updates': engine.global_steps}
+    return {n: value.flatten().tolist() for n, value in whole_weights(engine).items()}
+
+
+def moved_in_half_precision() -> list[list[str]]:
+    """The masters that each update moves, in bf16 at stage 0, ``each its own``."""
+    model, client = make('adamw')
+    config = make_config(
+        DATA__BATCH_SIZE=8, TRAIN__ACCUMULATION_STEPS=1, **precision_values('bf16')
+    )
+    engine, client = initialize(config, model, client, zero_json(0))
+    scaler, moved = NativeScalerWithGradNormCount(), []
+    for step in range(UPDATES):
+        x, y = (tensor[8 * rank() : 8 * rank() + 8] for tensor in batch(step))
+        before = {n: p.clone() for n, p in wrapper_of(engine).masters().items()}
+        out = engine(x.to(module_dtype('bf16')), way=WAYS['each its own'][rank()][step])
+        scaler(cross_entropy(out.float(), y), client)
+        after = wrapper_of(engine).masters()
+        moved.append([n for n, p in after.items() if not torch.equal(p, before[n])])
+    return moved
+
+
+def resume(stages: list[int], way: str, optimizer: str, output: str) -> dict[str, Any]:
+    """Three updates at one stage and three at another: the weights, or the second's error."""
+    tag = ''
+    for stage in stages:
+        model, client = make(optimizer)
+        config = make_config(
+            output, DATA__BATCH_SIZE=8, TRAIN__ACCUMULATION_STEPS=1, MODEL__RESUME=tag
+        )
+        engine, client = initialize(config, model, client, zero_json(stage))
+        scaler = NativeScalerWithGradNormCount()
+        if tag:
+            load_checkpoint(config, engine, client, None, scaler, logger)
+        start = engine.global_steps
+        try:
+            for step in range(start, start + 3):
+                x, y = (tensor[8 * rank() : 8 * rank() + 8] for tensor in batch(step))
+                loss = cross_entropy(engine(x, way=WAYS[way][rank()][step]), y)
+                scaler(loss, client)
+        except ConfigError as error:
+            return {'error': str(error)}
+        tag = save_checkpoint(config, start, engine, 0.0, client, None, scaler, logger)
+    return {n: value.flatten().tolist() for n, value in whole_weights(engine).items()}
