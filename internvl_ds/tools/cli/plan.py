@@ -4,15 +4,15 @@
         [--disk-rate 2GB/s] [--deepspeed_config FILE] [--opts KEY VALUE ...] [--json]
 
 Nothing of the model is allocated: it takes seconds, also for 5.9 G parameters on a laptop.
-The memory of a GPU and of a host is planned with to 90 %: the rest is for the CUDA context, NCCL,
-fragmentation, and the system.
+Of a GPU's memory 0.5 GB are left to CUDA, 1 GB to NCCL where there are other ranks, and 5 % of the
+rest to fragmentation; of a host's 10 % to the system.
 
 Exit statuses: 0; 1 when nothing fits; 2 wrong usage, or a model that cannot be planned.
 
 With --json one object: ``model``: ``parameters``, ``trained``, ``moments`` (fp32 values of
 optimizer state for each trained one); ``precision``; ``micro_batch`` and ``accumulation`` as
 configured; ``machine``: ``gpus``, ``gpu_bytes``, ``gpus_per_host``, ``host_bytes`` (null: not
-looked at), ``disk_rate``, ``usable`` (the share planned with); ``options``, each with ``stage``,
+looked at), ``disk_rate``, ``usable`` (bytes of a GPU planned with); ``options``, each: ``stage``,
 ``offload`` ('none', 'optimizer', 'all'), ``recompute``, ``device`` and ``host`` (bytes of each part
 on a GPU, and of one rank in its host's memory, for the configured micro-batch), ``device_bytes``
 (the most), ``update_bytes`` (what the optimizer's update takes when the activations are gone),
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     from internvl_ds.config.tree import get_config
     from internvl_ds.tools.plan.advice import advice
     from internvl_ds.tools.plan.memory_planner import MemoryPlanner
-    from internvl_ds.tools.plan.options import USABLE, Machine, choose, options
+    from internvl_ds.tools.plan.options import Machine, choose, options
 
     config = get_config(argparse.Namespace(cfg=args.cfg, opts=args.opts))
     require_counts(config)
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
             'precision': ds.precision_of(resolved),
             'micro_batch': resolved['train_micro_batch_size_per_gpu'],
             'accumulation': resolved['gradient_accumulation_steps'],
-            'machine': {**asdict(machine), 'usable': USABLE},
+            'machine': {**asdict(machine), 'usable': machine.usable},
             'options': list(map(_tree, ways)),
             'choice': ways.index(choice) if choice else None,
             'advice': words,

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_iter
 
 from internvl_ds.config.ds import resolve as ds
 from internvl_ds.errors import ConfigError
+from internvl_ds.tools.plan.as_on_cuda import as_on_cuda
 from internvl_ds.train.models.batch_norm import SyncBatchNorm
 
 _CHANNELS = 3
@@ -72,7 +73,9 @@ class Step:
         return int(self.at(batch).activations.max())
 
 
-def watch_step(model: nn.Module, image_size: int, precision: str, loss_of: Loss) -> Step:
+def watch_step(
+    model: nn.Module, image_size: int, precision: str, loss_of: Loss, *, gpu: bool = True
+) -> Step:
     """Watches a training step, without data and without memory for it.
 
     Args:
@@ -80,12 +83,13 @@ def watch_step(model: nn.Module, image_size: int, precision: str, loss_of: Loss)
         image_size: pixels, of square images.
         precision: one of the constants of `ds_config`.
         loss_of: logits in float32 -> the loss, 0-dim.
+        gpu: whether attention and torch.autocast are those of CUDA.
 
     Raises:
         ConfigError: for a model that cannot run without data.
     """
     try:
-        steps = [_watch(model, n, image_size, precision, loss_of) for n in _BATCHES]
+        steps = [_watch(model, n, image_size, precision, loss_of, gpu) for n in _BATCHES]
     except Exception as error:
         raise ConfigError(
             f'the activations of {type(model).__name__} cannot be planned: a step on tensors '
@@ -100,10 +104,14 @@ def watch_step(model: nn.Module, image_size: int, precision: str, loss_of: Loss)
     return Step(steps[0], steps[1], _BATCHES)
 
 
-def _watch(model: nn.Module, batch: int, side: int, precision: str, loss_of: Loss) -> Timeline:
+def _watch(
+    model: nn.Module, batch: int, side: int, precision: str, loss_of: Loss, gpu: bool
+) -> Timeline:
     # Under torch autocast weights and inputs are float32 too.
     dtype, autocast = _ENGINE_DTYPES.get(precision, torch.float32), _AUTOCAST_DTYPES.get(precision)
-    with FakeTensorMode(), _without_data(model, dtype), _collector_off(), _Watch(model) as watch:
+    kernels = as_on_cuda() if gpu else nullcontext()
+    watch = _Watch(model)
+    with FakeTensorMode(), _without_data(model, dtype), _collector_off(), watch, kernels:
         images = torch.empty(batch, _CHANNELS, side, side)
         with torch.autocast('cpu', autocast) if autocast else nullcontext():
             logits = model(images.to(dtype))

@@ -40,8 +40,8 @@ def advice(
         )
     return (
         f'Take {choice.name}, {choice.micro_batch} images a micro-batch (up to '
-        f'{choice.largest_micro_batch} fit into {options.USABLE:.0%} of {memory}), because '
-        f'{_reason(choice, ways)}: {_words(choice, config, base, name)}'
+        f'{choice.largest_micro_batch} fit into {human_size(machine.usable)} of {memory}), '
+        f'because {_reason(choice, ways)}: {_words(choice, config, base, name)}'
     )
 
 

@@ -117,7 +117,9 @@ class MemoryPlanner:
         key = recompute, twins.get(scheme.precision, scheme.precision)
         if key not in self._steps:
             model = meta_model(with_recompute(self._config, recompute))
-            self._steps[key] = watch_step(model, self._config.DATA.IMG_SIZE, key[1], self._loss)
+            self._steps[key] = watch_step(
+                model, self._config.DATA.IMG_SIZE, key[1], self._loss, gpu=self._on_gpu
+            )
         return self._steps[key].at(scheme.micro_batch)
 
     def largest_micro_batch(

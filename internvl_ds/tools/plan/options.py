@@ -15,9 +15,13 @@ from internvl_ds.tools.plan.sizes import can_recompute
 from internvl_ds.tools.plan.static_memory import checkpoint_bytes, snapshot_bytes
 from internvl_ds.tools.plan.zero_scheme import ZeroScheme
 
-# The share of a memory that is planned with. The rest is for what is not counted: the CUDA context,
-# NCCL's buffers and fragmentation, or the system and the data loaders.
-USABLE = 0.9
+# The share of a host's memory that is planned with; the rest is for the system and data loaders.
+USABLE_ON_HOST = 0.9
+# Of a GPU's memory CUDA takes some for each process (its context and kernels), NCCL for channels to
+# other ranks (0.5 to 1.5 GB), and cuBLAS for its workspace. Allocations waste a share, a small one
+# with expandable segments (see `take_device`). Rules of thumb, no measurements.
+_CUDA, _NCCL, _CUBLAS = 500_000_000, 1_000_000_000, 32 << 20
+_USABLE_OF_THE_REST = 0.95
 
 NONE, OPTIMIZER, ALL = 'none', 'optimizer', 'all'
 _OFFLOADS = {0: (NONE,), 1: (NONE, OPTIMIZER), 2: (NONE, OPTIMIZER), 3: (NONE, OPTIMIZER, ALL)}
@@ -39,6 +43,16 @@ class Machine:
     gpus_per_host: int  # of them that share a host
     host_bytes: int | None  # memory of a host; None for no limit
     disk_rate: float  # bytes a second that all ranks together write
+
+    @property
+    def taken(self) -> int:
+        """Bytes of a GPU that are not torch's."""
+        return _CUDA + _CUBLAS + (_NCCL if self.gpus > 1 else 0)
+
+    @property
+    def usable(self) -> int:
+        """Bytes of a GPU that are planned with."""
+        return max(0, int(_USABLE_OF_THE_REST * (self.gpu_bytes - self.taken)))
 
 
 @dataclass(frozen=True)
@@ -126,10 +140,9 @@ def _option(
 ) -> Option:
     scheme = planner.scheme(resolved, machine.gpus)
     need = planner.need_of(scheme, recompute=recompute)
-    usable = USABLE * machine.gpu_bytes
-    largest = planner.largest_micro_batch(scheme, usable, recompute=recompute)
+    largest = planner.largest_micro_batch(scheme, machine.usable, recompute=recompute)
     share = scheme.micro_batch * scheme.accumulation
-    micro = _micro_batch(planner, scheme, min(share, largest), usable, recompute)
+    micro = _micro_batch(planner, scheme, min(share, largest), machine.usable, recompute)
     on_host = machine.gpus_per_host * max(need.host, need.build)
     size = checkpoint_bytes(planner.sizes, scheme, planner.keeps_ema)
     if planner.copies_saves:
@@ -141,7 +154,7 @@ def _option(
         need=need,
         largest_micro_batch=largest,
         host_bytes=on_host,
-        fits_host=machine.host_bytes is None or on_host <= USABLE * machine.host_bytes,
+        fits_host=machine.host_bytes is None or on_host <= USABLE_ON_HOST * machine.host_bytes,
         micro_batch=micro,
         accumulation=share // micro if micro else 0,
         checkpoint_bytes=size,
