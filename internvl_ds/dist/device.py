@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 import torch
@@ -9,9 +10,23 @@ from deepspeed.accelerator import get_accelerator
 
 from internvl_ds.errors import ConfigError
 
+_log = logging.getLogger(__name__)
+
+# torch reads these at its first allocation; the second since 2.9.
+_ALLOCATOR = ('PYTORCH_CUDA_ALLOC_CONF', 'PYTORCH_ALLOC_CONF')
+# Without the first, what micro-batches of other sizes leave behind cannot be used as a whole. With
+# the second, page-locked host memory (the copies of background saves) is not rounded up to powers
+# of two. torch before 2.14 may not know the key, or give blocks that are too small.
+_SETTINGS = 'expandable_segments:True'
+if tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 14):
+    _SETTINGS += ',pinned_max_round_threshold_mb:128'
+
 
 def take_device(local_rank: int) -> int:
     """Makes this rank's device the current one, before anything allocates on another.
+
+    CUDA's memory is then taken in segments that grow, and large page-locked memory in its exact
+    size, unless the environment says something of the allocator.
 
     Args:
         local_rank: this rank's number on its host.
@@ -35,6 +50,9 @@ def take_device(local_rank: int) -> int:
             f'local rank {local_rank} has no device: this host shows {count}{shown}. Start as many '
             'ranks on a host as it has devices, or show each rank its own'
         )
+    if accelerator.device_name() == 'cuda' and not any(map(os.environ.get, _ALLOCATOR)):
+        os.environ[_ALLOCATOR[0]] = _SETTINGS
+        _log.debug('%s=%s: set, to waste less memory', _ALLOCATOR[0], _SETTINGS)
     accelerator.set_device(index)
     return index
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import deepspeed.comm as dist
 import torch
 import torch.distributed as torch_dist
+from deepspeed.accelerator import get_accelerator
 
 from internvl_ds.dist.peers import world_size
 
@@ -17,17 +18,19 @@ def reduce_tensor(tensor: torch.Tensor) -> torch.Tensor:
     Collective: every rank calls it.
 
     Args:
-        tensor: any shape and dtype, on the engine's device; left untouched.
+        tensor: any shape, dtype and device; left untouched.
 
     Returns:
-        A new tensor of the same shape: the mean over ranks; float32 for integer input.
+        A new tensor of the same shape on the same device: the mean over ranks; float32 for integer
+        input.
     """
-    total = tensor.detach().clone()
+    # NCCL knows tensors of its device only.
+    total = tensor.detach().to(get_accelerator().current_device_name(), copy=True)
     if not total.is_floating_point() and not total.is_complex():
         total = total.to(torch.float32)
     if torch_dist.is_initialized():
         dist.all_reduce(total, op=dist.ReduceOp.SUM)
-    return total / world_size()
+    return (total / world_size()).to(tensor.device)
 
 
 def reduce_tensors(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:

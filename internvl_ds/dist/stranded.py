@@ -10,10 +10,13 @@ result, or room in the device's queue, and no exception comes: any place may be 
 
 from __future__ import annotations
 
+import _thread
 import gc
 import linecache
+import logging
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -22,10 +25,17 @@ from collections.abc import Callable
 from types import FrameType
 
 from internvl_ds.dist.group import current_group
+from internvl_ds.dist.peers import rank
 from internvl_ds.errors import RankError
 
-# Seconds between two looks at the main thread.
+logger = logging.getLogger(__name__)
+
+# Seconds between two looks at the main thread, once a rank is dead.
 _LOOK = 0.5
+# Python calls its handler in the main thread; nothing uses it, and it does nothing by default.
+_QUESTION = signal.SIGURG
+# Of COMM.TIMEOUT, after which a rank says where it stands.
+_SHARE = 0.9
 
 # Where the innermost Python frame is while a collective runs.
 _COLLECTIVES = tuple(
@@ -53,9 +63,7 @@ def end_if_stranded(end: Callable[[], None]) -> None:
         return
 
     def watch() -> None:
-        from deepspeed.accelerator import get_accelerator  # takes a second, and nobody may die
-
-        limit, on_device = group.limit('DEAD_AFTER'), get_accelerator().device_name() != 'cpu'
+        limit, on_device = group.limit('DEAD_AFTER'), _runs_on_device()
         seen, since = None, time.monotonic()
         while group.heartbeat is heartbeat:
             now = time.monotonic()
@@ -79,6 +87,52 @@ def end_if_stranded(end: Callable[[], None]) -> None:
     heartbeat.on_death = begin
     if heartbeat.lost(0):  # meanwhile
         begin()
+
+
+def say_before_timeout() -> None:
+    """On a device: says where the main thread stands before COMM.TIMEOUT is over, once.
+
+    Then NCCL ends the process from a thread of its own, with the name of a collective only. Who is
+    silent is said too. It ends nothing: a call of the program's own may be at work. Nothing is said
+    where this is not the main thread, or the program handles SIGURG.
+    """
+    may_ask = threading.current_thread() is threading.main_thread()
+    if may_ask and _runs_on_device() and signal.getsignal(_QUESTION) == signal.SIG_DFL:
+        answers: list[bool] = []
+        signal.signal(_QUESTION, lambda number, frame: answers.append(True))
+        args = (answers,)
+        threading.Thread(target=_watch_standing, args=args, name='standing', daemon=True).start()
+
+
+def _runs_on_device() -> bool:
+    from deepspeed.accelerator import get_accelerator  # takes a second, and nobody may die
+
+    return get_accelerator().device_name() != 'cpu'
+
+
+def _watch_standing(answers: list[bool]) -> None:
+    """Asks the main thread again and again, which answers between two of its instructions."""
+    group = current_group()
+    heartbeat = group.heartbeat
+    while group.heartbeat is heartbeat and heartbeat is not None:
+        limit = group.limit('TIMEOUT')
+        pause = min(10.0, limit / 50)
+        time.sleep(pause)
+        answers.clear()
+        since = time.monotonic()
+        _thread.interrupt_main(_QUESTION)  # sends no signal: no call in C is interrupted
+        while not answers and time.monotonic() - since < _SHARE * limit:
+            time.sleep(pause)
+        frame = _main_frame()
+        if not answers and frame is not None and group.heartbeat is heartbeat:
+            logger.warning(
+                'rank %d has stood for %.3g s in %s; if that waits for a collective, COMM.TIMEOUT '
+                '(%g s) ends it. %s',
+                rank(), time.monotonic() - since, _shown(frame), limit,
+                heartbeat.describe_silent() or 'All ranks answer: see in each log where it stands',
+            )  # fmt: skip
+            return
+        del frame  # it holds what its locals hold
 
 
 def _main_frame() -> FrameType | None:

@@ -1,5 +1,9 @@
 """Which device a rank takes, with accelerators that this machine does not have."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from internvl_ds.dist import device
@@ -37,6 +41,34 @@ def test_a_rank_takes_the_device_of_its_number_or_the_only_one(
     monkeypatch.setattr(device, 'get_accelerator', lambda: accelerator)
     assert device.take_device(local_rank) == index
     assert accelerator.current == (None if name == 'cpu' else index)
+
+
+@pytest.mark.parametrize(
+    ('name', 'before', 'after'),
+    [
+        ('cuda', {}, device._SETTINGS),
+        ('cuda', {'PYTORCH_CUDA_ALLOC_CONF': 'max_split_size_mb:64'}, 'max_split_size_mb:64'),
+        ('cuda', {'PYTORCH_ALLOC_CONF': 'max_split_size_mb:64'}, None),
+        ('cpu', {}, None),
+    ],
+)
+def test_memory_grows_in_segments_unless_the_user_has_said_how(monkeypatch, name, before, after):
+    for key in ('PYTORCH_CUDA_ALLOC_CONF', 'PYTORCH_ALLOC_CONF'):
+        monkeypatch.delenv(key, raising=False)
+    for key, value in before.items():
+        monkeypatch.setenv(key, value)
+    seen = []
+    accelerator = Accelerator(name, 2)
+    accelerator.set_device = lambda _: seen.append(os.environ.get('PYTORCH_CUDA_ALLOC_CONF'))
+    monkeypatch.setattr(device, 'get_accelerator', lambda: accelerator)
+    device.take_device(0)
+    assert os.environ.pop('PYTORCH_CUDA_ALLOC_CONF', None) == after
+    if after == device._SETTINGS:
+        assert after.startswith('expandable_segments:True')
+        # In another process: torch keeps its settings.
+        code = f'import torch; torch._C._accelerator_setAllocatorSettings({after!r})'
+        subprocess.run([sys.executable, '-c', code], check=True, timeout=60)
+    assert seen == ([] if name == 'cpu' else [after])  # set before the device is touched
 
 
 def test_more_ranks_than_devices_are_an_error_that_says_what_is_visible(monkeypatch):

@@ -146,6 +146,23 @@ def test_a_wait_for_a_device_ends_when_another_rank_is_dead(tmp_path, device):
     assert list(tmp_path.glob('ranks-*/result_0.json'))  # exit functions have run
 
 
+@pytest.mark.ranks
+def test_a_rank_says_where_it_stands_before_a_collective_of_a_device_times_out(tmp_path):
+    run_ranks(
+        waiting.a_rank_stands_still_beside_a_device, 2, tmp_path, 90, expect_failure=True, grace=0,
+        folder=tmp_path,
+    )  # fmt: skip
+    (path,) = tmp_path.glob('ranks-*/result_0.json')
+    moving, words = json.loads(path.read_text())
+    assert moving == []
+    assert len(words) == 1
+    assert re.match(
+        r'rank 0 has stood for 4\.\d* s in a_rank_stands_still_beside_a_device \(.*waiting.py:'
+        r'\d+\); .*COMM.TIMEOUT \(5 s\) ends it. rank 1 on \S+ \(pid \d+\) has given no sign',
+        words[0],
+    )
+
+
 @pytest.mark.slow
 def test_looking_at_the_main_thread_never_stops_the_process():
     """Where a collection falls into the look, Python 3.11 would wait for ever."""

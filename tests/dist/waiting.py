@@ -27,6 +27,7 @@ from internvl_ds import load_pretrained
 from internvl_ds.checkpoint import async_save
 from internvl_ds.checkpoint import reshard as elastic
 from internvl_ds.checkpoint.checkpoint_engine import ShardWriter
+from internvl_ds.dist import stranded
 from internvl_ds.dist.group import current_group
 from internvl_ds.dist.peers import Peers, background_meetings
 from internvl_ds.dist.preemption import Preemption
@@ -314,6 +315,32 @@ def a_rank_dies_beside_a_device(folder: str, device: str) -> None:
     get_accelerator().device_name = lambda *index: device
     atexit.register(leave_result, folder, time.monotonic())
     ctypes.CDLL(None).sleep(20)  # as cudaStreamSynchronize: without the interpreter's lock
+
+
+def a_rank_stands_still_beside_a_device(folder: str) -> None:
+    """Rank 1 is stopped, and not dead, while rank 0 waits in C code, as NCCL does.
+
+    Args:
+        folder: where rank 0 leaves what it said.
+    """
+    words: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: words.append(record.getMessage())  # type: ignore[method-assign]
+    stranded.logger.addHandler(handler)
+    init_distributed(make_config('', COMM__TIMEOUT=5))
+    heartbeat = current_group().heartbeat
+    assert heartbeat is not None
+    heartbeat._silent_after = 2
+    stranded._runs_on_device = lambda: True
+    stranded.say_before_timeout()
+    if rank() == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    for _ in range(2):  # it moves: nothing is said
+        ctypes.CDLL(None).sleep(3)
+    moving = list(words)
+    ctypes.CDLL(None).sleep(10)
+    leave_result(folder, [moving, words])
+    os._exit(1)  # the other one would never end
 
 
 def a_collective_in_a_meeting(folder: str) -> None:

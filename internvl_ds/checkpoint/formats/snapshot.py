@@ -6,11 +6,14 @@ Background saves write from the copy while training changes the original.
 from __future__ import annotations
 
 import copy
+import logging
 from collections import OrderedDict, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 
 class Snapshot:
@@ -57,11 +60,23 @@ class Snapshot:
         if self._spares[size]:
             storage = self._spares[size].pop()
         else:
-            pin = torch.cuda.is_available() and size > 0
-            storage = torch.empty(size, dtype=torch.uint8, pin_memory=pin).untyped_storage()
+            storage = _host_buffer(size).untyped_storage()
         self._buffers[size].append(storage)
         target = torch.empty(0, dtype=tensor.dtype).set_(storage)
         return target.view(tensor.shape).copy_(tensor)
+
+
+def _host_buffer(size: int) -> torch.Tensor:
+    """Bytes in host memory; page-locked beside a GPU, where the system allows so much of it."""
+    if size and torch.cuda.is_available():
+        try:
+            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError as error:
+            logger.warning(
+                'the copy for a background save is not page-locked, and takes longer: %s',
+                str(error).partition('\n')[0],
+            )
+    return torch.empty(size, dtype=torch.uint8)
 
 
 def tensor_bytes(tree: Any) -> int:

@@ -174,6 +174,23 @@ def test_a_round_that_grows_gets_memory_of_its_own_for_what_is_new():
     assert len(set(_addresses(copied))) == 4
 
 
+def test_memory_that_cannot_be_page_locked_is_plain(monkeypatch, caplog):
+    empty = torch.empty
+
+    def refuse(*args, pin_memory=False, **kwargs):
+        if pin_memory:
+            raise RuntimeError('CUDA error: out of memory\nand more')
+        return empty(*args, **kwargs)
+
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch, 'empty', refuse)
+    assert torch.equal(Snapshot().copy(torch.ones(3)), torch.ones(3))
+    assert caplog.messages == [
+        'the copy for a background save is not page-locked, and takes longer: CUDA error: out of '
+        'memory'
+    ]
+
+
 def test_the_bytes_of_a_tree():
     tree = {'a': torch.zeros(3), 'b': [torch.zeros(2, 2).half(), (torch.tensor(1),)], 'c': 'text'}
     assert tensor_bytes(tree) == 12 + 8 + 8
