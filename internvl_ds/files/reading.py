@@ -8,13 +8,12 @@ without the path), which the caller turns into its own family of errors.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import io
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -201,17 +200,23 @@ class _YamlLoader(yaml.SafeLoader):
 _YamlLoader.add_constructor('tag:yaml.org,2002:int', _YamlLoader.construct_yaml_int)
 
 
-@contextlib.contextmanager
-def interpreting(where: object, error_type: type[InternvlDsError]) -> Iterator[None]:
+class interpreting:
     """Runs a block that interprets a file's content, and has no side effects.
 
     A file that was read well may still hold anything, and the first to meet an odd value raises
     whatever it raises: here it becomes one ``error_type`` that names the file or tag, ``where``.
     """
-    try:
-        yield
-    except (InternvlDsError, OSError):
-        raise
-    except Exception as error:
-        reason = f'{type(error).__name__}: {error}'[:300]
-        raise error_type(f'{where}: does not hold what belongs there ({reason})') from error
+
+    # No generator: contextlib lets a StopIteration through, with whatever was raised in its place.
+    def __init__(self, where: object, error_type: type[InternvlDsError]) -> None:
+        self._where, self._error_type = where, error_type
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, *_: object) -> None:
+        if isinstance(error, Exception) and not isinstance(error, InternvlDsError | OSError):
+            reason = f'{type(error).__name__}: {error}'[:300]
+            raise self._error_type(
+                f'{self._where}: does not hold what belongs there ({reason})'
+            ) from error

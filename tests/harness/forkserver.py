@@ -74,6 +74,9 @@ def preload() -> None:
     for name in _PRELOADED:
         with contextlib.suppress(ModuleNotFoundError):  # of another version of DeepSpeed
             importlib.import_module(name)
+    from internvl_ds.config.ds.schema import installed
+
+    installed()  # read once, not by each rank: half a second
     gc.freeze()  # or every collection in a fork goes through all of these modules
 
 
