@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,6 +36,10 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 _OTHERS = 'depends on other elements, and ZeRO gives it flat pieces of many tensors'
 _NEAREST = 'use stage 0, or an optimizer such as AdamW, SGD or Lion'
 _MUON = "use timm's (TRAIN.OPTIMIZER.NAME muon or nmuon) or torch's Muon, or stage 0"
+
+# Of an optimizer, by settings and how it is stepped: it is asked when it is given to `initialize`,
+# and again with DeepSpeed's around it.
+_faults: weakref.WeakKeyDictionary[Any, dict[Any, str]] = weakref.WeakKeyDictionary()
 
 
 def require_steps(optimizer: Any, stage: int, ranks: int, device: torch.device) -> None:
@@ -73,14 +78,15 @@ def fault_of(optimizer: Any, stage: int, ranks: int, device: torch.device) -> st
         if stage and type(optimizer).__name__ not in OF_DEEPSPEED:
             return f'its update of an element {_OTHERS}; {_NEAREST}'
         return ''
-    seen = set()
+    faults = _faults.setdefault(optimizer, {})
     for group, route in ((g, r) for g in optimizer.param_groups for r in routes_of(optimizer, g)):
         settings = {**group, **route} if stage else group
-        key = tuple(sorted((k, repr(settings[k])) for k in settings.keys() - NOT_SETTINGS))
-        fault = '' if key in seen else _fault_of_group(optimizer, settings, stage, ranks, device)
-        if fault:
-            return fault
-        seen.add(key)
+        texts = tuple(sorted((k, repr(settings[k])) for k in settings.keys() - NOT_SETTINGS))
+        key = (texts, stage > 0, ranks > 1, device)
+        if key not in faults:
+            faults[key] = _fault_of_group(optimizer, settings, stage, ranks, device)
+        if faults[key]:
+            return faults[key]
     return ''
 
 
