@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import functools
 import shutil
+import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -46,6 +48,7 @@ def selftest(output: Path, quick: bool, local_rank: int | None = None) -> list[R
     """
     config = set_options(default_config(), {'COMM.TIMEOUT': LIMIT})
     init_distributed(config, local_rank=local_rank)
+    signal.signal(signal.SIGTERM, _end)
     rows: list[Row] = []
     with contextlib.ExitStack() as stack:
         folder: Path | None = None
@@ -61,6 +64,11 @@ def selftest(output: Path, quick: bool, local_rank: int | None = None) -> list[R
             if not goes_on:
                 break
     return rows
+
+
+def _end(number: int, frame: object) -> None:
+    """Ends by an exception, for the folder to be removed."""
+    sys.exit(128 + number)
 
 
 def _trials(folder: Path | None, quick: bool) -> Iterator[tuple[str, Trial]]:
@@ -86,7 +94,7 @@ def _agreed(name: str, trial: Trial) -> tuple[bool, list[Row]]:
         rows = list(result) if isinstance(result, tuple) else [result]
     except Exception as error:
         goes_on = not is_of_collective(error)
-        rows = [Row(name, WRONG, one_line(error))]
+        rows = [Row(name, WRONG, f'{type(error).__name__}: {one_line(error)}')]
     seconds = time.monotonic() - start
     try:
         told = exchange(

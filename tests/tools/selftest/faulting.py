@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -88,6 +88,12 @@ class _OfAnotherDevice(traffic.Traffic):
         super().__init__(torch.device('cuda'))
 
 
+def _own_error() -> Row:
+    if rank() == 1:
+        raise ValueError('of its own')
+    return Row('x', 'ok', '')
+
+
 def _absent() -> Row:
     """Rank 1 does not come to the trial's end in time."""
     if rank() == 1:
@@ -128,6 +134,7 @@ def run_faults(folder: str) -> dict[str, list[str]]:
         ('wrong device', counted, _patch(traffic, 'Traffic', _OfAnotherDevice)),
         ('extra read', counted, _patch(scaler, '__call__', _extra_read)),
         ('slow link', links.links_row, _patch(dist, 'send', _slow_send)),
+        ('error of a rank', _own_error, nullcontext()),
         ('absent rank', _absent, _impatient()),
     ]
     results = {}

@@ -3,11 +3,13 @@
 import json
 import re
 import shutil
+import subprocess
+import time
 
 import pytest
 
 from internvl_ds.dist.network import free_port
-from tests.harness.ranks import remove_shm_buffers, run_command, run_ranks
+from tests.harness.ranks import base_env, remove_shm_buffers, run_command, run_ranks
 from tests.tools.selftest import faulting
 
 pytestmark = [pytest.mark.ranks, pytest.mark.slow]
@@ -50,6 +52,17 @@ def test_nothing_is_wrong_here(tmp_path, ranks, quick, start):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_one_that_is_ended_leaves_nothing_behind(tmp_path):
+    command = ['internvl-ds', 'selftest', '--output', str(tmp_path / 'out')]
+    with subprocess.Popen(command, env=base_env(), cwd=tmp_path, stderr=subprocess.DEVNULL) as job:
+        while not list(tmp_path.glob('out/selftest-*')):
+            assert job.poll() is None
+            time.sleep(0.05)
+        job.terminate()
+        assert job.wait(60) == 143
+    assert list(tmp_path.iterdir()) == []
+
+
 SEEN = {
     'wrong norm': ('wrong', 'stage 1: the norm of update 0 off by 1.0e-03'),
     'skipped clip': ('wrong', 'stage 1: the norm of update 2'),
@@ -60,6 +73,7 @@ SEEN = {
     'wrong device': ('wrong', 'on cpu'),
     'extra read': ('wrong', 'the host reads the device'),
     'slow link': ('slow', 'rank 0 to 1'),
+    'error of a rank': ('wrong', 'rank 1: ValueError: of its own'),
     'absent rank': ('wrong', 'rank 0 waited 5 s and rank 1 on '),
 }
 
@@ -69,4 +83,4 @@ def test_each_fault_turns_its_row(tmp_path):
     for name, (verdict, text) in SEEN.items():
         got = results[0][name]
         assert (got[0], text in got[1]) == (verdict, True), (name, got)
-    assert [result[2] for result in results[0].values()] == ['True'] * 9 + ['False']
+    assert [result[2] for result in results[0].values()] == ['True'] * 10 + ['False']
