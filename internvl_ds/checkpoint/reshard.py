@@ -11,7 +11,13 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 from internvl_ds.checkpoint.optimizer_state import RunningOptimizer, SavedTensor
 from internvl_ds.checkpoint.restore import model_shapes, require_same_model
-from internvl_ds.engine.optimizer_trial import NUMBER, forms_of, like, state_of_optimizer
+from internvl_ds.engine.optimizer_trial import (
+    NUMBER,
+    forms_of,
+    like,
+    starts_with_zeros,
+    state_of_optimizer,
+)
 from internvl_ds.engine.registry import wrapper_of
 from internvl_ds.errors import CheckpointError, CheckpointMismatch, few
 from internvl_ds.zero.lazy_tensor import Flat, NamedState, fill
@@ -48,6 +54,7 @@ class Restorer:
         self.groups = self._groups_of_masters()
         self.warnings = self._require_same_optimizer(optimizer)
         self.trials = list(map(optimizer.kept, self.groups, self.masters))
+        self._begin_unused()
         self.keys = [self._keys_of_group(index) for index in range(len(self.masters))]
         self.steps = [self._steps_of_group(index) for index in range(len(self.masters))]
         self.counters = self._counters()
@@ -64,6 +71,7 @@ class Restorer:
     def restore(self) -> None:
         """Sets weights, optimizer state and counters. Collective: every rank calls it."""
         self.wrapper.release_gathered()
+        self.wrapper.idle = self.unused or None
         for target, flat, slice_of in self.fixed:
             if slice_of is None:
                 target.data.copy_(flat.whole())
@@ -124,6 +132,25 @@ class Restorer:
         """The shape of state that has not a number for each element of its parameter."""
         shape = self.state.moments[name][key].shape
         return None if shape == self.state.masters[name].shape else shape
+
+    def _begin_unused(self) -> None:
+        """Gives zeros to parameters of which a tag of stage 0 has no state, as of a first update.
+
+        Plain PyTorch has none where no gradient came, and a group is one to the optimizer now.
+        Where its first state is another, the group is refused.
+        """
+        moments, steps, unused = dict(self.state.moments), dict(self.state.steps), set()
+        for names, settings in zip(self.layout.groups, self.groups, strict=True):
+            known = [n for n in names if moments[n] or steps[n]]
+            blank = [n for n in names if n not in known]
+            if known and blank and starts_with_zeros(self.wrapper.client, settings):
+                unused.update(blank)
+                for name in blank:
+                    zeros = torch.zeros(()).expand(self.state.masters[name].shape)
+                    moments[name] = dict.fromkeys(moments[known[0]], Flat.of(name, zeros))
+                    steps[name] = steps[known[0]]
+        self.state = replace(self.state, moments=moments, steps=steps)
+        self.unused = unused
 
     def _keys_of_group(self, index: int) -> list[str]:
         """The tensors that the optimizer keeps for a group, which is one to it."""

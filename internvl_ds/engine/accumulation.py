@@ -108,6 +108,7 @@ class _ZeroGrad:
         if wrapper.alive and self._accumulation.losses and not by_deepspeed:
             self._accumulation.drop()
             wrapper.drop_gradients()
+            wrapper.forget_passes()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy of the module belongs to no engine: it gets its own zero_grad."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 from collections import OrderedDict, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +35,9 @@ NOT_SETTINGS = frozenset({'params', 'param_names', 'names', 'name', 'lr', 'initi
 _LARGEST, _SMALL, _UPDATES = 1 << 20, (3,), 32
 # What a Muon keeps of a matrix does not depend on its shape, and flat parts have none to try.
 _MATRIX = (4, 4)
+
+# Of an optimizer, by settings: asked for in each update that leaves parameters out.
+_effects: weakref.WeakKeyDictionary[Any, dict[Any, ZeroEffect]] = weakref.WeakKeyDictionary()
 
 # What a value of a state is: a number, a tensor of the parameter's own shape, of one that does not
 # matter, or of another; or else the name of its type.
@@ -139,12 +144,7 @@ class Trials:
         key = (updates, tuple(texts), shape, tensor.dtype, tensor.device)
         if key not in self._results:
             blank = torch.ones(shape, dtype=tensor.dtype, device=tensor.device)
-            kind = tensor.device.type
-            devices = [] if kind == 'cpu' else [tensor.device]
-            with (
-                torch.random.fork_rng(devices, device_type=kind if devices else 'cuda'),
-                torch.compiler.set_stance('force_eager'),
-            ):
+            with _apart(tensor.device):
                 try:
                     self._results[key] = _keeps_after(self.optimizer, settings, blank, updates)
                 except Exception:  # it needs a closure, or more than its class says
@@ -183,20 +183,26 @@ def effect_of_zeros(optimizer: Any, settings: Mapping[str, Any]) -> ZeroEffect:
     DeepSpeed's own cannot be tried; where a trial fails the effect is taken to be another.
     """
     if type(optimizer).__module__.startswith('deepspeed.'):
-        return ZeroEffect(never=not settings.get('weight_decay', 0.0), at_times=False)
-    # timm's Lookahead does more in each sixth update.
-    turns = [None, 1.0, None, 1.0, None, None] * 2
+        return ZeroEffect(not settings.get('weight_decay', 0.0), late=False, at_times=False)
+    effects = _effects.setdefault(optimizer, {})
+    key = tuple(sorted((k, repr(settings[k])) for k in settings.keys() - NOT_SETTINGS))
+    if key not in effects:
+        never, late, rare = [None] * 8, [None, None, *[1.0] * 8], [None, 1.0, None, 1.0, None] * 2
+        same = (_zeros_are_none(optimizer, settings, turns) for turns in (never, late, rare))
+        effects[key] = ZeroEffect(*same)
+    return effects[key]
+
+
+def _zeros_are_none(
+    optimizer: Any, settings: Mapping[str, Any], gradients: Sequence[float | None]
+) -> bool:
     try:
-        with torch.random.fork_rng([]), torch.compiler.set_stance('force_eager'):
-            same = [
-                torch.equal(*(_moved(optimizer, group, gradients, empty) for empty in (None, 0.0)))
-                for gradients in ([None] * len(turns), turns)
-                for group in ({**settings, **route} for route in routes_of(optimizer, settings))
-            ]
+        return all(
+            torch.equal(*(_moved(optimizer, group, gradients, empty) for empty in (None, 0.0)))
+            for group in ({**settings, **route} for route in routes_of(optimizer, settings))
+        )
     except Exception:  # it needs a closure, say
-        return ZeroEffect(never=False, at_times=False)
-    half = len(same) // 2
-    return ZeroEffect(never=all(same[:half]), at_times=all(same[half:]))
+        return False
 
 
 def _moved(
@@ -207,13 +213,45 @@ def _moved(
 ) -> torch.Tensor:
     """A new weight after updates of a copy; ``empty`` stands for gradients of None."""
     is_matrix = is_muon(optimizer) and bool(route_of(optimizer, settings))
-    parameter = nn.Parameter(torch.ones(_MATRIX if is_matrix else _SMALL))
-    trial, _ = _trial_of(optimizer, {**settings, 'lr': 0.01}, parameter)
-    for gradient in gradients:
-        value = empty if gradient is None else gradient
-        parameter.grad = None if value is None else torch.full_like(parameter, value)
-        type(optimizer).step(trial)
+    device = next((p.device for p in settings['params']), torch.device('cpu'))
+    parameter = nn.Parameter(torch.ones(_MATRIX if is_matrix else _SMALL, device=device))
+    with _apart(device):
+        trial, _ = _trial_of(optimizer, {**settings, 'lr': 0.01}, parameter)
+        for gradient in gradients:
+            value = empty if gradient is None else gradient
+            parameter.grad = None if value is None else torch.full_like(parameter, value)
+            type(optimizer).step(trial)
     return parameter.detach()
+
+
+def starts_with_zeros(optimizer: Any, settings: Mapping[str, Any]) -> bool:
+    """Whether all tensors that the optimizer keeps for a parameter are zero before its first step.
+
+    By trial, with gradients of zero; False where that fails.
+    """
+    if type(optimizer).__module__.startswith('deepspeed.'):
+        return type(optimizer).__name__ in OF_DEEPSPEED
+    parameter = nn.Parameter(torch.ones(_SMALL))
+    try:
+        with _apart(parameter.device):
+            trial, _ = _trial_of(optimizer, settings, parameter)
+            parameter.grad = torch.zeros_like(parameter)
+            type(optimizer).step(trial)
+    except Exception:
+        return False
+    values = state_of_optimizer(trial)[parameter].values()
+    return not any(v.any() for v in values if form_of(v, _SMALL) == ELEMENTS)
+
+
+@contextmanager
+def _apart(device: torch.device) -> Iterator[None]:
+    """Around a trial: it draws none of the program's random numbers, and is not compiled."""
+    devices = [] if device.type == 'cpu' else [device]
+    with (
+        torch.random.fork_rng(devices, device_type=device.type if devices else 'cuda'),
+        torch.compiler.set_stance('force_eager'),
+    ):
+        yield
 
 
 def _trial_of(

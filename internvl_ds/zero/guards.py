@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 import torch
@@ -56,7 +56,6 @@ _AVERAGE = (
 
 # Optimizer of a client -> the wrapper of its engine, which keeps neither alive.
 _guarded: weakref.WeakKeyDictionary[Any, Wrapper] = weakref.WeakKeyDictionary()
-_leave_out: weakref.WeakKeyDictionary[Any, LeaveOut] = weakref.WeakKeyDictionary()
 _zero_engines: weakref.WeakSet[DeepSpeedEngine] = weakref.WeakSet()
 _modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 # Of engines that are in a forward pass, and of those whose module a script has called itself.
@@ -79,7 +78,7 @@ def require_unsharded(client: torch.optim.Optimizer | None) -> None:
         )
 
 
-def guard(wrapper: Wrapper, effect: Callable[[Any, Mapping[str, Any]], ZeroEffect]) -> None:
+def guard(wrapper: Wrapper, effect: Callable[[Any, Any], ZeroEffect]) -> None:
     """Installs the refusals on an engine, once; ``effect``: see `Unused`."""
     engine, client = wrapper.engine, wrapper.client
     engine.register_forward_pre_hook(_require_own_precision)
@@ -111,7 +110,12 @@ def guard(wrapper: Wrapper, effect: Callable[[Any, Mapping[str, Any]], ZeroEffec
     _guarded[client] = wrapper
     agreement = Agreement(wrapper, Unused(wrapper, effect)) if wrapper.partitioned else None
     if agreement is None:
-        _leave_out[client] = LeaveOut(wrapper)
+        leave_out = LeaveOut(wrapper)
+        # timm's Lookahead calls no hooks of its own.
+        inner = getattr(client, '_base_optimizer', client)
+        inner.register_step_pre_hook(lambda *_: leave_out.apply() if wrapper.alive else None)
+    else:
+        wrapper.forget_passes = agreement.forget
     engine.step = functools.partial(_engine_step, weakref.ref(wrapper))
     engine.backward = functools.partial(_backward, weakref.ref(wrapper), agreement, iter([True]))
     if wrapper.optimizer is not client:
@@ -262,8 +266,6 @@ def _before_client_step(optimizer: Any, *_: Any) -> None:
     wrapper = _guarded[optimizer]
     if wrapper.alive and wrapper.client is optimizer:
         _require_engine_step(wrapper)
-        if optimizer in _leave_out:
-            _leave_out[optimizer].apply()
 
 
 def _step(wrapper: Wrapper, agreement: Agreement | None, closure: Any = None) -> None:

@@ -33,8 +33,9 @@ class Wrapper:
         buffers: name and shape of each buffer of the module's state dict, as the engine was made.
         holds_average: whether averaged weights are where the weights belong.
         in_step, in_backward: whether ``engine.step`` or ``engine.backward`` runs.
-        idle: names of parameters that no update has given a gradient yet; None before the first
-            update, and at stage 0.
+        idle: at stages 1 to 3, names of parameters that no update has given a gradient; None where
+            it is not known yet.
+        forget_passes: called where gradients are dropped, see `Agreement`.
         separate_masters: whether the fp32 masters are other tensors than the module's parameters.
     """
 
@@ -50,6 +51,7 @@ class Wrapper:
         self.holds_average = False
         self.in_step = self.in_backward = False
         self.idle: set[str] | None = None
+        self.forget_passes: Callable[[], None] = lambda: None
 
     @property
     def alive(self) -> bool:
@@ -273,6 +275,7 @@ class Wrapper:
         Args:
             model_file: this rank's model states, where DeepSpeed would take all of such a name.
         """
+        self.idle = None
         with replaced(self.engine, '_get_all_ckpt_names', lambda directory, tag: [model_file]):
             yield
 

@@ -70,6 +70,10 @@ class Agreement:
             self._used.update(self._made)
             self._last, self._made = self._made, []
 
+    def forget(self) -> None:
+        """Drops what the backwards since the last update made, as `zero_grad` does."""
+        self._made, self._passes, self._used = [], [], set()
+
     def require(self) -> None:
         """Compares the gradients since the last update, before it is applied.
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from deepspeed.accelerator import get_accelerator
 
 from internvl_ds.dist.group import current_group
-from internvl_ds.dist.rendezvous import connection, world_size
+from internvl_ds.dist.rendezvous import connection, exchange, world_size
 from internvl_ds.errors import ConfigError, few
 from internvl_ds.zero.parameters import whole_numel
 from internvl_ds.zero.wrapper import Wrapper
@@ -29,19 +30,19 @@ class ZeroEffect(NamedTuple):
 
     Attributes:
         never: for a parameter that never has another gradient.
+        late: for one that has another in each update from some on.
         at_times: for one that has another in some updates.
     """
 
     never: bool
+    late: bool
     at_times: bool
 
 
 class Unused:
     """Refuses gradients of zero, at stages 1 to 3, where they are not as none."""
 
-    def __init__(
-        self, wrapper: Wrapper, effect: Callable[[Any, Mapping[str, Any]], ZeroEffect]
-    ) -> None:
+    def __init__(self, wrapper: Wrapper, effect: Callable[[Any, Any], ZeroEffect]) -> None:
         """``effect``: that of a client's optimizer with the settings of a parameter group."""
         self._wrapper, self._effect = wrapper, effect
 
@@ -58,19 +59,23 @@ class Unused:
         wrapper = self._wrapper
         trained = {p: n for p, n in wrapper.names.items() if p.requires_grad and whole_numel(p)}
         unused = set(trained.values()) - used
-        if wrapper.idle is None:  # a resumed run of which no more is known has used all of them
-            wrapper.idle = unused if wrapper.engine.global_steps == 0 else set()
         if not unused and not wrapper.idle:
             return
-        idle, late = wrapper.idle & unused, wrapper.idle - unused
+        if unused != wrapper.idle and not _is_finite(wrapper):
+            return  # it will be skipped
+        if wrapper.idle is None:
+            wrapper.idle = _without_state(wrapper, unused)
+        idle, late, rare = wrapper.idle & unused, wrapper.idle - unused, unused - wrapper.idle
         moved, at_times = [], []
-        for group, parameters in zip(wrapper.client.param_groups, wrapper.groups(), strict=True):
+        groups = zip(wrapper.client.param_groups, wrapper.groups(), strict=True)
+        for group, parameters in groups:
             names = {trained[p] for p in parameters if p in trained}
-            if not names & (unused | late):
-                continue
-            effect = self._effect(wrapper.client, group)
-            moved += sorted(names & idle) if not effect.never else []
-            at_times += sorted(names & (late | unused - idle)) if not effect.at_times else []
+            if names & (unused | late):
+                effect = self._effect(wrapper.client, group)
+                is_moved = group.get('lr') != 0 and not effect.never
+                moved += sorted(names & idle) if is_moved else []
+                at_times += sorted(names & late) if not effect.late else []
+                at_times += sorted(names & rare) if not effect.at_times else []
         if moved or at_times:
             raise ConfigError(self._message(moved, at_times))
         wrapper.idle = idle
@@ -88,6 +93,34 @@ class Unused:
             f'with these settings moves it by weight decay, momentum or its count of updates. '
             f'{way_out}, or train at ZeRO stage 0'
         )
+
+
+def _is_finite(wrapper: Wrapper) -> bool:
+    """Whether all gradients are, on all ranks. Collective: every rank calls it."""
+    parts = (wrapper.owned_gradients() or {}).values()
+    is_finite = all(bool(torch.isfinite(part).all()) for part in parts)
+    return all(exchange('finite gradients', is_finite, _limit()))
+
+
+def _without_state(wrapper: Wrapper, names: set[str]) -> set[str]:
+    """The parameters of which the optimizer has kept nothing but zeros on any rank.
+
+    No gradient has moved it, in this run or in one that this goes on with. Collective: every rank
+    calls it.
+    """
+    layout, rank = wrapper.partitioning()
+    client, masters = wrapper.client, list(wrapper.masters().values())
+    state = getattr(client, '_base_optimizer', client).state
+    moved = set()
+    for name in sorted(names):
+        for place in layout.places(name):
+            if place.rank == rank:
+                master, end = masters[place.group], place.offset + place.stop - place.start
+                values = [v for v in state.get(master, {}).values() if torch.is_tensor(v)]
+                whole = [v.view(-1) for v in values if v.numel() == master.numel()]
+                if any(value[place.offset : end].any() for value in whole):
+                    moved.add(name)
+    return names.difference(*exchange('state of unused parameters', sorted(moved), _limit()))
 
 
 class LeaveOut:
@@ -114,8 +147,13 @@ class LeaveOut:
 
     def _look(self) -> None:
         """Before gradients are reduced: tells the other ranks which this rank lacks, if any."""
-        pairs = self._wrapper.names.items()
-        self._unused = [n for p, n in pairs if p.requires_grad and p.grad is None and p.numel()]
+        before = set(self._unused)  # by another backward of this update, which made zeros of them
+        self._unused = [
+            name
+            for p, name in self._wrapper.names.items()
+            if p.requires_grad and p.numel()
+            and (p.grad is None or (name in before and not p.grad.any()))
+        ]  # fmt: skip
         group = current_group()
         group.rounds[_WHAT] += 1  # on each rank
         if not self._unused or world_size() == 1:

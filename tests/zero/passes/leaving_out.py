@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from timm.optim import Lookahead
 from torch.nn.functional import cross_entropy
 
 from internvl_ds import NativeScalerWithGradNormCount, initialize, load_checkpoint, save_checkpoint
@@ -35,8 +36,11 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     'adamw': functools.partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.5),
 }
 # Where a gradient of zero is as none: for the ways of all ranks at stages 1 to 3.
-HARMLESS = {('never', 'adam'), ('never', 'momentum')}
+HARMLESS = {('never', 'adam'), ('never', 'momentum'), ('at last', 'momentum')}
 HARMLESS |= {(way, 'sgd') for way in WAYS}
+
+
+OPTIMIZERS['lookahead'] = lambda parameters: Lookahead(OPTIMIZERS['adamw'](parameters), k=2)
 
 
 def make(optimizer: str) -> tuple[Branches, torch.optim.Optimizer]:
@@ -98,7 +102,9 @@ def moved_in_half_precision() -> list[list[str]]:
     return moved
 
 
-def resume(stages: list[int], way: str, optimizer: str, output: str) -> dict[str, Any]:
+def resume(
+    stages: list[int], way: str, optimizer: str, output: str, with_scaler: bool = True
+) -> dict[str, Any]:
     """Three updates at one stage and three at another: the weights, or the second's error."""
     tag = ''
     for stage in stages:
@@ -109,7 +115,8 @@ def resume(stages: list[int], way: str, optimizer: str, output: str) -> dict[str
         engine, client = initialize(config, model, client, zero_json(stage))
         scaler = NativeScalerWithGradNormCount()
         if tag:
-            load_checkpoint(config, engine, client, None, scaler, logger)
+            saved = scaler if with_scaler else None
+            load_checkpoint(config, engine, client, None, saved, logger)
         start = engine.global_steps
         try:
             for step in range(start, start + 3):
@@ -120,3 +127,39 @@ def resume(stages: list[int], way: str, optimizer: str, output: str) -> dict[str
             return {'error': str(error)}
         tag = save_checkpoint(config, start, engine, 0.0, client, None, scaler, logger)
     return {n: value.flatten().tolist() for n, value in whole_weights(engine).items()}
+
+
+def dropped_and_skipped(stage: int) -> dict[str, list[str]]:
+    """Case -> the weights that its updates moved, or the error in words."""
+    cases = {
+        # What only a dropped micro-batch used was not used.
+        'zero_grad': [('adamw', 'lr', 'drop'), ('adamw', 'l', 'step')],
+        # An update that is skipped decides nothing, and is not refused.
+        'skipped first': [('adam', 'l', 'nan'), ('adam', 'lr', 'step'), ('adam', 'lr', 'step')],
+        'skipped later': [('adamw', 'lr', 'step'), ('adamw', 'l', 'nan'), ('adamw', 'lr', 'step')],
+        'lr 0': [('still', 'l', 'step'), ('still', 'l', 'step')],
+    }
+    return {name: _moved_by(stage, case) for name, case in cases.items()}
+
+
+def _moved_by(stage: int, case: list[tuple[str, str, str]]) -> list[str]:
+    model, client = make('adamw' if case[0][0] == 'still' else case[0][0])
+    if case[0][0] == 'still':
+        lazy = {'params': list(model.right.parameters()), 'lr': 0.0, 'weight_decay': 0.5}
+        rest = [p for n, p in model.named_parameters() if 'right' not in n]
+        client = torch.optim.AdamW([{'params': rest, 'weight_decay': 0.0}, lazy], lr=1e-2)
+    config = make_config(DATA__BATCH_SIZE=8, TRAIN__ACCUMULATION_STEPS=2)
+    engine, client = initialize(config, model, client, zero_json(stage))
+    scaler, before = NativeScalerWithGradNormCount(), whole_weights(engine)
+    try:
+        for step, (_, way, what) in enumerate(case):
+            x, y = (tensor[8 * rank() : 8 * rank() + 8] for tensor in batch(step))
+            for last in (False,) if what == 'drop' else (False, True):
+                loss = cross_entropy(engine(x, way=way), y)
+                scaler(loss * (float('nan') if what == 'nan' else 1), client, update_grad=last)
+            if what == 'drop':
+                client.zero_grad()
+    except ConfigError as error:
+        return [str(error).partition(':')[0]]
+    after = whole_weights(engine)
+    return sorted(n for n, p in after.items() if not torch.equal(p, before[n]))

@@ -36,7 +36,7 @@ def test_sharded_stages_refuse_what_a_gradient_of_zero_would_move(tmp_path, stag
                 require_equal(result, leaving_out.plain(way, optimizer))
                 continue
             # The first update lacks `right`, which weight decay would move at once.
-            decays = optimizer == 'adamw'
+            decays = optimizer in ('adamw', 'lookahead')
             first = 3 if way == 'at last' else 1
             assert result['updates'] == (0 if decays else first), (way, optimizer)
             name = 'left' if way == 'in turns' and not decays else 'right'
@@ -57,7 +57,7 @@ def test_half_precision_at_stage_0_moves_only_what_a_rank_has_used(tmp_path):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize('stages', [[0, 0], [1, 1], [3, 3], [2, 3]])
+@pytest.mark.parametrize('stages', [[0, 0], [1, 1], [2, 3], [0, 1], [0, 3], [3, 0]])
 def test_a_resumed_run_knows_what_was_never_used(tmp_path, stages):
     right = leaving_out.plain('never', 'adam')
     for weights in run_ranks(
@@ -69,7 +69,31 @@ def test_a_resumed_run_knows_what_was_never_used(tmp_path, stages):
         leaving_out.resume, 2, tmp_path, timeout=120, stages=stages, way='at last',
         optimizer='adam', output=str(tmp_path / 'at last'),
     ):  # fmt: skip
-        if stages == [0, 0]:
+        if stages[-1] == 0:
             require_equal(result, leaving_out.plain('at last', 'adam'))
         else:
             assert 'right.bias, right.weight: a gradient in some updates' in result['error']
+
+
+@pytest.mark.ranks
+def test_a_run_that_was_resumed_without_its_scaler_looks_at_the_optimizers_state(tmp_path):
+    right = leaving_out.plain('never', 'adam')
+    for weights in run_ranks(
+        leaving_out.resume, 2, tmp_path, timeout=120, stages=[2, 2], way='never',
+        optimizer='adam', output=str(tmp_path / 'out'), with_scaler=False,
+    ):  # fmt: skip
+        require_equal(weights, right)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize('stage', [1, 3])
+def test_what_is_dropped_or_skipped_decides_nothing(tmp_path, stage):
+    names = ('head', 'left', 'right', 'stem')
+    layers = [f'{name}.{kind}' for name in names for kind in ('bias', 'weight')]
+    for moved in run_ranks(leaving_out.dropped_and_skipped, 2, tmp_path, timeout=60, stage=stage):
+        assert moved == {
+            'zero_grad': ['right.bias, right.weight'],
+            'skipped first': layers,
+            'skipped later': layers,
+            'lr 0': [name for name in layers if 'right' not in name],
+        }
