@@ -45,6 +45,14 @@ _C.DATA.META_DATA = ''
 _C.DATA.REAL_LABELS = ''
 # (new) Refuse weights that keep names of other classes, by label, than the folders of now have.
 _C.DATA.CHECK_CLASS_NAMES = True
+# (new) What a training image that cannot be read or decoded does: 'stop' ends the run; 'skip' takes
+# another, the same in every run, and names it in the log. Evaluation always stops.
+_C.DATA.ON_ERROR = 'stop'
+# (new) Share of the training images that 'skip' may replace; beyond it the run ends.
+_C.DATA.MAX_SKIPPED = 0.01
+# (new) Turn images as their EXIF orientation says; None: as the original, which reads them through
+# OpenCV (turned), and imagenetv2, imagenet_a, imagenet_r and imagenet_sketch through PIL (not).
+_C.DATA.EXIF_ROTATE = None
 _C.DATA.TRANSFORM = 'build_transform'  # or 'build_transform_for_linear_probe'
 
 _C.MODEL = CN()

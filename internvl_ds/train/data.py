@@ -16,7 +16,8 @@ from internvl_ds.engine.epochs import seed_everything, seed_of
 from internvl_ds.errors import ConfigError
 from internvl_ds.train.datasets.checks import check_data, keep_in_memory, reads_parts
 from internvl_ds.train.datasets.images import Images
-from internvl_ds.train.datasets.opening import evaluates_22k_as_1k, open_split
+from internvl_ds.train.datasets.opening import differing, evaluates_22k_as_1k, open_split
+from internvl_ds.train.datasets.skipping import Skipped
 from internvl_ds.train.sampler import SeededImages, TrainSampler
 from internvl_ds.train.workers import Loader
 
@@ -31,12 +32,14 @@ class Loaders:
         mixup: to be applied to each training batch on the device; None where the config has none.
         classes: names of the labels 0, 1, ... that the model tells apart; none where an
             ImageNet-22K head is only measured on ImageNet-1K.
+        skipped: the faulty training images that others replace; None where they are errors.
     """
 
     train: DataLoader | None
     val: DataLoader
     mixup: Mixup | None
     classes: Sequence[str] = ()
+    skipped: Skipped | None = None
 
 
 def build_loaders(config: CfgNode, rank: int, world_size: int) -> Loaders:
@@ -49,17 +52,20 @@ def build_loaders(config: CfgNode, rank: int, world_size: int) -> Loaders:
     """
     check_data(config)
     val_set = open_split(config, 'val')
-    train_loader, classes = None, val_set.classes
+    train_loader, classes, skipped = None, val_set.classes, None
     if evaluates_22k_as_1k(config, val_set.num_classes):
         classes = []
     if not (config.EVAL_MODE or config.THROUGHPUT_MODE):
         train_set = open_split(config, 'train')
         _check_same_classes(config, train_set, val_set)
         classes = train_set.classes
+        if config.DATA.ON_ERROR == 'skip':
+            skipped = train_set.skipped = Skipped(len(train_set), config.DATA.MAX_SKIPPED)
         train_loader = _train_loader(config, train_set, rank, world_size)
         val_set.source = keep_in_memory(config, val_set.source, 'val', rank, world_size)
     sampler = EvalSampler(len(val_set), world_size, rank, sequential=config.TEST.SEQUENTIAL)
-    return Loaders(train_loader, _loader(config, val_set, sampler), build_mixup(config), classes)
+    val_loader, mixup = _loader(config, val_set, sampler), build_mixup(config)
+    return Loaders(train_loader, val_loader, mixup, classes, skipped)
 
 
 def order_of(loader: DataLoader, seed: int) -> dict[str, Any]:
@@ -209,10 +215,8 @@ def _check_same_classes(config: CfgNode, train_set: Images, val_set: Images) -> 
         return
     if not train_set.classes or not val_set.classes:  # of a list, which has labels alone
         return
-    ours, theirs = next(
-        (a, b) for a, b in zip(train_set.classes, val_set.classes, strict=True) if a != b
-    )
+    words = differing(train_set.root, train_set.classes, val_set.root, val_set.classes)
     raise ConfigError(
-        f'{train_set.root} and {val_set.root} do not hold the same classes: where the first has '
-        f'{ours!r}, the second has {theirs!r}'
+        f'{train_set.root} and {val_set.root} do not hold the same classes by label: '
+        f'{words or "the same names, in another order"}'
     )

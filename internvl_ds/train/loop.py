@@ -89,6 +89,7 @@ def train_one_epoch(state: Run, epoch: int) -> dict[str, float]:
 
     Raises:
         Preempted: on all ranks after the same update, when the run is to save and stop.
+        DataError: on all ranks, when together they have found too many faulty images.
         TimeTaken: on all ranks after the last update that the run's stopwatch is for.
     """
     config, engine, loader = state.config, state.engine, state.loaders.train
@@ -130,14 +131,24 @@ def train_one_epoch(state: Run, epoch: int) -> dict[str, float]:
         position.meters = progress.state_dict()
     finally:
         progress.close()
-    mean_loss = torch.tensor(progress.losses.avg, dtype=torch.float32, device=engine.device)
     return {
-        'train_loss': reduce_tensor(mean_loss).item(),
+        'train_loss': _end_of_epoch(state, epoch, progress.losses.avg),
         'lr': current_lr(engine),
         'grad_norm': progress.norms.avg,
         'images_per_s': round(progress.images_per_second, 2),
         'seconds': round(progress.seconds, 3),
     }
+
+
+def _end_of_epoch(state: Run, epoch: int, loss: float) -> float:
+    """The mean of a loss over ranks; tells of faulty images, if any rank has found some."""
+    skipped = state.loaders.skipped
+    untold = 0 if skipped is None else skipped.untold()
+    mine = torch.tensor([loss, untold], dtype=torch.float32, device=state.engine.device)
+    mean_loss, any_untold = reduce_tensor(mine).tolist()
+    if skipped is not None and any_untold:
+        skipped.tell(f'epoch {epoch}', state.config.CHECKPOINT.RENDEZVOUS_TIMEOUT)
+    return mean_loss
 
 
 def build_criterion(config: CfgNode, soft_targets: bool) -> nn.Module:
@@ -172,10 +183,18 @@ def _train(state: Run) -> float:
             except Preempted:
                 _save_step(state, epoch)
                 async_save.wait()  # while the log is open
+                _tell_all_skipped(state, f'epoch {epoch}, preempted')
                 raise
         async_save.wait()  # before signals mean something else again
+    _tell_all_skipped(state, 'end')
     logger.info('trained in %.1f s; best top-1 %.2f %%', time.perf_counter() - start, state.best)
     return state.best
+
+
+def _tell_all_skipped(state: Run, when: str) -> None:
+    if (skipped := state.loaders.skipped) is not None:
+        skipped.tell(when, state.config.CHECKPOINT.RENDEZVOUS_TIMEOUT)
+        skipped.tell_all()
 
 
 def _time_updates(state: Run, stopwatch: Stopwatch) -> float:

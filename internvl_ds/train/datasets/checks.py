@@ -10,19 +10,21 @@ from yacs.config import CfgNode
 from internvl_ds.config.choices import require_one_of
 from internvl_ds.config.tree import get_option
 from internvl_ds.errors import ConfigError
+from internvl_ds.files.reading import Unreadable
 from internvl_ds.train.datasets.imagenet import REAL, VARIANTS
-from internvl_ds.train.datasets.sources import Memory, Source
+from internvl_ds.train.datasets.sources import Memory, Source, sizes_of
 
 _log = logging.getLogger(__name__)
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     'DATA.DATASET': ('imagenet', 'imagenet22K', REAL, *VARIANTS),
     'DATA.CACHE_MODE': ('no', 'part', 'full'),
+    'DATA.ON_ERROR': ('stop', 'skip'),
     'DATA.INTERPOLATION': ('random', 'nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos'),
     'AUG.REMODE': ('const', 'rand', 'pixel'),
     'AUG.MIXUP_MODE': ('batch', 'pair', 'elem'),
 }
-_SHARES = ('AUG.REPROB', 'AUG.HFLIP', 'AUG.MIXUP_PROB', 'AUG.MIXUP_SWITCH_PROB')
+_SHARES = ('DATA.MAX_SKIPPED', 'AUG.REPROB', 'AUG.HFLIP', 'AUG.MIXUP_PROB', 'AUG.MIXUP_SWITCH_PROB')
 _LENGTHS = {'AUG.SCALE': 2, 'AUG.MEAN': 3, 'AUG.STD': 3, 'AUG.CUTMIX_MINMAX': 2}
 
 
@@ -36,7 +38,7 @@ def check_data(config: CfgNode) -> None:
         require_one_of(key, get_option(config, key), known)
     for key in _SHARES:
         if not 0 <= (value := get_option(config, key)) <= 1:
-            raise ConfigError(f'{key} is {value}, and a probability is from 0 to 1')
+            raise ConfigError(f'{key} is {value}, and a probability or share is from 0 to 1')
     for key, length in _LENGTHS.items():
         value = get_option(config, key)
         if value is not None and not (
@@ -46,6 +48,8 @@ def check_data(config: CfgNode) -> None:
         ):
             raise ConfigError(f'{key} is {value!r}, and takes {length} numbers')
     data = config.DATA
+    if data.EXIF_ROTATE not in (None, True, False):
+        raise ConfigError(f'DATA.EXIF_ROTATE is {data.EXIF_ROTATE!r}; it can be True, False, None')
     if data.DATASET in VARIANTS:
         _check_variant(config)
     if not data.ZIP_MODE and data.CACHE_MODE == 'full':
@@ -86,19 +90,21 @@ def keep_in_memory(
     if not part and not whole:
         return source
     indices = range(rank, total, world_size) if part else range(total)
+    skips = split == 'train' and data.ON_ERROR == 'skip'
     try:
-        size = sum(source.size(index) for index in indices)
-        if size > (free := psutil.virtual_memory().available):
+        sizes = sizes_of(source, indices, skips=skips)
+        if (size := sum(sizes)) > (free := psutil.virtual_memory().available):
             raise ConfigError(
                 f'{source.root}: rank {rank} is to keep {len(indices)} images, '
                 f'{size / 1e9:.1f} GB, and this host has {free / 1e9:.1f} GB of memory '
                 "left: set DATA.IMG_ON_MEMORY False, and DATA.CACHE_MODE 'no'"
             )
-        memory = Memory(source, indices)
-    except (OSError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f'{source.root}: an image cannot be read into memory: {error}') from error
+        memory = Memory(source, indices, sizes, skips=skips)
+    except Unreadable as error:
+        raise ConfigError(
+            f'an image cannot be read into memory: {error}; mend or remove it (DATA.ON_ERROR '
+            "'skip' leaves such images out in training, never in evaluation)"
+        ) from error
     _log.info('%s: rank %d keeps %d images, %.2f GB', split, rank, len(indices), size / 1e9)
     return memory
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import io
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
-from internvl_ds.errors import DataError
+from internvl_ds.errors import DataError, shown
+from internvl_ds.train.datasets.decode import decode
 from internvl_ds.train.datasets.imagenet import Measure
+from internvl_ds.train.datasets.skipping import Skipped, is_of_file
 from internvl_ds.train.datasets.sources import Source
 from internvl_ds.train.datasets.transforms import Transform
+
+_ADVICE = (
+    "; mend or remove it (DATA.ON_ERROR 'skip' takes other images in training, never in evaluation)"
+)
 
 
 class Images(Dataset):
@@ -25,7 +30,9 @@ class Images(Dataset):
         classes: names by label; none where they are not known.
         num_classes: how many classes the labels tell apart.
         measure: how `evaluate` counts hits.
-        upright: whether an image is turned as its EXIF orientation says, as OpenCV does.
+        upright: whether an image is turned as its EXIF orientation says.
+        skipped: takes the images that cannot be used, and has others in their places; None: such an
+            image is an error.
     """
 
     def __init__(
@@ -42,6 +49,7 @@ class Images(Dataset):
         self.source, self.labels = source, np.array(labels, dtype=np.int64)
         self.transform, self.classes, self.num_classes = transform, list(classes), num_classes
         self.measure, self.upright = measure or Measure(), upright
+        self.skipped: Skipped | None = None
 
     @property
     def root(self) -> str:
@@ -52,17 +60,29 @@ class Images(Dataset):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        """One image and its label.
+        """One image and its label; where images are skipped, those of the image in its place.
 
         Raises:
             DataError: names the file, when it cannot be read, decoded or transformed.
         """
+        if self.skipped is None:
+            try:
+                return self._load(index)
+            except DataError as error:
+                raise DataError(f'{error}{_ADVICE}') from error.__cause__
+        for number in itertools.chain([index], self.skipped.others(index)):
+            try:
+                return self._load(number)
+            except DataError as error:
+                if not is_of_file(error.__cause__):
+                    raise
+                self.skipped.add(number, str(error))
+        raise AssertionError  # there is no last one
+
+    def _load(self, index: int) -> tuple[Any, int]:
         try:
-            image: Image.Image = Image.open(io.BytesIO(self.source.read(index)))
-            if self.upright:
-                image = ImageOps.exif_transpose(image)
-            # As torchvision's loader decodes.
-            return self.transform(image.convert('RGB')), int(self.labels[index])
+            image = decode(self.source.read(index), upright=self.upright)
+            return self.transform(image), int(self.labels[index])
         except Exception as error:
-            where, reason = self.source.where(index), f'{type(error).__name__}: {error}'
-            raise DataError(f'{where} cannot be used as an image: {reason}') from error
+            where, reason = shown(self.source.where(index)), f'{type(error).__name__}: {error}'
+            raise DataError(f'{where} cannot be used as an image: {shown(reason)}') from error

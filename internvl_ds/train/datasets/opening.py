@@ -26,7 +26,12 @@ from internvl_ds.train.datasets.images import Images
 from internvl_ds.train.datasets.lists import find_list, names_of_labels, read_list
 from internvl_ds.train.datasets.sources import Folder, Source
 from internvl_ds.train.datasets.transforms import build_transform
-from internvl_ds.train.datasets.walk import class_folders, is_image_name, walk_classes
+from internvl_ds.train.datasets.walk import (
+    class_folders,
+    is_image_name,
+    walk_classes,
+    without_hidden,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -98,7 +103,7 @@ def _open_folder(config: CfgNode, split: str) -> Images:
             f'(lines of a path in {root.name}/ and a label) into {root.parent}/meta_data, or set '
             'DATA.META_DATA to its folder'
         )
-    _require_count(config, split, root, len(folders))
+    _require_count(config, split, root, folders)
     names, labels = walk_classes(root, folders)
     return _images(config, split, Folder(root, names), labels, folders, len(folders))
 
@@ -129,8 +134,9 @@ def _open_zip(config: CfgNode, split: str) -> Images:
             f'are due; a list {split}_map.txt (lines of a path below that and a label) beside it '
             'does without them'
         )
-    folders = sorted({name.partition('/')[0] for name in names})
-    _require_count(config, split, archive, len(folders))
+    folders = without_hidden(archive, sorted({name.partition('/')[0] for name in names}))
+    names = [name for name in names if not name.startswith('.')]
+    _require_count(config, split, archive, folders)
     index = {name: label for label, name in enumerate(folders)}
     labels = [index[name.partition('/')[0]] for name in names]
     source = opened.choose(folder, names)
@@ -162,7 +168,8 @@ def _open_variant(config: CfgNode) -> Images:
         labels = [labels_1k[label] for label in labels]
     source, transform = Folder(root, names), build_transform(config, training=False)
     classes = wnids_1k()
-    return Images(source, labels, transform, classes, len(classes), Measure(columns))
+    measure, upright = Measure(columns), bool(config.DATA.EXIF_ROTATE)
+    return Images(source, labels, transform, classes, len(classes), measure, upright=upright)
 
 
 def _listed(
@@ -189,15 +196,26 @@ def _images(
 ) -> Images:
     transform = build_transform(config, training=split == 'train')
     # The original reads these through OpenCV, and its variants through PIL.
-    return Images(source, labels, transform, list(classes), count, upright=True)
+    upright = config.DATA.EXIF_ROTATE is not False
+    return Images(source, labels, transform, list(classes), count, upright=upright)
 
 
-def _require_count(config: CfgNode, split: str, root: Path, count: int) -> None:
-    expected = config.MODEL.NUM_CLASSES
+def _require_count(config: CfgNode, split: str, root: Path, folders: Sequence[str]) -> None:
+    expected, count = config.MODEL.NUM_CLASSES, len(folders)
     if split == 'val' and evaluates_22k_as_1k(config, count):
         expected = CLASSES_1K
-    if count != expected:
-        raise ConfigError(
-            f'{root} has {count} classes, and the model is to tell {expected} apart '
-            f'(MODEL.NUM_CLASSES {config.MODEL.NUM_CLASSES})'
-        )
+    if count == expected:
+        return
+    other = root.parent / ('train' if split == 'val' else 'val')
+    theirs = class_folders(other) if root.is_dir() else []
+    words = differing(root, folders, other, theirs) if theirs else ''
+    raise ConfigError(
+        f'{root} has {count} classes, and the model is to tell {expected} apart '
+        f'(MODEL.NUM_CLASSES {config.MODEL.NUM_CLASSES}){words and "; "}{words}'
+    )
+
+
+def differing(one: object, ours: Sequence[str], other: object, theirs: Sequence[str]) -> str:
+    """Says which classes are in one place alone; '' where there are none."""
+    places = ((one, sorted({*ours} - {*theirs})), (other, sorted({*theirs} - {*ours})))
+    return ', '.join(f'only {place} has {few(names)}' for place, names in places if names)

@@ -9,7 +9,9 @@ from typing import Protocol
 
 import numpy as np
 
+from internvl_ds.errors import shown
 from internvl_ds.files.reading import Unreadable, open_data, read_bytes
+from internvl_ds.train.datasets.skipping import is_of_file
 
 # The longest encoded image, bytes; the largest of ImageNet have 15 MB.
 IMAGE_BYTES = 1 << 30
@@ -65,26 +67,36 @@ class Folder:
 class Memory:
     """Keeps the encoded images of some numbers in one buffer, which forked workers share."""
 
-    def __init__(self, source: Source, indices: range) -> None:
+    def __init__(
+        self, source: Source, indices: range, sizes: Sequence[int], *, skips: bool = False
+    ) -> None:
         """Reads them.
 
         Args:
             source: what to read from, and what the images outside of ``indices`` are read from.
             indices: numbers of the images to keep.
+            sizes: from `sizes_of`.
+            skips: leave out faulty ones, whose errors come from the source when they are asked for.
 
         Raises:
-            OSError, ValueError: as the source; and when a file has changed meanwhile.
+            Unreadable: names the image that cannot be read, or has changed meanwhile.
         """
         self.root, self.names = source.root, source.names
         self._source, self._indices = source, indices
-        sizes = [source.size(index) for index in indices]
+        self._left_out: set[int] = set()
         self._ends = np.cumsum([0, *sizes], dtype=np.int64)
         self._bytes = np.empty(int(self._ends[-1]), dtype=np.uint8)
         for place, index in enumerate(indices):
-            data = source.read(index)
-            if len(data) != sizes[place]:
-                raise Unreadable(f'{source.where(index)} changed while it was read')
-            self._bytes[self._ends[place] : self._ends[place + 1]] = np.frombuffer(data, np.uint8)
+            try:
+                data = source.read(index)
+                if len(data) != sizes[place]:
+                    raise Unreadable('it changed while it was read')
+            except (OSError, ValueError) as error:
+                _require_skip(source, index, error, skips)
+                self._left_out.add(index)
+            else:
+                start, end = self._ends[place], self._ends[place + 1]
+                self._bytes[start:end] = np.frombuffer(data, np.uint8)
 
     @property
     def kept_bytes(self) -> int:
@@ -101,7 +113,29 @@ class Memory:
 
     def read(self, index: int) -> bytes:
         """The bytes of an image, from memory where it is kept."""
-        if index not in self._indices:
+        if index not in self._indices or index in self._left_out:
             return self._source.read(index)
         place = self._indices.index(index)
         return self._bytes[self._ends[place] : self._ends[place + 1]].tobytes()
+
+
+def sizes_of(source: Source, indices: range, *, skips: bool = False) -> list[int]:
+    """Bytes of images; 0 where ``skips``, and the file is faulty.
+
+    Raises:
+        Unreadable: names an image that cannot be read.
+    """
+    sizes = []
+    for index in indices:
+        try:
+            sizes.append(source.size(index))
+        except (OSError, ValueError) as error:
+            _require_skip(source, index, error, skips)
+            sizes.append(0)
+    return sizes
+
+
+def _require_skip(source: Source, index: int, error: Exception, skips: bool) -> None:
+    if not (skips and is_of_file(error)):
+        reason = getattr(error, 'strerror', None) or error  # without the path a second time
+        raise Unreadable(f'{shown(source.where(index))}: {reason}') from error

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from PIL import Image
 from timm.data import create_transform
 from timm.data.transforms import str_to_interp_mode
 from torchvision import transforms
@@ -13,11 +14,29 @@ from yacs.config import CfgNode
 
 from internvl_ds.config.choices import require_one_of
 from internvl_ds.errors import ConfigError
+from internvl_ds.files.reading import Unreadable
 
 Transform = Callable[[Any], torch.Tensor]
 
 # Up to this size images are taken to be that small already: a crop of a part would lose too much.
 _SMALL_IMAGE = 32  # pixels
+
+
+class _ShortSide(transforms.Resize):
+    """Resizes the short side, unless the whole would have more pixels than Pillow opens.
+
+    20,000 x 1 pixels took a minute and 5 GB to become 224 high, for a crop of 224 x 224.
+    """
+
+    def forward(self, img: Any) -> Any:
+        short, long = sorted(img.size)
+        pixels = long / short * self.size**2
+        if Image.MAX_IMAGE_PIXELS and pixels > 2 * Image.MAX_IMAGE_PIXELS:
+            raise Unreadable(
+                f'it has {img.width} x {img.height} pixels, and {pixels / 1e6:.0f} million when '
+                f'its short side is resized to {self.size}'
+            )
+        return super().forward(img)
 
 
 def build_transform(config: CfgNode, training: bool) -> Transform:
@@ -65,7 +84,7 @@ def _augmenting_transform(config: CfgNode) -> Transform:
         ) from error
     if size <= _SMALL_IMAGE:
         # Takes the place of the random resized crop; the resize leaves a fitting image as it is.
-        resize = transforms.Resize(size, interpolation=_interpolation(config))
+        resize = _ShortSide(size, interpolation=_interpolation(config))
         crop = transforms.RandomCrop(size, padding=4)
         transform.transforms[0] = transforms.Compose([resize, crop])
     return transform
@@ -75,7 +94,7 @@ def _eval_transform(config: CfgNode) -> Transform:
     size, probe = config.DATA.IMG_SIZE, config.DATA.TRANSFORM == 'build_transform_for_linear_probe'
     mode = _bicubic() if probe else _interpolation(config)
     if probe or config.TEST.CROP:
-        crop = [transforms.Resize(size, interpolation=mode), transforms.CenterCrop(size)]
+        crop = [_ShortSide(size, interpolation=mode), transforms.CenterCrop(size)]
     elif config.AUG.RANDOM_RESIZED_CROP:
         raise ConfigError(
             'AUG.RANDOM_RESIZED_CROP True with TEST.CROP False evaluates on random crops, whose '

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -20,11 +20,22 @@ def is_image_name(name: str) -> bool:
 
 
 def class_folders(root: Path, leave_out: Collection[str] = ()) -> list[str]:
-    """Names of the folders in ``root``, sorted as text; none where there is no such folder."""
+    """Names of the folders in ``root``, sorted as text; none where there is no such folder.
+
+    Hidden ones, as a notebook's ``.ipynb_checkpoints``, are no classes; the log names them.
+    """
     if not root.is_dir():
         return []
     with os.scandir(root) as entries:
-        return sorted(e.name for e in entries if e.is_dir() and e.name not in leave_out)
+        folders = sorted(e.name for e in entries if e.is_dir() and e.name not in leave_out)
+    return without_hidden(root, folders)
+
+
+def without_hidden(root: Path, folders: Sequence[str]) -> list[str]:
+    """The class folders of an image folder or archive whose names do not begin with a dot."""
+    if hidden := [name for name in folders if name.startswith('.')]:
+        _log.warning('%s: hidden folders are no classes: %s', root, few(hidden))
+    return [name for name in folders if not name.startswith('.')]
 
 
 def walk_classes(root: Path, classes: Collection[str]) -> tuple[list[str], list[int]]:

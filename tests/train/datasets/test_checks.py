@@ -35,6 +35,9 @@ def data(tmp_path_factory):
         ),
         ({'AUG__REMODE': 'noise'}, "AUG.REMODE is 'noise'"),
         ({'AUG__REPROB': 1.5}, 'AUG.REPROB is 1.5, and a probability'),
+        ({'DATA__MAX_SKIPPED': -0.1}, 'DATA.MAX_SKIPPED is -0.1, and a probability or share'),
+        ({'DATA__ON_ERROR': 'ignore'}, "DATA.ON_ERROR is 'ignore'; it can be 'stop', 'skip'"),
+        ({'DATA__EXIF_ROTATE': 'maybe'}, "DATA.EXIF_ROTATE is 'maybe'; it can be True, False"),
         ({'AUG__MEAN': [0.5]}, r'AUG.MEAN is \(0.5,\), and takes 3 numbers'),
         ({'AUG__CUTMIX_MINMAX': 0.5}, 'AUG.CUTMIX_MINMAX is 0.5, and takes 2 numbers'),
         (
