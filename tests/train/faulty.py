@@ -105,6 +105,20 @@ def _states(image: Image.Image, least: float, largest: float) -> bytes:
     return encode(image, 'TIFF', tiffinfo={340: least, 341: largest})
 
 
+def _tiff_of_12_bits() -> bytes:
+    """The ramp in packed samples of 12 bits, which Pillow reads and does not write."""
+    levels = (RAMP * 4095).astype(int)
+    rows = b''.join(
+        int(''.join(f'{level:012b}' for level in row), 2).to_bytes(24, 'big') for row in levels
+    )
+    tags = {
+        256: 16, 257: 16, 258: 12, 259: 1, 262: 1, 273: 200, 277: 1, 278: 16, 279: len(rows),
+    }  # fmt: skip
+    entries = b''.join(struct.pack('<HHII', tag, 4, 1, value) for tag, value in tags.items())
+    head = b'II*\0' + struct.pack('<IH', 8, len(tags)) + entries + bytes(4)
+    return head.ljust(200, b'\0') + rows
+
+
 def _strip(width: int, height: int) -> bytes:
     return encode(Image.new('L', (width, height), 128), 'PNG')
 
@@ -151,6 +165,7 @@ PICTURES = [
     Picture('16_bits_motorola.tif', lambda: encode(grey(65535, '>u2'), 'TIFF')),
     Picture('16_bits.pgm', lambda: b'P5 16 16 65535\n' + (RAMP * 65535).astype('>u2').tobytes()),
     Picture('12_bits.pgm', lambda: b'P5 16 16 4095\n' + (RAMP * 4095).astype('>u2').tobytes()),
+    Picture('12_bits.tif', _tiff_of_12_bits),
     Picture('16_bits_alpha.png', lambda: _deep_png(2)),
     Picture('16_bits_colour.png', lambda: _deep_png(3)),
     Picture('32_bits.tif', lambda: encode(grey(65535, 'i4'), 'TIFF'), None, '32-bit integers'),

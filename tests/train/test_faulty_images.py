@@ -94,6 +94,17 @@ def test_exif_turns_an_image_as_the_key_says(tmp_path, dataset, rotate, turned):
         assert np.array_equal(read.round(), right if turned else pixels), orientation
 
 
+@pytest.mark.parametrize('kind', ['u1', 'u2'])
+@pytest.mark.parametrize('upright', [True, False])
+def test_pillow_turns_tiff_files_and_they_are_not_turned_twice(kind, upright):
+    levels = np.random.default_rng(0).integers(0, 255, (8, 16))
+    pixels = Image.fromarray((levels * (257 if kind == 'u2' else 1)).astype(kind))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    read = decode(encode(pixels, 'TIFF', exif=exif), upright=upright)
+    assert np.array_equal(np.asarray(read)[..., 0], np.rot90(levels, -1))
+
+
 def test_a_strip_that_would_fill_the_memory_is_refused(tmp_path):
     strip = Image.new('RGB', (20_000, 1))
     with pytest.raises(ValueError, match=r'20000 x 1 pixels, and 1004 million .* resized to 224'):
@@ -289,6 +300,7 @@ def damaged_on_both(data):
 
 @pytest.mark.first
 @pytest.mark.ranks
+@pytest.mark.slow
 def test_a_run_over_faulty_images_names_them_and_repeats(tmp_path, data, damaged_on_both):
     (one, _), (log, other_log) = train(tmp_path, data, 'one', 0.14)
     assert [record['epoch'] for record in one['metrics']] == [0, 1]
