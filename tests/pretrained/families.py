@@ -40,7 +40,7 @@ _SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     'fastvit': ('fastvit_t8', {}),
     'focalnet': ('focalnet_tiny_srf', {}),
     'gcvit': ('gcvit_xxtiny', {}),
-    'gemma4_vit': ('gemma4_vit_167m_enc', _VIT),
+    'gemma4_vit': ('gemma4_vit_167m', _VIT),
     'ghostnet': ('ghostnet_050', {}),
     'hgnet': ('hgnetv2_b0', {}),
     'hiera': ('hiera_tiny_224', {'stages': (1, 1, 1, 1)}),

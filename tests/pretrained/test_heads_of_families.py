@@ -67,6 +67,7 @@ def _fine_tune(state: dict[str, Tensor], model: nn.Module, path: Path) -> None:
             assert value.equal(before[key] * 0.001 if key in head else state[key]), key
 
 
+@pytest.mark.slow  # a minute
 def test_a_model_of_every_family(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     done, skipped, failed = 0, [], []
     for number, (family, name, settings) in enumerate(families()):
