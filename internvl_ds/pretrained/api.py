@@ -151,7 +151,7 @@ def load_planned(
 
 
 def convert_22k_head_to_1k(model: _M, logger: logging.Logger) -> _M:
-    """Cuts an ImageNet-22K head (``model.head``, 21841 rows) to the 1000 rows of ImageNet-1K.
+    """Cuts an ImageNet-22K classifier (21841 rows) to the 1000 rows of ImageNet-1K.
 
     Weight and bias become new parameters, so call it before an optimizer or an engine takes them;
     on every rank where the head was built under zero.Init.
@@ -170,23 +170,20 @@ def convert_22k_head_to_1k(model: _M, logger: logging.Logger) -> _M:
     inner = wrapped if isinstance(wrapped, nn.Module) else model
     for part in (inner, model):
         apply.require_writable(part, 'convert_22k_head_to_1k')
-    layer = getattr(inner, 'head', None)
-    weight = getattr(layer, 'weight', None)
-    if not isinstance(layer, nn.Module) or not isinstance(weight, nn.Parameter):
-        logger.warning(f'{type(inner).__name__} has no head with a weight: unchanged')
+    layers: list[Any] = [inner.get_submodule(name) for name in classifier_layers(inner)]
+    layers = [part for part in layers if isinstance(getattr(part, 'weight', None), nn.Parameter)]
+    kind = type(inner).__name__
+    if not layers:
+        logger.warning(f'{kind} has no head with a weight: unchanged')
         return model
-    rows = whole_shape(weight)[0]
-    if rows != head.CLASSES_22K:
-        logger.warning(
-            f'the head of {type(inner).__name__} has {rows} rows, not {head.CLASSES_22K}: unchanged'
-        )
+    lengths = [whole_shape(layer.weight)[0] for layer in layers]
+    if head.CLASSES_22K not in lengths:
+        rows = f'{lengths[-1]} rows, not {head.CLASSES_22K}'
+        logger.warning(f'the head of {kind} has {rows}: unchanged')
         return model
-    layer.weight = _take_rows(weight)
-    bias = getattr(layer, 'bias', None)
-    if isinstance(bias, nn.Parameter):
-        layer.bias = _take_rows(bias)
-    if isinstance(layer, nn.Linear):
-        layer.out_features = head.CLASSES_1K
+    for layer, length in zip(layers, lengths, strict=True):
+        if length == head.CLASSES_22K:
+            _cut(layer)
     logger.info(f'the head keeps the {head.CLASSES_1K} ImageNet-1K rows of its ImageNet-22K rows')
     return model
 
@@ -332,6 +329,15 @@ def _broadcast(state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
         if tensor.numel():
             dist.broadcast(tensor.view(-1).view(torch.uint8), 0)
         yield key, tensor
+
+
+def _cut(layer: Any) -> None:
+    layer.weight = _take_rows(layer.weight)
+    if isinstance(getattr(layer, 'bias', None), nn.Parameter):
+        layer.bias = _take_rows(layer.bias)
+    for name in ('out_features', 'out_channels'):  # of a Linear, of a convolution
+        if getattr(layer, name, None) == head.CLASSES_22K:
+            setattr(layer, name, head.CLASSES_1K)
 
 
 def _take_rows(parameter: Any) -> nn.Parameter:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from internvl_ds.config.tree import default_config
 from internvl_ds.errors import PretrainedError
-from internvl_ds.pretrained import imagenet_22k_rows, load_pretrained
+from internvl_ds.pretrained import convert_22k_head_to_1k, imagenet_22k_rows, load_pretrained
 from internvl_ds.pretrained.report import PretrainedReport
 from tests.pretrained.families import build, families
 
@@ -115,6 +115,20 @@ def test_22k_rows_of(tmp_path: Path, layers: str) -> None:
     assert texts == [
         f'{layer} 21841 -> 1000: took its ImageNet-1K rows' for layer in layers.split(', ')
     ]
+
+
+@pytest.mark.parametrize('layers', _MODELS)
+def test_a_cut_22k_head_of(layers: str) -> None:
+    name, settings = _MODELS[layers]
+    saved = build(name, 21841, settings)
+    state, model = _values(saved), saved.to_empty(device='cpu')
+    model.load_state_dict(state)
+    assert convert_22k_head_to_1k(model, _log) is model
+    for key, value in model.state_dict().items():
+        is_head = key.rpartition('.')[0] in layers.split(', ')
+        assert value.equal(state[key][imagenet_22k_rows()] if is_head else state[key]), key
+    for layer in map(model.get_submodule, layers.split(', ')):
+        assert '1000,' in repr(layer)
 
 
 @pytest.mark.parametrize('layers', _MODELS)
