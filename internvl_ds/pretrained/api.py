@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +31,7 @@ from internvl_ds.errors import PretrainedError, RankError
 from internvl_ds.files.addresses import shown
 from internvl_ds.files.reading import interpreting
 from internvl_ds.pretrained import apply, head, transforms
+from internvl_ds.pretrained.classifier import classifier_layers
 from internvl_ds.pretrained.known_formats import through_timm
 from internvl_ds.pretrained.open_engine import open_engine
 from internvl_ds.pretrained.places import origins_in
@@ -57,12 +58,12 @@ class Plan:
 
     Attributes:
         state: key of the model -> value, not read yet; only what the model has.
-        rescale: whether the model's own head is scaled by 0.001.
+        rescale: layers of the model's own classifier that are scaled by 0.001.
         origins: key of the model -> where its value came from; None for what was made of others.
     """
 
     state: dict[str, Any]
-    rescale: bool
+    rescale: tuple[str, ...]
     report: PretrainedReport
     origins: Mapping[str, Origin | None] = field(default_factory=dict)
 
@@ -138,8 +139,7 @@ def load_planned(
         plan = _decide_alike(decide, config) if is_partitioned or alike else decide()
         values = plan.state.items()
     plan.report.log(logger)
-    if plan.rescale:
-        apply.rescale_head(model)
+    apply.rescale_head(model, plan.rescale)
     with collectives_within(checkpoint_option(config, 'IO_TIMEOUT')):
         all_tensors = all(isinstance(value, Tensor) for value in plan.state.values())
         if is_partitioned or readers == 'one' or not all_tensors:
@@ -151,7 +151,7 @@ def load_planned(
 
 
 def convert_22k_head_to_1k(model: _M, logger: logging.Logger) -> _M:
-    """Cuts an ImageNet-22K head (``model.head``, 21841 rows) to the 1000 rows of ImageNet-1K.
+    """Cuts an ImageNet-22K classifier (21841 rows) to the 1000 rows of ImageNet-1K.
 
     Weight and bias become new parameters, so call it before an optimizer or an engine takes them;
     on every rank where the head was built under zero.Init.
@@ -170,23 +170,20 @@ def convert_22k_head_to_1k(model: _M, logger: logging.Logger) -> _M:
     inner = wrapped if isinstance(wrapped, nn.Module) else model
     for part in (inner, model):
         apply.require_writable(part, 'convert_22k_head_to_1k')
-    layer = getattr(inner, 'head', None)
-    weight = getattr(layer, 'weight', None)
-    if not isinstance(layer, nn.Module) or not isinstance(weight, nn.Parameter):
-        logger.warning(f'{type(inner).__name__} has no head with a weight: unchanged')
+    layers: list[Any] = [inner.get_submodule(name) for name in classifier_layers(inner)]
+    layers = [part for part in layers if isinstance(getattr(part, 'weight', None), nn.Parameter)]
+    kind = type(inner).__name__
+    if not layers:
+        logger.warning(f'{kind} has no head with a weight: unchanged')
         return model
-    rows = whole_shape(weight)[0]
-    if rows != head.CLASSES_22K:
-        logger.warning(
-            f'the head of {type(inner).__name__} has {rows} rows, not {head.CLASSES_22K}: unchanged'
-        )
+    lengths = [whole_shape(layer.weight)[0] for layer in layers]
+    if head.CLASSES_22K not in lengths:
+        rows = f'{lengths[-1]} rows, not {head.CLASSES_22K}'
+        logger.warning(f'the head of {kind} has {rows}: unchanged')
         return model
-    layer.weight = _take_rows(weight)
-    bias = getattr(layer, 'bias', None)
-    if isinstance(bias, nn.Parameter):
-        layer.bias = _take_rows(bias)
-    if isinstance(layer, nn.Linear):
-        layer.out_features = head.CLASSES_1K
+    for layer, length in zip(layers, lengths, strict=True):
+        if length == head.CLASSES_22K:
+            _cut(layer)
     logger.info(f'the head keeps the {head.CLASSES_1K} ImageNet-1K rows of its ImageNet-22K rows')
     return model
 
@@ -222,10 +219,12 @@ def _adapt(config: CfgNode, path: str, source: State, model: nn.Module) -> Plan:
     state, notes = run_steps(naming, source, specs)
     apply.require_overlap(state, specs)
     state, size_notes = run_steps(_SIZING, state, specs)
-    plan = head.plan_head(state, specs, bool(get_option(config, 'TRAIN.RAND_INIT_FT_HEAD', False)))
-    state, head_notes = run_steps((lambda s, _: head.fit_head(s, plan),), state, specs)
+    rand_init = bool(get_option(config, 'TRAIN.RAND_INIT_FT_HEAD', False))
+    layers = head.other_layers(classifier_layers(model), state, specs)
+    fit_head = functools.partial(head.fit_head, layers, rand_init)
+    state, head_notes = run_steps((fit_head,), state, specs)
     apply.require_shapes(state, specs)
-    rescale = plan is head.HeadPlan.RESCALE
+    rescale = layers if rand_init else ()
     given = given_by_backbone(model)  # by another file, a moment ago
     report = PretrainedReport(
         path=path,
@@ -243,11 +242,14 @@ def _adapt(config: CfgNode, path: str, source: State, model: nn.Module) -> Plan:
     return Plan(plan_state, rescale, report)
 
 
-def _share_in(model: nn.Module, state: State, given: Container[str], rescale: bool) -> float:
+def _share_in(
+    model: nn.Module, state: State, given: Container[str], rescale: Sequence[str]
+) -> float:
+    head = tuple(f'{layer}.' for layer in rescale)
     names = [
         name
         for name, _ in model.named_parameters()
-        if not (rescale and name.startswith('head.')) and (name in state or name not in given)
+        if not name.startswith(head) and (name in state or name not in given)
     ]
     return sum(name in state for name in names) / len(names) if names else 1.0
 
@@ -313,7 +315,7 @@ def _decide_on_rank_0(decide: Any, timeout: float) -> Plan:
     fields['notes'] = [Note(**note) for note in fields['notes']]
     lists = {key: tuple(value) for key, value in fields.items() if isinstance(value, list)}
     known = {key: said and Origin.of(said) for key, said in origins.items()}
-    return Plan(state, rescale, PretrainedReport(**{**fields, **lists}), known)
+    return Plan(state, tuple(rescale), PretrainedReport(**{**fields, **lists}), known)
 
 
 def _broadcast(state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
@@ -327,6 +329,15 @@ def _broadcast(state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
         if tensor.numel():
             dist.broadcast(tensor.view(-1).view(torch.uint8), 0)
         yield key, tensor
+
+
+def _cut(layer: Any) -> None:
+    layer.weight = _take_rows(layer.weight)
+    if isinstance(getattr(layer, 'bias', None), nn.Parameter):
+        layer.bias = _take_rows(layer.bias)
+    for name in ('out_features', 'out_channels'):  # of a Linear, of a convolution
+        if getattr(layer, name, None) == head.CLASSES_22K:
+            setattr(layer, name, head.CLASSES_1K)
 
 
 def _take_rows(parameter: Any) -> nn.Parameter:

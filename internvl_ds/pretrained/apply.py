@@ -113,14 +113,14 @@ def _shape(value: Any) -> str:
 
 
 @torch.no_grad()
-def rescale_head(model: nn.Module) -> None:
-    """Scales weight and bias of ``model.head`` by 0.001, in place; of a slice each rank its own."""
-    head = model.get_submodule('head')
+def rescale_head(model: nn.Module, layers: Iterable[str]) -> None:
+    """Scales weight and bias of layers by 0.001, in place; of a slice each rank its own."""
     settle()
-    for name in ('weight', 'bias'):
-        tensor = getattr(head, name, None)
-        if isinstance(tensor, Tensor):
-            local_values(tensor).mul_(_HEAD_SCALE)
+    for layer in map(model.get_submodule, layers):
+        for name in ('weight', 'bias'):
+            tensor = getattr(layer, name, None)
+            if isinstance(tensor, Tensor):
+                local_values(tensor).mul_(_HEAD_SCALE)
 
 
 def load_state(model: nn.Module, state: State) -> None:

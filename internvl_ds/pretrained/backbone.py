@@ -174,7 +174,7 @@ def _adapt(source: State, model: nn.Module, backbone: Backbone, name: str) -> Pl
     named = [n for n, _ in model.named_parameters()]
     matched = sum(n in keys for n in named) / len(named)
     report = PretrainedReport(name, notes, tuple(kept), (), (), matched)
-    return Plan(kept, False, report)
+    return Plan(kept, (), report)
 
 
 def _resize(backbone: Backbone, state: State, specs: Specs) -> Result:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import enum
 import functools
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from internvl_ds.errors import PretrainedError
+from internvl_ds.errors import PretrainedError, few
 from internvl_ds.pretrained.transforms import Note, Result, Specs, State, is_weight, read
 
 CLASSES_22K = 21841
@@ -18,52 +18,65 @@ CLASSES_1K = 1000
 _STAND_INS = {'n04399382': 'n04398044'}
 
 
-class HeadPlan(enum.Enum):
-    """What to do about the checkpoint's head."""
-
-    KEEP = 'load it as it is'
-    RESCALE = "drop it, and scale the model's own by 0.001"
-    TAKE_ROWS = 'load the ImageNet-1K rows of it'
+def other_layers(layers: Sequence[str], state: State, specs: Specs) -> tuple[str, ...]:
+    """Those layers of the model's classifier that have another length in the checkpoint."""
+    return tuple(layer for layer in layers if any(_lengths(layer, state, specs)))
 
 
-def plan_head(state: State, specs: Specs, rand_init: bool) -> HeadPlan:
-    """Decides about the head by the lengths of ``head.bias`` in the checkpoint and the model.
+def fit_head(layers: Sequence[str], rand_init: bool, state: State, specs: Specs) -> Result:
+    """Fits classifier layers of another length; the model's own are not touched here.
 
-    PretrainedError when the lengths differ and no setting says what to do about it.
+    Args:
+        layers: what `other_layers` returned.
+        rand_init: drops them from the checkpoint; otherwise the ImageNet-1K rows are taken of a
+            larger ImageNet.
+        state: the checkpoint.
+        specs: of the model.
+
+    Raises:
+        PretrainedError: when the lengths differ and no setting says what to do about it.
     """
-    bias, spec = state.get('head.bias'), specs.get('head.bias')
-    if not is_weight(bias) or spec is None or not len(bias.shape) == len(spec.shape) == 1:
-        return HeadPlan.KEEP
-    have, want = bias.shape[0], spec.shape[0]
-    if have == want:
-        return HeadPlan.KEEP
+    if not layers:
+        return Result(state)
     if rand_init:
-        return HeadPlan.RESCALE
-    if (have, want) == (CLASSES_22K, CLASSES_1K):
-        return HeadPlan.TAKE_ROWS
+        prefixes = tuple(f'{layer}.' for layer in layers)
+        entries = {key: value for key, value in state.items() if not key.startswith(prefixes)}
+        names = '' if layers == ('head',) else f' ({few(layers)})'
+        note = Note(f"dropped the checkpoint's head{names}; the model's own is scaled by 0.001")
+        return Result(entries, (note,))
+    out, notes = dict(state), []
+    for layer in layers:
+        lengths = list(_lengths(layer, state, specs))
+        _, have, want = lengths[-1]
+        rows = torch.tensor(_rows_for(*lengths[-1]), dtype=torch.int64)
+        for key, length, _ in lengths:
+            if length == have:
+                out[key] = read(state[key])[rows]
+        notes.append(Note(f'{layer} {have} -> {want}: took its ImageNet-1K rows'))
+    return Result(out, tuple(notes))
+
+
+def _lengths(layer: str, state: State, specs: Specs) -> Iterator[tuple[str, int, int]]:
+    """Key, length in the checkpoint and in the model, of each tensor of which these differ."""
+    for key, spec in specs.items():
+        value = state.get(key) if key.startswith(f'{layer}.') else None
+        if is_weight(value) and value.shape and spec.shape and value.shape[0] != spec.shape[0]:
+            yield key, value.shape[0], spec.shape[0]
+
+
+def _rows_for(key: str, have: int, want: int) -> tuple[int, ...]:
+    """The rows of ``have`` classes that are the ``want`` ones; an error that says what to set."""
+    lack = ''
+    if want == CLASSES_1K and have > want:
+        rows, absent = _rows_of(have)
+        if rows:
+            return rows
+        lack = f' ({len(absent)} of ImageNet-1K are not in it: {few(absent)})' if absent else ''
     raise PretrainedError(
-        f'head.bias: {have} classes in the checkpoint, {want} in the model; set '
+        f'{key}: {have} classes in the checkpoint{lack}, {want} in the model; set '
         f"MODEL.NUM_CLASSES to {have} to take the checkpoint's head, or TRAIN.RAND_INIT_FT_HEAD "
         f"to True to start from the model's own"
     )
-
-
-def fit_head(state: State, plan: HeadPlan) -> Result:
-    """Applies a plan to the checkpoint's ``head.*``; the model's own head is not touched here."""
-    if plan is HeadPlan.RESCALE:
-        entries = {key: value for key, value in state.items() if not key.startswith('head.')}
-        note = Note("dropped the checkpoint's head; the model's own is scaled by 0.001")
-        return Result(entries, (note,))
-    if plan is HeadPlan.TAKE_ROWS:
-        rows = imagenet_22k_rows()
-        heads = {
-            key: read(state[key])[rows]
-            for key in ('head.weight', 'head.bias')
-            if is_weight(state.get(key)) and state[key].shape[0] == CLASSES_22K
-        }
-        note = Note(f'head {CLASSES_22K} -> {CLASSES_1K}: took its ImageNet-1K rows')
-        return Result({**state, **heads}, (note,))
-    return Result(state)
 
 
 def imagenet_22k_rows() -> Tensor:
@@ -88,18 +101,32 @@ def slice_22k_logits(logits: Tensor) -> Tensor:
     return logits.index_select(-1, imagenet_22k_rows().to(logits.device))
 
 
-@functools.lru_cache(maxsize=1)
 def _rows() -> tuple[int, ...]:
-    # timm takes seconds to import, and only ImageNet-22K heads need it.
-    from timm.data import ImageNetInfo
-
-    of_22k = ImageNetInfo('imagenet-22k').label_names()
-    of_1k = ImageNetInfo('imagenet-1k').label_names()
-    index = {wnid: row for row, wnid in enumerate(of_22k)}
-    gaps = {wnid for wnid in of_1k if wnid not in index}
-    if (len(of_22k), len(of_1k)) != (CLASSES_22K, CLASSES_1K) or gaps != set(_STAND_INS):
+    rows, absent = _rows_of(CLASSES_22K)
+    if not rows:
         raise PretrainedError(
-            f'the ImageNet class lists of this timm are not the known ones: {len(of_22k)} and '
-            f'{len(of_1k)} classes, absent from ImageNet-22K: {sorted(gaps)}'
+            f'the ImageNet class lists of this timm are not the known ones: absent from '
+            f'ImageNet-22K: {absent}'
         )
-    return tuple(index[_STAND_INS.get(wnid, wnid)] for wnid in of_1k)
+    return rows
+
+
+@functools.cache
+def _rows_of(classes: int) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """The rows of ImageNet-1K in timm's list of so many ImageNet classes, and ids it lacks.
+
+    Both are empty where timm has no such list; there are no rows where an id that is absent has no
+    stand-in.
+    """
+    # timm takes seconds to import, and only heads of another length need it.
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    subset = infer_imagenet_subset({'num_classes': classes})
+    if subset is None:
+        return (), ()
+    index = {wnid: row for row, wnid in enumerate(ImageNetInfo(subset).label_names())}
+    of_1k = ImageNetInfo('imagenet-1k').label_names()
+    absent = tuple(wnid for wnid in of_1k if wnid not in index)
+    if not set(absent) <= set(_STAND_INS) or (len(index), len(of_1k)) != (classes, CLASSES_1K):
+        return (), absent
+    return tuple(index[_STAND_INS[wnid] if wnid in absent else wnid] for wnid in of_1k), absent

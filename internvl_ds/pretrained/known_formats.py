@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from internvl_ds.errors import PretrainedError
+from internvl_ds.pretrained.classifier import classifier_layers
 from internvl_ds.pretrained.transforms import Note, Result, Specs, State, is_weight, read
 from internvl_ds.zero.parameters import is_sharded, whole_shape
 
@@ -22,7 +23,8 @@ def through_timm(model: nn.Module, state: State, specs: Specs) -> Result:
     already stay as they are.
     """
     filter_fn = getattr(sys.modules.get(type(model).__module__), 'checkpoint_filter_fn', None)
-    gaps = [key for key in specs if key not in state and not key.startswith('head.')]
+    head = ('head.', *(f'{layer}.' for layer in classifier_layers(model)))
+    gaps = [key for key in specs if key not in state and not key.startswith(head)]
     extras = [key for key in state if key not in specs]
     if filter_fn is None or not gaps or not extras:
         return Result(state)

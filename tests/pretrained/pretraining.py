@@ -75,6 +75,10 @@ def vit(size: int = 56, patch: int = 14, classes: int = 5, **more: Any) -> nn.Mo
     )  # fmt: skip
 
 
+def _resnet(classes: int) -> nn.Module:
+    return timm.create_model('test_resnet', num_classes=classes)
+
+
 def hugging_face_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """An InternViT as OpenGVLab publishes it, inside a chat model."""
     names = {
@@ -107,6 +111,10 @@ CASES: dict[str, Case] = {
     'rescaled head': (
         lambda: Swin(classes=7), dict, Swin, {'TRAIN__RAND_INIT_FT_HEAD': True}
     ),
+    'rescaled fc': (
+        lambda: _resnet(7), dict, lambda: _resnet(5), {'TRAIN__RAND_INIT_FT_HEAD': True}
+    ),
+    '22k rows of fc': (lambda: _resnet(21841), dict, lambda: _resnet(1000), {}),
     '22k rows': (lambda: Swin(classes=21841), dict, lambda: Swin(classes=1000), {}),
     'renamed': (
         Swin,
@@ -199,7 +207,7 @@ def _compare(
     random = torch.get_rng_state()
     report = load_pretrained(config, partitioned, _log)
     # timm's own initialisation does nothing under zero.Init, so what is not loaded may differ.
-    scaled = {k for k in report.missing if 'TRAIN__RAND_INIT_FT_HEAD' in values and 'head' in k}
+    scaled = set(report.missing) if 'TRAIN__RAND_INIT_FT_HEAD' in values else set()
     touched, got = scaled | set(report.loaded), _gathered(partitioned)
     return {
         'same': _same(

@@ -9,7 +9,7 @@ from torch import nn
 
 from internvl_ds.errors import PretrainedError
 from internvl_ds.pretrained import convert_22k_head_to_1k, head
-from internvl_ds.pretrained.head import HeadPlan, fit_head, plan_head
+from internvl_ds.pretrained.head import fit_head, other_layers
 from internvl_ds.pretrained.transforms import TensorSpec
 
 logger = logging.getLogger('test_pretrained')
@@ -96,53 +96,86 @@ def test_slice_22k_logits_of_another_length():
         head.slice_22k_logits(torch.zeros(2, 1000))
 
 
-@pytest.mark.parametrize(
-    ('have', 'want', 'rand_init', 'plan'),
-    [
-        (1000, 1000, False, HeadPlan.KEEP),
-        (1000, 1000, True, HeadPlan.KEEP),
-        (1000, 10, True, HeadPlan.RESCALE),
-        (21841, 1000, True, HeadPlan.RESCALE),
-        (21841, 1000, False, HeadPlan.TAKE_ROWS),
-    ],
-)
-def test_plan(have, want, rand_init, plan):
-    assert plan_head(bias(have), bias_spec(want), rand_init) is plan
+def fit(state, specs, rand_init, layers=('head',)):
+    return fit_head(other_layers(layers, state, specs), rand_init, state, specs)
 
 
+@pytest.mark.parametrize('rand_init', [False, True])
 @pytest.mark.parametrize(('state', 'specs'), [({}, bias_spec(10)), (bias(10), {}), ({}, {})])
-def test_plan_without_a_bias_on_one_side(state, specs):
-    assert plan_head(state, specs, rand_init=True) is HeadPlan.KEEP
+def test_a_head_without_a_bias_on_one_side_stays(state, specs, rand_init):
+    assert fit(state, specs, rand_init) == (state, ())
+
+
+@pytest.mark.parametrize('rand_init', [False, True])
+def test_a_head_of_the_same_length_stays(rand_init):
+    state = bias(1000)
+    assert fit(state, bias_spec(1000), rand_init).state is state
 
 
 @pytest.mark.parametrize(('have', 'want'), [(1000, 10), (1000, 21841), (21841, 10)])
-def test_plan_that_no_setting_allows(have, want):
+def test_lengths_that_no_setting_allows(have, want):
     with pytest.raises(PretrainedError) as caught:
-        plan_head(bias(have), bias_spec(want), rand_init=False)
+        fit(bias(have), bias_spec(want), rand_init=False)
     text = str(caught.value)
     assert f'{have} classes in the checkpoint, {want} in the model' in text
     assert f'MODEL.NUM_CLASSES to {have}' in text
     assert 'TRAIN.RAND_INIT_FT_HEAD' in text
 
 
-def test_fit_head():
-    state = {
-        'head.weight': torch.randn(21841, 2),
-        'head.bias': torch.randn(21841),
-        'w': torch.zeros(1),
+def test_a_list_that_lacks_classes_of_1k_is_refused_by_name():
+    with pytest.raises(PretrainedError) as caught:
+        fit(bias(11821), bias_spec(1000), rand_init=False)
+    text = str(caught.value)
+    assert 'head.bias: 11821 classes' in text
+    assert '(7 of ImageNet-1K are not in it: n02085782' in text
+    assert 'TRAIN.RAND_INIT_FT_HEAD to True' in text
+
+
+def large(classes):
+    """The state of a model with a head of so many classes."""
+    return {
+        'head.weight': torch.randn(classes, 2),
+        'head.bias': torch.randn(classes),
+        'headless': torch.zeros(1),
     }
+
+
+def small():
+    """What a model of 1000 classes has for ``large``."""
+    shapes = {'head.weight': (1000, 2), 'head.bias': (1000,), 'headless': (1,)}
+    return {key: TensorSpec(torch.Size(shape), torch.float32) for key, shape in shapes.items()}
+
+
+def test_a_dropped_head():
+    state = large(7)
     before = dict(state)
-    assert fit_head(state, HeadPlan.KEEP) == (state, ())
-    dropped = fit_head(state, HeadPlan.RESCALE)
-    assert dropped.state == {'w': state['w']}
-    taken = fit_head(state, HeadPlan.TAKE_ROWS)
-    assert list(taken.state) == list(state)
-    for key in ('head.weight', 'head.bias'):
-        expected = [state[key][row] for row in head.imagenet_22k_rows().tolist()]
-        assert torch.equal(taken.state[key], torch.stack(expected))
-    assert taken.state['w'] is state['w']
+    dropped = fit(state, small(), rand_init=True)
+    assert dropped.state == {'headless': state['headless']}
+    assert len(dropped.notes) == 1
     assert state == before
-    assert len(dropped.notes) == len(taken.notes) == 1
+
+
+@pytest.mark.parametrize(
+    ('classes', 'subset'),
+    [(21841, 'imagenet-22k'), (21843, 'imagenet-21k-goog'), (21842, 'imagenet-22k-ms')],
+)
+def test_rows_of_a_larger_imagenet(classes, subset):
+    state = large(classes)
+    taken = fit(state, small(), rand_init=False)
+    assert list(taken.state) == list(state)
+    index = {wnid: row for row, wnid in enumerate(ImageNetInfo(subset).label_names())}
+    rows = [
+        index[wnid if wnid in index else 'n04398044']
+        for wnid in ImageNetInfo('imagenet-1k').label_names()
+    ]
+    for key in ('head.weight', 'head.bias'):
+        assert torch.equal(taken.state[key], state[key][rows])
+    assert taken.state['headless'] is state['headless']
+    assert [note.text for note in taken.notes] == [
+        f'head {classes} -> 1000: took its ImageNet-1K rows'
+    ]
+    if classes == 21841:
+        assert rows == head.imagenet_22k_rows().tolist()
 
 
 @pytest.mark.parametrize('wrap', [lambda model: model, Wrapper], ids=['plain', 'wrapped'])

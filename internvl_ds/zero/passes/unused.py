@@ -59,6 +59,8 @@ class Unused:
         wrapper = self._wrapper
         trained = {p: n for p, n in wrapper.names.items() if p.requires_grad and whole_numel(p)}
         unused = set(trained.values()) - used
+        if unused:  # what was unfrozen after `initialize` is in no group
+            unused &= wrapper.trained_names()
         if not unused and not wrapper.idle:
             return
         if unused != wrapper.idle and not _is_finite(wrapper):

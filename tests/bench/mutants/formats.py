@@ -79,7 +79,7 @@ MUTANTS = [
         ("    return Counter(dict(items)) if value[_MARK] == 'Counter' else dict(items)", '    return dict(items)'),
         ('    require_identity(tag / name, state.get(Identity.KEY), manifest.header)\n', ''),
         ('            if not is_one(state.get(key)):', '            if False:'),
-        ("    return value['scale'] > 0 and all(", '    return all('),
+        ("    return value['scale'] > 0 and is_whole and all(", '    return is_whole and all('),
         ("    has_unit = value.get('counts', 'updates') in ('updates', 'micro-batches', 'original')", '    has_unit = True'),
         ('(_is_number(v, -1) and v < 1 << 53)', '_is_number(v, -1)'),
         ("    if name not in manifest.files:\n        return None\n", ''),
