@@ -27,9 +27,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed import distributed_c10d
+from torch.nn.functional import cross_entropy
 from yacs.config import CfgNode
 
-from internvl_ds import auto_resume_helper, load_ema_checkpoint, load_pretrained
+from internvl_ds import (
+    NativeScalerWithGradNormCount,
+    auto_resume_helper,
+    initialize,
+    load_ema_checkpoint,
+    load_pretrained,
+)
 from internvl_ds.checkpoint.sources import downloads
 from internvl_ds.dist import preemption as preemption_module
 from internvl_ds.dist import rendezvous as meetings
@@ -40,10 +47,11 @@ from internvl_ds.train import __main__ as program
 from internvl_ds.train import evaluate as train_evaluate
 from tests.checkpoint.formats import originals
 from tests.harness import elastic
-from tests.harness.model import make_config, make_model
+from tests.harness.model import batch, make_config, make_model, zero_json
 from tests.harness.saving import Run, logger
 from tests.harness.training import brightness, small_config
 from tests.train.models import tiny
+from tests.zero.passes import leaving_out
 
 COLLECTIVES = (
     'all_gather', 'all_gather_into_tensor', 'all_gather_object', 'all_reduce', 'barrier',
@@ -248,9 +256,20 @@ def stop(shared: Path, limits: dict[str, Any]) -> None:
     shutdown()
 
 
+def leave_out(shared: Path, limits: dict[str, Any]) -> None:
+    """A script that trains a model of which a layer is not used."""
+    model, client = leaving_out.make('adam')
+    config = make_config(DATA__BATCH_SIZE=16, TRAIN__ACCUMULATION_STEPS=1, **limits)
+    engine, client = initialize(config, model, client, zero_json(2))
+    scaler = NativeScalerWithGradNormCount()
+    x, y = batch(0)
+    scaler(cross_entropy(engine(x, way='l'), y), client)
+    shutdown()
+
+
 def train(shared: Path, limits: dict[str, Any]) -> None:
     """The training program: an epoch, an evaluation, two saves."""
-    _train(shared, limits, CHECKPOINT__ASYNC=True)
+    _train(shared, limits, CHECKPOINT__ASYNC=True, DATA__ON_ERROR='skip')
 
 
 def time_updates(shared: Path, limits: dict[str, Any]) -> None:
@@ -308,7 +327,7 @@ STORIES: dict[str, Callable[[Path, dict[str, Any]], None]] = {
     story.__name__: story
     for story in (
         join, save, save_behind, save_at_the_end, resume, resume_other, resume_file, evaluate,
-        pretrained, stop, train, time_updates, fine_tune, probe,
+        pretrained, stop, leave_out, train, time_updates, fine_tune, probe,
     )
 }  # fmt: skip
 
