@@ -60,7 +60,7 @@ def saved_classes(where: str) -> list[str] | None:
     """The class names in a tag, or in a file exported from one; else None.
 
     None also for what cannot be read: the load that follows says so. CheckpointError when a tag's
-    state.json is not what was written.
+    state.json is not what was written, or the names of a file are no texts.
     """
     path = Path(where)
     if path.is_dir() and discovery.is_tag(path):
@@ -74,7 +74,11 @@ def saved_classes(where: str) -> list[str] | None:
             names = _in_file(where)
         except (OSError, LookupError, TypeError, ValueError, SafetensorError, PretrainedError):
             return None
-    return list(names) if isinstance(names, list | tuple) else None
+    if not isinstance(names, list | tuple):
+        return None
+    if odd := [name for name in names if not isinstance(name, str)]:
+        raise CheckpointError(f'{where}: class_names holds {brief(odd[0])}, which is no name')
+    return list(names)
 
 
 def _in_file(where: str) -> Any:

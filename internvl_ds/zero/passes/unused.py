@@ -45,6 +45,7 @@ class Unused:
     def __init__(self, wrapper: Wrapper, effect: Callable[[Any, Any], ZeroEffect]) -> None:
         """``effect``: that of a client's optimizer with the settings of a parameter group."""
         self._wrapper, self._effect = wrapper, effect
+        self._all = set(self._trained().values())
 
     def require(self, used: set[str]) -> None:
         """Refuses an update, before it is applied, on all ranks alike.
@@ -57,30 +58,37 @@ class Unused:
             ConfigError: naming the parameters.
         """
         wrapper = self._wrapper
-        trained = {p: n for p, n in wrapper.names.items() if p.requires_grad and whole_numel(p)}
-        unused = set(trained.values()) - used
-        if unused:  # what was unfrozen after `initialize` is in no group
-            unused &= wrapper.trained_names()
-        if not unused and not wrapper.idle:
+        if not wrapper.idle and used >= self._all:
             return
+        trained = self._trained()
+        # What was unfrozen after `initialize` is in no group.
+        unused = {*trained.values()} & wrapper.trained_names() - used
+        effects = []
+        for group, parameters in zip(wrapper.client.param_groups, wrapper.groups(), strict=True):
+            names = {trained[p] for p in parameters if p in trained}
+            if names & (unused | (wrapper.idle or set())):
+                effect = self._effect(wrapper.client, group)
+                never = effect.never or group.get('lr') == 0
+                effects.append((names, effect._replace(never=never)))
+        if all(all(effect) for _, effect in effects):
+            return  # they are as none whatever was before
         if unused != wrapper.idle and not _is_finite(wrapper):
             return  # it will be skipped
         if wrapper.idle is None:
             wrapper.idle = _without_state(wrapper, unused)
         idle, late, rare = wrapper.idle & unused, wrapper.idle - unused, unused - wrapper.idle
         moved, at_times = [], []
-        groups = zip(wrapper.client.param_groups, wrapper.groups(), strict=True)
-        for group, parameters in groups:
-            names = {trained[p] for p in parameters if p in trained}
-            if names & (unused | late):
-                effect = self._effect(wrapper.client, group)
-                is_moved = group.get('lr') != 0 and not effect.never
-                moved += sorted(names & idle) if is_moved else []
-                at_times += sorted(names & late) if not effect.late else []
-                at_times += sorted(names & rare) if not effect.at_times else []
+        for names, effect in effects:
+            moved += sorted(names & idle) if not effect.never else []
+            at_times += sorted(names & late) if not effect.late else []
+            at_times += sorted(names & rare) if not effect.at_times else []
         if moved or at_times:
             raise ConfigError(self._message(moved, at_times))
         wrapper.idle = idle
+
+    def _trained(self) -> dict[torch.Tensor, str]:
+        pairs = self._wrapper.names.items()
+        return {p: name for p, name in pairs if p.requires_grad and whole_numel(p)}
 
     def _message(self, moved: list[str], at_times: list[str]) -> str:
         kind = type(self._wrapper.client).__name__

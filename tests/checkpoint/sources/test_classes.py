@@ -98,3 +98,9 @@ def test_nothing_is_said_where_they_are_the_same_or_not_known(tmp_path, caplog):
     for now, path in ((NAMES, tag), (tuple(NAMES), tag), ([], tag), (['x'], old)):
         require_same_classes(make_config(''), now, str(path), logger)
     assert caplog.text == ''
+
+
+def test_names_that_are_no_texts_are_an_error_of_the_file(tmp_path):
+    torch.save({'model': {}, 'class_names': ['a', {'b': 1}]}, path := tmp_path / 'x.pth')
+    with pytest.raises(CheckpointError, match=r"x\.pth: class_names holds \{'b': 1\}"):
+        saved_classes(str(path))
