@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from internvl_ds.zero.muon.routing import is_muon, route_of, routes_of
-from internvl_ds.zero.passes.unused import ZeroEffect
+from internvl_ds.zero.passes.effect import ZeroEffect
 
 # State of DeepSpeed's own that move each element by itself. They cannot be tried on a copy: that
 # would end the original's.

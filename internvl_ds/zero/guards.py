@@ -24,7 +24,8 @@ from internvl_ds.errors import ConfigError, few
 from internvl_ds.zero.module_state import BARE
 from internvl_ds.zero.parameters import is_sharded, whole_numel
 from internvl_ds.zero.passes.agreement import Agreement, parameters_of
-from internvl_ds.zero.passes.unused import LeaveOut, Unused, ZeroEffect
+from internvl_ds.zero.passes.effect import ZeroEffect
+from internvl_ds.zero.passes.unused import LeaveOut, Unused
 from internvl_ds.zero.wrapper import Wrapper, replaced
 
 try:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -20,23 +20,10 @@ from internvl_ds.dist.group import current_group
 from internvl_ds.dist.rendezvous import connection, exchange, world_size
 from internvl_ds.errors import ConfigError, few
 from internvl_ds.zero.parameters import whole_numel
+from internvl_ds.zero.passes.effect import ZeroEffect
 from internvl_ds.zero.wrapper import Wrapper
 
 _WHAT = 'unused parameters'
-
-
-class ZeroEffect(NamedTuple):
-    """Whether an optimizer does with gradients of zero what it does without a gradient.
-
-    Attributes:
-        never: for a parameter that never has another gradient.
-        late: for one that has another in each update from some on.
-        at_times: for one that has another in some updates.
-    """
-
-    never: bool
-    late: bool
-    at_times: bool
 
 
 class Unused:
