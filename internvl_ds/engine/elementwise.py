@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from internvl_ds.engine.optimizer_trial import NOT_SETTINGS, OF_DEEPSPEED, copy_of
+from internvl_ds.engine.optimizer_trial import OF_DEEPSPEED, apart, copy_of, texts_of
 from internvl_ds.errors import ConfigError
 from internvl_ds.zero.muon.routing import fault_of_matrices, is_muon, route_of, routes_of
 from internvl_ds.zero.muon.step import movement, step_flat
@@ -81,8 +81,7 @@ def fault_of(optimizer: Any, stage: int, ranks: int, device: torch.device) -> st
     faults = _faults.setdefault(optimizer, {})
     for group, route in ((g, r) for g in optimizer.param_groups for r in routes_of(optimizer, g)):
         settings = {**group, **route} if stage else group
-        texts = tuple(sorted((k, repr(settings[k])) for k in settings.keys() - NOT_SETTINGS))
-        key = (texts, stage > 0, ranks > 1, device)
+        key = (texts_of(settings), stage > 0, ranks > 1, device)
         if key not in faults:
             faults[key] = _fault_of_group(optimizer, settings, stage, ranks, device)
         if faults[key]:
@@ -95,13 +94,9 @@ def _fault_of_group(
 ) -> str:
     if stage and _has_matrices(optimizer, settings) and (fault := fault_of_matrices(settings)):
         return fault
-    devices = [] if device.type == 'cpu' else [device]
     of_python = random.getstate()
     error: Exception | None = None
-    with (
-        torch.random.fork_rng(devices, device_type=device.type if devices else 'cuda'),
-        torch.compiler.set_stance('force_eager'),
-    ):
+    with apart(device):
         try:
             for sizes, dtype in _FORMS:
                 try:

@@ -69,6 +69,11 @@ def state_of_optimizer(optimizer: Any) -> Any:
     return getattr(optimizer, '_base_optimizer', optimizer).state
 
 
+def texts_of(settings: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """The settings of a parameter group as a key of what trials with them have shown."""
+    return tuple(sorted((key, repr(settings[key])) for key in settings.keys() - NOT_SETTINGS))
+
+
 def form_of(value: Any, shape: Sequence[int] | None = None) -> Form:
     """The form of a value (number, tensor, `Flat` or other) that an optimizer keeps for a tensor.
 
@@ -140,11 +145,10 @@ class Trials:
         self, updates: int, settings: Mapping[str, Any], tensor: torch.Tensor, shape: Sequence[int]
     ) -> Kept | None:
         """The state that a copy keeps for a blank tensor after updates; None if it cannot step."""
-        texts = sorted((key, repr(settings[key])) for key in settings.keys() - NOT_SETTINGS)
-        key = (updates, tuple(texts), shape, tensor.dtype, tensor.device)
+        key = (updates, texts_of(settings), shape, tensor.dtype, tensor.device)
         if key not in self._results:
             blank = torch.ones(shape, dtype=tensor.dtype, device=tensor.device)
-            with _apart(tensor.device):
+            with apart(tensor.device):
                 try:
                     self._results[key] = _keeps_after(self.optimizer, settings, blank, updates)
                 except Exception:  # it needs a closure, or more than its class says
@@ -185,7 +189,7 @@ def effect_of_zeros(optimizer: Any, settings: Mapping[str, Any]) -> ZeroEffect:
     if type(optimizer).__module__.startswith('deepspeed.'):
         return ZeroEffect(not settings.get('weight_decay', 0.0), late=False, at_times=False)
     effects = _effects.setdefault(optimizer, {})
-    key = tuple(sorted((k, repr(settings[k])) for k in settings.keys() - NOT_SETTINGS))
+    key = texts_of(settings)
     if key not in effects:
         never, late, rare = [None] * 8, [None, None, *[1.0] * 8], [None, 1.0, None, 1.0, None] * 2
         same = (_zeros_are_none(optimizer, settings, turns) for turns in (never, late, rare))
@@ -215,7 +219,7 @@ def _moved(
     is_matrix = is_muon(optimizer) and bool(route_of(optimizer, settings))
     device = next((p.device for p in settings['params']), torch.device('cpu'))
     parameter = nn.Parameter(torch.ones(_MATRIX if is_matrix else _SMALL, device=device))
-    with _apart(device):
+    with apart(device):
         trial, _ = _trial_of(optimizer, {**settings, 'lr': 0.01}, parameter)
         for gradient in gradients:
             value = empty if gradient is None else gradient
@@ -233,7 +237,7 @@ def starts_with_zeros(optimizer: Any, settings: Mapping[str, Any]) -> bool:
         return type(optimizer).__name__ in OF_DEEPSPEED
     parameter = nn.Parameter(torch.ones(_SMALL))
     try:
-        with _apart(parameter.device):
+        with apart(parameter.device):
             trial, _ = _trial_of(optimizer, settings, parameter)
             parameter.grad = torch.zeros_like(parameter)
             type(optimizer).step(trial)
@@ -244,7 +248,7 @@ def starts_with_zeros(optimizer: Any, settings: Mapping[str, Any]) -> bool:
 
 
 @contextmanager
-def _apart(device: torch.device) -> Iterator[None]:
+def apart(device: torch.device) -> Iterator[None]:
     """Around a trial: it draws none of the program's random numbers, and is not compiled."""
     devices = [] if device.type == 'cpu' else [device]
     with (

@@ -113,8 +113,8 @@ def guard(wrapper: Wrapper, effect: Callable[[Any, Any], ZeroEffect]) -> None:
     if agreement is None:
         leave_out = LeaveOut(wrapper)
         # timm's Lookahead calls no hooks of its own.
-        inner = getattr(client, '_base_optimizer', client)
-        inner.register_step_pre_hook(lambda *_: leave_out.apply() if wrapper.alive else None)
+        apply = leave_out.apply
+        wrapper.inner.register_step_pre_hook(lambda *_: apply() if wrapper.alive else None)
     else:
         wrapper.forget_passes = agreement.forget
     engine.step = functools.partial(_engine_step, weakref.ref(wrapper))

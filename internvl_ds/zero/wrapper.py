@@ -76,6 +76,11 @@ class Wrapper:
         return self.engine.basic_optimizer
 
     @property
+    def inner(self) -> Any:
+        """The optimizer that keeps the state: `client`, or the one inside timm's Lookahead."""
+        return getattr(self.client, '_base_optimizer', self.client)
+
+    @property
     def names(self) -> Mapping[torch.Tensor, str]:
         """The name of each parameter of the module, as the engine was made."""
         return self.engine.param_names

@@ -91,11 +91,15 @@ def test_threads_meet_after_the_process_group_is_gone(tmp_path):
     assert results == [[0, 1], [0, 1]]
 
 
+def left_by_rank_0(folder):
+    (path,) = folder.glob('ranks-*/result_0.json')
+    return json.loads(path.read_text())
+
+
 @pytest.mark.ranks
 def test_who_dies_having_come_is_not_waited_for(tmp_path):
     run_ranks(waiting.a_rank_dies_as_it_comes, 2, tmp_path, expect_failure=True, folder=tmp_path)
-    (path,) = tmp_path.glob('ranks-*/result_0.json')
-    seconds, message = json.loads(path.read_text())
+    seconds, message = left_by_rank_0(tmp_path)
     assert (seconds < 15, message) == (True, 'no error')
 
 
@@ -105,8 +109,7 @@ def test_a_collective_that_failed_in_a_meeting_counts_as_its_wait(tmp_path):
         waiting.a_collective_in_a_meeting, 2, tmp_path, 60, expect_failure=True, grace=0,
         folder=tmp_path,
     )  # fmt: skip
-    (path,) = tmp_path.glob('ranks-*/result_0.json')
-    seconds, message = json.loads(path.read_text())
+    seconds, message = left_by_rank_0(tmp_path)
     assert 5 <= seconds < 9, seconds  # not 5 in each
     assert re.match(r'RankError: x: rank 0 waited 1 s and rank 1 .* Its own part failed: ', message)
 
@@ -152,8 +155,7 @@ def test_a_rank_says_where_it_stands_before_a_collective_of_a_device_times_out(t
         waiting.a_rank_stands_still_beside_a_device, 2, tmp_path, 90, expect_failure=True, grace=0,
         folder=tmp_path,
     )  # fmt: skip
-    (path,) = tmp_path.glob('ranks-*/result_0.json')
-    moving, words = json.loads(path.read_text())
+    moving, words = left_by_rank_0(tmp_path)
     assert moving == []
     assert len(words) == 1
     assert re.match(

@@ -106,8 +106,7 @@ def _without_state(wrapper: Wrapper, names: set[str]) -> set[str]:
     calls it.
     """
     layout, rank = wrapper.partitioning()
-    client, masters = wrapper.client, list(wrapper.masters().values())
-    state = getattr(client, '_base_optimizer', client).state
+    state, masters = wrapper.inner.state, list(wrapper.masters().values())
     moved = set()
     for name in sorted(names):
         for place in layout.places(name):
