@@ -61,9 +61,10 @@ _C.MODEL.TYPE = 'intern_vit_6b'  # 'timm' builds MODEL.NAME through timm
 _C.MODEL.NAME = 'intern_vit_6b'
 _C.MODEL.FACTORY = ''  # (new) 'package.module:function', called with the config; wins over TYPE
 _C.MODEL.KWARGS = CN(new_allowed=True)  # (new) further keyword arguments for timm.create_model
-# Weights to start from: a tag, .pth, .safetensors, https or Hugging Face Hub address; not read
-# where MODEL.RESUME is found.
+# Weights to start from: a tag, .pth, .safetensors, https or Hugging Face Hub address, or 'timm',
+# those that timm has for the model; not read where MODEL.RESUME is found.
 _C.MODEL.PRETRAINED = ''
+_C.MODEL.PRETRAINED_KEY = ''  # (new) the entry of a file to take, as 'teacher'; '': the first known
 _C.MODEL.PRETRAINED_EMA = False  # (new) take the averaged weights of a tag or a checkpoint
 _C.MODEL.PRETRAINED_RENAME = []  # (new) pairs of a regular expression and its replacement
 # (new) Share of the model's parameters that must be in the checkpoint.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from yacs.config import CfgNode
 from internvl_ds.checkpoint.frozen.sources import named_in_config
 from internvl_ds.checkpoint.restore import given_by_backbone
 from internvl_ds.checkpoint.sources import downloads
-from internvl_ds.checkpoint.sources.open_weights import open_weights
+from internvl_ds.checkpoint.sources.open_weights import averaged_in, open_weights
 from internvl_ds.checkpoint.tag.discovery import is_tag, read_manifest
 from internvl_ds.checkpoint.tag.verify import damage, share_of, weight_files
 from internvl_ds.config.choices import require_one_of
@@ -30,7 +31,7 @@ from internvl_ds.engine.registry import find_engine
 from internvl_ds.errors import PretrainedError, RankError
 from internvl_ds.files.addresses import shown
 from internvl_ds.files.reading import interpreting
-from internvl_ds.pretrained import apply, head, transforms
+from internvl_ds.pretrained import apply, head, timm_weights, transforms, unwrapping
 from internvl_ds.pretrained.classifier import classifier_layers
 from internvl_ds.pretrained.known_formats import through_timm
 from internvl_ds.pretrained.open_engine import open_engine
@@ -105,6 +106,8 @@ def _load(
     path = str(get_option(config, 'MODEL.PRETRAINED', ''))
     if not path:
         raise PretrainedError('MODEL.PRETRAINED is empty: there are no weights to load')
+    if path == timm_weights.NAME:
+        path = timm_weights.address_of(model)
     decide = functools.partial(_decide, config, path, model)
     return load_planned(config, model, decide, logger)
 
@@ -192,13 +195,20 @@ def _decide(config: CfgNode, path: str, model: nn.Module) -> Plan:
     """Opens the weights and adapts them. Reads files; no collective."""
     name, path = shown(path), downloads.local(path, config)
     _verify_share(path)
-    ema = bool(get_option(config, 'MODEL.PRETRAINED_EMA', False))
+    averaged = bool(get_option(config, 'MODEL.PRETRAINED_EMA', False))
+    in_file = averaged and not os.path.isdir(path)
+    if in_file and get_option(config, 'MODEL.PRETRAINED_KEY', ''):
+        raise PretrainedError('MODEL.PRETRAINED_KEY and PRETRAINED_EMA are set: set one of them')
+    front: tuple[str, ...] = ()
     with interpreting(path, PretrainedError):
-        source = open_weights(path, ema=ema)
+        source = open_weights(path, ema=averaged and not in_file)
+        if in_file:
+            entry, source = averaged_in(source, path)
+            front = (entry,)
     try:
         with interpreting('the file', PretrainedError):
             plan = _adapt(config, name, source, model)
-            return replace(plan, origins=origins_in(path, source, plan.state, model, ema=ema))
+            return replace(plan, origins=origins_in(path, source, plan.state, model, front=front))
     except PretrainedError as error:
         raise PretrainedError(f'{name}: {error}') from error
 
@@ -206,18 +216,21 @@ def _decide(config: CfgNode, path: str, model: nn.Module) -> Plan:
 def _adapt(config: CfgNode, path: str, source: State, model: nn.Module) -> Plan:
     specs = apply.describe(model)
     rename = get_option(config, 'MODEL.PRETRAINED_RENAME', [])
-    naming: tuple[Step, ...] = (
-        transforms.unwrap,
+    taking: tuple[Step, ...] = (
+        unwrapping.unwrap_by(str(get_option(config, 'MODEL.PRETRAINED_KEY', ''))),
         transforms.rename_by(rename),
-        transforms.take_student,
-        transforms.take_sim,
-        transforms.strip_prefixes,
+        unwrapping.take_part,
+    )
+    raw, taking_notes = run_steps(taking, source, specs)
+    naming: tuple[Step, ...] = (
+        unwrapping.strip_prefixes,
         transforms.rename_internvit,
-        functools.partial(through_timm, model),
+        functools.partial(through_timm, model, raw),
         transforms.drop_rebuilt,
     )
-    state, notes = run_steps(naming, source, specs)
-    apply.require_overlap(state, specs)
+    state, naming_notes = run_steps(naming, raw, specs)
+    notes = taking_notes + naming_notes
+    apply.require_overlap(state, specs, notes)
     state, size_notes = run_steps(_SIZING, state, specs)
     rand_init = bool(get_option(config, 'TRAIN.RAND_INIT_FT_HEAD', False))
     layers = head.other_layers(classifier_layers(model), state, specs)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from internvl_ds.errors import PretrainedError, few
-from internvl_ds.pretrained.transforms import Specs, State, TensorSpec, is_weight, read
+from internvl_ds.pretrained.transforms import Note, Specs, State, TensorSpec, is_weight, read
 from internvl_ds.zero.lazy_tensor import Flat
 from internvl_ds.zero.parameters import (
     copy_slice,
@@ -88,12 +88,18 @@ def _pair(value: Any) -> tuple[int, int]:
     return (int(value[0]), int(value[1])) if isinstance(value, tuple | list) else (value, value)
 
 
-def require_overlap(state: State, specs: Specs) -> None:
-    """Raises PretrainedError, naming the first keys of both, when they have no key in common."""
+def require_overlap(state: State, specs: Specs, notes: Iterable[Note] = ()) -> None:
+    """Raises PretrainedError when the two have no key in common.
+
+    It names the first keys of both, and what the steps did before, by their ``notes``.
+    """
     if not any(key in specs for key in state):
+        steps = '; '.join(note.text for note in notes)
         raise PretrainedError(
             f'no key of the checkpoint is in the model: the checkpoint has '
-            f'{few(list(state)) or "none"}; the model has {few(list(specs)) or "none"}'
+            f'{few(list(state)) or "none"}{steps and f" ({steps})"}; the model has '
+            f'{few(list(specs)) or "none"}. MODEL.PRETRAINED_KEY names what to take of the file, '
+            'and MODEL.PRETRAINED_RENAME the names that the model has'
         )
 
 

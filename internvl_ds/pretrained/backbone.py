@@ -21,7 +21,7 @@ from internvl_ds.checkpoint.sources.open_weights import open_weights
 from internvl_ds.errors import PretrainedError, few
 from internvl_ds.files.addresses import repository_at, shown
 from internvl_ds.files.reading import interpreting, read_json
-from internvl_ds.pretrained import apply, transforms
+from internvl_ds.pretrained import apply, transforms, unwrapping
 from internvl_ds.pretrained.api import Plan, load_planned, run_steps
 from internvl_ds.pretrained.places import origins_in
 from internvl_ds.pretrained.report import PretrainedReport
@@ -142,7 +142,7 @@ def _require_settings(saved: Mapping[str, Any], running: Mapping[str, Any], wher
 def _adapt(source: State, model: nn.Module, backbone: Backbone, name: str) -> Plan:
     specs = apply.describe(model)
     steps: tuple[Step, ...] = (
-        transforms.unwrap,
+        unwrapping.unwrap,
         transforms.rename_by(backbone.renames, 'renamed'),
         functools.partial(_resize, backbone),
     )

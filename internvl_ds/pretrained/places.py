@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -12,9 +12,11 @@ from internvl_ds.checkpoint.tag.discovery import is_tag
 from internvl_ds.pretrained.transforms import State
 from internvl_ds.zero.origins import Origin
 
+_DEPTH = 4  # of mappings within mappings
+
 
 def origins_in(
-    path: str, source: State, state: State, model: nn.Module, *, ema: bool = False
+    path: str, source: State, state: State, model: nn.Module, *, front: Sequence[str] = ()
 ) -> dict[str, Origin | None]:
     """For each written value its place in the file, if it stands there unchanged.
 
@@ -23,14 +25,11 @@ def origins_in(
         source: as opened, before any step.
         state: key of the model -> value.
         model: that it is written into.
-        ema: whether ``source`` is what the file has under model_ema.
+        front: the keys under which ``source`` lies in the file.
     """
     if Path(path).is_dir() and is_tag(Path(path)):
         return {}
-    front = ('model_ema',) if ema else ()
-    inner = {name: value for name, value in source.items() if isinstance(value, Mapping)}
-    places = {id(v): (*front, n, k) for n, part in inner.items() for k, v in part.items()}
-    places |= {id(value): (*front, name) for name, value in source.items()}
+    places = dict(_places_in(source, tuple(front)))
     # A detached parameter would be gathered, in a model that is being built in slices.
     kept = model.state_dict(keep_vars=True)
     dtypes = {name: str(tensor.dtype).removeprefix('torch.') for name, tensor in kept.items()}
@@ -39,3 +38,12 @@ def origins_in(
         key: Origin(where, place, (dtypes[key],)) if (place := places.get(id(value))) else None
         for key, value in state.items()
     }
+
+
+def _places_in(source: State, front: tuple[str, ...]) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """The identity of each value, and its keys; those nearest to the top come last."""
+    for name, value in source.items() if len(front) < _DEPTH else ():
+        if isinstance(value, Mapping):
+            yield from _places_in(value, (*front, name))
+    for name, value in source.items():
+        yield id(value), (*front, name)

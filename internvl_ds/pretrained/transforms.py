@@ -60,13 +60,6 @@ class Result(NamedTuple):
 Step = Callable[[State, Specs], Result]
 
 _REBUILT = ('relative_position_index', 'relative_coords_table', 'attn_mask')
-_PREFIXES = ('module.', '_orig_mod.', 'backbone.', 'vision_model.')
-_SIM_RENAMES = {
-    'fc_norm.weight': 'clip.classifier_ln.weight',
-    'fc_norm.bias': 'clip.classifier_ln.bias',
-    'head.weight': 'clip.classifier.weight',
-    'head.bias': 'clip.classifier.bias',
-}
 
 # InternViT in the Hugging Face naming -> the original's, which timm's vit_intern300m has too.
 INTERNVIT_RENAMES = (
@@ -76,59 +69,6 @@ INTERNVIT_RENAMES = (
     (r'^encoder\.layers\.(\d+)\.(ls[12])$', r'blocks.\1.\2.gamma'),
     (r'^encoder\.layers\.(\d+)\.', r'blocks.\1.'),
 )
-
-
-def unwrap(state: State, specs: Specs) -> Result:
-    """Takes the state dict out of a checkpoint: under ``model``, else ``module``, else itself."""
-    name = next((n for n in ('model', 'module') if isinstance(state.get(n), Mapping)), None)
-    inner: State = state if name is None else state[name]
-    odd = next((key for key in inner if not isinstance(key, str)), None)
-    if odd is not None:
-        raise PretrainedError(f'not a state dict: {odd!r} is a key, and keys are names')
-    if name is None:
-        return Result(inner)
-    return Result(inner, (Note(f'took the {len(inner)} entries under {name!r}'),))
-
-
-def take_student(state: State, specs: Specs) -> Result:
-    """Keeps the student of a student-teacher checkpoint, recognised by its first key."""
-    first = _first_key(state)
-    if 'student' not in first and 'teacher' not in first:
-        return Result(state)
-    entries = {
-        key.replace('student.', ''): value
-        for key, value in state.items()
-        if 'student' in key and 'student_proj' not in key and 'teacher' not in key
-    }
-    return Result(entries, (Note(f'took the student: {len(entries)} of {len(state)} entries'),))
-
-
-def take_sim(state: State, specs: Specs) -> Result:
-    """Keeps the backbone of a SIM checkpoint, and takes its CLIP classifier as norm and head."""
-    if 'mask_token' not in _first_key(state):
-        return Result(state)
-    entries = {
-        key.replace('dcnv3.', ''): value
-        for key, value in state.items()
-        if ('dcnv3' in key or 'clip_projector' in key) and 'mm_dcnv3' not in key
-    }
-    entries |= {new: state[old] for new, old in _SIM_RENAMES.items() if old in state}
-    note = Note(f'took the SIM backbone and classifier: {len(entries)} of {len(state)} entries')
-    return Result(entries, (note,))
-
-
-def strip_prefixes(state: State, specs: Specs) -> Result:
-    """Takes off the wrappers' prefixes that the model does not have: ``module.`` and the like."""
-    notes: list[Note] = []
-    count = -1
-    while len(notes) != count:
-        count = len(notes)
-        for prefix in _PREFIXES:
-            keys = sum(key.startswith(prefix) for key in state)
-            if keys and not any(key.startswith(prefix) for key in specs):
-                state = _rename(state, {key: key.removeprefix(prefix) for key in state})
-                notes.append(Note(f'took the prefix {prefix} off {keys} keys'))
-    return Result(state, tuple(notes))
 
 
 def rename_internvit(state: State, specs: Specs) -> Result:
@@ -158,7 +98,7 @@ def rename_by(pairs: Sequence[Sequence[str]], what: str = 'renamed') -> Step:
         count = sum(key != name for key, name in names.items())
         if not count:
             return Result(state)
-        return Result(_rename(state, names), (Note(f'{what} {count} keys'),))
+        return Result(renamed(state, names), (Note(f'{what} {count} keys'),))
 
     return rename
 
@@ -295,14 +235,10 @@ def _by(grid: Sequence[int]) -> str:
     return 'x'.join(map(str, grid))
 
 
-def _rename(state: State, names: Mapping[str, str]) -> dict[str, Any]:
+def renamed(state: State, names: Mapping[str, str]) -> dict[str, Any]:
     """The state under new names, of which no two may be the same."""
     new = {names[key]: value for key, value in state.items()}
     if len(new) < len(state):
         repeats = [name for name, count in Counter(names.values()).items() if count > 1]
         raise PretrainedError(f'several keys of the checkpoint become {repeats[0]}')
     return new
-
-
-def _first_key(state: State) -> str:
-    return next(iter(state), '')

@@ -38,6 +38,7 @@ from internvl_ds.engine.grad_scaler import NativeScalerWithGradNormCount
 from internvl_ds.engine.initialize import initialize
 from internvl_ds.errors import ConfigError, few
 from internvl_ds.files import for_show
+from internvl_ds.pretrained import timm_weights
 from internvl_ds.train.data import Loaders, build_loaders, order_of
 from internvl_ds.train.log import write_config
 from internvl_ds.train.model import build_model
@@ -145,6 +146,8 @@ def setup(config: CfgNode, ds_config: DsConfig, logger: logging.Logger) -> Run:
     if config.THROUGHPUT_MODE:  # any weights are as fast
         engine = _inference_engine(config, model, resolution)
         return Run(config, logger, loaders, engine, NativeScalerWithGradNormCount())
+    if config.MODEL.PRETRAINED == timm_weights.NAME:
+        set_options(config, {'MODEL.PRETRAINED': timm_weights.address_of(model)})
     _choose_resume(config, logger)
     if config.MODEL.PRETRAINED and not config.MODEL.RESUME:
         _compare_pretrained_classes(config, loaders.classes, logger)

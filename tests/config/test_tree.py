@@ -262,6 +262,7 @@ def test_keys_that_the_original_lacks_are_these():
         'MODEL.FACTORY',
         'MODEL.KWARGS',
         'MODEL.PRETRAINED_EMA',
+        'MODEL.PRETRAINED_KEY',
         'MODEL.PRETRAINED_MIN_MATCH',
         'MODEL.PRETRAINED_READERS',
         'MODEL.PRETRAINED_RENAME',

@@ -217,7 +217,7 @@ def test_value_that_is_no_tensor(load):
 
 
 def test_nothing_in_common(load, tmp_path):
-    state = {f'backbone.{key}': value for key, value in Net().state_dict().items()}
+    state = {f'net.{key}': value for key, value in Net().state_dict().items()}
     with pytest.raises(PretrainedError) as caught:
         load({'state_dict': state, 'epoch': 1}, Net())
     text = str(caught.value)

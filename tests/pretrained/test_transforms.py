@@ -17,77 +17,6 @@ def numbered(*keys):
     return {key: torch.tensor(i) for i, key in enumerate(keys)}
 
 
-@pytest.mark.parametrize('name', ['model', 'module'])
-def test_unwrap_takes_the_named_entry(name):
-    inner = numbered('a', 'b')
-    result = transforms.unwrap({'epoch': 3, name: inner}, {})
-    assert result.state is inner
-    assert result.notes == (Note(f"took the 2 entries under '{name}'"),)
-
-
-def test_unwrap_prefers_model_and_else_takes_the_mapping_itself():
-    inner, other, bare = numbered('a'), numbered('b'), numbered('c')
-    assert transforms.unwrap({'module': other, 'model': inner}, {}).state is inner
-    assert transforms.unwrap({'module': other, 'model': None}, {}).state is other
-    assert transforms.unwrap(bare, {}) == (bare, ())
-    # A parameter may have that name.
-    tensors = numbered('model', 'head')
-    assert transforms.unwrap(tensors, {}).state is tensors
-
-
-def test_unwrap_refuses_what_is_no_state_dict():
-    with pytest.raises(PretrainedError, match='not a state dict: 7 is a key'):
-        transforms.unwrap({'model': {7: torch.zeros(1)}}, {})
-
-
-@pytest.mark.parametrize('first', ['student.x', 'teacher.x'])
-def test_take_student(first):
-    state = numbered(first, 'student.a.weight', 'teacher.a.weight', 'student_proj.b', 'other')
-    before = dict(state)
-    result = transforms.take_student(state, {})
-    expected = {'x': state['student.x']} if first == 'student.x' else {}
-    assert result.state == expected | {'a.weight': state['student.a.weight']}
-    assert state == before
-    assert result.notes == (Note(f'took the student: {len(result.state)} of 5 entries'),)
-
-
-def test_take_student_looks_at_the_first_key_only():
-    state = numbered('a', 'student.a')
-    assert transforms.take_student(state, {}) == (state, ())
-    assert transforms.take_student({}, {}) == ({}, ())
-
-
-def test_take_sim():
-    state = numbered(
-        'mask_token',
-        'dcnv3.levels.0.weight',
-        'mm_dcnv3.levels.0.weight',
-        'clip_projector.norm.weight',
-        'decoder.weight',
-        'clip.classifier_ln.weight',
-        'clip.classifier_ln.bias',
-        'clip.classifier.weight',
-        'clip.classifier.bias',
-    )
-    result = transforms.take_sim(state, {})
-    assert result.state == {
-        'levels.0.weight': state['dcnv3.levels.0.weight'],
-        'clip_projector.norm.weight': state['clip_projector.norm.weight'],
-        'fc_norm.weight': state['clip.classifier_ln.weight'],
-        'fc_norm.bias': state['clip.classifier_ln.bias'],
-        'head.weight': state['clip.classifier.weight'],
-        'head.bias': state['clip.classifier.bias'],
-    }
-    assert result.notes == (Note('took the SIM backbone and classifier: 6 of 9 entries'),)
-
-
-def test_take_sim_without_a_classifier_and_of_other_files():
-    state = numbered('mask_token', 'dcnv3.a')
-    assert transforms.take_sim(state, {}).state == {'a': state['dcnv3.a']}
-    other = numbered('a', 'mask_token')
-    assert transforms.take_sim(other, {}) == (other, ())
-
-
 def test_drop_rebuilt():
     state = numbered(
         'l.0.relative_position_index', 'l.0.w', 'l.0.attn_mask', 'l.0.relative_coords_table'
@@ -267,23 +196,6 @@ def test_resize_patch_embed(dtype):
     assert torch.allclose(result.state[key].double().flatten(2), expected, rtol=0, atol=1e-4)
     assert result.state[key].dtype == torch.float32
     assert result.notes == (Note('resized patch_embed.proj.weight 14x14 -> 16x16'),)
-
-
-def test_strip_prefixes_that_the_model_does_not_have():
-    state = numbered('module._orig_mod.backbone.a.w', 'module.head.w')
-    target = specs(a__w=torch.zeros(1), head__w=torch.zeros(1))
-    result = transforms.strip_prefixes(state, target)
-    assert list(result.state) == ['a.w', 'head.w']
-    assert [note.text for note in result.notes] == [
-        'took the prefix module. off 2 keys',
-        'took the prefix _orig_mod. off 1 keys',
-        'took the prefix backbone. off 1 keys',
-    ]
-    own = specs(backbone__a=torch.zeros(1))
-    kept = numbered('backbone.a')
-    assert transforms.strip_prefixes(kept, own) == (kept, ())
-    with pytest.raises(PretrainedError, match='several keys of the checkpoint become a'):
-        transforms.strip_prefixes(numbered('module.a', 'a'), specs(a=torch.zeros(1)))
 
 
 def test_internvit_of_the_hugging_face_naming():

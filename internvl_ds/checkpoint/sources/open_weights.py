@@ -17,6 +17,8 @@ from internvl_ds.checkpoint.tag.discovery import is_tag
 from internvl_ds.errors import CheckpointError, PretrainedError, few
 from internvl_ds.files.addresses import is_address
 
+# Averaged weights in files of the original and of timm, and of others.
+_AVERAGES = ('model_ema', 'state_dict_ema', 'ema_state_dict', 'ema')
 _log = logging.getLogger(__name__)
 
 
@@ -26,7 +28,7 @@ def open_weights(path: str, *, ema: bool = False) -> Mapping[str, Any]:
     Args:
         path: as `open_file` takes it; or a tag of this package or of DeepSpeed; or an address, as
             `downloads.fetch` takes it.
-        ema: take the averaged weights: of a tag, or under ``model_ema`` of a file.
+        ema: take the averaged weights: of a tag, or of a file those that `averaged_in` finds.
     """
     if not path:
         raise PretrainedError('the path of the weights is empty')
@@ -37,11 +39,19 @@ def open_weights(path: str, *, ema: bool = False) -> Mapping[str, Any]:
     if ema and os.path.isdir(path):
         raise PretrainedError(f'{path}: holds no averaged weights: it is no tag directory')
     source = open_file(path)
-    if not ema:
-        return source
-    if not isinstance(source.get('model_ema'), Mapping):
-        raise PretrainedError(f'{path}: holds no averaged weights (no model_ema in it)')
-    return source['model_ema']
+    return averaged_in(source, path)[1] if ema else source
+
+
+def averaged_in(source: Mapping[str, Any], path: str) -> tuple[str, Mapping[str, Any]]:
+    """The entry of an opened file that holds averaged weights, and what is in it.
+
+    Raises:
+        PretrainedError: naming the path, where there is none.
+    """
+    name = next((n for n in _AVERAGES if isinstance(source.get(n), Mapping)), None)
+    if name is None:
+        raise PretrainedError(f'{path}: holds no averaged weights (no {few(_AVERAGES)} in it)')
+    return name, source[name]
 
 
 def _open_tag(path: Path, ema: bool) -> Mapping[str, Any]:

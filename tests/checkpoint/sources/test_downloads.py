@@ -464,7 +464,7 @@ def hub(server, tmp_path):
     """Serves files as the hub does: from a CDN at another host, by a signed link."""
     commit = 'a' * 40
 
-    def add(path, content, revisions=('main', 'v1')):
+    def add(path, content, revisions=('main', 'v1'), repository='org/model'):
         digest = hashlib.sha256(content).hexdigest()
 
         def resolve(handler):
@@ -475,12 +475,12 @@ def hub(server, tmp_path):
             )  # fmt: skip
 
         for revision in (*revisions, commit):
-            server.answers[f'/org/model/resolve/{revision}/{path}'] = resolve
+            server.answers[f'/{repository}/resolve/{revision}/{path}'] = resolve
         server.answers.setdefault(f'/cdn/{digest}', content)
         return f'/cdn/{digest}'
 
-    def run(*addresses, **env):
-        command = [sys.executable, '-c', HUB, *addresses]
+    def run(*addresses, script=HUB, **env):
+        command = [sys.executable, '-c', script, *addresses]
         variables = {
             'HF_ENDPOINT': server.url(''), 'HF_HOME': str(tmp_path / 'hf'), 'HF_TOKEN': 'hf_token1',
             'TORCH_HOME': str(tmp_path / 'torch'), 'SSL_CERT_FILE': str(server.certificate), **env,
