@@ -32,7 +32,6 @@ _PRELOADED = (
     'deepspeed.module_inject.auto_ep_config',
     'deepspeed.runtime.zero.stage3',
     'deepspeed.runtime.zero.stage_1_and_2',
-    'deepspeed.runtime.zero.muon.original_muon',
 )
 
 _parents: dict[str, subprocess.Popen] = {}
@@ -75,7 +74,9 @@ def preload() -> None:
         with contextlib.suppress(ModuleNotFoundError):  # of another version of DeepSpeed
             importlib.import_module(name)
     from internvl_ds.config.ds.schema import installed
+    from internvl_ds.zero.muon.deferred import import_muon
 
+    import_muon()
     installed()  # read once, not by each rank: half a second
     gc.freeze()  # or every collection in a fork goes through all of these modules
 
