@@ -19,7 +19,6 @@ from tests.harness import beds
 from tests.harness.counts import SOAK
 from tests.harness.ranks import run_ranks
 
-
 # All three are ended by the same exit function.
 SOAK_ONLY = pytest.mark.soak_only
 WAYS = [
