@@ -112,7 +112,10 @@ def train_one_epoch(state: Run, epoch: int) -> dict[str, float]:
             labels = labels.to(engine.device, non_blocking=True)
             if state.loaders.mixup is not None:
                 images, labels = state.loaders.mixup(images, labels)
-            loss = criterion(engine(images.to(dtype)).float(), labels)
+            logits = engine(images.to(dtype)).float()
+            loss = criterion(logits, labels)
+            if state.teacher is not None:
+                loss = state.teacher.joined(loss, logits, images)
             group_size = min(steps, total - index // steps * steps)
             boundary = (index + 1) % steps == 0 or index + 1 == total
             norm = state.scaler(

@@ -39,7 +39,5 @@ def _epoch(data: str, output: Path, stage: int, how: str) -> dict[str, Any]:
         'module': [buffers[name].tolist() for name in STATISTICS],
         'average': [state.ema.buffers()[name].tolist() for name in STATISTICS],
         'tag': [saved[f'model/{name}'].whole().tolist() for name in STATISTICS],
-        'tag average': [
-            tensors[f'ema/{name}'].whole(torch.float32).tolist() for name in STATISTICS
-        ],
+        'tag average': [saved[f'ema/{name}'].whole().tolist() for name in STATISTICS],
     }

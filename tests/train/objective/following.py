@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
-from timm.loss import BinaryCrossEntropy
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy
+from timm.task import LogitDistillationTask
 from torch import nn
 
 from internvl_ds.dist.rendezvous import world_size
@@ -51,10 +53,43 @@ def _batches(config: Any, rank: int, multi_hot: bool) -> Iterator[tuple[torch.Te
         yield loaders.mixup(images, labels) if loaders.mixup else (images, labels)
 
 
+def _plain_loss(config: Any, model: nn.Module, bce: dict[str, Any] | None) -> Any:
+    """What a plain loop computes of images and targets, of timm's and torch's own parts."""
+    if bce is not None:
+        criterion = BinaryCrossEntropy(**bce)
+        return lambda images, targets: criterion(model(images), targets)
+    settings, criterion = config.TRAIN.DISTILL, LabelSmoothingCrossEntropy(0.1)
+    teacher = timm.create_model(settings.TEACHER, num_classes=3)
+    teacher.load_state_dict(torch.load(settings.PRETRAINED))
+    task = LogitDistillationTask(
+        model, teacher, criterion, task_loss_weight=1 - settings.ALPHA,
+        temperature=settings.TEMPERATURE, verbose=False,
+    )  # fmt: skip
+    if settings.TYPE == 'soft':
+        return lambda images, targets: task(images, targets)['loss']
+
+    def hard(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logits = model(images)
+        seen = task.teacher.normalize_input(images, task.student_mean, task.student_std)
+        part = nn.functional.cross_entropy(logits, teacher(seen).argmax(-1))
+        loss: torch.Tensor = (1 - settings.ALPHA) * criterion(logits, targets)
+        return loss + settings.ALPHA * part
+
+    return hard
+
+
 def follow_plain_loop(
-    data: str, output: str, stage: int, opts: dict[str, Any], bce: dict[str, Any], multi_hot: bool
+    data: str,
+    output: str,
+    stage: int,
+    opts: dict[str, Any],
+    bce: dict[str, Any] | None = None,
+    multi_hot: bool = False,
 ) -> dict[str, Any]:
-    """One epoch with ``opts``, and of a plain loop with timm's own loss, made of ``bce``."""
+    """One epoch with ``opts``, and of a plain loop with timm's own loss, made of ``bce``.
+
+    Without ``bce`` the loop distils as timm's task does.
+    """
     config = small_config(
         Path(data), OUTPUT=output, DATA__BATCH_SIZE=2, TRAIN__OPTIMIZER__NAME='sgd',
         TRAIN__BASE_LR=1.0, TRAIN__EPOCHS=1, TRAIN__WARMUP_EPOCHS=0, MODEL__DROP_PATH_RATE=0.0,
@@ -69,14 +104,16 @@ def follow_plain_loop(
     record = train_one_epoch(state, 0)
 
     seed_everything(config.SEED)
-    model, criterion = build_model(config).train(), BinaryCrossEntropy(**bce)
+    model = build_model(config)
+    loss_of = _plain_loss(config, model, bce)
+    model.train()
     lrs = scaled_lrs(config, world_size())
     optimizer = build_optimizer(config, model, lrs.base)
     scheduler = build_scheduler(config, optimizer, 7, lrs)
     shares = [list(_batches(config, other, multi_hot)) for other in range(world_size())]
     losses = []
     for index, of_ranks in enumerate(zip(*shares, strict=True)):
-        parts = [criterion(model(images), targets) for images, targets in of_ranks]
+        parts = [loss_of(images, targets) for images, targets in of_ranks]
         losses.append(sum(part.item() for part in parts) / len(parts))
         (sum(parts) / len(parts)).backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.TRAIN.CLIP_GRAD)

@@ -26,6 +26,19 @@ def check(tmp_path, capsys, *opts):
             ['TRAIN.LOSS', 'bce', 'TRAIN.BCE_TARGET_THRESH', '1.5'],
             'TRAIN.BCE_TARGET_THRESH is 1.5; it takes a number from 0 to 1, or None',
         ),
+        (['TRAIN.DISTILL.TEACHER', 'resnet18'], "and TRAIN.DISTILL.PRETRAINED '': set both"),
+        (['TRAIN.DISTILL.PRETRAINED', 'a.pth'], "TRAIN.DISTILL.TEACHER is '' and"),
+        (
+            ['TRAIN.DISTILL.TEACHER', 'resnet', 'TRAIN.DISTILL.PRETRAINED', 'a.pth'],
+            "TRAIN.DISTILL.TEACHER 'resnet': timm has no such model",
+        ),
+        (['TRAIN.DISTILL.TYPE', 'firm'], "TRAIN.DISTILL.TYPE is 'firm'; it can be 'soft', 'hard'"),
+        (['TRAIN.DISTILL.ALPHA', '1.5'], 'TRAIN.DISTILL.ALPHA is 1.5, and a share'),
+        (['TRAIN.DISTILL.TEMPERATURE', '0.0'], 'TEMPERATURE is 0.0; it takes a number above 0'),
+        (
+            ['TRAIN.DISTILL.TYPE', 'hard', 'TRAIN.DISTILL.TEMPERATURE', '2.0'],
+            "TRAIN.DISTILL.TEMPERATURE 2.0 is of TRAIN.DISTILL.TYPE 'soft', and that is 'hard'",
+        ),
         (
             ['DATA.REPEATED_AUG', '3', 'DATA.IMG_ON_MEMORY', 'True'],
             'DATA.REPEATED_AUG 3 has several ranks read an image, and DATA.IMG_ON_MEMORY True',
