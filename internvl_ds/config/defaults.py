@@ -191,16 +191,16 @@ _C.TRAIN.EMA.ENABLE = False  # keep an average of the weights, evaluate and save
 _C.TRAIN.EMA.DECAY = 0.9998  # of the average, an update
 _C.TRAIN.EMA.WARMUP = False  # (new) let the decay rise from 0, as timm's ModelEmaV3 does
 
-_C.TRAIN.DISTILL = CN()  # (new)
-# A model of timm, whose answers training follows beside the labels; '': none. It is frozen, whole
-# on each rank, in the precision of the model, and in no checkpoint: a resumed run loads it again.
+_C.TRAIN.DISTILL = CN()
+# (new) A model of timm, whose answers training follows beside the labels; '': none. It is frozen,
+# whole on each rank, in the engine's precision, and in no checkpoint: a resumed run loads it again.
 _C.TRAIN.DISTILL.TEACHER = ''
-_C.TRAIN.DISTILL.PRETRAINED = ''  # its weights, as MODEL.PRETRAINED; of as many classes
-# 'soft': Kullback-Leibler divergence from its probabilities, times TEMPERATURE squared; 'hard':
-# cross entropy with its most likely class.
+_C.TRAIN.DISTILL.PRETRAINED = ''  # (new) its weights, as MODEL.PRETRAINED; of as many classes
+# (new) 'soft': Kullback-Leibler divergence from its probabilities, times TEMPERATURE squared;
+# 'hard': cross entropy with its most likely class.
 _C.TRAIN.DISTILL.TYPE = 'soft'
-_C.TRAIN.DISTILL.ALPHA = 0.5  # the teacher's share of the loss, from 0 to 1
-_C.TRAIN.DISTILL.TEMPERATURE = 1.0  # of soft: what the logits of both are divided by
+_C.TRAIN.DISTILL.ALPHA = 0.5  # (new) the teacher's share of the loss, from 0 to 1
+_C.TRAIN.DISTILL.TEMPERATURE = 1.0  # (new) of soft: what all logits are divided by
 
 _C.TRAIN.LR_LAYER_DECAY = False  # scale the lr down by depth
 _C.TRAIN.LR_LAYER_DECAY_RATIO = 0.875  # factor of each layer

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 
+from internvl_ds.checkpoint.formats.compare import contents_of
 from internvl_ds.errors import ConfigError, PretrainedError
 from internvl_ds.train.objective.distill import build_teacher
 from tests.harness import training
@@ -69,13 +70,14 @@ def test_an_epoch_is_that_of_a_plain_loop(tmp_path, data, weights, stage, more):
 
 @pytest.mark.ranks
 @pytest.mark.slow
-def test_a_resumed_run_in_half_precision_loads_its_teacher_again(tmp_path, data, weights):
+@pytest.mark.parametrize(('level', 'stage'), [('O1', 1), ('O2', 3)])
+def test_a_resumed_run_loads_its_teacher_again(tmp_path, data, weights, level, stage):
     values = {**distil(weights), 'TRAIN__EPOCHS': 2, 'TRAIN__WARMUP_EPOCHS': 0}
     cfg = tmp_path / 'small.yaml'
     cfg.write_text(small_config(data, DATA__BATCH_SIZE=2, SAVE_CKPT_NUM=2, **values).dump())
     ds_config = tmp_path / 'ds.json'
-    ds_config.write_text(json.dumps({'zero_optimization': {'stage': 3}}))
-    opts = ['AMP_OPT_LEVEL', 'O2', 'AMP_TYPE', 'bfloat16']
+    ds_config.write_text(json.dumps({'zero_optimization': {'stage': stage}}))
+    opts = ['AMP_OPT_LEVEL', level, 'AMP_TYPE', 'bfloat16']
 
     def train(output, *more):
         return run_ranks(
@@ -88,6 +90,7 @@ def test_a_resumed_run_in_half_precision_loads_its_teacher_again(tmp_path, data,
 
     whole = train('whole')
     tag = tmp_path / 'whole' / 'small' / 'ckpt_epoch_0'
+    assert not any('bn1' in name for name in contents_of(tag).tensors)  # the teacher's
     (resumed,) = train('resumed', 'MODEL.RESUME', str(tag))
     assert timeless(resumed) == timeless(whole[1])
 
