@@ -71,19 +71,22 @@ def build_loaders(config: CfgNode, rank: int, world_size: int) -> Loaders:
 def order_of(loader: DataLoader, seed: int) -> dict[str, Any]:
     """The values, beside the epoch, that determine the order of a training loader's images.
 
-    The number of images, the seed, a digest of the files' names below their folder, and how many
-    parts they are in where each rank keeps and reads one of its own; else None.
+    The number of images, the seed, a digest of the files' names below their folder, how many parts
+    they are in where each rank keeps and reads one of its own (else None), and how often an image
+    is repeated, where it is.
     """
     assert isinstance(loader.dataset, SeededImages)
     images, digest = loader.dataset.images, xxhash.xxh3_64()
     for name in images.source.names:
         digest.update(b'/' + name + b'\0')
     assert isinstance(loader.sampler, TrainSampler)
+    repeats = loader.sampler.repeats
     return {
         'images': len(images),
         'SEED': abs(seed),
         'file names': digest.hexdigest(),
         'parts': loader.sampler.parts,
+        **({'REPEATED_AUG': repeats} if repeats > 1 else {}),
     }
 
 
@@ -199,7 +202,10 @@ def _loader(config: CfgNode, images: Any, sampler: Sampler, **settings: Any) -> 
 
 def _train_loader(config: CfgNode, dataset: Images, rank: int, world_size: int) -> DataLoader:
     parts = reads_parts(config)
-    sampler = TrainSampler(len(dataset), world_size, rank, config.SEED, parts=parts)
+    repeats = config.DATA.REPEATED_AUG
+    sampler = TrainSampler(
+        len(dataset), world_size, rank, config.SEED, parts=parts, repeats=repeats
+    )
     loader = _loader(config, SeededImages(dataset), sampler, drop_last=True)
     if len(loader) == 0:
         raise ConfigError(
