@@ -9,6 +9,9 @@ from PIL import Image, UnidentifiedImageError
 
 from internvl_ds.files.reading import Unreadable
 
+# The longest encoded image, bytes; the largest of ImageNet have 15 MB.
+IMAGE_BYTES = 1 << 30
+
 _ORIENTATION = 0x0112  # of EXIF
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
