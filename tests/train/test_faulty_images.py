@@ -15,6 +15,7 @@ from PIL import Image
 
 from internvl_ds.errors import ConfigError, DataError
 from internvl_ds.train.data import build_loaders, start_epoch
+from internvl_ds.train.datasets import skipping as skipping_module
 from internvl_ds.train.datasets.decode import decode
 from internvl_ds.train.datasets.skipping import Skipped, is_of_file
 from internvl_ds.train.datasets.sources import Folder
@@ -197,6 +198,24 @@ def test_beyond_the_share_the_run_stops(data, workers):
         DataError, match=r'3 of 30 training images are faulty, and DATA.MAX_SKIPPED'
     ):
         epoch_of(skipping(data, share=0.09, DATA__NUM_WORKERS=workers))
+
+
+def test_kept_workers_know_what_other_ranks_have_found(data, monkeypatch):
+    """Else they would count the share anew in each epoch, and end the run later than new ones."""
+    damage(data / 'train', FAULTY)
+    said = []
+    for kept in (False, True):
+        config = skipping(data, 0.1, DATA__NUM_WORKERS=2, DATA__PERSISTENT_WORKERS=kept)
+        loaders = build_loaders(config, 0, 1)
+        start_epoch(loaders.train, 0, 0, 0)
+        list(loaders.train)
+        others = [[[number, f'{number} of another rank']] for number in (2, 3)]
+        monkeypatch.setattr(skipping_module, 'exchange', lambda what, mine, _: [mine, others[0]])
+        loaders.skipped._most = 4
+        loaders.skipped.tell('epoch 0', 1)
+        assert sorted(loaders.skipped.found) == [1, 2, 10, 21]
+        said.append(loaders.skipped.found[2])
+    assert said == ['2 of another rank'] * 2
 
 
 def test_a_data_set_without_a_sound_image_comes_to_an_end(data):
