@@ -90,8 +90,8 @@ class Loader(DataLoader):
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         _started[:] = [worker for worker in _started if worker.is_alive()]
         _started.extend(batches._workers)
-        # The interpreter's own way is SIGTERM, which they ignore, and to wait for ever; torch's, for
-        # kept ones, is to wait too. What is registered last is called first.
+        # The interpreter's own way is SIGTERM, which they ignore, and to wait for ever; torch's is
+        # to wait for kept ones too. What is registered last is called first.
         atexit.unregister(_end)
         atexit.register(_end)
         if self.persistent_workers:

@@ -4,13 +4,15 @@
 
 Both read JPEG files of the size of ImageNet's through 2 workers, with the same crop, flip and
 normalisation. `epoch` is a whole epoch, from the start of the workers on; `steady` begins when
-the first batches have come. Noise and smooth areas are mixed so that a file has about 110 kB.
+the first batches have come; `cpu` is what the rank and its workers compute in the epoch, which
+depends less on what else the machine does. Noise and smooth areas are mixed, as in photographs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
@@ -34,6 +36,7 @@ OURS, TIMMS = 'training loader', 'timm.data.create_loader'
 PAIRS = (
     Pair(f'{OURS}: steady', f'{TIMMS}: steady', 1.0),
     Pair(f'{OURS}: epoch', f'{TIMMS}: epoch', 1.0),
+    Pair(f'{OURS}: cpu', f'{TIMMS}: cpu', 1.0),
 )
 _UNTIMED = 2  # batches of each worker that come before `steady` begins
 
@@ -107,7 +110,8 @@ def measure_loaders(
         TIMMS: Contender(lambda: timed(theirs, len(theirs), workers)),
     }
     samples = measure(contenders, rounds)
-    counts = {'steady': (len(ours) - _UNTIMED * workers) * batch, 'epoch': len(ours) * batch}
+    whole = len(ours) * batch
+    counts = {'steady': whole - _UNTIMED * workers * batch, 'epoch': whole, 'cpu': whole}
     report = seconds_report(samples)
     rates = {
         name: counts[name.rpartition(' ')[2]] / entry['median'] for name, entry in report.items()
@@ -120,7 +124,7 @@ def measure_loaders(
 
 def timed(loader: Iterable[Any], batches: int, workers: int) -> dict[str, float]:
     """Seconds of an epoch, and of its batches after the first."""
-    start = began = time.perf_counter()
+    start, began, computed = time.perf_counter(), 0.0, cpu_seconds()
     seen = 0
     for seen, (images, _) in enumerate(loader, 1):
         assert images.dtype == torch.float32
@@ -128,12 +132,19 @@ def timed(loader: Iterable[Any], batches: int, workers: int) -> dict[str, float]
             began = time.perf_counter()
     end = time.perf_counter()
     assert seen == batches
-    return {'epoch': end - start, 'steady': end - began}
+    return {'epoch': end - start, 'steady': end - began, 'cpu': cpu_seconds() - computed}
+
+
+def cpu_seconds() -> float:
+    """What this process and its children that have ended have computed, the system included."""
+    return sum(os.times()[:4])
 
 
 def tables(report: dict[str, Any]) -> str:
     """The report as markdown."""
-    rates = [f'{name}: {rate:.0f} images a second' for name, rate in report['images a second'].items()]
+    rates = [
+        f'{name}: {rate:.0f} images a second' for name, rate in report['images a second'].items()
+    ]
     head = (
         f'### {report["images"]} images of {report["kB an image"]:.0f} kB, batches of '
         f'{report["batch"]}, {report["workers"]} workers'
