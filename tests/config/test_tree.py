@@ -255,6 +255,7 @@ def test_keys_that_the_original_lacks_are_these():
         'COMM.WARN_AFTER',
         'DATA.CHECK_CLASS_NAMES',
         'DATA.META_DATA',
+        'DATA.PERSISTENT_WORKERS',
         'DATA.REAL_LABELS',
         'DATA.WORKER_TIMEOUT',
         'EVAL_LOADED',
