@@ -10,9 +10,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from torch.utils.data import Dataset
 from yacs.config import CfgNode
+
+from internvl_ds.dist.rendezvous import rank, world_size
+from internvl_ds.engine.epochs import seed_everything
+from internvl_ds.train.data import build_loaders
+from internvl_ds.train.evaluate import evaluate
+from internvl_ds.train.loop import run
+from internvl_ds.train.model import build_model
+from tests.harness.training import small_config
 
 SPLITS = ('train', 'val')
 
@@ -184,3 +193,39 @@ def settings_of(form: str, folder: Path, root: Path) -> tuple[Path, dict[str, An
     if callable(dataset):
         return folder, {'DATA__FACTORY': f'{__name__}:{dataset.__name__}'}
     return (root if write else folder), {'DATA__DATASET': dataset}
+
+
+def train_from(data: str, root: str, dataset: str, opts: dict[str, Any]) -> dict[str, Any]:
+    """On ranks: two epochs, and again from a tag inside the second; what both have come to."""
+    results = {}
+    for name, resume in (('whole', ''), ('resumed', 'whole/ckpt_epoch_1_step_1')):
+        config = small_config(
+            Path(data), OUTPUT=f'{root}/{name}', DATA__DATASET=dataset, DATA__NUM_WORKERS=2,
+            MODEL__NUM_CLASSES=0, MODEL__RESUME=resume and f'{root}/{resume}', AUG__REPROB=0.5,
+            TRAIN__EPOCHS=2,
+            TRAIN__WARMUP_EPOCHS=0, TRAIN__SAVE_STEPS=1, CHECKPOINT__KEEP_STEPS=9, SAVE_CKPT_NUM=0,
+            TRAIN__AUTO_RESUME=False, SAVE_FREQ=1, DATA__BATCH_SIZE=4, **opts,
+        )  # fmt: skip
+        best = run(config, {'zero_optimization': {'stage': 1}})
+        folder = Path(config.OUTPUT)
+        last = json.loads((folder / 'metrics.jsonl').read_text().splitlines()[-1])
+        results[name] = {
+            'best': best,
+            'last': {k: v for k, v in last.items() if k not in ('seconds', 'images_per_s')},
+            'classes': config.MODEL.NUM_CLASSES,
+            'log': (folder / f'log_rank{rank()}.txt').read_text(),
+        }
+    return results
+
+
+def evaluate_several(data: str, batch_size: int) -> dict[str, Any]:
+    """On ranks: evaluates a fixed random model on images of several labels."""
+    config = small_config(
+        Path(data), EVAL_MODE=True, DATA__DATASET='jsonl', DATA__MULTI_LABEL=True,
+        DATA__BATCH_SIZE=batch_size, MODEL__NUM_CLASSES=4,
+    )  # fmt: skip
+    loader = build_loaders(config, rank(), world_size()).val
+    seed_everything(0)
+    model = build_model(config)
+    result = evaluate(config, model, loader, torch.device('cpu'))
+    return {**vars(result), **result.record(), 'told': result.told()}

@@ -10,7 +10,9 @@ from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
 from internvl_ds.train.data import build_loaders, order_of, start_epoch
+from tests.harness.ranks import run_ranks
 from tests.harness.training import small_config, write_folder
+from tests.train.datasets import sourced
 from tests.train.datasets.sourced import FORMS, SPLITS, images_of, settings_of, write_tar
 
 WITHOUT = importlib.util.find_spec('datasets') is None
@@ -143,3 +145,17 @@ def test_no_file_stays_open(folder, tmp_path):
     before = len(os.listdir('/proc/self/fd'))
     read(loaders.val)
     assert len(os.listdir('/proc/self/fd')) == before
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_training_on_shards_goes_on_inside_an_epoch_bit_for_bit(folder, tmp_path):
+    path, _ = settings_of('shards', folder, tmp_path / 'data')
+    results = run_ranks(
+        sourced.train_from, 2, tmp_path, data=str(path), root=str(tmp_path), dataset='wds', opts={}
+    )
+    for result in results:
+        assert result['whole']['last'] == result['resumed']['last']
+        assert result['whole']['classes'] == 3
+        assert 'epoch 1 goes on after micro-batch 1 of 3' in result['resumed']['log']
+    assert 'begun anew' not in results[0]['resumed']['log']
