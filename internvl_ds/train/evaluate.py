@@ -140,6 +140,13 @@ def evaluate(
         model.train(was_training)
     if dist.is_initialized():
         dist.all_reduce(sums)
+    return _result_of(config, sums, total, ranking)
+
+
+def _result_of(
+    config: CfgNode, sums: torch.Tensor, total: int, ranking: Ranking | None
+) -> EvalResult:
+    """The result of the sums over all ranks. Collective where images are ranked."""
     correct1, correct5, loss, count, labelled = sums.tolist()
     if count != total:
         raise RankError(
