@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,10 +18,12 @@ from yacs.config import CfgNode
 
 from internvl_ds.dist.rendezvous import rank, world_size
 from internvl_ds.engine.epochs import seed_everything
+from internvl_ds.errors import ConfigError
 from internvl_ds.train.data import build_loaders
 from internvl_ds.train.evaluate import evaluate
 from internvl_ds.train.loop import run
 from internvl_ds.train.model import build_model
+from internvl_ds.train.setup import setup
 from tests.harness.training import small_config
 
 SPLITS = ('train', 'val')
@@ -216,6 +219,16 @@ def train_from(data: str, root: str, dataset: str, opts: dict[str, Any]) -> dict
             'log': (folder / f'log_rank{rank()}.txt').read_text(),
         }
     return results
+
+
+def set_up_apart(paths: list[str]) -> str:
+    """On ranks: sets up with other images on each; returns the error."""
+    config = small_config(Path(paths[rank()]), MODEL__NUM_CLASSES=0, EVAL_MODE=True)
+    try:
+        setup(config, None, logging.getLogger('test'))
+    except ConfigError as error:
+        return str(error)
+    return ''
 
 
 def evaluate_several(data: str, batch_size: int) -> dict[str, Any]:

@@ -159,3 +159,11 @@ def test_training_on_shards_goes_on_inside_an_epoch_bit_for_bit(folder, tmp_path
         assert result['whole']['classes'] == 3
         assert 'epoch 1 goes on after micro-batch 1 of 3' in result['resumed']['log']
     assert 'begun anew' not in results[0]['resumed']['log']
+
+
+@pytest.mark.ranks
+def test_ranks_that_find_other_numbers_of_classes_all_say_so(folder, tmp_path):
+    other = write_folder(tmp_path / 'other', classes=2, train=4, val=4)
+    said = run_ranks(sourced.set_up_apart, 2, tmp_path, paths=[str(folder), str(other)])
+    words = 'the images that ranks 1 find have 2 classes, and those of rank 0 3: set'
+    assert all(words in each for each in said)
