@@ -204,8 +204,9 @@ install_package() {
   local log=$VENV/internvl_ds-install.log
   say "installing internvl_ds[$1] with PyTorch, DeepSpeed and the rest: takes minutes (log: $log)"
   : >"$VENV/$UNFINISHED"
+  # Python compiles what is imported; pip would compile all of 13,000 files first, for 1.5 minutes.
   if PIP_USER=0 "$VENV/bin/python" -m pip install --no-input --disable-pip-version-check \
-    --progress-bar off -e ".[$1]" >"$log" 2>&1; then
+    --no-compile --progress-bar off -e ".[$1]" >"$log" 2>&1; then
     rm -f -- "$VENV/$UNFINISHED"
     return
   fi

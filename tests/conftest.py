@@ -14,7 +14,7 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Of test_sequences.py, here so that every run says them: another seed draws other sequences.
 _SEQUENCES = {
-    'INTERNVL_DS_SEQUENCES': str(trials('INTERNVL_DS_SEQUENCES', 80, soak=2000)),
+    'INTERNVL_DS_SEQUENCES': str(trials('INTERNVL_DS_SEQUENCES', 40, soak=2000)),
     'INTERNVL_DS_SEQUENCE_SEED': '20261128',
 }
 for _name, _default in _SEQUENCES.items():

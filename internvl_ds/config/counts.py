@@ -12,6 +12,7 @@ from internvl_ds.errors import ConfigError
 # The least value of each; None for any.
 _LEAST: dict[str, int | None] = {
     'DATA.BATCH_SIZE': 1, 'DATA.IMG_SIZE': 1, 'DATA.NUM_WORKERS': 0, 'DATA.WORKER_TIMEOUT': 1,
+    'DATA.REPEATED_AUG': 0,
     'MODEL.NUM_CLASSES': 0,
     'TRAIN.START_EPOCH': 0, 'TRAIN.EPOCHS': 0, 'TRAIN.WARMUP_EPOCHS': 0,
     'TRAIN.ACCUMULATION_STEPS': 0, 'TRAIN.LR_SCHEDULER.DECAY_EPOCHS': 1,

@@ -61,6 +61,10 @@ _C.DATA.MAX_SKIPPED = 0.01
 # (new) Turn images as their EXIF orientation says; None: as the original, which reads them through
 # OpenCV (turned), and imagenetv2, imagenet_a, imagenet_r and imagenet_sketch through PIL (not).
 _C.DATA.EXIF_ROTATE = None
+# (new) Repeated augmentation: an epoch's order has each image so many times in a row, augmented
+# anew and on as many ranks, as timm's RepeatAugSampler; an epoch has as many images as before, so
+# it sees a part of the data set. 0 and 1: none.
+_C.DATA.REPEATED_AUG = 0
 _C.DATA.TRANSFORM = 'build_transform'  # or 'build_transform_for_linear_probe'
 
 _C.MODEL = CN()
@@ -161,6 +165,17 @@ _C.TRAIN.COMPILE = ''
 # and convolutions on a GPU, which are slower; an operation that has none is an error that names it.
 _C.TRAIN.DETERMINISTIC = False
 
+# (new) '': soft-target cross entropy with mixup, else label smoothing or plain, as the original.
+# 'bce': timm's BinaryCrossEntropy, also with mixup, and for targets of several classes an image.
+_C.TRAIN.LOSS = ''
+# (new) Of bce: targets above it are 1 and others 0; None: as they are.
+_C.TRAIN.BCE_TARGET_THRESH = None
+_C.TRAIN.BCE_SUM = False  # (new) of bce: sum over classes, not mean; then the mean over images
+# (new) Make the running statistics of batch norms the same on all ranks at the end of an epoch,
+# before evaluation and saving: 'reduce' (their mean), 'broadcast' (rank 0's). '': each rank
+# evaluates with its own, and rank 0's are saved.
+_C.TRAIN.DIST_BN = ''
+
 _C.TRAIN.LR_SCHEDULER = CN()
 _C.TRAIN.LR_SCHEDULER.NAME = 'cosine'  # cosine, linear, step
 _C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = 30  # of step: epochs between two decays
@@ -186,6 +201,17 @@ _C.TRAIN.EMA.ENABLE = False  # keep an average of the weights, evaluate and save
 _C.TRAIN.EMA.DECAY = 0.9998  # of the average, an update
 _C.TRAIN.EMA.WARMUP = False  # (new) let the decay rise from 0, as timm's ModelEmaV3 does
 
+_C.TRAIN.DISTILL = CN()
+# (new) A model of timm, whose answers training follows beside the labels; '': none. It is frozen,
+# whole on each rank, in the engine's precision, and in no checkpoint: a resumed run loads it again.
+_C.TRAIN.DISTILL.TEACHER = ''
+_C.TRAIN.DISTILL.PRETRAINED = ''  # (new) its weights, as MODEL.PRETRAINED; of as many classes
+# (new) 'soft': Kullback-Leibler divergence from its probabilities, times TEMPERATURE squared;
+# 'hard': cross entropy with its most likely class.
+_C.TRAIN.DISTILL.TYPE = 'soft'
+_C.TRAIN.DISTILL.ALPHA = 0.5  # (new) the teacher's share of the loss, from 0 to 1
+_C.TRAIN.DISTILL.TEMPERATURE = 1.0  # (new) of soft: what all logits are divided by
+
 _C.TRAIN.LR_LAYER_DECAY = False  # scale the lr down by depth
 _C.TRAIN.LR_LAYER_DECAY_RATIO = 0.875  # factor of each layer
 # Drop a pretrained head of another length, and scale the model's own by 0.001.
@@ -195,7 +221,7 @@ _C.AUG = CN()
 # Strength, where AUTO_AUGMENT is none; 0: none. This key, AUTO_AUGMENT and REPROB are of TRANSFORM
 # build_transform alone.
 _C.AUG.COLOR_JITTER = 0.4
-_C.AUG.AUTO_AUGMENT = 'rand-m9-mstd0.5-inc1'  # timm's policy; none: none
+_C.AUG.AUTO_AUGMENT = 'rand-m9-mstd0.5-inc1'  # timm's policy, '3a' among them; none: none
 _C.AUG.REPROB = 0.25  # probability of random erasing
 _C.AUG.REMODE = 'pixel'  # what erased areas hold: const, rand, pixel
 _C.AUG.RECOUNT = 1  # areas erased in an image, at most

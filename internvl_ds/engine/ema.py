@@ -95,6 +95,11 @@ class ShardedEma:
         parameters = {n: p for n, p in module.named_parameters() if n in names}
         return {**parameters, **dict(module.named_buffers())}
 
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """The averages of the module's buffers, by name, which may be written to."""
+        self.ema.drop_copies()
+        return self._buffers
+
     @torch.no_grad()
     def update(self, model: Any = None) -> None:
         """Takes the weights after a step into the average; a skipped step changes nothing.

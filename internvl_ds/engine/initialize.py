@@ -43,6 +43,7 @@ from internvl_ds.zero.module_state import (
     require_real,
     require_sendable,
 )
+from internvl_ds.zero.muon.deferred import import_muon
 from internvl_ds.zero.origins import warn_of_unknown_origins
 from internvl_ds.zero.parameters import whole_numel
 
@@ -103,6 +104,7 @@ def initialize(
     limit_collectives(config)
     # Ranks may have read pretrained weights until now, which has a limit of its own.
     exchange('initialize', None, checkpoint_option(config, 'IO_TIMEOUT'))
+    import_muon()
     with making_groups(), keeping_buffers(model):
         engine, ds_optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, model_parameters=trained, config=resolved

@@ -96,19 +96,21 @@ def order_of(loader: DataLoader, seed: int) -> dict[str, Any]:
     """The values, beside the epoch, that determine the order of a training loader's images.
 
     The number of images, the seed, a digest of the files' names below their folder (none where a
-    DATA.FACTORY gives no names), and how many parts they are in where each rank keeps and reads
-    one of its own; else None.
+    DATA.FACTORY gives no names), how many parts they are in where each rank keeps and reads one of
+    its own (else None), and how often an image is repeated, where it is.
     """
     assert isinstance(loader.dataset, SeededImages)
     images, digest = loader.dataset.images, xxhash.xxh3_64()
     for name in images.source.names:
         digest.update(b'/' + name + b'\0')
     assert isinstance(loader.sampler, TrainSampler)
+    repeats = loader.sampler.repeats
     return {
         'images': len(images),
         'SEED': abs(seed),
         'file names': digest.hexdigest(),
         'parts': loader.sampler.parts,
+        **({'REPEATED_AUG': repeats} if repeats > 1 else {}),
     }
 
 
@@ -224,7 +226,10 @@ def _loader(config: CfgNode, images: Any, sampler: Sampler, **settings: Any) -> 
 
 def _train_loader(config: CfgNode, dataset: Images, rank: int, world_size: int) -> DataLoader:
     parts = reads_parts(config)
-    sampler = TrainSampler(len(dataset), world_size, rank, config.SEED, parts=parts)
+    repeats = config.DATA.REPEATED_AUG
+    sampler = TrainSampler(
+        len(dataset), world_size, rank, config.SEED, parts=parts, repeats=repeats
+    )
     loader = _loader(config, SeededImages(dataset), sampler, drop_last=True)
     if len(loader) == 0:
         raise ConfigError(

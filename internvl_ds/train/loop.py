@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from torch import nn
 from yacs.config import CfgNode
 
 from internvl_ds.checkpoint import async_save
@@ -25,6 +23,8 @@ from internvl_ds.files import for_show
 from internvl_ds.train.data import start_epoch
 from internvl_ds.train.log import FILE_ONLY, MetricsLog, close_log, open_log, shows_bar
 from internvl_ds.train.model import input_dtype, set_train_mode
+from internvl_ds.train.models.batch_norm import distribute_statistics
+from internvl_ds.train.objective.criterion import build_criterion
 from internvl_ds.train.optim import accumulation_steps, updates_per_epoch
 from internvl_ds.train.plot import plot_curves
 from internvl_ds.train.progress import Progress
@@ -112,7 +112,10 @@ def train_one_epoch(state: Run, epoch: int) -> dict[str, float]:
             labels = labels.to(engine.device, non_blocking=True)
             if state.loaders.mixup is not None:
                 images, labels = state.loaders.mixup(images, labels)
-            loss = criterion(engine(images.to(dtype)).float(), labels)
+            logits = engine(images.to(dtype)).float()
+            loss = criterion(logits, labels)
+            if state.teacher is not None:
+                loss = state.teacher.joined(loss, logits, images)
             group_size = min(steps, total - index // steps * steps)
             boundary = (index + 1) % steps == 0 or index + 1 == total
             norm = state.scaler(
@@ -149,22 +152,6 @@ def _end_of_epoch(state: Run, epoch: int, loss: float) -> float:
     if skipped is not None and any_untold:
         skipped.tell(f'epoch {epoch}', state.config.CHECKPOINT.RENDEZVOUS_TIMEOUT)
     return mean_loss
-
-
-def build_criterion(config: CfgNode, soft_targets: bool) -> nn.Module:
-    """The training loss over float32 logits: binary where images have several labels.
-
-    Args:
-        config: MODEL.LABEL_SMOOTHING is of one label an image.
-        soft_targets: whether mixup makes them.
-    """
-    if config.DATA.MULTI_LABEL:
-        return nn.BCEWithLogitsLoss()
-    if soft_targets:  # they are smoothed already
-        return SoftTargetCrossEntropy()
-    if config.MODEL.LABEL_SMOOTHING > 0:
-        return LabelSmoothingCrossEntropy(config.MODEL.LABEL_SMOOTHING)
-    return nn.CrossEntropyLoss()
 
 
 def current_lr(engine: DeepSpeedEngine) -> float:
@@ -222,6 +209,9 @@ def _run_epoch(state: Run, epoch: int, metrics: MetricsLog) -> None:
     if config.TRAIN.SAVE_ON_OVERFLOW:
         state.scaler.before_stop = functools.partial(_save_overflow, state, epoch)
     record: dict[str, Any] = {'epoch': epoch, **train_one_epoch(state, epoch)}
+    distribute_statistics(state.engine.module.named_buffers(), config.TRAIN.DIST_BN)
+    if state.ema is not None:
+        distribute_statistics(state.ema.buffers().items(), config.TRAIN.DIST_BN)
     improved = improved_ema = False
     if _is_due(config, epoch, config.EVAL_FREQ):
         result, averaged = validate_epoch(state, epoch)

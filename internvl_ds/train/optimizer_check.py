@@ -1,4 +1,4 @@
-"""Checks that the configured optimizer steps right at its ZeRO stage. No ranks."""
+"""Checks what is trained with: its settings, and the optimizer at its ZeRO stage. No ranks."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from internvl_ds.config.ds.resolve import Resolution
 from internvl_ds.config.tree import set_options, value_at
 from internvl_ds.engine.elementwise import fault_of
 from internvl_ds.errors import ConfigError
+from internvl_ds.train.objective.checks import contradictions
 from internvl_ds.train.optim import build_optimizer
 from internvl_ds.zero.fast_adam import may_be_cpu_adam
 
@@ -40,10 +41,11 @@ def examine_training(
         tree, config, ranks, optimizer_in_code=in_code, scheduler_in_code=in_code,
         cpu_optimizer=may_be_cpu_adam(config),
     )  # fmt: skip
-    if errors_of(resolution.findings):
-        return resolution
-    found = _of_optimizer(config, resolution.tree, ranks, in_code)
-    return resolution._replace(findings=[*resolution.findings, *found])
+    found = [*resolution.findings, *contradictions(config)]
+    if errors_of(found):
+        return resolution._replace(findings=found)
+    found += _of_optimizer(config, resolution.tree, ranks, in_code)
+    return resolution._replace(findings=found)
 
 
 def _of_optimizer(

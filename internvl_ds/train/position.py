@@ -107,7 +107,7 @@ class Position:
                 'since, some images are seen twice in it, and others not at all'
             )
             return False
-        both = {key: (self.order.get(key), value) for key, value in now.items()}
+        both = {key: (self.order.get(key), now.get(key)) for key in {**self.order, **now}}
         changed = {key: pair for key, pair in both.items() if pair[0] != pair[1]}
         if changed:
             logger.warning(

@@ -27,10 +27,18 @@ class TrainSampler(Sampler[Draw]):
 
     Attributes:
         parts: None; or, where each rank draws from a part of its own, how many there are.
+        repeats: how many times in a row the order has each image.
     """
 
     def __init__(
-        self, total: int, world_size: int, rank: int, seed: int, *, parts: bool = False
+        self,
+        total: int,
+        world_size: int,
+        rank: int,
+        seed: int,
+        *,
+        parts: bool = False,
+        repeats: int = 1,
     ) -> None:
         """Starts at the beginning of epoch 0.
 
@@ -40,8 +48,10 @@ class TrainSampler(Sampler[Draw]):
             seed: the config's SEED.
             parts: give image i to rank i % world_size in every epoch, so that a rank reads the
                 same images again and again; of those, it is the same order that decides.
+            repeats: how many times in a row the order has each image, each time with a seed of its
+                own, and so on as many ranks; of this order an epoch has the first ``total``.
         """
-        self.parts = world_size if parts else None
+        self.parts, self.repeats = world_size if parts else None, max(1, repeats)
         self._total, self._world_size, self._rank = total, world_size, rank
         self._seed, self._epoch, self._first = abs(seed), 0, 0
 
@@ -58,6 +68,8 @@ class TrainSampler(Sampler[Draw]):
         # As torch's DistributedSampler shuffles.
         generator = torch.Generator().manual_seed(self._seed + self._epoch)
         order = torch.randperm(self._total, generator=generator)
+        # As timm's RepeatAugSampler repeats.
+        order = order.repeat_interleave(self.repeats)[: self._total]
         if self.parts:
             own_order = order[order % self._world_size == self._rank].tolist()
         else:

@@ -43,6 +43,7 @@ from internvl_ds.train.data import Loaders, build_loaders, order_of
 from internvl_ds.train.log import write_config
 from internvl_ds.train.model import build_model
 from internvl_ds.train.models.build import warn_of_random_backbone
+from internvl_ds.train.objective.distill import Teacher, build_teacher
 from internvl_ds.train.optim import (
     accumulation_steps,
     build_optimizer,
@@ -84,6 +85,7 @@ class Run:
         save_due: whether to save after the next update.
         preemption: where to ask whether to save or stop; None outside training.
         stopwatch: to be told of each update; None where none is timed.
+        teacher: whose answers training follows; None without TRAIN.DISTILL.
     """
 
     config: CfgNode
@@ -103,6 +105,7 @@ class Run:
     save_due: bool = False
     preemption: Preemption | None = None
     stopwatch: Stopwatch | None = None
+    teacher: Teacher | None = None
 
 
 def setup(config: CfgNode, ds_config: DsConfig, logger: logging.Logger) -> Run:
@@ -202,6 +205,7 @@ def _setup_training(
             logger.info('configuration, resolved: %s', write_config(config, config.OUTPUT))
     lrs = scaled_lrs(config, world_size())
     logger.info(told_lrs(config, world_size(), lrs))
+    teacher = build_teacher(config, logger)  # before a load that restores the generators
     client = build_optimizer(config, model, lrs.base, adam_class(config, resolution.tree))
     scheduler = build_scheduler(config, client, len(loaders.train), lrs)
     engine, optimizer = initialize(
@@ -209,6 +213,8 @@ def _setup_training(
     )
     scaler = NativeScalerWithGradNormCount()
     state = Run(config, logger, loaders, engine, scaler, optimizer, scheduler)
+    if teacher is not None:
+        state.teacher = Teacher(config, teacher, engine)
     if config.MODEL.RESUME:
         state.best = load_checkpoint(
             config, engine, optimizer, scheduler, scaler, logger,

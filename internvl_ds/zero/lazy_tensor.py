@@ -13,6 +13,7 @@ from internvl_ds.zero.partition import Place
 
 # (rank, group) -> the flat tensor there, mapped into memory.
 Source = Callable[[int, int], torch.Tensor]
+_PIECE = 1 << 22  # elements of a mean in float64 at a time
 
 
 class Flat:
@@ -89,6 +90,31 @@ class Flat:
         target = torch.empty(self.numel, dtype=dtype or self.dtype)
         self.copy_to(target)
         return target.reshape(self.shape)
+
+
+class Mean(Flat):
+    """The mean of tensors of one shape: summed in float64, read as float32."""
+
+    def __init__(self, flats: Sequence[Flat]) -> None:
+        super().__init__(flats[0].name, flats[0].shape, (), lambda *_: torch.empty(0))
+        self._flats = flats
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the mean is rounded to."""
+        return torch.float32
+
+    def pieces(self, start: int, stop: int) -> list[torch.Tensor]:
+        """The mean of the elements ``start`` to ``stop``, a bounded number of them at a time."""
+        pieces = []
+        for first in range(start, stop, _PIECE):
+            size = min(_PIECE, stop - first)
+            total, addend = torch.zeros(2, size, dtype=torch.float64)
+            for flat in self._flats:
+                flat.copy_to(addend, first)
+                total += addend
+            pieces.append((total / len(self._flats)).to(self.dtype))
+        return pieces
 
 
 def fill(

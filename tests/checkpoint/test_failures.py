@@ -19,6 +19,13 @@ from tests.harness import beds
 from tests.harness.counts import SOAK
 from tests.harness.ranks import run_ranks
 
+# All three are ended by the same exit function.
+SOAK_ONLY = pytest.mark.soak_only
+WAYS = [
+    'shuts down', pytest.param('just ends', marks=SOAK_ONLY),
+    pytest.param('leaves the group', marks=SOAK_ONLY),
+]  # fmt: skip
+
 
 @pytest.fixture
 def small_disk(tmp_path):
@@ -162,7 +169,7 @@ def _logs(root):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize('how', ['just ends', 'shuts down', 'leaves the group'])
+@pytest.mark.parametrize('how', WAYS)
 def test_the_end_of_a_program_waits_for_a_background_save(tmp_path, how):
     root = tmp_path / 'out'
     codes = _end(start_program(root, how), 120)

@@ -32,7 +32,6 @@ _PRELOADED = (
     'deepspeed.module_inject.auto_ep_config',
     'deepspeed.runtime.zero.stage3',
     'deepspeed.runtime.zero.stage_1_and_2',
-    'deepspeed.runtime.zero.muon.original_muon',
 )
 
 _parents: dict[str, subprocess.Popen] = {}
@@ -75,7 +74,9 @@ def preload() -> None:
         with contextlib.suppress(ModuleNotFoundError):  # of another version of DeepSpeed
             importlib.import_module(name)
     from internvl_ds.config.ds.schema import installed
+    from internvl_ds.zero.muon.deferred import import_muon
 
+    import_muon()
     installed()  # read once, not by each rank: half a second
     gc.freeze()  # or every collection in a fork goes through all of these modules
 
@@ -166,7 +167,13 @@ def _become(request: dict[str, Any]) -> Callable[..., object]:
     log = os.open(request['log'], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for source, target in ((nothing, 0), (log, 1), (log, 2)):
         os.dup2(source, target)
-    os.closerange(3, 256)  # the pipe of answers among them
+    # The pipe of answers, and what modules have opened. They are not closed: an object that closes
+    # its own later would close what has its number by then, such as the store's, which then hangs.
+    for descriptor in map(int, os.listdir('/proc/self/fd')):
+        if descriptor > 2:
+            with contextlib.suppress(OSError):  # that of the list
+                os.fstat(descriptor)
+                os.dup2(nothing, descriptor, inheritable=False)
     os.environ.clear()
     os.environ.update(request['env'])
     os.chdir(request['cwd'])

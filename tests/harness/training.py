@@ -27,8 +27,9 @@ from internvl_ds.engine.epochs import seed_everything
 from internvl_ds.errors import RankError
 from internvl_ds.train.data import build_loaders, start_epoch
 from internvl_ds.train.evaluate import evaluate
-from internvl_ds.train.loop import build_criterion, run, train_one_epoch
+from internvl_ds.train.loop import run, train_one_epoch
 from internvl_ds.train.model import build_model
+from internvl_ds.train.objective.criterion import build_criterion
 from internvl_ds.train.optim import build_optimizer, build_scheduler, scaled_lrs
 from internvl_ds.train.setup import setup
 from tests.engine.scheduling import caught_warnings

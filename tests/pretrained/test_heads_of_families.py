@@ -14,6 +14,7 @@ from internvl_ds.config.tree import default_config
 from internvl_ds.errors import PretrainedError
 from internvl_ds.pretrained import convert_22k_head_to_1k, imagenet_22k_rows, load_pretrained
 from internvl_ds.pretrained.report import PretrainedReport
+from tests.harness.counts import share
 from tests.pretrained.families import build, families
 
 _log = logging.getLogger('test_pretrained')
@@ -67,10 +68,11 @@ def _fine_tune(state: dict[str, Tensor], model: nn.Module, path: Path) -> None:
             assert value.equal(before[key] * 0.001 if key in head else state[key]), key
 
 
-@pytest.mark.slow  # a minute
+@pytest.mark.slow
+@pytest.mark.soak
 def test_a_model_of_every_family(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     done, skipped, failed = 0, [], []
-    for number, (family, name, settings) in enumerate(families()):
+    for number, (family, name, settings) in enumerate(share(families(), 3)):
         try:
             saved, model = build(name, 7, settings), build(name, 5, settings)
         except Exception as error:

@@ -1,5 +1,6 @@
 """What the training program reads: exactly the images it says, in an order that repeats."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data.distributed import DistributedSampler
 
 from internvl_ds.checkpoint.formats.rng import rng_state
@@ -16,11 +18,13 @@ from internvl_ds.train.data import (
     EvalSampler,
     build_loaders,
     build_mixup,
+    order_of,
     shard_indices,
     start_epoch,
 )
 from internvl_ds.train.datasets.opening import evaluates_22k_as_1k
 from internvl_ds.train.datasets.transforms import build_transform
+from internvl_ds.train.position import Position
 from internvl_ds.train.sampler import TrainSampler
 from tests.harness.training import small_config, write_folder
 
@@ -88,6 +92,53 @@ def test_the_order_is_that_of_torchs_distributed_sampler(total, world, epoch):
         theirs.set_epoch(epoch)
         assert [draw.image for draw in ours] == list(theirs)
         assert len(ours) == len(theirs)
+
+
+@pytest.mark.parametrize('repeats', [2, 3])
+@pytest.mark.parametrize(('total', 'world'), [(25, 3), (24, 4), (7, 1)])
+def test_repeats_are_those_of_timms_sampler_each_with_a_seed_of_its_own(total, world, repeats):
+    draws = []
+    for rank in range(world):
+        ours = TrainSampler(total, world, rank, seed=0, repeats=repeats)
+        ours.start(3)
+        theirs = RepeatAugSampler(range(total), world, rank, num_repeats=repeats, selected_round=0)
+        theirs.set_epoch(3)
+        own = list(ours)
+        assert [draw.image for draw in own] == list(theirs)[: len(ours)]
+        assert len(own) == total // world
+        for first in range(len(own)):
+            ours.start(3, first)
+            assert list(ours) == own[first:]
+        draws += own
+    assert len({draw.seed for draw in draws}) == len(draws)
+    most = max(sum(draw.image == image for draw in draws) for image in range(total))
+    assert most == repeats
+
+
+def test_a_repeated_epoch_goes_on_in_its_middle_on_other_ranks_and_not_in_another_order(data):
+    config = small_config(data, DATA__REPEATED_AUG=3)
+    whole = list(TrainSampler(25, 1, 0, 0, repeats=3))
+    rest = [TrainSampler(25, 2, rank, 0, repeats=3) for rank in range(2)]
+    for sampler in rest:
+        sampler.start(0, 4)
+    assert sorted(draw for share in rest for draw in share) == sorted(whole[8:24])
+    order = order_of(build_loaders(config, 0, 2).train, 0)
+    plain = order_of(build_loaders(small_config(data), 0, 2).train, 0)
+    assert order == {**plain, 'REPEATED_AUG': 3}
+    logger = logging.getLogger('test')
+    for saved, now, goes_on in ((order, order, True), (order, plain, False), (plain, order, False)):
+        position = Position(micro_batches=2, images=8, ranks=2, order=saved)
+        assert position.fit(8, 2, 1, 3, logger, now) is goes_on
+
+
+def test_three_augment_is_timms(data):
+    config = small_config(data, DATA__IMG_SIZE=40, AUG__AUTO_AUGMENT='3a', AUG__COLOR_JITTER=0.3)
+    names = [type(step).__name__ for step in build_transform(config, training=True).transforms]
+    assert names[1:4] == ['RandomHorizontalFlip', 'AutoAugment', 'ColorJitter']
+    policy = build_transform(config, training=True).transforms[2].policy
+    ops = [op.aug_fn.__name__ for (op,) in policy]
+    assert ops == ['solarize', 'desaturate', 'gaussian_blur_rand']
+    assert epoch_images(build_loaders(config, 0, 1).train, 0).isfinite().all()
 
 
 def test_an_image_is_augmented_alike_on_any_number_of_ranks():

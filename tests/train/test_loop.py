@@ -9,7 +9,7 @@ from torch import nn
 from internvl_ds.checkpoint.formats.state_json import read_state
 from internvl_ds.dist.network import free_port
 from internvl_ds.train.__main__ import parse_args
-from internvl_ds.train.loop import build_criterion
+from internvl_ds.train.objective.criterion import build_criterion
 from tests.harness import training
 from tests.harness.ranks import run_command, run_ranks
 from tests.harness.training import small_config, write_folder

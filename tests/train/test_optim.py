@@ -4,6 +4,8 @@ import logging
 import math
 
 import pytest
+import timm
+import timm.optim
 import torch
 from torch import nn
 
@@ -119,6 +121,41 @@ def test_layer_decay_scales_the_top_of_the_schedule_only(tmp_path):
             foot = 1e-3 if count < 10 else 1e-4
             expected = foot + (top - foot) * share
             assert lr_of(optimizer)[name] == pytest.approx(expected), (count, name)
+
+
+FAMILIES = [
+    'beit_base_patch16_224', 'coatnet_0_224', 'convnext_atto', 'deit_tiny_distilled_patch16_224',
+    'densenet121', 'efficientnet_b0', 'eva02_tiny_patch14_224', 'levit_128s', 'mixer_s32_224',
+    'mobilenetv3_small_050', 'regnety_002', 'resnet18', 'swin_tiny_patch4_window7_224',
+    'vit_tiny_patch16_224', 'xcit_nano_12_p16_224',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_layers_of_a_family_are_timms_own(tmp_path, name):
+    config = small_config(
+        tmp_path, TRAIN__LR_LAYER_DECAY=True, TRAIN__LR_LAYER_DECAY_RATIO=0.75,
+        TRAIN__WEIGHT_DECAY=0.1,
+    )  # fmt: skip
+    with torch.device('meta'):
+        model = timm.create_model(name)
+    exempt = model.no_weight_decay() if hasattr(model, 'no_weight_decay') else ()
+    theirs = timm.optim.param_groups_layer_decay(
+        model, weight_decay=0.1, no_weight_decay_list=exempt, layer_decay=0.75
+    )
+    expected = {p: (g['lr_scale'], g['weight_decay']) for g in theirs for p in g['params']}
+    groups = param_groups(model, config, 1.0)
+    got = {p: (group['lr'], group['weight_decay']) for group in groups for p in group['params']}
+    assert got == expected
+    assert len({lr for lr, _ in got.values()}) > 3
+
+
+def test_a_family_without_layers_is_refused_by_name(tmp_path):
+    config = small_config(tmp_path, TRAIN__LR_LAYER_DECAY=True)
+    with torch.device('meta'):
+        model = timm.create_model('poolformer_s12')
+    with pytest.raises(ConfigError, match=r"MetaFormer has neither .* nor timm's group_matcher"):
+        param_groups(model, config, 1.0)
 
 
 def test_deformable_parameters_and_the_model_s_own_tables(tmp_path):

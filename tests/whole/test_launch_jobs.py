@@ -261,7 +261,11 @@ def start(tmp_path, cfg):
 
 @pytest.mark.ranks
 @pytest.mark.slow
-@pytest.mark.parametrize(('name', 'options'), STARTS)
+@pytest.mark.parametrize(
+    ('name', 'options'),
+    # The other script is stopped below and in test_interrupts.py, without a second run.
+    [STARTS[0], pytest.param(*STARTS[1], marks=pytest.mark.soak_only)],
+)
 def test_a_script_that_is_stopped_saves_and_goes_on(start, cfg, name, options):
     job = start(name, options)
     job.wait_for('epoch 1:')

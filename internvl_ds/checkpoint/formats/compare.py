@@ -10,8 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from internvl_ds.checkpoint.formats.client_state import saved_state
-from internvl_ds.checkpoint.formats.ema_files import EmaFiles
-from internvl_ds.checkpoint.formats.ema_tensors import ema_flats
+from internvl_ds.checkpoint.formats.ema_files import EmaFiles, ema_flats
 from internvl_ds.checkpoint.formats.export import weights_of_tag
 from internvl_ds.checkpoint.formats.optimizer_state import state_by_order
 from internvl_ds.checkpoint.formats.pth_format import open_file, weights_of_file
@@ -61,6 +60,16 @@ def contents_of(path: Path) -> Contents:
     source = open_file(str(path))
     with interpreting(path, CheckpointError):
         return _contents_of_file(source, str(path))
+
+
+def weights_of(path: Path) -> dict[str, Flat]:
+    """The weights alone of what `contents_of` opens, by name. No tensor is read yet."""
+    if path.is_dir():
+        with interpreting(path, CheckpointError):
+            return weights_of_tag(TagShards(path))
+    source = open_file(str(path))
+    with interpreting(path, CheckpointError):
+        return _flats(str(path), _strip(weights_of_file(source, str(path))))
 
 
 def differences(a: Contents, b: Contents) -> Iterator[Difference]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,20 @@ import torch
 from safetensors import SafetensorError
 
 from internvl_ds.checkpoint.formats import tensor_files
-from internvl_ds.checkpoint.formats.client_state import holds_average
+from internvl_ds.checkpoint.formats.client_state import average_of, holds_average
 from internvl_ds.checkpoint.formats.zero_shards import TagShards
+from internvl_ds.checkpoint.sources import weight_files
 from internvl_ds.checkpoint.tag.discovery import read_manifest
 from internvl_ds.checkpoint.tag.identity import require_identity
 from internvl_ds.checkpoint.tag.manifest import Identity
 from internvl_ds.errors import CheckpointError, InternvlDsError, brief
 from internvl_ds.files.ema_shard import shard_name
 from internvl_ds.files.reading import interpreting, parse_json
+from internvl_ds.zero.lazy_tensor import Flat
 
 WHOLE = 'ema.safetensors'
+# In the header of a whole average: the names of what is as the tag's weights are.
+AS_IN_MODEL = 'as_in_model'
 _WARMUP = {'gamma', 'power', 'min_decay'}
 
 
@@ -81,6 +85,45 @@ class EmaFiles:
             if self._manifest is not None:
                 require_identity(path, identity_in(file.metadata()), self._manifest.header)
             yield file
+
+
+def ema_flats(files: EmaFiles) -> dict[str, Flat]:
+    """Name -> averaged tensor of the model's state dict, not read yet, from any EMA of a tag."""
+    flats = all_flats(files)
+    return {name: flats[name] for name in TagShards(files.tag).shapes() if name in flats}
+
+
+def all_flats(files: EmaFiles) -> dict[str, Flat]:
+    """As `ema_flats`, with the buffers that are not persistent, where the average keeps them."""
+    path = files.tag
+    if files.whole:
+        with files.open(WHOLE) as file:
+            same = parse_json((file.metadata() or {}).get(AS_IN_MODEL, '[]'))
+            tensors = weight_files.open_file(str(path / WHOLE))
+        weights = TagShards(path).named_weights() if same else {}
+        found = {name: weights[name] for name in same}
+        return found | {name: Flat.of(f'{path}: {name}', t) for name, t in tensors.items()}
+    tag = TagShards(path)
+    if files.of_script:
+        weights = tag.named_weights()
+        average = average_of(tag)
+        weights.update({n: Flat.of(f'{path}: {n}', t) for n, t in average.items()})
+        weights.update({alias: weights[name] for alias, name in tag.aliases().items()})
+        return weights
+    names = files.names()
+    shards = [n for n in names if n.startswith('shard/')]
+    if tag.zero_stage:
+        read = cache(lambda r, g: files.tensor(r, shards[g]).reshape(-1))
+        averages = tag.flats(read)
+    else:
+        averages = {
+            n.removeprefix('shard/'): Flat.of(f'{path}: {n}', files.tensor(0, n)) for n in shards
+        }
+    keys = {n.removeprefix('buffer/'): n for n in names if n.startswith('buffer/')}
+    buffers = {n: Flat.of(f'{path}: {key}', files.tensor(0, key)) for n, key in keys.items()}
+    weights = {**tag.named_weights(), **averages, **buffers}
+    weights.update({alias: weights[name] for alias, name in tag.aliases().items()})
+    return weights
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 from collections.abc import Mapping
@@ -12,21 +11,21 @@ import torch
 from torch import nn
 
 from internvl_ds.checkpoint.direct_or_reshard import same_groups
-from internvl_ds.checkpoint.formats.client_state import average_of
-from internvl_ds.checkpoint.formats.ema_files import WHOLE, EmaFiles
+from internvl_ds.checkpoint.formats.ema_files import (
+    AS_IN_MODEL,
+    WHOLE,
+    EmaFiles,
+    all_flats,
+    ema_flats,
+)
 from internvl_ds.checkpoint.formats.zero_shards import TagShards
 from internvl_ds.checkpoint.restore import load_weights
-from internvl_ds.checkpoint.sources import weight_files
 from internvl_ds.dist.rendezvous import rank, world_size
 from internvl_ds.engine.ema import ShardedEma
 from internvl_ds.engine.registry import applied_updates, wrapper_of
 from internvl_ds.errors import CheckpointError
 from internvl_ds.files.ema_shard import EmaFile
-from internvl_ds.files.reading import parse_json
 from internvl_ds.zero.lazy_tensor import Flat
-
-# In the header of a whole average: the names of what is as the tag's weights are.
-_AS_IN_MODEL = 'as_in_model'
 
 
 def ema_file(model_ema: Any, frozen: Mapping[str, torch.Tensor] | None = None) -> EmaFile | None:
@@ -56,7 +55,7 @@ def ema_file(model_ema: Any, frozen: Mapping[str, torch.Tensor] | None = None) -
         return None
     state = {n.removeprefix('module.'): t for n, t in module.state_dict().items()}
     same = [n for n, t in (frozen or {}).items() if n in state and _same(state[n], t)]
-    metadata = {_AS_IN_MODEL: json.dumps(same)} if same else None
+    metadata = {AS_IN_MODEL: json.dumps(same)} if same else None
     return EmaFile(WHOLE, {n: t for n, t in state.items() if n not in set(same)}, metadata)
 
 
@@ -94,45 +93,6 @@ def warn_of_rounding(model_ema: Any, logger: logging.Logger) -> None:
             f'decay {model_ema.decay} is rounded away: use '
             'internvl_ds.ShardedEma(engine, decay), which averages the fp32 masters'
         )
-
-
-def ema_flats(files: EmaFiles) -> dict[str, Flat]:
-    """Name -> averaged tensor of the model's state dict, not read yet, from any EMA of a tag."""
-    flats = _all_flats(files)
-    return {name: flats[name] for name in TagShards(files.tag).shapes() if name in flats}
-
-
-def _all_flats(files: EmaFiles) -> dict[str, Flat]:
-    """As `ema_flats`, with the buffers that are not persistent, where the average keeps them."""
-    path = files.tag
-    if files.whole:
-        with files.open(WHOLE) as file:
-            same = parse_json((file.metadata() or {}).get(_AS_IN_MODEL, '[]'))
-            tensors = weight_files.open_file(str(path / WHOLE))
-        weights = TagShards(path).named_weights() if same else {}
-        found = {name: weights[name] for name in same}
-        return found | {name: Flat.of(f'{path}: {name}', t) for name, t in tensors.items()}
-    tag = TagShards(path)
-    if files.of_script:
-        weights = tag.named_weights()
-        average = average_of(tag)
-        weights.update({n: Flat.of(f'{path}: {n}', t) for n, t in average.items()})
-        weights.update({alias: weights[name] for alias, name in tag.aliases().items()})
-        return weights
-    names = files.names()
-    shards = [n for n in names if n.startswith('shard/')]
-    if tag.zero_stage:
-        read = functools.cache(lambda r, g: files.tensor(r, shards[g]).reshape(-1))
-        averages = tag.flats(read)
-    else:
-        averages = {
-            n.removeprefix('shard/'): Flat.of(f'{path}: {n}', files.tensor(0, n)) for n in shards
-        }
-    keys = {n.removeprefix('buffer/'): n for n in names if n.startswith('buffer/')}
-    buffers = {n: Flat.of(f'{path}: {key}', files.tensor(0, key)) for n, key in keys.items()}
-    weights = {**tag.named_weights(), **averages, **buffers}
-    weights.update({alias: weights[name] for alias, name in tag.aliases().items()})
-    return weights
 
 
 def read_whole_ema(files: EmaFiles) -> dict[str, torch.Tensor]:
@@ -177,6 +137,6 @@ def count_on(model_ema: Any, updates: int | None, where: object, logger: logging
 
 def load_other_ema(model_ema: ShardedEma, files: EmaFiles) -> None:
     """Takes this rank's part of an average that was cut in another way."""
-    model_ema.load_whole(_all_flats(files), str(files.tag))
+    model_ema.load_whole(all_flats(files), str(files.tag))
     if files.sharded:
         model_ema.take_header(files.header)

@@ -16,8 +16,7 @@ import torch
 from yacs.config import CfgNode
 
 from internvl_ds.checkpoint.formats.client_state import saved_state
-from internvl_ds.checkpoint.formats.ema_files import EmaFiles
-from internvl_ds.checkpoint.formats.ema_tensors import ema_flats
+from internvl_ds.checkpoint.formats.ema_files import EmaFiles, ema_flats
 from internvl_ds.checkpoint.formats.tensor_files import safetensors_header
 from internvl_ds.checkpoint.formats.zero_shards import TagShards
 from internvl_ds.checkpoint.sources.open_weights import open_weights
@@ -74,16 +73,30 @@ def write_original(tag: Path, target: Path) -> None:
     if ema_files:
         average = shards.in_order(ema_flats(ema_files))
         tree['model_ema'] = _blank_weights(average, source.aliases, fillers)
-    try:
-        with replacing(target) as file:
-            # The file that is open, whatever its name is meanwhile: torch takes names only here.
-            proc_path = f'/proc/self/fd/{file.fileno()}'
-            with torch.serialization.skip_data():
-                torch.save(tree, proc_path)
-            with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
-                _fill_tree(open_weights(proc_path), tree, fillers)
-    except OSError as error:
-        raise CheckpointError(f'{target}: cannot be written: {error}') from error
+    _write_tree(tree, fillers, target)
+
+
+def write_weights(
+    flats: Mapping[str, Flat],
+    classes: list[str] | None,
+    target: Path,
+    dtype: torch.dtype = torch.float32,
+    largest: int = 1 << 40,
+) -> list[Path]:
+    """Writes weights as a .pth (under 'model'), or as .safetensors; returns the files.
+
+    Args:
+        flats: name -> tensor; read one at a time.
+        classes: class names to keep beside the weights, if any.
+        target: the file; replaced when all of it is on disk. Its suffix says which kind.
+        dtype, largest: of .safetensors, as in `write_safetensors`.
+    """
+    if target.suffix == '.safetensors':
+        return _write_parts(flats, classes, target, dtype, largest)
+    fillers: dict[int, Flat] = {}
+    tree: dict[str, Any] = {'model': _blank_weights(flats, {}, fillers)}
+    _write_tree(tree | ({'class_names': classes} if classes else {}), fillers, target)
+    return [target]
 
 
 def write_safetensors(
@@ -103,7 +116,28 @@ def write_safetensors(
         raise CheckpointError(f'{tag}: holds no EMA')
     shards = TagShards(tag)
     flats = ema_flats(average) if ema else weights_of_tag(shards)
-    classes = saved_state(shards).get('class_names')
+    return _write_parts(flats, saved_state(shards).get('class_names'), target, dtype, largest)
+
+
+def weights_of_tag(shards: TagShards) -> dict[str, Flat]:
+    """Name -> tensor of everything in a state dict; fp32 masters where the tag has them."""
+    weights = shards.named_weights()
+    if shards.optim_files and shards.zero_stage in (1, 2):
+        weights.update(shards.named_state().weights())
+    elif shards.zero_stage == 0 and 'fp32_groups' in (shards.head.get('optimizer') or {}):
+        groups = shards.groups()
+        if all(name for group in groups for name in group):
+            weights.update(shards.named_state().weights())
+    return shards.in_order(weights)
+
+
+def _write_parts(
+    flats: Mapping[str, Flat],
+    classes: list[str] | None,
+    target: Path,
+    dtype: torch.dtype,
+    largest: int,
+) -> list[Path]:
     parts = _split(flats, dtype, largest)
     names = [target.name]
     if len(parts) > 1:
@@ -128,16 +162,17 @@ def write_safetensors(
     return paths
 
 
-def weights_of_tag(shards: TagShards) -> dict[str, Flat]:
-    """Name -> tensor of everything in a state dict; fp32 masters where the tag has them."""
-    weights = shards.named_weights()
-    if shards.optim_files and shards.zero_stage in (1, 2):
-        weights.update(shards.named_state().weights())
-    elif shards.zero_stage == 0 and 'fp32_groups' in (shards.head.get('optimizer') or {}):
-        groups = shards.groups()
-        if all(name for group in groups for name in group):
-            weights.update(shards.named_state().weights())
-    return shards.in_order(weights)
+def _write_tree(tree: dict[str, Any], fillers: Mapping[int, Flat], target: Path) -> None:
+    try:
+        with replacing(target) as file:
+            # The file that is open, whatever its name is meanwhile: torch takes names only here.
+            proc_path = f'/proc/self/fd/{file.fileno()}'
+            with torch.serialization.skip_data():
+                torch.save(tree, proc_path)
+            with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
+                _fill_tree(open_weights(proc_path), tree, fillers)
+    except OSError as error:
+        raise CheckpointError(f'{target}: cannot be written: {error}') from error
 
 
 def _blank_weights(

@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from internvl_ds.checkpoint.formats.ema_files import EmaFiles
-from internvl_ds.checkpoint.formats.ema_tensors import ema_flats
+from internvl_ds.checkpoint.formats.ema_files import EmaFiles, ema_flats
 from internvl_ds.checkpoint.formats.zero_shards import TagShards
 from internvl_ds.checkpoint.sources import downloads
 from internvl_ds.checkpoint.sources.weight_files import open_file

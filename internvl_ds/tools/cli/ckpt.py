@@ -1,4 +1,4 @@
-"""List, verify, show, prune, export and compare checkpoints.
+"""List, verify, show, prune, export, compare and average checkpoints.
 
     internvl-ds ckpt list OUTPUT [--verify]
     internvl-ds ckpt verify OUTPUT [TAG] [--all] [--pretrained FILE]   (or the path of a tag)
@@ -8,6 +8,7 @@
     internvl-ds ckpt export TAG OUT.pth
     internvl-ds ckpt export TAG OUT.safetensors [--dtype bf16] [--ema] [--max-shard-gib GIB]
     internvl-ds ckpt diff A B      (tags, .pth, .safetensors or its index)
+    internvl-ds ckpt average A B [C ...] OUT      (the same; OUT.pth or OUT.safetensors)
 
 ``diff`` returns 1 when something differs, the others as --help says. ``prune`` never removes what
 ``latest`` names or auto resume takes, nor a tag that is neither an epoch's nor a step's, nor,
@@ -36,6 +37,8 @@ export: ``tag``; ``verified``, whether its checksums could be compared; ``files`
     ``path`` and ``size``.
 diff: ``a`` and ``b``, paths; ``tensors``, how many each has; ``found``, each with ``name``,
     ``what`` and ``largest``, the largest absolute difference of an element.
+average: ``sources``, paths; ``tensors``; ``taken``, names of tensors that are no floating-point
+    numbers and differ, of which the last source's are written; ``files``, as of export.
 """
 
 from __future__ import annotations
@@ -55,7 +58,7 @@ from internvl_ds.checkpoint.tag.shared import counted_again, own_size
 from internvl_ds.checkpoint.tag.sweep import STAGING
 from internvl_ds.checkpoint.tag.trash import TRASH
 from internvl_ds.errors import CheckpointError, CheckpointNotFound, few, shown
-from internvl_ds.tools.cli import diff, export
+from internvl_ds.tools.cli import average, diff, export
 from internvl_ds.tools.cli.quantities import whole
 from internvl_ds.tools.cli.tags import (
     Examined,
@@ -116,7 +119,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = 'remove tags of later training than the one saved last, too (of a run that was rewound)'
     option('--drop-later', action='store_true', help=text)
     option('--dry-run', action='store_true', help='remove nothing, say what would go')
-    for name, module in (('export', export), ('diff', diff)):
+    for name, module in (('export', export), ('diff', diff), ('average', average)):
         text = (module.__doc__ or '').strip()
         action = actions.add_parser(name, help=text, description=text)
         module.add_arguments(action)

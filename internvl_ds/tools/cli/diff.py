@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     """Says what differs; the exit status is 1 when anything does."""
     from internvl_ds.checkpoint.formats.compare import contents_of, differences
 
-    paths = [_checkpoint(args.path), _checkpoint(args.other)]
+    paths = [checkpoint(args.path), checkpoint(args.other)]
     one, other = map(contents_of, paths)
     with interpreting(f'{paths[0]} or {paths[1]}', CheckpointError):
         rows = list(differences(one, other))
@@ -42,7 +42,8 @@ def run(args: argparse.Namespace) -> int:
     return DIFFERENT if rows else SAME
 
 
-def _checkpoint(path: Path) -> Path:
+def checkpoint(path: Path) -> Path:
+    """The file, or the tag that the path of a tag or an OUTPUT means."""
     if path.is_file():
         return path
     if not path.exists():

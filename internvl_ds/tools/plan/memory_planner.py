@@ -22,7 +22,7 @@ from internvl_ds.tools.plan.static_memory import (
 from internvl_ds.tools.plan.transient_memory import in_backward, in_update, in_update_on_host
 from internvl_ds.tools.plan.zero_scheme import ZeroScheme, scheme_of
 from internvl_ds.train.data import build_mixup
-from internvl_ds.train.loop import build_criterion
+from internvl_ds.train.objective.criterion import build_criterion
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import deepspeed.comm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from internvl_ds.dist.reduce import reduce_tensors
 from internvl_ds.errors import ConfigError, few
 
 _STATISTICS = ('running_mean', 'running_var')
@@ -113,6 +115,26 @@ def synchronize(model: nn.Module) -> int:
     for _, module in norms:
         module.__class__ = SyncBatchNorm
     return len(norms)
+
+
+@torch.no_grad()
+def distribute_statistics(buffers: Iterable[tuple[str, torch.Tensor]], how: str) -> None:
+    """Makes the running statistics of batch norms those of all ranks, in place, as timm does.
+
+    Collective: every rank calls it.
+
+    Args:
+        buffers: the buffers of a module, by name.
+        how: 'reduce' (the mean over ranks), 'broadcast' (those of rank 0), '' (as they are).
+    """
+    named = [tensor for name, tensor in buffers if name.rpartition('.')[2] in _STATISTICS]
+    if not how or not named or not dist.is_initialized():
+        return
+    if how == 'reduce':
+        torch._foreach_copy_(named, reduce_tensors(named))
+        return
+    for tensor in named:
+        deepspeed.comm.broadcast(tensor, 0)
 
 
 def _statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -16,8 +16,8 @@ from yacs.config import CfgNode
 from internvl_ds import NativeScalerWithGradNormCount, initialize, save_checkpoint
 from internvl_ds.config.tree import default_config, merge_opts
 from internvl_ds.engine.ema import ShardedEma
-from internvl_ds.train.loop import build_criterion
 from internvl_ds.train.model import build_model, input_dtype
+from internvl_ds.train.objective.criterion import build_criterion
 from internvl_ds.train.optim import build_optimizer
 
 _CHANNELS = 3

@@ -13,8 +13,9 @@ from internvl_ds.engine.epochs import seed_everything
 from internvl_ds.errors import ConfigError
 from internvl_ds.train.data import build_loaders
 from internvl_ds.train.datasets.precision import average_precision
-from internvl_ds.train.loop import build_criterion
 from internvl_ds.train.model import build_model
+from internvl_ds.train.objective.checks import contradictions
+from internvl_ds.train.objective.criterion import build_criterion
 from tests.harness.ranks import run_ranks
 from tests.harness.training import small_config, write_folder
 from tests.train.datasets import sourced
@@ -49,7 +50,7 @@ def folder(tmp_path):
 
 
 def several(folder, dataset='jsonl', **values):
-    settings = {'MODEL__NUM_CLASSES': 4, 'DATA__MULTI_LABEL': True, **values}
+    settings = {'MODEL__NUM_CLASSES': 4, 'DATA__MULTI_LABEL': True, 'TRAIN__LOSS': 'bce', **values}
     return small_config(folder, DATA__DATASET=dataset, **settings)
 
 
@@ -171,7 +172,7 @@ def test_evaluation_without_a_label_is_refused(folder, tmp_path):
 def test_training_on_several_labels_goes_on_inside_an_epoch(folder, tmp_path):
     results = run_ranks(
         sourced.train_from, 2, tmp_path, data=str(folder), root=str(tmp_path), dataset='jsonl',
-        opts={'DATA__MULTI_LABEL': True, 'TRAIN__EMA__ENABLE': True},
+        opts={'DATA__MULTI_LABEL': True, 'TRAIN__LOSS': 'bce', 'TRAIN__EMA__ENABLE': True},
     )  # fmt: skip
     for result in results:
         whole, resumed = result['whole'], result['resumed']
@@ -182,3 +183,10 @@ def test_training_on_several_labels_goes_on_inside_an_epoch(folder, tmp_path):
         assert whole['best'] >= whole['last']['mAP'] > 0
     assert 'best mAP' in results[0]['whole']['log']
     assert 'top-1' not in results[0]['whole']['log']
+
+
+def test_a_loss_of_one_label_is_refused(folder):
+    found = contradictions(several(folder, TRAIN__LOSS=''))
+    assert [each.message for each in found] == [
+        "TRAIN.LOSS is '', and DATA.MULTI_LABEL True gives images several labels: set 'bce'"
+    ]

@@ -5,12 +5,14 @@ import copy
 import pytest
 import torch
 from timm.layers import BatchNormAct2d
+from timm.utils import distribute_bn
 from torch import nn
 
 from internvl_ds.errors import ConfigError
-from internvl_ds.train.models.batch_norm import SyncBatchNorm, synchronize
+from internvl_ds.train.models.batch_norm import SyncBatchNorm, distribute_statistics, synchronize
 from tests.harness.ranks import run_ranks
-from tests.train.models import norming
+from tests.harness.training import write_folder
+from tests.train.models import distributing, norming
 from tests.train.models.tiny import difference
 
 PRECISIONS = [
@@ -36,6 +38,45 @@ def test_two_ranks_have_the_statistics_of_the_whole_batch(tmp_path):
             # Two backward passes of some hundred sums in a row, 6e-8 each as a random walk.
             assert got['weights_off'] < 5e-6, cell
             assert list(got['resumed'].values()) == [[], []], cell
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+@pytest.mark.parametrize('stage', [0, 3])
+def test_statistics_are_those_of_all_ranks_before_evaluation_and_saving(tmp_path, stage):
+    data = write_folder(tmp_path / 'images', classes=3, train=29, val=7)
+    ranks = run_ranks(
+        distributing.epochs, 2, tmp_path, data=str(data), output=str(tmp_path / 'out'), stage=stage
+    )
+    for kind in ('module', 'average'):
+        own = [torch.tensor(of_rank[''][kind]) for of_rank in ranks]
+        assert not torch.equal(*own)
+        for rank, of_rank in enumerate(ranks):
+            for how, expected in (('reduce', (own[0] + own[1]) / 2), ('broadcast', own[0])):
+                got = of_rank[how]
+                assert torch.equal(torch.tensor(got[kind]), expected), (kind, how, rank)
+                in_tag = 'tag' if kind == 'module' else 'tag average'
+                assert torch.equal(torch.tensor(got[in_tag]), expected), (in_tag, how, rank)
+
+
+@pytest.mark.parametrize('reduce', [True, False])
+def test_buffers_are_those_that_timm_distributes(reduce, monkeypatch):
+    model = nn.Sequential(nn.BatchNorm2d(2), BatchNormAct2d(3), nn.Linear(2, 2))
+    model.register_buffer('running', torch.zeros(1))
+    seen = []
+
+    def note(buffer, *_, **__):
+        seen.append(buffer)
+
+    monkeypatch.setattr(torch.distributed, 'all_reduce', note)
+    monkeypatch.setattr(torch.distributed, 'broadcast', note)
+    distribute_bn(model, 2, reduce)
+    theirs = [id(buffer) for buffer in seen]
+    seen.clear()
+    monkeypatch.setattr(torch.distributed, 'is_initialized', lambda: True)
+    monkeypatch.setattr('deepspeed.comm.broadcast', note)
+    distribute_statistics(model.named_buffers(), 'broadcast')
+    assert [id(buffer) for buffer in seen] == theirs
 
 
 def test_on_one_rank_it_is_torchs_own():

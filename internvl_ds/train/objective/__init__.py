@@ -1,0 +1,1 @@
+"""What training minimizes: the loss, and what its settings may not contradict."""
