@@ -273,9 +273,7 @@ def _inference_engine(
 
 
 def _share_cores(config: CfgNode) -> None:
-    """Divides cores between the ranks that share them, which would each take all of them.
-
-    Ranks that their launcher has bound to cores of their own keep these.
+    """Divides cores between ranks that share them; those bound to cores of their own keep these.
 
     Raises:
         ConfigError: where the data of ranks have given MODEL.NUM_CLASSES 0 different values.
