@@ -33,9 +33,11 @@ _C.DATA.ZIP_MODE = False
 _C.DATA.CACHE_MODE = 'part'
 # Copy batches to the GPU from pinned memory; without a GPU it has no effect.
 _C.DATA.PIN_MEMORY = True
-# Processes of a rank that read images; 0: the rank itself. They are started anew in each epoch:
-# kept ones would take their memory during evaluation too.
+# Processes of a rank that read images; 0: the rank itself.
 _C.DATA.NUM_WORKERS = 8
+# (new) Keep the processes that read training images from epoch to epoch: their start is spared, and
+# their memory is taken during evaluation too. Images, order and random numbers are the same.
+_C.DATA.PERSISTENT_WORKERS = False
 _C.DATA.WORKER_TIMEOUT = 30  # seconds for the workers of an epoch to begin; then others start
 # Each rank keeps its share of the encoded training images in memory and trains on that alone, as
 # with CACHE_MODE part.

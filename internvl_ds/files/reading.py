@@ -82,8 +82,11 @@ def read_bytes(path: str | Path, limit: int, *, ours: bool = False) -> bytes:
     """
     with open_data(path, ours=ours) as file:
         size = os.fstat(file.fileno()).st_size
-        # /proc says 0 of all of its files, and some have nothing yet
-        data = b'' if size > limit else file.read(limit + 1) or b''
+        # A buffer of the limit would be given to the process, and taken again, for each file.
+        data = b'' if size > limit else file.read(size + 1) or b''
+        if size <= limit and len(data) > size:
+            # /proc says 0 of all of its files, and some have nothing yet; another file has grown.
+            data += file.read(limit + 1 - len(data)) or b''
     if max(size, len(data)) > limit:
         raise Unreadable(f'has {max(size, len(data))} bytes, and such a file has {limit} at most')
     return data

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import deepspeed
@@ -20,13 +18,10 @@ from yacs.config import CfgNode
 from internvl_ds.checkpoint.frozen.sources import named_in_config
 from internvl_ds.checkpoint.restore import given_by_backbone
 from internvl_ds.checkpoint.sources import downloads
-from internvl_ds.checkpoint.sources.open_weights import averaged_in, open_weights
-from internvl_ds.checkpoint.tag.discovery import is_tag, read_manifest
-from internvl_ds.checkpoint.tag.verify import damage, share_of, weight_files
 from internvl_ds.config.choices import require_one_of
 from internvl_ds.config.tree import checkpoint_option, get_option
 from internvl_ds.dist.process_group import collectives_within, init_distributed
-from internvl_ds.dist.rendezvous import agree, exchange, from_rank_0, rank, world_size
+from internvl_ds.dist.rendezvous import agree, exchange, from_rank_0, rank
 from internvl_ds.engine.registry import find_engine
 from internvl_ds.errors import PretrainedError, RankError
 from internvl_ds.files.addresses import shown
@@ -35,6 +30,7 @@ from internvl_ds.pretrained import apply, head, timm_weights, transforms, unwrap
 from internvl_ds.pretrained.classifier import classifier_layers
 from internvl_ds.pretrained.known_formats import through_timm
 from internvl_ds.pretrained.open_engine import open_engine
+from internvl_ds.pretrained.open_source import open_source
 from internvl_ds.pretrained.places import origins_in
 from internvl_ds.pretrained.report import PretrainedReport
 from internvl_ds.pretrained.transforms import Note, Specs, State, Step
@@ -194,17 +190,7 @@ def convert_22k_head_to_1k(model: _M, logger: logging.Logger) -> _M:
 def _decide(config: CfgNode, path: str, model: nn.Module) -> Plan:
     """Opens the weights and adapts them. Reads files; no collective."""
     name, path = shown(path), downloads.local(path, config)
-    _verify_share(path)
-    averaged = bool(get_option(config, 'MODEL.PRETRAINED_EMA', False))
-    in_file = averaged and not os.path.isdir(path)
-    if in_file and get_option(config, 'MODEL.PRETRAINED_KEY', ''):
-        raise PretrainedError('MODEL.PRETRAINED_KEY and PRETRAINED_EMA are set: set one of them')
-    front: tuple[str, ...] = ()
-    with interpreting(path, PretrainedError):
-        source = open_weights(path, ema=averaged and not in_file)
-        if in_file:
-            entry, source = averaged_in(source, path)
-            front = (entry,)
+    source, front = open_source(config, path)
     try:
         with interpreting('the file', PretrainedError):
             plan = _adapt(config, name, source, model)
@@ -273,19 +259,6 @@ def run_steps(steps: Iterable[Step], state: State, specs: Specs) -> tuple[State,
         result = step(state, specs)
         state, notes = result.state, notes + result.notes
     return state, notes
-
-
-def _verify_share(path: str) -> None:
-    """Compares this rank's share of a tag's files with their checksums; other sources have none."""
-    if not (Path(path).is_dir() and is_tag(Path(path))):
-        return
-    manifest = read_manifest(Path(path))
-    if manifest is None:
-        return
-    names = [*weight_files(manifest), *(name for name in manifest.files if name.startswith('ema'))]
-    damages = damage(Path(path), manifest, share_of(names, rank(), world_size()))
-    if damages:
-        raise PretrainedError('; '.join(damages))
 
 
 def _decide_alike(decide: Any, config: CfgNode) -> Plan:

@@ -226,11 +226,12 @@ def _loader(config: CfgNode, images: Any, sampler: Sampler, **settings: Any) -> 
 
 def _train_loader(config: CfgNode, dataset: Images, rank: int, world_size: int) -> DataLoader:
     parts = reads_parts(config)
-    repeats = config.DATA.REPEATED_AUG
     sampler = TrainSampler(
-        len(dataset), world_size, rank, config.SEED, parts=parts, repeats=repeats
+        len(dataset), world_size, rank, config.SEED, parts=parts, repeats=config.DATA.REPEATED_AUG
     )
-    loader = _loader(config, SeededImages(dataset), sampler, drop_last=True)
+    kept = bool(config.DATA.PERSISTENT_WORKERS and config.DATA.NUM_WORKERS)
+    images = SeededImages(dataset)
+    loader = _loader(config, images, sampler, drop_last=True, persistent_workers=kept)
     if len(loader) == 0:
         raise ConfigError(
             f'{dataset.root} holds {len(dataset)} images, fewer than one batch on every rank: '

@@ -10,6 +10,7 @@ import multiprocessing.process
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,18 +27,20 @@ _log = logging.getLogger(__name__)
 
 # The processes that loaders of this module have started.
 _started: list[multiprocessing.process.BaseProcess] = []
-_exit_is_watched = False
+# The iterators of loaders that keep their workers.
+_kept: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 class Loader(DataLoader):
     """torch's DataLoader, whose workers keep reading when a signal asks their rank to stop.
 
     Workers that do not begin are started anew: Python 3.10 can lock a child out of the interpreter
-    where it forks beside threads of C++. A batch that does not come is a `DataError`.
+    where it forks beside threads of C++. So are kept ones that do not begin another epoch. A batch
+    that does not come is a `DataError`.
     """
 
     def __init__(self, *args: Any, limit: float, begin_within: float = 30, **kwargs: Any) -> None:
-        """Takes what torch's takes.
+        """Takes what torch's takes; ``persistent_workers`` keeps the workers from epoch to epoch.
 
         Args:
             limit: seconds for a batch to come from the workers.
@@ -60,8 +63,8 @@ class Loader(DataLoader):
         generator = self.generator or torch.default_generator
         state = generator.get_state()
         for _ in range(_TRIES):
-            batches = self._start()
-            if self._all_begin(batches._workers):
+            batches, begun = self._start() if self._iterator is None else self._go_on()
+            if begun:
                 return _Batches(batches, self.timeout)
             pids = ', '.join(str(worker.pid) for worker in batches._workers)
             late = (
@@ -71,14 +74,14 @@ class Loader(DataLoader):
             _log.warning('%s: they are killed, and others started', late)
             _kill(batches._workers)
             batches._shutdown_workers()
+            self._iterator = None
             generator.set_state(state)  # the order and the workers' seeds were drawn from it
         raise DataError(
             f'{late}, in {_TRIES} tries: where the machine is this busy, set it larger; with '
             'DATA.NUM_WORKERS 0 the rank reads itself'
         )
 
-    def _start(self) -> Any:
-        global _exit_is_watched
+    def _start(self) -> tuple[Any, bool]:
         # A worker begins with its rank's handlers, or with none: neither must run there.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
@@ -87,15 +90,32 @@ class Loader(DataLoader):
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         _started[:] = [worker for worker in _started if worker.is_alive()]
         _started.extend(batches._workers)
-        if not _exit_is_watched:
-            # The interpreter's own way is SIGTERM, which they ignore, and to wait for ever.
-            atexit.register(_kill, _started)
-            _exit_is_watched = True
-        return batches
-
-    def _all_begin(self, workers: Sequence[multiprocessing.process.BaseProcess]) -> bool:
+        # The interpreter's own way is SIGTERM, which they ignore, and to wait for ever; torch's is
+        # to wait for kept ones too. What is registered last is called first.
+        atexit.unregister(_end)
+        atexit.register(_end)
+        if self.persistent_workers:
+            _kept.add(batches)
         end = time.monotonic() + self._begin_within
-        return all(self._begun.acquire(timeout=max(0, end - time.monotonic())) for _ in workers)
+        left = (max(0, end - time.monotonic()) for _ in batches._workers)
+        return batches, all(self._begun.acquire(timeout=seconds) for seconds in left)
+
+    def _go_on(self) -> tuple[Any, bool]:
+        """Has kept workers begin an epoch; what is left of another that was broken off is dropped.
+
+        They are given no state: the sampler, which says what to read and with which seeds, is here.
+        """
+        batches: Any = self._iterator
+        batches._timeout, limit = self._begin_within, batches._timeout
+        try:
+            batches._reset(self)
+        except RuntimeError as error:
+            if 'timed out' not in str(error):
+                raise
+            return batches, False
+        finally:
+            batches._timeout = limit
+        return batches, True
 
 
 class _Batches:
@@ -138,6 +158,12 @@ def _begin(begun: Any, worker: int) -> None:
     # Where the rank ends without its exit functions, the kernel ends this process.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
     begun.release()
+
+
+def _end() -> None:
+    _kill(_started)
+    for batches in _kept:
+        batches._shutdown = True  # torch would wait for workers, and for what dead ones have locked
 
 
 def _kill(workers: Sequence[multiprocessing.process.BaseProcess]) -> None:

@@ -257,6 +257,7 @@ def test_keys_that_the_original_lacks_are_these():
         'DATA.FACTORY',
         'DATA.META_DATA',
         'DATA.MULTI_LABEL',
+        'DATA.PERSISTENT_WORKERS',
         'DATA.REAL_LABELS',
         'DATA.WORKER_TIMEOUT',
         'EVAL_LOADED',

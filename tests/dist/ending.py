@@ -67,7 +67,7 @@ def train(cfg: str, output: str, workers: int) -> None:
     run(get_config(Namespace(cfg=cfg, output=output, opts=opts)))
 
 
-def beside_a_child(folder: str, data: str) -> list[int]:
+def beside_a_child(folder: str, data: str, persistent: bool) -> list[int]:
     """Ends with a loader's worker under way, beside a child of its own that ends in order."""
 
     def child() -> None:
@@ -80,8 +80,11 @@ def beside_a_child(folder: str, data: str) -> list[int]:
         time.sleep(60)
 
     multiprocessing.get_context('fork').Process(target=child, daemon=True).start()
-    loader = build_loaders(small_config(Path(data), DATA__NUM_WORKERS=2), 0, 1).train
+    keys = {'DATA__NUM_WORKERS': 2, 'DATA__PERSISTENT_WORKERS': persistent}
+    loader = build_loaders(small_config(Path(data), **keys), 0, 1).train
     assert loader is not None
+    if persistent:
+        list(loader)
     start_epoch(loader, 0, 0, 0)
     batches = iter(loader)
     next(batches)

@@ -222,8 +222,10 @@ def test_nothing_in_common(load, tmp_path):
         load({'state_dict': state, 'epoch': 1}, Net())
     text = str(caught.value)
     assert text.startswith(f'{tmp_path / "w.pth"}: no key of the checkpoint is in the model')
-    assert 'the checkpoint has state_dict, epoch;' in text
-    assert 'absolute_pos_embed, blocks.0.relative_position_bias_table' in text
+    assert 'the checkpoint has net.absolute_pos_embed, net.blocks.0.' in text
+    assert "(took the 16 entries under 'state_dict'; dropped 2 buffers " in text
+    assert 'the model has absolute_pos_embed, blocks.0.relative_position_bias_table' in text
+    assert 'MODEL.PRETRAINED_KEY names what to take of the file' in text
     with pytest.raises(PretrainedError, match='the checkpoint has none'):
         load({}, Net())
 
@@ -297,6 +299,20 @@ def test_the_average_on_request(load):
     checkpoint = {'model': source.state_dict(), 'model_ema': average.state_dict()}
     load(checkpoint, model, PRETRAINED_EMA=True)
     assert_state(model, snapshot(average))
+
+
+def test_the_average_under_the_name_of_timms_program_and_by_its_key(load):
+    model, average = Net(), Net()
+    checkpoint = {'state_dict': Net().state_dict(), 'state_dict_ema': average.state_dict()}
+    load(checkpoint, model, PRETRAINED_EMA=True)
+    assert_state(model, average.state_dict())
+    model = Net()
+    load(checkpoint, model, PRETRAINED_KEY='state_dict_ema')
+    assert_state(model, average.state_dict())
+    with pytest.raises(PretrainedError, match='PRETRAINED_KEY and PRETRAINED_EMA are set'):
+        load(checkpoint, model, PRETRAINED_EMA=True, PRETRAINED_KEY='state_dict')
+    with pytest.raises(PretrainedError, match='no model_ema, state_dict_ema, .* in it'):
+        load({'state_dict': checkpoint['state_dict']}, model, PRETRAINED_EMA=True)
 
 
 def test_readers_is_one_of_two(load):

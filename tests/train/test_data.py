@@ -206,6 +206,37 @@ def test_an_epoch_repeats_exactly_in_a_resumed_run(data, workers):
     assert not torch.equal(first, second)
 
 
+def test_workers_that_are_kept_read_the_same_bit_for_bit(data):
+    """Whole epochs, with mixup, from the middle of one, and after one that was broken off."""
+
+    def epochs(**values):
+        config = small_config(
+            data, DATA__IMG_SIZE=40, AUG__REPROB=0.5, AUG__MIXUP=0.8, AUG__CUTMIX=1.0,
+            AUG__AUTO_AUGMENT='rand-m9-mstd0.5-inc1', **values,
+        )  # fmt: skip
+        loader, mixup = build_loaders(config, 0, 1).train, build_mixup(config)
+        read = []
+        for epoch, done, until in ((0, 0, 6), (1, 0, 2), (1, 2, 6), (2, 4, 6), (3, 0, 6)):
+            start_epoch(loader, 0, epoch, 0, micro_batches=done)
+            for number, batch in enumerate(loader, done):
+                if number == until:
+                    break
+                read += [*mixup(*batch), torch.rand(2)]
+        return read
+
+    wanted = epochs()
+    for workers in (1, 2):
+        kept = epochs(DATA__NUM_WORKERS=workers, DATA__PERSISTENT_WORKERS=True)
+        assert len(kept) == len(wanted) == 3 * 20
+        assert all(map(torch.equal, kept, wanted))
+        assert all(map(torch.equal, epochs(DATA__NUM_WORKERS=workers), wanted))
+
+
+def test_the_rank_reads_itself_where_there_are_no_workers_to_keep(data):
+    loader = build_loaders(small_config(data, DATA__PERSISTENT_WORKERS=True), 0, 1).train
+    assert len(list(loader)) == 6
+
+
 def test_augmentation_differs_between_epochs_and_seeds(data):
     config = small_config(data, DATA__IMG_SIZE=40)
     loader = build_loaders(config, 0, 1).train

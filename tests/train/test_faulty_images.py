@@ -1,6 +1,7 @@
 """Faulty and odd images: what is read, what is refused by name, and what takes its place."""
 
 import errno
+import io
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ from PIL import Image
 
 from internvl_ds.errors import ConfigError, DataError
 from internvl_ds.train.data import build_loaders, start_epoch
+from internvl_ds.train.datasets import skipping as skipping_module
 from internvl_ds.train.datasets.decode import decode
 from internvl_ds.train.datasets.skipping import Skipped, is_of_file
 from internvl_ds.train.datasets.sources import Folder
@@ -199,6 +201,24 @@ def test_beyond_the_share_the_run_stops(data, workers):
         epoch_of(skipping(data, share=0.09, DATA__NUM_WORKERS=workers))
 
 
+def test_kept_workers_know_what_other_ranks_have_found(data, monkeypatch):
+    """Else they would count the share anew in each epoch, and end the run later than new ones."""
+    damage(data / 'train', FAULTY)
+    said = []
+    for kept in (False, True):
+        config = skipping(data, 0.1, DATA__NUM_WORKERS=2, DATA__PERSISTENT_WORKERS=kept)
+        loaders = build_loaders(config, 0, 1)
+        start_epoch(loaders.train, 0, 0, 0)
+        list(loaders.train)
+        others = [[[number, f'{number} of another rank']] for number in (2, 3)]
+        monkeypatch.setattr(skipping_module, 'exchange', lambda what, mine, _: [mine, others[0]])
+        loaders.skipped._most = 4
+        loaders.skipped.tell('epoch 0', 1)
+        assert sorted(loaders.skipped.found) == [1, 2, 10, 21]
+        said.append(loaders.skipped.found[2])
+    assert said == ['2 of another rank'] * 2
+
+
 def test_a_data_set_without_a_sound_image_comes_to_an_end(data):
     for path in (data / 'train').rglob('*.png'):
         path.write_bytes(b'')
@@ -312,11 +332,15 @@ def test_a_run_over_faulty_images_names_them_and_repeats(tmp_path, data, damaged
     assert '4 of 30 training images were skipped in this run' in log
     assert 'skipped: ' not in other_log
 
+    (kept, _), _ = train(tmp_path, data, 'kept', 0.14, 'DATA.PERSISTENT_WORKERS', 'True')
+    for record in (*kept['metrics'], *one['metrics']):
+        del record['images_per_s'], record['seconds']
+    assert kept['metrics'] == one['metrics']
+
     # The second epoch again, from the first one's tag: the same images, so the same losses.
     tag = str(tmp_path / 'one' / 'small' / 'ckpt_epoch_0')
     (again, _), _ = train(tmp_path, data, 'again', 0.14, 'MODEL.RESUME', tag)
-    for record in (again['metrics'][0], one['metrics'][1]):
-        del record['images_per_s'], record['seconds']
+    del again['metrics'][0]['images_per_s'], again['metrics'][0]['seconds']
     assert again['metrics'][0] == one['metrics'][1]
 
 
@@ -328,3 +352,15 @@ def test_ranks_that_together_found_too_many_all_stop(tmp_path, data, damaged_on_
     for log in logs:
         assert words in log
     assert 'ckpt_epoch_0' not in os.listdir(tmp_path / 'out' / 'small')
+
+
+def test_an_rgb_image_is_decoded_to_what_pillow_converts_it_to():
+    pixels = np.random.default_rng(0).integers(0, 255, (30, 40, 3), np.uint8)
+    for kind in ('JPEG', 'PNG', 'WEBP', 'TIFF', 'BMP'):
+        data = encode(Image.fromarray(pixels), kind)
+        with Image.open(io.BytesIO(data)) as image:
+            wanted = image.convert('RGB')
+        for upright in (True, False):
+            read = decode(data, upright=upright)
+            assert read.mode == 'RGB'
+            assert read.tobytes() == wanted.tobytes()

@@ -14,6 +14,7 @@ from tests.bench import (
     elastic,
     ema,
     frozen,
+    loader,
     loads,
     memory,
     pretrained,
@@ -252,3 +253,21 @@ def test_a_build_is_measured_whole_and_in_slices(capsys):
         line for line in out.splitlines() if line.startswith(('| whole', '| in slices'))
     )
     assert float(whole.split('|')[-2]) >= 23.6 > float(slices.split('|')[-2])
+
+
+@pytest.mark.slow
+def test_the_training_loader_is_measured_beside_timms(tmp_path, capsys):
+    figures = tmp_path / 'figures.json'
+    loader.main(
+        [
+            *('--images', '16', '--batch', '2', '--workers', '1', '--width', '40'),
+            *('--rounds', '2', '--json', str(figures), '--folder', str(tmp_path)),
+        ]
+    )
+    report = json.loads(figures.read_text())
+    assert [(r['a'], r['b']) for r in report['ratios']] == [pair[:2] for pair in loader.PAIRS]
+    for name, measured in report['seconds'].items():
+        assert len(measured['samples']) == 2
+        assert report['images a second'][name] > 0
+    assert 'training loader: steady / timm.data.create_loader: steady' in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ['figures.json']

@@ -18,6 +18,7 @@ from internvl_ds.errors import InternvlDsError
 from internvl_ds.tools.cli import (
     ckpt,
     config,
+    data,
     digits,
     doctor,
     evaluate,
@@ -29,7 +30,7 @@ from internvl_ds.tools.cli import (
 from internvl_ds.tools.text import stdout_for_answers
 
 # The subcommands, in the order in which --help lists them; each is named as its module.
-_COMMANDS = (ckpt, config, digits, doctor, evaluate, plan, selftest, tune, version)
+_COMMANDS = (ckpt, config, data, digits, doctor, evaluate, plan, selftest, tune, version)
 
 USER_ERROR = 2
 

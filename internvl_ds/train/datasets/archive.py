@@ -14,7 +14,8 @@ import numpy as np
 
 from internvl_ds.errors import ConfigError
 from internvl_ds.files.reading import Unreadable, open_data
-from internvl_ds.train.datasets.sources import IMAGE_BYTES, encoded
+from internvl_ds.train.datasets.decode import IMAGE_BYTES
+from internvl_ds.train.datasets.sources import encoded
 
 _LOCAL_HEADER = struct.Struct('<4s22xHH')  # of an entry: signature, length of name and extra field
 _ENCRYPTED = 1  # bit of an entry's flags

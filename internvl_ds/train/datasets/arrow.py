@@ -11,7 +11,8 @@ from yacs.config import CfgNode
 
 from internvl_ds.errors import ConfigError, few
 from internvl_ds.files.reading import Unreadable, read_bytes
-from internvl_ds.train.datasets.sources import IMAGE_BYTES, Opened, encoded
+from internvl_ds.train.datasets.decode import IMAGE_BYTES
+from internvl_ds.train.datasets.sources import Opened, encoded
 
 _SPLITS = {'train': ('train',), 'val': ('validation', 'val', 'test')}
 

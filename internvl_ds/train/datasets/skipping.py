@@ -1,7 +1,8 @@
 """Faulty training images: which others come in their place, how many there are, and on what ranks.
 
-A loader's workers are forked from their rank, and end with the epoch. What they find goes to their
-rank through an unlinked file in memory, which takes any number of lines and waits for nobody.
+A loader's workers are forked from their rank. What they find goes to their rank through an unlinked
+file in memory, which takes any number of lines and waits for nobody; and so does what other ranks
+have found to workers that are kept.
 """
 
 from __future__ import annotations
@@ -73,9 +74,8 @@ class Skipped:
         Raises:
             DataError: when this rank alone has found more than the share.
         """
-        if number not in self.found:
-            error = shown(error)[:_REASON]
-            self._file.write(json.dumps([number, error]).encode() + b'\n')
+        error = shown(error)[:_REASON]
+        self._write(number, error)
         self._read()
         self._require_few(error)
 
@@ -99,6 +99,8 @@ class Skipped:
         self._read()
         mine = [[number, self.found[number]] for number in sorted(self.found.keys() - self._told)]
         for theirs in exchange('skipped images', mine, timeout):
+            for number, error in theirs:
+                self._write(number, error)
             self.found.update(dict(theirs))
         fresh = sorted(self.found.keys() - self._told)
         self._told.update(fresh)
@@ -121,6 +123,10 @@ class Skipped:
             )  # fmt: skip
             for number in sorted(self._told):
                 _log.warning('skipped: %s', self.found[number])
+
+    def _write(self, number: int, error: str) -> None:
+        if number not in self.found:
+            self._file.write(json.dumps([number, error]).encode() + b'\n')
 
     def _read(self) -> None:
         """Takes over the lines that other processes, or this one, have written since."""

@@ -12,13 +12,11 @@ import numpy as np
 
 from internvl_ds.errors import shown
 from internvl_ds.files.reading import Unreadable, open_data, read_bytes
+from internvl_ds.train.datasets.decode import IMAGE_BYTES
 from internvl_ds.train.datasets.skipping import is_of_file
 
 # Values of DATA.DATASET whose images have their labels with them; hfds may be followed by a name.
 SOURCES = ('tar', 'wds', 'csv', 'jsonl', 'hfds')
-
-# The longest encoded image, bytes; the largest of ImageNet have 15 MB.
-IMAGE_BYTES = 1 << 30
 
 
 class Source(Protocol):

@@ -16,7 +16,8 @@ import numpy as np
 
 from internvl_ds.errors import ConfigError, few
 from internvl_ds.files.reading import Unreadable, open_data, parse_json
-from internvl_ds.train.datasets.sources import IMAGE_BYTES, Opened, encoded
+from internvl_ds.train.datasets.decode import IMAGE_BYTES
+from internvl_ds.train.datasets.sources import Opened, encoded
 from internvl_ds.train.datasets.walk import is_image_name
 
 _TAIL_BYTES = 1 << 16  # looked at behind the last entry

@@ -7,16 +7,17 @@ import os
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
 from internvl_ds.errors import ConfigError, few
+
+# As torchvision has them, whose import takes seconds.
+_ENDINGS = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp')
 
 _log = logging.getLogger(__name__)
 
 
 def is_image_name(name: str) -> bool:
     """Whether a file of this name is taken for an image."""
-    return name.lower().endswith(IMG_EXTENSIONS)
+    return name.lower().endswith(_ENDINGS)
 
 
 def class_folders(root: Path, leave_out: Collection[str] = ()) -> list[str]:
@@ -26,9 +27,13 @@ def class_folders(root: Path, leave_out: Collection[str] = ()) -> list[str]:
     """
     if not root.is_dir():
         return []
+    return without_hidden(root, [name for name in folders_in(root) if name not in leave_out])
+
+
+def folders_in(root: Path) -> list[str]:
+    """Names of all folders in ``root``, sorted as text; hidden ones too."""
     with os.scandir(root) as entries:
-        folders = sorted(e.name for e in entries if e.is_dir() and e.name not in leave_out)
-    return without_hidden(root, folders)
+        return sorted(entry.name for entry in entries if entry.is_dir())
 
 
 def without_hidden(root: Path, folders: Sequence[str]) -> list[str]:
@@ -60,13 +65,7 @@ def walk_classes(root: Path, classes: Collection[str]) -> tuple[list[str], list[
     empty: list[str] = []
     twice: list[str] = []
     for label, name in enumerate(classes):
-        below = sorted(_folders(root, name, twice))
-        files = [
-            os.path.join(folder, file)
-            for folder, files in below
-            for file in sorted(files)
-            if is_image_name(file)
-        ]
+        files = [file for file in files_of_class(root, name, twice) if is_image_name(file)]
         names += files
         labels += [label] * len(files)
         if not files:
@@ -79,6 +78,21 @@ def walk_classes(root: Path, classes: Collection[str]) -> tuple[list[str], list[
     if empty:
         raise ConfigError(f'{root}: no image in the class folders {few(empty)}')
     return names, labels
+
+
+def files_of_class(root: Path, name: str, twice: list[str]) -> list[str]:
+    """Paths below ``root`` of all files of a class, in the order of torchvision's ImageFolder.
+
+    Args:
+        root: the folder of a split.
+        name: the class folder in it.
+        twice: folders that links lead to a second time are added to it, and not read again.
+
+    Raises:
+        OSError: for a folder that cannot be read.
+    """
+    below = sorted(_folders(root, name, twice))
+    return [os.path.join(folder, file) for folder, files in below for file in sorted(files)]
 
 
 def _folders(root: Path, name: str, twice: list[str]) -> Iterator[tuple[str, list[str]]]:

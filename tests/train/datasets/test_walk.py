@@ -4,9 +4,10 @@ import logging
 
 import torch
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from internvl_ds.train.data import build_loaders
-from internvl_ds.train.datasets.walk import class_folders, walk_classes
+from internvl_ds.train.datasets.walk import class_folders, is_image_name, walk_classes
 from tests.harness.training import small_config, write_folder
 from tests.train.datasets.made import write_image
 
@@ -45,3 +46,8 @@ def test_links_to_where_the_walk_has_been_are_named_and_do_not_make_it_endless(t
     assert 'cat/one' in said
     assert 'cat/two' in said
     assert 'cat/up' in said
+
+
+def test_the_endings_of_image_names_are_those_of_torchvision():
+    known = [*IMG_EXTENSIONS, '.gif', '.avif', '.jp2', '.heic', '.jpg2', '.txt', '']
+    assert [end for end in known if is_image_name(f'a{end.upper()}')] == list(IMG_EXTENSIONS)
