@@ -16,7 +16,9 @@ _C.DATA.BATCH_SIZE = 128  # images per rank and micro-batch
 _C.DATA.DATA_PATH = ''
 # 'imagenet' (any image folder, list or zip file of classes), imagenet22K (training images in
 # DATA_PATH/train or DATA_PATH itself), imagenet-real (ReaL's labels); to evaluate only:
-# imagenetv2, imagenet_a, imagenet_r, imagenet_sketch.
+# imagenetv2, imagenet_a, imagenet_r, imagenet_sketch. (new) folder (as imagenet), tar, wds
+# (WebDataset's shards), csv and jsonl (tables of path and label), hfds (a data set of Hugging
+# Face's that DATA_PATH holds) and hfds/NAME; see docs/data.md.
 _C.DATA.DATASET = 'imagenet'
 _C.DATA.IMG_SIZE = 224  # pixels
 # Of resizing: random, nearest, bilinear, bicubic, box, hamming, lanczos;
@@ -42,7 +44,13 @@ _C.DATA.WORKER_TIMEOUT = 30  # seconds for the workers of an epoch to begin; the
 _C.DATA.IMG_ON_MEMORY = False
 # (new) Folder of the lists train.txt and val.txt (lines `path label`); '' looks for meta_data/ in
 # DATA_PATH and, where a split has no class folders, beside DATA_PATH and where the program starts.
+# Of the tables of csv and jsonl '' is DATA_PATH.
 _C.DATA.META_DATA = ''
+# (new) 'package.module:function', called with the config and 'train' or 'val'; what it returns has
+# a length and items (image, label). It takes the place of DATASET and DATA_PATH.
+_C.DATA.FACTORY = ''
+# (new) Images have several labels or none: wds, csv, jsonl, hfds and FACTORY give lists of them.
+_C.DATA.MULTI_LABEL = False
 # (new) JSON of ReaL's labels for 'imagenet-real'; '' takes those that timm ships.
 _C.DATA.REAL_LABELS = ''
 # (new) Refuse weights that keep names of other classes, by label, than the folders of now have.
@@ -80,7 +88,9 @@ _C.MODEL.RESUME = ''  # checkpoint to go on from, or to evaluate
 # (new) Seconds within which a download of PRETRAINED or RESUME must bring 64 KiB more (10 MiB from
 # the Hugging Face Hub), or its rest.
 _C.MODEL.DOWNLOAD_TIMEOUT = 120
-_C.MODEL.NUM_CLASSES = 1000  # of the head; the data must have as many
+# Of the head; the data must have as many. 0: as many as the training images have, in an evaluation
+# those of val; a tag or a file of weights must have the same number then.
+_C.MODEL.NUM_CLASSES = 1000
 # (new) Have the batch norms of the model (torch's and timm's) see the images of all ranks.
 _C.MODEL.SYNC_BN = False
 _C.MODEL.DROP_RATE = 0.0  # of dropout before the head, where the model has it

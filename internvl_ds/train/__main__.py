@@ -27,7 +27,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--cfg', required=True, metavar='FILE', help='YAML file, or the name of one that ships')
     add('--opts', nargs='+', metavar='KEY VALUE', help='settings that win over the YAML file')
     add('--batch-size', type=int, help='images per rank and micro-batch')
-    add('--dataset', help="'imagenet' (any image folder), 'imagenet22K', or a variant to evaluate")
+    add('--dataset', help="'imagenet' (any image folder), 'tar', 'csv' ...: see DATA.DATASET")
     add('--data-path', metavar='DIR', help='holds train/<class>/ and val/<class>/')
     add('--zip', **_switch('read train.zip and val.zip'))
     add('--cache-mode', choices=('no', 'full', 'part'), help='of zipped data')

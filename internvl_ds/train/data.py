@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from timm.data import Mixup
 from torch.utils.data import DataLoader, Sampler
 from yacs.config import CfgNode
 
+from internvl_ds.config.tree import set_options
 from internvl_ds.engine.epochs import seed_everything, seed_of
 from internvl_ds.errors import ConfigError
 from internvl_ds.train.datasets.checks import check_data, keep_in_memory, reads_parts
@@ -20,6 +22,8 @@ from internvl_ds.train.datasets.opening import differing, evaluates_22k_as_1k, o
 from internvl_ds.train.datasets.skipping import Skipped
 from internvl_ds.train.sampler import SeededImages, TrainSampler
 from internvl_ds.train.workers import Loader
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,18 +49,19 @@ class Loaders:
 def build_loaders(config: CfgNode, rank: int, world_size: int) -> Loaders:
     """Opens the images that DATA.* names, and makes this rank's loaders.
 
+    MODEL.NUM_CLASSES 0 is replaced by the number of classes that they have.
+
     Raises:
         ConfigError: for a missing or empty folder, classes that do not fit MODEL.NUM_CLASSES or
             each other, fewer training images than one global batch, settings that contradict each
             other, and an odd batch with mixup.
     """
     check_data(config)
-    val_set = open_split(config, 'val')
+    val_set, train_set = _open_splits(config)
     train_loader, classes, skipped = None, val_set.classes, None
     if evaluates_22k_as_1k(config, val_set.num_classes):
         classes = []
-    if not (config.EVAL_MODE or config.THROUGHPUT_MODE):
-        train_set = open_split(config, 'train')
+    if train_set is not None:
         _check_same_classes(config, train_set, val_set)
         classes = train_set.classes
         if config.DATA.ON_ERROR == 'skip':
@@ -68,12 +73,31 @@ def build_loaders(config: CfgNode, rank: int, world_size: int) -> Loaders:
     return Loaders(train_loader, val_loader, mixup, classes, skipped)
 
 
+def _open_splits(config: CfgNode) -> tuple[Images, Images | None]:
+    """The images to evaluate on, and those to train on, if the run trains.
+
+    MODEL.NUM_CLASSES 0 becomes the number that the first of them has: in training, that of its
+    images.
+    """
+    splits = ['val'] if config.EVAL_MODE or config.THROUGHPUT_MODE else ['val', 'train']
+    if not config.MODEL.NUM_CLASSES:
+        splits.reverse()
+    opened: dict[str, Images] = {}
+    for split in splits:
+        opened[split] = open_split(config, split)
+        if not config.MODEL.NUM_CLASSES:
+            count = opened[split].num_classes
+            _log.info('MODEL.NUM_CLASSES is %d, as %s has it', count, opened[split].root)
+            set_options(config, {'MODEL.NUM_CLASSES': count})
+    return opened['val'], opened.get('train')
+
+
 def order_of(loader: DataLoader, seed: int) -> dict[str, Any]:
     """The values, beside the epoch, that determine the order of a training loader's images.
 
-    The number of images, the seed, a digest of the files' names below their folder, how many parts
-    they are in where each rank keeps and reads one of its own (else None), and how often an image
-    is repeated, where it is.
+    The number of images, the seed, a digest of the files' names below their folder (none where a
+    DATA.FACTORY gives no names), how many parts they are in where each rank keeps and reads one of
+    its own (else None), and how often an image is repeated, where it is.
     """
     assert isinstance(loader.dataset, SeededImages)
     images, digest = loader.dataset.images, xxhash.xxh3_64()

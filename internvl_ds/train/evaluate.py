@@ -6,6 +6,7 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from internvl_ds.pretrained.head import slice_22k_logits
 from internvl_ds.train.data import EvalSampler
 from internvl_ds.train.datasets.imagenet import Measure
 from internvl_ds.train.datasets.opening import evaluates_22k_as_1k
+from internvl_ds.train.datasets.precision import Ranking
 from internvl_ds.train.model import input_dtype
 
 _WARMUP_PASSES = 10
@@ -44,6 +46,37 @@ class EvalResult:
     loss: float
     count: int
     labelled: int
+
+    # What `acc1` is called in logs and in the keys of metrics.jsonl.
+    name: ClassVar[str] = 'top-1'
+    key: ClassVar[str] = 'acc1'
+
+    def record(self) -> dict[str, float]:
+        """For metrics.jsonl."""
+        return {'acc1': self.acc1, 'acc5': self.acc5, 'val_loss': self.loss}
+
+    def told(self) -> str:
+        """For a line of the log."""
+        return f'top-1 {self.acc1:.2f} % top-5 {self.acc5:.2f} % loss {self.loss:.4f}'
+
+
+class MultiLabelResult(EvalResult):
+    """An evaluation of images of several labels.
+
+    acc1, which the best epoch is chosen by, and acc5 are both the mean average precision, percent;
+    the loss is the mean binary cross-entropy over images and classes, nats.
+    """
+
+    name: ClassVar[str] = 'mAP'
+    key: ClassVar[str] = 'mAP'
+
+    def record(self) -> dict[str, float]:
+        """As of `EvalResult`."""
+        return {'mAP': self.acc1, 'val_loss': self.loss}
+
+    def told(self) -> str:
+        """As of `EvalResult`."""
+        return f'mAP {self.acc1:.2f} % loss {self.loss:.4f}'
 
 
 @torch.no_grad()
@@ -78,6 +111,8 @@ def evaluate(
     measure = getattr(dataset, 'measure', None) or Measure()
     columns = None if measure.columns is None else measure.columns.to(device)
     dtype = input_dtype(model)
+    total = len(dataset)  # type: ignore[arg-type]
+    ranking = Ranking(total, order) if getattr(dataset, 'multi_label', False) else None
     sums = torch.zeros(5, dtype=torch.float64, device=device)
     was_training = model.training
     model.eval()
@@ -93,21 +128,34 @@ def evaluate(
             # Only the tail of a rank's share is padding: the first valid_left images count.
             valid = min(len(labels), valid_left)
             valid_left -= valid
-            answers = measure.answers_of(itertools.islice(order, len(labels)), valid)
-            sums += count_batch(logits[:valid], labels[:valid], answers)
+            if ranking is not None:
+                ranking.add(logits, labels, valid)
+                sums += _count_several(logits[:valid], labels[:valid])
+            else:
+                answers = measure.answers_of(itertools.islice(order, len(labels)), valid)
+                sums += count_batch(logits[:valid], labels[:valid], answers)
             if after_batch is not None:
                 after_batch()
     finally:
         model.train(was_training)
     if dist.is_initialized():
         dist.all_reduce(sums)
+    return _result_of(config, sums, total, ranking)
+
+
+def _result_of(
+    config: CfgNode, sums: torch.Tensor, total: int, ranking: Ranking | None
+) -> EvalResult:
+    """The result of the sums over all ranks. Collective where images are ranked."""
     correct1, correct5, loss, count, labelled = sums.tolist()
-    total = len(dataset)  # type: ignore[arg-type]
     if count != total:
         raise RankError(
             f'the evaluation counted {count:.0f} images on {world_size()} ranks, and the data set '
             f'has {total}: every rank must evaluate its own share, once'
         )
+    if ranking is not None:
+        percent = 100 * ranking.mean_average_precision()
+        return MultiLabelResult(percent, percent, loss / count, int(count), int(labelled))
     if not labelled:
         raise ConfigError(
             f'DATA.DATASET {config.DATA.DATASET!r}: none of the {total} images has a label that '
@@ -140,6 +188,14 @@ def count_batch(
     hits = (top[:, :, None] == right[:, None, :]).any(-1)
     counts = hits[:, 0], hits.any(-1), loss, torch.ones_like(labels), labelled
     return torch.stack([each.sum(dtype=torch.float64) for each in counts])
+
+
+def _count_several(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """As `count_batch`, without hits, and with binary cross-entropy as the loss."""
+    losses = F.binary_cross_entropy_with_logits(logits, targets, reduction='none').mean(-1)
+    none, each = torch.zeros_like(losses), torch.ones_like(losses)
+    counts = none, none, losses, each, targets.any(-1)
+    return torch.stack([values.sum(dtype=torch.float64) for values in counts])
 
 
 def _num_classes(dataset: object) -> int:

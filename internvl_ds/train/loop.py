@@ -48,8 +48,8 @@ def run(config: CfgNode, ds_config: DsConfig = None) -> float:
         ds_config: a DeepSpeed configuration: its path, shipped name or content; None for none.
 
     Returns:
-        The best top-1 accuracy, percent; in THROUGHPUT_MODE, and with BENCH.UPDATES, images per
-        second over all ranks.
+        The best top-1 accuracy (with DATA.MULTI_LABEL mAP), percent; in THROUGHPUT_MODE, and with
+        BENCH.UPDATES, images per second over all ranks.
 
     Raises:
         Preempted: on all ranks, when training was asked to stop, and has saved.
@@ -181,7 +181,8 @@ def _train(state: Run) -> float:
                 raise
         async_save.wait()  # before signals mean something else again
     _tell_all_skipped(state, 'end')
-    logger.info('trained in %.1f s; best top-1 %.2f %%', time.perf_counter() - start, state.best)
+    name = 'mAP' if config.DATA.MULTI_LABEL else 'top-1'
+    logger.info('trained in %.1f s; best %s %.2f %%', time.perf_counter() - start, name, state.best)
     return state.best
 
 
@@ -215,12 +216,12 @@ def _run_epoch(state: Run, epoch: int, metrics: MetricsLog) -> None:
     if _is_due(config, epoch, config.EVAL_FREQ):
         result, averaged = validate_epoch(state, epoch)
         improved, state.best = result.acc1 > state.best, max(state.best, result.acc1)
-        record.update(acc1=result.acc1, acc5=result.acc5, val_loss=result.loss)
+        record.update(result.record())
         if averaged is not None:
             improved_ema = averaged.acc1 > state.best_ema
             state.best_ema = max(state.best_ema, averaged.acc1)
-            record.update(ema_acc1=averaged.acc1)
-        state.logger.info('best top-1 %.2f %%', state.best)
+            record[f'ema_{averaged.key}'] = averaged.acc1
+        state.logger.info('best %s %.2f %%', result.name, state.best)
     state.position.reset()
     state.position.record = record
     # The best first: a run that is killed in between repeats the epoch, and saves both again.

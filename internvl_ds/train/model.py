@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +15,7 @@ from timm.models import is_model
 from torch import nn
 from yacs.config import CfgNode
 
+from internvl_ds.config.factory import load_factory
 from internvl_ds.config.tree import get_option
 from internvl_ds.errors import ConfigError
 from internvl_ds.train.models.batch_norm import synchronize
@@ -44,7 +44,7 @@ def build_model(config: CfgNode) -> nn.Module:
     reads = _Reads()
     if factory:
         with _watched(config.TRAIN, reads):
-            model = _load_factory(factory)(config)
+            model = load_factory('MODEL.FACTORY', factory)(config)
         if not isinstance(model, nn.Module):
             raise ConfigError(
                 f'MODEL.FACTORY {factory!r} returned a {type(model).__name__}, not an nn.Module'
@@ -134,22 +134,6 @@ def input_dtype(model: nn.Module) -> torch.dtype:
         if callable(enabled) and enabled():
             return dtype
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-
-
-def _load_factory(factory: str) -> Callable[[CfgNode], Any]:
-    module_name, colon, function_name = factory.partition(':')
-    if not (module_name and colon and function_name):
-        raise ConfigError(f"MODEL.FACTORY {factory!r} is not of the form 'package.module:function'")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ConfigError(f'MODEL.FACTORY {factory!r}: {error}') from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise ConfigError(
-            f'MODEL.FACTORY {factory!r}: {module_name} has no function {function_name}'
-        )
-    return function
 
 
 def _build_timm_model(config: CfgNode) -> nn.Module:

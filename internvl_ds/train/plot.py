@@ -17,6 +17,8 @@ _ACCURACIES = {
     'acc1': ('top-1', '#0072B2'),
     'acc5': ('top-5', '#009E73'),
     'ema_acc1': ('top-1, EMA', '#D55E00'),
+    'mAP': ('mAP', '#0072B2'),
+    'ema_mAP': ('mAP, EMA', '#D55E00'),
 }
 
 

@@ -77,7 +77,7 @@ class Run:
         optimizer, scheduler: None where the run does not train.
         ema: the average that training keeps; None where there is none to keep.
         averaged_weights: those of the checkpoint, where the run evaluates only.
-        best: highest top-1 validation accuracy so far, percent.
+        best: highest top-1 validation accuracy (with DATA.MULTI_LABEL mAP) so far, percent.
         best_ema: the same of the averaged weights.
         position: how far the present epoch is.
         generators_go_on: whether the random number generators are those of that position.
@@ -130,12 +130,12 @@ def setup(config: CfgNode, ds_config: DsConfig, logger: logging.Logger) -> Run:
         resolution = examine(tree, config, world_size(), optimizer_in_code=False)
     refuse(errors_of(resolution.findings))  # initialize logs the warnings
     ds.adopt(config, resolution.tree)
-    _share_cores(config)
     if config.TRAIN.DETERMINISTIC:
         make_deterministic()
     loaders = build_loaders(config, rank(), world_size())
     if config.DATA.IMG_ON_MEMORY or config.DATA.ZIP_MODE:  # one host may take longer
         exchange('images in memory', None, config.CHECKPOINT.IO_TIMEOUT)
+    _share_cores(config)
     seed_everything(config.SEED)  # the same weights on every rank
     model, build = _build(config, choose_build(config, resolution.tree) if trains else None)
     seed_everything(config.SEED + rank())
@@ -273,13 +273,22 @@ def _inference_engine(
 
 
 def _share_cores(config: CfgNode) -> None:
-    """Divides cores between the ranks that share them, which would each take all of them.
+    """Divides cores between ranks that share them; those bound to cores of their own keep these.
 
-    Ranks that their launcher has bound to cores of their own keep these.
+    Raises:
+        ConfigError: where the data of ranks have given MODEL.NUM_CLASSES 0 different values.
     """
     cores = sorted(os.sched_getaffinity(0))
     own = [socket.gethostname(), zlib.crc32(repr(cores).encode())]
-    sharing = exchange('hosts', own, config.CHECKPOINT.RENDEZVOUS_TIMEOUT).count(own)
+    mine = [*own, config.MODEL.NUM_CLASSES]
+    theirs = exchange('hosts', mine, config.CHECKPOINT.IO_TIMEOUT)  # one may list files for longer
+    counts = [each[2] for each in theirs]
+    if others := [r for r, count in enumerate(counts) if count != counts[0]]:
+        raise ConfigError(
+            f'the images that ranks {few(others)} find have {few([counts[r] for r in others])} '
+            f'classes, and those of rank 0 {counts[0]}: set MODEL.NUM_CLASSES'
+        )
+    sharing = [each[:2] for each in theirs].count(own)
     if 'OMP_NUM_THREADS' not in os.environ:
         torch.set_num_threads(max(1, len(cores) // sharing))
 

@@ -10,7 +10,7 @@ from internvl_ds.dist.reduce import reduce_tensor
 from internvl_ds.dist.rendezvous import world_size
 from internvl_ds.files.addresses import shown
 from internvl_ds.train.datasets.imagenet import REAL
-from internvl_ds.train.evaluate import EvalResult, evaluate, measure_throughput
+from internvl_ds.train.evaluate import EvalResult, MultiLabelResult, evaluate, measure_throughput
 from internvl_ds.train.setup import Run
 
 
@@ -56,13 +56,12 @@ def validate(state: Run, what: str) -> EvalResult:
 
     engine, loader = state.engine, state.loaders.val
     result = evaluate(state.config, engine, loader, engine.device, stop_if_asked)
-    accuracies = f'top-1 {result.acc1:.2f} % top-5 {result.acc5:.2f} % loss {result.loss:.4f}'
-    state.logger.info(f'{what}: {accuracies} on {result.count} validation images')
+    state.logger.info(f'{what}: {result.told()} on {result.count} validation images')
     return result
 
 
 def report_evaluation(state: Run) -> float:
-    """Evaluates a run of EVAL_MODE; returns the top-1 accuracy, percent. Collective."""
+    """Evaluates a run of EVAL_MODE; returns the top-1 accuracy (or mAP), percent. Collective."""
     result = validate(state, 'evaluation')
     _report_accuracy(state, result)
     if state.averaged_weights is not None:
@@ -85,6 +84,9 @@ def _report_accuracy(state: Run, result: EvalResult, which: str = '') -> None:
     """Logs the original's two lines of an evaluation; ``which``: 'ema ' for averaged weights."""
     real = 'ReaL ' if state.config.DATA.DATASET == REAL else ''
     log = state.logger.info
+    if isinstance(result, MultiLabelResult):
+        log(f'mAP of the {which}network on the {result.count} test images: {result.acc1:.1f}%')
+        return
     accuracies = f'Acc@1 {result.acc1:.3f} Acc@5 {result.acc5:.3f}'
     log(f'* {real}{accuracies} loss {result.loss:.3f}' if real else f' * {accuracies}')
     network = f'{real}Accuracy of the {which}network'

@@ -12,12 +12,11 @@ from internvl_ds.config.tree import get_option
 from internvl_ds.errors import ConfigError
 from internvl_ds.files.reading import Unreadable
 from internvl_ds.train.datasets.imagenet import REAL, VARIANTS
-from internvl_ds.train.datasets.sources import Memory, Source, sizes_of
+from internvl_ds.train.datasets.sources import SOURCES, Memory, Source, sizes_of
 
 _log = logging.getLogger(__name__)
 
 _CHOICES: dict[str, tuple[str, ...]] = {
-    'DATA.DATASET': ('imagenet', 'imagenet22K', REAL, *VARIANTS),
     'DATA.CACHE_MODE': ('no', 'part', 'full'),
     'DATA.ON_ERROR': ('stop', 'skip'),
     'DATA.INTERPOLATION': ('random', 'nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos'),
@@ -48,6 +47,7 @@ def check_data(config: CfgNode) -> None:
         ):
             raise ConfigError(f'{key} is {value!r}, and takes {length} numbers')
     data = config.DATA
+    _check_source(config)
     if data.EXIF_ROTATE not in (None, True, False):
         raise ConfigError(f'DATA.EXIF_ROTATE is {data.EXIF_ROTATE!r}; it can be True, False, None')
     if data.DATASET in VARIANTS:
@@ -61,6 +61,38 @@ def check_data(config: CfgNode) -> None:
         raise ConfigError(
             f'DATA.IMG_ON_MEMORY True keeps a part of the images on each rank, and DATA.CACHE_MODE '
             f"is {data.CACHE_MODE!r}: set one of them otherwise ('part' agrees with it)"
+        )
+
+
+def _check_source(config: CfgNode) -> None:
+    data = config.DATA
+    kind, named, name = data.DATASET.partition('/')
+    if named and kind in ('tfds', 'hfids', 'wds'):
+        raise ConfigError(
+            f"DATA.DATASET is {data.DATASET!r}, of timm's, which is not read here: 'wds' reads "
+            'the shards in DATA.DATA_PATH, and a DATA.FACTORY whatever has a length and an order'
+        )
+    if not (kind == 'hfds' and name):
+        known = ('imagenet', 'imagenet22K', REAL, *VARIANTS, 'folder', *SOURCES, 'hfds/NAME')
+        require_one_of('DATA.DATASET', data.DATASET, known)
+    what = f'DATA.FACTORY {data.FACTORY!r}' if data.FACTORY else f'DATA.DATASET {data.DATASET!r}'
+    if data.FACTORY and data.DATASET not in ('imagenet', 'folder'):
+        raise ConfigError(f'{what} takes the place of DATA.DATASET, which is {data.DATASET!r}')
+    if data.ZIP_MODE and (data.FACTORY or kind in SOURCES):
+        raise ConfigError(f'DATA.ZIP_MODE True reads class folders in zip files, and {what} is set')
+    if data.FACTORY and data.IMG_ON_MEMORY:
+        raise ConfigError(
+            f'DATA.IMG_ON_MEMORY True keeps encoded files in memory, and {what} has its own: have '
+            'it keep them'
+        )
+    if not data.MULTI_LABEL:
+        return
+    if not data.FACTORY and kind not in ('wds', 'csv', 'jsonl', 'hfds'):
+        raise ConfigError(f'DATA.MULTI_LABEL True: {what} has one label an image')
+    if (aug := config.AUG).MIXUP > 0 or aug.CUTMIX > 0 or aug.CUTMIX_MINMAX:
+        raise ConfigError(
+            f'DATA.MULTI_LABEL True: AUG.MIXUP {aug.MIXUP} / AUG.CUTMIX {aug.CUTMIX} mix images of '
+            'one label: set both to 0'
         )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset
 
 from internvl_ds.errors import DataError, shown
@@ -21,16 +22,24 @@ _ADVICE = (
 )
 
 
+def hot(labels: Any, classes: int) -> torch.Tensor:
+    """The target of an image of several labels: float32, 1 for each of them and 0 elsewhere."""
+    target = torch.zeros(classes)
+    target[torch.as_tensor(labels, dtype=torch.int64)] = 1
+    return target
+
+
 class Images(Dataset):
-    """Yields (transformed image, label).
+    """Yields (transformed image, label), or for a label what `hot` makes of several.
 
     Attributes:
         source: the encoded images.
-        labels: int64, one an image.
+        labels: int64, one an image; where images have several, bool, (images, classes).
         classes: names by label; none where they are not known.
         num_classes: how many classes the labels tell apart.
         measure: how `evaluate` counts hits.
         upright: whether an image is turned as its EXIF orientation says.
+        multi_label: whether an image has a target of `hot`, and no label.
         skipped: takes the images that cannot be used, and has others in their places; None: such an
             image is an error.
     """
@@ -38,15 +47,22 @@ class Images(Dataset):
     def __init__(
         self,
         source: Source,
-        labels: Sequence[int],
+        labels: Sequence[Any],
         transform: Transform,
         classes: Sequence[str],
         num_classes: int,
         measure: Measure | None = None,
         *,
         upright: bool = False,
+        multi_label: bool = False,
     ) -> None:
-        self.source, self.labels = source, np.array(labels, dtype=np.int64)
+        self.source, self.multi_label = source, multi_label
+        if multi_label:
+            self.labels = np.zeros((len(labels), num_classes), dtype=bool)
+            for row, several in zip(self.labels, labels, strict=True):
+                row[list(several)] = True
+        else:
+            self.labels = np.array(labels, dtype=np.int64)
         self.transform, self.classes, self.num_classes = transform, list(classes), num_classes
         self.measure, self.upright = measure or Measure(), upright
         self.skipped: Skipped | None = None
@@ -59,7 +75,7 @@ class Images(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
         """One image and its label; where images are skipped, those of the image in its place.
 
         Raises:
@@ -79,10 +95,11 @@ class Images(Dataset):
                 self.skipped.add(number, str(error))
         raise AssertionError  # there is no last one
 
-    def _load(self, index: int) -> tuple[Any, int]:
+    def _load(self, index: int) -> tuple[Any, Any]:
         try:
             image = decode(self.source.read(index), upright=self.upright)
-            return self.transform(image), int(self.labels[index])
+            label = self.labels[index]
+            return self.transform(image), torch.tensor(label).float() if label.ndim else int(label)
         except Exception as error:
             where, reason = shown(self.source.where(index)), f'{type(error).__name__}: {error}'
             raise DataError(f'{where} cannot be used as an image: {shown(reason)}') from error

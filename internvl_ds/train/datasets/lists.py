@@ -48,7 +48,7 @@ def read_list(path: Path, classes: int) -> tuple[list[str], list[int]]:
 
     Args:
         path: the list.
-        classes: labels are below it.
+        classes: labels are below it; 0: they are any from 0 on.
 
     Returns:
         Paths and labels, in the order of the list.
@@ -68,11 +68,12 @@ def read_list(path: Path, classes: int) -> tuple[list[str], list[int]]:
                 if not words:
                     continue
                 label = _label(words[-1], label_of)
-                if len(words) < 2 or not 0 <= label < classes:
+                if len(words) < 2 or label < 0 or (classes and label >= classes):
                     said = shown(line[:200].decode(errors='replace').strip())
                     raise ConfigError(
                         f'{path}, line {number}: {said!r} is not a path and a label of 0 ... '
-                        f'{classes - 1} (MODEL.NUM_CLASSES), with a space or a tab between'
+                        f'{classes - 1 if classes else ""} (MODEL.NUM_CLASSES), with a space or a '
+                        'tab between'
                     )
                 names.append(os.fsdecode(words[0]))
                 labels.append(label)

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from yacs.config import CfgNode
@@ -13,6 +14,8 @@ from yacs.config import CfgNode
 from internvl_ds.errors import ConfigError, few
 from internvl_ds.pretrained.head import CLASSES_1K, CLASSES_22K
 from internvl_ds.train.datasets.archive import Archive
+from internvl_ds.train.datasets.arrow import open_arrow
+from internvl_ds.train.datasets.factory import open_factory
 from internvl_ds.train.datasets.imagenet import (
     REAL,
     VARIANTS,
@@ -24,7 +27,9 @@ from internvl_ds.train.datasets.imagenet import (
 )
 from internvl_ds.train.datasets.images import Images
 from internvl_ds.train.datasets.lists import find_list, names_of_labels, read_list
-from internvl_ds.train.datasets.sources import Folder, Source
+from internvl_ds.train.datasets.sources import SOURCES, Folder, Source
+from internvl_ds.train.datasets.tables import open_table
+from internvl_ds.train.datasets.tars import open_tar, open_webdataset
 from internvl_ds.train.datasets.transforms import build_transform
 from internvl_ds.train.datasets.walk import (
     class_folders,
@@ -45,20 +50,25 @@ def open_split(config: CfgNode, split: str) -> Images:
     Raises:
         ConfigError: for what is missing or does not fit; the path is named.
     """
-    if not config.DATA.DATA_PATH:
+    data = config.DATA
+    if data.FACTORY:
+        return open_factory(config, split, build_transform(config, training=split == 'train'))
+    if not data.DATA_PATH and not data.DATASET.startswith('hfds/'):
         raise ConfigError("DATA.DATA_PATH '' (--data-path): set it to the folder of the images")
     try:
-        if config.DATA.DATASET in VARIANTS:
+        if data.DATASET in VARIANTS:
             images = _open_variant(config)
-        elif config.DATA.ZIP_MODE:
+        elif data.DATASET.partition('/')[0] in SOURCES:
+            images = _open_source(config, split)
+        elif data.ZIP_MODE:
             images = _open_zip(config, split)
         else:
             images = _open_folder(config, split)
     except OSError as error:  # a folder without rights
-        raise ConfigError(f'DATA.DATA_PATH {config.DATA.DATA_PATH}: {error}') from error
-    if config.DATA.DATASET == REAL and split == 'val':
+        raise ConfigError(f'DATA.DATA_PATH {data.DATA_PATH}: {error}') from error
+    if data.DATASET == REAL and split == 'val':
         names = list(map(os.fsdecode, images.source.names))
-        answers = real_answers(config.DATA.REAL_LABELS, names, images.root)
+        answers = real_answers(data.REAL_LABELS, names, images.root)
         images.measure = Measure(answers=answers)
     return images
 
@@ -143,10 +153,39 @@ def _open_zip(config: CfgNode, split: str) -> Images:
     return _images(config, split, source, labels, folders, len(folders))
 
 
+def _open_source(config: CfgNode, split: str) -> Images:
+    """Opens what has its labels with it, and checks these against MODEL.NUM_CLASSES."""
+    kind, path = config.DATA.DATASET.partition('/')[0], Path(config.DATA.DATA_PATH)
+    if kind in ('csv', 'jsonl'):
+        opened = open_table(config, split)
+    elif kind == 'hfds':
+        opened = open_arrow(config, split)
+    else:
+        opened = (open_tar if kind == 'tar' else open_webdataset)(path, split)
+    source, labels = opened.source, opened.labels
+    if opened.classes:
+        _require_count(config, split, Path(source.root), opened.classes)
+    expected, several = config.MODEL.NUM_CLASSES or opened.count, config.DATA.MULTI_LABEL
+    if split == 'val' and evaluates_22k_as_1k(config, len(opened.classes)):
+        expected = CLASSES_1K
+    for index, label in enumerate(labels):
+        if isinstance(label, list) != several:
+            raise ConfigError(
+                f'{source.where(index)}: has the label {label}, and DATA.MULTI_LABEL is {several}'
+            )
+        if max(label if several else [label], default=0) >= expected:
+            raise ConfigError(
+                f'{source.where(index)}: label {label} is not of 0 ... {expected - 1} '
+                f'(MODEL.NUM_CLASSES {config.MODEL.NUM_CLASSES})'
+            )
+    _log.info('%s: %d images, %d classes: %s', split, len(labels), expected, source.root)
+    return _images(config, split, source, labels, opened.classes, expected)
+
+
 def _open_variant(config: CfgNode) -> Images:
     dataset, path = config.DATA.DATASET, Path(config.DATA.DATA_PATH)
     variant = VARIANTS[dataset]
-    if config.MODEL.NUM_CLASSES not in (CLASSES_1K, CLASSES_22K):
+    if config.MODEL.NUM_CLASSES not in (0, CLASSES_1K, CLASSES_22K):
         raise ConfigError(
             f'DATA.DATASET {dataset!r} measures a head of {CLASSES_1K} or {CLASSES_22K} classes, '
             f'and MODEL.NUM_CLASSES is {config.MODEL.NUM_CLASSES}'
@@ -179,6 +218,7 @@ def _listed(
     if split == 'val' and evaluates_22k_as_1k(config, CLASSES_1K):
         count = CLASSES_1K
     names, labels = read_list(lines, count)
+    count = count or max(labels) + 1
     _log.info('%s: %d images, listed in %s', split, len(names), lines)
     classes: Sequence[str] = names_of_labels(names, labels, count)
     if config.EVAL_MODE and count == CLASSES_1K and is_val_name(names[0]):
@@ -190,21 +230,24 @@ def _images(
     config: CfgNode,
     split: str,
     source: Source,
-    labels: Sequence[int],
+    labels: Sequence[Any],
     classes: Iterable[str],
     count: int,
 ) -> Images:
     transform = build_transform(config, training=split == 'train')
     # The original reads these through OpenCV, and its variants through PIL.
     upright = config.DATA.EXIF_ROTATE is not False
-    return Images(source, labels, transform, list(classes), count, upright=upright)
+    return Images(
+        source, labels, transform, list(classes), count,
+        upright=upright, multi_label=config.DATA.MULTI_LABEL,
+    )  # fmt: skip
 
 
 def _require_count(config: CfgNode, split: str, root: Path, folders: Sequence[str]) -> None:
     expected, count = config.MODEL.NUM_CLASSES, len(folders)
     if split == 'val' and evaluates_22k_as_1k(config, count):
         expected = CLASSES_1K
-    if count == expected:
+    if expected in (0, count):
         return
     other = root.parent / ('train' if split == 'val' else 'val')
     theirs = class_folders(other) if root.is_dir() else []

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -13,6 +14,9 @@ from internvl_ds.errors import shown
 from internvl_ds.files.reading import Unreadable, open_data, read_bytes
 from internvl_ds.train.datasets.decode import IMAGE_BYTES
 from internvl_ds.train.datasets.skipping import is_of_file
+
+# Values of DATA.DATASET whose images have their labels with them; hfds may be followed by a name.
+SOURCES = ('tar', 'wds', 'csv', 'jsonl', 'hfds')
 
 
 class Source(Protocol):
@@ -37,6 +41,23 @@ class Source(Protocol):
         """An image's file, for messages."""
 
 
+@dataclass(frozen=True)
+class Opened:
+    """The images of a split, before they are transformed.
+
+    Attributes:
+        source: the encoded images.
+        labels: one an image: a number; of several labels a list of numbers.
+        classes: names by label; none where they are not known.
+        count: how many classes the labels tell apart, as far as the data say.
+    """
+
+    source: Source
+    labels: Sequence[Any]
+    classes: Sequence[str]
+    count: int
+
+
 def encoded(names: Sequence[str]) -> np.ndarray:
     """Names as `Source` keeps them."""
     return np.array([os.fsencode(name) for name in names], dtype='S')
@@ -48,18 +69,22 @@ class Folder:
     def __init__(self, root: Path, names: Sequence[str]) -> None:
         self.root, self.names = str(root), encoded(names)
 
-    def where(self, index: int) -> str:
+    def path(self, index: int) -> str:
         """Path of an image."""
         return os.path.join(self.root, os.fsdecode(self.names[index]))
 
+    def where(self, index: int) -> str:
+        """Path of an image, for messages."""
+        return self.path(index)
+
     def size(self, index: int) -> int:
         """Bytes of a file."""
-        with open_data(self.where(index)) as file:
+        with open_data(self.path(index)) as file:
             return os.fstat(file.fileno()).st_size
 
     def read(self, index: int) -> bytes:
         """The bytes of a file."""
-        return read_bytes(self.where(index), IMAGE_BYTES)
+        return read_bytes(self.path(index), IMAGE_BYTES)
 
 
 class Memory:

@@ -33,6 +33,13 @@ def _of_loss(config: CfgNode) -> Iterator[tuple[str, str]]:
             require_one_of(key, get_option(config, key), words)
         except ConfigError as error:
             yield key, str(error)
+    if config.DATA.MULTI_LABEL:
+        several = 'DATA.MULTI_LABEL True gives images several labels'
+        if train.LOSS != 'bce':
+            yield 'TRAIN.LOSS', f"TRAIN.LOSS is {train.LOSS!r}, and {several}: set 'bce'"
+        if train.DISTILL.TEACHER:
+            key = 'TRAIN.DISTILL.TEACHER'
+            yield key, f'{key} is {train.DISTILL.TEACHER!r}, a teacher of one, and {several}'
     key, threshold = 'TRAIN.BCE_TARGET_THRESH', train.BCE_TARGET_THRESH
     if threshold is not None and not (isinstance(threshold, int | float) and 0 <= threshold < 1):
         yield key, f'{key} is {threshold!r}; it takes a number from 0 to 1, or None'
