@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -40,6 +41,22 @@ HARMLESS = {('never', 'adam'), ('never', 'momentum'), ('at last', 'momentum')}
 HARMLESS |= {(way, 'sgd') for way in WAYS}
 
 
+class Around(torch.optim.Optimizer):
+    """An optimizer around another, which has not called torch's ``__init__``."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.around, self.param_groups, self.state = inner, inner.param_groups, inner.state
+        self.defaults = inner.defaults
+        self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = (
+            OrderedDict(),
+            OrderedDict(),
+        )
+
+    def step(self, closure: Any = None) -> Any:
+        return self.around.step(closure)
+
+
+OPTIMIZERS['around'] = lambda parameters: Around(OPTIMIZERS['adamw'](parameters))
 OPTIMIZERS['lookahead'] = lambda parameters: Lookahead(OPTIMIZERS['adamw'](parameters), k=2)
 
 
@@ -82,6 +99,22 @@ def _train(way: str, optimizer: str, stage: int) -> dict[str, Any]:
     except ConfigError as error:
         return {'error': str(error), 'updates': engine.global_steps}
     return {n: value.flatten().tolist() for n, value in whole_weights(engine).items()}
+
+
+def applied() -> dict[str, list[int]]:
+    """The updates and the skipped ones, at stage 0, after three that are not skipped."""
+    counts = {}
+    for name in ('adamw', 'around', 'lookahead'):
+        model, client = make(name)
+        torch.optim.lr_scheduler.ConstantLR(client, 1.0)  # puts a step into the optimizer
+        config = make_config(DATA__BATCH_SIZE=16, TRAIN__ACCUMULATION_STEPS=1)
+        engine, client = initialize(config, model, client, zero_json(0))
+        scaler = NativeScalerWithGradNormCount()
+        for step in range(3):
+            x, y = batch(step)
+            scaler(cross_entropy(engine(x, way='lr'), y), client)
+        counts[name] = [engine.global_steps, engine.skipped_steps]
+    return counts
 
 
 def moved_in_half_precision() -> list[list[str]]:
