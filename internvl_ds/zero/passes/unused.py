@@ -126,6 +126,9 @@ class LeaveOut:
         """Collective: every rank calls it."""
         self._wrapper = wrapper
         self._unused: list[str] = []  # on this rank, in the update that runs
+        self._made: dict[
+            str, tuple[torch.Tensor, int]
+        ] = {}  # gradients that DeepSpeed has made for them
         self._places: list[str] = []  # where this rank has brought them, in the last two
         engine = wrapper.engine
         reduce, ref = type(engine).allreduce_gradients, weakref.ref(engine)
@@ -133,9 +136,12 @@ class LeaveOut:
         def look_and_reduce(*args: Any, **kwargs: Any) -> Any:
             engine = ref()
             assert engine is not None
-            if engine.is_gradient_accumulation_boundary():
-                self._look()
-            return reduce(engine, *args, **kwargs)
+            if not engine.is_gradient_accumulation_boundary():
+                return reduce(engine, *args, **kwargs)
+            self._look()
+            result = reduce(engine, *args, **kwargs)
+            self._note()
+            return result
 
         engine.allreduce_gradients = look_and_reduce
         if world_size() > 1:
@@ -143,13 +149,14 @@ class LeaveOut:
 
     def _look(self) -> None:
         """Before gradients are reduced: tells the other ranks which this rank lacks, if any."""
-        before = set(self._unused)  # by another backward of this update, which made zeros of them
+        made, self._made = self._made, {}  # by another backward of this update, it may be
         self._unused = [
             name
             for p, name in self._wrapper.names.items()
-            if p.requires_grad and p.numel()
-            and (p.grad is None or (name in before and not p.grad.any()))
-        ]  # fmt: skip
+            if p.requires_grad
+            and p.numel()
+            and (p.grad is None or _is_untouched(p.grad, made.get(name)))
+        ]
         group = current_group()
         group.rounds[_WHAT] += 1  # on each rank
         if not self._unused or world_size() == 1:
@@ -162,9 +169,18 @@ class LeaveOut:
         self._places = [*self._places[-1:], place]
         peers.bring(place, self._unused, time.monotonic() + limit)
 
+    def _note(self) -> None:
+        """After gradients are reduced, which is seen in no version."""
+        unused = set(self._unused)
+        self._made = {
+            name: (p.grad, p.grad._version)
+            for p, name in self._wrapper.names.items()
+            if name in unused and p.grad is not None
+        }
+
     def apply(self) -> None:
         """Before the client's step. A rank that lacks none knows that each was used."""
-        unused, self._unused = set(self._unused), []
+        unused, self._unused, self._made = set(self._unused), [], {}
         if unused and world_size() > 1:
             get_accelerator().synchronize()  # all have reduced, so all have said what they lack
             deadline = time.monotonic() + (limit := _limit())
@@ -174,6 +190,11 @@ class LeaveOut:
             masters = self._wrapper.masters()
             for name in unused & masters.keys():
                 masters[name].grad = None
+
+
+def _is_untouched(gradient: torch.Tensor, made: tuple[torch.Tensor, int] | None) -> bool:
+    """Whether a gradient is one that was made, and no backward has added to it."""
+    return made is not None and gradient is made[0] and gradient._version == made[1]
 
 
 def _limit() -> float:

@@ -101,6 +101,38 @@ def _train(way: str, optimizer: str, stage: int) -> dict[str, Any]:
     return {n: value.flatten().tolist() for n, value in whole_weights(engine).items()}
 
 
+def used_with_zeros() -> list[dict[str, Any]]:
+    """For each order of passes the weights, at stage 0, beside those of plain PyTorch.
+
+    `right` has a gradient of zero in the last pass, which is none of those that DeepSpeed makes.
+    """
+    results = []
+    for passes in ('skip', 'skip, again', 'twice'):
+        (model, client), (other, right) = make('adamw'), make('adamw')
+        config = make_config(DATA__BATCH_SIZE=16, TRAIN__ACCUMULATION_STEPS=1)
+        engine, client = initialize(config, model, client, zero_json(0))
+        x, y = batch(0)
+        scaler = NativeScalerWithGradNormCount()
+        if 'skip' in passes:
+            for _ in passes.split(','):
+                scaler(float('nan') * cross_entropy(engine(x, way='l'), y), client)
+        else:
+            engine.backward(cross_entropy(engine(x, way='l'), y))
+            cross_entropy(other(x, 'l'), y).backward()
+        loss, wanted = (
+            cross_entropy(f(x, way='l'), y) + 0 * sum(p.sum() for p in f.right.parameters())
+            for f in (engine, other)
+        )
+        engine.backward(loss)
+        engine.step()
+        wanted.backward()
+        right.step()
+        pairs = ((n, p.flatten().tolist()) for n, p in other.named_parameters())
+        got = {n: p.flatten().tolist() for n, p in whole_weights(engine).items()}
+        results.append({'got': got, 'right': dict(pairs)})
+    return results
+
+
 def applied() -> dict[str, list[int]]:
     """The updates and the skipped ones, at stage 0, after three that are not skipped."""
     counts = {}

@@ -47,6 +47,14 @@ def test_sharded_stages_refuse_what_a_gradient_of_zero_would_move(tmp_path, stag
 
 
 @pytest.mark.ranks
+@pytest.mark.parametrize('ranks', [1, 2])
+def test_a_gradient_of_zero_from_a_backward_is_kept(tmp_path, ranks):
+    for results in run_ranks(leaving_out.used_with_zeros, ranks, tmp_path, timeout=60):
+        for result in results:
+            require_equal(result['got'], result['right'])
+
+
+@pytest.mark.ranks
 def test_the_step_of_an_optimizer_around_another_counts_as_applied(tmp_path):
     counts = run_ranks(leaving_out.applied, 1, tmp_path, timeout=60)[0]
     assert counts == {'adamw': [3, 0], 'around': [3, 0], 'lookahead': [3, 0]}
