@@ -143,6 +143,7 @@ def _backward(
     """Replaces ``engine.backward``; compares the parameters of the first loss."""
     wrapper = ref()
     assert wrapper is not None
+    wrapper.require_unfrozen()
     if next(firsts, False) and isinstance(loss, torch.Tensor):
         used = parameters_of(loss)
         _require_own_parameters(wrapper, used)

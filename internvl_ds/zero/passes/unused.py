@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -126,9 +127,9 @@ class LeaveOut:
         """Collective: every rank calls it."""
         self._wrapper = wrapper
         self._unused: list[str] = []  # on this rank, in the update that runs
-        self._made: dict[
-            str, tuple[torch.Tensor, int]
-        ] = {}  # gradients that DeepSpeed has made for them
+        # The gradients that DeepSpeed has made for them.
+        self._made: dict[str, tuple[torch.Tensor, int]] = {}
+        self._frozen = self._frozen_now()  # in the last update
         self._places: list[str] = []  # where this rank has brought them, in the last two
         engine = wrapper.engine
         reduce, ref = type(engine).allreduce_gradients, weakref.ref(engine)
@@ -138,14 +139,37 @@ class LeaveOut:
             assert engine is not None
             if not engine.is_gradient_accumulation_boundary():
                 return reduce(engine, *args, **kwargs)
-            self._look()
-            result = reduce(engine, *args, **kwargs)
-            self._note()
+            with self._thawed():
+                self._look()
+                result = reduce(engine, *args, **kwargs)
+                self._note()
             return result
 
         engine.allreduce_gradients = look_and_reduce
         if world_size() > 1:
             connection(_WHAT, _limit())  # later one rank alone may ask for it
+
+    @contextmanager
+    def _thawed(self) -> Iterator[None]:
+        """Around the reduction: what was frozen since the last one, and may have gradients of it.
+
+        DeepSpeed does not reduce what is frozen, and each rank would apply its own.
+        """
+        before, self._frozen = self._frozen, self._frozen_now()
+        late = [p for p in self._frozen if p not in before or p.grad is not None]
+        if late:
+            trained, names = self._wrapper.trained_names(), self._wrapper.names
+            late = [p for p in late if names[p] in trained]
+        for parameter in late:
+            parameter.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for parameter in late:
+                parameter.requires_grad_(False)
+
+    def _frozen_now(self) -> set[torch.Tensor]:
+        return {p for p in self._wrapper.names if not p.requires_grad}
 
     def _look(self) -> None:
         """Before gradients are reduced: tells the other ranks which this rank lacks, if any."""

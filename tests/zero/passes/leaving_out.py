@@ -133,6 +133,48 @@ def used_with_zeros() -> list[dict[str, Any]]:
     return results
 
 
+def freeze_within(manual_at: int | None = None) -> dict[str, Any]:
+    """Freezes `right` for the second micro-batch of each odd update, or by hand at a stage.
+
+    Returns the weights, or the error.
+    """
+    model, client = make('adamw')
+    config = make_config(DATA__BATCH_SIZE=4, TRAIN__ACCUMULATION_STEPS=2)
+    engine, client = initialize(config, model, client, zero_json(manual_at or 0))
+    scaler = NativeScalerWithGradNormCount()
+    try:
+        for step in range(UPDATES):
+            x, y = batch(step)
+            for micro in range(2):
+                model.right.requires_grad_(not (micro and step % 2))
+                part = slice(8 * rank() + 4 * micro, 8 * rank() + 4 * micro + 4)
+                # Of ranks one alone uses what is frozen next.
+                way = 'lr' if manual_at else 'lr'[rank()]
+                loss = cross_entropy(engine(x[part], way=way), y[part])
+                if manual_at is None:
+                    scaler(loss / 2, client, update_grad=bool(micro))
+                else:
+                    engine.backward(loss)
+                    engine.step()
+    except ConfigError as error:
+        return {'error': str(error)}
+    return {n: value.flatten().tolist() for n, value in whole_weights(engine).items()}
+
+
+def plain_frozen_within() -> dict[str, list[float]]:
+    model, client = make('adamw')
+    for step in range(UPDATES):
+        x, y = batch(step)
+        client.zero_grad()
+        for micro in range(2):
+            model.right.requires_grad_(not (micro and step % 2))
+            for other, way in enumerate('lr'):
+                part = slice(8 * other + 4 * micro, 8 * other + 4 * micro + 4)
+                (cross_entropy(model(x[part], way), y[part]) / 4).backward()
+        client.step()
+    return {name: p.detach().flatten().tolist() for name, p in model.named_parameters()}
+
+
 def applied() -> dict[str, list[int]]:
     """The updates and the skipped ones, at stage 0, after three that are not skipped."""
     counts = {}

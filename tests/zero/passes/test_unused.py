@@ -55,6 +55,21 @@ def test_a_gradient_of_zero_from_a_backward_is_kept(tmp_path, ranks):
 
 
 @pytest.mark.ranks
+def test_gradients_of_what_is_frozen_within_an_update_are_reduced(tmp_path):
+    right = leaving_out.plain_frozen_within()
+    for weights in run_ranks(leaving_out.freeze_within, 2, tmp_path, timeout=60):
+        require_equal(weights, right)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize('stage', [1, 3])
+def test_a_loop_of_its_own_is_refused_what_was_frozen_after_initialize(tmp_path, stage):
+    said = run_ranks(leaving_out.freeze_within, 1, tmp_path, timeout=60, manual_at=stage)[0]
+    assert 'right.weight' in said['error']
+    assert 'were frozen after the engine was made to train them' in said['error']
+
+
+@pytest.mark.ranks
 def test_the_step_of_an_optimizer_around_another_counts_as_applied(tmp_path):
     counts = run_ranks(leaving_out.applied, 1, tmp_path, timeout=60)[0]
     assert counts == {'adamw': [3, 0], 'around': [3, 0], 'lookahead': [3, 0]}
