@@ -188,25 +188,51 @@ def effect_of_zeros(optimizer: Any, settings: Mapping[str, Any]) -> ZeroEffect:
     """
     if type(optimizer).__module__.startswith('deepspeed.'):
         return ZeroEffect(not settings.get('weight_decay', 0.0), late=False, at_times=False)
+    # timm's Lookahead does something in every k-th update, here not where gradients begin or end.
+    every = int(settings.get('lookahead_k', 1))
+    run = every * max(1, 8 // every) + 1
+    if 'lookahead_step' in settings:
+        settings = {**settings, 'lookahead_step': 0}
     effects = _effects.setdefault(optimizer, {})
-    key = texts_of(settings)
+    key = run, _sorts_of(settings)
     if key not in effects:
-        never, late, rare = [None] * 8, [None, None, *[1.0] * 8], [None, 1.0, None, 1.0, None] * 2
-        same = (_zeros_are_none(optimizer, settings, turns) for turns in (never, late, rare))
+        none, one = [None] * run, [1.0] * run
+        rare = [*one, *none, *one, *none, None, 1.0, None, 1.0, *one]
+        same = (_zeros_are_none(optimizer, settings, turns) for turns in (none, none + one, rare))
         effects[key] = ZeroEffect(*same)
     return effects[key]
+
+
+def _sorts_of(settings: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """The settings of a parameter group without the sizes of numbers.
+
+    A schedule or a count of updates changes these in every update.
+    """
+    names = sorted(settings.keys() - NOT_SETTINGS)
+    return tuple((name, _sort_of(settings[name])) for name in names)
+
+
+def _sort_of(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(map(_sort_of, value))
+    if isinstance(value, bool) or form_of(value) != NUMBER:
+        return repr(value)
+    return float(value) if float(value) in (0.0, 1.0) else NUMBER
 
 
 def _zeros_are_none(
     optimizer: Any, settings: Mapping[str, Any], gradients: Sequence[float | None]
 ) -> bool:
-    try:
-        return all(
-            torch.equal(*(_moved(optimizer, group, gradients, empty) for empty in (None, 0.0)))
-            for group in ({**settings, **route} for route in routes_of(optimizer, settings))
-        )
-    except Exception:  # it needs a closure, say
-        return False
+    # In float32 a small weight decay is lost beside a weight of 1.
+    for dtype in (torch.float64, torch.float32):
+        try:
+            return all(
+                torch.equal(*(_moved(optimizer, g, gradients, empty, dtype) for empty in (None, 0)))
+                for g in ({**settings, **route} for route in routes_of(optimizer, settings))
+            )
+        except Exception:  # it needs a closure, say, or another dtype
+            continue
+    return False
 
 
 def _moved(
@@ -214,18 +240,21 @@ def _moved(
     settings: Mapping[str, Any],
     gradients: Sequence[float | None],
     empty: float | None,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
-    """A new weight after updates of a copy; ``empty`` stands for gradients of None."""
-    is_matrix = is_muon(optimizer) and bool(route_of(optimizer, settings))
+    """A new weight after each update of a copy; ``empty`` stands for gradients of None."""
+    shape = _MATRIX if is_muon(optimizer) and route_of(optimizer, settings) else _SMALL
     device = next((p.device for p in settings['params']), torch.device('cpu'))
-    parameter = nn.Parameter(torch.ones(_MATRIX if is_matrix else _SMALL, device=device))
+    parameter = nn.Parameter(torch.ones(shape, dtype=dtype, device=device))
+    weights = []  # at the end alone, momentum may have come to the same
     with apart(device):
         trial, _ = _trial_of(optimizer, {**settings, 'lr': 0.01}, parameter)
         for gradient in gradients:
             value = empty if gradient is None else gradient
             parameter.grad = None if value is None else torch.full_like(parameter, value)
             type(optimizer).step(trial)
-    return parameter.detach()
+            weights.append(parameter.detach().clone())
+    return torch.stack(weights)
 
 
 def starts_with_zeros(optimizer: Any, settings: Mapping[str, Any]) -> bool:

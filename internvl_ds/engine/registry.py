@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import types
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,6 +113,7 @@ def register(
         _refuse_unsupported(wrapper.ds_config)
         if wrapper.client is not None:
             require_steps(wrapper.client, wrapper.stage, world_size(), engine.device)
+            _call_hooks(wrapper.client)
         wrapper.attach()
         limit_collectives()  # of the groups that DeepSpeed has just made
         _registrations[engine] = Registration(wrapper, default_of(_LIMIT_KEY))
@@ -214,6 +216,24 @@ def require_fp16(ds_config: Mapping[str, Any]) -> None:
             ' device has no fp16 engine. AMP_OPT_LEVEL O1, torch autocast in float16, works there, '
             'and so does AMP_TYPE bfloat16.'
         )
+
+
+def _call_hooks(client: torch.optim.Optimizer) -> None:
+    """Makes an optimizer's step call its hooks where it has not called torch's ``__init__``.
+
+    So does timm's Lookahead.
+    """
+    if getattr(client.step, 'hooked', False):
+        return
+    # A torch scheduler has put a step there.
+    step: Callable[..., Any] | None = vars(client).get('step')
+
+    def hooked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return type(self).step(self, *args, **kwargs) if step is None else step(*args, **kwargs)
+
+    calls = torch.optim.Optimizer.profile_hook_step(hooked)
+    calls.hooked = True  # type: ignore[attr-defined]
+    client.step = types.MethodType(calls, client)  # type: ignore[method-assign]
 
 
 def _refuse_unsupported(ds_config: Mapping[str, Any]) -> None:

@@ -111,10 +111,8 @@ def guard(wrapper: Wrapper, effect: Callable[[Any, Any], ZeroEffect]) -> None:
     _guarded[client] = wrapper
     agreement = Agreement(wrapper, Unused(wrapper, effect)) if wrapper.partitioned else None
     if agreement is None:
-        leave_out = LeaveOut(wrapper)
-        # timm's Lookahead calls no hooks of its own.
-        apply = leave_out.apply
-        wrapper.inner.register_step_pre_hook(lambda *_: apply() if wrapper.alive else None)
+        apply = LeaveOut(wrapper).apply
+        client.register_step_pre_hook(lambda *_: apply() if wrapper.alive else None)
     else:
         wrapper.forget_passes = agreement.forget
     engine.step = functools.partial(_engine_step, weakref.ref(wrapper))
@@ -145,6 +143,7 @@ def _backward(
     """Replaces ``engine.backward``; compares the parameters of the first loss."""
     wrapper = ref()
     assert wrapper is not None
+    wrapper.require_unfrozen()
     if next(firsts, False) and isinstance(loss, torch.Tensor):
         used = parameters_of(loss)
         _require_own_parameters(wrapper, used)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -126,6 +127,9 @@ class LeaveOut:
         """Collective: every rank calls it."""
         self._wrapper = wrapper
         self._unused: list[str] = []  # on this rank, in the update that runs
+        # The gradients that DeepSpeed has made for them.
+        self._made: dict[str, tuple[torch.Tensor, int]] = {}
+        self._frozen = self._frozen_now()  # in the last update
         self._places: list[str] = []  # where this rank has brought them, in the last two
         engine = wrapper.engine
         reduce, ref = type(engine).allreduce_gradients, weakref.ref(engine)
@@ -133,23 +137,50 @@ class LeaveOut:
         def look_and_reduce(*args: Any, **kwargs: Any) -> Any:
             engine = ref()
             assert engine is not None
-            if engine.is_gradient_accumulation_boundary():
+            if not engine.is_gradient_accumulation_boundary():
+                return reduce(engine, *args, **kwargs)
+            with self._thawed():
                 self._look()
-            return reduce(engine, *args, **kwargs)
+                result = reduce(engine, *args, **kwargs)
+                self._note()
+            return result
 
         engine.allreduce_gradients = look_and_reduce
         if world_size() > 1:
             connection(_WHAT, _limit())  # later one rank alone may ask for it
 
+    @contextmanager
+    def _thawed(self) -> Iterator[None]:
+        """Around the reduction: what was frozen since the last one, and may have gradients of it.
+
+        DeepSpeed does not reduce what is frozen, and each rank would apply its own.
+        """
+        before, self._frozen = self._frozen, self._frozen_now()
+        late = [p for p in self._frozen if p not in before or p.grad is not None]
+        if late:
+            trained, names = self._wrapper.trained_names(), self._wrapper.names
+            late = [p for p in late if names[p] in trained]
+        for parameter in late:
+            parameter.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for parameter in late:
+                parameter.requires_grad_(False)
+
+    def _frozen_now(self) -> set[torch.Tensor]:
+        return {p for p in self._wrapper.names if not p.requires_grad}
+
     def _look(self) -> None:
         """Before gradients are reduced: tells the other ranks which this rank lacks, if any."""
-        before = set(self._unused)  # by another backward of this update, which made zeros of them
+        made, self._made = self._made, {}  # by another backward of this update, it may be
         self._unused = [
             name
             for p, name in self._wrapper.names.items()
-            if p.requires_grad and p.numel()
-            and (p.grad is None or (name in before and not p.grad.any()))
-        ]  # fmt: skip
+            if p.requires_grad
+            and p.numel()
+            and (p.grad is None or _is_untouched(p.grad, made.get(name)))
+        ]
         group = current_group()
         group.rounds[_WHAT] += 1  # on each rank
         if not self._unused or world_size() == 1:
@@ -162,9 +193,18 @@ class LeaveOut:
         self._places = [*self._places[-1:], place]
         peers.bring(place, self._unused, time.monotonic() + limit)
 
+    def _note(self) -> None:
+        """After gradients are reduced, which is seen in no version."""
+        unused = set(self._unused)
+        self._made = {
+            name: (p.grad, p.grad._version)
+            for p, name in self._wrapper.names.items()
+            if name in unused and p.grad is not None
+        }
+
     def apply(self) -> None:
         """Before the client's step. A rank that lacks none knows that each was used."""
-        unused, self._unused = set(self._unused), []
+        unused, self._unused, self._made = set(self._unused), [], {}
         if unused and world_size() > 1:
             get_accelerator().synchronize()  # all have reduced, so all have said what they lack
             deadline = time.monotonic() + (limit := _limit())
@@ -174,6 +214,11 @@ class LeaveOut:
             masters = self._wrapper.masters()
             for name in unused & masters.keys():
                 masters[name].grad = None
+
+
+def _is_untouched(gradient: torch.Tensor, made: tuple[torch.Tensor, int] | None) -> bool:
+    """Whether a gradient is one that was made, and no backward has added to it."""
+    return made is not None and gradient is made[0] and gradient._version == made[1]
 
 
 def _limit() -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -40,6 +41,22 @@ HARMLESS = {('never', 'adam'), ('never', 'momentum'), ('at last', 'momentum')}
 HARMLESS |= {(way, 'sgd') for way in WAYS}
 
 
+class Around(torch.optim.Optimizer):
+    """An optimizer around another, which has not called torch's ``__init__``."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.around, self.param_groups, self.state = inner, inner.param_groups, inner.state
+        self.defaults = inner.defaults
+        self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = (
+            OrderedDict(),
+            OrderedDict(),
+        )
+
+    def step(self, closure: Any = None) -> Any:
+        return self.around.step(closure)
+
+
+OPTIMIZERS['around'] = lambda parameters: Around(OPTIMIZERS['adamw'](parameters))
 OPTIMIZERS['lookahead'] = lambda parameters: Lookahead(OPTIMIZERS['adamw'](parameters), k=2)
 
 
@@ -82,6 +99,96 @@ def _train(way: str, optimizer: str, stage: int) -> dict[str, Any]:
     except ConfigError as error:
         return {'error': str(error), 'updates': engine.global_steps}
     return {n: value.flatten().tolist() for n, value in whole_weights(engine).items()}
+
+
+def used_with_zeros() -> list[dict[str, Any]]:
+    """For each order of passes the weights, at stage 0, beside those of plain PyTorch.
+
+    `right` has a gradient of zero in the last pass, which is none of those that DeepSpeed makes.
+    """
+    results = []
+    for passes in ('skip', 'skip, again', 'twice'):
+        (model, client), (other, right) = make('adamw'), make('adamw')
+        config = make_config(DATA__BATCH_SIZE=16, TRAIN__ACCUMULATION_STEPS=1)
+        engine, client = initialize(config, model, client, zero_json(0))
+        x, y = batch(0)
+        scaler = NativeScalerWithGradNormCount()
+        if 'skip' in passes:
+            for _ in passes.split(','):
+                scaler(float('nan') * cross_entropy(engine(x, way='l'), y), client)
+        else:
+            engine.backward(cross_entropy(engine(x, way='l'), y))
+            cross_entropy(other(x, 'l'), y).backward()
+        loss, wanted = (
+            cross_entropy(f(x, way='l'), y) + 0 * sum(p.sum() for p in f.right.parameters())
+            for f in (engine, other)
+        )
+        engine.backward(loss)
+        engine.step()
+        wanted.backward()
+        right.step()
+        pairs = ((n, p.flatten().tolist()) for n, p in other.named_parameters())
+        got = {n: p.flatten().tolist() for n, p in whole_weights(engine).items()}
+        results.append({'got': got, 'right': dict(pairs)})
+    return results
+
+
+def freeze_within(manual_at: int | None = None) -> dict[str, Any]:
+    """Freezes `right` for the second micro-batch of each odd update, or by hand at a stage.
+
+    Returns the weights, or the error.
+    """
+    model, client = make('adamw')
+    config = make_config(DATA__BATCH_SIZE=4, TRAIN__ACCUMULATION_STEPS=2)
+    engine, client = initialize(config, model, client, zero_json(manual_at or 0))
+    scaler = NativeScalerWithGradNormCount()
+    try:
+        for step in range(UPDATES):
+            x, y = batch(step)
+            for micro in range(2):
+                model.right.requires_grad_(not (micro and step % 2))
+                part = slice(8 * rank() + 4 * micro, 8 * rank() + 4 * micro + 4)
+                # Of ranks one alone uses what is frozen next.
+                way = 'lr' if manual_at else 'lr'[rank()]
+                loss = cross_entropy(engine(x[part], way=way), y[part])
+                if manual_at is None:
+                    scaler(loss / 2, client, update_grad=bool(micro))
+                else:
+                    engine.backward(loss)
+                    engine.step()
+    except ConfigError as error:
+        return {'error': str(error)}
+    return {n: value.flatten().tolist() for n, value in whole_weights(engine).items()}
+
+
+def plain_frozen_within() -> dict[str, list[float]]:
+    model, client = make('adamw')
+    for step in range(UPDATES):
+        x, y = batch(step)
+        client.zero_grad()
+        for micro in range(2):
+            model.right.requires_grad_(not (micro and step % 2))
+            for other, way in enumerate('lr'):
+                part = slice(8 * other + 4 * micro, 8 * other + 4 * micro + 4)
+                (cross_entropy(model(x[part], way), y[part]) / 4).backward()
+        client.step()
+    return {name: p.detach().flatten().tolist() for name, p in model.named_parameters()}
+
+
+def applied() -> dict[str, list[int]]:
+    """The updates and the skipped ones, at stage 0, after three that are not skipped."""
+    counts = {}
+    for name in ('adamw', 'around', 'lookahead'):
+        model, client = make(name)
+        torch.optim.lr_scheduler.ConstantLR(client, 1.0)  # puts a step into the optimizer
+        config = make_config(DATA__BATCH_SIZE=16, TRAIN__ACCUMULATION_STEPS=1)
+        engine, client = initialize(config, model, client, zero_json(0))
+        scaler = NativeScalerWithGradNormCount()
+        for step in range(3):
+            x, y = batch(step)
+            scaler(cross_entropy(engine(x, way='lr'), y), client)
+        counts[name] = [engine.global_steps, engine.skipped_steps]
+    return counts
 
 
 def moved_in_half_precision() -> list[list[str]]:

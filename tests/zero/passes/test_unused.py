@@ -6,7 +6,7 @@ from tests.harness.ranks import run_ranks
 from tests.zero.passes import leaving_out
 
 CELLS = [(way, name) for way in leaving_out.WAYS for name in leaving_out.OPTIMIZERS]
-OF_ALL_RANKS = [cell for cell in CELLS if cell[0] != 'each its own']
+OF_ALL_RANKS = [cell for cell in CELLS if cell[0] != 'each its own' and cell[1] != 'around']
 
 
 def require_equal(weights, right):
@@ -44,6 +44,35 @@ def test_sharded_stages_refuse_what_a_gradient_of_zero_would_move(tmp_path, stag
             assert 'ZeRO stage 0' in result['error']
             way_out = 'requires_grad_(False)' if decays else 'times 0'
             assert way_out in result['error']
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize('ranks', [1, 2])
+def test_a_gradient_of_zero_from_a_backward_is_kept(tmp_path, ranks):
+    for results in run_ranks(leaving_out.used_with_zeros, ranks, tmp_path, timeout=60):
+        for result in results:
+            require_equal(result['got'], result['right'])
+
+
+@pytest.mark.ranks
+def test_gradients_of_what_is_frozen_within_an_update_are_reduced(tmp_path):
+    right = leaving_out.plain_frozen_within()
+    for weights in run_ranks(leaving_out.freeze_within, 2, tmp_path, timeout=60):
+        require_equal(weights, right)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize('stage', [1, 3])
+def test_a_loop_of_its_own_is_refused_what_was_frozen_after_initialize(tmp_path, stage):
+    said = run_ranks(leaving_out.freeze_within, 1, tmp_path, timeout=60, manual_at=stage)[0]
+    assert 'right.weight' in said['error']
+    assert 'were frozen after the engine was made to train them' in said['error']
+
+
+@pytest.mark.ranks
+def test_the_step_of_an_optimizer_around_another_counts_as_applied(tmp_path):
+    counts = run_ranks(leaving_out.applied, 1, tmp_path, timeout=60)[0]
+    assert counts == {'adamw': [3, 0], 'around': [3, 0], 'lookahead': [3, 0]}
 
 
 @pytest.mark.ranks
