@@ -21,6 +21,7 @@ from internvl_ds.engine.registry import registration_of
 from internvl_ds.engine.scheduling import restore_schedule_position
 from internvl_ds.errors import CheckpointError, brief
 from internvl_ds.files.reading import interpreting
+from internvl_ds.zero.passes.unused import restore_idle
 from internvl_ds.zero.wrapper import Wrapper
 
 
@@ -48,6 +49,7 @@ def load_same_layout(
     is_restored = restore_schedule(
         load.config, state, load.lr_scheduler, load.scaler, shards.tag, load.logger
     )
+    restore_idle(wrapper, state.get('idle'))
     groups = wrapper.client.param_groups
     for group, had in zip(groups, scaled, strict=True):
         if not (is_restored or had):  # it goes with the schedule of earlier versions; see by name

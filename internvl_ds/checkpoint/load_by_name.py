@@ -37,6 +37,7 @@ from internvl_ds.errors import CheckpointError
 from internvl_ds.files.reading import interpreting
 from internvl_ds.zero.lazy_tensor import Flat, NamedState, fill
 from internvl_ds.zero.partition import owned
+from internvl_ds.zero.passes.unused import restore_idle
 
 
 def train_from_file(load: Load, resume: str, model: Any) -> float:
@@ -187,6 +188,7 @@ def _finish_restoring(
     wrapper, scheduler = registration.wrapper, registration.scheduler
     wrapper.restore_scale(state.get('loss_scale') or state.get('scaler'))
     is_restored = restore_schedule(load.config, state, lr_scheduler, load.scaler, where, logger)
+    restore_idle(wrapper, state.get('idle'))
     groups, names_of_groups = wrapper.client.param_groups, registration.client_groups.now
     if is_restored:
         adopt_lr_scales(groups, names_of_groups, settings)

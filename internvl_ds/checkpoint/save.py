@@ -188,6 +188,7 @@ def _state(
         'schedule': schedule_state(engine),
         'scaler': state_of(scaler),
         'loss_scale': state_of(wrapper.scale),
+        'idle': None if wrapper.idle is None else sorted(wrapper.idle),
         'class_names': None if names is None else list(map(str, names)),
         'config': values['config'],
         # As text does: whatever DeepSpeed took of plain initialize, this keeps.

@@ -12,12 +12,12 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 from internvl_ds.dist.rendezvous import rank
 from internvl_ds.engine.grad_norm import get_grad_norm, non_finite_flags
-from internvl_ds.engine.optimizer_trial import state_of_optimizer
 from internvl_ds.engine.overflow import OverflowWatch
 from internvl_ds.engine.registry import engine_of, registration_of, wrapper_of
 from internvl_ds.engine.scheduling import require_schedule_untouched, step_scheduler
 from internvl_ds.errors import ConfigError
 from internvl_ds.zero.loss_scale import require_scaler_state
+from internvl_ds.zero.passes.unused import restore_idle
 
 __all__ = ['NativeScalerWithGradNormCount', 'get_grad_norm']
 
@@ -154,13 +154,7 @@ class NativeScalerWithGradNormCount:
         if self._early_state:
             wrapper = wrapper_of(engine)
             wrapper.restore_scale(self._early_state)
-            idle = self._early_state.get('idle')
-            if idle and wrapper.partitioned:
-                wrapper.idle = set(idle)
-            elif idle:  # it begins anew, as in plain PyTorch
-                state, masters = state_of_optimizer(wrapper.client), wrapper.masters()
-                for name in masters.keys() & set(idle):
-                    state.pop(masters[name], None)
+            restore_idle(wrapper, self._early_state.get('idle'))
             registration_of(engine).accumulation.last_group = self._early_state.get('micro_batches')
         self._early_state = {}
 

@@ -67,6 +67,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     'loss_scale': _is_scale,
     'schedule': _is_position,
     'class_names': _of_names,
+    'idle': _of_names,
     'optimizer_groups': lambda v: v is None or (isinstance(v, list) and all(map(_of_names, v))),
 }
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -91,6 +91,24 @@ class Unused:
             f'with these settings moves it by weight decay, momentum or its count of updates. '
             f'{way_out}, or train at ZeRO stage 0'
         )
+
+
+def restore_idle(wrapper: Wrapper, names: Iterable[str] | None) -> None:
+    """Takes over the parameters that no update of the saved run had given a gradient.
+
+    Args:
+        wrapper: at stages 1 to 3 it knows them again; at stage 0 their state begins anew, as in
+            plain PyTorch.
+        names: None where they are not known.
+    """
+    if names is None:
+        return
+    if wrapper.partitioned:
+        wrapper.idle = set(names)
+        return
+    masters = wrapper.masters()
+    for name in masters.keys() & set(names):
+        wrapper.inner.state.pop(masters[name], None)
 
 
 def _is_finite(wrapper: Wrapper) -> bool:

@@ -115,6 +115,19 @@ def test_a_run_that_was_resumed_without_its_scaler_looks_at_the_optimizers_state
 
 
 @pytest.mark.ranks
+@pytest.mark.parametrize('stages', [[1, 1], [2, 3], [1, 0], [3, 0]])
+def test_so_does_one_that_was_resumed_without_its_scaler(tmp_path, stages):
+    for result in run_ranks(
+        leaving_out.resume, 2, tmp_path, timeout=120, stages=stages, way='at last',
+        optimizer='adam', output=str(tmp_path / 'at last'), with_scaler=False,
+    ):  # fmt: skip
+        if stages[-1] == 0:
+            require_equal(result, leaving_out.plain('at last', 'adam'))
+        else:
+            assert 'right.bias, right.weight: a gradient in some updates' in result['error']
+
+
+@pytest.mark.ranks
 @pytest.mark.parametrize('stage', [1, 3])
 def test_what_is_dropped_or_skipped_decides_nothing(tmp_path, stage):
     names = ('head', 'left', 'right', 'stem')
