@@ -24,7 +24,7 @@ from tests.harness.ranks import run_ranks
 # Another seed tries other moments, and more of them: set these in the environment.
 SEED = int(os.environ.get('INTERNVL_DS_KILL_SEED', '20261124'))
 KILLS = trials_of('INTERNVL_DS_KILLS', 2, soak=100)
-STOPS = trials_of('INTERNVL_DS_STOPS', 1, soak=50)
+STOPS = trials_of('INTERNVL_DS_STOPS', 2, soak=50)  # one of each signal
 # Stage 2 saves and loads as stage 1 does; that is killed in test_kills.py and the port's test too.
 ELSEWHERE = pytest.mark.soak_only
 STAGES = [
