@@ -149,6 +149,11 @@ def _backward(
         _require_own_parameters(wrapper, used)
         if agreement is not None:
             agreement.before(used)
+    if isinstance(loss, torch.Tensor) and not loss.requires_grad:
+        raise ConfigError(
+            'the loss of this rank requires no gradient: no trained parameter is in it, or it was '
+            'computed under no_grad or detached; add 0 times an output of the model to it'
+        )
     with replaced(wrapper, 'in_backward', True):
         result = type(wrapper.engine).backward(wrapper.engine, loss, *args, **kwargs)
     if agreement is not None:

@@ -270,3 +270,14 @@ def _moved_by(stage: int, case: list[tuple[str, str, str]]) -> list[str]:
         return [str(error).partition(':')[0]]
     after = whole_weights(engine)
     return sorted(n for n, p in after.items() if not torch.equal(p, before[n]))
+
+
+def without_gradient(stage: int) -> None:
+    """The second update's loss of rank 1 is detached."""
+    model, client = make('sgd')
+    engine, client = initialize(make_config(DATA__BATCH_SIZE=8), model, client, zero_json(stage))
+    scaler = NativeScalerWithGradNormCount()
+    for step in range(2):
+        x, y = (tensor[8 * rank() : 8 * rank() + 8] for tensor in batch(step))
+        loss = cross_entropy(engine(x, way='lr'), y)
+        scaler(loss.detach() if (rank(), step) == (1, 1) else loss, client)

@@ -139,3 +139,13 @@ def test_what_is_dropped_or_skipped_decides_nothing(tmp_path, stage):
             'skipped later': layers,
             'lr 0': [name for name in layers if 'right' not in name],
         }
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize('stage', [0, 3])
+def test_a_loss_without_a_gradient_on_one_rank_is_named(tmp_path, stage):
+    texts = run_ranks(
+        leaving_out.without_gradient, 2, tmp_path, expect_failure=True, timeout=90, stage=stage
+    )
+    assert 'ConfigError: the loss of this rank requires no gradient: no trained' in texts[1]
+    assert 'rank 1 on ' in texts[1]
