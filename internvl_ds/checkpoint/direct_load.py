@@ -16,7 +16,7 @@ from internvl_ds.checkpoint.optimizer_state import RunningOptimizer, SavedTensor
 from internvl_ds.checkpoint.restore_scheduler import restore_schedule, set_lr_of_schedule
 from internvl_ds.dist.process_group import collectives_within
 from internvl_ds.dist.rendezvous import rank
-from internvl_ds.engine.optimizer_trial import NUMBER, Kept, forms_of, like, state_of_optimizer
+from internvl_ds.engine.optimizer_trial import NUMBER, Kept, forms_of, like
 from internvl_ds.engine.registry import registration_of
 from internvl_ds.engine.scheduling import restore_schedule_position
 from internvl_ds.errors import CheckpointError, brief
@@ -88,7 +88,7 @@ def _load_engine(
             loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name)
         if loaded is None:
             raise CheckpointError(f'{path}: DeepSpeed found nothing to load in it')
-        state = state_of_optimizer(client)
+        state = wrapper.inner.state
         _into_buffers(state, buffers)
         for (group, tensor), trial in zip(wrapper.slots(), trials, strict=True):
             _give_numbers_form(state.get(tensor) or {}, group, trial)
@@ -100,7 +100,7 @@ def _load_engine(
         counters = {key for trial in trials if trial for key in trial.counters}
         keys = client.defaults.keys() - {'lr'} - counters
         settings = [{k: g[k] for k in keys & g.keys()} for g in engine.optimizer.param_groups]
-        buffers = {p: dict(tensors) for p, tensors in state_of_optimizer(client).items()}
+        buffers = {p: dict(tensors) for p, tensors in wrapper.inner.state.items()}
         ready()
         load.agree('load shards', load_shards)
     finally:

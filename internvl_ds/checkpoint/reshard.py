@@ -16,7 +16,6 @@ from internvl_ds.engine.optimizer_trial import (
     forms_of,
     like,
     starts_with_zeros,
-    state_of_optimizer,
 )
 from internvl_ds.engine.registry import wrapper_of
 from internvl_ds.errors import CheckpointError, CheckpointMismatch, few
@@ -77,7 +76,7 @@ class Restorer:
                 target.data.copy_(flat.whole())
             else:
                 flat.copy_to(target[: slice_of[1] - slice_of[0]], slice_of[0])
-        state = state_of_optimizer(self.wrapper.client)
+        state = self.wrapper.inner.state
         for index, master in enumerate(self.masters):
             fill(master.data, self.fragments[index], self.state.masters)
             self._restore_group_state(index, master, state)

@@ -200,7 +200,7 @@ def _decide(config: CfgNode, path: str, model: nn.Module) -> Plan:
 
 
 def _adapt(config: CfgNode, path: str, source: State, model: nn.Module) -> Plan:
-    specs = apply.describe(model)
+    specs, classifier = apply.describe(model), classifier_layers(model)
     rename = get_option(config, 'MODEL.PRETRAINED_RENAME', [])
     taking: tuple[Step, ...] = (
         unwrapping.unwrap_by(str(get_option(config, 'MODEL.PRETRAINED_KEY', ''))),
@@ -211,7 +211,7 @@ def _adapt(config: CfgNode, path: str, source: State, model: nn.Module) -> Plan:
     naming: tuple[Step, ...] = (
         unwrapping.strip_prefixes,
         transforms.rename_internvit,
-        functools.partial(through_timm, model, raw),
+        functools.partial(through_timm, model, classifier, raw),
         transforms.drop_rebuilt,
     )
     state, naming_notes = run_steps(naming, raw, specs)
@@ -219,7 +219,7 @@ def _adapt(config: CfgNode, path: str, source: State, model: nn.Module) -> Plan:
     apply.require_overlap(state, specs, notes)
     state, size_notes = run_steps(_SIZING, state, specs)
     rand_init = bool(get_option(config, 'TRAIN.RAND_INIT_FT_HEAD', False))
-    layers = head.other_layers(classifier_layers(model), state, specs)
+    layers = head.other_layers(classifier, state, specs)
     fit_head = functools.partial(head.fit_head, layers, rand_init)
     state, head_notes = run_steps((fit_head,), state, specs)
     apply.require_shapes(state, specs)

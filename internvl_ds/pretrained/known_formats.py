@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NoReturn
 
@@ -12,14 +12,15 @@ import torch
 from torch import nn
 
 from internvl_ds.errors import PretrainedError
-from internvl_ds.pretrained.classifier import classifier_layers
 from internvl_ds.pretrained.transforms import Note, Result, Specs, State, is_weight, read
 from internvl_ds.zero.parameters import is_sharded, whole_shape
 
 Filter = Callable[..., Mapping[str, Any]]
 
 
-def through_timm(model: nn.Module, raw: State, state: State, specs: Specs) -> Result:
+def through_timm(
+    model: nn.Module, head: Sequence[str], raw: State, state: State, specs: Specs
+) -> Result:
     """Converts names and sizes by the function that timm has for the model, where that helps.
 
     timm's ``checkpoint_filter_fn`` of a model knows OpenAI's CLIP, DINOv2, OpenCLIP and others, and
@@ -27,6 +28,7 @@ def through_timm(model: nn.Module, raw: State, state: State, specs: Specs) -> Re
 
     Args:
         model: its values are not read.
+        head: the layers of its classifier, which may have other names and sizes.
         raw: the state with the prefixes of wrappers, which some of timm's functions look for.
         state: the same without them.
         specs: of the model.
@@ -34,8 +36,8 @@ def through_timm(model: nn.Module, raw: State, state: State, specs: Specs) -> Re
     Raises:
         PretrainedError: when timm's function fails on names that are not the model's.
     """
-    head = tuple(f'{layer}.' for layer in classifier_layers(model))
-    body = {key: spec for key, spec in specs.items() if not key.startswith(head)}
+    prefixes = tuple(f'{layer}.' for layer in head)
+    body = {key: spec for key, spec in specs.items() if not key.startswith(prefixes)}
     fits = _fitting(state, body)
     filter_fn = filter_of(model) if fits < len(body) else None
     if filter_fn is None:

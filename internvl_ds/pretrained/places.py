@@ -10,9 +10,8 @@ from torch import nn
 
 from internvl_ds.checkpoint.tag.discovery import is_tag
 from internvl_ds.pretrained.transforms import State
+from internvl_ds.pretrained.unwrapping import DEPTH
 from internvl_ds.zero.origins import Origin
-
-_DEPTH = 4  # of mappings within mappings
 
 
 def origins_in(
@@ -42,7 +41,7 @@ def origins_in(
 
 def _places_in(source: State, front: tuple[str, ...]) -> Iterator[tuple[int, tuple[str, ...]]]:
     """The identity of each value, and its keys; those nearest to the top come last."""
-    for name, value in source.items() if len(front) < _DEPTH else ():
+    for name, value in source.items() if len(front) < DEPTH else ():
         if isinstance(value, Mapping):
             yield from _places_in(value, (*front, name))
     for name, value in source.items():

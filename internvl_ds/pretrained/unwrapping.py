@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from internvl_ds.checkpoint.sources.open_weights import AVERAGES
 from internvl_ds.errors import PretrainedError, few
 from internvl_ds.pretrained.transforms import (
     Note,
@@ -20,9 +21,9 @@ from internvl_ds.pretrained.transforms import (
 # and of I-JEPA.
 _ENTRIES = (
     'model', 'module', 'state_dict', 'model_state_dict', 'model_state', 'teacher', 'student',
-    'model_ema', 'state_dict_ema', 'ema_state_dict', 'ema', 'encoder',
+    *AVERAGES, 'encoder',
 )  # fmt: skip
-_DEPTH = 4  # of entries within entries
+DEPTH = 4  # of entries within entries
 
 _WRAPPERS = ('module.', '_orig_mod.', 'backbone.', 'vision_model.', 'model.')
 # InternViT and others have it in names of their own: it is taken off only where that fits.
@@ -38,7 +39,7 @@ _SIM_RENAMES = {
 def unwrap(state: State, specs: Specs) -> Result:
     """Takes the state dict out of a checkpoint: the first of the known entries, else itself."""
     notes: tuple[Note, ...] = ()
-    for _ in range(_DEPTH):
+    for _ in range(DEPTH):
         entries = [name for name in _ENTRIES if isinstance(state.get(name), Mapping)]
         if not entries or (notes and any(map(is_weight, state.values()))):
             break

@@ -17,7 +17,7 @@ from internvl_ds.errors import CheckpointError, PretrainedError, few
 from internvl_ds.files.addresses import is_address
 
 # Averaged weights in files of the original and of timm, and of others.
-_AVERAGES = ('model_ema', 'state_dict_ema', 'ema_state_dict', 'ema')
+AVERAGES = ('model_ema', 'state_dict_ema', 'ema_state_dict', 'ema')
 _log = logging.getLogger(__name__)
 
 
@@ -47,9 +47,9 @@ def averaged_in(source: Mapping[str, Any], path: str) -> tuple[str, Mapping[str,
     Raises:
         PretrainedError: naming the path, where there is none.
     """
-    name = next((n for n in _AVERAGES if isinstance(source.get(n), Mapping)), None)
+    name = next((n for n in AVERAGES if isinstance(source.get(n), Mapping)), None)
     if name is None:
-        raise PretrainedError(f'{path}: holds no averaged weights (no {few(_AVERAGES)} in it)')
+        raise PretrainedError(f'{path}: holds no averaged weights (no {few(AVERAGES)} in it)')
     return name, source[name]
 
 

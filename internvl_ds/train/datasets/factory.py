@@ -13,9 +13,9 @@ from torch.utils.data import IterableDataset
 from yacs.config import CfgNode
 
 from internvl_ds.config.factory import load_factory
-from internvl_ds.errors import ConfigError, DataError, brief, shown
+from internvl_ds.errors import ConfigError, DataError, brief
 from internvl_ds.train.datasets.decode import decode
-from internvl_ds.train.datasets.images import Images, hot
+from internvl_ds.train.datasets.images import Images, hot, unusable
 from internvl_ds.train.datasets.sources import encoded
 from internvl_ds.train.datasets.transforms import Transform
 
@@ -56,8 +56,7 @@ class Made(Images):
         try:
             item = self._items[index]
         except Exception as error:
-            reason = f'{type(error).__name__}: {error}'
-            raise DataError(f'{where} cannot be used as an image: {shown(reason)}') from error
+            raise unusable(where, error) from error
         if not isinstance(item, tuple | list) or len(item) != 2:
             raise ConfigError(f'{where} is {_kind(item)}, and not an image and its label')
         image, label = item
@@ -80,8 +79,7 @@ class Made(Images):
             whole = decode(image, upright=self.upright) if isinstance(image, bytes) else image
             return self.transform(whole.convert('RGB'))
         except Exception as error:
-            reason = f'{type(error).__name__}: {error}'
-            raise DataError(f'{where} cannot be used as an image: {shown(reason)}') from error
+            raise unusable(where, error) from error
 
     def _label(self, label: Any, where: str) -> Any:
         try:

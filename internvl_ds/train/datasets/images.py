@@ -22,6 +22,13 @@ _ADVICE = (
 )
 
 
+def unusable(where: str, error: Exception) -> DataError:
+    """The error of an image that cannot be read, decoded or transformed."""
+    return DataError(
+        f'{where} cannot be used as an image: {shown(f"{type(error).__name__}: {error}")}'
+    )
+
+
 def hot(labels: Any, classes: int) -> torch.Tensor:
     """The target of an image of several labels: float32, 1 for each of them and 0 elsewhere."""
     target = torch.zeros(classes)
@@ -101,5 +108,4 @@ class Images(Dataset):
             label = self.labels[index]
             return self.transform(image), torch.tensor(label).float() if label.ndim else int(label)
         except Exception as error:
-            where, reason = shown(self.source.where(index)), f'{type(error).__name__}: {error}'
-            raise DataError(f'{where} cannot be used as an image: {shown(reason)}') from error
+            raise unusable(shown(self.source.where(index)), error) from error
