@@ -51,6 +51,9 @@ _C.DATA.META_DATA = ''
 _C.DATA.FACTORY = ''
 # (new) Images have several labels or none: wds, csv, jsonl, hfds and FACTORY give lists of them.
 _C.DATA.MULTI_LABEL = False
+# (new) How much an image counts in the training loss, by its class: a list of numbers by label, or
+# 'balanced', which takes them from the numbers of training images; None: all the same.
+_C.DATA.CLASS_WEIGHTS = None
 # (new) JSON of ReaL's labels for 'imagenet-real'; '' takes those that timm ships.
 _C.DATA.REAL_LABELS = ''
 # (new) Refuse weights that keep names of other classes, by label, than the folders of now have.

@@ -99,7 +99,8 @@ def train_one_epoch(state: Run, epoch: int) -> dict[str, float]:
     start_epoch(loader, config.SEED, epoch, rank(), start, state.generators_go_on)
     state.generators_go_on = False  # only in the epoch that was resumed
     set_train_mode(engine, engine.module, config.TRAIN.OPTIMIZER.FREEZE_BACKBONE)
-    criterion = build_criterion(config, soft_targets=state.loaders.mixup is not None)
+    soft = state.loaders.mixup is not None
+    criterion = build_criterion(config, soft, state.loaders.weights).to(engine.device)
     dtype, steps, total = input_dtype(engine), accumulation_steps(config), len(loader)
     if start:
         state.logger.info('epoch %d goes on after micro-batch %d of %d', epoch, start, total)
