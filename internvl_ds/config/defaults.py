@@ -158,6 +158,9 @@ _C.TRAIN.SHARDED_BUILD = 'auto'
 # that ends so many minutes after the last save; 0: not.
 _C.TRAIN.SAVE_STEPS = 0
 _C.TRAIN.SAVE_MINUTES = 0.0  # minutes, see SAVE_STEPS
+# (new) Save inside an epoch so often that saves take this share of the time, by what they are
+# measured to cost; in the place of SAVE_STEPS and SAVE_MINUTES. 0: not.
+_C.TRAIN.SAVE_OVERHEAD = 0.0
 # (new) Exit status of a run that SIGTERM, SIGUSR1, SIGHUP or Ctrl-C (SIGINT) had save and stop; a
 # second Ctrl-C, or one where nothing is trained yet, ends it at once with 130.
 _C.TRAIN.PREEMPT_EXIT_CODE = 0

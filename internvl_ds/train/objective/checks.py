@@ -24,8 +24,8 @@ _CHOICES = {
 
 
 def contradictions(config: CfgNode) -> Iterator[Diagnostic]:
-    """The faults of TRAIN.LOSS, DIST_BN, DISTILL, DATA.CLASS_WEIGHTS and REPEATED_AUG, by key."""
-    faults = _of_loss, _of_weights, _of_teacher, _of_repeats
+    """The faults of TRAIN's loss, teacher and saves, and of DATA's weights and repeats, by key."""
+    faults = _of_loss, _of_weights, _of_teacher, _of_repeats, _of_saves
     for key, text in itertools.chain.from_iterable(each(config) for each in faults):
         yield diagnostic('', text, yacs=key)
 
@@ -98,3 +98,13 @@ def _of_repeats(config: CfgNode) -> Iterator[tuple[str, str]]:
             f'{key} {data.REPEATED_AUG} has several ranks read an image, and {which} keeps it on '
             'one: set one of them otherwise',
         )
+
+
+def _of_saves(config: CfgNode) -> Iterator[tuple[str, str]]:
+    train, key = config.TRAIN, 'TRAIN.SAVE_OVERHEAD'
+    share = train.SAVE_OVERHEAD
+    if not 0 <= share < 1:
+        yield key, f'{key} is {share}, and a share of the time is from 0 to below 1'
+    for other in ('TRAIN.SAVE_STEPS', 'TRAIN.SAVE_MINUTES'):
+        if share and (value := get_option(config, other)):
+            yield key, f'{key} {share} and {other} {value} both say how often to save: set one to 0'
