@@ -430,7 +430,8 @@ class TestCommand:
     WORDS = ('plan', '--cfg', 'digits_quickstart', '--gpus', '8', '--gpu-mem', '80GB')
 
     def test_json_has_every_option_and_the_choice(self, capsys):
-        assert main([*self.WORDS, '--cpu-mem', '1TiB', '--disk-rate', '2GB/s', '--json']) == 0
+        more = '--cpu-mem', '1TiB', '--disk-rate', '2GB/s', '--host-mtbf', '500'
+        assert main([*self.WORDS, *more, '--json']) == 0
 
         tree = json.loads(capsys.readouterr().out)
         combinations = {(o['stage'], o['offload'], o['recompute']) for o in tree['options']}
@@ -443,6 +444,7 @@ class TestCommand:
             ]
         }  # fmt: skip
         assert tree['precision'] == 'bf16'
+        assert tree['failures']['between'] == 500 * 3600
         assert tree['machine']['host_bytes'] == 2**40
         for option in tree['options']:
             passing = sum(option['device'].values())
