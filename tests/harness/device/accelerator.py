@@ -91,6 +91,7 @@ def install() -> None:
     torch.utils.generate_methods_for_privateuse1_backend(for_storage=True)
     device.register_hooks()
     _let_parameters_move()
+    torch.Tensor.record_stream = lambda *_: None  # type: ignore[method-assign, assignment]
     set_accelerator(accelerator)
     assert get_accelerator() is accelerator
     os.environ['DS_ACCELERATOR'] = NAME
