@@ -16,7 +16,7 @@ from internvl_ds import initialize
 from internvl_ds.tools.selftest import program
 from internvl_ds.tools.selftest.row import ABSENT, Row
 from internvl_ds.tools.selftest.subject import bare_update
-from internvl_ds.tools.selftest.traffic import Traffic
+from internvl_ds.tools.selftest.traffic import Traffic, traffic_row
 from internvl_ds.train import loop, validation
 from internvl_ds.train.loop import run
 from internvl_ds.train.model import build_model, input_dtype
@@ -99,6 +99,7 @@ def try_all(output: str) -> list[list[str]]:
     """The self-test's rows but for its pace: a host that plays a device is slow."""
     program.pace_rows = lambda: Row('pace', ABSENT, '')  # type: ignore[assignment, return-value]
     rows = program.selftest(Path(output) / 'selftest', quick=False)
+    rows.append(traffic_row((0, 3), 'bf16'))
     return [[row.name, row.verdict, row.found] for row in rows if row.name != 'a killed rank']
 
 

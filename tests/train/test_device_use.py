@@ -67,5 +67,5 @@ def test_all_of_the_selftest_is_right_on_a_device(tmp_path):
     for rows in run_ranks(
         device_use.try_all, 2, tmp_path, timeout=400, env=FAKE, output=str(tmp_path)
     ):
-        assert len(rows) == 11
+        assert len(rows) == 12
         assert {verdict for _, verdict, _ in rows} == {'ok', 'absent'}, rows
