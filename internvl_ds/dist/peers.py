@@ -1,4 +1,4 @@
-"""A thread's connection to the other ranks, through the process group's store.
+"""A connection to the other ranks, through the process group's store.
 
 A place is a name in the store that every rank comes to. No place is waited at without a limit, and
 a rank that is known to be dead is not waited for.
@@ -20,7 +20,7 @@ from internvl_ds.dist.store_client import StoreClient
 
 
 class Peers(NamedTuple):
-    """A connection to the other ranks for one thread.
+    """A connection to the other ranks, which any thread may use.
 
     Attributes:
         client: to the process group's store.
@@ -148,17 +148,16 @@ def _together(texts: list[bytes]) -> str:
     return json.dumps(decoded[0] if len(set(decoded)) == 1 else decoded)
 
 
-# The connection of a background thread: see `background_meetings`.
+# The peers of a background thread: see `background_meetings`.
 thread_peers: ContextVar[Peers | None] = ContextVar('thread_peers', default=None)
 
 
 @contextmanager
 def background_meetings(peers: Peers | None) -> Iterator[None]:
-    """Opens a connection for this thread to meet the threads of other ranks.
+    """Has this thread meet the threads of other ranks.
 
-    A connection serves one call at a time, and the rank and world size stay what they were, should
-    the main thread leave the process group. The names of the meetings must not be in use by another
-    thread meanwhile.
+    The rank and world size stay what they were, should the main thread leave the process group. The
+    names of the meetings must not be in use by another thread meanwhile.
     """
     token = thread_peers.set(peers)
     try:

@@ -197,18 +197,14 @@ def connection(what: str, limit: float) -> Peers:
 
 
 def connect_peers() -> Peers | None:
-    """A connection for a background thread; None where this is the only rank.
+    """The other ranks for a background thread; None where this is the only rank.
 
-    Collective: every rank that will use one calls it, in its main thread. It connects meanwhile;
-    the first call waits for that, within its limit.
+    Collective: every rank that will use them calls it, in its main thread. They are reached over
+    the main thread's connection: rank 0 holds two of each rank, this one and torch's own.
     """
     if world_size() == 1:
         return None
-    main = connection('first meeting', current_group().limit('TIMEOUT')).client
-    client = StoreClient(lambda: main.store.clone(), main.holder, main.dead)
-    # Now: torch complains at length of an address that it cannot reach later, see mpi.PATIENCE.
-    client.post(lambda store: None)
-    return Peers(client, rank(), world_size())
+    return connection('first meeting', current_group().limit('TIMEOUT'))
 
 
 def raise_request(name: str, peers: Peers) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import socket
@@ -17,8 +18,8 @@ from internvl_ds.files import forks
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
-# The exit status of a process that SIGINT ended at once: what shells say of one that died of it.
-INTERRUPTED = 128 + signal.SIGINT
+# The exit statuses of a process that a signal ended at once, as shells tell them.
+INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 
 # A shell that starts a process in the background, and nohup, ignore these: they stay ignored.
 _MAY_BE_IGNORED = (signal.SIGINT, signal.SIGHUP)
@@ -26,6 +27,8 @@ _MAY_BE_IGNORED = (signal.SIGINT, signal.SIGHUP)
 # Seconds after a request within which a further signal belongs to it: a terminal signals ranks
 # that their launcher signals too.
 _SAME_REQUEST = 1.0
+# Seconds for the main thread to notice a signal: longer than an update, or a call of a save, takes.
+_STANDS = 10.0
 
 
 class Listener:
@@ -84,12 +87,18 @@ class Listener:
 
 
 class Request(Listener):
-    """Whether a signal has asked this process to stop; SIGINT after that ends it at once."""
+    """Whether a signal has asked this process to stop; SIGINT after that ends it at once.
+
+    So does SIGTERM where the main thread has not seen the first signal for 10 seconds: it stands in
+    C code, as in a collective of NCCL that does not end. Else SIGTERM does not, for schedulers and
+    launchers send it twice, and the save that it asked for would be lost.
+    """
 
     def __init__(self) -> None:
         """Takes over the signals of `SIGNALS`."""
         self.signal: signal.Signals | None = None
         self._since: float | None = None
+        self._unseen: float | None = None  # since when the main thread has not seen a signal
         super().__init__(SIGNALS, self._note, self._handle)
 
     def know(self) -> None:
@@ -98,14 +107,23 @@ class Request(Listener):
             self._since = time.monotonic()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._unseen = math.inf
+        self._take(number)
+
+    def _take(self, number: int) -> None:
         self.signal = self.signal or signal.Signals(number)
 
     def _note(self, number: int) -> None:
-        if self._since is None or time.monotonic() - self._since < _SAME_REQUEST:
-            self._handle(number, None)
+        now = time.monotonic()
+        if self._unseen is None:
+            self._unseen = now
+        if self._since is None or now - self._since < _SAME_REQUEST:
+            self._take(number)
             self.know()
         elif number == signal.SIGINT or self._is_torchruns_second(number):
             end_at_once('a second signal')
+        elif number == signal.SIGTERM and now - self._unseen >= _STANDS:
+            end_at_once('a second SIGTERM; the main thread stands in C code', TERMINATED)
 
     def _is_torchruns_second(self, number: int) -> bool:
         """torchrun hands the first Ctrl-C on as SIGINT, and the second as SIGTERM."""
@@ -118,13 +136,18 @@ def end_at_interrupt() -> None:
     Listener([signal.SIGINT], lambda number: end_at_once('SIGINT'))
 
 
-def end_at_once(why: str) -> None:
-    """Ends this process where it is; rank 0 says so. Any thread may call it."""
+def end_at_once(why: str, status: int = INTERRUPTED) -> None:
+    """Ends this process where it is; rank 0 says so of SIGINT. Any thread may call it.
+
+    Args:
+        why: for the line.
+        status: `INTERRUPTED`, by a terminal that all ranks share, or `TERMINATED`.
+    """
     rank = 0
     with contextlib.suppress(ConfigError):  # which the main thread is about to tell
         rank = detect(os.environ).rank
-    if rank == 0:
-        line = f'rank 0 on {socket.gethostname()} ends the job at once: {why}\n'
+    if rank == 0 or status == TERMINATED:
+        line = f'rank {rank} on {socket.gethostname()} ends the job at once: {why}\n'
         with contextlib.suppress(OSError):  # the terminal is gone
             os.write(2, line.encode())  # print may wait for a lock of the main thread
-    os._exit(INTERRUPTED)
+    os._exit(status)

@@ -52,7 +52,9 @@ class DeepSpeedOptimizer(Wrapper):
         with replaced(self.optimizer, '_update_scale', lambda has_overflow=False: None):
             engine.step()
         norm = self._reported_norm() if engine.was_step_applied() else math.inf
-        return torch.as_tensor(norm, device=engine.device).to(torch.float32)
+        if not isinstance(norm, torch.Tensor):  # filled in: a copy would wait for the device
+            norm = torch.full((), norm, device=engine.device)
+        return norm.to(engine.device, torch.float32)
 
     def push_scale(self) -> None:
         scale = self.scale

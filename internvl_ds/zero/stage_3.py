@@ -20,6 +20,9 @@ from internvl_ds.zero.deepspeed_optimizer import ZeroOptimizer
 from internvl_ds.zero.partition import Layout, Slices
 from internvl_ds.zero.wrapper import Wrapper, replaced
 
+# Of DeepSpeedZeRoOffload: the stream on which it gathers weights; None on CPUs.
+_GATHERING = '__allgather_stream'
+
 
 class Stage3Module(Wrapper):
     """An engine at ZeRO stage 3 without an optimizer."""
@@ -108,6 +111,19 @@ class Stage3(Stage3Module, ZeroOptimizer):
             return None
         parameters = [p for group in optimizer.fp16_groups for p in group]
         return {p: optimizer.get_local_fp32_grad_for_param(p) for p in parameters}
+
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        """See `Wrapper`. The next forward pass gathers what the step has written.
+
+        DeepSpeed's own order of the two is its throughput timer, which waits for the whole device,
+        and which `auto_values` turns off; or, where there are any, that of persistent parameters.
+        """
+        with super().stepping():
+            yield
+        stream = getattr(self._offload, f'_DeepSpeedZeRoOffload{_GATHERING}')
+        if stream is not None:
+            stream.wait_stream(get_accelerator().current_stream())
 
     def clear_gradients(self) -> None:
         self.optimizer.grad_partitions_flat_buffer.zero_()

@@ -21,6 +21,7 @@ from internvl_ds import NativeScalerWithGradNormCount, initialize
 from internvl_ds.config.tree import default_config
 from tests.bench.figures import paired_ratios, summary
 from tests.bench.harness import ROUNDS, Contender, measure
+from tests.harness.model import on_device
 
 
 def make(options: argparse.Namespace, backend: str) -> Callable[[], None]:
@@ -37,7 +38,7 @@ def make(options: argparse.Namespace, backend: str) -> Callable[[], None]:
     )
     scaler = NativeScalerWithGradNormCount()
     images = torch.randn(options.batch, 3, options.img, options.img)
-    labels = torch.arange(options.batch) % 10
+    images, labels = on_device(images, torch.arange(options.batch) % 10)
 
     def update() -> None:
         for _ in range(options.updates):

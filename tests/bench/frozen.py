@@ -29,7 +29,7 @@ from internvl_ds.dist.rendezvous import rank
 from tests.bench.figures import table
 from tests.bench.harness import barrier
 from tests.bench.subject import Stack, logger
-from tests.harness.model import make_config, precision_values, zero_json
+from tests.harness.model import make_config, on_device, precision_values, zero_json
 from tests.harness.ranks import run_ranks
 
 HOWS = ('keep', 'once', 'omit')
@@ -113,7 +113,8 @@ def probe(root: str, millions: float, stage: int) -> dict[str, Any]:
         seconds = []
         for epoch in range(2):
             x = torch.randn(2, _TOKENS, _FEATURES).bfloat16()
-            loss = nn.functional.cross_entropy(engine(x).float(), torch.tensor([0, 1]))
+            x, y = on_device(x, torch.tensor([0, 1]))
+            loss = nn.functional.cross_entropy(engine(x).float(), y)
             scaler(loss, optimizer, 5.0)
             barrier()
             start = time.perf_counter()

@@ -23,7 +23,7 @@ from internvl_ds import (
 )
 from internvl_ds.checkpoint.checkpoint_engine import ShardWriter
 from internvl_ds.dist.rendezvous import rank
-from tests.harness.model import make_config, make_optimizer, precision_values
+from tests.harness.model import make_config, make_optimizer, on_device, precision_values
 
 logger = logging.getLogger('bench')
 
@@ -94,8 +94,9 @@ class Subject:
         self.ours, self.ours_async = ShardWriter(), ShardWriter()
         self._scaler = NativeScalerWithGradNormCount()
         generator = torch.Generator().manual_seed(rank())
-        self._x = torch.randn(_BATCH, _TOKENS, _FEATURES, generator=generator).bfloat16()
-        self._y = torch.randint(_CLASSES, (_BATCH,), generator=generator)
+        x = torch.randn(_BATCH, _TOKENS, _FEATURES, generator=generator).bfloat16()
+        y = torch.randint(_CLASSES, (_BATCH,), generator=generator)
+        self._x, self._y = on_device(x, y)
 
     def step(self) -> float:
         """One update; returns its seconds on this rank."""

@@ -35,6 +35,7 @@ from tests.harness.model import (
     FEATURES,
     make_config,
     micro_batch,
+    on_device,
     precision_values,
     zero_json,
 )
@@ -448,7 +449,7 @@ def frozen_in_groups(root: str, stage: int, precision: str) -> dict[str, list[st
         engine, optimizer, scaler = parts
         draw = torch.Generator().manual_seed(number)
         images = torch.randn(2, FEATURES, generator=draw).to(next(engine.parameters()).dtype)
-        scaler(engine(images).float().square().sum(), optimizer, 5.0)
+        scaler(engine(on_device(images)).float().square().sum(), optimizer, 5.0)
 
     def named(engine: Any) -> dict[str, torch.Tensor]:
         return {name: whole(p) for name, p in engine.module.named_parameters()}

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 
+from internvl_ds.dist import signals
 from internvl_ds.dist.signals import Request, end_at_interrupt
 
 
@@ -31,6 +32,14 @@ def asked() -> None:
     hashlib.pbkdf2_hmac('sha256', b'', b'', 2 * 10**9)
 
 
+def stuck() -> None:
+    """Is asked to stop, and does not get out of C code, where Python runs no handler."""
+    signals._STANDS = 2.0  # type: ignore[attr-defined]
+    Request()
+    print('ready', flush=True)
+    hashlib.pbkdf2_hmac('sha256', b'', b'', 2 * 10**9)
+
+
 def released() -> None:
     """Has its own handlers back."""
     signal.signal(signal.SIGUSR1, before := lambda number, frame: None)
@@ -44,4 +53,4 @@ def released() -> None:
 
 
 if __name__ == '__main__':
-    {'in_c_code': in_c_code, 'asked': asked, 'released': released}[sys.argv[1]]()
+    {'in_c_code': in_c_code, 'asked': asked, 'stuck': stuck, 'released': released}[sys.argv[1]]()

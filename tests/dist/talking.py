@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import threading
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import psutil
 import torch
 from deepspeed.accelerator import get_accelerator
 from timm.scheduler import CosineLRScheduler
@@ -22,9 +24,12 @@ from internvl_ds import (
     initialize,
     reduce_tensor,
     register,
+    save_checkpoint,
 )
+from internvl_ds.checkpoint import async_save
 from internvl_ds.dist.group import current_group
 from internvl_ds.dist.peers import Peers, background_meetings
+from internvl_ds.dist.preemption import Preemption
 from internvl_ds.dist.reduce import reduce_tensors
 from internvl_ds.dist.rendezvous import (
     agree,
@@ -40,6 +45,8 @@ from internvl_ds.errors import CheckpointError, CheckpointNotFound
 from tests.engine.stepping import masters
 from tests.harness.calls import message_of
 from tests.harness.model import make_config, make_model, make_optimizer, micro_batch, zero_json
+
+_log = logging.getLogger(__name__)
 
 
 def reduce() -> dict[str, Any]:
@@ -254,6 +261,21 @@ def meet_in_the_background() -> list[str]:
         exchange('main', rank(), 30)
         order.append('main')
     return order
+
+
+def connections_to_the_store(folder: str) -> int:
+    """How many this rank holds while a Preemption watches, after three background saves."""
+    config = make_config(folder, CHECKPOINT__ASYNC=True)
+    model = make_model()
+    engine, optimizer = initialize(config, model, make_optimizer(model), zero_json(1))
+    scaler = NativeScalerWithGradNormCount()
+    with Preemption(config):
+        for epoch in range(3):
+            save_checkpoint(config, epoch, engine, 0.0, optimizer, None, scaler, _log)
+            async_save.wait()
+        port = int(os.environ['MASTER_PORT'])
+        links = psutil.Process().net_connections('tcp')
+        return sum(bool(link.raddr) and link.raddr.port == port for link in links)
 
 
 def meet_after_the_group_is_gone() -> list[int]:

@@ -1,13 +1,17 @@
 """Which device a rank takes, with accelerators that this machine does not have."""
 
+import importlib
+import logging
 import os
 import subprocess
 import sys
 
 import pytest
 
-from internvl_ds.dist import device
+from internvl_ds.dist import device, process_group
+from internvl_ds.dist.group import current_group
 from internvl_ds.errors import ConfigError
+from tests.harness.model import make_config
 
 
 class Accelerator:
@@ -67,7 +71,7 @@ def test_memory_grows_in_segments_unless_the_user_has_said_how(monkeypatch, name
         assert after.startswith('expandable_segments:True')
         # In another process: torch keeps its settings.
         code = f'import torch; torch._C._accelerator_setAllocatorSettings({after!r})'
-        subprocess.run([sys.executable, '-c', code], check=True, timeout=60)
+        subprocess.run([sys.executable, '-c', code], check=True, timeout=180)
     assert seen == ([] if name == 'cpu' else [after])  # set before the device is touched
 
 
@@ -77,3 +81,57 @@ def test_more_ranks_than_devices_are_an_error_that_says_what_is_visible(monkeypa
     words = r'^local rank 2 has no device: this host shows 2 \(CUDA_VISIBLE_DEVICES=4,5\)'
     with pytest.raises(ConfigError, match=words):
         device.take_device(2)
+
+
+LAUNCHERS = {
+    'torchrun': {'RANK': '6', 'WORLD_SIZE': '8', 'LOCAL_RANK': '2', 'TORCHELASTIC_RUN_ID': 'x'},
+    'deepspeed': {'RANK': '6', 'WORLD_SIZE': '8', 'LOCAL_RANK': '2'},
+    'srun': {
+        'SLURM_PROCID': '6', 'SLURM_NTASKS': '8', 'SLURM_LOCALID': '2', 'SLURM_STEP_ID': '0',
+        'SLURM_JOB_ID': '1', 'SLURM_STEP_NODELIST': 'a,b', 'SLURM_STEP_NUM_TASKS': '8',
+    },
+}  # fmt: skip
+
+
+class Joined(Exception):
+    """Instead of joining the others."""
+
+
+@pytest.mark.parametrize('launcher', LAUNCHERS)
+@pytest.mark.parametrize(('count', 'index'), [(4, 2), (8, 2), (1, 0)])
+def test_the_device_is_set_before_anything_else_and_deepspeed_is_told_its_index(
+    monkeypatch, launcher, count, index
+):
+    calls, accelerator = [], Accelerator('cuda', count)
+    for key in [*os.environ]:
+        if key.startswith(('SLURM_', 'OMPI_', 'PMI', 'TORCHELASTIC_')):
+            monkeypatch.delenv(key)
+    for key in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'GLOO_SOCKET_IFNAME'):
+        monkeypatch.setenv(key, '')  # to be as it was afterwards
+        monkeypatch.delenv(key)
+    own = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': '29500', 'PYTORCH_CUDA_ALLOC_CONF': 'x:1'}
+    for key, value in {**LAUNCHERS[launcher], **own}.items():
+        monkeypatch.setenv(key, value)
+
+    def join(launch, limit):
+        calls.append(['join', launch.rank, os.environ['LOCAL_RANK']])
+        raise Joined
+
+    accelerator.set_device = lambda index: calls.append(['set_device', index])
+    monkeypatch.setattr(device, 'get_accelerator', lambda: accelerator)
+    monkeypatch.setattr(process_group, '_join', join)
+    monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
+    monkeypatch.setattr(current_group(), 'hook', None)
+    with pytest.raises(Joined):
+        process_group.init_distributed()
+    assert calls == [['set_device', index], ['join', 6, str(index)]]
+
+
+@pytest.mark.parametrize('emulates', [True, False])
+def test_bf16_that_is_emulated_is_a_warning_of_initialize(monkeypatch, caplog, emulates):
+    module = importlib.import_module('internvl_ds.engine.initialize')
+    monkeypatch.setattr(module, 'emulates_bf16', lambda name: emulates)
+    config = make_config(AMP_OPT_LEVEL='O2', AMP_TYPE='bfloat16')
+    with caplog.at_level(logging.WARNING, 'internvl_ds'):
+        module._resolve(config, [], None, {}, False)
+    assert ('this GPU has no bfloat16' in caplog.text) == emulates

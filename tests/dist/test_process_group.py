@@ -70,6 +70,17 @@ def test_comm_timeout_bounds_the_collectives_of_deepspeed(tmp_path, stage):
     assert re.search('Timed out waiting 5000ms', texts[0]), texts[0][-2000:]
 
 
+@pytest.mark.parametrize(('interface', 'nccl'), [('', None), ('ib0', 'ib0')])
+def test_nccl_finds_its_interfaces_but_for_comm_interface(monkeypatch, interface, nccl):
+    for key in ('MASTER_ADDR', 'MASTER_PORT', 'GLOO_SOCKET_IFNAME', 'NCCL_SOCKET_IFNAME'):
+        monkeypatch.setenv(key, '')  # to be as it was afterwards
+        monkeypatch.delenv(key)
+    monkeypatch.setattr(comm, 'interface_towards', lambda address: 'eth9')
+    comm._set_master('10.0.0.1', 1234, interface)
+    assert os.environ['GLOO_SOCKET_IFNAME'] == (interface or 'eth9')
+    assert os.environ.get('NCCL_SOCKET_IFNAME') == nccl
+
+
 def test_alone_an_average_is_a_copy():
     value = torch.tensor([2.0])
     assert reduce_tensor(value).tolist() == [2.0]

@@ -91,6 +91,13 @@ def test_threads_meet_after_the_process_group_is_gone(tmp_path):
     assert results == [[0, 1], [0, 1]]
 
 
+@pytest.mark.ranks
+def test_a_rank_holds_two_connections_to_the_store(tmp_path):
+    """This package's and torch's: the host of rank 0 has a limit of open files."""
+    _, other = run_ranks(talking.connections_to_the_store, 2, tmp_path, folder=str(tmp_path))
+    assert other == 2
+
+
 def left_by_rank_0(folder):
     (path,) = folder.glob('ranks-*/result_0.json')
     return json.loads(path.read_text())

@@ -71,6 +71,22 @@ def test_the_first_signal_asks_and_sigint_after_it_ends_at_once(start, first):
     assert said.endswith('ends the job at once: a second signal\n')
 
 
+def test_a_second_sigterm_ends_a_program_that_has_not_seen_the_first(start):
+    """As one whose main thread waits for a GPU; see above for one that is at work."""
+    program = start('stuck')
+    program.stdout.readline()
+    program.send_signal(signal.SIGTERM)
+    time.sleep(1.3)  # too early: a launcher's, which forwards late
+    program.send_signal(signal.SIGTERM)
+    time.sleep(1)
+    assert program.poll() is None
+    program.send_signal(signal.SIGTERM)
+    status, said = ends(program)
+    assert status == 143
+    assert 'rank 0 on ' in said
+    assert said.endswith('a second SIGTERM; the main thread stands in C code\n')
+
+
 def test_signals_to_a_forked_child_are_not_the_programs(start):
     program = start('asked')
     child = int(program.stdout.readline())

@@ -21,7 +21,7 @@ from internvl_ds.dist.rendezvous import rank, world_size
 from internvl_ds.engine.ema import ShardedEma
 from tests.engine.scaling import counted
 from tests.engine.stepping import make_engine, masters, train_step
-from tests.harness.model import batch, make_config, make_model, module_dtype
+from tests.harness.model import batch, make_config, make_model, module_dtype, on_device
 
 _log = logging.getLogger('averaging')
 _DECAY = 0.97
@@ -127,7 +127,7 @@ def go_on(root: str, stage: int, resume: str | None, save_as: int | None) -> dic
 def evaluate_export(root: str, stages: list[int], precision: str) -> dict[str, Any]:
     """Logits with the average in place, and those of a plain model from the exported average."""
     found = {}
-    x, _ = batch(99)
+    x = on_device(batch(99)[0])
     for stage in stages:
         engine, optimizer = make_engine(stage, precision)
         ema, scaler = ShardedEma(engine, 0.5, warmup=True), NativeScalerWithGradNormCount()
@@ -138,7 +138,7 @@ def evaluate_export(root: str, stages: list[int], precision: str) -> dict[str, A
         tag = save_checkpoint(config, 0, engine, 0.0, optimizer, None, scaler, _log, model_ema=ema)
         target = Path(root, f'{stage}-{rank()}.safetensors')
         write_safetensors(Path(tag), target, torch.float32, ema=True, largest=1 << 30)
-        plain = make_model(5).eval().to(module_dtype(precision))
+        plain = make_model(5).eval().to(engine.device, module_dtype(precision))
         plain.load_state_dict(safetensors.torch.load_file(target))
         engine.eval()
         given = x.to(module_dtype(precision))

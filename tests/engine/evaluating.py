@@ -12,7 +12,7 @@ from internvl_ds import NativeScalerWithGradNormCount, ShardedEma, save_checkpoi
 from internvl_ds.dist.rendezvous import rank, world_size
 from tests.engine.stepping import make_engine, masters, train_step
 from tests.harness.calls import message_of
-from tests.harness.model import batch, make_config, micro_batch, module_dtype
+from tests.harness.model import batch, make_config, micro_batch, module_dtype, on_device
 
 _log = logging.getLogger('evaluating')
 
@@ -25,7 +25,7 @@ class _Run:
         self.scaler = NativeScalerWithGradNormCount()
         self.average = ShardedEma(self.engine, 0.5)
         self.dtype = module_dtype(precision)
-        self.x = batch(99)[0].to(self.dtype)
+        self.x = on_device(batch(99)[0].to(self.dtype))
 
     def update(self, step: int) -> None:
         train_step(self.engine, self.optimizer, self.scaler, step, 0.5, 2)

@@ -17,7 +17,7 @@ from internvl_ds import (
 )
 from internvl_ds.dist.rendezvous import rank, world_size
 from internvl_ds.errors import ConfigError
-from tests.harness.model import make_config, zero_json
+from tests.harness.model import make_config, on_device, zero_json
 from tests.harness.saving import logger
 from tests.harness.training import whole_weights
 
@@ -151,7 +151,8 @@ def recomputed(stages: list[int]) -> dict[str, Any]:
                 numbers = torch.Generator().manual_seed(step)
                 x = torch.randn(WHOLE, 3, 32, 32, generator=numbers)
                 own = slice(rank() * size, (rank() + 1) * size)
-                scaler(cross_entropy(engine(x[own]), (torch.arange(WHOLE) % 5)[own]), optimizer)
+                x, y = on_device(x[own], (torch.arange(WHOLE) % 5)[own])
+                scaler(cross_entropy(engine(x), y), optimizer)
             weights = {n: w.flatten().tolist() for n, w in whole_weights(engine).items()}
             found[f'{stage} {recomputes}'] = weights
     return found

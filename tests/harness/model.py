@@ -76,11 +76,17 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def micro_batch(step: int, micro: int, accumulation: int, rank: int, world: int) -> Any:
-    """This rank's share of a micro-batch."""
+    """This rank's share of a micro-batch, on its device."""
     x, y = batch(step)
     size = GLOBAL_BATCH // accumulation // world
     start = (micro * world + rank) * size
-    return x[start : start + size], y[start : start + size]
+    return on_device(x[start : start + size], y[start : start + size])
+
+
+def on_device(*tensors: torch.Tensor) -> Any:
+    """Inputs of an engine, on the accelerator's device; a list, or the only one itself."""
+    moved = [tensor.to(get_accelerator().current_device_name()) for tensor in tensors]
+    return moved if len(moved) > 1 else moved[0]
 
 
 def make_config(output: str = '', **values: Any) -> CfgNode:

@@ -47,7 +47,7 @@ from internvl_ds.train import __main__ as program
 from internvl_ds.train import evaluate as train_evaluate
 from tests.checkpoint.formats import originals
 from tests.harness import elastic
-from tests.harness.model import batch, make_config, make_model, zero_json
+from tests.harness.model import batch, make_config, make_model, on_device, zero_json
 from tests.harness.saving import Run, logger
 from tests.harness.training import brightness, small_config
 from tests.train.models import tiny
@@ -262,7 +262,7 @@ def leave_out(shared: Path, limits: dict[str, Any]) -> None:
     config = make_config(DATA__BATCH_SIZE=16, TRAIN__ACCUMULATION_STEPS=1, **limits)
     engine, client = initialize(config, model, client, zero_json(2))
     scaler = NativeScalerWithGradNormCount()
-    x, y = batch(0)
+    x, y = on_device(*batch(0))
     scaler(cross_entropy(engine(x, way='l'), y), client)
     shutdown()
 

@@ -32,6 +32,9 @@ _GRACE = 15.0
 
 # A folder with a package of another version than the environment's: see test_versions.py.
 BESIDE = 'INTERNVL_DS_BESIDE'
+# Of ranks: 'fake' for the device of tests/harness/device; 'own' for what DeepSpeed finds by itself,
+# such as a GPU; else a CPU.
+DEVICE = 'INTERNVL_DS_TEST_DEVICE'
 
 
 class RankFailed(AssertionError):
@@ -62,6 +65,10 @@ def base_env(**more: str) -> dict[str, str]:
         TORCH_EXTENSIONS_DIR=str(Path(beside or sys.prefix) / 'torch_extensions'),
         CUDA_VISIBLE_DEVICES='',
     )
+    if env.get(DEVICE) == 'own':
+        del env['DS_ACCELERATOR']
+        env.pop('CUDA_VISIBLE_DEVICES')
+        env |= {k: v for k, v in os.environ.items() if k == 'CUDA_VISIBLE_DEVICES'}
     env.update(more)
     return env
 
@@ -233,6 +240,10 @@ def main(target: str, folder: str) -> None:
 
     if os.environ.get('TESTS_WITHOUT_SHM_OP'):  # see tests/harness/pythons.py
         deepspeed.ops.__compatible_ops__['deepspeed_shm_comm'] = False
+    if os.environ.get(DEVICE) == 'fake':
+        from tests.harness.device import accelerator
+
+        accelerator.install()
     module, _, name = target.partition(':')
     work = Path(folder)
     kwargs = json.loads((work / 'kwargs.json').read_text())

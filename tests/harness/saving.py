@@ -85,7 +85,7 @@ class Run:
         """Updates first..last-1; returns the (mean loss, norm, lr) of each, exactly."""
         seen = []
         for step in range(first, last):
-            total = torch.zeros(())
+            total = torch.zeros((), device=self.engine.device)
             for micro in range(ACCUMULATION):
                 x, y = micro_batch(step, micro, ACCUMULATION, rank(), world_size())
                 logits = self.engine(x.to(self.dtype)).float()

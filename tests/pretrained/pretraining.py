@@ -30,6 +30,7 @@ from tests.harness.model import (
     make_config,
     make_model,
     make_optimizer,
+    on_device,
     precision_values,
     zero_json,
 )
@@ -232,7 +233,7 @@ def save_tags(root: str) -> None:
         ema, scaler = ShardedEma(engine, 0.5), NativeScalerWithGradNormCount()
         generator = torch.Generator().manual_seed(rank())
         for _ in range(3):
-            loss = engine(torch.randn(8, 7, generator=generator)).square().mean()
+            loss = engine(on_device(torch.randn(8, 7, generator=generator))).square().mean()
             scaler(loss, optimizer)
             ema.update()
         save_checkpoint(config, 0, engine, 0.0, optimizer, None, scaler, _log, model_ema=ema)
@@ -271,7 +272,7 @@ def train_after(path: str) -> list[list[float]]:
         generator = torch.Generator().manual_seed(rank())
         norms = []
         for _ in range(3):
-            loss = engine(torch.randn(8, 7, generator=generator)).square().mean()
+            loss = engine(on_device(torch.randn(8, 7, generator=generator))).square().mean()
             norms.append(float(scaler(loss, optimizer)))
         found.append(norms)
         engine.destroy()

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from internvl_ds.checkpoint.tag.discovery import read_header
 from internvl_ds.dist.network import free_port
@@ -117,6 +118,31 @@ def test_variables_are_forwarded_by_prefix_and_secrets_are_not():
     left = {'HF_TOKEN', 'INTERNVL_DS_VENV', 'EDITOR', 'NCCL_EMPTY'}
     assert not names & left, names
     assert names >= env.keys() - left
+
+
+@pytest.mark.parametrize('given', ['', '7'])
+def test_sbatch_without_cpus_per_task_says_what_a_rank_gets(tmp_path, given):
+    (tmp_path / 'srun').write_text('#!/bin/bash\necho "cores $SRUN_CPUS_PER_TASK"\n')
+    (tmp_path / 'srun').chmod(0o755)
+    more = {'SLURM_CPUS_PER_TASK': given} if given else {}
+    env = base_env(SLURM_JOB_ID='1', INTERNVL_DS_RESULT=str(tmp_path / 'result'), **more)
+    env['PATH'] = f'{tmp_path}:{env["PATH"]}'
+    job = subprocess.run(
+        ['bash', str(ROOT / 'launch' / 'train_slurm.sbatch')], env=env, capture_output=True,
+        text=True, timeout=60, cwd=tmp_path,
+    )  # fmt: skip
+    assert f'cores {given}\n' in job.stdout
+    assert ('each rank may get a single core' in job.stdout + job.stderr) == (not given)
+
+
+def test_a_pod_has_shared_memory_for_loaders_and_nccl():
+    (job,) = yaml.safe_load_all((ROOT / 'launch' / 'mpijob.yaml').read_text())
+    pod = job['spec']['mpiReplicaSpecs']['Worker']['template']['spec']
+    volumes = {volume['name']: volume for volume in pod['volumes']}
+    paths = {mount['mountPath']: mount for mount in pod['containers'][0]['volumeMounts']}
+    memory = volumes[paths['/dev/shm']['name']]['emptyDir']
+    assert memory['medium'] == 'Memory'
+    assert memory['sizeLimit'].endswith('Gi')
 
 
 def test_values_reach_the_other_hosts_as_they_are(tmp_path):

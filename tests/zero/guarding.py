@@ -20,7 +20,7 @@ from internvl_ds.dist.rendezvous import rank, world_size
 from tests.engine.scheduling import caught_warnings
 from tests.engine.stepping import make_engine, masters, train_step
 from tests.harness.calls import message_of
-from tests.harness.model import make_config, make_model, make_sgd, micro_batch, zero_json
+from tests.harness.model import make_config, make_model, make_sgd, micro_batch, on_device, zero_json
 
 
 def _loss(model: Any, step: int = 0) -> torch.Tensor:
@@ -57,7 +57,7 @@ def _bare_loop(stage: int, accumulation: int) -> dict[str, Any]:
         loss.backward()
 
     def of_inputs() -> None:
-        x = torch.ones(2, 12, requires_grad=True)
+        x = on_device(torch.ones(2, 12)).requires_grad_()
         torch.autograd.grad(engine(x).sum(), x)
 
     def through_the_module() -> None:
@@ -101,12 +101,12 @@ def _what_still_works(stage: int) -> dict[str, Any]:
     }
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=make_sgd(model), config=ds_config)
     register(engine)
-    teacher, critic = make_model(3), nn.Linear(5, 1)
+    teacher, critic = make_model(3).to(engine.device), nn.Linear(5, 1).to(engine.device)
     norms = []
     for step in range(2):
         with torch.no_grad():
             logits = teacher(micro_batch(step, 0, 1, rank(), world_size())[0])
-            engine(torch.ones(2, 12))
+            engine(on_device(torch.ones(2, 12)))
         critic(logits).sum().backward()  # a second model's loop
         nn.utils.clip_grad_norm_(critic.parameters(), 1.0)
         engine.backward(_loss(engine, step))

@@ -128,7 +128,7 @@ TABLE = [
     Names(THREE, STAGE_3, 'stage_3',
           '_offload_boundary_param_ids _finalize_offload_gradient_accumulation', '0.19.8'),
     Names('runtime/zero/parameter_offload.py', 'DeepSpeedZeRoOffload', 'stage_3',
-          'partition_all_parameters persistent_parameters', '0.17.6'),
+          'partition_all_parameters persistent_parameters __allgather_stream', '0.17.6'),
     Names(PARTITION, '', 'stage_3', 'get_allgather_dtype ZeroParamStatus', '0.17.6'),
     Names(PARTITION, 'ZeroParamStatus', 'stage_3', 'AVAILABLE NOT_AVAILABLE', '0.17.6'),
     Names(PARTITION, MARKS, 'stage_3', 'ds_quant_scale all_gather all_gather_coalesced', '0.17.6'),

@@ -21,6 +21,8 @@ _OF_LAUNCHERS = re.compile(
 )
 LIMIT = 120.0  # seconds, the start of two Pythons included
 _KILLED = 1
+# Another program took the port while the two Pythons started.
+_TRIES, _PORT_TAKEN = 3, 'failed to listen'
 
 
 def killed_row() -> Row:
@@ -32,7 +34,10 @@ def killed_row() -> Row:
     if rank() != 0:
         return Row(name, ABSENT, '')
     start = time.monotonic()
-    status, text = _last_words()
+    for _ in range(_TRIES):
+        status, text = _last_words()
+        if _PORT_TAKEN not in text:
+            break
     seconds = time.monotonic() - start
     faults = []
     if status == 0:

@@ -19,6 +19,7 @@ from internvl_ds.tools.selftest.row import Row, judged
 from internvl_ds.tools.selftest.subject import (
     CLIP,
     DECAY,
+    FP32,
     LIMIT,
     bare_update,
     loss_of,
@@ -44,6 +45,8 @@ class Traffic(TorchDispatchMode):
         collectives: (name, dtype, elements) of each tensor, in order.
         faults: those whose tensor is on another device, or of a dtype that NCCL does not send.
         reads: of a number, such as ``float(loss)``, or of a tensor into the host's memory.
+        sent: tensors that were made of the host's numbers, as by ``torch.tensor(1.0, device=...)``,
+            which waits for the device; not counted on CPUs.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -51,7 +54,7 @@ class Traffic(TorchDispatchMode):
         self._device = device
         self.collectives: list[tuple[str, str, int]] = []
         self.faults: list[str] = []
-        self.reads = 0
+        self.reads = self.sent = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
@@ -63,6 +66,8 @@ class Traffic(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if func is torch.ops.aten._local_scalar_dense.default:
             self.reads += args[0].device.type == self._device.type
+        elif func is torch.ops.aten.lift_fresh.default and self._device.type != 'cpu':
+            self.sent += result.device.type == self._device.type
         elif self._device.type != 'cpu' and func._opname in ('_to_copy', 'copy_'):
             source = args[0] if func._opname == '_to_copy' else args[1]
             self.reads += source.device.type == self._device.type and result.device.type == 'cpu'
@@ -74,12 +79,12 @@ class Traffic(TorchDispatchMode):
             self.faults.append(f'{name} of {tensor.dtype} on {tensor.device}')
 
 
-def traffic_row(stages: Sequence[int]) -> Row:
+def traffic_row(stages: Sequence[int], precision: str = FP32) -> Row:
     """Updates through the bridge and by a bare engine. Collective: every rank calls it."""
     faults: list[str] = []
     counts = []
     for stage in stages:
-        engine, optimizer = make_engine(settings(), stage)
+        engine, optimizer = make_engine(settings(precision), stage)
         scaler, average = NativeScalerWithGradNormCount(), ShardedEma(engine, DECAY)
         for update in range(_UPDATES):
             with Traffic(engine.device) as bridge:
@@ -98,6 +103,11 @@ def traffic_row(stages: Sequence[int]) -> Row:
             faults.append(
                 f'stage {stage}: the host reads the device {bridge.reads} times in an update '
                 f'through the bridge, {bare.reads} times in one of the bare engine'
+            )
+        if bridge.sent > bare.sent:
+            faults.append(
+                f'stage {stage}: the host sends the device {bridge.sent} numbers in an update '
+                f'through the bridge, {bare.sent} in one of the bare engine'
             )
         for noted in (bridge, others):
             faults += [f'stage {stage}: {fault}' for fault in noted.faults]

@@ -118,10 +118,14 @@ class Progress:
         self._bar.close()
 
     def _read_pending(self) -> None:
-        for loss in self._pending_losses:
-            self.losses.update(loss.item())
-        for norm in self._pending_norms:
-            self.norms.update(norm.item())
+        pending = [*self._pending_losses, *self._pending_norms]
+        if not pending:
+            return
+        values = torch.stack([value.float() for value in pending]).tolist()  # the device once
+        count = len(self._pending_losses)
+        for meter, own in ((self.losses, values[:count]), (self.norms, values[count:])):
+            for value in own:
+                meter.update(value)
         self._pending_losses.clear()
         self._pending_norms.clear()
 

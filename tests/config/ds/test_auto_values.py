@@ -27,6 +27,15 @@ def test_the_reduce_bucket_is_as_large_as_the_model_and_no_larger_than_deepspeed
     assert _bucket(_zero(stage, reduce_bucket_size=7), 22_000_000) == 7
 
 
+def test_deepspeed_waits_for_the_device_in_each_pass_only_where_it_was_told_to():
+    def timers(tree):
+        return ds.resolve_or_raise(tree, make_config(), 2, 7)['timers']['throughput']
+
+    assert timers({}) == {'enabled': False}
+    own = {'enabled': True, 'synchronized': True}
+    assert timers({'timers': {'throughput': own}}) == own
+
+
 def test_other_buckets_at_auto_are_deepspeeds_own():
     names = ('allgather_bucket_size', 'stage3_prefetch_bucket_size')
     got = ds.resolve_or_raise(_zero(3, **dict.fromkeys(names, 'auto')), make_config(), 2, 1000)

@@ -20,6 +20,7 @@ from internvl_ds.train.model import build_model, input_dtype
 from internvl_ds.train.objective.criterion import build_criterion
 from internvl_ds.train.objective.distill import Teacher, build_teacher
 from internvl_ds.train.optim import build_optimizer
+from tests.harness.model import on_device
 
 _CHANNELS = 3
 
@@ -153,6 +154,7 @@ def _micro_batch(
     with watch or nullcontext():
         images = torch.randn(batch, _CHANNELS, side, side)
         labels = torch.randint(config.MODEL.NUM_CLASSES, (batch,))
+        images, labels = on_device(images, labels)
         loss = criterion(engine(images.to(input_dtype(engine))).float(), labels, images)
         forward = allocated()
         scaler(

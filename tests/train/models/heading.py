@@ -18,6 +18,7 @@ from internvl_ds.errors import CheckpointError
 from internvl_ds.train.loop import run
 from internvl_ds.train.model import build_model, input_dtype
 from tests.engine.stepping import masters
+from tests.harness.model import on_device
 from tests.harness.training import small_config
 from tests.train.models.tiny import images, tiny_config
 
@@ -60,7 +61,8 @@ def _begin(stage: int, level: str, sharded: bool, root: Path) -> dict[str, Any]:
         'std': float(drawn),
         'start': [config.TRAIN.START_EPOCH, accuracy, engine.global_steps],
     }
-    loss = F.cross_entropy(engine(images(4).to(input_dtype(engine))).float(), torch.arange(4))
+    x, y = on_device(images(4).to(input_dtype(engine)), torch.arange(4))
+    loss = F.cross_entropy(engine(x).float(), y)
     scaler(loss, optimizer, parameters=engine.parameters())
     result['moved'] = masters(engine)['head.bias'] != wanted['head.bias'].tolist()
     config.MODEL.RESUME = str(root / 'backbone.pth')

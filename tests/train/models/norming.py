@@ -25,7 +25,7 @@ from internvl_ds.engine.ema import ShardedEma
 from internvl_ds.errors import ConfigError
 from internvl_ds.train.model import build_model, input_dtype
 from internvl_ds.train.models.batch_norm import SyncBatchNorm
-from tests.harness.model import zero_json
+from tests.harness.model import on_device, zero_json
 from tests.harness.training import whole_weights
 from tests.train.models.tiny import CLASSES, difference, images, tiny_config
 
@@ -88,8 +88,9 @@ def _in_engine(stage: int, level: str, kind: str, output: str, freeze: bool) -> 
     engine.train()
     average = {name: b.double() for name, b in module.norm.named_buffers()}
     for update in range(_UPDATES):
-        x = images(8, seed=update)[4 * rank() : 4 * rank() + 4].to(input_dtype(engine))
-        loss = F.cross_entropy(engine(x).float(), _labels()[4 * rank() : 4 * rank() + 4])
+        own = slice(4 * rank(), 4 * rank() + 4)
+        x, y = on_device(images(8, seed=update)[own].to(input_dtype(engine)), _labels()[own])
+        loss = F.cross_entropy(engine(x).float(), y)
         scaler(loss, optimizer, parameters=engine.parameters())
         ema.update()
         if not scaler.step_was_skipped:
@@ -192,8 +193,8 @@ def train_convolutions(stages: list[int], level: str) -> dict[str, dict[str, Any
             x = torch.randn(8, 3, 32, 32, generator=numbers)
             y = torch.randint(4, (8,), generator=numbers)
             own = slice(rank() * size, (rank() + 1) * size)
-            out = engine(x[own].to(input_dtype(engine))).float()
-            scaler(F.cross_entropy(out, y[own]), optimizer)
+            x, y = on_device(x[own].to(input_dtype(engine)), y[own])
+            scaler(F.cross_entropy(engine(x).float(), y), optimizer)
         buffers = dict(engine.module.named_buffers())
         values = {**whole_weights(engine), **buffers}
         found[str(stage)] = {n: float(t.float().norm()) for n, t in values.items()}

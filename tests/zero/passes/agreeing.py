@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from internvl_ds import NativeScalerWithGradNormCount, initialize
 from internvl_ds.dist.rendezvous import rank, world_size
 from internvl_ds.errors import ConfigError
-from tests.harness.model import CLASSES, FEATURES, batch, make_config, zero_json
+from tests.harness.model import CLASSES, FEATURES, batch, make_config, on_device, zero_json
 from tests.harness.training import whole_weights
 
 UPDATES = 6
@@ -80,7 +80,7 @@ def train(stage: int, name: str, accumulation: int = 1, manual: bool = False) ->
     size = 16 // accumulation // world_size()
     try:
         for step in range(UPDATES):
-            x, y = batch(step)
+            x, y = on_device(*batch(step))
             for micro in range(accumulation):
                 start = (micro * world_size() + rank()) * size
                 part = slice(start, start + size)

@@ -16,7 +16,14 @@ from internvl_ds import NativeScalerWithGradNormCount, initialize, load_checkpoi
 from internvl_ds.dist.rendezvous import rank, world_size
 from internvl_ds.engine.registry import wrapper_of
 from internvl_ds.errors import ConfigError
-from tests.harness.model import batch, make_config, module_dtype, precision_values, zero_json
+from tests.harness.model import (
+    batch,
+    make_config,
+    module_dtype,
+    on_device,
+    precision_values,
+    zero_json,
+)
 from tests.harness.training import whole_weights
 from tests.zero.passes.agreeing import Branches
 
@@ -91,7 +98,7 @@ def _train(way: str, optimizer: str, stage: int) -> dict[str, Any]:
     scaler = NativeScalerWithGradNormCount()
     try:
         for step in range(UPDATES):
-            x, y = batch(step)
+            x, y = on_device(*batch(step))
             for half in ranks:
                 part = slice(8 * half, 8 * half + 8)
                 loss = cross_entropy(engine(x[part], way=WAYS[way][half][step]), y[part])
@@ -111,7 +118,8 @@ def used_with_zeros() -> list[dict[str, Any]]:
         (model, client), (other, right) = make('adamw'), make('adamw')
         config = make_config(DATA__BATCH_SIZE=16, TRAIN__ACCUMULATION_STEPS=1)
         engine, client = initialize(config, model, client, zero_json(0))
-        x, y = batch(0)
+        x, y = on_device(*batch(0))
+        other.to(engine.device)
         scaler = NativeScalerWithGradNormCount()
         if 'skip' in passes:
             for _ in passes.split(','):
@@ -144,7 +152,7 @@ def freeze_within(manual_at: int | None = None) -> dict[str, Any]:
     scaler = NativeScalerWithGradNormCount()
     try:
         for step in range(UPDATES):
-            x, y = batch(step)
+            x, y = on_device(*batch(step))
             for micro in range(2):
                 model.right.requires_grad_(not (micro and step % 2))
                 part = slice(8 * rank() + 4 * micro, 8 * rank() + 4 * micro + 4)
@@ -185,7 +193,7 @@ def applied() -> dict[str, list[int]]:
         engine, client = initialize(config, model, client, zero_json(0))
         scaler = NativeScalerWithGradNormCount()
         for step in range(3):
-            x, y = batch(step)
+            x, y = on_device(*batch(step))
             scaler(cross_entropy(engine(x, way='lr'), y), client)
         counts[name] = [engine.global_steps, engine.skipped_steps]
     return counts
@@ -200,7 +208,7 @@ def moved_in_half_precision() -> list[list[str]]:
     engine, client = initialize(config, model, client, zero_json(0))
     scaler, moved = NativeScalerWithGradNormCount(), []
     for step in range(UPDATES):
-        x, y = (tensor[8 * rank() : 8 * rank() + 8] for tensor in batch(step))
+        x, y = (tensor[8 * rank() : 8 * rank() + 8] for tensor in on_device(*batch(step)))
         before = {n: p.clone() for n, p in wrapper_of(engine).masters().items()}
         out = engine(x.to(module_dtype('bf16')), way=WAYS['each its own'][rank()][step])
         scaler(cross_entropy(out.float(), y), client)
@@ -227,7 +235,7 @@ def resume(
         start = engine.global_steps
         try:
             for step in range(start, start + 3):
-                x, y = (tensor[8 * rank() : 8 * rank() + 8] for tensor in batch(step))
+                x, y = (tensor[8 * rank() : 8 * rank() + 8] for tensor in on_device(*batch(step)))
                 loss = cross_entropy(engine(x, way=WAYS[way][rank()][step]), y)
                 scaler(loss, client)
         except ConfigError as error:
@@ -260,7 +268,7 @@ def _moved_by(stage: int, case: list[tuple[str, str, str]]) -> list[str]:
     scaler, before = NativeScalerWithGradNormCount(), whole_weights(engine)
     try:
         for step, (_, way, what) in enumerate(case):
-            x, y = (tensor[8 * rank() : 8 * rank() + 8] for tensor in batch(step))
+            x, y = (tensor[8 * rank() : 8 * rank() + 8] for tensor in on_device(*batch(step)))
             for last in (False,) if what == 'drop' else (False, True):
                 loss = cross_entropy(engine(x, way=way), y)
                 scaler(loss * (float('nan') if what == 'nan' else 1), client, update_grad=last)
@@ -278,6 +286,6 @@ def without_gradient(stage: int) -> None:
     engine, client = initialize(make_config(DATA__BATCH_SIZE=8), model, client, zero_json(stage))
     scaler = NativeScalerWithGradNormCount()
     for step in range(2):
-        x, y = (tensor[8 * rank() : 8 * rank() + 8] for tensor in batch(step))
+        x, y = (tensor[8 * rank() : 8 * rank() + 8] for tensor in on_device(*batch(step)))
         loss = cross_entropy(engine(x, way='lr'), y)
         scaler(loss.detach() if (rank(), step) == (1, 1) else loss, client)

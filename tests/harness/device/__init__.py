@@ -1,0 +1,1 @@
+"""A device for tests where there is no GPU: see device.cpp. Named 'fake'."""
