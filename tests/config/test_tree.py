@@ -234,6 +234,8 @@ def test_keys_that_the_original_lacks_are_these():
         'BENCH.UPDATES',
         'BENCH.WARMUP',
         'CHECKPOINT.ASYNC',
+        'CHECKPOINT.ASYNC_COPY',
+        'CHECKPOINT.ASYNC_MEMORY',
         'CHECKPOINT.FROZEN',
         'CHECKPOINT.IO_TIMEOUT',
         'CHECKPOINT.KEEP_BEST',
