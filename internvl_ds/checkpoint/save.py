@@ -43,7 +43,7 @@ from internvl_ds.checkpoint.tag.retention import (
 )
 from internvl_ds.config.choices import copies_later, frozen_of
 from internvl_ds.config.ds.resolve import precision_of
-from internvl_ds.config.tree import checkpoint_option, get_option
+from internvl_ds.config.tree import checkpoint_option, copy_of_tree, get_option
 from internvl_ds.dist.rendezvous import exchange, from_rank_0, rank, world_size
 from internvl_ds.engine.ema import ShardedEma
 from internvl_ds.engine.registry import engine_of, registration_of, wrapper_of
@@ -87,7 +87,7 @@ def save_checkpoint(
         max_accuracy, max_accuracy_ema, ema_decay: kept where given.
         optimizer: the engine's optimizer; its state is in the shards.
         lr_scheduler, scaler: their ``state_dict()`` is kept; may be None.
-        logger: gets one line before and one after.
+        logger: gets a line before and after.
         model_ema: a `ShardedEma`, or timm's ModelEma, ModelEmaV2 or ModelEmaV3.
         best: a name such as 'best': the tag ``ckpt_epoch_{best}`` is not counted by retention.
         step: updates of the epoch that are done: the tag is ``ckpt_epoch_{epoch}_step_{step}``.
@@ -110,8 +110,7 @@ def save_checkpoint(
         'max_accuracy_ema': max_accuracy_ema, 'class_names': class_names, 'config': config,
     }  # fmt: skip
     save = _new_save(engine, values, best, logger)
-    average = ema_file(model_ema, apart_from(wrapper, config))
-    _begin(save, wrapper, average, config)
+    _begin(save, wrapper, average := ema_file(model_ema, apart_from(wrapper, config)), config)
     _warn(save, engine, config, model_ema)
     try:
         state = functools.partial(_state, save, engine, values, lr_scheduler, scaler)
@@ -331,7 +330,9 @@ def _stage(
         entry = {Identity.KEY: writer.identity.to_dict()}
         save.loop = copy.deepcopy({'rng': rng_state(), 'loop': loop_state, **entry})
         if rank() == 0:
-            save.state = copy.deepcopy({**state(), **entry})
+            value = state()
+            config = {id(value['config']): copy_of_tree(value['config'])}  # deepcopy is slow at it
+            save.state = copy.deepcopy({**value, **entry}, config)
     except Exception as error:
         writer.error = writer.error or error
     writer.seal()
