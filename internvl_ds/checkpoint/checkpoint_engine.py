@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import (
 )
 from deepspeed.runtime.engine import DeepSpeedEngine
 
+from internvl_ds.checkpoint.copying.copies import Memory, require_unwritten
+from internvl_ds.checkpoint.copying.snapshot import Snapshot, tensor_bytes
 from internvl_ds.checkpoint.formats.ema_files import with_identity
 from internvl_ds.checkpoint.formats.shard_files import read_shard
-from internvl_ds.checkpoint.formats.snapshot import Snapshot, tensor_bytes
 from internvl_ds.checkpoint.formats.zero_shards import TagShards
 from internvl_ds.checkpoint.frozen import frozen_file
 from internvl_ds.checkpoint.frozen.frozen_file import FrozenFile
@@ -54,25 +56,63 @@ class ShardWriter(CheckpointEngine):
         self.compared: Compared = {}
         self._collects = self._in_background = False
         self._files: list[tuple[Path, Any]] = []
+        self._first: list[tuple[Path, Any]] = []  # with originals, which wait to change
         self._tasks: list[Callable[[], None]] = []
         self._snapshot = Snapshot()
+        self._written = threading.Event()  # what stands in no copy
+        self._patience = 0.0
         self._contents: dict[Path, Any] = {}
 
     def begin(
-        self, identity: Identity, *, in_background: bool, apart: Sharing | Omitting | None = None
+        self,
+        identity: Identity,
+        *,
+        in_background: bool,
+        apart: Sharing | Omitting | None = None,
+        steady: Container[Memory] = (),
+        limit: int = 0,
+        patience: float = 1800.0,
     ) -> None:
-        """Begins a save, which `finish` or `forget` ends; a background save collects copies."""
+        """Begins a save, which `finish` or `forget` ends; a background save collects copies.
+
+        Args:
+            identity: what every file says of itself.
+            in_background: whether `finish` runs while training goes on.
+            apart: how frozen parameters are kept apart.
+            steady, limit: see `Snapshot.begin`; who writes to that memory calls `finish_copy`
+                first.
+            patience: seconds that `finish_copy` waits for what is not copied to be written.
+        """
+        self._patience = patience
         self.identity, self.apart, self.error, self.entries = identity, apart, None, {}
         self.forget()
         self._collects, self._in_background = True, in_background
         if in_background:
-            self._snapshot.begin()
+            self._snapshot.begin(steady, limit)
+            self._written.clear()
         else:
             self._snapshot = Snapshot()  # lets go of its memory
 
     def forget(self) -> None:
         """Ends a save without writing."""
-        self._collects, self._files, self._tasks = False, [], []
+        self._collects, self._files, self._first, self._tasks = False, [], [], []
+        self._snapshot.copies.drop()
+        self._written.set()
+
+    def finish_copy(self) -> None:
+        """Returns when the state of a background save is copied; makes what is left of the copies.
+
+        Called before anything writes to that state. At once where there is nothing to copy.
+
+        Raises:
+            CheckpointError: when what is not copied was not written in time.
+        """
+        self._snapshot.copies.finish()
+        if self._snapshot.originals and not self._written.wait(self._patience):
+            raise CheckpointError(
+                f'{self.identity.tag}: what exceeds CHECKPOINT.ASYNC_MEMORY was not written after '
+                f'{self._patience:g} s (CHECKPOINT.IO_TIMEOUT), and must not change before'
+            )
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         """Nothing to do in a save of this package: rank 0 has made the staging directory."""
@@ -93,14 +133,22 @@ class ShardWriter(CheckpointEngine):
                 parts = self.apart.parts(state_dict, Path(path))
             for place, value in parts:
                 # An EmaFile is a tuple of a name, tensors and metadata: it is copied as one.
+                originals = len(self._snapshot.originals)
                 kept = self._snapshot.copy(value) if self._in_background else value
                 self._files.append((place, kept))
+                if len(self._snapshot.originals) > originals:
+                    self._first.append(self._files.pop())
         except Exception as error:
             self.error = self.error or error
+
+    def seal(self) -> None:
+        """Ends the collecting, on the thread that trains."""
+        self._snapshot.copies.seal()
 
     def finish(self) -> None:
         """Writes what was collected; a failure is kept in ``error``."""
         try:
+            self._write_first()
             while self._files and self.error is None:
                 path, value = self._files.pop(0)
                 self._write(value, path)
@@ -110,6 +158,18 @@ class ShardWriter(CheckpointEngine):
         except Exception as error:
             self.error = error
         self.forget()
+
+    def _write_first(self) -> None:
+        """Copies, and writes what is too much to copy; then training may write to all of it."""
+        snapshot = self._snapshot
+        snapshot.copies.finish()
+        if snapshot.copies.error is not None:
+            raise snapshot.copies.error
+        while self._first and self.error is None:
+            path, value = self._first.pop(0)
+            self._write(value, path)
+        require_unwritten(snapshot.originals)
+        self._written.set()
 
     def defer(self, work: Callable[[], None]) -> None:
         """Adds an action to `finish`, after the files."""
@@ -134,6 +194,7 @@ class ShardWriter(CheckpointEngine):
 
     def load(self, path: str | Path, map_location: Any = None) -> Any:
         """Reads one shard as data, mapped into memory; refuses anything but data."""
+        self.finish_copy()  # what is read is written over the state
         content = self._contents.get(Path(path))
         if content is None:  # a script calls DeepSpeed's own load
             content = frozen_file.joined(Path(path).parent, Path(path), read_shard(path, mmap=True))

@@ -21,10 +21,11 @@ from yacs.config import CfgNode
 import internvl_ds
 from internvl_ds.checkpoint import async_save
 from internvl_ds.checkpoint.checkpoint_engine import install_writer
+from internvl_ds.checkpoint.copying.copies import Memory, memories_of
+from internvl_ds.checkpoint.copying.snapshot import tensor_bytes
 from internvl_ds.checkpoint.finish_save import Save, abandon, finish
 from internvl_ds.checkpoint.formats.ema_tensors import ema_file, warn_of_rounding
 from internvl_ds.checkpoint.formats.rng import rng_state
-from internvl_ds.checkpoint.formats.snapshot import tensor_bytes
 from internvl_ds.checkpoint.frozen.omitting import omitting
 from internvl_ds.checkpoint.frozen.sharing import apart_from, sharing
 from internvl_ds.checkpoint.optimizer_state import optimizer_name
@@ -40,10 +41,11 @@ from internvl_ds.checkpoint.tag.retention import (
     KeepSteps,
     Policy,
 )
-from internvl_ds.config.choices import frozen_of
+from internvl_ds.config.choices import copies_later, frozen_of
 from internvl_ds.config.ds.resolve import precision_of
-from internvl_ds.config.tree import checkpoint_option, get_option
+from internvl_ds.config.tree import checkpoint_option, copy_of_tree, get_option
 from internvl_ds.dist.rendezvous import exchange, from_rank_0, rank, world_size
+from internvl_ds.engine.ema import ShardedEma
 from internvl_ds.engine.registry import engine_of, registration_of, wrapper_of
 from internvl_ds.engine.scheduling import schedule_state, warn_of_slow_schedule
 from internvl_ds.errors import CheckpointError, RankError, few
@@ -74,8 +76,9 @@ def save_checkpoint(
 
     The tag appears under its name, and ``latest`` names it, once all of it is on disk with a
     checksum for every file; then the tags go that no retention policy keeps. A save that fails
-    leaves what was there. With CHECKPOINT.ASYNC the call returns when the state is copied in
-    memory; the next save, a load or `internvl_ds.shutdown` waits for the rest and raises its error.
+    leaves what was there. With CHECKPOINT.ASYNC the call returns before the state is copied, which
+    the next update waits for; the next save, a load or `internvl_ds.shutdown` waits for the rest
+    and raises its error.
 
     Args:
         config: OUTPUT, SAVE_CKPT_NUM and CHECKPOINT are read; all of it is kept as text.
@@ -84,7 +87,7 @@ def save_checkpoint(
         max_accuracy, max_accuracy_ema, ema_decay: kept where given.
         optimizer: the engine's optimizer; its state is in the shards.
         lr_scheduler, scaler: their ``state_dict()`` is kept; may be None.
-        logger: gets one line before and one after.
+        logger: gets a line before and after.
         model_ema: a `ShardedEma`, or timm's ModelEma, ModelEmaV2 or ModelEmaV3.
         best: a name such as 'best': the tag ``ckpt_epoch_{best}`` is not counted by retention.
         step: updates of the epoch that are done: the tag is ``ckpt_epoch_{epoch}_step_{step}``.
@@ -107,13 +110,12 @@ def save_checkpoint(
         'max_accuracy_ema': max_accuracy_ema, 'class_names': class_names, 'config': config,
     }  # fmt: skip
     save = _new_save(engine, values, best, logger)
-    average = ema_file(model_ema, apart_from(wrapper, config))
-    _begin(save, wrapper, average, config)
-    logger.info('%s saving......', save.output / save.tag)
+    _begin(save, wrapper, average := ema_file(model_ema, apart_from(wrapper, config)), config)
     _warn(save, engine, config, model_ema)
     try:
         state = functools.partial(_state, save, engine, values, lr_scheduler, scaler)
-        _stage(save, wrapper, average, state, loop, frozen_of(config))
+        _begin_copy(save, wrapper, model_ema, config)
+        _stage(save, wrapper, average, state, loop)
     except BaseException:
         abandon(save)
         raise
@@ -259,6 +261,7 @@ def _begin(save: Save, wrapper: Wrapper, average: EmaFile | None, config: CfgNod
 
     save.staging_path = save.output / from_rank_0('begin save', make_staging, timeout)
     save.header['save'] = save.staging_path.name.rpartition('-')[2]
+    save.logger.info('%s saving......', save.output / save.tag)
 
 
 def _require_space(save: Save, sizes: list[int]) -> None:
@@ -272,26 +275,41 @@ def _require_space(save: Save, sizes: list[int]) -> None:
         )
 
 
+def _begin_copy(save: Save, wrapper: Wrapper, model_ema: Any, config: CfgNode) -> None:
+    """Readies the writer: how frozen parameters are kept, and what may be copied later."""
+    writer, frozen = save.writer, frozen_of(config)
+    apart: Any = None
+    if frozen == 'once':
+        apart = sharing(wrapper, save.output, save.staging_path, writer.seen)
+    elif frozen == 'omit':
+        apart = omitting(wrapper, writer.compared)
+    steady: set[Memory] = set()
+    if save.in_background and copies_later(config):
+        own = isinstance(model_ema, ShardedEma) and model_ema.engine is wrapper.engine
+        steady = memories_of([wrapper.steady_tensors(), model_ema.averages() if own else []])
+        wrapper.before_write = writer.finish_copy
+    writer.begin(
+        Identity(save.tag, save.header['save'], rank()),
+        in_background=save.in_background,
+        apart=apart,
+        steady=steady,
+        limit=int(checkpoint_option(config, 'ASYNC_MEMORY') * 2**30),
+        patience=save.io_timeout,
+    )
+
+
 def _stage(
     save: Save,
     wrapper: Wrapper,
     average: EmaFile | None,
     state: Callable[[], Any],
     loop: Any,
-    frozen: str,
 ) -> None:
     """Collects this rank's files. Collective: every rank calls it.
 
     A failure is kept, for all ranks to hear of later.
     """
-    writer = save.writer
-    identity = Identity(save.tag, save.header['save'], rank())
-    apart: Any = None
-    if frozen == 'once':
-        apart = sharing(wrapper, save.output, save.staging_path, writer.seen)
-    elif frozen == 'omit':
-        apart = omitting(wrapper, writer.compared)
-    writer.begin(identity, in_background=save.in_background, apart=apart)
+    writer, apart = save.writer, save.writer.apart
     if not save.staging_path.is_dir():
         writer.error = CheckpointError(
             f'{save.staging_path}: made by rank 0, and not there for this rank: OUTPUT must be one '
@@ -309,9 +327,12 @@ def _stage(
         writer.save(average, save.staging_path / average.name)
     try:
         loop_state = None if loop is None else loop.state_dict()
-        entry = {Identity.KEY: identity.to_dict()}
+        entry = {Identity.KEY: writer.identity.to_dict()}
         save.loop = copy.deepcopy({'rng': rng_state(), 'loop': loop_state, **entry})
         if rank() == 0:
-            save.state = copy.deepcopy({**state(), **entry})
+            value = state()
+            config = {id(value['config']): copy_of_tree(value['config'])}  # deepcopy is slow at it
+            save.state = copy.deepcopy({**value, **entry}, config)
     except Exception as error:
         writer.error = writer.error or error
+    writer.seal()

@@ -9,6 +9,7 @@ from yacs.config import CfgNode
 from internvl_ds.config.tree import checkpoint_option
 from internvl_ds.errors import ConfigError
 
+_ASYNC_COPY = ('overlap', 'at once')
 _FROZEN = ('keep', 'once', 'omit')
 
 
@@ -16,6 +17,13 @@ def require_one_of(key: str, value: object, words: Sequence[str]) -> None:
     """Raises ConfigError if the value of a key is none of its allowed words."""
     if value not in words:
         raise ConfigError(f'{key} is {value!r}; it can be {", ".join(map(repr, words))}')
+
+
+def copies_later(config: CfgNode) -> bool:
+    """Whether CHECKPOINT.ASYNC_COPY is 'overlap'; ConfigError as `require_one_of`."""
+    value = checkpoint_option(config, 'ASYNC_COPY')
+    require_one_of('CHECKPOINT.ASYNC_COPY', value, _ASYNC_COPY)
+    return value == 'overlap'
 
 
 def frozen_of(config: CfgNode) -> str:

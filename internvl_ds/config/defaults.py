@@ -261,8 +261,15 @@ _C.CHECKPOINT = CN()  # (new)
 _C.CHECKPOINT.RENDEZVOUS_TIMEOUT = 300
 # Seconds that one rank may need longer than another to write, flush or read its files.
 _C.CHECKPOINT.IO_TIMEOUT = 1800
-# Save in the background: training waits only while the state is copied in memory.
+# Save in the background: training goes on at once, and waits before its next update for what is
+# not copied yet in memory.
 _C.CHECKPOINT.ASYNC = False
+# When the copy is made. 'overlap': beside the next forward and backward passes. 'at once': before
+# the call returns, for a script that writes to weights or optimizer state itself.
+_C.CHECKPOINT.ASYNC_COPY = 'overlap'
+# GiB of host memory for the copy of each rank; the next update waits until what is more has been
+# written from where it lies (0: as much as the state takes).
+_C.CHECKPOINT.ASYNC_MEMORY = 0.0
 # How many epoch tags stay for their accuracy, beside the newest SAVE_CKPT_NUM (0: none).
 _C.CHECKPOINT.KEEP_BEST = 0
 # Every epoch that this divides stays for good (0: none).

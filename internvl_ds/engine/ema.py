@@ -95,6 +95,10 @@ class ShardedEma:
         parameters = {n: p for n, p in module.named_parameters() if n in names}
         return {**parameters, **dict(module.named_buffers())}
 
+    def averages(self) -> list[torch.Tensor]:
+        """The averages of the parameters, which change after `Wrapper.before_write`."""
+        return list(self._shards.values())
+
     def buffers(self) -> dict[str, torch.Tensor]:
         """The averages of the module's buffers, by name, which may be written to."""
         self.ema.drop_copies()
@@ -118,6 +122,7 @@ class ShardedEma:
         if not self.engine.was_step_applied():
             return
         self.ema.drop_copies()
+        self._wrapper.before_write()
         self.num_updates += 1
         decay = self.warmup.decay(self.num_updates, self.decay) if self.warmup else self.decay
         averages, weights = list(self._shards.values()), list(self._wrapper.masters().values())
@@ -230,6 +235,7 @@ class ShardedEma:
             _require_same(values, tensors, saved.tag / shard_name(owner))
             pairs += [(target, values[name]) for name, target in tensors.items()]
         self.ema.drop_copies()
+        self._wrapper.before_write()
         for target, value in pairs:
             target.copy_(value)
         self.take_header(header)
@@ -265,6 +271,7 @@ class ShardedEma:
                 f'not in it or have another shape, {names[:5]} among them'
             )
         self.ema.drop_copies()
+        self._wrapper.before_write()
         for shard, runs in zip(self._shards.values(), owned(layout, own_rank), strict=True):
             fill(shard, runs, weights)
         for name, buffer in buffers.items():
@@ -287,6 +294,7 @@ class ShardedEma:
 
     @torch.no_grad()
     def _exchange_masters(self) -> None:
+        self._wrapper.before_write()
         for name, master in self._wrapper.masters().items():
             shard = self._shards[name]
             copy = shard.detach().clone()

@@ -27,6 +27,7 @@ def open_engine(engine: DeepSpeedEngine) -> Iterator[nn.Module]:
             'load_pretrained after the first update: the optimizer goes on from other weights. '
             'Call it before training; load_checkpoint (MODEL.RESUME) goes on with a run'
         )
+    wrapper.before_write()
     wrapper.release_gathered()
     try:
         yield engine.module

@@ -271,6 +271,7 @@ def _before_client_step(optimizer: Any, *_: Any) -> None:
     wrapper = _guarded[optimizer]
     if wrapper.alive and wrapper.client is optimizer:
         _require_engine_step(wrapper)
+        wrapper.before_write()
 
 
 def _step(wrapper: Wrapper, agreement: Agreement | None, closure: Any = None) -> None:
@@ -280,6 +281,7 @@ def _step(wrapper: Wrapper, agreement: Agreement | None, closure: Any = None) ->
     _require_engine_step(wrapper)
     if agreement is not None:
         agreement.require()
+    wrapper.before_write()
     wrapper.complete_gradients()
     # DeepSpeed before 0.19 gathers into views of its flat weights, which autograd would refuse.
     with wrapper.stepping(), torch.no_grad():

@@ -35,6 +35,7 @@ class Wrapper:
         in_step, in_backward: whether ``engine.step`` or ``engine.backward`` runs.
         idle: at stages 1 to 3, names of parameters that no update has given a gradient; None where
             it is not known yet.
+        before_write: called before a write to what a background save may not have copied yet.
         forget_passes: called where gradients are dropped, see `Agreement`.
         separate_masters: whether the fp32 masters are other tensors than the module's parameters.
     """
@@ -51,6 +52,7 @@ class Wrapper:
         self.holds_average = False
         self.in_step = self.in_backward = False
         self.idle: set[str] | None = None
+        self.before_write: Callable[[], None] = lambda: None
         self.forget_passes: Callable[[], None] = lambda: None
 
     @property
@@ -170,6 +172,16 @@ class Wrapper:
             trees.append(list(self.client.state.values()))
             trees.append(self.masters() if self.separate_masters else [])
         return trees
+
+    def steady_tensors(self) -> list[Any]:
+        """What an update writes to, or this package, which calls `before_write`; nothing else does.
+
+        A module may write to its buffers and frozen parameters in a forward pass.
+        """
+        trained = () if self.sharded else self.trained_names()
+        weights = [p for p, name in self.names.items() if name in trained]
+        optimizers = {self.client, self.inner} - {None}
+        return [self.masters(), weights, *(list(o.state.values()) for o in optimizers)]
 
     def require_unfrozen(self) -> None:
         """Refuses an update where a parameter was frozen that the engine was made to train.

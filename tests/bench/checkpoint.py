@@ -61,6 +61,7 @@ def measure_one(millions: float, stage: int, options: argparse.Namespace) -> dic
             seed=options.seed,
             folder=folder,
             profile=options.profile,
+            background_only=options.background_only,
         )[0]
     if millions < _TARGETS_FROM:
         for judged in (*entry['ratios'], *entry['memory'].values()):
@@ -98,6 +99,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help='on the disk to be measured; its content is removed again (default: %(default)s)',
     )
     parser.add_argument('--profile', action='store_true', help='also say where our time goes')
+    parser.add_argument(
+        '--background-only', action='store_true', help='no synchronous saves, and no loads'
+    )
     return parser.parse_args(arguments)
 
 

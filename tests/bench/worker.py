@@ -23,20 +23,32 @@ _PROFILE_LINES = 25
 
 
 def measure_checkpoints(
-    millions: float, stage: int, rounds: int, seed: int, folder: str, profile: bool
+    millions: float,
+    stage: int,
+    rounds: int,
+    seed: int,
+    folder: str,
+    profile: bool,
+    background_only: bool = False,
 ) -> dict[str, Any]:
     """Saves, then loads, of one model at one ZeRO stage; the report is the same on all ranks."""
     root = Path(folder)
     subject = Subject(millions, stage)
     for _ in range(2):  # the first makes the optimizer's state
         subject.step()
-    samples = measure(saves.contenders(subject, root), rounds, seed)
+    contenders = saves.contenders(subject, root)
+    if background_only:
+        contenders = {name: contenders[name] for name in saves.BACKGROUND}
+    samples = measure(contenders, rounds, seed)
     gc.collect()  # the copies that saves were compared with
 
     tag = subject.save(root / 'load')
     loads.require_restored(subject, tag, root / 'none')
-    memory = loads.memory_report(subject, tag)
-    samples |= measure(loads.contenders(subject, tag), rounds, seed)
+    memory = {}
+    if not background_only:
+        memory = loads.memory_report(subject, tag)
+        samples |= measure(loads.contenders(subject, tag), rounds, seed)
+    pairs = [p for p in (*saves.PAIRS, *loads.PAIRS) if {p.a, p.b} <= samples.keys()]
 
     return {
         'millions': millions,
@@ -47,7 +59,7 @@ def measure_checkpoints(
         'tag_bytes': sum(path.stat().st_size for path in tag.iterdir()),
         'torch': str(torch.__version__),
         'seconds': seconds_report(samples),
-        'ratios': ratios_report(samples, (*saves.PAIRS, *loads.PAIRS)),
+        'ratios': ratios_report(samples, pairs),
         'memory': memory,
         'profiles': _profiles(subject, root, tag) if profile else {},
     }

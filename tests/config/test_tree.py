@@ -9,6 +9,7 @@ import pytest
 from yacs.config import CfgNode
 
 from internvl_ds.config.tree import (
+    copy_of_tree,
     default_config,
     find_config_file,
     get_config,
@@ -234,6 +235,8 @@ def test_keys_that_the_original_lacks_are_these():
         'BENCH.UPDATES',
         'BENCH.WARMUP',
         'CHECKPOINT.ASYNC',
+        'CHECKPOINT.ASYNC_COPY',
+        'CHECKPOINT.ASYNC_MEMORY',
         'CHECKPOINT.FROZEN',
         'CHECKPOINT.IO_TIMEOUT',
         'CHECKPOINT.KEEP_BEST',
@@ -626,3 +629,18 @@ class TestGetOption:
 def test_a_learning_rate_is_given_for_512_images():
     assert scale_lr(1e-3, 512) == 1e-3
     assert scale_lr(1e-3, 1024) == 2e-3
+
+
+def test_a_copy_of_a_tree_is_that_of_clone():
+    config = default_config()
+    config.AUG.SCALE = [0.5, [1.0]]
+    config.freeze()
+    copied = copy_of_tree(config)
+    assert copied == config.clone()
+    assert copied.dump() == config.dump()
+    assert type(copied.AUG) is CfgNode
+    assert copied.is_frozen()
+    config.defrost()
+    config.MODEL.NAME, config.AUG.SCALE[1][0] = 'other', 2.0
+    assert copied.MODEL.NAME == default_config().MODEL.NAME
+    assert copied.AUG.SCALE == [0.5, [1.0]]

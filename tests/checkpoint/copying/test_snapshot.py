@@ -5,7 +5,7 @@ from collections import Counter, OrderedDict, namedtuple
 import pytest
 import torch
 
-from internvl_ds.checkpoint.formats.snapshot import Snapshot, tensor_bytes
+from internvl_ds.checkpoint.copying.snapshot import Snapshot, tensor_bytes
 from internvl_ds.files.ema_shard import EmaFile
 
 Pair = namedtuple('Pair', 'first second')

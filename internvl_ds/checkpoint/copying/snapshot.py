@@ -1,6 +1,7 @@
 """A copy of a state tree in host buffers, which the next copy uses again.
 
-Background saves write from the copy while training changes the original.
+Background saves write from the copy while training changes the original. What is only written to at
+an update is copied beside the next forward and backward, see `Copies`.
 """
 
 from __future__ import annotations
@@ -8,12 +9,17 @@ from __future__ import annotations
 import copy
 import logging
 from collections import OrderedDict, defaultdict
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
 
+from internvl_ds.checkpoint.copying.copies import Copies, Memory, Seen, memory_of
+
 logger = logging.getLogger(__name__)
+
+# A smaller tensor is copied at once: to put it off would cost as much.
+_SMALL = 1 << 16
 
 
 class Snapshot:
@@ -21,18 +27,33 @@ class Snapshot:
 
     The buffers stay for the next round, because fresh memory costs more than the copy (the kernel
     clears every page of it); they are pinned where there is a GPU, for its copies to be fast.
+
+    Attributes:
+        copies: what `copy` has put off.
+        originals: what the limit has left uncopied of the last round: the trees have the tensors
+            themselves then, and must be written before these change.
     """
 
     def __init__(self) -> None:
+        self.copies = Copies()
+        self.originals: list[Seen] = []
         self._spares: dict[int, list[torch.UntypedStorage]] = defaultdict(list)
         self._buffers: dict[int, list[torch.UntypedStorage]] = defaultdict(list)
+        self._left = 0
+        self._steady: Container[Memory] = ()
 
-    def begin(self) -> None:
+    def begin(self, steady: Container[Memory] = (), limit: int = 0) -> None:
         """Frees all buffers for a new copy; the last copy becomes invalid.
 
         Buffers that the last round had no use for are given up.
+
+        Args:
+            steady: memory (`memory_of`) that changes only after ``copies.finish()``.
+            limit: bytes of buffers for tensors in it; 0 for as many as it takes.
         """
+        self.copies = Copies()
         self._spares, self._buffers = self._buffers, defaultdict(list)
+        self._steady, self._left, self.originals = steady, limit or 1 << 62, []
 
     def copy(self, tree: Any) -> Any:
         """Copies nested dicts, lists and tuples; of tensors only the values they show.
@@ -57,13 +78,21 @@ class Snapshot:
 
     def _copy_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
         size = tensor.numel() * tensor.element_size()
+        waits = size >= _SMALL and memory_of(tensor) in self._steady
+        if waits and size > self._left:
+            self.originals.append(Seen.of(tensor))
+            return tensor
         if self._spares[size]:
             storage = self._spares[size].pop()
         else:
             storage = _host_buffer(size).untyped_storage()
         self._buffers[size].append(storage)
-        target = torch.empty(0, dtype=tensor.dtype).set_(storage)
-        return target.view(tensor.shape).copy_(tensor)
+        target = torch.empty(0, dtype=tensor.dtype).set_(storage).view(tensor.shape)
+        if waits:
+            self._left -= size
+            self.copies.add(tensor, target)
+            return target
+        return target.copy_(tensor)
 
 
 def _host_buffer(size: int) -> torch.Tensor:

@@ -1,0 +1,1 @@
+"""Copies in host memory, from which background saves write."""
