@@ -6,7 +6,6 @@ name (a hard link), or stays the one file next to the tags where the file system
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from internvl_ds.checkpoint.frozen.frozen_file import FrozenFile
 from internvl_ds.checkpoint.frozen.model_file import KEY, split
 from internvl_ds.checkpoint.tag.hashing import hash_file
 from internvl_ds.checkpoint.tag.manifest import FileEntry, shared_name
-from internvl_ds.checkpoint.tag.shared import holders
+from internvl_ds.checkpoint.tag.shared import NO_LINK, holders
 from internvl_ds.checkpoint.tag.trash import MARK
 from internvl_ds.config.choices import frozen_of
 from internvl_ds.dist.rendezvous import rank
@@ -31,8 +30,6 @@ from internvl_ds.zero.wrapper import Wrapper
 
 logger = logging.getLogger(__name__)
 
-# What says that a file gets no further name here, and not that it has gone.
-_NO_LINK = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EACCES}
 MODEL_FILE = '_model_states.pt'
 
 # Of files whose content was compared: device, inode, size, time of the last write.
@@ -93,7 +90,7 @@ class Sharing:
                 os.link(path, self.staging / name)
                 return True
             except OSError as error:
-                if error.errno in _NO_LINK and path.parent == self.output:
+                if error.errno in NO_LINK and path.parent == self.output:
                     return True
         return False
 

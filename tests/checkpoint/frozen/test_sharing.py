@@ -82,7 +82,10 @@ def look_at(output, capsys):
     capsys.readouterr()
     sizes = [p.stat().st_size for p in second.iterdir() if is_shared(p.name)]
     assert main(['ckpt', 'list', str(output)]) == 0  # first, second and best have one file each
-    assert f'{human_size(2 * sum(sizes))} of these sizes are frozen' in capsys.readouterr().out
+    assert (
+        f'{human_size(2 * sum(sizes))} of these sizes are of files that tags share'
+        in capsys.readouterr().out
+    )
     assert main(['ckpt', 'diff', str(first), str(third), '--json']) == 1
     names = [d['name'] for d in json.loads(capsys.readouterr().out)['found']]
     assert {'model/frozen.weight', 'model/frozen.bias'} <= {*names}
