@@ -25,8 +25,8 @@ from internvl_ds.checkpoint.finish_save import Save, abandon, finish
 from internvl_ds.checkpoint.formats.ema_tensors import ema_file, warn_of_rounding
 from internvl_ds.checkpoint.formats.rng import rng_state
 from internvl_ds.checkpoint.formats.snapshot import tensor_bytes
-from internvl_ds.checkpoint.frozen.omitting import omitting
-from internvl_ds.checkpoint.frozen.sharing import apart_from, sharing
+from internvl_ds.checkpoint.frozen.omitting import Omitting, omitting
+from internvl_ds.checkpoint.frozen.sharing import Sharing, apart_from, frozen_mode, sharing
 from internvl_ds.checkpoint.optimizer_state import optimizer_name
 from internvl_ds.checkpoint.proof import wanted_of
 from internvl_ds.checkpoint.tag import commit
@@ -113,7 +113,7 @@ def save_checkpoint(
     _warn(save, engine, config, model_ema)
     try:
         state = functools.partial(_state, save, engine, values, lr_scheduler, scaler)
-        _stage(save, wrapper, average, state, loop, frozen_of(config))
+        _stage(save, wrapper, average, state, loop, config)
     except BaseException:
         abandon(save)
         raise
@@ -272,13 +272,32 @@ def _require_space(save: Save, sizes: list[int]) -> None:
         )
 
 
+def _apart(save: Save, wrapper: Wrapper, config: CfgNode) -> Sharing | Omitting | None:
+    """How this save keeps what is frozen apart; None where the tag holds it."""
+    mode, is_asked = frozen_mode(wrapper, config), frozen_of(config) != 'auto'
+    if mode == 'omit':
+        return omitting(wrapper, save.writer.compared)
+    if mode == 'keep':
+        return None
+    apart = sharing(wrapper, save.output, save.staging_path, save.writer.seen)
+    if not (is_asked or apart.has_links()):
+        return None
+    if not is_asked and save.writer.last_size is None:
+        save.logger.info(
+            'most parameters are frozen: they stand in a file that the tags share '
+            "(CHECKPOINT.FROZEN 'auto'). Plain DeepSpeed loads such a tag with "
+            "load_module_strict=False; 'keep' writes them into each"
+        )
+    return apart
+
+
 def _stage(
     save: Save,
     wrapper: Wrapper,
     average: EmaFile | None,
     state: Callable[[], Any],
     loop: Any,
-    frozen: str,
+    config: CfgNode,
 ) -> None:
     """Collects this rank's files. Collective: every rank calls it.
 
@@ -286,11 +305,7 @@ def _stage(
     """
     writer = save.writer
     identity = Identity(save.tag, save.header['save'], rank())
-    apart: Any = None
-    if frozen == 'once':
-        apart = sharing(wrapper, save.output, save.staging_path, writer.seen)
-    elif frozen == 'omit':
-        apart = omitting(wrapper, writer.compared)
+    apart = _apart(save, wrapper, config)
     writer.begin(identity, in_background=save.in_background, apart=apart)
     if not save.staging_path.is_dir():
         writer.error = CheckpointError(

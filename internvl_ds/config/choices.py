@@ -9,7 +9,7 @@ from yacs.config import CfgNode
 from internvl_ds.config.tree import checkpoint_option
 from internvl_ds.errors import ConfigError
 
-_FROZEN = ('keep', 'once', 'omit')
+_FROZEN = ('auto', 'keep', 'once', 'omit')
 
 
 def require_one_of(key: str, value: object, words: Sequence[str]) -> None:

@@ -122,6 +122,18 @@ def harm(output):
 
 
 @pytest.mark.ranks
+def test_by_default_what_is_mostly_frozen_and_large_is_shared_where_there_are_links(tmp_path):
+    for found in run_ranks(freezing.choose, 2, tmp_path, root=str(tmp_path)):
+        for stage in (1, 3):
+            first, second = found[f'probe {stage}']
+            assert len(first) == (2 if stage == 3 else 1)
+            assert first == second
+        for other in ('half', 'small', 'no links', 'keep'):
+            assert found[other] == [{}, {}], other
+        assert [len(v) for v in found['once']] == [1, 1]
+
+
+@pytest.mark.ranks
 def test_without_hard_links_the_file_lies_next_to_the_tags_and_goes_with_the_last(tmp_path):
     for found in run_ranks(freezing.without_links, 2, tmp_path, root=str(tmp_path)):
         for stage, got in found.items():
@@ -212,6 +224,6 @@ def test_a_file_next_to_the_tags_stays_while_a_save_is_under_way_or_a_tag_needs_
 
 @pytest.mark.parametrize('value', ['once ', 'none', True])
 def test_another_word_is_refused_before_training(value):
-    words = "CHECKPOINT.FROZEN is .*; it can be 'keep', 'once', 'omit'"
+    words = "CHECKPOINT.FROZEN is .*; it can be 'auto', 'keep', 'once', 'omit'"
     with pytest.raises(ConfigError, match=words):
         frozen_of(make_config(CHECKPOINT__FROZEN=value))
