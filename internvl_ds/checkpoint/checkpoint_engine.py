@@ -59,12 +59,20 @@ class ShardWriter(CheckpointEngine):
         self._contents: dict[Path, Any] = {}
 
     def begin(
-        self, identity: Identity, *, in_background: bool, apart: Sharing | Omitting | None = None
+        self,
+        identity: Identity,
+        *,
+        updates: int,
+        in_background: bool,
+        apart: Sharing | Omitting | None = None,
     ) -> None:
-        """Begins a save, which `finish` or `forget` ends; a background save collects copies."""
+        """Begins a save, which `finish` or `forget` ends; a background save collects copies.
+
+        ``updates``: that the engine has applied.
+        """
         self.identity, self.apart, self.error, self.entries = identity, apart, None, {}
         self.forget()
-        self.unchanged.begin(identity)
+        self.unchanged.begin(identity, updates)
         self._collects, self._in_background = True, in_background
         if in_background:
             self._snapshot.begin()

@@ -44,7 +44,7 @@ from internvl_ds.config.choices import frozen_of
 from internvl_ds.config.ds.resolve import precision_of
 from internvl_ds.config.tree import checkpoint_option, get_option
 from internvl_ds.dist.rendezvous import exchange, from_rank_0, rank, world_size
-from internvl_ds.engine.registry import engine_of, registration_of, wrapper_of
+from internvl_ds.engine.registry import applied_updates, engine_of, registration_of, wrapper_of
 from internvl_ds.engine.scheduling import schedule_state, warn_of_slow_schedule
 from internvl_ds.errors import CheckpointError, RankError, few
 from internvl_ds.files.ema_shard import EmaFile
@@ -306,7 +306,8 @@ def _stage(
     writer = save.writer
     identity = Identity(save.tag, save.header['save'], rank())
     apart = _apart(save, wrapper, config)
-    writer.begin(identity, in_background=save.in_background, apart=apart)
+    updates = applied_updates(wrapper.engine)
+    writer.begin(identity, updates=updates, in_background=save.in_background, apart=apart)
     if not save.staging_path.is_dir():
         writer.error = CheckpointError(
             f'{save.staging_path}: made by rank 0, and not there for this rank: OUTPUT must be one '

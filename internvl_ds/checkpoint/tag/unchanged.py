@@ -40,11 +40,19 @@ class Unchanged:
         self._before: dict[str, tuple[Path, _Kept]] = {}
         self._now: dict[str, _Kept] = {}
         self._identity = Identity('', '', 0)
+        self._updates: tuple[int | None, int] = (None, 0)
         self._says_no_link = True
 
-    def begin(self, identity: Identity) -> None:
-        """Begins a save, whose files say ``identity``; what was not `committed` is forgotten."""
+    def begin(self, identity: Identity, updates: int) -> None:
+        """Begins a save; what was not `committed` is forgotten.
+
+        Args:
+            identity: what its new files say of themselves.
+            updates: that were applied so far. Only with those of the save before files are compared
+                with it: else a GPU's tensors would be copied for that in vain.
+        """
         self._identity, self._now = identity, {}
+        self._updates = (self._updates[0], updates)
 
     def write(self, value: Any, path: Path) -> FileEntry:
         """Links the file from the earlier tag, or writes it.
@@ -64,7 +72,8 @@ class Unchanged:
 
     def committed(self, tag: Path) -> None:
         """Ends a save that was published as ``tag``."""
-        self._before |= {name: (tag / name, kept) for name, kept in self._now.items()}
+        self._before = {name: (tag / name, kept) for name, kept in self._now.items()}
+        self._updates = (self._updates[1], self._updates[1])
 
     @property
     def linked(self) -> dict[str, str]:
@@ -74,7 +83,8 @@ class Unchanged:
 
     def _link(self, value: Any, path: Path) -> _Kept | None:
         """Gives the earlier file this name too; None where it is not there or another."""
-        place, kept = self._before.get(path.name, (None, None))
+        before, now = self._updates
+        place, kept = self._before.get(path.name, (None, None)) if before == now else (None, None)
         # Two directories of tags are two copies, which somebody may count on.
         if place is None or kept is None or place.parent.parent != path.parent.parent:
             return None

@@ -39,7 +39,7 @@ def save(output, tag, sequence, latest, unchanged=None):
     One of them is always the same: ``unchanged`` links what an earlier call with it has written.
     """
     unchanged = unchanged or Unchanged()
-    unchanged.begin(Identity(tag, str(sequence), 0))
+    unchanged.begin(Identity(tag, str(sequence), 0), 1)
     staging = commit.begin(output, tag)
     tensor = torch.full((64,), float(sequence))
     (staging.path / 'zero_to_fp32.py').write_text(f'sequence = {sequence}\n' * 20)

@@ -29,9 +29,9 @@ def value(kind, last=1.0, more=3 * MIB):
     )
 
 
-def save(linker, output, tag, content, kind):
+def save(linker, output, tag, content, kind, updates=3):
     """One save of one file; returns its path, entry and what the manifest would say."""
-    linker.begin(Identity(tag, f'save of {tag}', 0))
+    linker.begin(Identity(tag, f'save of {tag}', 0), updates)
     (output / tag).mkdir(parents=True)
     path = output / tag / NAMES[kind]
     entry = linker.write(content, path)
@@ -159,7 +159,7 @@ def test_another_directory_of_tags_gets_a_copy_of_its_own(tmp_path):
 
 def test_a_save_that_was_not_committed_is_no_earlier_one(tmp_path):
     linker = Unchanged()
-    linker.begin(Identity('a', 'a', 0))
+    linker.begin(Identity('a', 'a', 0), 3)
     (tmp_path / 'a').mkdir()
     linker.write(value('pt'), tmp_path / 'a' / NAMES['pt'])
     path, _, said = save(linker, tmp_path, 'b', value('pt'), 'pt')
@@ -170,7 +170,7 @@ def test_what_cannot_be_written_is_the_same_error_as_at_the_first_save(tmp_path)
     linker = Unchanged()
     save(linker, tmp_path, 'a', value('pt'), 'pt')
     (tmp_path / 'b').mkdir()
-    linker.begin(Identity('b', 'b', 0))
+    linker.begin(Identity('b', 'b', 0), 3)
     with pytest.raises(Exception, match=r"local object '.*<lambda>'"):
         linker.write({**value('pt'), 'f': lambda: None}, tmp_path / 'b' / NAMES['pt'])
 
@@ -183,7 +183,12 @@ def test_a_difference_ends_the_comparison_at_once(tmp_path, monkeypatch):
     counts, real = [], os.pread
     monkeypatch.setattr(unchanged.os, 'pread', lambda d, n, at: counts.append(n) or real(d, n, at))
     save(linker, tmp_path, 'b', {**value('pt'), 'n': 8}, 'pt')
-    assert sum(counts) < 4096 < first.stat().st_size
+    assert 0 < sum(counts) < 4096 < first.stat().st_size
+    counts.clear()
+    save(linker, tmp_path, 'c', {**value('pt'), 'n': 8}, 'pt', updates=4)
+    assert counts == []
+    _, _, said = save(linker, tmp_path, 'd', {**value('pt'), 'n': 8}, 'pt', updates=4)
+    assert said == {'save of c': 'c'}
 
 
 def test_links_are_counted_once_by_size_and_by_reading(tmp_path, monkeypatch):
