@@ -40,7 +40,7 @@ class Unchanged:
         self._before: dict[str, tuple[Path, _Kept]] = {}
         self._now: dict[str, _Kept] = {}
         self._identity = Identity('', '', 0)
-        self._updates: tuple[int | None, int] = (None, 0)
+        self._updates, self._updates_before = 0, -1
         self._says_no_link = True
 
     def begin(self, identity: Identity, updates: int) -> None:
@@ -51,8 +51,7 @@ class Unchanged:
             updates: that were applied so far. Only with those of the save before files are compared
                 with it: else a GPU's tensors would be copied for that in vain.
         """
-        self._identity, self._now = identity, {}
-        self._updates = (self._updates[0], updates)
+        self._identity, self._now, self._updates = identity, {}, updates
 
     def write(self, value: Any, path: Path) -> FileEntry:
         """Links the file from the earlier tag, or writes it.
@@ -73,7 +72,7 @@ class Unchanged:
     def committed(self, tag: Path) -> None:
         """Ends a save that was published as ``tag``."""
         self._before = {name: (tag / name, kept) for name, kept in self._now.items()}
-        self._updates = (self._updates[1], self._updates[1])
+        self._updates_before = self._updates
 
     @property
     def linked(self) -> dict[str, str]:
@@ -83,11 +82,11 @@ class Unchanged:
 
     def _link(self, value: Any, path: Path) -> _Kept | None:
         """Gives the earlier file this name too; None where it is not there or another."""
-        before, now = self._updates
-        place, kept = self._before.get(path.name, (None, None)) if before == now else (None, None)
-        # Two directories of tags are two copies, which somebody may count on.
-        if place is None or kept is None or place.parent.parent != path.parent.parent:
+        if path.name not in self._before or self._updates != self._updates_before:
             return None
+        place, kept = self._before[path.name]
+        if place.parent.parent != path.parent.parent:
+            return None  # two directories of tags are two copies, which somebody may count on
         try:
             with open_data(place) as file:
                 if not _is_same(_writer(value, kept.identity), file, kept.entry.size):
