@@ -177,9 +177,9 @@ def test_what_cannot_be_written_is_the_same_error_as_at_the_first_save(tmp_path)
 
 def test_a_difference_ends_the_comparison_at_once(tmp_path, monkeypatch):
     linker = Unchanged()
-    first, _, _ = save(linker, tmp_path, 'a', value('pt'), 'pt')
     with open_safetensors(save(linker, tmp_path, 'e', value('ema'), 'ema')[0]) as file:
         assert identity_in(file.metadata())['tag'] == 'e'
+    first, _, _ = save(linker, tmp_path, 'a', value('pt'), 'pt')
     counts, real = [], os.pread
     monkeypatch.setattr(unchanged.os, 'pread', lambda d, n, at: counts.append(n) or real(d, n, at))
     save(linker, tmp_path, 'b', {**value('pt'), 'n': 8}, 'pt')
