@@ -104,6 +104,12 @@ def is_pending() -> bool:
     return current_group().part(_Saves).pending is not None
 
 
+def is_running() -> bool:
+    """Whether a background save of this rank works still."""
+    save = current_group().part(_Saves).pending
+    return save is not None and save.is_alive()
+
+
 def wait(limit: float | None = None) -> None:
     """Waits for the background save; returns at once if there is none.
 

@@ -51,6 +51,9 @@ _C.DATA.META_DATA = ''
 _C.DATA.FACTORY = ''
 # (new) Images have several labels or none: wds, csv, jsonl, hfds and FACTORY give lists of them.
 _C.DATA.MULTI_LABEL = False
+# (new) How much an image counts in the training loss, by its class: a list of numbers by label, or
+# 'balanced', which takes them from the numbers of training images; None: all the same.
+_C.DATA.CLASS_WEIGHTS = None
 # (new) JSON of ReaL's labels for 'imagenet-real'; '' takes those that timm ships.
 _C.DATA.REAL_LABELS = ''
 # (new) Refuse weights that keep names of other classes, by label, than the folders of now have.
@@ -155,6 +158,9 @@ _C.TRAIN.SHARDED_BUILD = 'auto'
 # that ends so many minutes after the last save; 0: not.
 _C.TRAIN.SAVE_STEPS = 0
 _C.TRAIN.SAVE_MINUTES = 0.0  # minutes, see SAVE_STEPS
+# (new) Save inside an epoch so often that saves take this share of the time, by what they are
+# measured to cost; in the place of SAVE_STEPS and SAVE_MINUTES. 0: not.
+_C.TRAIN.SAVE_OVERHEAD = 0.0
 # (new) Exit status of a run that SIGTERM, SIGUSR1, SIGHUP or Ctrl-C (SIGINT) had save and stop; a
 # second Ctrl-C, or one where nothing is trained yet, ends it at once with 130.
 _C.TRAIN.PREEMPT_EXIT_CODE = 0

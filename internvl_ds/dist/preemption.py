@@ -41,7 +41,7 @@ class Preemption:
     A boundary is a place in the program that every rank passes in the same order: after an update,
     or after a batch of an evaluation. Stopping is asked for by SIGTERM, SIGUSR1, SIGINT or SIGHUP
     to any rank (the last two stay ignored where they were before), or by the file that the launch
-    scripts make (INTERNVL_DS_RESULT with ``.stop`` behind it); saving by TRAIN.SAVE_MINUTES. No
+    scripts make (INTERNVL_DS_RESULT with ``.stop`` behind it); saving by ``save_every``. No
     boundary costs a collective: a thread of each rank looks for a request in rank 0's store, and
     only then do these threads agree on a boundary that no rank has passed. SIGINT to a rank that
     was asked more than a second before ends it at once, with exit status 130.
@@ -56,6 +56,10 @@ class Preemption:
     Every rank makes one, in its main thread, and leaves the ``with`` block; where no exception ends
     it the ranks wait there for each other. The previous signal handlers are restored after it,
     unless the program is about to end (SystemExit): then a late one must not spoil that.
+
+    Attributes:
+        save_every: seconds from a save to the next, from TRAIN.SAVE_MINUTES; None: no save. Rank
+            0's alone counts, and it may be set while the run goes on.
     """
 
     def __init__(self, config: CfgNode) -> None:
@@ -65,7 +69,8 @@ class Preemption:
             config: TRAIN.SAVE_MINUTES and CHECKPOINT.RENDEZVOUS_TIMEOUT (seconds that a rank may
                 need longer than another to come to a boundary) are read.
         """
-        self._minutes = get_option(config, 'TRAIN.SAVE_MINUTES')
+        minutes = get_option(config, 'TRAIN.SAVE_MINUTES')
+        self.save_every: float | None = 60 * minutes if minutes > 0 else None
         self._timeout = checkpoint_option(config, 'RENDEZVOUS_TIMEOUT')
         result = os.environ.get('INTERNVL_DS_RESULT')
         self._file: Path | None = None
@@ -139,7 +144,7 @@ class Preemption:
         return not undecided or self._error is not None
 
     def saved(self) -> None:
-        """Counts TRAIN.SAVE_MINUTES from now."""
+        """Counts ``save_every`` from now."""
         self._last_save = time.monotonic()
 
     def _stop_watching(self) -> None:
@@ -151,7 +156,8 @@ class Preemption:
         """The request to this rank itself."""
         if self._request.signal is not None or (self._file is not None and self._file.exists()):
             return STOP
-        due = self._minutes > 0 and time.monotonic() - self._last_save > 60 * self._minutes
+        every = self.save_every
+        due = every is not None and time.monotonic() - self._last_save > every
         return SAVE if due and rank() == 0 else None
 
     def _watch(self) -> None:

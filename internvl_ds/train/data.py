@@ -20,6 +20,7 @@ from internvl_ds.train.datasets.checks import check_data, keep_in_memory, reads_
 from internvl_ds.train.datasets.images import Images
 from internvl_ds.train.datasets.opening import differing, evaluates_22k_as_1k, open_split
 from internvl_ds.train.datasets.skipping import Skipped
+from internvl_ds.train.objective.class_weights import class_weights
 from internvl_ds.train.sampler import SeededImages, TrainSampler
 from internvl_ds.train.workers import Loader
 
@@ -36,6 +37,7 @@ class Loaders:
         mixup: to be applied to each training batch on the device; None where the config has none.
         classes: names of the labels 0, 1, ... that the model tells apart; none where an
             ImageNet-22K head is only measured on ImageNet-1K.
+        weights: of the classes in the training loss, float32, (classes,); None: all the same.
         skipped: the faulty training images that others replace; None where they are errors.
     """
 
@@ -43,6 +45,7 @@ class Loaders:
     val: DataLoader
     mixup: Mixup | None
     classes: Sequence[str] = ()
+    weights: torch.Tensor | None = None
     skipped: Skipped | None = None
 
 
@@ -58,19 +61,19 @@ def build_loaders(config: CfgNode, rank: int, world_size: int) -> Loaders:
     """
     check_data(config)
     val_set, train_set = _open_splits(config)
-    train_loader, classes, skipped = None, val_set.classes, None
+    train_loader, classes, weights, skipped = None, val_set.classes, None, None
     if evaluates_22k_as_1k(config, val_set.num_classes):
         classes = []
     if train_set is not None:
         _check_same_classes(config, train_set, val_set)
-        classes = train_set.classes
+        classes, weights = train_set.classes, class_weights(config, train_set)
         if config.DATA.ON_ERROR == 'skip':
             skipped = train_set.skipped = Skipped(len(train_set), config.DATA.MAX_SKIPPED)
         train_loader = _train_loader(config, train_set, rank, world_size)
         val_set.source = keep_in_memory(config, val_set.source, 'val', rank, world_size)
     sampler = EvalSampler(len(val_set), world_size, rank, sequential=config.TEST.SEQUENTIAL)
     val_loader, mixup = _loader(config, val_set, sampler), build_mixup(config)
-    return Loaders(train_loader, val_loader, mixup, classes, skipped)
+    return Loaders(train_loader, val_loader, mixup, classes, weights, skipped)
 
 
 def _open_splits(config: CfgNode) -> tuple[Images, Images | None]:

@@ -21,15 +21,16 @@ from internvl_ds.dist.reduce import reduce_tensor
 from internvl_ds.dist.rendezvous import rank, world_size
 from internvl_ds.files import for_show
 from internvl_ds.train.data import start_epoch
-from internvl_ds.train.log import FILE_ONLY, MetricsLog, close_log, open_log, shows_bar
 from internvl_ds.train.model import input_dtype, set_train_mode
 from internvl_ds.train.models.batch_norm import distribute_statistics
 from internvl_ds.train.objective.criterion import build_criterion
 from internvl_ds.train.optim import accumulation_steps, updates_per_epoch
-from internvl_ds.train.plot import plot_curves
-from internvl_ds.train.progress import Progress
+from internvl_ds.train.reporting.log import FILE_ONLY, MetricsLog, close_log, open_log, shows_bar
+from internvl_ds.train.reporting.plot import plot_curves
+from internvl_ds.train.reporting.progress import Progress
+from internvl_ds.train.reporting.stopwatch import Stopwatch, TimeTaken
+from internvl_ds.train.save_interval import SaveInterval
 from internvl_ds.train.setup import DsConfig, Run, enter_output, setup
-from internvl_ds.train.stopwatch import Stopwatch, TimeTaken
 from internvl_ds.train.validation import (
     evaluate_loaded,
     report_evaluation,
@@ -99,13 +100,16 @@ def train_one_epoch(state: Run, epoch: int) -> dict[str, float]:
     start_epoch(loader, config.SEED, epoch, rank(), start, state.generators_go_on)
     state.generators_go_on = False  # only in the epoch that was resumed
     set_train_mode(engine, engine.module, config.TRAIN.OPTIMIZER.FREEZE_BACKBONE)
-    criterion = build_criterion(config, soft_targets=state.loaders.mixup is not None)
+    soft = state.loaders.mixup is not None
+    criterion = build_criterion(config, soft, state.loaders.weights).to(engine.device)
     dtype, steps, total = input_dtype(engine), accumulation_steps(config), len(loader)
     if start:
         state.logger.info('epoch %d goes on after micro-batch %d of %d', epoch, start, total)
     progress = Progress(
         config, epoch, total, world_size(), state.logger, shows_bar(rank()), start, position.meters
     )
+    if state.save_interval is not None:
+        state.save_interval.start()
     try:
         for index, (images, labels) in enumerate(loader, start):
             images = images.to(engine.device, non_blocking=True)
@@ -130,7 +134,9 @@ def train_one_epoch(state: Run, epoch: int) -> dict[str, float]:
                 if state.stopwatch is not None:
                     state.stopwatch.lap(group_size * len(labels) * world_size())
                 position.micro_batches, position.complete = index + 1, index + 1 == total
+                saves = async_save.is_running()
                 _pass_boundary(state, epoch, progress)
+                _measure_save(state, saves, epoch)
         position.meters = progress.state_dict()
     finally:
         progress.close()
@@ -169,6 +175,8 @@ def _train(state: Run) -> float:
     if first > last:
         logger.info('nothing to train: epoch %d of %d is next', first, config.TRAIN.EPOCHS)
     start = time.perf_counter()
+    if config.TRAIN.SAVE_OVERHEAD and rank() == 0:  # which says when all save
+        state.save_interval = SaveInterval(config.TRAIN.SAVE_OVERHEAD, logger)
     with Preemption(config) as state.preemption:
         evaluate_loaded(state)
         for epoch in range(first, last + 1):
@@ -260,6 +268,14 @@ def _pass_boundary(state: Run, epoch: int, progress: Progress) -> None:
         raise Preempted
     if not (state.position.complete and _is_due(state.config, epoch, state.config.SAVE_FREQ)):
         _save_step(state, epoch)
+
+
+def _measure_save(state: Run, saves: bool, epoch: int) -> None:
+    """Counts an update for TRAIN.SAVE_OVERHEAD; ``saves``: a save was being written in it."""
+    if (interval := state.save_interval) is None or (preemption := state.preemption) is None:
+        return
+    interval.lap(saves or async_save.is_running() or state.saved == (epoch, _updates(state)))
+    preemption.save_every = interval.seconds
 
 
 def _updates(state: Run, epoch: int = 0) -> int:

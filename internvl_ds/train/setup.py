@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import socket
 import tempfile
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,8 +36,8 @@ from internvl_ds.engine.initialize import initialize
 from internvl_ds.errors import ConfigError, few
 from internvl_ds.files import for_show
 from internvl_ds.pretrained import timm_weights
+from internvl_ds.train.cores import share_cores
 from internvl_ds.train.data import Loaders, build_loaders, order_of
-from internvl_ds.train.log import write_config
 from internvl_ds.train.model import build_model
 from internvl_ds.train.models.build import warn_of_random_backbone
 from internvl_ds.train.objective.distill import Teacher, build_teacher
@@ -53,7 +50,9 @@ from internvl_ds.train.optim import (
 )
 from internvl_ds.train.optimizer_check import examine_training
 from internvl_ds.train.position import Position
-from internvl_ds.train.stopwatch import Stopwatch
+from internvl_ds.train.reporting.log import write_config
+from internvl_ds.train.reporting.stopwatch import Stopwatch
+from internvl_ds.train.save_interval import SaveInterval
 from internvl_ds.utils import (
     auto_resume_helper,
     load_checkpoint,
@@ -85,6 +84,7 @@ class Run:
         save_due: whether to save after the next update.
         preemption: where to ask whether to save or stop; None outside training.
         stopwatch: to be told of each update; None where none is timed.
+        save_interval: of TRAIN.SAVE_OVERHEAD, on rank 0; None without.
         teacher: whose answers training follows; None without TRAIN.DISTILL.
     """
 
@@ -105,6 +105,7 @@ class Run:
     save_due: bool = False
     preemption: Preemption | None = None
     stopwatch: Stopwatch | None = None
+    save_interval: SaveInterval | None = None
     teacher: Teacher | None = None
 
 
@@ -135,7 +136,7 @@ def setup(config: CfgNode, ds_config: DsConfig, logger: logging.Logger) -> Run:
     loaders = build_loaders(config, rank(), world_size())
     if config.DATA.IMG_ON_MEMORY or config.DATA.ZIP_MODE:  # one host may take longer
         exchange('images in memory', None, config.CHECKPOINT.IO_TIMEOUT)
-    _share_cores(config)
+    share_cores(config)
     seed_everything(config.SEED)  # the same weights on every rank
     model, build = _build(config, choose_build(config, resolution.tree) if trains else None)
     seed_everything(config.SEED + rank())
@@ -270,27 +271,6 @@ def _inference_engine(
 ) -> DeepSpeedEngine:
     resolution = resolution._replace(tree=ds.for_inference(resolution.tree))
     return initialize(config, model, None, resolution)[0]
-
-
-def _share_cores(config: CfgNode) -> None:
-    """Divides cores between ranks that share them; those bound to cores of their own keep these.
-
-    Raises:
-        ConfigError: where the data of ranks have given MODEL.NUM_CLASSES 0 different values.
-    """
-    cores = sorted(os.sched_getaffinity(0))
-    own = [socket.gethostname(), zlib.crc32(repr(cores).encode())]
-    mine = [*own, config.MODEL.NUM_CLASSES]
-    theirs = exchange('hosts', mine, config.CHECKPOINT.IO_TIMEOUT)  # one may list files for longer
-    counts = [each[2] for each in theirs]
-    if others := [r for r, count in enumerate(counts) if count != counts[0]]:
-        raise ConfigError(
-            f'the images that ranks {few(others)} find have {few([counts[r] for r in others])} '
-            f'classes, and those of rank 0 {counts[0]}: set MODEL.NUM_CLASSES'
-        )
-    sharing = [each[:2] for each in theirs].count(own)
-    if 'OMP_NUM_THREADS' not in os.environ:
-        torch.set_num_threads(max(1, len(cores) // sharing))
 
 
 def enter_output(config: CfgNode) -> None:

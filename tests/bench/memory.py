@@ -22,6 +22,13 @@ def anonymous() -> int:
     return (int(resident) - int(shared)) * _PAGE
 
 
+def settled() -> int:
+    """``anonymous`` after what no one uses any more has gone back to the system."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps would hide what is asked for
+    return anonymous()
+
+
 def peak_growth(action: Callable[[], object], interval: float = 0.0005) -> int:
     """Bytes by which the anonymous memory exceeded, while ``action`` ran, what it was before.
 
@@ -32,10 +39,8 @@ def peak_growth(action: Callable[[], object], interval: float = 0.0005) -> int:
         action: what to run.
         interval: seconds between two looks.
     """
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps would hide what is asked for
+    before = settled()
     done = threading.Event()
-    before = anonymous()
     peak = [before]
 
     def watch() -> None:

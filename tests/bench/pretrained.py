@@ -27,7 +27,7 @@ from internvl_ds.dist.rendezvous import world_size
 from tests.bench.figures import Pair, ratios_report, ratios_table, seconds_report, seconds_table
 from tests.bench.harness import Contender, measure
 from tests.bench.loads import highest
-from tests.bench.memory import anonymous, peak_growth
+from tests.bench.memory import peak_growth, settled
 from tests.bench.subject import Stack
 from tests.harness.model import make_config
 from tests.harness.ranks import run_ranks
@@ -120,12 +120,13 @@ def measure_partitioned(path: str, millions: float) -> dict[str, Any]:
     What DeepSpeed needs for a moment to build the model, and gives back, is not counted.
     """
     ds_config = {'train_micro_batch_size_per_gpu': 1, 'zero_optimization': {'stage': 3}}
-    before = anonymous()
+    before = settled()
     with deepspeed.zero.Init(config_dict_or_path=ds_config):
         model = Stack(millions)
     config = make_config(MODEL__PRETRAINED=path)
+    built = settled() - before
     growth = peak_growth(lambda: load_pretrained(config, model, _log))
-    peak = highest(anonymous() - before + growth)
+    peak = highest(built + growth)
     largest = max(p.ds_numel for p in model.parameters()) * 4
     allowed = Path(path).stat().st_size / world_size() + 2 * largest
     return {'peak': peak, 'growth': highest(growth), 'memory': peak / allowed}

@@ -21,7 +21,8 @@ from internvl_ds.config.tree import get_config
 from internvl_ds.dist import preemption
 from internvl_ds.dist.process_group import init_distributed, leave
 from internvl_ds.dist.rendezvous import rank
-from internvl_ds.train import loop, progress
+from internvl_ds.train import loop
+from internvl_ds.train.reporting import progress
 from tests.harness.forking import fork_ranks, main
 
 RANKS = 2

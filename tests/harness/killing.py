@@ -28,7 +28,7 @@ from internvl_ds.dist.process_group import init_distributed
 from internvl_ds.dist.rendezvous import rank
 from internvl_ds.engine.registry import wrapper_of
 from internvl_ds.train import loop
-from internvl_ds.train.log import MetricsLog
+from internvl_ds.train.reporting.log import MetricsLog
 from tests.harness.saving import Run, logger
 from tests.harness.training import small_config
 from tests.harness.whole_state import whole_state

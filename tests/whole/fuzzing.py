@@ -36,8 +36,8 @@ from internvl_ds.tools.tune.records import Records
 from internvl_ds.tools.tune.search_space import parse_space, read_space
 from internvl_ds.tools.tune.session import same_settings
 from internvl_ds.tools.tune.trial import _measured
-from internvl_ds.train.log import MetricsLog
 from internvl_ds.train.position import Position
+from internvl_ds.train.reporting.log import MetricsLog
 from tests.harness import hostile
 from tests.harness.hostile import peak, restart_peak
 from tests.harness.killing import state_digest

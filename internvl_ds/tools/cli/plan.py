@@ -1,7 +1,8 @@
 """Tell what will fit: memory, largest micro-batch and checkpoint size at each ZeRO stage.
 
     internvl-ds plan --cfg YAML --gpus 8 --gpu-mem 80GB [--cpu-mem 1TB] [--gpus-per-host 8]
-        [--disk-rate 2GB/s] [--deepspeed_config FILE] [--opts KEY VALUE ...] [--json]
+        [--disk-rate 2GB/s] [--host-mtbf HOURS] [--deepspeed_config FILE]
+        [--opts KEY VALUE ...] [--json]
 
 Nothing of the model is allocated: it takes seconds, also for 5.9 G parameters on a laptop.
 Of a GPU's memory 0.5 GB are left to CUDA, 1 GB to NCCL where there are other ranks, and 5 % of the
@@ -20,17 +21,20 @@ on a GPU, and of one rank in its host's memory, for the configured micro-batch),
 CHECKPOINT.ASYNC saves from), ``largest_micro_batch`` (0: none fits), ``fits_host``,
 ``micro_batch`` and ``accumulation`` (to train with, at the configured batch),
 ``checkpoint_bytes``, ``save_seconds``; ``choice``, the index of the option to take, or null;
-``advice``.
+``advice``; ``failures``, null without --host-mtbf: ``hosts``, ``between`` (seconds from a failure
+of any host to the next), ``interval`` (seconds between saves), ``setting`` (that has it so, or ''),
+``saving`` and ``lost`` (shares of the time for saves, and of work that is done again).
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from internvl_ds.tools.cli.quantities import parse_rate, parse_size, whole
+from internvl_ds.tools.cli.quantities import parse_rate, parse_size, positive, whole
 from internvl_ds.tools.text import human_size, json_text, say, table
 
 if TYPE_CHECKING:
@@ -55,6 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--gpus-per-host', type=whole(1), default=8, metavar='N', help='default: 8')
     text = 'what all ranks together write; default: 1GB/s'
     add('--disk-rate', type=parse_rate, default=parse_rate('1GB/s'), metavar='RATE', help=text)
+    text = 'hours between failures of a host, on average: adds what failures cost'
+    add('--host-mtbf', type=positive, metavar='HOURS', help=text)
     text = 'DeepSpeed JSON whose other settings are kept: buckets, precision, ...'
     add('--deepspeed_config', '--deepspeed-config', default='', metavar='FILE', help=text)
     add('--opts', nargs='+', metavar='KEY VALUE', help='settings that win over the YAML file')
@@ -68,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
     from internvl_ds.config.ds.load import load_ds_config
     from internvl_ds.config.tree import get_config
     from internvl_ds.tools.plan.advice import advice
+    from internvl_ds.tools.plan.failures import failures
     from internvl_ds.tools.plan.memory_planner import MemoryPlanner
     from internvl_ds.tools.plan.options import Machine, choose, options
 
@@ -85,6 +92,10 @@ def run(args: argparse.Namespace) -> int:
     planner = MemoryPlanner(config)
     ways = options(planner, config, base, machine)
     choice, words = choose(ways), advice(ways, config, base, args.deepspeed_config, machine)
+    expected = None
+    if choice is not None and args.host_mtbf is not None:
+        hosts = math.ceil(machine.gpus / machine.gpus_per_host)
+        expected = failures(config, choice.save_seconds, hosts, args.host_mtbf)
     if args.json:
         tree = {
             'model': {k: getattr(planner.sizes, k) for k in ('parameters', 'trained', 'moments')},
@@ -95,6 +106,7 @@ def run(args: argparse.Namespace) -> int:
             'options': list(map(_tree, ways)),
             'choice': ways.index(choice) if choice else None,
             'advice': words,
+            'failures': None if expected is None else asdict(expected),
         }
         say(json_text(tree))
     else:
@@ -106,6 +118,8 @@ def run(args: argparse.Namespace) -> int:
             'images a micro-batch, at the moment when a GPU needs most\n'
         )
         say(f'{_table(ways, choice)}\n\n{words}')
+        if expected is not None:
+            say(f'\n{expected.words}')
     return 0 if choice else NOTHING_FITS
 
 

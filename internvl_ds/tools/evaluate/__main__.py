@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from internvl_ds.dist.rendezvous import rank
     from internvl_ds.files import write_text
     from internvl_ds.tools.evaluate.program import evaluate_variants
-    from internvl_ds.train.log import close_log, open_log
+    from internvl_ds.train.reporting.log import close_log, open_log
 
     paths, lacking = choose_paths(args.data, args.variants)
     output, name = args.output, args.name or Path(args.cfg).name

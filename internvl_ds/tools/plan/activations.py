@@ -32,7 +32,8 @@ _BATCHES = 2, 4  # that are watched; mixup needs even ones
 _ENGINE_DTYPES = {ds.BF16: torch.bfloat16, ds.FP16: torch.float16}
 _AUTOCAST_DTYPES = {ds.AUTOCAST_BF16: torch.bfloat16, ds.AUTOCAST_FP16: torch.float16}
 
-Loss = Callable[[torch.Tensor], torch.Tensor]
+# Logits of the model in float32, and the teacher's where there is one -> the loss, 0-dim.
+Loss = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,13 @@ class Step:
 
 
 def watch_step(
-    model: nn.Module, image_size: int, precision: str, loss_of: Loss, *, gpu: bool = True
+    model: nn.Module,
+    image_size: int,
+    precision: str,
+    loss_of: Loss,
+    *,
+    gpu: bool = True,
+    teacher: nn.Module | None = None,
 ) -> Step:
     """Watches a training step, without data and without memory for it.
 
@@ -82,14 +89,15 @@ def watch_step(
         model: on the meta device, and in the training mode that the run has it in; left as it was.
         image_size: pixels, of square images.
         precision: one of the constants of `ds_config`.
-        loss_of: logits in float32 -> the loss, 0-dim.
+        loss_of: the loss.
         gpu: whether attention and torch.autocast are those of CUDA.
+        teacher: as ``model``; what it answers goes to ``loss_of``.
 
     Raises:
         ConfigError: for a model that cannot run without data.
     """
     try:
-        steps = [_watch(model, n, image_size, precision, loss_of, gpu) for n in _BATCHES]
+        steps = [_watch(model, teacher, n, image_size, precision, loss_of, gpu) for n in _BATCHES]
     except Exception as error:
         raise ConfigError(
             f'the activations of {type(model).__name__} cannot be planned: a step on tensors '
@@ -105,18 +113,28 @@ def watch_step(
 
 
 def _watch(
-    model: nn.Module, batch: int, side: int, precision: str, loss_of: Loss, gpu: bool
+    model: nn.Module,
+    teacher: nn.Module | None,
+    batch: int,
+    side: int,
+    precision: str,
+    loss_of: Loss,
+    gpu: bool,
 ) -> Timeline:
     # Under torch autocast weights and inputs are float32 too.
     dtype, autocast = _ENGINE_DTYPES.get(precision, torch.float32), _AUTOCAST_DTYPES.get(precision)
     kernels = as_on_cuda() if gpu else nullcontext()
-    watch = _Watch(model)
-    with FakeTensorMode(), _without_data(model, dtype), _collector_off(), watch, kernels:
+    models = nn.ModuleList([model] if teacher is None else [model, teacher])
+    watch = _Watch(models)
+    with FakeTensorMode(), _without_data(models, dtype), _collector_off(), watch, kernels:
         images = torch.empty(batch, _CHANNELS, side, side)
-        with torch.autocast('cpu', autocast) if autocast else nullcontext():
-            logits = model(images.to(dtype))
-        loss = loss_of(logits.float())
-        del logits
+        with torch.autocast('cpu', autocast, enabled=autocast is not None):
+            logits, theirs = model(images.to(dtype)), None
+            if teacher is not None:
+                with torch.no_grad():
+                    theirs = teacher(images.to(dtype)).float()
+        loss = loss_of(logits.float(), theirs)
+        del logits, theirs
         watch.turn()
         loss.backward()
     return watch.timeline()

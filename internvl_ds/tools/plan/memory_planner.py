@@ -8,14 +8,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 from yacs.config import CfgNode
 
 from internvl_ds.config.ds import resolve as ds
 from internvl_ds.tools.plan.activations import Step, Timeline, watch_step
 from internvl_ds.tools.plan.sizes import Sizes, meta_model, sizes_of, with_recompute
 from internvl_ds.tools.plan.static_memory import (
+    FP32_BYTES,
     Parts,
     built_bytes,
+    module_bytes,
     static_host_parts,
     static_parts,
 )
@@ -23,6 +26,7 @@ from internvl_ds.tools.plan.transient_memory import in_backward, in_update, in_u
 from internvl_ds.tools.plan.zero_scheme import ZeroScheme, scheme_of
 from internvl_ds.train.data import build_mixup
 from internvl_ds.train.objective.criterion import build_criterion
+from internvl_ds.train.objective.distill import joined, teacher_config
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,16 @@ class MemoryPlanner:
         config = with_recompute(self._config, False)
         return sizes_of(meta_model(config), config)
 
+    @functools.cached_property
+    def teacher(self) -> nn.Module | None:
+        """The model TRAIN.DISTILL.TEACHER, on the meta device, whole on each rank; None without.
+
+        Raises:
+            ConfigError: for a model that cannot be built.
+        """
+        config = teacher_config(self._config)
+        return None if config is None else meta_model(config).requires_grad_(False).eval()
+
     def need(self, resolved: Mapping[str, Any], ranks: int, *, recompute: bool) -> Need:
         """The need of a resolved ds_config on each rank; ``recompute`` is TRAIN.USE_CHECKPOINT.
 
@@ -96,14 +110,17 @@ class MemoryPlanner:
         sizes, ema = self.sizes, self.keeps_ema
         step = self.step_of(scheme, recompute=recompute)
         stays, passes = static_parts(sizes, scheme, ema), in_backward(sizes, scheme, step)
+        teacher = 0 if self.teacher is None else module_bytes(self.teacher, scheme.weight_bytes)
+        stays = replace(stays, weights=stays.weights + teacher)
         update = in_update(sizes, scheme)
+        in_float32 = 0 if self.teacher is None else module_bytes(self.teacher, FP32_BYTES)
         host = static_host_parts(sizes, scheme, ema)
         parts = Parts(*map(sum, zip(vars(stays).values(), vars(passes).values(), strict=True)))
         return Need(
             micro_batch=scheme.micro_batch,
             device=stays.total + max(passes.total, update),
             host=host.total + in_update_on_host(sizes, scheme),
-            build=built_bytes(sizes, scheme, self._config.TRAIN.SHARDED_BUILD),
+            build=built_bytes(sizes, scheme, self._config.TRAIN.SHARDED_BUILD) + in_float32,
             parts=parts,
             static=stays,
             host_parts=host,
@@ -118,8 +135,9 @@ class MemoryPlanner:
         if key not in self._steps:
             model = meta_model(with_recompute(self._config, recompute))
             self._steps[key] = watch_step(
-                model, self._config.DATA.IMG_SIZE, key[1], self._loss, gpu=self._on_gpu
-            )
+                model, self._config.DATA.IMG_SIZE, key[1], self._loss,
+                gpu=self._on_gpu, teacher=self.teacher,
+            )  # fmt: skip
         return self._steps[key].at(scheme.micro_batch)
 
     def largest_micro_batch(
@@ -143,14 +161,14 @@ class MemoryPlanner:
             least, most = (middle, most) if fits(middle) else (least, middle)
         return least * step
 
-    def _loss(self, logits: torch.Tensor) -> torch.Tensor:
+    def _loss(self, logits: torch.Tensor, theirs: torch.Tensor | None) -> torch.Tensor:
         """The training loss of the loop, with targets of its shape."""
         soft = build_mixup(self._config) is not None
         images, classes = logits.shape
         targets = torch.zeros(images, classes) if soft else torch.zeros(images, dtype=torch.long)
         criterion = build_criterion(self._config, soft_targets=soft)
         loss: torch.Tensor = criterion(logits, targets)
-        return loss
+        return loss if theirs is None else joined(self._config.TRAIN.DISTILL, loss, logits, theirs)
 
 
 _MOST_IMAGES = 1 << 20  # no run has a larger micro-batch; where it would fit, memory is no limit

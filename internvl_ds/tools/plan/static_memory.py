@@ -11,6 +11,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from torch import nn
+
 from internvl_ds.tools.plan.sizes import Sizes
 from internvl_ds.tools.plan.zero_scheme import ZeroScheme
 from internvl_ds.zero.sharded_build import ALWAYS, AUTO, LIMIT
@@ -79,6 +81,12 @@ def static_host_parts(sizes: Sizes, scheme: ZeroScheme, ema: bool) -> Parts:
         optimizer = sum(masters) + _moments(sizes, scheme)
         average = FP32_BYTES * elements if ema else 0
     return Parts(weights, gradients, optimizer, buffers, average)
+
+
+def module_bytes(module: nn.Module, size: int) -> int:
+    """Bytes of a module that each rank has whole, with ``size`` bytes a floating element."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return sum(t.numel() * (size if t.is_floating_point() else t.element_size()) for t in tensors)
 
 
 def built_bytes(sizes: Sizes, scheme: ZeroScheme, sharded_build: str) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator
 
 from timm.models import is_model
@@ -10,8 +12,9 @@ from yacs.config import CfgNode
 from internvl_ds.config.choices import require_one_of
 from internvl_ds.config.ds.diagnostics import Diagnostic, diagnostic
 from internvl_ds.config.tree import get_option
-from internvl_ds.errors import ConfigError
+from internvl_ds.errors import ConfigError, brief
 from internvl_ds.train.datasets.checks import reads_parts
+from internvl_ds.train.objective.class_weights import BALANCED
 
 _CHOICES = {
     'TRAIN.LOSS': ('', 'bce'),
@@ -21,8 +24,9 @@ _CHOICES = {
 
 
 def contradictions(config: CfgNode) -> Iterator[Diagnostic]:
-    """The faults of TRAIN.LOSS, DIST_BN and DISTILL, and DATA.REPEATED_AUG, each with its key."""
-    for key, text in [*_of_loss(config), *_of_teacher(config), *_of_repeats(config)]:
+    """The faults of TRAIN's loss, teacher and saves, and of DATA's weights and repeats, by key."""
+    faults = _of_loss, _of_weights, _of_teacher, _of_repeats, _of_saves
+    for key, text in itertools.chain.from_iterable(each(config) for each in faults):
         yield diagnostic('', text, yacs=key)
 
 
@@ -47,6 +51,20 @@ def _of_loss(config: CfgNode) -> Iterator[tuple[str, str]]:
         if train.LOSS != 'bce' and (value := get_option(config, key)) != default:
             text = f"{key} {value} is of TRAIN.LOSS 'bce', and that is {train.LOSS!r}"
             yield key, f'{text}: set one of them otherwise'
+
+
+def _of_weights(config: CfgNode) -> Iterator[tuple[str, str]]:
+    key, weights, count = 'DATA.CLASS_WEIGHTS', config.DATA.CLASS_WEIGHTS, config.MODEL.NUM_CLASSES
+    if weights in (None, BALANCED):
+        return
+    numbers = isinstance(weights, list | tuple) and all(
+        isinstance(each, int | float) and 0 <= each < math.inf for each in weights
+    )
+    if not numbers or not any(weights):
+        due = f'{BALANCED!r}, or numbers from 0 on by label, of which one is above 0, or None'
+        yield key, f'{key} is {brief(weights)}; it takes {due}'
+    elif count and len(weights) != count:
+        yield key, f'{key} has {len(weights)} numbers, and MODEL.NUM_CLASSES is {count}'
 
 
 def _of_teacher(config: CfgNode) -> Iterator[tuple[str, str]]:
@@ -80,3 +98,13 @@ def _of_repeats(config: CfgNode) -> Iterator[tuple[str, str]]:
             f'{key} {data.REPEATED_AUG} has several ranks read an image, and {which} keeps it on '
             'one: set one of them otherwise',
         )
+
+
+def _of_saves(config: CfgNode) -> Iterator[tuple[str, str]]:
+    train, key = config.TRAIN, 'TRAIN.SAVE_OVERHEAD'
+    share = train.SAVE_OVERHEAD
+    if not 0 <= share < 1:
+        yield key, f'{key} is {share}, and a share of the time is from 0 to below 1'
+    for other in ('TRAIN.SAVE_STEPS', 'TRAIN.SAVE_MINUTES'):
+        if share and (value := get_option(config, other)):
+            yield key, f'{key} {share} and {other} {value} both say how often to save: set one to 0'

@@ -25,6 +25,15 @@ _PLAIN = {
 }  # fmt: skip
 
 
+def teacher_config(config: CfgNode) -> CfgNode | None:
+    """The tree of which the model TRAIN.DISTILL.TEACHER is built; None where none is named."""
+    name, weights = config.TRAIN.DISTILL.TEACHER, config.TRAIN.DISTILL.PRETRAINED
+    if not name:
+        return None
+    options = {**_PLAIN, 'MODEL.NAME': name, 'MODEL.PRETRAINED': weights}
+    return set_options(config.clone(), options)
+
+
 def build_teacher(config: CfgNode, logger: logging.Logger) -> nn.Module | None:
     """The model TRAIN.DISTILL.TEACHER with its weights, whole; None where none is named.
 
@@ -34,11 +43,10 @@ def build_teacher(config: CfgNode, logger: logging.Logger) -> nn.Module | None:
         ConfigError: where TRAIN.DISTILL.PRETRAINED lacks weights of it.
         PretrainedError: as `load_pretrained`, also for a head of another length.
     """
-    name, weights = config.TRAIN.DISTILL.TEACHER, config.TRAIN.DISTILL.PRETRAINED
-    if not name:
+    own = teacher_config(config)
+    if own is None:
         return None
-    options = {**_PLAIN, 'MODEL.NAME': name, 'MODEL.PRETRAINED': weights}
-    own = set_options(config.clone(), options)
+    name, weights = own.MODEL.NAME, own.MODEL.PRETRAINED
     model = build_model(own)
     try:
         report = load_pretrained(own, model, logger)
@@ -79,19 +87,25 @@ class Teacher:
     def joined(
         self, loss: torch.Tensor, logits: torch.Tensor, images: torch.Tensor
     ) -> torch.Tensor:
-        """The loss of a batch with the teacher's part: ALPHA of the whole.
+        """As the function `joined`, of its answers to ``images``, which are as for `logits`."""
+        return joined(self._settings, loss, logits, self.logits(images))
 
-        Args:
-            loss: of the labels.
-            logits: the student's, float32.
-            images: as for `logits`.
-        """
-        theirs, t = self.logits(images), self._settings.TEMPERATURE
-        if self._settings.TYPE == 'hard':
-            part = F.cross_entropy(logits, theirs.argmax(dim=-1))
-        else:  # times t * t: gradients of one size at any temperature
-            targets = F.softmax(theirs / t, dim=-1)
-            part = F.kl_div(F.log_softmax(logits / t, dim=-1), targets, reduction='batchmean')
-            part = part * t * t
-        alpha = self._settings.ALPHA
-        return (1 - alpha) * loss + alpha * part
+
+def joined(
+    settings: CfgNode, loss: torch.Tensor, logits: torch.Tensor, theirs: torch.Tensor
+) -> torch.Tensor:
+    """The loss of a batch with a part that follows a teacher: ALPHA of the whole.
+
+    Args:
+        settings: TRAIN.DISTILL.
+        loss: of the labels.
+        logits, theirs: the student's and the teacher's, float32, (images, classes).
+    """
+    t = settings.TEMPERATURE
+    if settings.TYPE == 'hard':
+        part = F.cross_entropy(logits, theirs.argmax(dim=-1))
+    else:  # times t * t: gradients of one size at any temperature
+        targets = F.softmax(theirs / t, dim=-1)
+        part = F.kl_div(F.log_softmax(logits / t, dim=-1), targets, reduction='batchmean')
+        part = part * t * t
+    return (1 - settings.ALPHA) * loss + settings.ALPHA * part

@@ -26,7 +26,7 @@ from internvl_ds.config.tree import default_config
 from internvl_ds.errors import CheckpointError, ConfigError, PretrainedError
 from internvl_ds.files.addresses import redacted
 from internvl_ds.pretrained import load_pretrained
-from internvl_ds.train.log import write_config
+from internvl_ds.train.reporting.log import write_config
 from tests.checkpoint.sources.test_open_weights import Payload
 from tests.harness.ranks import base_env
 from tests.harness.servers import redirect, reply, serving, trickle

@@ -18,6 +18,7 @@ from internvl_ds.config.tree import default_config, merge_opts
 from internvl_ds.engine.ema import ShardedEma
 from internvl_ds.train.model import build_model, input_dtype
 from internvl_ds.train.objective.criterion import build_criterion
+from internvl_ds.train.objective.distill import Teacher, build_teacher
 from internvl_ds.train.optim import build_optimizer
 
 _CHANNELS = 3
@@ -86,7 +87,16 @@ def _measure(config: CfgNode, ds_config: dict[str, Any]) -> dict[str, int]:
     engine, optimizer = initialize(config, model, build_optimizer(config, model, 1e-3), ds_config)
     ema = ShardedEma(engine) if config.TRAIN.EMA.ENABLE else None
     scaler = NativeScalerWithGradNormCount()
-    criterion = build_criterion(config, soft_targets=False)
+    loss_of = build_criterion(config, soft_targets=False)
+    if (plain := build_teacher(config, logging.getLogger())) is not None:
+        teacher = Teacher(config, plain, engine)
+    else:
+        teacher = None
+
+    def criterion(logits: Any, labels: Any, images: Any) -> Any:
+        loss = loss_of(logits, labels)
+        return loss if teacher is None else teacher.joined(loss, logits, images)
+
     steps = engine.gradient_accumulation_steps()
     for micro in range(steps):  # makes the optimizer's state, and stage 3's order of modules
         _micro_batch(config, engine, optimizer, scaler, criterion, micro + 1 == steps)
@@ -143,7 +153,7 @@ def _micro_batch(
     with watch or nullcontext():
         images = torch.randn(batch, _CHANNELS, side, side)
         labels = torch.randint(config.MODEL.NUM_CLASSES, (batch,))
-        loss = criterion(engine(images.to(input_dtype(engine))).float(), labels)
+        loss = criterion(engine(images.to(input_dtype(engine))).float(), labels, images)
         forward = allocated()
         scaler(
             loss / engine.gradient_accumulation_steps(), optimizer,

@@ -1,6 +1,8 @@
 """What a plan says, beside what 2 real ranks allocate: three timm models at ZeRO stages 0 to 3."""
 
 import pytest
+import timm
+import torch
 
 from internvl_ds.config.ds import resolve as ds
 from internvl_ds.tools.plan.memory_planner import MemoryPlanner
@@ -13,7 +15,7 @@ _SHARED = 'MODEL.TYPE timm MODEL.NUM_CLASSES 10 MODEL.DROP_PATH_RATE 0.0'
 # Wide and shallow: what Python keeps for each module is not planned.
 MODELS = {
     'vit': f'{_SHARED} MODEL.NAME vit_small_patch16_224 MODEL.KWARGS.depth 4 DATA.IMG_SIZE 64 '
-    'DATA.BATCH_SIZE 4 AMP_OPT_LEVEL O2 AMP_TYPE bfloat16',
+    'DATA.BATCH_SIZE 4 AMP_OPT_LEVEL O2 AMP_TYPE bfloat16 TRAIN.DISTILL.TEACHER resnet18',
     'resnet': f'{_SHARED} MODEL.NAME resnet18 DATA.IMG_SIZE 64 DATA.BATCH_SIZE 8 AMP_OPT_LEVEL O0',
     'convnext': f'{_SHARED} MODEL.NAME convnext_nano MODEL.KWARGS.depths [1,1,1,1] '
     'DATA.IMG_SIZE 64 DATA.BATCH_SIZE 8 AMP_OPT_LEVEL O0 TRAIN.ACCUMULATION_STEPS 2 '
@@ -34,16 +36,20 @@ def ds_config(stage):
 def measured(tmp_path_factory):
     """Model and stage -> what each rank found. One launch: most of its time is its start."""
     root = tmp_path_factory.mktemp('measured')
+    weights = root / 'teacher.pth'
+    torch.save(timm.create_model('resnet18', num_classes=10).state_dict(), weights)
+    paths = {'vit': f' TRAIN.DISTILL.PRETRAINED {weights}'}
     # What a process allocates once and keeps, such as buffers and kernels, comes first. oneDNN
     # keeps a kernel for each shape and precision of a product: of bf16 ones half a MiB each, on
     # CPUs that have instructions for it (10.8 MB for the 16 shapes of vit).
     once = [(f'{_TINY} DATA.BATCH_SIZE 2 AMP_OPT_LEVEL O0', 3)]
-    once += [(opts, 0) for opts in MODELS.values()]
+    once += [(opts + paths.get(model, ''), 0) for model, opts in MODELS.items()]
     keys = [(model, stage) for model in MODELS for stage in range(4)]
     cases = [[opts.split(), ds_config(stage)] for opts, stage in once]
     for model, stage in keys:
         output = ['OUTPUT', f'{root}/{stage}'] if model == _SAVED else []
-        cases.append([[*MODELS[model].split(), *output], ds_config(stage)])
+        opts = MODELS[model] + paths.get(model, '')
+        cases.append([[*opts.split(), *output], ds_config(stage)])
     of_ranks = run_ranks(measuring.measure, _RANKS, root, timeout=540, cases=cases)
     of_cases = list(zip(*of_ranks, strict=True))[len(once) :]
     return dict(zip(keys, of_cases, strict=True))

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import timm
 import torch
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
@@ -162,6 +163,25 @@ class TestActivations:
         )
         assert recomputed.activations(32) < 0.7 * plain.activations(32)
 
+    def test_a_teacher_is_whole_on_each_rank_and_its_answers_are_made_in_the_step(self):
+        opts = 'TRAIN.DISTILL.TEACHER', 'resnet18', 'TRAIN.DISTILL.PRETRAINED', 'no.pth'
+        plain, taught = MemoryPlanner(config_of()), MemoryPlanner(config_of(*opts))
+        model = timm.create_model('resnet18', num_classes=10)
+        floats = [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]
+        weights, counts = sum(t.numel() for t in floats), 8 * 20  # batches seen, of 20 batch norms
+        for stage in (0, 3):
+            layout = scheme(stage, 2, plain.sizes)
+            one, other = (planner.need_of(layout, recompute=False) for planner in (plain, taught))
+            assert other.static.weights - one.static.weights == 2 * weights + counts
+            assert other.build - one.build == 4 * weights + counts
+            assert other.parts.gradients == one.parts.gradients
+        step = taught.step_of(layout, recompute=False)
+        with_answers = 4 * 4 * 10  # of 4 images, float32
+        saved = plain.step_of(layout, recompute=False).saved
+        assert saved + with_answers <= step.saved <= saved + 4 * with_answers
+        # resnet18's first convolution has 16 x 16 x 64 values of each of 4 images, in bf16.
+        assert step.activations.max() >= step.saved + 4 * 16 * 16 * 64 * 2
+
     def test_end_with_every_gradient_finished(self):
         config = config_of()
         trained = sizes_of(meta_model(config), config).trained
@@ -223,7 +243,7 @@ class TestActivations:
         assert saved[True] - saved[False] == pytest.approx(-1000 * 512 * 2, rel=0.01)
 
 
-def loss(logits):
+def loss(logits, theirs=None):
     return torch.nn.functional.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long))
 
 
@@ -410,7 +430,8 @@ class TestCommand:
     WORDS = ('plan', '--cfg', 'digits_quickstart', '--gpus', '8', '--gpu-mem', '80GB')
 
     def test_json_has_every_option_and_the_choice(self, capsys):
-        assert main([*self.WORDS, '--cpu-mem', '1TiB', '--disk-rate', '2GB/s', '--json']) == 0
+        more = '--cpu-mem', '1TiB', '--disk-rate', '2GB/s', '--host-mtbf', '500'
+        assert main([*self.WORDS, *more, '--json']) == 0
 
         tree = json.loads(capsys.readouterr().out)
         combinations = {(o['stage'], o['offload'], o['recompute']) for o in tree['options']}
@@ -423,6 +444,7 @@ class TestCommand:
             ]
         }  # fmt: skip
         assert tree['precision'] == 'bf16'
+        assert tree['failures']['between'] == 500 * 3600
         assert tree['machine']['host_bytes'] == 2**40
         for option in tree['options']:
             passing = sum(option['device'].values())

@@ -8,7 +8,7 @@ from typing import Any
 
 from internvl_ds.checkpoint.formats.compare import contents_of
 from internvl_ds.train import loop
-from internvl_ds.train.log import MetricsLog
+from internvl_ds.train.reporting.log import MetricsLog
 from internvl_ds.train.setup import setup
 from tests.harness.training import small_config
 

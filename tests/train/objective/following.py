@@ -53,8 +53,16 @@ def _batches(config: Any, rank: int, multi_hot: bool) -> Iterator[tuple[torch.Te
         yield loaders.mixup(images, labels) if loaders.mixup else (images, labels)
 
 
-def _plain_loss(config: Any, model: nn.Module, bce: dict[str, Any] | None) -> Any:
+def _plain_loss(
+    config: Any, model: nn.Module, bce: dict[str, Any] | None, weights: list[float] | None
+) -> Any:
     """What a plain loop computes of images and targets, of timm's and torch's own parts."""
+    if weights is not None:
+        smoothing = 0.0 if config.AUG.MIXUP else config.MODEL.LABEL_SMOOTHING
+        weighted = nn.CrossEntropyLoss(
+            torch.tensor(weights), reduction='sum', label_smoothing=smoothing
+        )
+        return lambda images, targets: weighted(model(images), targets) / len(images)
     if bce is not None:
         criterion = BinaryCrossEntropy(**bce)
         return lambda images, targets: criterion(model(images), targets)
@@ -85,10 +93,12 @@ def follow_plain_loop(
     opts: dict[str, Any],
     bce: dict[str, Any] | None = None,
     multi_hot: bool = False,
+    weights: list[float] | None = None,
 ) -> dict[str, Any]:
     """One epoch with ``opts``, and of a plain loop with timm's own loss, made of ``bce``.
 
-    Without ``bce`` the loop distils as timm's task does.
+    Without ``bce`` the loop has torch's cross entropy with ``weights`` of classes, and without
+    these it distils as timm's task does.
     """
     config = small_config(
         Path(data), OUTPUT=output, DATA__BATCH_SIZE=2, TRAIN__OPTIMIZER__NAME='sgd',
@@ -105,7 +115,7 @@ def follow_plain_loop(
 
     seed_everything(config.SEED)
     model = build_model(config)
-    loss_of = _plain_loss(config, model, bce)
+    loss_of = _plain_loss(config, model, bce, weights)
     model.train()
     lrs = scaled_lrs(config, world_size())
     optimizer = build_optimizer(config, model, lrs.base)

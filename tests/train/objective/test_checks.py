@@ -26,6 +26,17 @@ def check(tmp_path, capsys, *opts):
             ['TRAIN.LOSS', 'bce', 'TRAIN.BCE_TARGET_THRESH', '1.5'],
             'TRAIN.BCE_TARGET_THRESH is 1.5; it takes a number from 0 to 1, or None',
         ),
+        (['TRAIN.SAVE_OVERHEAD', '1.0'], 'SAVE_OVERHEAD is 1.0, and a share of the time is from'),
+        (['TRAIN.SAVE_OVERHEAD', '-0.1'], 'TRAIN.SAVE_OVERHEAD is -0.1, and a share'),
+        (
+            ['TRAIN.SAVE_OVERHEAD', '0.1', 'TRAIN.SAVE_MINUTES', '5.0'],
+            'TRAIN.SAVE_OVERHEAD 0.1 and TRAIN.SAVE_MINUTES 5.0 both say how often to save',
+        ),
+        (['DATA.CLASS_WEIGHTS', 'equal'], "CLASS_WEIGHTS is 'equal'; it takes 'balanced', or numb"),
+        (['DATA.CLASS_WEIGHTS', '[1, 2]'], 'has 2 numbers, and MODEL.NUM_CLASSES is 10'),
+        (['DATA.CLASS_WEIGHTS', '[0, 0, 0, 0, 0, 0, 0, 0, 0, 0]'], 'of which one is above 0'),
+        (['DATA.CLASS_WEIGHTS', '[1, 2, -1]'], 'is [1, 2, -1]; it takes'),
+        (['DATA.CLASS_WEIGHTS', '2.0'], 'CLASS_WEIGHTS is 2.0; it takes'),
         (['TRAIN.DISTILL.TEACHER', 'resnet18'], "and TRAIN.DISTILL.PRETRAINED '': set both"),
         (['TRAIN.DISTILL.PRETRAINED', 'a.pth'], "TRAIN.DISTILL.TEACHER is '' and"),
         (

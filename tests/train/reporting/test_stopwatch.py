@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from internvl_ds.train.stopwatch import BENCH_FILE, summarize
+from internvl_ds.train.reporting.stopwatch import BENCH_FILE, summarize
 from tests.harness import training
 from tests.harness.ranks import run_ranks
 from tests.harness.training import write_folder

@@ -1,11 +1,11 @@
-"""What a run is set up with, without ranks."""
+"""The cores that a rank takes of its host, without ranks."""
 
 import os
 
 import pytest
 import torch
 
-from internvl_ds.train import setup
+from internvl_ds.train import cores
 from tests.harness.model import make_config
 
 
@@ -22,15 +22,15 @@ def test_ranks_of_a_host_divide_the_cores_that_they_share(monkeypatch, masks, th
     told = []
     for mask in masks:  # each rank's word; rank 0's last
         monkeypatch.setattr(os, 'sched_getaffinity', lambda _, mask=mask: set(mask))
-        monkeypatch.setattr(setup, 'exchange', lambda what, own, limit: told.append(own) or [own])
+        monkeypatch.setattr(cores, 'exchange', lambda what, own, limit: told.append(own) or [own])
         monkeypatch.setattr(torch, 'set_num_threads', lambda n: None)
-        setup._share_cores(make_config())
+        cores.share_cores(make_config())
     taken = []
     monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
-    monkeypatch.setattr(setup, 'exchange', lambda what, own, limit: told)
+    monkeypatch.setattr(cores, 'exchange', lambda what, own, limit: told)
     monkeypatch.setattr(torch, 'set_num_threads', taken.append)
-    setup._share_cores(make_config())
+    cores.share_cores(make_config())
     assert taken == [threads]
     monkeypatch.setenv('OMP_NUM_THREADS', '5')
-    setup._share_cores(make_config())
+    cores.share_cores(make_config())
     assert taken == [threads]

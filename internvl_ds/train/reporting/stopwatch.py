@@ -17,7 +17,7 @@ from yacs.config import CfgNode
 from internvl_ds.dist.rendezvous import exchange, rank, world_size
 from internvl_ds.files import write_text
 from internvl_ds.train.optim import accumulation_steps
-from internvl_ds.train.progress import memory_mib
+from internvl_ds.train.reporting.progress import memory_mib
 
 BENCH_FILE = 'bench.json'
 

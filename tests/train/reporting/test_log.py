@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from internvl_ds.train.log import MetricsLog, close_log, open_log, write_config
-from internvl_ds.train.plot import plot_curves
-from internvl_ds.train.progress import Progress
+from internvl_ds.train.reporting.log import MetricsLog, close_log, open_log, write_config
+from internvl_ds.train.reporting.plot import plot_curves
+from internvl_ds.train.reporting.progress import Progress
 from tests.harness.training import small_config
 
 

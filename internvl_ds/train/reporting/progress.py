@@ -15,7 +15,7 @@ from tqdm import tqdm
 from yacs.config import CfgNode
 
 from internvl_ds.metrics import MyAverageMeter
-from internvl_ds.train.log import PROGRESS
+from internvl_ds.train.reporting.log import PROGRESS
 
 _NORM_WINDOW = 300  # updates that the mean and deviation of the gradient norm cover
 
