@@ -129,9 +129,8 @@ def _is_same(write: Callable[[IO[bytes]], None], file: IO[bytes], size: int) -> 
     except Exception:
         if earlier.error is not None:
             raise earlier.error from None
-        if earlier.is_same:  # it cannot be written either
-            raise
-    return earlier.is_same and earlier.size == size
+        return False  # at a difference; or it cannot be written either, which says so there
+    return earlier.size == size
 
 
 class _Earlier(io.RawIOBase):
@@ -139,13 +138,12 @@ class _Earlier(io.RawIOBase):
 
     Attributes:
         size: bytes that were the same.
-        is_same: whether no difference was found: torch.save makes other errors of those from here.
-        error: of reading.
+        error: of reading; torch.save makes other errors of those from here.
     """
 
     def __init__(self, descriptor: int) -> None:
         super().__init__()
-        self.size, self.is_same = 0, True
+        self.size = 0
         self.error: OSError | None = None
         self._descriptor = descriptor
 
@@ -156,8 +154,7 @@ class _Earlier(io.RawIOBase):
         view = memoryview(data).cast('B')
         for start in range(0, len(view), _PIECE):
             piece = view[start : start + _PIECE]
-            if not (self.is_same and self._has(piece)):
-                self.is_same = False
+            if not self._has(piece):
                 raise ValueError('is another')
             self.size += len(piece)
         return len(view)

@@ -175,6 +175,19 @@ def test_what_cannot_be_written_is_the_same_error_as_at_the_first_save(tmp_path)
         linker.write({**value('pt'), 'f': lambda: None}, tmp_path / 'b' / NAMES['pt'])
 
 
+@pytest.mark.parametrize('pieces', [[b'abc'], [b'abc', b'def', b'x'], [b'abcdeX'], []])
+def test_a_part_of_the_file_or_more_than_it_is_another_file(tmp_path, pieces):
+    (tmp_path / 'file').write_bytes(b'abcdef')
+
+    def write(file):
+        for piece in pieces:
+            file.write(piece)
+
+    with (tmp_path / 'file').open('rb') as file:
+        assert not unchanged._is_same(write, file, 6)
+        assert unchanged._is_same(lambda other: other.write(b'abcdef'), file, 6)
+
+
 def test_a_difference_ends_the_comparison_at_once(tmp_path, monkeypatch):
     linker = Unchanged()
     with open_safetensors(save(linker, tmp_path, 'e', value('ema'), 'ema')[0]) as file:
