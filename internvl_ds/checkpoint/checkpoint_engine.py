@@ -15,17 +15,15 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 from internvl_ds.checkpoint.copying.copies import Memory, require_unwritten
 from internvl_ds.checkpoint.copying.snapshot import Snapshot, tensor_bytes
-from internvl_ds.checkpoint.formats.ema_files import with_identity
 from internvl_ds.checkpoint.formats.shard_files import read_shard
 from internvl_ds.checkpoint.formats.zero_shards import TagShards
 from internvl_ds.checkpoint.frozen import frozen_file
 from internvl_ds.checkpoint.frozen.frozen_file import FrozenFile
 from internvl_ds.checkpoint.frozen.omitting import Compared, Omitting
 from internvl_ds.checkpoint.frozen.sharing import Seen, Sharing
-from internvl_ds.checkpoint.tag.hashing import save_safetensors, save_tensors
 from internvl_ds.checkpoint.tag.manifest import FileEntry, Identity
+from internvl_ds.checkpoint.tag.unchanged import Unchanged, write_anew
 from internvl_ds.errors import CheckpointError
-from internvl_ds.files.ema_shard import EmaFile
 
 
 class ShardWriter(CheckpointEngine):
@@ -42,6 +40,7 @@ class ShardWriter(CheckpointEngine):
         last_size: bytes that this rank wrote in its last whole save; None before one.
         apart: how this save keeps frozen parameters apart; None where each tag holds them.
         seen, compared: what it may trust of earlier saves.
+        unchanged: links what is as the save before wrote it.
     """
 
     def __init__(self) -> None:
@@ -54,6 +53,7 @@ class ShardWriter(CheckpointEngine):
         self.apart: Sharing | Omitting | None = None
         self.seen: Seen = set()
         self.compared: Compared = {}
+        self.unchanged = Unchanged()
         self._collects = self._in_background = False
         self._files: list[tuple[Path, Any]] = []
         self._first: list[tuple[Path, Any]] = []  # with originals, which wait to change
@@ -67,6 +67,7 @@ class ShardWriter(CheckpointEngine):
         self,
         identity: Identity,
         *,
+        updates: int,
         in_background: bool,
         apart: Sharing | Omitting | None = None,
         steady: Container[Memory] = (),
@@ -77,6 +78,7 @@ class ShardWriter(CheckpointEngine):
 
         Args:
             identity: what every file says of itself.
+            updates: that the engine has applied.
             in_background: whether `finish` runs while training goes on.
             apart: how frozen parameters are kept apart.
             steady, limit: see `Snapshot.begin`; who writes to that memory calls `finish_copy`
@@ -86,6 +88,7 @@ class ShardWriter(CheckpointEngine):
         self._patience = patience
         self.identity, self.apart, self.error, self.entries = identity, apart, None, {}
         self.forget()
+        self.unchanged.begin(identity, updates)
         self._collects, self._in_background = True, in_background
         if in_background:
             self._snapshot.begin(steady, limit)
@@ -179,14 +182,15 @@ class ShardWriter(CheckpointEngine):
         try:
             if isinstance(value, FrozenFile):
                 frozen_file.write(value, path)
-            elif isinstance(value, EmaFile):
-                metadata = with_identity(value.metadata, self.identity)
-                self.entries[path] = save_safetensors(value.tensors, path, metadata)
             else:
-                content = {**value, Identity.KEY: self.identity.to_dict()}
-                self.entries[path] = save_tensors(content, path)
+                self.entries[path] = self._write_file(value, path)
         except Exception as error:
             raise CheckpointError(f'{error}; the file needs {tensor_bytes(value)} bytes') from error
+
+    def _write_file(self, value: Any, path: Path) -> FileEntry:
+        if self._collects:
+            return self.unchanged.write(value, path)
+        return write_anew(value, path, self.identity)  # a script's own call of DeepSpeed
 
     def open(self, path: Path, shards: TagShards) -> None:
         """Reads one shard now, once for all loads until `close`; see `ShardFiles.read`."""

@@ -16,6 +16,7 @@ from internvl_ds.checkpoint.tag.discovery import sizes_of
 from internvl_ds.checkpoint.tag.hashing import flush_and_hash, write_hashed
 from internvl_ds.checkpoint.tag.manifest import (
     FORMAT_APART,
+    FORMAT_LINKED,
     LOOP_FILE,
     STATE_FILE,
     FileEntry,
@@ -81,6 +82,7 @@ def finish(save: Save) -> None:
         if save.writer.error is not None:
             raise error from save.writer.error
         raise
+    save.writer.unchanged.committed(save.output / save.tag)
     save.writer.last_size = sum(entry.size for entry in save.writer.entries.values())
     save.logger.info('%s saved !!!', save.output / save.tag)
 
@@ -110,7 +112,8 @@ def _write_own_files(save: Save) -> dict[str, Any]:
         writer.error = CheckpointError(f'{save.staging_path}: cannot be read again: {error!r}')
     if writer.error is not None:
         return {'error': str(writer.error)}
-    return {'files': {name: list(entry) for name, entry in _entries(save).items()}}
+    files = {name: list(entry) for name, entry in _entries(save).items()}
+    return {'files': files, 'linked': writer.unchanged.linked}
 
 
 def _entries(save: Save) -> dict[str, FileEntry]:
@@ -140,6 +143,8 @@ def _commit(save: Save, reports: list[dict[str, Any]] | None) -> None:
             files[name] = flush_and_hash(save.staging_path / name)
         if save.writer.apart is not None and save.writer.apart.header:
             save.header |= {'frozen': save.writer.apart.header, 'format': FORMAT_APART}
+        if linked := {save: tag for report in reports for save, tag in report['linked'].items()}:
+            save.header |= {'linked': linked, 'format': FORMAT_LINKED}
         header = Header(
             tag=save.tag,
             sequence=commit.next_sequence(save.output),

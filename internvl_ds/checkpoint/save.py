@@ -26,8 +26,8 @@ from internvl_ds.checkpoint.copying.snapshot import tensor_bytes
 from internvl_ds.checkpoint.finish_save import Save, abandon, finish
 from internvl_ds.checkpoint.formats.ema_tensors import ema_file, warn_of_rounding
 from internvl_ds.checkpoint.formats.rng import rng_state
-from internvl_ds.checkpoint.frozen.omitting import omitting
-from internvl_ds.checkpoint.frozen.sharing import apart_from, sharing
+from internvl_ds.checkpoint.frozen.apart import apart_of
+from internvl_ds.checkpoint.frozen.sharing import apart_from
 from internvl_ds.checkpoint.optimizer_state import optimizer_name
 from internvl_ds.checkpoint.proof import wanted_of
 from internvl_ds.checkpoint.tag import commit
@@ -41,12 +41,12 @@ from internvl_ds.checkpoint.tag.retention import (
     KeepSteps,
     Policy,
 )
-from internvl_ds.config.choices import copies_later, frozen_of
+from internvl_ds.config.choices import copies_later
 from internvl_ds.config.ds.resolve import precision_of
 from internvl_ds.config.tree import checkpoint_option, copy_of_tree, get_option
 from internvl_ds.dist.rendezvous import exchange, from_rank_0, rank, world_size
 from internvl_ds.engine.ema import ShardedEma
-from internvl_ds.engine.registry import engine_of, registration_of, wrapper_of
+from internvl_ds.engine.registry import applied_updates, engine_of, registration_of, wrapper_of
 from internvl_ds.engine.scheduling import schedule_state, warn_of_slow_schedule
 from internvl_ds.errors import CheckpointError, RankError, few
 from internvl_ds.files.ema_shard import EmaFile
@@ -277,12 +277,7 @@ def _require_space(save: Save, sizes: list[int]) -> None:
 
 def _begin_copy(save: Save, wrapper: Wrapper, model_ema: Any, config: CfgNode) -> None:
     """Readies the writer: how frozen parameters are kept, and what may be copied later."""
-    writer, frozen = save.writer, frozen_of(config)
-    apart: Any = None
-    if frozen == 'once':
-        apart = sharing(wrapper, save.output, save.staging_path, writer.seen)
-    elif frozen == 'omit':
-        apart = omitting(wrapper, writer.compared)
+    writer = save.writer
     steady: set[Memory] = set()
     if save.in_background and copies_later(config):
         own = isinstance(model_ema, ShardedEma) and model_ema.engine is wrapper.engine
@@ -290,8 +285,9 @@ def _begin_copy(save: Save, wrapper: Wrapper, model_ema: Any, config: CfgNode) -
         wrapper.before_write = writer.finish_copy
     writer.begin(
         Identity(save.tag, save.header['save'], rank()),
+        updates=applied_updates(wrapper.engine),
         in_background=save.in_background,
-        apart=apart,
+        apart=apart_of(wrapper, config, save.staging_path, writer, save.logger),
         steady=steady,
         limit=int(checkpoint_option(config, 'ASYNC_MEMORY') * 2**30),
         patience=save.io_timeout,

@@ -9,8 +9,8 @@ from yacs.config import CfgNode
 from internvl_ds.config.tree import checkpoint_option
 from internvl_ds.errors import ConfigError
 
-_ASYNC_COPY = ('overlap', 'at once')
-_FROZEN = ('keep', 'once', 'omit')
+_ASYNC_COPY = ('auto', 'overlap', 'at once')
+_FROZEN = ('auto', 'keep', 'once', 'omit')
 
 
 def require_one_of(key: str, value: object, words: Sequence[str]) -> None:
@@ -20,7 +20,11 @@ def require_one_of(key: str, value: object, words: Sequence[str]) -> None:
 
 
 def copies_later(config: CfgNode) -> bool:
-    """Whether CHECKPOINT.ASYNC_COPY is 'overlap'; ConfigError as `require_one_of`."""
+    """Whether CHECKPOINT.ASYNC_COPY is 'overlap'; ConfigError as `require_one_of`.
+
+    'auto' is not: a script may write to weights in ways that nothing notices. The training program
+    puts 'overlap' in its place.
+    """
     value = checkpoint_option(config, 'ASYNC_COPY')
     require_one_of('CHECKPOINT.ASYNC_COPY', value, _ASYNC_COPY)
     return value == 'overlap'

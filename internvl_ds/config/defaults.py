@@ -264,9 +264,10 @@ _C.CHECKPOINT.IO_TIMEOUT = 1800
 # Save in the background: training goes on at once, and waits before its next update for what is
 # not copied yet in memory.
 _C.CHECKPOINT.ASYNC = False
-# When the copy is made. 'overlap': beside the next forward and backward passes. 'at once': before
-# the call returns, for a script that writes to weights or optimizer state itself.
-_C.CHECKPOINT.ASYNC_COPY = 'overlap'
+# When the copy is made. 'overlap': beside the next forward and backward passes, for a script that
+# writes to weights and optimizer state by updates and this package alone. 'at once': before the
+# call returns. 'auto': 'overlap' in the training program without a MODEL.FACTORY, else 'at once'.
+_C.CHECKPOINT.ASYNC_COPY = 'auto'
 # GiB of host memory for the copy of each rank; the next update waits until what is more has been
 # written from where it lies (0: as much as the state takes).
 _C.CHECKPOINT.ASYNC_MEMORY = 0.0
@@ -278,14 +279,16 @@ _C.CHECKPOINT.KEEP_EVERY = 0
 _C.CHECKPOINT.KEEP_STEPS = 1
 
 # What a tag does with the parameters that the optimizer does not train.
-# 'keep': each tag holds them. The default, because such a tag is whole by itself, and plain
-#     DeepSpeed's load_checkpoint takes it as it is; a tag is as large as the model then.
+# 'auto': as 'once' where they are most of the parameters and 64 MiB or more, as in a linear probe,
+#     and OUTPUT has hard links; else as 'keep'.
+# 'keep': each tag holds them, and plain DeepSpeed's load_checkpoint takes it as it is; a tag is as
+#     large as the model then.
 # 'once': they stand in a file that all tags of OUTPUT with the same values share, by hard links:
 #     one on disk, whole in each tag and in a copy of one (where the file system has no links, next
 #     to the tags). Plain DeepSpeed loads the rest, with load_module_strict=False.
 # 'omit': no tag holds them. A tag says which file load_pretrained took them from, and their digest;
 #     a load takes them from there, or from where MODEL.PRETRAINED is now, and refuses another file.
-_C.CHECKPOINT.FROZEN = 'keep'
+_C.CHECKPOINT.FROZEN = 'auto'
 
 # Let several jobs write into one OUTPUT, where tags, metrics and retention of all are then one.
 _C.CHECKPOINT.SHARED_OUTPUT = False

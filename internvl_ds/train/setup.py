@@ -200,6 +200,9 @@ def _setup_training(
             f'{len(loaders.train)} micro-batches of DATA.BATCH_SIZE {config.DATA.BATCH_SIZE} on '
             'each rank; lower one of the two'
         )
+    if config.CHECKPOINT.ASYNC_COPY == 'auto' and not config.MODEL.FACTORY:
+        # A model of the user's own may write to its weights in a forward pass.
+        set_options(config, {'CHECKPOINT.ASYNC_COPY': 'overlap'})
     timeout = config.CHECKPOINT.RENDEZVOUS_TIMEOUT
     if rank() == 0:
         with for_show(Path(config.OUTPUT) / 'config.json', logger):

@@ -32,7 +32,7 @@ from tests.bench.subject import Stack, logger
 from tests.harness.model import make_config, on_device, precision_values, zero_json
 from tests.harness.ranks import run_ranks
 
-HOWS = ('keep', 'once', 'omit')
+HOWS = ('auto', 'keep', 'once', 'omit')
 # InternViT-6B with the original's probe over the class token and the mean of the others.
 FROZEN_6B, TRAINED_6B = 5_900_000_000, 2 * 3200 * 1000 + 1000 + 2 * 2 * 3200
 _TOKENS, _FEATURES = 16, 64
@@ -64,7 +64,7 @@ def report(found: dict[str, Any], millions: float, stage: int) -> str:
     rows = []
     for how in HOWS:
         own = found[how]
-        more = FROZEN_6B * 2 if how == 'keep' else 0
+        more = FROZEN_6B * 2 if holds(found, how) else 0
         at_6b = TRAINED_6B * each + constant(found, how) + more
         rows.append(
             [how, f'{own["bytes"] / 1e6:.2f}', *(f'{s:.2f}' for s in own['seconds']),
@@ -83,9 +83,14 @@ def report(found: dict[str, Any], millions: float, stage: int) -> str:
     )
 
 
+def holds(found: dict[str, Any], how: str) -> bool:
+    """Whether the tags of a setting hold what is frozen; by default those of small models do."""
+    return how in ('auto', 'keep') and not found[how]['frozen']
+
+
 def constant(found: dict[str, Any], how: str) -> int:
     """Bytes of a second tag beside those of its parameters."""
-    kept = found['frozen bytes'] if how == 'keep' else 0
+    kept = found['frozen bytes'] if holds(found, how) else 0
     size: int = found[how]['bytes'] - found['trained'] * found['bytes a trained parameter'] - kept
     return size
 

@@ -108,7 +108,9 @@ class Subject:
     def save(self, output: Path, *, in_background: bool = False) -> Path:
         """`save_checkpoint` of this package."""
         self.engine.checkpoint_engine = self.ours_async if in_background else self.ours
-        config = self._config(OUTPUT=str(output), CHECKPOINT__ASYNC=in_background)
+        config = self._config(
+            OUTPUT=str(output), CHECKPOINT__ASYNC=in_background, CHECKPOINT__ASYNC_COPY='overlap'
+        )
         return Path(
             save_checkpoint(config, 0, self.engine.module, 0.0, self.optimizer, None, None, logger)
         )

@@ -173,6 +173,7 @@ def script(output: str, stage: int, folder: Path, plan: dict[str, Any]) -> None:
     tell = Teller(folder, output, plan)
     run = Run(
         stage, 'fp32', output, CHECKPOINT__ASYNC=plan['async'], SAVE_CKPT_NUM=2,
+        CHECKPOINT__ASYNC_COPY='overlap',
         MODEL__PRETRAINED=_ADDRESS, CHECKPOINT__FROZEN='once',
     )  # fmt: skip
     tag = auto_resume_helper(output, config=run.config)  # which sweeps

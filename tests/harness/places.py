@@ -188,7 +188,9 @@ def save(shared: Path, limits: dict[str, Any]) -> None:
 
 def save_behind(shared: Path, limits: dict[str, Any]) -> None:
     """A script that saves in the background: the next save waits, then `shutdown`."""
-    run = Run(1, 'fp32', 'output', CHECKPOINT__ASYNC=True, **limits)
+    run = Run(
+        1, 'fp32', 'output', CHECKPOINT__ASYNC=True, CHECKPOINT__ASYNC_COPY='overlap', **limits
+    )
     run.steps(0, 1)
     run.save(0)
     run.save(1)
@@ -197,7 +199,9 @@ def save_behind(shared: Path, limits: dict[str, Any]) -> None:
 
 def save_at_the_end(shared: Path, limits: dict[str, Any]) -> None:
     """A script that saves in the background and ends without `shutdown`."""
-    run = Run(1, 'fp32', 'output', CHECKPOINT__ASYNC=True, **limits)
+    run = Run(
+        1, 'fp32', 'output', CHECKPOINT__ASYNC=True, CHECKPOINT__ASYNC_COPY='overlap', **limits
+    )
     run.steps(0, 1)
     run.save(0)
 

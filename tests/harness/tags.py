@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from internvl_ds.checkpoint.formats.state_json import state_text
 from internvl_ds.checkpoint.tag import commit
-from internvl_ds.checkpoint.tag.hashing import write_hashed
+from internvl_ds.checkpoint.tag.hashing import write_hashed, write_safetensors, write_tensors
 from internvl_ds.checkpoint.tag.manifest import STATE_FILE, FileEntry, Header, Manifest, tag_name
 
 SHARD = 'mp_rank_00_model_states.pt'
@@ -58,6 +62,18 @@ def save_tag(
         tag, epoch, commit.next_sequence(output), max_accuracy=max_accuracy, step=step
     )
     return commit.commit(staging, Manifest(header, files), latest=best is None)
+
+
+def save_tensors(value: Any, path: Path) -> FileEntry:
+    """A file of torch.save, as a save writes it."""
+    return write_hashed(path, functools.partial(write_tensors, value))
+
+
+def save_safetensors(
+    tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str] | None = None
+) -> FileEntry:
+    """A .safetensors file, as a save writes it."""
+    return write_hashed(path, functools.partial(write_safetensors, tensors, metadata))
 
 
 def hidden(output: Path) -> list[str]:

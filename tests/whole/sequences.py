@@ -44,6 +44,7 @@ def make_config(output: str, orders: dict[str, Any]) -> CfgNode:
         'TRAIN': {'START_EPOCH': 0, 'ACCUMULATION_STEPS': orders['accumulation']},
         'CHECKPOINT': {
             'ASYNC': orders['background'],
+            'ASYNC_COPY': 'overlap',
             'FROZEN': 'once' if orders['seed'] % 4 else 'keep',
             'KEEP_BEST': best,
             'KEEP_EVERY': every,

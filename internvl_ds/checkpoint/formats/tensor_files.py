@@ -28,7 +28,9 @@ from internvl_ds.files.reading import Unreadable, open_data, require_bounded
 SAFETENSORS_DTYPES = {
     torch.float64: 'F64', torch.float32: 'F32', torch.float16: 'F16', torch.bfloat16: 'BF16',
     torch.int64: 'I64', torch.int32: 'I32', torch.int16: 'I16', torch.int8: 'I8',
-    torch.uint8: 'U8', torch.bool: 'BOOL',
+    torch.uint8: 'U8', torch.bool: 'BOOL', torch.complex64: 'C64', torch.uint16: 'U16',
+    torch.uint32: 'U32', torch.uint64: 'U64', torch.float8_e4m3fn: 'F8_E4M3',
+    torch.float8_e5m2: 'F8_E5M2',
 }  # fmt: skip
 _ZIP_MAGIC = b'PK\x03\x04'
 _LOCAL_HEADER = struct.Struct('<26xHH')

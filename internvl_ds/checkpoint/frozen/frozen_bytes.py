@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 import torch
 import xxhash
@@ -10,6 +11,7 @@ import xxhash
 from internvl_ds.checkpoint.formats.tensor_files import safetensors_header
 from internvl_ds.checkpoint.tag.manifest import FileEntry
 
+_METADATA = {'format': 'pt'}
 _PIECE = 64 << 20  # bytes that are copied from a GPU at a time
 
 
@@ -22,10 +24,12 @@ def entry_of(tensors: Mapping[str, torch.Tensor]) -> FileEntry:
     return FileEntry(size, digest.hexdigest())
 
 
-def bytes_of(tensors: Mapping[str, torch.Tensor]) -> Iterator[bytes | memoryview]:
+def bytes_of(
+    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] = MappingProxyType(_METADATA)
+) -> Iterator[bytes | memoryview]:
     """The bytes of the file, in order; a piece holds until the next is asked for."""
     kinds = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
-    yield safetensors_header(kinds, {'format': 'pt'})
+    yield safetensors_header(kinds, metadata)
     host: torch.Tensor | None = None
     for tensor in tensors.values():
         flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)

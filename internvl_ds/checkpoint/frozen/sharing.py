@@ -6,7 +6,6 @@ name (a hard link), or stays the one file next to the tags where the file system
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 from dataclasses import dataclass, field
@@ -21,19 +20,19 @@ from internvl_ds.checkpoint.frozen.frozen_file import FrozenFile
 from internvl_ds.checkpoint.frozen.model_file import KEY, split
 from internvl_ds.checkpoint.tag.hashing import hash_file
 from internvl_ds.checkpoint.tag.manifest import FileEntry, shared_name
-from internvl_ds.checkpoint.tag.shared import holders
+from internvl_ds.checkpoint.tag.shared import NO_LINK, holders
 from internvl_ds.checkpoint.tag.trash import MARK
 from internvl_ds.config.choices import frozen_of
 from internvl_ds.dist.rendezvous import rank
 from internvl_ds.zero.module_state import tied_names
-from internvl_ds.zero.parameters import is_sharded
+from internvl_ds.zero.parameters import is_sharded, whole_numel
 from internvl_ds.zero.wrapper import Wrapper
 
 logger = logging.getLogger(__name__)
 
-# What says that a file gets no further name here, and not that it has gone.
-_NO_LINK = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EACCES}
 MODEL_FILE = '_model_states.pt'
+# Bytes of frozen parameters that are kept apart unasked.
+_WORTH_IT = 64 << 20
 
 # Of files whose content was compared: device, inode, size, time of the last write.
 Seen = set[tuple[int, int, int, int]]
@@ -78,7 +77,7 @@ class Sharing:
         self.files[name] = entry
         if self._take(name, entry):
             return [(path, left)]
-        folder = self.staging if self._has_links() else self.output
+        folder = self.staging if self.has_links() else self.output
         return [(path, left), (folder / name, FrozenFile(entry, tensors))]
 
     def _take(self, name: str, entry: FileEntry) -> bool:
@@ -93,7 +92,7 @@ class Sharing:
                 os.link(path, self.staging / name)
                 return True
             except OSError as error:
-                if error.errno in _NO_LINK and path.parent == self.output:
+                if error.errno in NO_LINK and path.parent == self.output:
                     return True
         return False
 
@@ -107,7 +106,8 @@ class Sharing:
             self.seen.add(known)
         return True
 
-    def _has_links(self) -> bool:
+    def has_links(self) -> bool:
+        """Whether the file system gives a file several names."""
         probe = self.staging / f'.link-{rank()}'
         try:
             os.link(self.staging / MARK, probe)
@@ -138,9 +138,21 @@ def frozen_names(wrapper: Wrapper) -> frozenset[str]:
     )
 
 
+def frozen_mode(wrapper: Wrapper, config: CfgNode) -> str:
+    """CHECKPOINT.FROZEN; for 'auto' the mode that it means for this engine, on all ranks."""
+    mode = frozen_of(config)
+    if mode != 'auto':
+        return mode
+    frozen, named = frozen_names(wrapper), list(wrapper.engine.module.named_parameters())
+    apart = [p for name, p in named if name in frozen]
+    count, size = sum(map(whole_numel, apart)), sum(whole_numel(p) * p.itemsize for p in apart)
+    is_most = 2 * count > sum(whole_numel(p) for _, p in named)
+    return 'once' if is_most and size >= _WORTH_IT else 'keep'
+
+
 def apart_from(wrapper: Wrapper, config: CfgNode) -> dict[str, torch.Tensor]:
     """The whole parameters kept apart from a tag; none at stage 3, which keeps slices."""
-    if frozen_of(config) == 'keep':
+    if frozen_mode(wrapper, config) == 'keep':
         return {}
     frozen, named = frozen_names(wrapper), wrapper.engine.module.named_parameters()
     return {n: p.detach() for n, p in named if n in frozen and not is_sharded(p)}

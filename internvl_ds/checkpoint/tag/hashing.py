@@ -19,9 +19,9 @@ from typing import IO, Any
 
 import torch
 import xxhash
-from safetensors.torch import save_file
 
 from internvl_ds.checkpoint.formats.allowed import PortablePickle
+from internvl_ds.checkpoint.frozen.frozen_bytes import bytes_of
 from internvl_ds.checkpoint.tag.manifest import FileEntry
 from internvl_ds.files import flush
 from internvl_ds.files.reading import open_data
@@ -56,37 +56,26 @@ def write_hashed(path: Path, write: Callable[[IO[bytes]], object]) -> FileEntry:
     return FileEntry(raw.size, raw.hash.hexdigest())
 
 
-def save_tensors(value: Any, path: Path) -> FileEntry:
-    """`torch.save` without the zip's CRC, which costs more than all the rest; see `write_hashed`.
+def write_tensors(value: Any, file: IO[bytes]) -> None:
+    """`torch.save` without the zip's CRC, which costs more than all the rest.
 
     ``torch.load`` does not look at the CRC; the ``unzip`` command complains of it.
     """
-
-    def write(file: IO[bytes]) -> None:
-        with _without_crc():
-            torch.save(value, file, pickle_module=PortablePickle)
-
-    return write_hashed(path, write)
+    with _without_crc():
+        torch.save(value, file, pickle_module=PortablePickle)
 
 
-def save_safetensors(
-    tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None
-) -> FileEntry:
-    """Writes tensors of any device and layout, with the read permissions of the directory.
+def write_safetensors(
+    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None, file: IO[bytes]
+) -> None:
+    """The bytes of a .safetensors file; the tensors of the widest numbers first, so all lie even.
 
-    The file is flushed to disk, and hashed from the page cache.
+    Raises:
+        KeyError: for a dtype that the format has no name for.
     """
-    copies = {}
-    memories = set()
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        memory = tensor.untyped_storage().data_ptr()
-        # safetensors refuses tensors that share memory
-        copies[name] = tensor.clone() if memory in memories else tensor
-        memories.add(memory)
-    save_file(copies, path, metadata)
-    path.chmod(path.parent.stat().st_mode & 0o666)  # save_file makes it private
-    return flush_and_hash(path)
+    ordered = sorted(tensors.items(), key=lambda pair: -pair[1].itemsize)
+    for piece in bytes_of(dict(ordered), metadata or {}):
+        file.write(piece)
 
 
 def flush_and_hash(path: Path) -> FileEntry:

@@ -73,8 +73,10 @@ def require_identity(path: Path, entry: Any, header: Header) -> None:
         entry: what the file says of itself, as `Identity.to_dict` gives it; None for nothing.
         header: of the tag that it lies in; one of an earlier version does not say its save.
     """
-    right = Identity(header.tag, header.save, file_rank(path.name)).to_dict()
-    if not header.save or entry == right:
+    rank = file_rank(path.name)
+    right = Identity(header.tag, header.save, rank).to_dict()
+    linked = [Identity(tag, save, rank).to_dict() for save, tag in header.linked.items()]
+    if not header.save or entry in (right, *linked):
         return
     text = 'what does not say whose it is' if entry is None else Identity.describe(entry)
     raise CheckpointError(

@@ -19,6 +19,8 @@ LOOP_FILE = 'loop_rank_{}.json'
 FORMAT = 2
 # Of a tag whose frozen parameters stand apart, which earlier versions cannot read.
 FORMAT_APART = 3
+# Of a tag with files of an earlier save, which earlier versions take for those of another tag.
+FORMAT_LINKED = 4
 
 # A header is read from this many bytes at the front of the file.
 HEADER_BYTES = 4096
@@ -31,7 +33,7 @@ _NAME_LENGTH = 255
 _FILES = ',\n "files": {'
 _DIGEST = ',\n "xxh3_128": "'
 # Fields of the header that the manifests of earlier versions lack.
-_LATER = ('step', 'save', 'frozen')
+_LATER = ('step', 'save', 'frozen', 'linked')
 
 
 class FileEntry(NamedTuple):
@@ -61,6 +63,8 @@ class Header:
             earlier versions.
         frozen: where the frozen parameters are that stand apart: see CHECKPOINT.FROZEN; empty where
             none do.
+        linked: of files that this save links, because an earlier one had written the same bytes:
+            `save` -> `tag` of what wrote them, as they say themselves; empty where it wrote all.
     """
 
     tag: str
@@ -78,6 +82,7 @@ class Header:
     step: int | None = None
     save: str = ''
     frozen: dict[str, str] = field(default_factory=dict)
+    linked: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -185,7 +190,8 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     'zero_stage': lambda v: _is_count(v) and v <= 3,
     'world_size': lambda v: _is_count(v) and 0 < v <= 1 << 20,
     **dict.fromkeys(
-        ('versions', 'frozen'), lambda v: isinstance(v, dict) and all(map(_is_text, v.values()))
+        ('versions', 'frozen', 'linked'),
+        lambda v: isinstance(v, dict) and all(map(_is_text, v.values())),
     ),
 }
 
@@ -197,8 +203,8 @@ def _with_digest(body: str) -> str:
 def _header(tree: Any, where: str) -> Header:
     if not isinstance(tree, Mapping) or not isinstance(tree.get('format'), int):
         raise CheckpointError(f'{where}: not a checkpoint manifest')
-    if tree['format'] not in (FORMAT, FORMAT_APART):
-        newer = f'and this version reads up to {FORMAT_APART}: upgrade internvl_ds'
+    if tree['format'] not in (FORMAT, FORMAT_APART, FORMAT_LINKED):
+        newer = f'and this version reads up to {FORMAT_LINKED}: upgrade internvl_ds'
         older = 'of a development version without checksums, and this version does not read it'
         other = newer if tree['format'] > FORMAT else older
         raise CheckpointError(f'{where}: manifest format {brief(tree["format"])}, {other}')

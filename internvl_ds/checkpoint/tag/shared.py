@@ -1,24 +1,34 @@
-"""Files that several tags of an output directory have: CHECKPOINT.FROZEN 'once'. Knows no ranks.
+"""Files that several tags of an output directory have, by hard links. Knows no ranks.
 
-Each tag has a hard link to such a file, and the file system counts them. Where it has no links, the
-file lies next to the tags, and goes with the last tag whose manifest lists it.
+The file system counts the links, so a tag goes as any other. What CHECKPOINT.FROZEN 'once' shares
+has a name of its own and, where the file system has no links, lies next to the tags and goes with
+the last one whose manifest lists it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
 import os
 import stat
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from internvl_ds.checkpoint.tag.discovery import ASIDE, read_manifest
-from internvl_ds.checkpoint.tag.manifest import is_shared
+from internvl_ds.checkpoint.tag.discovery import ASIDE, file_sizes, read_manifest
+from internvl_ds.checkpoint.tag.manifest import FileEntry, is_shared
 from internvl_ds.checkpoint.tag.sweep import STAGING
 from internvl_ds.checkpoint.tag.trash import unlink
 from internvl_ds.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
+
+# Of files that were read: device, inode, size, time of the last write -> what was found.
+Known = dict[tuple[int, int, int, int], FileEntry]
+
+# What says that a file gets no further name here, and not that it has gone.
+NO_LINK = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EACCES}
 
 
 def holders(output: Path, name: str) -> list[Path]:
@@ -55,26 +65,28 @@ def remove_unneeded(output: Path) -> list[str]:
     return goes
 
 
-def own_size(tag: Path, sizes: Iterable[tuple[str, int]]) -> int:
-    """Bytes that removing a tag frees: the size of its files that no other tag links."""
-    total = 0
-    for name, size in sizes:
-        path = tag / name
-        alone = not is_shared(name) or (_is_file(path) and path.stat().st_nlink == 1)
-        total += size if alone else 0
-    return total
+def freed_by(tags: Iterable[Path]) -> int:
+    """Bytes that removing tags frees together: of files whose every link lies in one of them."""
+    found = [status for tag in tags for status in _files_in(tag)]
+    links = Counter((status.st_dev, status.st_ino) for status in found)
+    single = {(s.st_dev, s.st_ino): s for s in found}
+    return sum(s.st_size for key, s in single.items() if s.st_nlink <= links[key])
 
 
 def counted_again(tags: Iterable[Path]) -> int:
     """Bytes that the sizes of several tags count again, though they are on disk once."""
-    total, once = 0, {}
-    for tag in tags:
-        for name in filter(is_shared, os.listdir(tag) if tag.is_dir() else ()):
-            if _is_file(tag / name):
-                status = (tag / name).stat()
-                total += status.st_size
-                once[status.st_dev, status.st_ino] = status.st_size
-    return total - sum(once.values())
+    found = [status for tag in tags if tag.is_dir() for status in _files_in(tag)]
+    once = {(status.st_dev, status.st_ino): status.st_size for status in found}
+    return sum(status.st_size for status in found) - sum(once.values())
+
+
+def _files_in(tag: Path) -> Iterator[os.stat_result]:
+    """Of the regular files below a tag, the manifest left out; a link to one elsewhere is none."""
+    for name in file_sizes(tag):
+        with contextlib.suppress(FileNotFoundError):  # a run prunes meanwhile
+            status = os.lstat(tag / name)
+            if stat.S_ISREG(status.st_mode):
+                yield status
 
 
 def _is_file(path: Path) -> bool:

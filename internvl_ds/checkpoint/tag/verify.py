@@ -15,6 +15,7 @@ from internvl_ds.checkpoint.tag.identity import require_identity
 from internvl_ds.checkpoint.tag.manifest import (
     LOOP_FILE,
     STATE_FILE,
+    FileEntry,
     Identity,
     Manifest,
     file_rank,
@@ -22,6 +23,7 @@ from internvl_ds.checkpoint.tag.manifest import (
     wrong_files,
 )
 from internvl_ds.checkpoint.tag.places import place_of
+from internvl_ds.checkpoint.tag.shared import Known
 from internvl_ds.errors import CheckpointError
 from internvl_ds.files.reading import interpreting
 
@@ -56,10 +58,13 @@ def ema_files_of_rank(manifest: Manifest, rank: int) -> list[str]:
     return [STATE_FILE, *(name for name in files if file_rank(name) in (0, rank))]
 
 
-def damage(tag: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
+def damage(
+    tag: Path, manifest: Manifest, names: Iterable[str], known: Known | None = None
+) -> list[str]:
     """Reads the named files whole; describes each difference from the manifest.
 
-    A name that the manifest does not list is damage too.
+    A name that the manifest does not list is damage too. Several tags may have one file by links:
+    with the same ``known`` for all it is read once.
     """
     damages = []
     for name in names:
@@ -69,7 +74,7 @@ def damage(tag: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
             continue
         path = place_of(tag, name)
         try:
-            actual = hash_file(path, entry.size)
+            actual = _hash(path, entry.size, {} if known is None else known)
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             text = f'{path}: cannot be read: {reason}'
@@ -86,6 +91,14 @@ def damage(tag: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
         else:
             damages += _foreign(path, manifest)
     return damages
+
+
+def _hash(path: Path, size: int, known: Known) -> FileEntry:
+    status = path.stat()
+    key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    if status.st_size != size or key not in known:  # of another size only that is told
+        known[key] = hash_file(path, size)
+    return known[key]
 
 
 def _foreign(path: Path, manifest: Manifest) -> list[str]:

@@ -24,15 +24,16 @@ verify: ``output``; ``warning``; ``tags``, each with the keys of a tag.
 a tag: ``tag``, ``path``, ``size`` (bytes), ``epoch``, ``max_accuracy``, ``sequence``, ``saved_at``,
     ``zero_stage``, ``world_size``, ``precision``, ``global_steps``, ``versions``, ``step``;
     ``frozen``, where frozen parameters are that the tag shares with others (see
-    CHECKPOINT.FROZEN): ``kept`` and ``output``; or an empty object;
+    CHECKPOINT.FROZEN): ``kept`` and ``output``; or an empty object; ``linked``, the earlier saves
+    that wrote files of it, and their tags;
     ``verified``, one of 'sizes', 'checksums', 'no manifest', 'no source', 'damaged';
     ``problems``, a list of sentences.
 show: the keys of a tag; ``format`` of the manifest; ``files``, each with ``name``, ``size`` and
     ``xxh3_128``; ``state``: ``epoch``, ``max_accuracy``, ``max_accuracy_ema``, ``ema_decay``, the
     names that ``lr_scheduler`` and ``scaler`` hold, and ``classes``, how many class names it keeps;
     with --config ``config``, YAML.
-prune: ``output``; ``dry_run``; ``pruned``, each with ``tag`` and ``size``; ``size``, their sum,
-    without what stays in other tags; ``kept`` and ``failed``, names of epoch and step tags.
+prune: ``output``; ``dry_run``; ``pruned``, each with ``tag`` and ``size``, what it frees by itself;
+    ``size``, what they free together; ``kept`` and ``failed``, names of epoch and step tags.
 export: ``tag``; ``verified``, whether its checksums could be compared; ``files``, each with
     ``path`` and ``size``.
 diff: ``a`` and ``b``, paths; ``tensors``, how many each has; ``found``, each with ``name``,
@@ -54,7 +55,7 @@ from typing import Any
 
 from internvl_ds.checkpoint.tag import commit, discovery, retention
 from internvl_ds.checkpoint.tag.manifest import STATE_FILE
-from internvl_ds.checkpoint.tag.shared import counted_again, own_size
+from internvl_ds.checkpoint.tag.shared import counted_again, freed_by
 from internvl_ds.checkpoint.tag.sweep import STAGING
 from internvl_ds.checkpoint.tag.trash import TRASH
 from internvl_ds.errors import CheckpointError, CheckpointNotFound, few, shown
@@ -159,7 +160,7 @@ def _list(args: argparse.Namespace) -> int:
     titles = ('tag', 'epoch', 'accuracy', 'size', 'age', 'stage x ranks', 'precision', 'verified')
     say(table(titles, [_row(entry, latest) for entry in entries], right=titles[1:5]))
     if again := counted_again(entry.path for entry in entries):
-        say(f'{human_size(again)} of these sizes are frozen parameters that tags share, there once')
+        say(f'{human_size(again)} of these sizes are of files that tags share, there once')
     if stagings:
         say(f'{len(stagings)} save(s) under way, or left by a run that died (.staging-*)')
     if trash:
@@ -308,13 +309,14 @@ def _prune(args: argparse.Namespace) -> int:
     sizes = {}
     for name in victims:
         with contextlib.suppress(FileNotFoundError):  # a run that saves meanwhile has pruned it
-            sizes[name] = own_size(output / name, discovery.file_sizes(output / name).items())
+            sizes[name] = freed_by([output / name])
+    total = freed_by(path for name in sizes if (path := output / name).is_dir())
     removals, failures = list(sizes), list[str]()
     if not args.dry_run:
         removals, failures = commit.remove(output, [tag for tag in tags if tag.name in sizes])
     rest = [tag.name for tag in tags if tag.name not in victims]
     pruned = [{'tag': name, 'size': sizes.get(name, 0)} for name in removals]
-    total = sum(sizes.get(name, 0) for name in removals)
+    total = sum(sizes.get(name, 0) for name in removals) if failures else total
     status = _FAILED if failures else OK
     if args.json:
         tree = {'output': str(output), 'dry_run': args.dry_run, 'pruned': pruned, 'size': total}

@@ -14,6 +14,7 @@ from typing import Any
 
 from internvl_ds.checkpoint.tag import discovery
 from internvl_ds.checkpoint.tag.manifest import Header, Manifest, epoch_of
+from internvl_ds.checkpoint.tag.shared import Known
 from internvl_ds.errors import CheckpointError, CheckpointNotFound, shown
 
 _REPLACED = 10  # times that a tag is examined again which a run replaces meanwhile
@@ -41,10 +42,14 @@ class Examined:
         return discovery.tag_of_aside(self.path) if name.startswith(discovery.ASIDE) else name
 
 
-def examine(path: Path, contents: bool) -> Examined:
+def examine(path: Path, contents: bool, known: Known | None = None) -> Examined:
     """Checks that a tag's files are there with their sizes and, if asked to, their checksums.
 
     A tag that a run replaces meanwhile is examined again: it is not damaged.
+
+    Args:
+        contents: whether files are read and compared with their checksums.
+        known: see `internvl_ds.checkpoint.tag.verify.damage`.
 
     Raises:
         FileNotFoundError: when the tag has gone meanwhile.
@@ -54,7 +59,7 @@ def examine(path: Path, contents: bool) -> Examined:
     for _ in range(_REPLACED):
         before = _identity(path)
         try:
-            examined = _examine(path, contents)
+            examined = _examine(path, contents, known)
         except FileNotFoundError:
             if before is not None and _identity(path) == before:
                 raise
@@ -78,14 +83,14 @@ def _identity(path: Path) -> tuple[int, int, str] | None:
     return status.st_dev, status.st_ino, header.save if header else ''
 
 
-def _examine(path: Path, contents: bool) -> Examined:
+def _examine(path: Path, contents: bool, known: Known | None) -> Examined:
     problems: list[str] = []
     header = None
     try:
         manifest = discovery.read_manifest(path)
         header = manifest.header if manifest else None
         if manifest and contents:
-            problems = _damage(path, manifest)
+            problems = _damage(path, manifest, known)
         elif why := discovery.problem(path):
             problems = [why]
         verified = 'no manifest' if manifest is None else 'checksums' if contents else 'sizes'
@@ -113,11 +118,12 @@ def examine_all(output: Path, contents: bool) -> list[Examined]:
         CheckpointNotFound: when there is none.
     """
     results: list[Examined] = []
+    known: Known = {}
     for _ in range(_REPLACED):
         paths = find_tags(output)
         for path in paths:
             try:
-                results.append(examine(path, contents))
+                results.append(examine(path, contents, known))
             except FileNotFoundError:
                 if os.path.lexists(path):
                     raise
@@ -210,7 +216,7 @@ def tree_of(examined: Examined) -> dict[str, Any]:
     return first | {name: header[name] for name in names} | last
 
 
-def _damage(path: Path, manifest: Manifest) -> list[str]:
+def _damage(path: Path, manifest: Manifest, known: Known | None) -> list[str]:
     # imports torch, which the other actions can do without
     from internvl_ds.checkpoint.tag.verify import damage
 
@@ -218,7 +224,7 @@ def _damage(path: Path, manifest: Manifest) -> list[str]:
 
     def read() -> None:
         for name in names:
-            problems[name] = damage(path, manifest, [name])
+            problems[name] = damage(path, manifest, [name], known)
 
     # Daemons: Ctrl-C waits for no file.
     threads = [threading.Thread(target=read, daemon=True) for _ in range(_READERS)]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from timm.utils import ModelEmaV3
-from torch import distributed
+from torch import distributed, nn
 
 from internvl_ds import (
     NativeScalerWithGradNormCount,
@@ -161,11 +161,12 @@ def plain_deepspeed(stage: int, tag: Path, want: dict[str, torch.Tensor]) -> lis
     return said
 
 
+def refuse(*_: Any, **__: Any) -> None:
+    raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+
 def without_links(root: str) -> dict[str, Any]:
     """A file system that has no hard links; in the background; the tags go one after another."""
-
-    def refuse(*_: Any, **__: Any) -> None:
-        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
     found: dict[str, Any] = {}
     before = sharing.os.link
@@ -196,6 +197,34 @@ def without_links(root: str) -> dict[str, Any]:
             found[str(stage)] = got
     finally:
         sharing.os.link = before
+    return found
+
+
+def choose(root: str) -> dict[str, Any]:
+    """The shared files of two tags, by what the default makes of a model."""
+    found, least, link = {}, sharing._WORTH_IT, os.link
+    for what, stage, width, worth, how in (
+        ('probe 1', 1, 8, 0, 'auto'), ('probe 3', 3, 8, 0, 'auto'), ('half', 1, 100, 0, 'auto'),
+        ('small', 1, 8, least, 'auto'), ('no links', 1, 8, 0, 'auto'), ('keep', 1, 8, 0, 'keep'),
+        ('once', 1, 100, 0, 'once'),
+    ):  # fmt: skip
+        sharing._WORTH_IT = worth
+        sharing.os.link = refuse if what == 'no links' else link  # type: ignore[assignment]
+        config = make_config(
+            f'{root}/{what}', DATA__BATCH_SIZE=16 // world_size(), SAVE_CKPT_NUM=0,
+            CHECKPOINT__FROZEN=how,
+        )  # fmt: skip
+        model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, width))
+        model[0].requires_grad_(False)
+        client = torch.optim.SGD(model[1].parameters(), lr=0.1)
+        engine, _ = initialize(config, model, client, {'zero_optimization': {'stage': stage}})
+        tags = [
+            save_checkpoint(config, epoch, engine, 0.0, client, None, None, logger)
+            for epoch in range(2)
+        ]
+        found[what] = [shared_in(Path(tag)) for tag in tags]
+        engine.destroy()
+    sharing._WORTH_IT, sharing.os.link = least, link  # type: ignore[assignment]
     return found
 
 

@@ -81,8 +81,11 @@ def look_at(output, capsys):
     assert all(torch.equal(exported[name], tensor) for name, tensor in source.items())
     capsys.readouterr()
     sizes = [p.stat().st_size for p in second.iterdir() if is_shared(p.name)]
-    assert main(['ckpt', 'list', str(output)]) == 0  # first, second and best have one file each
-    assert f'{human_size(2 * sum(sizes))} of these sizes are frozen' in capsys.readouterr().out
+    # First, second and best have one file each; best was saved as second was, and links all of it.
+    linked = [p.stat() for p in second.iterdir() if not is_shared(p.name)]
+    again = 2 * sum(sizes) + sum(s.st_size for s in linked if s.st_nlink > 1)
+    assert main(['ckpt', 'list', str(output)]) == 0
+    assert f'{human_size(again)} of these sizes are of files' in capsys.readouterr().out
     assert main(['ckpt', 'diff', str(first), str(third), '--json']) == 1
     names = [d['name'] for d in json.loads(capsys.readouterr().out)['found']]
     assert {'model/frozen.weight', 'model/frozen.bias'} <= {*names}
@@ -116,6 +119,18 @@ def harm(output):
     shutil.copy(best / name, copy.parent)  # next to it will do
     assert damage_of_tag(copy) == []
     assert torch.equal(open_weights(str(copy))['stem.bias'].whole(), kept)
+
+
+@pytest.mark.ranks
+def test_by_default_what_is_mostly_frozen_and_large_is_shared_where_there_are_links(tmp_path):
+    for found in run_ranks(freezing.choose, 2, tmp_path, root=str(tmp_path)):
+        for stage in (1, 3):
+            first, second = found[f'probe {stage}']
+            assert len(first) == (2 if stage == 3 else 1)
+            assert first == second
+        for other in ('half', 'small', 'no links', 'keep'):
+            assert found[other] == [{}, {}], other
+        assert [len(v) for v in found['once']] == [1, 1]
 
 
 @pytest.mark.ranks
@@ -209,6 +224,6 @@ def test_a_file_next_to_the_tags_stays_while_a_save_is_under_way_or_a_tag_needs_
 
 @pytest.mark.parametrize('value', ['once ', 'none', True])
 def test_another_word_is_refused_before_training(value):
-    words = "CHECKPOINT.FROZEN is .*; it can be 'keep', 'once', 'omit'"
+    words = "CHECKPOINT.FROZEN is .*; it can be 'auto', 'keep', 'once', 'omit'"
     with pytest.raises(ConfigError, match=words):
         frozen_of(make_config(CHECKPOINT__FROZEN=value))

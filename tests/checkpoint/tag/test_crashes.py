@@ -16,26 +16,30 @@ from internvl_ds.checkpoint.frozen.sharing import Sharing
 from internvl_ds.checkpoint.tag import commit, discovery, owner
 from internvl_ds.checkpoint.tag.hashing import (
     flush_and_hash,
-    save_safetensors,
-    save_tensors,
     write_hashed,
 )
-from internvl_ds.checkpoint.tag.manifest import Manifest
+from internvl_ds.checkpoint.tag.manifest import Identity, Manifest
 from internvl_ds.checkpoint.tag.retention import KeepNewest
+from internvl_ds.checkpoint.tag.unchanged import Unchanged
 from internvl_ds.checkpoint.tag.verify import damage_of_tag
 from internvl_ds.errors import CheckpointNotFound
 from tests.harness import crashing
 from tests.harness.crashes import Recorder, write_tree
 from tests.harness.ranks import run_ranks
-from tests.harness.tags import make_header, save_tag
+from tests.harness.tags import make_header, save_safetensors, save_tag, save_tensors
 
 OLD, NEW, DONE = 1, 2, 'saved'
 # Names that discovery never looks into.
 UNREAD = ('.staging-', '.trash-', '.lock-', '.internvl_ds-')
 
 
-def save(output, tag, sequence, latest):
-    """Stages a tag of one file of each kind that a save writes, and commits it."""
+def save(output, tag, sequence, latest, unchanged=None):
+    """Stages a tag of one file of each kind that a save writes, and commits it.
+
+    One of them is always the same: ``unchanged`` links what an earlier call with it has written.
+    """
+    unchanged = unchanged or Unchanged()
+    unchanged.begin(Identity(tag, str(sequence), 0), 1)
     staging = commit.begin(output, tag)
     tensor = torch.full((64,), float(sequence))
     (staging.path / 'zero_to_fp32.py').write_text(f'sequence = {sequence}\n' * 20)
@@ -50,8 +54,11 @@ def save(output, tag, sequence, latest):
         'offloaded_tensors/rank_0/d.swp': flush_and_hash(nvme),
     }
     files |= share(output, staging.path, sequence)
+    files['e.pt'] = unchanged.write({'x': torch.ones(64)}, staging.path / 'e.pt')
     manifest = Manifest(make_header(tag, None, sequence), files)
-    return commit.commit(staging, manifest, latest=latest)
+    final = commit.commit(staging, manifest, latest=latest)
+    unchanged.committed(final)
+    return final
 
 
 def share(output, staging, sequence):
@@ -139,13 +146,15 @@ def test_a_power_cut_leaves_the_old_tag_or_the_new_one(
     output.mkdir()
     if 'without links' in saved:
         monkeypatch.setattr(os, 'link', no_links)
+    unchanged = Unchanged()
     if before:
-        save(output, before, OLD, latest)
+        save(output, before, OLD, latest, unchanged)
     with Recorder(output) as recorder:
-        save(output, tag, NEW, latest)
+        save(output, tag, NEW, latest, unchanged)
         recorder.note(DONE)
         if latest:
             commit.prune(output, [KeepNewest(1)])
+    assert bool(unchanged.linked) == bool(before and 'without links' not in saved)
     done = [event.call for event in recorder.events].index(DONE)
     seen = set()
     monkeypatch.setattr(os, 'fsync', lambda descriptor: None)  # of the copies, which go at once

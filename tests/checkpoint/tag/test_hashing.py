@@ -17,12 +17,11 @@ from internvl_ds.checkpoint.tag import hashing
 from internvl_ds.checkpoint.tag.hashing import (
     flush_and_hash,
     hash_file,
-    save_safetensors,
-    save_tensors,
     write_hashed,
 )
 from internvl_ds.checkpoint.tag.manifest import FileEntry
 from tests.harness.ranks import ROOT, base_env
+from tests.harness.tags import save_safetensors, save_tensors
 
 MIB = 1 << 20
 
@@ -113,7 +112,8 @@ def test_a_file_that_stops_growing_is_told_with_the_bytes_that_it_has(tmp_path):
 import json, resource, sys
 from pathlib import Path
 import torch
-from internvl_ds.checkpoint.tag.hashing import save_tensors, write_hashed
+from internvl_ds.checkpoint.tag.hashing import write_hashed
+from tests.harness.tags import save_tensors
 limit = 2 * 1024 * 1024 + 5
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 errors = []
@@ -182,11 +182,14 @@ def test_safetensors_of_any_layout_read_back(tmp_path):
         assert file.metadata() == {'decay': '0.9'}
 
 
-@pytest.mark.parametrize(('folder', 'expected'), [(0o755, 0o644), (0o770, 0o660), (0o700, 0o600)])
-def test_safetensors_are_as_readable_as_their_folder(tmp_path, folder, expected):
-    tmp_path.chmod(folder)
-    save_safetensors({'a': torch.zeros(3)}, tmp_path / 'x.safetensors')
-    assert (tmp_path / 'x.safetensors').stat().st_mode & 0o777 == expected
+def test_all_files_of_a_tag_are_as_readable_as_the_umask_says(tmp_path):
+    before = os.umask(0o027)
+    try:
+        save_safetensors({'a': torch.zeros(3)}, tmp_path / 'x.safetensors')
+        save_tensors({'a': torch.zeros(3)}, tmp_path / 'x.pt')
+    finally:
+        os.umask(before)
+    assert [path.stat().st_mode & 0o777 for path in tmp_path.iterdir()] == [0o640, 0o640]
 
 
 def test_what_cannot_be_read_is_an_error_and_not_the_end_of_the_process(tmp_path, monkeypatch):

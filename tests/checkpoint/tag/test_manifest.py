@@ -7,7 +7,7 @@ import pytest
 
 from internvl_ds.checkpoint.tag.manifest import (
     FORMAT,
-    FORMAT_APART,
+    FORMAT_LINKED,
     HEADER_BYTES,
     FileEntry,
     Manifest,
@@ -114,8 +114,8 @@ def test_what_is_no_manifest_is_refused():
 
 def test_another_format_is_refused_with_what_to_do():
     for parse, text in ((parse_manifest, _with), (parse_header, _front_with)):
-        with pytest.raises(CheckpointError, match=r'x: manifest format 4, .* upgrade internvl_ds'):
-            parse(text(format=FORMAT_APART + 1), 'x')
+        with pytest.raises(CheckpointError, match=r'x: manifest format 5, .* upgrade internvl_ds'):
+            parse(text(format=FORMAT_LINKED + 1), 'x')
         with pytest.raises(CheckpointError, match=r'x: manifest format 1, of a development'):
             parse(text(format=FORMAT - 1), 'x')
 

@@ -9,7 +9,7 @@ from internvl_ds.checkpoint.formats.ema_files import with_identity
 from internvl_ds.checkpoint.formats.state_json import state_text
 from internvl_ds.checkpoint.tag import commit
 from internvl_ds.checkpoint.tag.discovery import problem, read_manifest
-from internvl_ds.checkpoint.tag.hashing import save_safetensors, save_tensors, write_hashed
+from internvl_ds.checkpoint.tag.hashing import write_hashed
 from internvl_ds.checkpoint.tag.manifest import FileEntry, Identity, Manifest
 from internvl_ds.checkpoint.tag.verify import (
     damage,
@@ -20,7 +20,7 @@ from internvl_ds.checkpoint.tag.verify import (
     weight_files,
 )
 from internvl_ds.errors import CheckpointError
-from tests.harness.tags import make_header
+from tests.harness.tags import make_header, save_safetensors, save_tensors
 
 NAMES = ('zero_pp_rank_0_mp_rank_00_optim_states.pt', 'zero_pp_rank_1_mp_rank_00_optim_states.pt')
 SIZE = (1 << 20) + 100

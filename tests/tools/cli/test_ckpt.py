@@ -33,7 +33,7 @@ SHARD = 'mp_rank_00_model_states.pt'
 CONFIG = 'MODEL:\n  NAME: vit\n'
 TAG_KEYS = [
     'tag', 'path', 'size', 'epoch', 'max_accuracy', 'sequence', 'saved_at', 'zero_stage',
-    'world_size', 'precision', 'global_steps', 'versions', 'step', 'frozen',
+    'world_size', 'precision', 'global_steps', 'versions', 'step', 'frozen', 'linked',
     'verified', 'problems',
 ]  # fmt: skip
 
