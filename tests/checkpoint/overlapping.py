@@ -141,7 +141,7 @@ def _differences(run: Run, action: Callable[[Run], Any]) -> list[str]:
     """Saves twice at one moment, the second time with ``action`` before it is copied."""
     _set(run, ASYNC=False)
     right = run.save(0, best='right')
-    _set(run, ASYNC=True)
+    _set(run, ASYNC=True, ASYNC_COPY='overlap')
     path = run.save(0, best='copied')
     error = message_of(lambda: action(run))
     if error != 'no error':
