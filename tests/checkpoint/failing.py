@@ -100,9 +100,10 @@ def one_rank_is_limited(stage: int, root: str, in_background: bool) -> dict[str,
     run.steps(0, 1)
     run.save(0)
     async_save.wait()
+    run.steps(1, 2)  # else its shard would be linked
     _limit_files(4096 if rank() == 1 else None)
     own = message_of(lambda: run.save(1))
-    run.steps(1, 2)
+    run.steps(2, 3)
     next_call = message_of(lambda: run.save(2))
     _limit_files(None)
     background_error = message_of(async_save.wait)
