@@ -279,16 +279,16 @@ _C.CHECKPOINT.KEEP_EVERY = 0
 _C.CHECKPOINT.KEEP_STEPS = 1
 
 # What a tag does with the parameters that the optimizer does not train.
-# 'auto': as 'once' where they are most of the parameters and 64 MiB or more, as in a linear probe,
-#     and OUTPUT has hard links; else as 'keep'.
-# 'keep': each tag holds them, and plain DeepSpeed's load_checkpoint takes it as it is; a tag is as
-#     large as the model then.
+# 'keep': each tag holds them. The default, because such a tag is whole by itself, and plain
+#     DeepSpeed's load_checkpoint takes it as it is; a tag is as large as the model then.
 # 'once': they stand in a file that all tags of OUTPUT with the same values share, by hard links:
 #     one on disk, whole in each tag and in a copy of one (where the file system has no links, next
 #     to the tags). Plain DeepSpeed loads the rest, with load_module_strict=False.
+# 'auto': as 'once' where they are most of the parameters and 64 MiB or more, as in a linear probe,
+#     and OUTPUT has hard links; else as 'keep'.
 # 'omit': no tag holds them. A tag says which file load_pretrained took them from, and their digest;
 #     a load takes them from there, or from where MODEL.PRETRAINED is now, and refuses another file.
-_C.CHECKPOINT.FROZEN = 'auto'
+_C.CHECKPOINT.FROZEN = 'keep'
 
 # Let several jobs write into one OUTPUT, where tags, metrics and retention of all are then one.
 _C.CHECKPOINT.SHARED_OUTPUT = False

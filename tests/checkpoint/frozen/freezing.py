@@ -201,7 +201,7 @@ def without_links(root: str) -> dict[str, Any]:
 
 
 def choose(root: str) -> dict[str, Any]:
-    """The shared files of two tags, by what the default makes of a model."""
+    """The shared files of two tags, by what 'auto' makes of a model."""
     found, least, link = {}, sharing._WORTH_IT, os.link
     for what, stage, width, worth, how in (
         ('probe 1', 1, 8, 0, 'auto'), ('probe 3', 3, 8, 0, 'auto'), ('half', 1, 100, 0, 'auto'),
