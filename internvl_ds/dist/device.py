@@ -66,3 +66,18 @@ def emulates_bf16(device: str) -> bool:
     if device != 'cuda' or torch.version.hip or not torch.cuda.is_available():
         return False
     return not torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def slow_bf16(precision: str, device: str) -> str:
+    """What to tell of a run in bfloat16 on a device that emulates it; '' where it does not.
+
+    Args:
+        precision: one of the constants of `ds_config`.
+        device: as for `emulates_bf16`.
+    """
+    if 'bf' not in precision or not emulates_bf16(device):
+        return ''
+    return (
+        f'this GPU has no bfloat16: {precision} is computed in float32 and rounded, many times '
+        'slower. Set AMP_TYPE float16'
+    )

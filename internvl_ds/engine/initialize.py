@@ -23,7 +23,7 @@ from internvl_ds.config.ds import resolve as ds
 from internvl_ds.config.ds.check import examine, require_right
 from internvl_ds.config.ds.load import load_ds_config
 from internvl_ds.config.tree import checkpoint_option, get_option
-from internvl_ds.dist.device import emulates_bf16
+from internvl_ds.dist.device import slow_bf16
 from internvl_ds.dist.process_group import init_distributed, limit_collectives, making_groups
 from internvl_ds.dist.rendezvous import exchange, rank, world_size
 from internvl_ds.engine import param_groups
@@ -137,13 +137,9 @@ def _resolve(
             cpu_optimizer=isinstance(optimizer, DeepSpeedCPUAdam | DeepSpeedCPULion),
         )
     require_right(ds_config.findings)
-    mode = ds.precision_of(ds_config.tree)
-    if 'bf' in mode and rank() == 0 and emulates_bf16(get_accelerator().device_name()):
-        logger.warning(
-            'this GPU has no bfloat16: %s is computed in float32 and rounded, many times slower. '
-            'Set AMP_TYPE float16',
-            mode,
-        )
+    warning = slow_bf16(ds.precision_of(ds_config.tree), get_accelerator().device_name())
+    if warning and rank() == 0:
+        logger.warning(warning)
     resolved = ds.size_buckets(ds_config, sum(map(whole_numel, trained))).tree
     require_fp16(resolved)
     return resolved

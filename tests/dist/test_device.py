@@ -11,6 +11,7 @@ import pytest
 from internvl_ds.dist import device, process_group
 from internvl_ds.dist.group import current_group
 from internvl_ds.errors import ConfigError
+from internvl_ds.tools.cli import main
 from tests.harness.model import make_config
 
 
@@ -130,8 +131,17 @@ def test_the_device_is_set_before_anything_else_and_deepspeed_is_told_its_index(
 @pytest.mark.parametrize('emulates', [True, False])
 def test_bf16_that_is_emulated_is_a_warning_of_initialize(monkeypatch, caplog, emulates):
     module = importlib.import_module('internvl_ds.engine.initialize')
-    monkeypatch.setattr(module, 'emulates_bf16', lambda name: emulates)
+    monkeypatch.setattr(device, 'emulates_bf16', lambda name: emulates)
     config = make_config(AMP_OPT_LEVEL='O2', AMP_TYPE='bfloat16')
     with caplog.at_level(logging.WARNING, 'internvl_ds'):
         module._resolve(config, [], None, {}, False)
     assert ('this GPU has no bfloat16' in caplog.text) == emulates
+
+
+@pytest.mark.parametrize('level', ['O0', 'O2'])
+def test_bf16_that_is_emulated_is_a_warning_of_config_check(monkeypatch, capsys, level):
+    monkeypatch.setattr(device, 'emulates_bf16', lambda name: True)
+    opts = 'AMP_OPT_LEVEL', level, 'AMP_TYPE', 'bfloat16'
+    words = 'zero1', '--cfg', 'digits_quickstart', '--world-size', '1', '--opts', *opts
+    assert main(['config', 'check', *words]) == 0
+    assert ('warning  this GPU has no bfloat16' in capsys.readouterr().out) == (level == 'O2')

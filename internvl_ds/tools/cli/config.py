@@ -105,6 +105,10 @@ def _check(args: argparse.Namespace) -> int:
 
 def _examine(name: str, config: CfgNode, args: argparse.Namespace) -> Resolution:
     # DeepSpeed and timm with it, which take seconds.
+    from deepspeed.accelerator import get_accelerator
+
+    from internvl_ds.config.ds.resolve import precision_of
+    from internvl_ds.dist.device import slow_bf16
     from internvl_ds.train.optimizer_check import examine_training
 
     try:
@@ -113,7 +117,12 @@ def _examine(name: str, config: CfgNode, args: argparse.Namespace) -> Resolution
         if not Path(name).is_file():
             raise
         return Resolution({}, {}, [Diagnostic('', str(error))])
-    return examine_training(tree, config, args.world_size, in_code=not args.optimizer_in_json)
+    found = examine_training(tree, config, args.world_size, in_code=not args.optimizer_in_json)
+    if not errors_of(found.findings):
+        device = get_accelerator().device_name()
+        if text := slow_bf16(precision_of(found.tree), device):
+            found.findings.append(Diagnostic('', text, WARNING, 'AMP_TYPE'))
+    return found
 
 
 def _tree(name: str, resolution: Resolution, args: argparse.Namespace) -> dict[str, Any]:
