@@ -35,7 +35,7 @@ from internvl_ds.dist.group import current_group, drop_group
 from internvl_ds.dist.network import free_port, interface_towards, why_not_reached
 from internvl_ds.dist.rendezvous import begin, part_from, world_size
 from internvl_ds.dist.store_client import first_line, store_answers
-from internvl_ds.dist.stranded import end_if_stranded, say_before_timeout
+from internvl_ds.dist.stranded import end_at_timeout, end_if_stranded
 from internvl_ds.errors import RankError
 
 logger = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ def init_distributed(
     patience = mpi.PATIENCE if launch.by == launchers.OPEN_MPI else 0.0
     speak_on_exceptions(launch.rank, end_job, patience, joined=True)
     end_if_stranded(functools.partial(_end, 1))
-    say_before_timeout()
+    end_at_timeout(functools.partial(_end, 1))
     group.timeout = settings['TIMEOUT']
     limit_collectives()
     sharing = '' if on_host is None else f', {on_host} on its host'

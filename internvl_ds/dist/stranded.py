@@ -34,8 +34,9 @@ logger = logging.getLogger(__name__)
 _LOOK = 0.5
 # Python calls its handler in the main thread; nothing uses it, and it does nothing by default.
 _QUESTION = signal.SIGURG
-# Of COMM.TIMEOUT, after which a rank says where it stands.
-_SHARE = 0.9
+# Of COMM.TIMEOUT, after which a rank says where it stands, and after which it ends the process, if
+# NCCL has not.
+_SHARE, _END_SHARE = 0.9, 1.1
 
 # Where the innermost Python frame is while a collective runs.
 _COLLECTIVES = tuple(
@@ -77,7 +78,8 @@ def end_if_stranded(end: Callable[[], None]) -> None:
                 and stood
                 and (_stands_in_collective(frame) or (on_device and not _has_limit(frame)))
             ):
-                _say_and_end(f'waited {limit:g} s in {_shown(frame)}', end)
+                reason = f'waited {limit:g} s in {_shown(frame)} for a rank that is dead'
+                _say_and_end(reason, end)
             del frame  # it holds what its locals hold
             time.sleep(_LOOK)
 
@@ -89,18 +91,22 @@ def end_if_stranded(end: Callable[[], None]) -> None:
         begin()
 
 
-def say_before_timeout() -> None:
-    """On a device: says where the main thread stands before COMM.TIMEOUT is over, once.
+def end_at_timeout(end: Callable[[], None]) -> None:
+    """On a device: says before COMM.TIMEOUT is over where this rank stands, and who is silent.
 
-    Then NCCL ends the process from a thread of its own, with the name of a collective only. Who is
-    silent is said too. It ends nothing: a call of the program's own may be at work. Nothing is said
-    where this is not the main thread, or the program handles SIGURG.
+    Then NCCL ends the process from a thread of its own, with the name of a collective only. Where
+    it does not (TORCH_NCCL_ASYNC_ERROR_HANDLING 0), and the main thread stands in a collective or
+    another rank is silent, this ends it; else a call of the program's own may be at work. Nothing
+    is done where this is not the main thread, or the program handles SIGURG.
+
+    Args:
+        end: as for `end_if_stranded`.
     """
     may_ask = threading.current_thread() is threading.main_thread()
     if may_ask and _runs_on_device() and signal.getsignal(_QUESTION) == signal.SIG_DFL:
         answers: list[bool] = []
         signal.signal(_QUESTION, lambda number, frame: answers.append(True))
-        args = (answers,)
+        args = (answers, end)
         threading.Thread(target=_watch_standing, args=args, name='standing', daemon=True).start()
 
 
@@ -110,7 +116,7 @@ def _runs_on_device() -> bool:
     return get_accelerator().device_name() != 'cpu'
 
 
-def _watch_standing(answers: list[bool]) -> None:
+def _watch_standing(answers: list[bool], end: Callable[[], None]) -> None:
     """Asks the main thread again and again, which answers between two of its instructions."""
     group = current_group()
     heartbeat = group.heartbeat
@@ -124,15 +130,23 @@ def _watch_standing(answers: list[bool]) -> None:
         while not answers and time.monotonic() - since < _SHARE * limit:
             time.sleep(pause)
         frame = _main_frame()
-        if not answers and frame is not None and group.heartbeat is heartbeat:
-            logger.warning(
-                'rank %d has stood for %.3g s in %s; if that waits for a collective, COMM.TIMEOUT '
-                '(%g s) ends it. %s',
-                rank(), time.monotonic() - since, _shown(frame), limit,
-                heartbeat.describe_silent() or 'All ranks answer: see in each log where it stands',
-            )  # fmt: skip
-            return
-        del frame  # it holds what its locals hold
+        if answers or frame is None or group.heartbeat is not heartbeat:
+            del frame  # it holds what its locals hold
+            continue
+        logger.warning(
+            'rank %d has stood for %.3g s in %s; if that waits for a collective, COMM.TIMEOUT '
+            '(%g s) ends it. %s',
+            rank(), time.monotonic() - since, _shown(frame), limit,
+            heartbeat.describe_silent() or 'All ranks answer: see in each log where it stands',
+        )  # fmt: skip
+        while not answers and time.monotonic() - since < _END_SHARE * limit:
+            time.sleep(pause)
+        silent = heartbeat.describe_silent()
+        if not answers and (silent or _stands_in_collective(frame)):
+            seconds, place = time.monotonic() - since, _shown(frame)
+            reason = f'stood for {seconds:.3g} s in {place}, and COMM.TIMEOUT is {limit:g} s'
+            _say_and_end('; '.join(filter(None, [reason, silent])), end)
+        return
 
 
 def _main_frame() -> FrameType | None:
@@ -156,7 +170,7 @@ def _say_and_end(reason: str, end: Callable[[], None]) -> None:
     guard = threading.Timer(limit, os._exit, [1])
     guard.daemon = True
     guard.start()
-    error = RankError(f'{reason} for a rank that is dead')
+    error = RankError(reason)
     sys.excepthook(RankError, error, None)
     sys.last_type, sys.last_value, sys.last_traceback = RankError, error, None  # for exit functions
     end()

@@ -157,11 +157,19 @@ def test_a_wait_for_a_device_ends_when_another_rank_is_dead(tmp_path, device):
 
 
 @pytest.mark.ranks
-def test_a_rank_says_where_it_stands_before_a_collective_of_a_device_times_out(tmp_path):
-    run_ranks(
+@pytest.mark.parametrize('aborts', [True, False])
+def test_a_rank_says_where_it_stands_before_a_collective_of_a_device_times_out(tmp_path, aborts):
+    """At the limit NCCL's watchdog ends the process, or, where that is off, the rank itself."""
+    texts = run_ranks(
         waiting.a_rank_stands_still_beside_a_device, 2, tmp_path, 90, expect_failure=True, grace=0,
-        folder=tmp_path,
+        folder=tmp_path, aborts=aborts,
     )  # fmt: skip
+    ended = re.search(
+        r'RankError: stood for 5\.\d* s in a_rank_stands_still_beside_a_device \(.*\), and '
+        r'COMM.TIMEOUT is 5 s; rank 1 on \S+ \(pid \d+\) has given no sign',
+        texts[0],
+    )
+    assert bool(ended) is not aborts, texts[0]
     moving, words = left_by_rank_0(tmp_path)
     assert moving == []
     assert len(words) == 1

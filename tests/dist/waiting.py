@@ -322,13 +322,15 @@ def a_rank_dies_beside_a_device(folder: str, device: str) -> None:
     ctypes.CDLL(None).sleep(20)  # as cudaStreamSynchronize: without the interpreter's lock
 
 
-def a_rank_stands_still_beside_a_device(folder: str) -> None:
+def a_rank_stands_still_beside_a_device(folder: str, aborts: bool) -> None:
     """Rank 1 is stopped, and not dead, while rank 0 waits in C code, as NCCL does.
 
     Args:
         folder: where rank 0 leaves what it said.
+        aborts: whether something ends it at the limit.
     """
     words: list[str] = []
+    moving: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: words.append(record.getMessage())  # type: ignore[method-assign]
     stranded.logger.addHandler(handler)
@@ -337,18 +339,19 @@ def a_rank_stands_still_beside_a_device(folder: str) -> None:
     assert heartbeat is not None
     heartbeat._silent_after = 2
     stranded._runs_on_device = lambda: True
-    stranded.say_before_timeout()
+    stranded.end_at_timeout(lambda: leave_result(folder, [moving, words]) or os._exit(1))
     if rank() == 1:
         os.kill(os.getpid(), signal.SIGSTOP)
     for _ in range(2):  # it moves: nothing is said
         ctypes.CDLL(None).sleep(3)
-    moving = list(words)
+    moving += words
 
     def abort() -> None:
         leave_result(folder, [moving, words])
         os.abort()
 
-    threading.Timer(5, abort).start()  # as NCCL's watchdog does, which has the same limit
+    if aborts:  # as NCCL's watchdog does, which has the same limit
+        threading.Timer(5, abort).start()
     ctypes.CDLL(None).sleep(60)
 
 
