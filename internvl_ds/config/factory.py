@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import traceback
 from collections.abc import Callable
 from typing import Any
 
-from internvl_ds.errors import ConfigError
+from internvl_ds.errors import ConfigError, shown
 
 
 def load_factory(key: str, value: str) -> Callable[..., Any]:
@@ -22,7 +23,16 @@ def load_factory(key: str, value: str) -> Callable[..., Any]:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise ConfigError(f'{key} {value!r}: {error}') from error
+    except Exception as error:  # of the module itself
+        raise failed(f'{key} {value!r}: importing {module_name}', error) from error
     function = getattr(module, function_name, None)
     if not callable(function):
         raise ConfigError(f'{key} {value!r}: {module_name} has no function {function_name}')
     return function
+
+
+def failed(what: str, error: Exception) -> ConfigError:
+    """The error of a user's own code: one line, with the place that raised."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    text = shown(f'{type(error).__name__}: {error}')
+    return ConfigError(f'{what} failed: {text} ({place.filename}, line {place.lineno})')

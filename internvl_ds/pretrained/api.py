@@ -203,8 +203,9 @@ def _adapt(config: CfgNode, path: str, source: State, model: nn.Module) -> Plan:
     specs, classifier = apply.describe(model), classifier_layers(model)
     rename = get_option(config, 'MODEL.PRETRAINED_RENAME', [])
     taking: tuple[Step, ...] = (
-        unwrapping.unwrap_by(str(get_option(config, 'MODEL.PRETRAINED_KEY', ''))),
+        unwrapping.unwrap_by(str(get_option(config, 'MODEL.PRETRAINED_KEY', '') or '')),
         transforms.rename_by(rename),
+        unwrapping.drop_inner_wrappers,
         unwrapping.take_part,
     )
     raw, taking_notes = run_steps(taking, source, specs)

@@ -111,7 +111,29 @@ def require_shapes(state: State, specs: Specs) -> None:
         if key in specs and (not is_weight(value) or value.shape != specs[key].shape)
     ]
     if wrong:
-        raise PretrainedError(f'{len(wrong)} entries do not fit the model: {few(wrong)}')
+        raise PretrainedError(
+            f'{len(wrong)} entries do not fit the model: {few(wrong)}. Build the model in their '
+            'sizes (DATA.IMG_SIZE, MODEL.KWARGS), or leave them out by names that it lacks '
+            '(MODEL.PRETRAINED_RENAME)'
+        )
+    odd = [
+        f'{key} ({kind})'
+        for key, value in state.items()
+        if key in specs and (kind := _uncopied(value, specs[key]))
+    ]
+    if odd:
+        raise PretrainedError(f'{len(odd)} entries cannot be copied into the model: {few(odd)}')
+
+
+def _uncopied(value: Any, spec: TensorSpec) -> str:
+    """What keeps a tensor of the right shape from being copied; '' where nothing does."""
+    if not isinstance(value, Tensor):
+        return ''
+    if value.is_complex() and not spec.dtype.is_complex:
+        return f'complex: {value.dtype}'
+    kinds = {'without values': value.is_meta, 'quantized': value.is_quantized}
+    kinds['sparse'] = value.layout != torch.strided
+    return next((kind for kind, holds in kinds.items() if holds), '')
 
 
 def _shape(value: Any) -> str:

@@ -123,7 +123,11 @@ def resize_absolute_pos_embeds(state: State, specs: Specs) -> Result:
 
 
 def resize_pos_embeds(state: State, specs: Specs) -> Result:
-    """Resizes timm's pos_embed, (1, prefix + rows*columns, dim), as timm does (with antialias)."""
+    """Resizes timm's pos_embed, (1, prefix + rows*columns, dim), as timm does (with antialias).
+
+    Raises:
+        PretrainedError: for one over no square grid.
+    """
     out, notes = dict(state), []
     for key, value in state.items():
         spec = specs.get(key)
@@ -133,11 +137,18 @@ def resize_pos_embeds(state: State, specs: Specs) -> Result:
             continue
         length = value.shape[1] - spec.prefix
         old = math.isqrt(max(0, length))
-        if value.shape[2] != spec.shape[2] or old * old != length:
-            sizes = f'{tuple(value.shape)} in the checkpoint, {tuple(spec.shape)} in the model'
+        sizes = f'{tuple(value.shape)} in the checkpoint, {tuple(spec.shape)} in the model'
+        if value.shape[2] != spec.shape[2]:
             del out[key]
             notes.append(Note(f'{key}: left out: cannot be resized: {sizes}', is_warning=True))
             continue
+        if old * old != length:
+            raise PretrainedError(
+                f'{key} cannot be resized, as without the {spec.prefix} tokens before the grid '
+                f'(class, registers) it is no square: {sizes}. Build the model as it was '
+                f'(MODEL.NAME, MODEL.KWARGS), or train it anew: MODEL.PRETRAINED_RENAME '
+                f"[['^{re.escape(key)}$', 'left_out']]"
+            )
         from timm.layers import resample_abs_pos_embed  # takes seconds to import
 
         tensor = resample_abs_pos_embed(
@@ -240,5 +251,8 @@ def renamed(state: State, names: Mapping[str, str]) -> dict[str, Any]:
     new = {names[key]: value for key, value in state.items()}
     if len(new) < len(state):
         repeats = [name for name, count in Counter(names.values()).items() if count > 1]
-        raise PretrainedError(f'several keys of the checkpoint become {repeats[0]}')
+        raise PretrainedError(
+            f'several keys of the checkpoint become {repeats[0]}; MODEL.PRETRAINED_KEY may name '
+            'one of the networks in it'
+        )
     return new

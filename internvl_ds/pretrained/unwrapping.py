@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 
 from internvl_ds.checkpoint.sources.open_weights import AVERAGES
@@ -25,7 +26,12 @@ _ENTRIES = (
 )  # fmt: skip
 DEPTH = 4  # of entries within entries
 
-_WRAPPERS = ('module.', '_orig_mod.', 'backbone.', 'vision_model.', 'model.')
+_WRAPPERS = (
+    'module.', '_orig_mod.', 'backbone.', 'vision_model.', 'model.', '_fsdp_wrapped_module.',
+    '_checkpoint_wrapped_module.',
+)  # fmt: skip
+# Those of parts of a model that were compiled or wrapped one by one.
+_INSIDE = re.compile(r'(?<=\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.')
 # InternViT and others have it in names of their own: it is taken off only where that fits.
 _ENCODER = 'encoder.'
 _SIM_RENAMES = {
@@ -71,6 +77,17 @@ def unwrap_by(key: str) -> Step:
         return Result(_named(inner), (Note(f'took the {len(inner)} entries under {key!r}'),))
 
     return take if key else unwrap
+
+
+def drop_inner_wrappers(state: State, specs: Specs) -> Result:
+    """Takes the wrappers of parts out of the names: ``blocks.0._orig_mod.norm1.weight``."""
+    if any(map(_INSIDE.search, specs)):
+        return Result(state)
+    count = sum(_INSIDE.search(key) is not None for key in state)
+    if not count:
+        return Result(state)
+    note = Note(f'took the names of wrappers out of {count} keys')
+    return Result(renamed(state, {key: _INSIDE.sub('', key) for key in state}), (note,))
 
 
 def take_part(state: State, specs: Specs) -> Result:

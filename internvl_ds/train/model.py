@@ -15,9 +15,9 @@ from timm.models import is_model
 from torch import nn
 from yacs.config import CfgNode
 
-from internvl_ds.config.factory import load_factory
+from internvl_ds.config.factory import failed, load_factory
 from internvl_ds.config.tree import get_option
-from internvl_ds.errors import ConfigError
+from internvl_ds.errors import ConfigError, InternvlDsError
 from internvl_ds.train.models.batch_norm import synchronize
 from internvl_ds.train.models.build import BUILDERS
 
@@ -148,6 +148,9 @@ def _build_timm_model(config: CfgNode) -> nn.Module:
         'drop_path_rate': ('MODEL.DROP_PATH_RATE', config.MODEL.DROP_PATH_RATE),
     }
     settings = dict(config.MODEL.KWARGS)
+    for key, ours in (('num_classes', 'MODEL.NUM_CLASSES'), ('pretrained', 'MODEL.PRETRAINED')):
+        if key in settings:
+            raise ConfigError(f'MODEL.KWARGS {key}={settings[key]!r}: set {ours} in its place')
     while True:
         standard = {key: value for key, (_, value) in offered.items()}
         try:
@@ -166,7 +169,11 @@ def _build_timm_model(config: CfgNode) -> nn.Module:
                 raise ConfigError(
                     f'MODEL.KWARGS {refused}={settings[refused]!r}: {name} takes no such argument'
                 ) from error
+            raise failed(f'MODEL.NAME {name!r}: timm, with {kwargs},', error) from error
+        except InternvlDsError:
             raise
+        except Exception as error:  # an assertion of sizes, an unknown tag, a hub that is away, ...
+            raise failed(f'MODEL.NAME {name!r}: timm, with {kwargs},', error) from error
 
 
 def _enable_activation_checkpointing(model: nn.Module, by_factory: bool) -> None:

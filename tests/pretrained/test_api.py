@@ -207,6 +207,7 @@ def test_other_shapes_are_named_and_nothing_is_loaded(load):
     assert '2 entries do not fit the model' in text
     assert 'norm.weight ((3,) in the checkpoint, (8,) in the model)' in text
     assert 'norm.bias ((2, 4) in the checkpoint, (8,) in the model)' in text
+    assert text.endswith('leave them out by names that it lacks (MODEL.PRETRAINED_RENAME)')
     # Neither the other entries nor the scaling of the head went through.
     assert_state(model, before)
 
@@ -214,6 +215,31 @@ def test_other_shapes_are_named_and_nothing_is_loaded(load):
 def test_value_that_is_no_tensor(load):
     with pytest.raises(PretrainedError, match=r'norm.weight \(int in the checkpoint'):
         load(Net().state_dict() | {'norm.weight': 3}, Net())
+
+
+@pytest.mark.filterwarnings('ignore:.*(sparse tensor|quantize)')
+def test_tensors_that_cannot_be_copied_are_named_before_anything_is(load, tmp_path):
+    for kind, change in {
+        'sparse': torch.Tensor.to_sparse,
+        'complex: torch.complex64': lambda v: v.to(torch.complex64),
+        'without values': lambda v: v.to('meta'),
+        'quantized': lambda v: torch.quantize_per_tensor(v, 0.1, 0, torch.qint8),
+    }.items():
+        model, state = Net(), Net().state_dict()
+        before = snapshot(model)
+        with pytest.raises(PretrainedError) as caught:
+            load(state | {'head.weight': change(state['head.weight'])}, model)
+        assert str(caught.value) == (
+            f'{tmp_path / "w.pth"}: 1 entries cannot be copied into the model: head.weight ({kind})'
+        )
+        assert_state(model, before)
+
+
+def test_an_absent_key_is_none_too(load):
+    state = Net().state_dict()
+    model = Net()
+    load({'model': state}, model, PRETRAINED_KEY=None)
+    assert_state(model, state)
 
 
 def test_nothing_in_common(load, tmp_path):

@@ -166,14 +166,19 @@ def test_resize_timm_pos_embed_keeps_the_tokens_before_the_grid(dtype, prefix):
     assert result.notes == (Note('resized trunk.pos_embed 4x4 -> 6x5'),)
 
 
-def test_timm_pos_embed_that_cannot_be_resized_is_left_out():
+def test_timm_pos_embed_that_cannot_be_resized():
     spec = TensorSpec(torch.Size((1, 17, 8)), torch.float32, (4, 4), 1)
-    for shape in ((1, 8, 8), (1, 10, 4)):
-        result = transforms.resize_pos_embeds(
-            {'pos_embed': torch.zeros(shape)}, {'pos_embed': spec}
-        )
-        assert result.state == {}
-        assert 'pos_embed: left out: cannot be resized' in result.notes[0].text
+    result = transforms.resize_pos_embeds({'pos_embed': torch.zeros(1, 10, 4)}, {'pos_embed': spec})
+    assert result.state == {}
+    assert 'pos_embed: left out: cannot be resized' in result.notes[0].text
+    # Of a grid that is no square, or other tokens before it: random embeddings would train badly.
+    for length in (8, 18):
+        state = {'pos_embed': torch.zeros(1, length, 8)}
+        with pytest.raises(PretrainedError) as caught:
+            transforms.resize_pos_embeds(state, {'pos_embed': spec})
+        text = str(caught.value)
+        assert f'(1, {length}, 8) in the checkpoint, (1, 17, 8) in the model' in text
+        assert text.endswith("MODEL.PRETRAINED_RENAME [['^pos_embed$', 'left_out']]")
     same = {'pos_embed': torch.zeros(1, 17, 8)}
     assert transforms.resize_pos_embeds(same, {'pos_embed': spec}) == (same, ())
 

@@ -5,7 +5,13 @@ import torch
 
 from internvl_ds.errors import PretrainedError
 from internvl_ds.pretrained.transforms import Note
-from internvl_ds.pretrained.unwrapping import strip_prefixes, take_part, unwrap, unwrap_by
+from internvl_ds.pretrained.unwrapping import (
+    drop_inner_wrappers,
+    strip_prefixes,
+    take_part,
+    unwrap,
+    unwrap_by,
+)
 from tests.pretrained.test_transforms import numbered, specs
 
 
@@ -25,6 +31,20 @@ def test_unwrap_prefers_model_and_else_takes_the_mapping_itself():
     # A parameter may have that name.
     tensors = numbered('model', 'head')
     assert unwrap(tensors, {}).state is tensors
+
+
+@pytest.mark.parametrize(
+    'wrapper', ['_orig_mod', '_fsdp_wrapped_module', '_checkpoint_wrapped_module']
+)
+def test_wrappers_of_parts_are_taken_out(wrapper):
+    state = numbered('a', f'b.0.{wrapper}.c.w', f'b.1.{wrapper}.c.{wrapper}.w')
+    specs = numbered('a', 'b.0.c.w', 'b.1.c.w')
+    result = drop_inner_wrappers(state, specs)
+    assert result.state == specs
+    assert [note.text for note in result.notes] == ['took the names of wrappers out of 2 keys']
+    assert drop_inner_wrappers(state, state) == (state, ())  # the model is wrapped itself
+    whole = numbered(f'{wrapper}.a')
+    assert strip_prefixes(drop_inner_wrappers(whole, specs).state, specs).state == numbered('a')
 
 
 @pytest.mark.parametrize('name', [

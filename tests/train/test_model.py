@@ -210,3 +210,24 @@ def test_the_configs_that_ship_build_their_models(name, parameters, trained_para
     left = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert left == (trained_parameters or total)
     assert find_config_file(name).read_text().startswith('#')
+
+
+@pytest.mark.parametrize(
+    ('opts', 'words'),
+    [
+        ({'MODEL__KWARGS': {'embed_dim': 25, 'num_heads': 2}}, 'AssertionError: dim should be'),
+        ({'MODEL__KWARGS': {'depth': 'x'}}, 'failed: TypeError: '),
+        ({'MODEL__KWARGS': {'act_layer': 'nope'}}, "KeyError: 'nope'"),
+        ({'MODEL__NAME': 'vit_tiny_patch16_224.nope'}, 'RuntimeError: Invalid pretrained tag'),
+        ({'MODEL__NAME': 'local-dir:/nowhere'}, 'FileNotFoundError: '),
+        ({'MODEL__KWARGS': {'num_classes': 7}}, 'set MODEL.NUM_CLASSES in its place'),
+        ({'MODEL__KWARGS': {'pretrained': True}}, 'set MODEL.PRETRAINED in its place'),
+    ],
+)
+def test_what_timm_cannot_build_is_one_line(tmp_path, opts, words):
+    with pytest.raises(ConfigError) as caught:
+        build_model(small_config(tmp_path, **opts))
+    text = str(caught.value)
+    assert text.startswith(('MODEL.NAME ', 'MODEL.KWARGS '))
+    assert words in text
+    assert '\n' not in text

@@ -43,6 +43,10 @@ def run(args: argparse.Namespace) -> int:
     require_target(target, args.dtype)
     if len(args.sources) < 2:
         raise CheckpointError(f'{target}: an average takes two checkpoints or more, and then OUT')
+    if any(path.exists() and target.exists() and path.samefile(target) for path in args.sources):
+        raise CheckpointError(
+            f'{target}: is a checkpoint of the average, and OUT, which comes last'
+        )
     paths = [checkpoint(path) for path in args.sources]
     for path in paths:
         if path.is_dir():
@@ -74,6 +78,8 @@ def _means(
     from internvl_ds.zero.lazy_tensor import Mean
 
     first = sources[0]
+    if not first:
+        raise CheckpointMismatch(f'{paths[0]}: has no weights')
     for path, other in zip(paths[1:], sources[1:], strict=True):
         if odd := sorted(first.keys() ^ other.keys()):
             raise CheckpointMismatch(f'{paths[0]} and {path}: only one of them has {few(odd)}')

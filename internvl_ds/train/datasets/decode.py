@@ -52,15 +52,17 @@ def decode(data: bytes, *, upright: bool) -> Image.Image:
     except UnidentifiedImageError:
         raise Unreadable('it has no image format that Pillow knows, or a damaged header') from None
     image.load()
+    return as_rgb(image, upright=upright)
+
+
+def as_rgb(image: Image.Image, *, upright: bool = False) -> Image.Image:
+    """An opened image as `decode` gives it, and raising the same."""
+    levels = image
     if image.mode in ('I', 'F') or image.mode.startswith('I;16'):
         levels = _to_8_bits(image)
-        return _as_rgb(_turned(levels, image) if upright else levels)
-    return _as_rgb(_turned(image, image) if upright else image)
-
-
-def _as_rgb(image: Image.Image) -> Image.Image:
+    turned = _turned(levels, image) if upright else levels
     # Pillow would copy an image that is RGB already, in a third of the time of its decoding.
-    return image if image.mode == 'RGB' else image.convert('RGB')
+    return turned if turned.mode == 'RGB' else turned.convert('RGB')
 
 
 def _turned(image: Image.Image, opened: Image.Image) -> Image.Image:

@@ -12,9 +12,9 @@ from PIL import Image
 from torch.utils.data import IterableDataset
 from yacs.config import CfgNode
 
-from internvl_ds.config.factory import load_factory
+from internvl_ds.config.factory import failed, load_factory
 from internvl_ds.errors import ConfigError, DataError, brief
-from internvl_ds.train.datasets.decode import decode
+from internvl_ds.train.datasets.decode import as_rgb, decode
 from internvl_ds.train.datasets.images import Images, hot, unusable
 from internvl_ds.train.datasets.sources import encoded
 from internvl_ds.train.datasets.transforms import Transform
@@ -69,15 +69,16 @@ class Made(Images):
                     f'{where} is {_kind(image)}; a tensor is taken as it is, and must be of floats '
                     f'and of the shape {self._shape} (DATA.IMG_SIZE)'
                 )
-            return image
+            return image.detach()
         if not isinstance(image, Image.Image | bytes):
             raise ConfigError(
                 f'{where} begins with {_kind(image)}, and not with a PIL image, the bytes of an '
                 'image file or a tensor'
             )
         try:
-            whole = decode(image, upright=self.upright) if isinstance(image, bytes) else image
-            return self.transform(whole.convert('RGB'))
+            if isinstance(image, Image.Image):
+                return self.transform(as_rgb(image))
+            return self.transform(decode(image, upright=self.upright))
         except Exception as error:
             raise unusable(where, error) from error
 
@@ -105,7 +106,13 @@ def open_factory(config: CfgNode, split: str, transform: Transform) -> Images:
     """
     factory = config.DATA.FACTORY
     what = f'DATA.FACTORY {factory!r} ({split})'
-    items = load_factory('DATA.FACTORY', factory)(config, split)
+    function = load_factory('DATA.FACTORY', factory)
+    try:
+        items = function(config, split)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise failed(what, error) from error
     if isinstance(items, IterableDataset) or not all(
         hasattr(items, name) for name in ('__len__', '__getitem__')
     ):
@@ -113,7 +120,10 @@ def open_factory(config: CfgNode, split: str, transform: Transform) -> Images:
             f'{what} returned {_kind(items)}, which has no __len__ and __getitem__: the order of '
             'training, and the place in it to resume from, need both'
         )
-    total = len(items)
+    try:
+        total = len(items)
+    except Exception as error:
+        raise failed(f'{what}: the length of {_kind(items)}', error) from error
     if not total:
         raise ConfigError(f'{what} returned {_kind(items)} without an item')
     classes = _texts(items, 'classes', what)
@@ -142,9 +152,14 @@ def _texts(items: Any, name: str, what: str) -> list[str]:
     texts = getattr(items, name, None)
     if texts is None:
         return []
-    if isinstance(texts, str) or not all(isinstance(each, str) for each in texts):
+    try:
+        listed = list(texts)
+        encoded(listed)
+    except (TypeError, ValueError):  # no sequence, no texts, or of half a character
+        listed = [None]
+    if isinstance(texts, str) or not all(isinstance(each, str) for each in listed):
         raise ConfigError(f'{what}: its attribute {name} is {brief(texts)}, and no list of texts')
-    return list(texts)
+    return list(map(str, listed))
 
 
 def _kind(value: Any) -> str:

@@ -12,6 +12,7 @@ from yacs.config import CfgNode
 from internvl_ds.errors import ConfigError, shown
 from internvl_ds.files.reading import open_data
 from internvl_ds.pretrained.head import CLASSES_22K
+from internvl_ds.train.datasets.sources import MOST_CLASSES
 
 # The longest list, bytes; the original's of ImageNet-22K has some 500 MB.
 _LIST_BYTES = 4 << 30
@@ -68,7 +69,7 @@ def read_list(path: Path, classes: int) -> tuple[list[str], list[int]]:
                 if not words:
                     continue
                 label = _label(words[-1], label_of)
-                if len(words) < 2 or label < 0 or (classes and label >= classes):
+                if len(words) < 2 or not 0 <= label < (classes or MOST_CLASSES):
                     said = shown(line[:200].decode(errors='replace').strip())
                     raise ConfigError(
                         f'{path}, line {number}: {said!r} is not a path and a label of 0 ... '

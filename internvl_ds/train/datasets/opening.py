@@ -27,7 +27,7 @@ from internvl_ds.train.datasets.imagenet import (
 )
 from internvl_ds.train.datasets.images import Images
 from internvl_ds.train.datasets.lists import find_list, names_of_labels, read_list
-from internvl_ds.train.datasets.sources import SOURCES, Folder, Source
+from internvl_ds.train.datasets.sources import MOST_CLASSES, SOURCES, Folder, Source
 from internvl_ds.train.datasets.tables import open_table
 from internvl_ds.train.datasets.tars import open_tar, open_webdataset
 from internvl_ds.train.datasets.transforms import build_transform
@@ -165,7 +165,8 @@ def _open_source(config: CfgNode, split: str) -> Images:
     source, labels = opened.source, opened.labels
     if opened.classes:
         _require_count(config, split, Path(source.root), opened.classes)
-    expected, several = config.MODEL.NUM_CLASSES or opened.count, config.DATA.MULTI_LABEL
+    several = config.DATA.MULTI_LABEL
+    expected = config.MODEL.NUM_CLASSES or min(opened.count, MOST_CLASSES)
     if split == 'val' and evaluates_22k_as_1k(config, len(opened.classes)):
         expected = CLASSES_1K
     for index, label in enumerate(labels):

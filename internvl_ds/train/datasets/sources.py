@@ -18,6 +18,9 @@ from internvl_ds.train.datasets.skipping import is_of_file
 # Values of DATA.DATASET whose images have their labels with them; hfds may be followed by a name.
 SOURCES = ('tar', 'wds', 'csv', 'jsonl', 'hfds')
 
+# A label from here on is a mistake in the data: a model of so many classes would take all memory.
+MOST_CLASSES = 1 << 24
+
 
 class Source(Protocol):
     """Where the images of a split come from.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,11 @@ from internvl_ds.train.datasets.sources import Folder, Opened
 
 _COLUMNS = ('path', 'label')
 _LINE_BYTES = 1 << 20  # of one row
+# Labels of this form that are not whole numbers are mistakes, and no names: sorted as text, 10.0
+# comes before 2.0.
+_NUMBER = re.compile(r'[+-]?\d+(\.\d*)?')
+
+_DIGITS = 19  # of a label, too many
 
 Row = tuple[int, str, Any]  # line, path, label
 
@@ -53,9 +60,12 @@ def open_table(config: CfgNode, split: str) -> Opened:
         )
     rows = read_table(table, multi=multi)
     first = folder / f'train.{kind}'
-    of_classes = rows if split == 'train' or not first.is_file() else read_table(first, multi=multi)
+    if split == 'train' or not first.is_file():
+        first, of_classes = table, rows
+    else:
+        of_classes = read_table(first, multi=multi)
     text = kind == 'csv'  # which has no numbers but as text
-    index = _index_of(of_classes, text=text)
+    index = _index_of(first, of_classes, text=text)
     labels = [
         [_number(table, row, each, index, text=text) for each in _labels_of(row)] for row in rows
     ]
@@ -84,6 +94,7 @@ def read_table(path: Path, *, multi: bool) -> list[Row]:
             name, label = values['path'], values['label']
             if not isinstance(name, str) or not name or '\0' in name:
                 raise ConfigError(f'{path}, line {line}: path is {brief(name)}, and no path')
+            os.fsencode(name)  # raises ValueError for what no file system has
             if multi and isinstance(label, str) and read is _read_csv:
                 label = [each.strip() for each in label.split('|')] if label.strip() else []
             if isinstance(label, list) and not multi:
@@ -116,6 +127,8 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
                 f'{path}, line 1: has no column {" and no ".join(missing)}; its columns are '
                 f'{shown(few(reader.fieldnames or ["none"]))}'
             )
+        if twice := [name for name in _COLUMNS if (reader.fieldnames or []).count(name) > 1]:
+            raise ConfigError(f'{path}, line 1: has the column {" and ".join(twice)} twice')
         for row in reader:
             if None in row or None in row.values():
                 raise ConfigError(
@@ -133,7 +146,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
             if not line.strip():
                 continue
             try:
-                row = parse_json(line.decode())
+                row = parse_json(line.decode('utf-8-sig' if number == 1 else 'utf-8'))
             except ValueError as error:
                 raise ConfigError(f'{path}, line {number}: is no JSON: {error}') from error
             if not isinstance(row, dict) or not row.keys() >= set(_COLUMNS):
@@ -143,18 +156,30 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
             yield number, row
 
 
-def _index_of(rows: Sequence[Row], *, text: bool) -> dict[str, int] | None:
-    """The label of each class name in a table, sorted by name; None where labels are numbers."""
+def _index_of(table: Path, rows: Sequence[Row], *, text: bool) -> dict[str, int] | None:
+    """The label of each class name in a table, sorted by name; None where labels are numbers.
+
+    Raises:
+        ConfigError: where a CSV has numbers alone, and one is none of a class.
+    """
     names = {each for row in rows for each in _labels_of(row) if isinstance(each, str)}
     if not names or (text and all(name.isdecimal() for name in names)):
         return None
+    if text and all(map(_NUMBER.fullmatch, names)):
+        line, label = next(
+            (line, each) for line, _, label in rows for each in np.atleast_1d(label).tolist()
+            if not each.isdecimal()
+        )  # fmt: skip
+        raise ConfigError(
+            f'{table}, line {line}: label is {brief(label)}, and not a number of 0 and above'
+        )
     return {name: label for label, name in enumerate(sorted(names))}
 
 
 def _number(
     table: Path, row: Row, label: Any, index: Mapping[str, int] | None, *, text: bool
 ) -> int:
-    if index is None and text and label.isdecimal():
+    if index is None and text and label.isdecimal() and len(label) < _DIGITS:
         return int(label)
     if index is None and isinstance(label, int) and label >= 0:
         return label

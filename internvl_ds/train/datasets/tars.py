@@ -6,6 +6,8 @@ any other, so that both kinds have an order, and a position in it, as an image f
 
 from __future__ import annotations
 
+import itertools
+import logging
 import os
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,6 +24,8 @@ from internvl_ds.train.datasets.walk import is_image_name
 
 _TAIL_BYTES = 1 << 16  # looked at behind the last entry
 _LABEL_BYTES = 1 << 20  # of one sample's .cls or .json
+
+_log = logging.getLogger(__name__)
 
 
 class Part(NamedTuple):
@@ -71,7 +75,7 @@ def open_tar(path: Path, split: str) -> Opened:
     """Opens ``split.tar``, or the tar files in the folder ``split``.
 
     An image's class is the last folder of its path; where it is in none, its tar file, in a folder
-    of these or inside another (as ImageNet's own).
+    of these or inside another (as ImageNet's own). A hidden folder is no class; the log names it.
 
     Raises:
         ConfigError: for missing or damaged files, and images without a class.
@@ -79,6 +83,7 @@ def open_tar(path: Path, split: str) -> Opened:
     files, root = _tar_files(path, split, [f'{split}.tar'], [f'{split}/*.tar'])
     whole = root.is_file()
     found: list[tuple[str, int, Part]] = []
+    hidden: set[str] = set()
     for number, file in enumerate(files):
         for part in read_headers(file):
             inside = part.name if whole else f'{file.stem}/{part.name}'
@@ -88,10 +93,18 @@ def open_tar(path: Path, split: str) -> Opened:
             label = os.path.basename(os.path.dirname(inside))
             if not label:
                 raise ConfigError(f'{file}: {part.name} is in no folder, which would be its class')
-            found.append((label, number, part._replace(name=inside)))
+            if label.startswith('.'):
+                hidden.add(os.path.dirname(inside))
+            else:
+                found.append((label, number, part._replace(name=inside)))
+    if hidden:
+        _log.warning('%s: hidden folders are no classes: %s', root, few(sorted(hidden)))
     if not found:
         raise ConfigError(f'{root}: has no image in its tar files')
     found.sort(key=lambda each: (each[0], each[2].name))
+    for (_, _, one), (_, number, other) in itertools.pairwise(found):
+        if one.name == other.name:
+            raise ConfigError(f'{files[number]}: has {other.name} twice')
     classes = sorted({label for label, _, _ in found})
     index = {name: label for label, name in enumerate(classes)}
     source = TarParts(root, files, [(number, part) for _, number, part in found])
@@ -171,6 +184,12 @@ def _tar_files(
             return [path / name], path / name
     for pattern in patterns:
         if found := sorted(path.glob(pattern)):
+            of_both = [p for p in found if 'train' in p.name and 'val' in p.name]
+            if of_both and pattern.startswith('*'):
+                raise ConfigError(
+                    f'{of_both[0]}: is of train and of val by its name: put the tar files of each '
+                    f'into a folder {path / "train"} and {path / "val"}'
+                )
             return found, found[0].parent
     places = ' nor '.join(str(path / name) for name in [*files, *patterns])
     raise ConfigError(f'DATA.DATA_PATH {path}: there is no {places}')

@@ -59,5 +59,11 @@ def class_weights(config: CfgNode, images: Images) -> torch.Tensor | None:
             f'{few(empty)}: list the weights'
         )
     one_of = config.TRAIN.LOSS != 'bce'
+    if not one_of and (everywhere := np.flatnonzero(have == len(labels)).tolist()):
+        raise ConfigError(
+            f"DATA.CLASS_WEIGHTS 'balanced': all images of {images.root} have the classes "
+            f"{few(list(map(str, everywhere)))}, which would weigh 0 with TRAIN.LOSS 'bce': list "
+            'the weights'
+        )
     balanced = len(labels) / (count * have) if one_of else (len(labels) - have) / have
     return torch.from_numpy(balanced).float()

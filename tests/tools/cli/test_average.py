@@ -92,6 +92,12 @@ def test_what_does_not_fit_is_one_line_with_the_names(files, tmp_path, capsys):
     refused(states[0], 'takes two checkpoints or more')
     assert main(['ckpt', 'average', paths[0], paths[1], str(tmp_path / 'out.bin')]) == 2
     assert 'must end in .pth' in capsys.readouterr().err
+    assert main(['ckpt', 'average', paths[0], paths[1], paths[0]]) == 2
+    assert 'is a checkpoint of the average, and OUT, which comes last' in capsys.readouterr().err
+    torch.save({'model': {}}, tmp_path / 'none.pth')
+    none = str(tmp_path / 'none.pth')
+    assert main(['ckpt', 'average', none, none, str(tmp_path / 'out.pth')]) == 2
+    assert 'none.pth: has no weights' in capsys.readouterr().err
 
 
 def save_tag_of_stage(data, output, stage, seed):

@@ -147,3 +147,11 @@ def error_of(config: CfgNode) -> str:
     except InternvlDsError as error:
         return f'{type(error).__name__}: {error}'
     return ''
+
+
+def line_of(config: CfgNode) -> str:
+    """The error of building the loaders, which is one line."""
+    said = error_of(config)
+    assert said.startswith('ConfigError: ')
+    assert '\n' not in said
+    return said.removeprefix('ConfigError: ')

@@ -1,20 +1,17 @@
 """What is wrong with a source is one line that names the file, and the line or entry in it."""
 
 import importlib.util
-import sys
+import tarfile
 
 import pytest
-import torch
 from PIL import Image
-from torch.utils.data import IterableDataset
 
-from internvl_ds.errors import ConfigError, DataError
+from internvl_ds.errors import DataError
 from internvl_ds.train.data import build_loaders
 from tests.harness.training import small_config, write_folder
-from tests.train.datasets.made import error_of
+from tests.train.datasets.made import line_of
 from tests.train.datasets.sourced import (
-    Pictures,
-    images_of,
+    add,
     pack,
     write_shards,
     write_tables,
@@ -27,14 +24,6 @@ HERE = __name__
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
     return write_folder(tmp_path_factory.mktemp('images'), classes=3, train=25, val=7)
-
-
-def line_of(config):
-    """The error of building the loaders, which is one line."""
-    said = error_of(config)
-    assert said.startswith('ConfigError: ')
-    assert '\n' not in said
-    return said.removeprefix('ConfigError: ')
 
 
 FAULTY_CSV = {
@@ -52,6 +41,7 @@ FAULTY_CSV = {
     'no such file': ('path,label\na.png,class_0\n', 'line 2: there is no '),
     'no rows': ('path,label\n', 'lists no image'),
     'an open quote': ('path,label\n"a.png,0\n', 'line 1 or the next: cannot be read: '),
+    'a column twice': ('path,label,label\na.png,0,1\n', 'line 1: has the column label twice'),
     'bytes that are no text': (b'path,label\n\xff\xfe,0\n', 'or the next: cannot be read: '),
 }
 
@@ -76,6 +66,7 @@ FAULTY_JSONL = {
     'a list': ('{"path": "a.png", "label": [1]}\n', 'read with DATA.MULTI_LABEL True'),
     'a negative': ('{"path": "a.png", "label": -1}\n', 'line 1: label is -1, and not a number of'),
     'a name': ('{"path": "a.png", "label": "cat"}\n', "line 1: label is 'cat', and not a number"),
+    'half a character': ('{"path": "\\ud800", "label": 0}\n', 'or the next: cannot be read: '),
 }
 
 
@@ -87,6 +78,36 @@ def test_a_faulty_jsonl_is_refused_by_its_line(folder, tmp_path, fault):
     said = line_of(small_config(tmp_path, DATA__DATASET='jsonl'))
     assert said.startswith(f'{tmp_path}/val.jsonl, line ')
     assert words in said
+
+
+@pytest.mark.parametrize('labels', [('1.0', '2.0'), ('-1', '0'), ('1', '9' * 5000)])
+def test_numbers_that_are_no_labels_are_not_taken_for_names(folder, tmp_path, labels):
+    write_tables(folder, tmp_path, 'csv', False)
+    rows = ''.join(f'images/train/class_0/000.png,{label}\n' for label in labels)
+    (tmp_path / 'train.csv').write_text(f'path,label\n{rows}')
+    said = line_of(small_config(tmp_path, DATA__DATASET='csv', MODEL__NUM_CLASSES=0))
+    assert said.startswith(f'{tmp_path}/train.csv, line ')
+    assert said.endswith('and not a number of 0 and above')
+
+
+def test_a_label_that_no_model_has_is_refused(folder, tmp_path):
+    write_shards(folder, tmp_path / 'wds')
+    files = [('a.png', b''), ('a.cls', b'9' * 25)]
+    pack(tmp_path / 'wds' / 'more-train.tar', files)
+    said = line_of(small_config(tmp_path / 'wds', DATA__DATASET='wds', MODEL__NUM_CLASSES=0))
+    assert said.endswith(f'label {"9" * 25} is not of 0 ... 16777215 (MODEL.NUM_CLASSES 0)')
+    (tmp_path / 'train.txt').write_text(f'class_0/000.png {"9" * 25}\n')
+    said = line_of(small_config(folder, DATA__META_DATA=str(tmp_path), MODEL__NUM_CLASSES=0))
+    assert f"{tmp_path}/train.txt, line 1: 'class_0/000.png 9999" in said
+
+
+def test_a_table_may_begin_with_a_mark_of_its_encoding(folder, tmp_path):
+    for kind in ('csv', 'jsonl'):
+        write_tables(folder, tmp_path / kind, kind, False)
+        for path in (tmp_path / kind).glob(f'*.{kind}'):
+            path.write_bytes(b'\xef\xbb\xbf' + path.read_bytes())
+        images = build_loaders(small_config(tmp_path / kind, DATA__DATASET=kind), 0, 1).train
+        assert len(images.dataset) == 25
 
 
 def test_a_label_beyond_the_classes_names_line_and_number(folder, tmp_path):
@@ -181,62 +202,28 @@ def test_a_tar_needs_a_class_folder_for_each_image(tmp_path):
     assert said == f'{tmp_path}/val.tar: a.png is in no folder, which would be its class'
 
 
-class Stream(IterableDataset):
-    """Has no order to resume in."""
-
-    def __iter__(self):
-        return iter([])
-
-
-class Ordered:
-    """Two items of a kind."""
-
-    classes = ('a', 'b', 'c')
-
-    def __init__(self, item, **attributes):
-        self.item = item
-        vars(self).update(attributes)
-
-    def __len__(self):
-        return 2
-
-    def __getitem__(self, index):
-        return self.item
+def test_an_image_twice_in_a_tar_is_named(tmp_path):
+    pack(tmp_path / 'val.tar', [('c/a.png', b''), ('c/b.png', b''), ('./c/a.png', b'')])
+    said = line_of(small_config(tmp_path, DATA__DATASET='tar'))
+    assert said == f'{tmp_path}/val.tar: has c/a.png twice'
 
 
-PICTURE = Image.new('RGB', (16, 16))
-RETURNED = {
-    'a stream': (Stream(), 'a Stream, which has no __len__ and __getitem__'),
-    'none': (None, 'a NoneType, which has no __len__'),
-    'an empty list': ([], 'a list of 0 without an item'),
-    'an image alone': (Ordered(PICTURE), 'item 0 is a Image, and not an image and its label'),
-    'a path': (Ordered(('a.png', 0)), 'item 0 begins with a str, and not with a PIL image'),
-    'another shape': (
-        Ordered((torch.zeros(3, 8, 8), 0)),
-        'item 0 is a tensor of torch.float32 and the shape (3, 8, 8); a tensor is taken as it is, '
-        'and must be of floats and of the shape (3, 16, 16)',
-    ),
-    'a label beyond': (Ordered((PICTURE, 3)), 'has the label 3, and not an integer of 0 ... 2'),
-    'a float': (Ordered((PICTURE, 1.0)), 'item 0 has the label 1.0, and not an integer'),
-    'a list of labels': (Ordered((PICTURE, [1])), 'has the label [1], and not an integer'),
-    'other classes': (Ordered((PICTURE, 0), classes=['a']), 'has 1 classes, and the model is to'),
-    'classes of no texts': (Ordered((PICTURE, 0), classes=[1, 2, 3]), 'its attribute classes is'),
-    'too few names': (Ordered((PICTURE, 0), names=['a']), 'has 2 items and 1 names'),
-}  # fmt: skip
+def test_hidden_folders_of_a_tar_are_no_classes(folder, tmp_path, caplog):
+    write_tar(folder, tmp_path)
+    for split in ('train', 'val'):
+        with tarfile.open(tmp_path / f'{split}.tar', 'a') as archive:
+            add(archive, f'{split}/.ipynb_checkpoints/a.png', b'')
+    config = small_config(tmp_path, DATA__DATASET='tar', MODEL__NUM_CLASSES=0)
+    assert build_loaders(config, 0, 1).classes == ['class_0', 'class_1', 'class_2']
+    assert f'{tmp_path}/val.tar: hidden folders are no classes: .ipynb_checkpoints' in caplog.text
 
 
-def returned(config, split):
-    """For DATA.FACTORY: what a test has put there."""
-    return sys.modules[HERE].given
-
-
-@pytest.mark.parametrize('kind', RETURNED)
-def test_what_a_factory_returns_is_checked(tmp_path, monkeypatch, kind):
-    value, words = RETURNED[kind]
-    monkeypatch.setattr(sys.modules[HERE], 'given', value, raising=False)
-    said = line_of(small_config(tmp_path, DATA__FACTORY=f'{HERE}:returned'))
-    assert said.startswith(f"DATA.FACTORY '{HERE}:returned' (val)")
-    assert words in said
+def test_a_shard_that_is_of_both_splits_by_its_name_is_refused(folder, tmp_path):
+    write_shards(folder, tmp_path)
+    path = tmp_path / 'set-val-000000.tar'
+    path.rename(tmp_path / 'constrained-val-000000.tar')
+    said = line_of(small_config(tmp_path, DATA__DATASET='wds', MODEL__NUM_CLASSES=0))
+    assert said.startswith(f'{tmp_path}/constrained-val-000000.tar: is of train and of val by its')
 
 
 @pytest.mark.parametrize(
@@ -260,20 +247,6 @@ def test_settings_that_contradict_each_other_are_named(tmp_path, settings, words
     assert words in line_of(small_config(tmp_path, **settings))
 
 
-def test_a_label_of_a_later_item_is_an_error_that_no_skipping_hides(folder, monkeypatch):
-    class Wrong(Pictures):
-        def __getitem__(self, index):
-            image, label = super().__getitem__(index)
-            return image, 9 if index == 5 else label
-
-    monkeypatch.setattr(sys.modules[HERE], 'given', Wrong(folder, 'train'), raising=False)
-    config = small_config(folder, DATA__FACTORY=f'{HERE}:returned', DATA__ON_ERROR='skip')
-    images = build_loaders(config, 0, 1).train.dataset.images
-    name = images_of(folder, 'train')[5][0]
-    with pytest.raises(ConfigError, match=rf'item 5 \({name}\) has the label 9, and not an'):
-        images[5]
-
-
 @pytest.mark.skipif(importlib.util.find_spec('datasets') is not None, reason='it is there')
 def test_without_datasets_the_error_says_what_to_install(tmp_path):
     said = line_of(small_config(tmp_path, DATA__DATASET='hfds'))
@@ -291,7 +264,7 @@ def test_hugging_face_data_that_does_not_fit_is_named(tmp_path):
         return line_of(small_config(path, DATA__DATASET='hfds'))
 
     text, number = datasets.Value('string'), datasets.Value('int64')
-    picture = {'image': [PICTURE]}
+    picture = {'image': [Image.new('RGB', (16, 16))]}
     said = said_of({'text': ['a'], 'label': [0]}, {'text': text, 'label': number})
     assert 'split validation: has the columns text, label; one of images' in said
     said = said_of(picture | {'label': ['a']}, {'image': datasets.Image(), 'label': text})

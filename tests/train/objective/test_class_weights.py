@@ -75,6 +75,12 @@ def test_of_several_labels_each_class_is_balanced_by_itself(tmp_path, data):
     opts = {'DATA__DATASET': 'jsonl', 'DATA__MULTI_LABEL': True, 'TRAIN__LOSS': 'bce'}
     weights = weights_of(root, DATA__CLASS_WEIGHTS='balanced', DATA__BATCH_SIZE=1, **opts)
     assert weights.tolist() == pytest.approx([3, 1 / 3, 3])
+    for split in ('train', 'val'):
+        lines = [{'path': str(image), 'label': label} for label in ([0, 1], [1])]
+        (root / f'{split}.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+    with pytest.raises(ConfigError, match='all images of .* have the classes 1, which would weigh'):
+        weights_of(root, DATA__CLASS_WEIGHTS='balanced', DATA__BATCH_SIZE=1,
+                   **opts | {'MODEL__NUM_CLASSES': 2})  # fmt: skip
 
 
 @pytest.mark.parametrize(
