@@ -23,6 +23,7 @@ from internvl_ds.train.datasets.imagenet import Measure
 from internvl_ds.train.datasets.opening import evaluates_22k_as_1k
 from internvl_ds.train.datasets.precision import Ranking
 from internvl_ds.train.model import input_dtype
+from internvl_ds.train.prefetch import on_device
 
 _WARMUP_PASSES = 10
 _TIMED_PASSES = 30
@@ -117,10 +118,8 @@ def evaluate(
     was_training = model.training
     model.eval()
     try:
-        for images, labels in loader:
-            images = images.to(device, dtype, non_blocking=True)
-            labels = labels.to(device, non_blocking=True)
-            logits = model(images).float()
+        for images, labels in on_device(loader, device):
+            logits = model(images.to(dtype)).float()
             if as_1k:
                 logits = slice_22k_logits(logits)
             if columns is not None:

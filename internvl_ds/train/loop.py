@@ -25,6 +25,7 @@ from internvl_ds.train.model import input_dtype, set_train_mode
 from internvl_ds.train.models.batch_norm import distribute_statistics
 from internvl_ds.train.objective.criterion import build_criterion
 from internvl_ds.train.optim import accumulation_steps, updates_per_epoch
+from internvl_ds.train.prefetch import on_device
 from internvl_ds.train.reporting.log import FILE_ONLY, MetricsLog, close_log, open_log, shows_bar
 from internvl_ds.train.reporting.plot import plot_curves
 from internvl_ds.train.reporting.progress import Progress
@@ -111,9 +112,7 @@ def train_one_epoch(state: Run, epoch: int) -> dict[str, float]:
     if state.save_interval is not None:
         state.save_interval.start()
     try:
-        for index, (images, labels) in enumerate(loader, start):
-            images = images.to(engine.device, non_blocking=True)
-            labels = labels.to(engine.device, non_blocking=True)
+        for index, (images, labels) in enumerate(on_device(loader, engine.device), start):
             if state.loaders.mixup is not None:
                 images, labels = state.loaders.mixup(images, labels)
             logits = engine(images.to(dtype)).float()
