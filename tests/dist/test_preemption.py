@@ -100,7 +100,7 @@ def test_minutes_are_those_of_rank_0s_clock(tmp_path):
 @pytest.mark.ranks
 @pytest.mark.slow
 @pytest.mark.soak
-@pytest.mark.timeout(120 + 20 * (KILLS + STOPS))
+@pytest.mark.timeout(320 + 20 * (KILLS + STOPS))
 @pytest.mark.parametrize(('stage', 'level'), STAGES)
 def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path, digits, stage, level):
     cfg = tmp_path / 'run.yaml'
@@ -109,7 +109,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path, digits, stage, le
     ds_config.write_text(json.dumps({'zero_optimization': {'stage': stage}}))
     opts = ['DATA.DATA_PATH', str(digits), 'AMP_OPT_LEVEL', level, 'AMP_TYPE', 'bfloat16']
     trials = run_chain(
-        'tests.dist.preempting', tmp_path, 100 + 20 * (KILLS + STOPS),
+        'tests.dist.preempting', tmp_path, 300 + 20 * (KILLS + STOPS),
         seed=SEED + stage, kills=KILLS, stops=STOPS, folder=str(tmp_path / 'trials'),
         outputs=str(tmp_path / 'out'), micro_batches=22, cfg=str(cfg), ds_config=str(ds_config),
         opts=opts,
