@@ -1,5 +1,6 @@
 """TRAIN.SAVE_OVERHEAD: the interval follows from what saves cost, and a run keeps to it."""
 
+import json
 import logging
 
 import pytest
@@ -86,3 +87,5 @@ def test_a_run_saves_first_to_measure_and_then_as_seldom_as_it_must(tmp_path, as
     (step,) = {path.name for path in out.glob('ckpt_epoch_0_step_*')}
     assert 20 <= int(step.rpartition('_')[2]) <= 30
     assert 'for TRAIN.SAVE_OVERHEAD 1e-06' in (out / 'log_rank0.txt').read_text()
+    # What 'auto' is here: the program alone writes to the weights.
+    assert X(out / 'config.json').read_text()
