@@ -27,6 +27,7 @@ def engine(monkeypatch):
     wrapper = SimpleNamespace(
         holds_average=False,
         masters=lambda: {'0': engine.master},
+        before_write=lambda: None,
         push_masters=lambda: engine.pushed.append(engine.master.tolist()),
     )
     monkeypatch.setattr(ema, 'wrapper_of', lambda engine: wrapper)

@@ -88,4 +88,5 @@ def test_a_run_saves_first_to_measure_and_then_as_seldom_as_it_must(tmp_path, as
     assert 20 <= int(step.rpartition('_')[2]) <= 30
     assert 'for TRAIN.SAVE_OVERHEAD 1e-06' in (out / 'log_rank0.txt').read_text()
     # What 'auto' is here: the program alone writes to the weights.
-    assert X(out / 'config.json').read_text()
+    checkpoint = json.loads((out / 'config.json').read_text())['CHECKPOINT']
+    assert checkpoint['ASYNC_COPY'] == 'overlap'
