@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import timm
 import torch
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy
@@ -137,3 +138,11 @@ def follow_plain_loop(
         'loss': [record['train_loss'], sum(losses) / len(losses)],
         'updates': len(losses),
     }
+
+
+def require_same_epoch(result: dict[str, Any]) -> None:
+    """What a rank's `follow_plain_loop` found: 7 updates that moved the weights as plain ones."""
+    assert result['updates'] == 7
+    assert result['moved'] > 1e-3
+    assert result['differs'] < 1e-6
+    assert result['loss'][0] == pytest.approx(result['loss'][1], rel=1e-5)
