@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_loader
+from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from internvl_ds.train.data import build_loaders, start_epoch
@@ -92,13 +93,7 @@ def measure_loaders(
     ours = build_loaders(config, 0, 1).train
     assert ours is not None
     dataset: Any = ours.dataset
-    # The very transform that ours has, so that what is compared is the loader.
-    theirs_set = ImageFolder(str(root / 'train'))
-    theirs = create_loader(
-        theirs_set, (3, 224, 224), batch, is_training=True, use_prefetcher=False,
-        num_workers=workers, persistent_workers=False, pin_memory=False,
-    )  # fmt: skip
-    theirs_set.transform = dataset.images.transform
+    theirs = timms_loader(root, dataset.images.transform, config.AUG, batch, workers)
     epochs = iter(range(1 << 30))
 
     def read_ours() -> dict[str, float]:
@@ -120,6 +115,20 @@ def measure_loaders(
         'images': images, 'batch': batch, 'workers': workers, 'seconds': report,
         'images a second': rates, 'ratios': ratios_report(samples, PAIRS),
     }  # fmt: skip
+
+
+def timms_loader(root: Path, transform: Any, aug: Any, batch: int, workers: int) -> Iterable[Any]:
+    """timm's loader with the crop and flip of ``transform``, and its own way to a tensor."""
+    data = ImageFolder(str(root / 'train'))
+    loader: Any = create_loader(
+        data, (3, 224, 224), batch, is_training=True, use_prefetcher=False,
+        num_workers=workers, persistent_workers=False, pin_memory=False,
+        mean=tuple(aug.MEAN), std=tuple(aug.STD),
+    )  # fmt: skip
+    *_, to_tensor, normalize = data.transform.transforms
+    assert isinstance(to_tensor, transforms.ToTensor)
+    data.transform = transforms.Compose([*transform.transforms[:-1], to_tensor, normalize])
+    return loader
 
 
 def timed(loader: Iterable[Any], batches: int, workers: int) -> dict[str, float]:

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import create_transform
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data.distributed import DistributedSampler
+from torchvision import transforms
 
 from internvl_ds.checkpoint.formats.rng import rng_state
 from internvl_ds.dist.signals import SIGNALS
@@ -392,6 +394,33 @@ def test_training_transforms_give_normalized_tensors_of_the_right_size(data, nam
     assert tensor.shape == (3, 48, 48)
     assert tensor.dtype == torch.float32
     assert tensor.min() < 0
+
+
+def test_images_are_normalized_as_timm_and_torchvision_do_to_the_bit(data):
+    config = small_config(
+        data, DATA__IMG_SIZE=48, AUG__AUTO_AUGMENT='rand-m9-mstd0.5-inc1', AUG__REPROB=0.25,
+        AUG__COLOR_JITTER=0.4,
+    )  # fmt: skip
+    aug = config.AUG
+    whole = create_transform(
+        48, is_training=True, color_jitter=0.4, auto_augment=aug.AUTO_AUGMENT, re_prob=0.25,
+        re_mode=aug.REMODE, re_count=aug.RECOUNT, hflip=aug.HFLIP, scale=tuple(aug.SCALE),
+        interpolation=config.DATA.INTERPOLATION, mean=tuple(aug.MEAN), std=tuple(aug.STD),
+    )  # fmt: skip
+    plain = build_transform(config, training=False)
+    plain.transforms[-1:] = [transforms.ToTensor(), transforms.Normalize(aug.MEAN, aug.STD)]
+    levels = np.random.default_rng(0).integers(0, 256, (20, 64, 80, 3), np.uint8)
+    for seed, image in enumerate(map(Image.fromarray, levels)):
+        for training, reference in ((True, whole), (False, plain)):
+            seed_everything(seed)
+            expected = reference(image)
+            seed_everything(seed)
+            assert build_transform(config, training)(image).equal(expected)
+
+
+def test_a_deviation_of_zero_is_refused(data):
+    with pytest.raises(ConfigError, match=r'AUG\.STD \[0\.2, 0\.0, 0\.2\] has a zero'):
+        build_transform(small_config(data, AUG__STD=[0.2, 0.0, 0.2]), training=True)
 
 
 def test_an_unknown_transform_is_named(data):
