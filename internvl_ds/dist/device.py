@@ -15,11 +15,13 @@ _log = logging.getLogger(__name__)
 # torch reads these at its first allocation; the second since 2.9.
 _ALLOCATOR = ('PYTORCH_CUDA_ALLOC_CONF', 'PYTORCH_ALLOC_CONF')
 # Without the first, what micro-batches of other sizes leave behind cannot be used as a whole. With
-# the second, page-locked host memory (the copies of background saves) is not rounded up to powers
-# of two. torch before 2.14 may not know the key, or give blocks that are too small.
+# the second, page-locked host memory (the copies of background saves) of this size and more is not
+# rounded up to powers of two. torch before 2.14 may not know the key, or give too small blocks.
 _SETTINGS = 'expandable_segments:True'
+_EXACT_FROM: int | None = None  # bytes
 if tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 14):
     _SETTINGS += ',pinned_max_round_threshold_mb:128'
+    _EXACT_FROM = 128 << 20
 
 
 def take_device(local_rank: int) -> int:
@@ -55,6 +57,13 @@ def take_device(local_rank: int) -> int:
         _log.debug('%s=%s: set, to waste less memory', _ALLOCATOR[0], _SETTINGS)
     accelerator.set_device(index)
     return index
+
+
+def locked_bytes(size: int) -> int:
+    """Bytes that torch takes for a page-locked tensor of so many, as `take_device` sets it."""
+    if not size or (_EXACT_FROM is not None and size > _EXACT_FROM):
+        return size
+    return 1 << (size - 1).bit_length()
 
 
 def emulates_bf16(device: str) -> bool:

@@ -76,6 +76,13 @@ def test_memory_grows_in_segments_unless_the_user_has_said_how(monkeypatch, name
     assert seen == ([] if name == 'cpu' else [after])  # set before the device is touched
 
 
+def test_page_locked_memory_is_exact_where_torch_can_give_that(monkeypatch):
+    for exact_from, large in ((128 << 20, 200 << 20), (None, 256 << 20)):
+        monkeypatch.setattr(device, '_EXACT_FROM', exact_from)
+        sizes = [device.locked_bytes(n) for n in (0, 4096, 3 << 20, 200 << 20)]
+        assert sizes == [0, 4096, 4 << 20, large]
+
+
 def test_more_ranks_than_devices_are_an_error_that_says_what_is_visible(monkeypatch):
     monkeypatch.setattr(device, 'get_accelerator', lambda: Accelerator('cuda', 2))
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '4,5')

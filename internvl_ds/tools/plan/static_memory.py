@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from internvl_ds.dist.device import locked_bytes
 from internvl_ds.tools.plan.sizes import Sizes
 from internvl_ds.tools.plan.zero_scheme import ZeroScheme
 from internvl_ds.zero.sharded_build import ALWAYS, AUTO, LIMIT
@@ -131,11 +132,27 @@ def snapshot_bytes(sizes: Sizes, scheme: ZeroScheme, ema: bool, on_host: int) ->
     Args:
         on_host: ranks of the host.
     """
-    whole = checkpoint_bytes(sizes, scheme, ema)
-    if scheme.stage == 0:  # rank 0 saves what all hold
-        return whole
-    weights = scheme.weight_bytes * (0 if scheme.stage == 3 else sizes.parameters)
-    return weights + (whole - weights) * on_host // scheme.ranks
+    size, on_ranks = scheme.weight_bytes, scheme.ranks if scheme.stage == 3 else 1
+    of_each = [FP32_BYTES * n for group in sizes.groups for n in group]
+    of_groups = [FP32_BYTES * n for n in group_shards(sizes, scheme)]
+    if scheme.stage == 0 and size == FP32_BYTES:  # the weights are the masters
+        states = sizes.moments * _copied(of_each, scheme)
+    else:
+        states = (1 + sizes.moments) * _copied(of_groups, scheme)
+    average = _copied(of_groups if scheme.stage else of_each, scheme) if ema else 0
+    frozen = _copied([size * math.ceil(n / on_ranks) for n in sizes.frozen], scheme)
+    if scheme.stage == 3:
+        states, first = states + frozen, 0
+    else:
+        first = frozen + _copied([n // FP32_BYTES * size for n in of_each], scheme)
+    first += _buffers(sizes, scheme) + (_ema_buffers(sizes) if ema else 0)
+    saving = on_host if scheme.stage else 1  # at stage 0 rank 0 saves what all hold
+    return int(first + saving * states + on_host * average)
+
+
+def _copied(tensors: Iterable[int], scheme: ZeroScheme) -> int:
+    """Bytes of the copies of tensors, page-locked beside a GPU."""
+    return sum(_locked(size, scheme, True) for size in tensors)
 
 
 def all_parameters(sizes: Sizes) -> Iterable[int]:
@@ -188,5 +205,5 @@ def bucket_bytes(scheme: ZeroScheme) -> int:
 
 
 def _locked(size: int, scheme: ZeroScheme, pinned: bool) -> int:
-    """Bytes of host memory: torch rounds page-locked tensors up to a power of two."""
-    return 1 << (size - 1).bit_length() if pinned and scheme.on_gpu and size else size
+    """Bytes of host memory for a tensor; of page-locked ones torch takes more."""
+    return locked_bytes(size) if pinned and scheme.on_gpu else size

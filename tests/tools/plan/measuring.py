@@ -5,15 +5,19 @@ from __future__ import annotations
 import ctypes
 import gc
 import logging
+import math
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from yacs.config import CfgNode
 
 from internvl_ds import NativeScalerWithGradNormCount, initialize, save_checkpoint
+from internvl_ds.checkpoint import async_save
+from internvl_ds.checkpoint.copying import snapshot
 from internvl_ds.config.tree import default_config, merge_opts
 from internvl_ds.engine.ema import ShardedEma
 from internvl_ds.train.model import build_model, input_dtype
@@ -47,6 +51,18 @@ def allocated() -> int:
     return int(info.uordblks + info.hblkhd)
 
 
+class LockedMemory:
+    """Stands for page-locked memory, of which torch takes the next power of two."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def __call__(self, size: int) -> torch.Tensor:
+        if size:
+            self.bytes += 2 ** math.ceil(math.log2(size))
+        return torch.empty(size, dtype=torch.uint8)
+
+
 class Peak(TorchDispatchMode):
     """The most that was allocated after any operation inside it, autograd's included."""
 
@@ -74,8 +90,9 @@ def measure(cases: list[list[Any]]) -> list[dict[str, int]]:
     Returns:
         Bytes that this rank allocates: ``states`` between two updates; beyond them ``forward``,
         when the first micro-batch's loss is there, ``backward``, the most in forward and backward,
-        and ``step``, the most in the update; ``tag``, the bytes of a checkpoint of all ranks, where
-        OUTPUT is set.
+        and ``step``, the most in the update; where OUTPUT is set ``tag``, the bytes of a checkpoint
+        of all ranks, and ``locked``, what this rank's copy for a background save would take of
+        page-locked memory.
     """
     torch.manual_seed(0)
     return [_measure(make_config(opts), ds_config) for opts, ds_config in cases]
@@ -122,6 +139,14 @@ def _measure(config: CfgNode, ds_config: dict[str, Any]) -> dict[str, int]:
             config, 0, engine, 0.0, optimizer, None, scaler, logging.getLogger(), model_ema=ema
         )
         found['tag'] = sum(path.stat().st_size for path in Path(tag).iterdir())
+        config.defrost()
+        config.CHECKPOINT.ASYNC = True
+        with mock.patch.object(snapshot, '_host_buffer', taken := LockedMemory()):
+            save_checkpoint(
+                config, 1, engine, 0.0, optimizer, None, scaler, logging.getLogger(), model_ema=ema
+            )
+            async_save.wait()
+        found['locked'] = taken.bytes
     engine.destroy()
     return found
 

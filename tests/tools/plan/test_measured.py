@@ -6,7 +6,7 @@ import torch
 
 from internvl_ds.config.ds import resolve as ds
 from internvl_ds.tools.plan.memory_planner import MemoryPlanner
-from internvl_ds.tools.plan.static_memory import checkpoint_bytes
+from internvl_ds.tools.plan.static_memory import checkpoint_bytes, snapshot_bytes
 from tests.harness.ranks import run_ranks
 from tests.tools.plan import measuring
 from tests.tools.plan.measuring import make_config
@@ -95,3 +95,16 @@ def test_a_tag_is_as_large_as_planned(measured):
         scheme = planner.scheme(ds.resolve_or_raise(ds_config(stage), config, _RANKS), _RANKS)
         planned = checkpoint_bytes(planner.sizes, scheme, ema=True)
         assert planned == pytest.approx(measured[_SAVED, stage][0]['tag'], rel=0.02)
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_page_locked_copies_of_background_saves_are_as_large_as_planned(measured):
+    config = make_config(MODELS[_SAVED].split())
+    planner = MemoryPlanner(config, gpu=True)
+    for stage in range(4):
+        scheme = planner.scheme(ds.resolve_or_raise(ds_config(stage), config, _RANKS), _RANKS)
+        planned = snapshot_bytes(planner.sizes, scheme, ema=True, on_host=_RANKS)
+        taken = sum(found['locked'] for found in measured[_SAVED, stage])
+        print(stage, planned, taken)
+        assert planned == pytest.approx(taken, rel=0.02)
