@@ -51,8 +51,15 @@ def fit_head(layers: Sequence[str], rand_init: bool, state: State, specs: Specs)
         rows = torch.tensor(_rows_for(*lengths[-1]), dtype=torch.int64)
         for key, length, _ in lengths:
             if length == have:
-                out[key] = read(state[key])[rows]
+                out[key] = read(state[key])[rows.clamp(min=0)]
+                out[key][rows < 0] = 0
         notes.append(Note(f'{layer} {have} -> {want}: took its ImageNet-1K rows'))
+        if absent := _rows_of(have)[1]:
+            notes.append(Note(
+                f'{layer}: {len(absent)} classes of ImageNet-1K are not among the {have}, and '
+                f'start from zeros: {few(absent)}',
+                is_warning=True,
+            ))  # fmt: skip
     return Result(out, tuple(notes))
 
 
@@ -65,15 +72,14 @@ def _lengths(layer: str, state: State, specs: Specs) -> Iterator[tuple[str, int,
 
 
 def _rows_for(key: str, have: int, want: int) -> tuple[int, ...]:
-    """The rows of ``have`` classes that are the ``want`` ones; an error that says what to set."""
-    lack = ''
-    if want == CLASSES_1K and have > want:
-        rows, absent = _rows_of(have)
-        if rows:
-            return rows
-        lack = f' ({len(absent)} of ImageNet-1K are not in it: {few(absent)})' if absent else ''
+    """The rows of ``have`` classes that are the ``want`` ones; an error that says what to set.
+
+    The row of a class that has none is -1.
+    """
+    if want == CLASSES_1K and have > want and (rows := _rows_of(have)[0]):
+        return rows
     raise PretrainedError(
-        f'{key}: {have} classes in the checkpoint{lack}, {want} in the model; set '
+        f'{key}: {have} classes in the checkpoint, {want} in the model; set '
         f"MODEL.NUM_CLASSES to {have} to take the checkpoint's head, or TRAIN.RAND_INIT_FT_HEAD "
         f"to True to start from the model's own"
     )
@@ -103,7 +109,7 @@ def slice_22k_logits(logits: Tensor) -> Tensor:
 
 def _rows() -> tuple[int, ...]:
     rows, absent = _rows_of(CLASSES_22K)
-    if not rows:
+    if not rows or absent:
         raise PretrainedError(
             f'the ImageNet class lists of this timm are not the known ones: absent from '
             f'ImageNet-22K: {absent}'
@@ -113,10 +119,10 @@ def _rows() -> tuple[int, ...]:
 
 @functools.cache
 def _rows_of(classes: int) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """The rows of ImageNet-1K in timm's list of so many ImageNet classes, and ids it lacks.
+    """The rows of ImageNet-1K in timm's list of so many ImageNet classes, and ids without one.
 
-    Both are empty where timm has no such list; there are no rows where an id that is absent has no
-    stand-in.
+    Both are empty where timm has no such list, or one of another length. An id without a row, and
+    without one that stands in for it, has row -1.
     """
     # timm takes seconds to import, and only heads of another length need it.
     from timm.data import ImageNetInfo, infer_imagenet_subset
@@ -126,7 +132,7 @@ def _rows_of(classes: int) -> tuple[tuple[int, ...], tuple[str, ...]]:
         return (), ()
     index = {wnid: row for row, wnid in enumerate(ImageNetInfo(subset).label_names())}
     of_1k = ImageNetInfo('imagenet-1k').label_names()
-    absent = tuple(wnid for wnid in of_1k if wnid not in index)
-    if not set(absent) <= set(_STAND_INS) or (len(index), len(of_1k)) != (classes, CLASSES_1K):
-        return (), absent
-    return tuple(index[_STAND_INS[wnid] if wnid in absent else wnid] for wnid in of_1k), absent
+    if (len(index), len(of_1k)) != (classes, CLASSES_1K):
+        return (), ()
+    rows = tuple(index.get(wnid, index.get(_STAND_INS.get(wnid, ''), -1)) for wnid in of_1k)
+    return rows, tuple(wnid for wnid, row in zip(of_1k, rows, strict=True) if row < 0)

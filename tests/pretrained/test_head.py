@@ -122,13 +122,21 @@ def test_lengths_that_no_setting_allows(have, want):
     assert 'TRAIN.RAND_INIT_FT_HEAD' in text
 
 
-def test_a_list_that_lacks_classes_of_1k_is_refused_by_name():
-    with pytest.raises(PretrainedError) as caught:
-        fit(bias(11821), bias_spec(1000), rand_init=False)
-    text = str(caught.value)
-    assert 'head.bias: 11821 classes' in text
-    assert '(7 of ImageNet-1K are not in it: n02085782' in text
-    assert 'TRAIN.RAND_INIT_FT_HEAD to True' in text
+@pytest.mark.parametrize(('subset', 'have', 'lacks'), [
+    ('imagenet-12k', 11821, 6), ('imagenet-21k-miil', 11221, 8), ('imagenet-22k-ms', 21842, 0),
+])  # fmt: skip
+def test_classes_of_1k_that_a_list_lacks_start_from_zeros_with_a_warning(subset, have, lacks):
+    result = fit({'head.bias': torch.arange(1.0, have + 1)}, bias_spec(1000), rand_init=False)
+    theirs = list(ImageNetInfo(subset).label_names())
+    of_1k = list(ImageNetInfo('imagenet-1k').label_names())
+    if 'n04399382' not in theirs:  # teddy, which has a stand-in
+        of_1k[850] = 'n04398044'
+    expected = [theirs.index(wnid) + 1.0 if wnid in theirs else 0.0 for wnid in of_1k]
+    assert result.state['head.bias'].tolist() == expected
+    assert expected.count(0) == lacks
+    warnings = [note.text for note in result.notes if note.is_warning]
+    text = f'head: {lacks} classes of ImageNet-1K are not among the {have}, and start from zeros'
+    assert [warning.startswith(text) for warning in warnings] == ([True] if lacks else [])
 
 
 def large(classes):
