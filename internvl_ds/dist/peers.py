@@ -6,9 +6,10 @@ a rank that is known to be dead is not waited for.
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -79,24 +80,24 @@ class Peers(NamedTuple):
         def read(store: Any) -> Any:
             if not store.check([f'{place}/all']):  # the last died before it could say so
                 return [text.decode() for text in store.multi_get(self._keys(place))]
-            return json.loads(store.get(f'{place}/all'))
+            runs = json.loads(store.get(f'{place}/all'))
+            return [text for text, count in runs for _ in range(count)]
 
-        texts = self.ask(read, deadline)
-        return [texts] * self.world_size if isinstance(texts, str) else texts
+        return self.ask(read, deadline)
 
     def _keys(self, place: str) -> list[str]:
         return [f'{place}/{r}' for r in range(self.world_size)]
 
-    def clear(self, place: str, *, of_all: bool = False) -> None:
-        """Removes the texts of this rank, or of all, from a place; on rank 0, the place too."""
-        self._remove(place, range(self.world_size) if of_all else [self.rank], self.rank == 0)
+    def clear(self, place: str) -> None:
+        """Removes what this rank brought to a place that all have left; on rank 0 the place too."""
+        self._remove(place, self.rank == 0)
 
     def leave(self, place: str) -> None:
         """Removes what this rank brought to a place, and the place."""
-        self._remove(place, [self.rank], True)
+        self._remove(place, True)
 
-    def _remove(self, place: str, ranks: Iterable[int], with_place: bool) -> None:
-        names = [*ranks, *(['count', 'all'] if with_place else [])]
+    def _remove(self, place: str, with_place: bool) -> None:
+        names = [self.rank, *(['count', 'all'] if with_place else [])]
         self.client.post(lambda store: [store.delete_key(f'{place}/{name}') for name in names])
 
     def missing_at(self, place: str, deadline: float, *, without_dead: bool) -> list[int]:
@@ -116,10 +117,15 @@ class Peers(NamedTuple):
         """
 
         def of(ranks: Sequence[int]) -> list[int]:
-            def not_come(store: Any) -> list[int]:
-                return [r for r in ranks if not store.check([f'{place}/{r}'])]
+            def not_come(store: Any, ranks: Sequence[int]) -> list[int]:
+                # By halves: of a thousand ranks few are missing, and all others ask for them.
+                if not ranks or store.check([f'{place}/{r}' for r in ranks]):
+                    return []
+                half = len(ranks) // 2
+                parts = (ranks[:half], ranks[half:])
+                return [r for part in parts for r in not_come(store, part)] if half else [*ranks]
 
-            return self.ask(not_come, deadline) if ranks else []
+            return self.ask(lambda store: not_come(store, ranks), deadline) if ranks else []
 
         start = time.monotonic()
         while True:
@@ -143,9 +149,9 @@ class Peers(NamedTuple):
 
 
 def _together(texts: list[bytes]) -> str:
-    """JSON of the texts; of one where all are the same, as in most meetings."""
-    decoded = [text.decode() for text in texts]
-    return json.dumps(decoded[0] if len(set(decoded)) == 1 else decoded)
+    """JSON of each text and how often it comes in a row; in most meetings all are the same."""
+    runs = itertools.groupby(text.decode() for text in texts)
+    return json.dumps([[text, sum(1 for _ in same)] for text, same in runs])
 
 
 # The peers of a background thread: see `background_meetings`.

@@ -78,7 +78,9 @@ def _exchange(
             raise RankError(f'{what}: {error}') from None
         items = [json.loads(text) for text in peers.texts_at(place, deadline)]
         if turn:  # a rank that came to this round has left the round before
-            peers.clear(group.key(f'{what}/{turn - 1}'))
+            before = group.key(f'{what}/{turn - 1}')
+            peers.clear(before)
+            peers.clear(f'{before}/read')
         group.rounds[what] += 1
         if all('value' in item for item in items):
             _let_all_read(peers, f'{place}/read', deadline)
@@ -130,7 +132,6 @@ def _let_all_read(peers: Peers, place: str, deadline: float) -> None:
         # This rank has what it needs; the next meeting names who is missing.
         names = group.named(absentees)
         logger.warning('%s: %s has not read it after %g s', place, names, limit)
-    peers.clear(place, of_all=True)
 
 
 def begin(
@@ -233,14 +234,19 @@ def gather(what: str, value: Any, timeout: float) -> list[Any] | None:
     # Under another name: the next gathering may begin while rank 0 still reads this one.
     group = current_group()
     group.rounds['gather'] += 1
-    key = group.key(f'brought/{group.rounds["gather"]}/{peers.rank}')
-    peers.put(key, json.dumps(value))
-    keys = exchange(what, key, timeout)
+    turn = group.rounds['gather']
+
+    def key(turn: int, of_rank: int) -> str:
+        return group.key(f'brought/{turn}/{of_rank}')
+
+    peers.put(key(turn, peers.rank), json.dumps(value))
+    turns = exchange(what, turn, timeout)
+    # Rank 0 has come to this one, so it has read the one before.
+    peers.client.post(lambda store: store.delete_key(key(turn - 1, peers.rank)))
     if peers.rank != 0:
         return None
-    values = [json.loads(text) for text in peers.ask(lambda s: s.multi_get(keys), deadline)]
-    peers.client.post(lambda store: list(map(store.delete_key, keys)))
-    return values
+    keys = [key(their_turn, r) for r, their_turn in enumerate(turns)]
+    return [json.loads(text) for text in peers.ask(lambda s: s.multi_get(keys), deadline)]
 
 
 def agree(

@@ -59,7 +59,7 @@ def test_a_meeting_reads_a_key_a_rank_and_one_text_where_all_are_equal(tmp_path)
     text = '{"value": "of all ' + 100 * '-' + '"}'
     brought = rounds * ranks * len(text)
     assert sum(got['equal'][1] for got in results) == brought + rounds * ranks * len(
-        json.dumps(text)
+        json.dumps([[text, ranks]])
     )
 
 
