@@ -21,6 +21,7 @@ from internvl_ds.checkpoint.frozen import frozen_file
 from internvl_ds.checkpoint.frozen.frozen_file import FrozenFile
 from internvl_ds.checkpoint.frozen.omitting import Compared, Omitting
 from internvl_ds.checkpoint.frozen.sharing import Seen, Sharing
+from internvl_ds.checkpoint.proof import Wanted
 from internvl_ds.checkpoint.tag.manifest import FileEntry, Identity
 from internvl_ds.checkpoint.tag.unchanged import Unchanged, write_anew
 from internvl_ds.errors import CheckpointError
@@ -39,6 +40,7 @@ class ShardWriter(CheckpointEngine):
         error: the first failure of this save.
         last_size: bytes that this rank wrote in its last whole save; None before one.
         apart: how this save keeps frozen parameters apart; None where each tag holds them.
+        wanted: what the files of each save must hold; None before one.
         seen, compared: what it may trust of earlier saves.
         unchanged: links what is as the save before wrote it.
     """
@@ -51,6 +53,7 @@ class ShardWriter(CheckpointEngine):
         self.error: Exception | None = None
         self.last_size: int | None = None
         self.apart: Sharing | Omitting | None = None
+        self.wanted: Wanted | None = None
         self.seen: Seen = set()
         self.compared: Compared = {}
         self.unchanged = Unchanged()

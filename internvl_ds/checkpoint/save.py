@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,18 +136,21 @@ def _new_save(
     wrapper.require_own_weights('save_checkpoint')
     is_counted = best is None and isinstance(epoch, int)
     groups = None if wrapper.client is None else registration.client_groups.names
+    writer = install_writer(engine)
+    # What it is taken from is as it was made: see `require_as_made`.
+    writer.wanted = replace(writer.wanted or wanted_of(wrapper, groups), groups=groups)
     return Save(
         # Absolute: the program may change its directory before a save in the background is done.
         output=Path(os.path.abspath(config.OUTPUT)),
         tag=tag_name(epoch, best, step),
-        writer=install_writer(engine),
+        writer=writer,
         staging_path=Path(),
         header=_header(wrapper, epoch, step if is_counted else None, values['max_accuracy']),
         policies=_policies(config) if is_counted else None,
         in_background=bool(checkpoint_option(config, 'ASYNC')),
         io_timeout=checkpoint_option(config, 'IO_TIMEOUT'),
         logger=logger,
-        wanted=wanted_of(wrapper, groups),
+        wanted=writer.wanted,
     )
 
 

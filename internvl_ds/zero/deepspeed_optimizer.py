@@ -99,6 +99,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
     OFFLOADED_IDS: ClassVar[str]
     HAND_OVER: ClassVar[str]
     _muon: MuonParts | None = None
+    _shapes: list[dict[str, torch.Size]] | None = None
 
     def attach(self) -> None:
         # Under torch autocast in float16 DeepSpeed makes a GradScaler here, whose factor its norm
@@ -130,7 +131,9 @@ class ZeroOptimizer(DeepSpeedOptimizer):
 
     def shapes(self) -> list[dict[str, torch.Size]]:
         """Name -> shape of the parameters that lie in each of `flat_masters`."""
-        return self.engine._get_zero_param_shapes()
+        if self._shapes is None:  # they stay, and a save asks five times
+            self._shapes = self.engine._get_zero_param_shapes()
+        return self._shapes
 
     def masters(self) -> dict[str, torch.Tensor]:
         return {f'{i:04d}': flat for i, flat in enumerate(self.flat_masters())}
@@ -233,8 +236,8 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         parameter since, a save at stage 3 would write it twice or not at all, and a load at stages
         2 and 3 would look for what is not there.
         """
-        trained, pairs = self.trained_names(), self.engine.module.named_parameters()
-        parameters = [p for name, p in pairs if p.requires_grad != (name in trained)]
+        trained = self.trained_names()
+        parameters = [p for p, name in self.names.items() if p.requires_grad != (name in trained)]
         for parameter in parameters:
             parameter.requires_grad_(not parameter.requires_grad)
         try:

@@ -259,7 +259,7 @@ class Wrapper:
         """Around ``engine.save_checkpoint``: all names of shared parameters, and no needless work.
 
         DeepSpeed misses the further names of a module, or of a parameter, that its parent has
-        twice.
+        twice, and reduces the name of the tag, which the ranks have compared.
 
         Args:
             defer: called with the copying of DeepSpeed's recovery scripts, to do it later.
@@ -269,6 +269,7 @@ class Wrapper:
         with (
             replaced(engine, '_copy_recovery_script', lambda at: defer(lambda: copy(at))),
             replaced(engine, '_get_shared_params', lambda: tied),
+            replaced(engine, 'checkpoint_tag_validation_enabled', lambda: False),
         ):
             yield
 

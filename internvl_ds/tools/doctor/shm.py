@@ -35,6 +35,12 @@ def probe(folder: Path = Path('/dev/shm')) -> list[ProbeResult]:
     return [capacity, _leftovers(folder)]
 
 
+def remove_buffers(port: str) -> None:
+    """Removes what DeepSpeed's CPU all-reduce leaves in /dev/shm for a job's port."""
+    for path in Path('/dev/shm').glob(f'deepspeed_allreduce_buffer_{os.getuid()}_*_{port}_*'):
+        path.unlink(missing_ok=True)
+
+
 def _leftovers(folder: Path) -> ProbeResult:
     topic = 'left in /dev/shm'
     files = []

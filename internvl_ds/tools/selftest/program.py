@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import os
 import shutil
 import signal
 import sys
@@ -19,6 +20,7 @@ from internvl_ds.dist.process_group import init_distributed
 from internvl_ds.dist.rendezvous import exchange, from_rank_0, rank
 from internvl_ds.dist.stranded import is_of_collective
 from internvl_ds.errors import InternvlDsError, RankError
+from internvl_ds.tools.doctor.shm import remove_buffers
 from internvl_ds.tools.selftest.killed import killed_row
 from internvl_ds.tools.selftest.links import links_row
 from internvl_ds.tools.selftest.pace import pace_rows
@@ -63,6 +65,8 @@ def selftest(output: Path, quick: bool, local_rank: int | None = None) -> list[R
             rows += added
             if not goes_on:
                 break
+    if port := os.environ.get('MASTER_PORT'):
+        remove_buffers(port)  # DeepSpeed does not; who has them open goes on to
     return rows
 
 

@@ -17,6 +17,7 @@ import psutil
 
 from internvl_ds.files import open_own
 from internvl_ds.files.reading import read_json
+from internvl_ds.tools.doctor.shm import remove_buffers
 from internvl_ds.tools.tune.records import CRASH, HANG, MEMORY, OK
 
 # In the environment of every process of a trial: the trial's folder.
@@ -163,12 +164,6 @@ def _send(number: signal.Signals, process: subprocess.Popen | None, pids: Sequen
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
-
-
-def remove_buffers(port: str) -> None:
-    """Removes what DeepSpeed's CPU all-reduce leaves in /dev/shm for a job's port."""
-    for path in Path('/dev/shm').glob(f'deepspeed_allreduce_buffer_{os.getuid()}_*_{port}_*'):
-        path.unlink(missing_ok=True)
 
 
 def _marked(folder: Path) -> dict[int, Mapping[str, str]]:

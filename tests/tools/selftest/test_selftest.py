@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
@@ -38,8 +39,10 @@ def test_nothing_is_wrong_here(tmp_path, ranks, quick, start):
     command = [*start, '--json', '--output', str(tmp_path / 'out'), *options]
     try:
         job = run_command(command, 480, cwd=tmp_path)
+        left = list(Path('/dev/shm').glob(f'*_{port}_*'))
     finally:
         remove_shm_buffers(port)
+    assert left == []
     tree = json.loads(re.search(r'^\{$.*^\}$', job.output, re.M | re.S).group())
     verdicts = {row['name']: row['verdict'] for row in tree['rows']}
     assert tree['ranks'] == ranks
