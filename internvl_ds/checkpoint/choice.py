@@ -25,7 +25,7 @@ from internvl_ds.dist.rendezvous import exchange, rank, world_size
 from internvl_ds.engine.registry import last_config
 from internvl_ds.errors import CheckpointError, CheckpointNotFound, ConfigError, PretrainedError
 from internvl_ds.files.addresses import is_address, shown
-from internvl_ds.files.reading import parse_yaml
+from internvl_ds.files.yaml_text import parse_yaml
 
 _log = logging.getLogger(__name__)
 
