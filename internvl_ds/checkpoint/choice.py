@@ -17,7 +17,7 @@ from internvl_ds.checkpoint.sources import downloads
 from internvl_ds.checkpoint.sources.open_weights import open_weights
 from internvl_ds.checkpoint.tag import discovery, sweep
 from internvl_ds.checkpoint.tag.manifest import epoch_of, step_of
-from internvl_ds.checkpoint.tag.verify import damage, share_of
+from internvl_ds.checkpoint.tag.verify import Seen, damage, share_of
 from internvl_ds.config.counts import require_counts
 from internvl_ds.config.tree import checkpoint_option, default_config, get_option
 from internvl_ds.dist.group import current_group
@@ -25,7 +25,7 @@ from internvl_ds.dist.rendezvous import exchange, rank, world_size
 from internvl_ds.engine.registry import last_config
 from internvl_ds.errors import CheckpointError, CheckpointNotFound, ConfigError, PretrainedError
 from internvl_ds.files.addresses import is_address, shown
-from internvl_ds.files.reading import parse_yaml
+from internvl_ds.files.yaml_text import parse_yaml
 
 _log = logging.getLogger(__name__)
 
@@ -274,6 +274,7 @@ def _find_verified(load: Load, find: Find) -> discovery.Resume | None:
         reasons = [reason for report in reports for reason in report]
         if not reasons:
             return discovery.Resume(path, warning)
+        current_group().part(Seen).forget()
         damages[path.name] = '; '.join(reasons[:3])
 
 
@@ -286,7 +287,9 @@ def _damage_of_share(path: Path) -> list[str]:
         return [str(error)]
     if manifest is None:
         return []
-    return damage(path, manifest, share_of(manifest.files, rank(), world_size()))
+    names = share_of(manifest.files, rank(), world_size())
+    current_group().part(Seen).look(path, names)
+    return damage(path, manifest, names)
 
 
 def _resolve(load: Load, resume: str) -> Path | None:

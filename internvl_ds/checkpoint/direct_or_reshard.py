@@ -14,7 +14,7 @@ from internvl_ds.checkpoint.restore import model_shapes, require_same_model
 from internvl_ds.checkpoint.tag.discovery import read_header
 from internvl_ds.checkpoint.tag.verify import training_files
 from internvl_ds.config.ds.resolve import precision_of
-from internvl_ds.dist.rendezvous import rank, world_size
+from internvl_ds.dist.rendezvous import rank, ranks_of_host, world_size
 from internvl_ds.engine.registry import wrapper_of
 from internvl_ds.errors import CheckpointError
 from internvl_ds.files.reading import interpreting
@@ -50,7 +50,9 @@ def fits_directly(load: Load, engine: DeepSpeedEngine, tag: Path) -> bool:
             return same_groups(engine, shards)
 
     if load.from_rank_0('compare layouts', same_layout):
-        load.verify(tag, lambda manifest: training_files(manifest, rank()), shared=False)
+        load.verify(
+            tag, lambda manifest: training_files(manifest, rank(), ranks_of_host()), shared=False
+        )
         if load.from_rank_0('compare groups', groups_fit):
             return True
     load.verify(tag, training_files, shared=True)

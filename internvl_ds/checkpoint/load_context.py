@@ -12,8 +12,9 @@ from yacs.config import CfgNode
 
 from internvl_ds.checkpoint.tag.discovery import read_manifest
 from internvl_ds.checkpoint.tag.manifest import Manifest
-from internvl_ds.checkpoint.tag.verify import damage, share_of
+from internvl_ds.checkpoint.tag.verify import Seen, damage, share_of
 from internvl_ds.config.tree import checkpoint_option
+from internvl_ds.dist.group import current_group
 from internvl_ds.dist.rendezvous import agree, from_rank_0, rank, world_size
 from internvl_ds.errors import CheckpointError
 
@@ -69,7 +70,8 @@ class Load:
                 return
             names = names_of(manifest)
             names = share_of(names, rank(), world_size()) if shared else names
-            damages = damage(tag, manifest, names)
+            seen = current_group().part(Seen)
+            damages = damage(tag, manifest, [n for n in names if not seen.take(tag, n)])
             if damages:
                 raise CheckpointError('; '.join(damages))
 

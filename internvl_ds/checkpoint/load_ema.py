@@ -23,7 +23,7 @@ from internvl_ds.checkpoint.formats.zero_shards import TagShards
 from internvl_ds.checkpoint.frozen.sources import named_in_config
 from internvl_ds.checkpoint.load_context import Load
 from internvl_ds.checkpoint.tag.verify import ema_files_of_rank
-from internvl_ds.dist.rendezvous import rank
+from internvl_ds.dist.rendezvous import rank, ranks_of_host
 from internvl_ds.engine.ema import ShardedEma
 from internvl_ds.errors import CheckpointError
 from internvl_ds.files.reading import interpreting
@@ -92,7 +92,11 @@ def _load_tag(load: Load, model_ema: Any, files: EmaFiles) -> None:
 
     direct = load.from_rank_0('compare EMA', fits)
     if direct:
-        load.verify(path, lambda manifest: ema_files_of_rank(manifest, rank()), shared=False)
+        load.verify(
+            path,
+            lambda manifest: ema_files_of_rank(manifest, rank(), ranks_of_host()),
+            shared=False,
+        )
     else:
         load.verify(path, lambda manifest: manifest.files, shared=True)
 

@@ -18,7 +18,8 @@ from yacs.config import CfgNode as CN
 
 from internvl_ds.config.defaults import DEFAULTS
 from internvl_ds.errors import ConfigError, brief
-from internvl_ds.files.reading import YAML_BYTES, parse_yaml, read_text
+from internvl_ds.files.reading import YAML_BYTES, read_text
+from internvl_ds.files.yaml_text import parse_yaml
 
 # Files that one configuration may consist of: each may name the others more than once.
 _MOST_FILES = 100

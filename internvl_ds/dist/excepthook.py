@@ -12,8 +12,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch.distributed as torch_dist
-
 from internvl_ds.dist.group import current_group
 from internvl_ds.errors import InternvlDsError, Preempted, RankError, printable
 
@@ -119,5 +117,6 @@ def one_line(error: BaseException) -> str:
 
 def _follows(error: BaseException) -> bool:
     """Whether the error is a consequence of another rank's end."""
-    is_of_ranks = isinstance(error, torch_dist.DistError | RankError)
+    torch_dist = sys.modules.get('torch.distributed')  # without it no error is of it
+    is_of_ranks = isinstance(error, RankError | getattr(torch_dist, 'DistError', RankError))
     return is_of_ranks or (isinstance(error, RuntimeError) and 'gloo' in str(error))

@@ -32,6 +32,7 @@ class ProcessGroup:
         over: whether that hook has run: what fails after it, at the exit, is no cause.
         peers: the main thread's connection; None until all ranks have met.
         names: "rank 1 on HOST (pid P)" of each rank.
+        hosts: HOST of each rank.
         heartbeat: knows which ranks are dead; None until all ranks have met.
         store: torch's default store, kept alive: rank 0's may serve all others.
         rounds: meetings of each name until now: part of the key that ranks meet under.
@@ -48,6 +49,7 @@ class ProcessGroup:
     over: bool = False
     peers: Peers | None = None
     names: list[str] = field(default_factory=list)
+    hosts: list[str] = field(default_factory=list)
     heartbeat: Liveness | None = None
     store: Any = None
     rounds: Counter[str] = field(default_factory=Counter)
@@ -92,7 +94,7 @@ class ProcessGroup:
                 self.heartbeat.stop()
             self.peers.client.close(self.limit('SILENT_AFTER'))
         self.peers = self.heartbeat = self.store = None
-        self.names = []
+        self.names, self.hosts = [], []
         self.rounds.clear()
 
 

@@ -169,9 +169,16 @@ def begin(
     if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
         client.holder = f"the store of torchrun's agent at {where}"
     group.peers, group.names, group.store = peers, names, None
+    group.hosts = [host for host, _, _ in values]
     limits = {key: group.limit(key) for key in ('CONNECT_TIMEOUT', 'DEAD_AFTER', 'SILENT_AFTER')}
     group.heartbeat = Liveness(own_rank, names, Offer(*values[0][2]), listener, limits)
     return peers
+
+
+def ranks_of_host() -> list[int]:
+    """The ranks on this one's host, itself included; itself alone where ranks have not met."""
+    hosts, own = current_group().hosts, rank()
+    return [r for r, host in enumerate(hosts) if host == hosts[own]] or [own]
 
 
 def connection(what: str, limit: float) -> Peers:

@@ -17,8 +17,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import yaml
-
 from internvl_ds.errors import InternvlDsError
 
 # The longest file of each kind, bytes. The largest in use are a manifest of 60,000 files, and the
@@ -29,7 +27,7 @@ DEPTH, VALUES, YAML_VALUES = 64, 5_000_000, 20_000
 # What a parsed JSON may take, bytes: an empty list takes 64, for two characters.
 _PARSED_BYTES, _CONTAINER_BYTES, _VALUE_BYTES = 64 << 20, 64, 40
 # Integers are used as floats too.
-_INT_BITS = 256
+INT_BITS = 256
 
 
 class Unreadable(ValueError):
@@ -142,7 +140,7 @@ def require_bounded(tree: Any, values: int = VALUES) -> list[Any]:
         sizes[id(container)], size = None, 1 + len(container)
         for value in container.values() if isinstance(container, Mapping) else container:
             if isinstance(value, int):
-                if value.bit_length() > _INT_BITS:
+                if value.bit_length() > INT_BITS:
                     raise Unreadable(f'holds an integer of {value.bit_length()} bits')
             elif isinstance(value, Mapping | list | tuple | set):
                 size += size_of(value, depth + 1)
@@ -155,52 +153,6 @@ def require_bounded(tree: Any, values: int = VALUES) -> list[Any]:
 
     size_of([tree], 0)
     return others
-
-
-def parse_yaml(text: str) -> Any:
-    """Parses YAML; aliases count as often as they are used.
-
-    Raises:
-        Unreadable: where it is no YAML, or too long, too deep or too large.
-    """
-    if len(text) > YAML_BYTES:
-        raise Unreadable(f'has {len(text)} characters, and YAML is read up to {YAML_BYTES}')
-    try:
-        return yaml.load(text, _YamlLoader)
-    # Beside its own errors the library raises those of int(), date() and others for odd values.
-    except Exception as error:
-        raise Unreadable(' '.join(str(error).split()) or type(error).__name__) from error
-
-
-class _YamlLoader(yaml.SafeLoader):
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self._depth, self._count = 0, 0
-        self._sizes: dict[yaml.Node, int] = {}
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            node: Any = super().compose_node(parent, index)
-            if node not in self._sizes:
-                raise yaml.YAMLError('an alias stands inside of what it names')
-            self._count += self._sizes[node]
-            return node
-        self._depth, self._count, before = self._depth + 1, self._count + 1, self._count
-        if self._depth > DEPTH or self._count > YAML_VALUES:
-            raise yaml.YAMLError(
-                f'more than {DEPTH} levels, or than {YAML_VALUES} values with aliases followed'
-            )
-        node = super().compose_node(parent, index)
-        self._depth, self._sizes[node] = self._depth - 1, self._count - before
-        return node
-
-    def construct_yaml_int(self, node: Any) -> int:
-        if len(node.value) > _INT_BITS:
-            raise yaml.YAMLError(f'an integer of {len(node.value)} characters')
-        return int(super().construct_yaml_int(node))
-
-
-_YamlLoader.add_constructor('tag:yaml.org,2002:int', _YamlLoader.construct_yaml_int)
 
 
 class interpreting:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from internvl_ds.dist.launchers import detect
 from internvl_ds.dist.signals import end_at_interrupt
 from internvl_ds.errors import ConfigError, Preempted, RankError
 
@@ -57,22 +58,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, or TRAIN.PREEMPT_EXIT_CODE where a signal had it save and stop.
     """
     args = parse_args(argv)
-    # Not above: torch and DeepSpeed take seconds, in which Ctrl-C is to end this in one line.
+    # Not above, for these take long: torch and DeepSpeed seconds, in which Ctrl-C is to end this in
+    # one line, and for which nobody is to wait who has mistyped a setting.
+    from internvl_ds.config.counts import require_counts
+    from internvl_ds.config.ds.load import load_ds_config
     from internvl_ds.config.tree import get_config
+    from internvl_ds.train.reporting.start import StartClock
+
+    start = StartClock()
+    try:
+        config = get_config(args)
+        require_counts(config)
+        ds_config = load_ds_config(args.deepspeed_config)
+    except ConfigError:
+        _join_to_fail(args)
+        raise
     from internvl_ds.dist.process_group import init_distributed, shutdown
     from internvl_ds.dist.rendezvous import rank
     from internvl_ds.files import write_text
     from internvl_ds.train.loop import run
 
-    try:
-        config = get_config(args)
-    except ConfigError:
-        _join_to_fail(args)
-        raise
+    start.passed('imports')
     init_distributed(config, launcher=args.launcher, local_rank=args.local_rank)
+    start.passed('process group')
     status, result = 0, 'finished'
     try:
-        run(config, args.deepspeed_config)
+        run(config, ds_config, start)
     except Preempted:
         status = config.TRAIN.PREEMPT_EXIT_CODE
         result = f'preempted {status}'
@@ -87,8 +98,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _join_to_fail(args: argparse.Namespace) -> None:
-    """Meets the other ranks, which have the same error: only one of them prints it."""
+    """Meets the other ranks, which have the same error: only one of them prints it.
+
+    Where there are none, the error is not to wait for torch either.
+    """
     from internvl_ds.config.tree import default_config
+    from internvl_ds.dist.excepthook import speak_on_exceptions
+
+    speak_on_exceptions(None)
+    launch = detect(os.environ, args.launcher, args.local_rank)
+    if launch.world_size == 1:
+        speak_on_exceptions(launch.rank)
+        return
     from internvl_ds.dist.process_group import init_distributed
 
     config = default_config()

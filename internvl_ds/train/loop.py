@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 from yacs.config import CfgNode
 
@@ -29,6 +30,7 @@ from internvl_ds.train.prefetch import on_device
 from internvl_ds.train.reporting.log import FILE_ONLY, MetricsLog, close_log, open_log, shows_bar
 from internvl_ds.train.reporting.plot import plot_curves
 from internvl_ds.train.reporting.progress import Progress
+from internvl_ds.train.reporting.start import StartClock
 from internvl_ds.train.reporting.stopwatch import Stopwatch, TimeTaken
 from internvl_ds.train.save_interval import SaveInterval
 from internvl_ds.train.setup import DsConfig, Run, enter_output, setup
@@ -41,13 +43,14 @@ from internvl_ds.train.validation import (
 from internvl_ds.utils import save_checkpoint
 
 
-def run(config: CfgNode, ds_config: DsConfig = None) -> float:
+def run(config: CfgNode, ds_config: DsConfig = None, start: StartClock | None = None) -> float:
     """Trains, evaluates or times the configured model. Collective: every rank calls it.
 
     Args:
         config: from `get_config`. Settings that the ds_config decides, MODEL.RESUME (automatic
             resume) and TRAIN.START_EPOCH are written into it.
         ds_config: a DeepSpeed configuration: its path, shipped name or content; None for none.
+        start: that knows how long it took to come here; None counts it with the first part.
 
     Returns:
         The best top-1 accuracy (with DATA.MULTI_LABEL mAP), percent; in THROUGHPUT_MODE, and with
@@ -61,7 +64,7 @@ def run(config: CfgNode, ds_config: DsConfig = None) -> float:
     logger.info(current_group().start)
     try:
         stopwatch = Stopwatch(config)
-        state = setup(config, ds_config, logger)
+        state = setup(config, ds_config, logger, start)
         if config.THROUGHPUT_MODE:
             return report_throughput(state)
         if config.EVAL_MODE:
@@ -178,6 +181,8 @@ def _train(state: Run) -> float:
         state.save_interval = SaveInterval(config.TRAIN.SAVE_OVERHEAD, logger)
     with Preemption(config) as state.preemption:
         evaluate_loaded(state)
+        if config.EVAL_LOADED and state.start is not None:
+            state.start.passed('evaluation')
         for epoch in range(first, last + 1):
             try:
                 _run_epoch(state, epoch, metrics)
@@ -255,6 +260,8 @@ def _is_due(config: CfgNode, epoch: int, every: int) -> bool:
 
 def _pass_boundary(state: Run, epoch: int, progress: Progress) -> None:
     """After an update: saves if due, and stops if asked to."""
+    if state.start is not None:
+        _tell_start(state, state.start)
     if state.preemption is None:
         return
     action = state.preemption.reached()
@@ -267,6 +274,15 @@ def _pass_boundary(state: Run, epoch: int, progress: Progress) -> None:
         raise Preempted
     if not (state.position.complete and _is_due(state.config, epoch, state.config.SAVE_FREQ)):
         _save_step(state, epoch)
+
+
+def _tell_start(state: Run, start: StartClock) -> None:
+    """After the first update: rank 0 logs how long each part of the start took."""
+    state.start = None
+    if rank() == 0:
+        get_accelerator().synchronize()  # else the device is still at it
+        start.passed('first update')
+        start.tell(state.logger)
 
 
 def _measure_save(state: Run, saves: bool, epoch: int) -> None:

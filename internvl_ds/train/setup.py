@@ -51,6 +51,7 @@ from internvl_ds.train.optim import (
 from internvl_ds.train.optimizer_check import examine_training
 from internvl_ds.train.position import Position
 from internvl_ds.train.reporting.log import write_config
+from internvl_ds.train.reporting.start import StartClock
 from internvl_ds.train.reporting.stopwatch import Stopwatch
 from internvl_ds.train.save_interval import SaveInterval
 from internvl_ds.utils import (
@@ -86,6 +87,7 @@ class Run:
         stopwatch: to be told of each update; None where none is timed.
         save_interval: of TRAIN.SAVE_OVERHEAD, on rank 0; None without.
         teacher: whose answers training follows; None without TRAIN.DISTILL.
+        start: until the first update; then None.
     """
 
     config: CfgNode
@@ -107,9 +109,12 @@ class Run:
     stopwatch: Stopwatch | None = None
     save_interval: SaveInterval | None = None
     teacher: Teacher | None = None
+    start: StartClock | None = None
 
 
-def setup(config: CfgNode, ds_config: DsConfig, logger: logging.Logger) -> Run:
+def setup(
+    config: CfgNode, ds_config: DsConfig, logger: logging.Logger, start: StartClock | None = None
+) -> Run:
     """Sets a run up as the config says. Collective: every rank calls it.
 
     Args:
@@ -117,10 +122,12 @@ def setup(config: CfgNode, ds_config: DsConfig, logger: logging.Logger) -> Run:
             are written into it.
         ds_config: a DeepSpeed configuration: its path, shipped name or content; None for none.
         logger: told what was found, built and loaded.
+        start: told of the parts of it.
 
     Raises:
         ConfigError: for settings that disagree with each other, the data or the model.
     """
+    start = start or StartClock()
     tree = load_ds_config(ds_config)
     require_counts(config)
     require_linear_drop_path(config)
@@ -133,9 +140,11 @@ def setup(config: CfgNode, ds_config: DsConfig, logger: logging.Logger) -> Run:
     ds.adopt(config, resolution.tree)
     if config.TRAIN.DETERMINISTIC:
         make_deterministic()
+    start.passed('checks')
     loaders = build_loaders(config, rank(), world_size())
     if config.DATA.IMG_ON_MEMORY or config.DATA.ZIP_MODE:  # one host may take longer
         exchange('images in memory', None, config.CHECKPOINT.IO_TIMEOUT)
+    start.passed('data')
     share_cores(config)
     seed_everything(config.SEED)  # the same weights on every rank
     model, build = _build(config, choose_build(config, resolution.tree) if trains else None)
@@ -161,7 +170,8 @@ def setup(config: CfgNode, ds_config: DsConfig, logger: logging.Logger) -> Run:
         return _setup_evaluation(config, model, resolution, loaders, logger)
     if build is not None:
         build.cast(model, _HALVES.get(ds.precision_of(resolution.tree)))
-    return _setup_training(config, model, resolution, loaders, logger)
+    start.passed('model')
+    return _setup_training(config, model, resolution, loaders, logger, start)
 
 
 def _build(config: CfgNode, build: ShardedBuild | None) -> tuple[nn.Module, ShardedBuild | None]:
@@ -192,6 +202,7 @@ def _setup_training(
     resolution: ds.Resolution,
     loaders: Loaders,
     logger: logging.Logger,
+    start: StartClock,
 ) -> Run:
     assert loaders.train is not None
     if len(loaders.train) < accumulation_steps(config):
@@ -216,7 +227,8 @@ def _setup_training(
         config, model, client, resolution, lr_scheduler=scheduler, schedule_in='original'
     )
     scaler = NativeScalerWithGradNormCount()
-    state = Run(config, logger, loaders, engine, scaler, optimizer, scheduler)
+    state = Run(config, logger, loaders, engine, scaler, optimizer, scheduler, start=start)
+    start.passed('engine')
     if teacher is not None:
         state.teacher = Teacher(config, teacher, engine)
     if config.MODEL.RESUME:
@@ -229,6 +241,8 @@ def _setup_training(
         state.ema = ShardedEma(engine, config.TRAIN.EMA.DECAY, config.TRAIN.EMA.WARMUP)
         if config.MODEL.RESUME:
             state.best_ema = load_ema_checkpoint(config, state.ema, logger)
+    if config.MODEL.RESUME:
+        start.passed('load')
     train_loader = loaders.train  # of rank 0, so that all ranks decide alike
     order = from_rank_0('order of images', lambda: order_of(train_loader, config.SEED), timeout)
     same = state.position.fit(

@@ -117,13 +117,16 @@ def measure_loaders(
     }  # fmt: skip
 
 
-def timms_loader(root: Path, transform: Any, aug: Any, batch: int, workers: int) -> Iterable[Any]:
+def timms_loader(
+    root: Path, transform: Any, aug: Any, batch: int, workers: int,
+    distributed: bool = False, size: int = 224,
+) -> Any:  # fmt: skip
     """timm's loader with the crop and flip of ``transform``, and its own way to a tensor."""
     data = ImageFolder(str(root / 'train'))
     loader: Any = create_loader(
-        data, (3, 224, 224), batch, is_training=True, use_prefetcher=False,
+        data, (3, size, size), batch, is_training=True, use_prefetcher=False,
         num_workers=workers, persistent_workers=False, pin_memory=False,
-        mean=tuple(aug.MEAN), std=tuple(aug.STD),
+        mean=tuple(aug.MEAN), std=tuple(aug.STD), distributed=distributed,
     )  # fmt: skip
     *_, to_tensor, normalize = data.transform.transforms
     assert isinstance(to_tensor, transforms.ToTensor)

@@ -24,10 +24,10 @@ from internvl_ds.files.reading import (
     interpreting,
     open_data,
     parse_json,
-    parse_yaml,
     read_text,
     require_bounded,
 )
+from internvl_ds.files.yaml_text import parse_yaml
 from internvl_ds.tools.cli import main
 from internvl_ds.tools.cli.digits import write_digits
 from internvl_ds.train.data import build_loaders

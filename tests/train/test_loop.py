@@ -1,6 +1,7 @@
 """The training program on real ranks: what a run writes, and that a resumed one is the same run."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -14,8 +15,21 @@ from tests.harness import training
 from tests.harness.ranks import run_command, run_ranks
 from tests.harness.training import small_config, write_folder
 
+# Of a start, before a load.
+PARTS = ['checks', 'data', 'model', 'engine']
+
 # What depends on the clock alone.
 _TIMES = ('images_per_s', 'seconds')
+
+
+def told_parts(log):
+    """The parts of the start, of the one line that tells them, and that they are all of it."""
+    ((whole, parts),) = re.findall(
+        r'INFO the first update came (\S+) s after the process began: (.*)\n', log
+    )
+    seconds = {name: float(number) for name, number in re.findall(r'([a-z ]+) ([\d.]+)', parts)}
+    assert sum(seconds.values()) == pytest.approx(float(whole), abs=0.1)
+    return [name.strip() for name in seconds]
 
 
 @pytest.fixture(scope='module')
@@ -127,14 +141,18 @@ def test_a_resumed_run_goes_on_as_if_never_stopped(tmp_path, data, stage, level)
     opts = ['MODEL.RESUME', tag, 'EVAL_LOADED', 'True']
     resumed = train(tmp_path, cfg, 'resumed', stage, *opts, level=level)[0]
     assert timeless(resumed) == timeless(whole)[1:]
-    log, record = (
-        (tmp_path / 'resumed' / 'small' / 'log_rank0.txt').read_text(),
-        whole['metrics'][0],
+    log, first, other = (
+        (tmp_path / output / 'small' / f'log_rank{rank}.txt').read_text()
+        for output, rank in (('resumed', 0), ('whole', 0), ('whole', 1))
     )
+    assert told_parts(first) == [*PARTS, 'first update']
+    assert told_parts(log) == [*PARTS, 'load', 'evaluation', 'first update']
+    assert 'the first update came' not in other
+    record = whole['metrics'][0]
     for words, key in (('network', 'acc1'), ('ema network', 'ema_acc1')):
         line = f'Accuracy of the {words} on the 7 test images: {record[key]:.1f}%'
         assert log.index(line) < log.index('Train: [1/2]')
-    assert 'test images' not in (tmp_path / 'whole' / 'small' / 'log_rank0.txt').read_text()
+    assert 'test images' not in first
     assert resumed['best'] == whole['best']
 
     # The same command once more finds its own last epoch, and nothing is left to do.

@@ -23,7 +23,7 @@ def program(monkeypatch, tmp_path):
     monkeypatch.setattr(process_group, 'leave', statuses.append)
 
     def start(error, code):
-        def run(config, ds_config):
+        def run(config, ds_config, start):
             assert code == config.TRAIN.PREEMPT_EXIT_CODE
             if error is not None:
                 raise error

@@ -16,9 +16,11 @@ from tests.bench import (
     frozen,
     loader,
     loads,
+    loop,
     memory,
     pretrained,
     saves,
+    start,
 )
 from tests.bench.figures import (
     Pair,
@@ -270,4 +272,42 @@ def test_the_training_loader_is_measured_beside_timms(tmp_path, capsys):
         assert len(measured['samples']) == 2
         assert report['images a second'][name] > 0
     assert 'training loader: steady / timm.data.create_loader: steady' in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ['figures.json']
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_the_loop_is_measured_beside_the_originals_and_timms(tmp_path, capsys):
+    figures = tmp_path / 'figures.json'
+    loop.main(
+        [
+            *('--model', 'test_vit', '--img', '32', '--batch', '2', '--updates', '3'),
+            *('--width', '40', '--workers', '0', '--stages', '1', '--rounds', '2'),
+            *('--json', str(figures), '--folder', str(tmp_path)),
+        ]
+    )
+    (entry,) = json.loads(figures.read_text())
+    assert [(r['a'], r['b']) for r in entry['ratios']] == [pair[:2] for pair in loop.PAIRS]
+    assert all(len(measured['samples']) == 2 for measured in entry['seconds'].values())
+    assert all(rate > 0 for rate in entry['rates'].values())
+    assert "training program: updates / timm's train.py, DDP: updates" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ['figures.json']
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+@pytest.mark.soak_only  # nine starts of programs
+def test_a_start_is_measured_beside_plain_scripts(tmp_path, capsys):
+    figures = tmp_path / 'figures.json'
+    start.main(
+        [
+            *('--params', '1', '--stages', '1', '--ranks', '1', '--workers', '0', '--rounds', '1'),
+            *('--json', str(figures), '--folder', str(tmp_path)),
+        ]
+    )
+    (entry,) = json.loads(figures.read_text())
+    assert entry['seconds'].keys() == {start.OURS, start.DDP, start.DEEPSPEED}
+    assert 'imports' in entry['parts']
+    assert 'load' in entry['parts']
+    assert entry['parts'] in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ['figures.json']

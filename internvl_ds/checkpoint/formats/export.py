@@ -23,7 +23,7 @@ from internvl_ds.checkpoint.sources.open_weights import open_weights
 from internvl_ds.engine.param_groups import PER_GROUP_LISTS
 from internvl_ds.errors import CheckpointError
 from internvl_ds.files import replacing
-from internvl_ds.files.reading import parse_yaml
+from internvl_ds.files.yaml_text import parse_yaml
 from internvl_ds.zero.lazy_tensor import Flat, NamedState
 from internvl_ds.zero.loss_scale import LossScale
 

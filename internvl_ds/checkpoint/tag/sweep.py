@@ -17,7 +17,6 @@ from pathlib import Path
 from internvl_ds.checkpoint.tag.discovery import ASIDE, header_or_none, problem
 from internvl_ds.checkpoint.tag.owner import has_ended, let_go, open_lock, read_owner
 from internvl_ds.checkpoint.tag.trash import MARK, TRASH, discard, remove_marked, unlink
-from internvl_ds.config.tree import default_of
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +42,11 @@ def sweep(output: Path, *, age: float | None = None) -> list[str]:
 
     Returns the names of the staging directories that were removed.
     """
-    age = default_of('CHECKPOINT.LEFTOVER_AGE') if age is None else age
+    if age is None:
+        # yacs and YAML with it, which a listing can do without
+        from internvl_ds.config.tree import default_of
+
+        age = default_of('CHECKPOINT.LEFTOVER_AGE')
     saves: dict[str, set[str]] = defaultdict(set)
     strangers = []
     for name in sorted(os.listdir(output)) if output.is_dir() else ():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from internvl_ds.checkpoint.formats.ema_files import identity_in, open_safetensors
@@ -40,22 +40,70 @@ def weight_files(manifest: Manifest) -> list[str]:
     return [STATE_FILE, *weights]
 
 
-def training_files(manifest: Manifest, rank: int | None = None) -> list[str]:
-    """The files that a resume reads: those of one rank, or (None) of every rank."""
+class Seen:
+    """Files that were compared with their checksums when their tag was chosen.
+
+    The load that follows need not read them for that again. Each counts once, and only as long as
+    it is the same file, of the same size and time.
+    """
+
+    def __init__(self) -> None:
+        self._files: dict[Path, tuple[int, ...]] = {}
+
+    def look(self, tag: Path, names: Iterable[str]) -> None:
+        """Notes files that are about to be compared, in the place of all others."""
+        self._files = {path: key for n in names if (key := _key_of(path := place_of(tag, n)))}
+
+    def forget(self) -> None:
+        """What was noted is not right, or of no load."""
+        self._files = {}
+
+    def take(self, tag: Path, name: str) -> bool:
+        """Whether a file is as it was when it was compared; the next call says no."""
+        path = place_of(tag, name)
+        key = self._files.pop(path, None)
+        return key is not None and key == _key_of(path)
+
+
+def _key_of(path: Path) -> tuple[int, ...] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def training_files(
+    manifest: Manifest, rank: int | None = None, host: Sequence[int] = ()
+) -> list[str]:
+    """The files that a resume reads: those of one rank, or (None) of every rank.
+
+    Args:
+        manifest: of the tag.
+        rank: whose files.
+        host: the ranks of its host, which compare what all of them read each for all; with none
+            the rank is alone.
+    """
     loops = {LOOP_FILE.format(file_rank(name)) for name in manifest.files}
     names = [n for n in manifest.files if n.endswith('_states.pt') or n in loops or is_shared(n)]
-    if rank is not None:
-        sliced = manifest.header.zero_stage == 3  # each rank has its own frozen parameters
-        own = {n for n in names if 'pp_rank' in n or n in loops or (is_shared(n) and sliced)}
-        shared = [name for name in names if name not in own]
-        names = [name for name in names if name in shared or file_rank(name) == rank]
-    return [STATE_FILE, *names]
+    names = [STATE_FILE, *names]
+    if rank is None:
+        return names
+    sliced = manifest.header.zero_stage == 3  # each rank has its own frozen parameters
+    own = {n for n in names if 'pp_rank' in n or n in loops or (is_shared(n) and sliced)}
+    host = host or [rank]
+    return [
+        n for n in names if (file_rank(n) if n in own else host[file_rank(n) % len(host)]) == rank
+    ]
 
 
-def ema_files_of_rank(manifest: Manifest, rank: int) -> list[str]:
-    """The files that a sharded average reads on one rank, and state.json."""
+def ema_files_of_rank(manifest: Manifest, rank: int, host: Sequence[int] = ()) -> list[str]:
+    """The files that a sharded average reads on one rank, and state.json; see `training_files`."""
     files = [name for name in manifest.files if name.startswith('ema_rank_')]
-    return [STATE_FILE, *(name for name in files if file_rank(name) in (0, rank))]
+    host = host or [rank]
+    common = [STATE_FILE, *(name for name in files if file_rank(name) == 0)]
+    own = [name for name in files if file_rank(name) == rank != 0]
+    return [*(common if host[0] == rank else ()), *own]
 
 
 def damage(

@@ -26,17 +26,16 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from yacs.config import CfgNode
-
-from internvl_ds.config.ds.diagnostics import ERROR, WARNING, Diagnostic, errors_of, pointer_of
-from internvl_ds.config.ds.load import load_ds_config
-from internvl_ds.config.ds.resolve import Resolution
-from internvl_ds.config.tree import get_config
 from internvl_ds.errors import ConfigError
 from internvl_ds.tools.cli.quantities import whole
 from internvl_ds.tools.text import json_text, say
+
+if TYPE_CHECKING:
+    from yacs.config import CfgNode
+
+    from internvl_ds.config.ds.resolve import Resolution
 
 OK, ERRORS = 0, 1
 
@@ -93,6 +92,9 @@ def _ds_keys(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
+    from internvl_ds.config.ds.diagnostics import errors_of
+    from internvl_ds.config.tree import get_config
+
     config = get_config(argparse.Namespace(cfg=args.cfg, opts=args.opts))
     files = [(name, _examine(name, config, args)) for name in args.files]
     if args.json:
@@ -107,7 +109,9 @@ def _examine(name: str, config: CfgNode, args: argparse.Namespace) -> Resolution
     # DeepSpeed and timm with it, which take seconds.
     from deepspeed.accelerator import get_accelerator
 
-    from internvl_ds.config.ds.resolve import precision_of
+    from internvl_ds.config.ds.diagnostics import WARNING, Diagnostic, errors_of
+    from internvl_ds.config.ds.load import load_ds_config
+    from internvl_ds.config.ds.resolve import Resolution, precision_of
     from internvl_ds.dist.device import slow_bf16
     from internvl_ds.train.optimizer_check import examine_training
 
@@ -126,6 +130,8 @@ def _examine(name: str, config: CfgNode, args: argparse.Namespace) -> Resolution
 
 
 def _tree(name: str, resolution: Resolution, args: argparse.Namespace) -> dict[str, Any]:
+    from internvl_ds.config.ds.diagnostics import errors_of
+
     tree: dict[str, Any] = {'file': name, 'findings': list(map(asdict, resolution.findings))}
     if args.show:
         right = not errors_of(resolution.findings)
@@ -135,6 +141,8 @@ def _tree(name: str, resolution: Resolution, args: argparse.Namespace) -> dict[s
 
 
 def _say(name: str, resolution: Resolution, args: argparse.Namespace) -> None:
+    from internvl_ds.config.ds.diagnostics import ERROR, WARNING
+
     severities = [finding.severity for finding in resolution.findings]
     numbers = [(severities.count(severity), severity) for severity in (ERROR, WARNING)]
     counts = [f'{number} {what}{"s" if number > 1 else ""}' for number, what in numbers if number]
@@ -158,6 +166,8 @@ def annotated(resolved: Mapping[str, Any], origins: Mapping[str, str]) -> str:
 def _lines(
     node: Mapping[str, Any], origins: Mapping[str, str], pointer: str, depth: int
 ) -> Iterator[tuple[str, str]]:
+    from internvl_ds.config.ds.diagnostics import pointer_of
+
     for number, (key, value) in enumerate(node.items(), 1):
         here, comma = pointer + pointer_of([key]), ',' if number < len(node) else ''
         name = '  ' * depth + json.dumps(key)

@@ -8,7 +8,7 @@ MUTANTS = [
     *mutants_of('files', 'files/test_reading.py', [
         ('    if max(size, len(data)) > limit:', '    if size > limit:'),
         ('        if depth > DEPTH:\n', '        if False:\n'),
-        ('                if value.bit_length() > _INT_BITS:', '                if False:'),
+        ('                if value.bit_length() > INT_BITS:', '                if False:'),
         ('            if size is None:\n                raise', '            if False:\n                raise'),
         ('        if size > values:\n', '        if False:\n'),
         ('            self._count += self._sizes[node]\n', ''),
@@ -17,7 +17,7 @@ MUTANTS = [
         ('os.open(path, flags | (os.O_NOFOLLOW if ours else 0))', 'os.open(path, flags)'),
         ('os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY', 'os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY'),
         ('    if len(text) > YAML_BYTES:', '    if False:'),
-        ('        if len(node.value) > _INT_BITS:', '        if False:'),
+        ('        if len(node.value) > INT_BITS:', '        if False:'),
         ('        raise Unreadable(f\'is nested deeper than {DEPTH} levels\') from None', '        raise'),
         ("    if '\\0' in path:", '    if False:'),
     ]),

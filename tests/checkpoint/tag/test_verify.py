@@ -12,6 +12,7 @@ from internvl_ds.checkpoint.tag.discovery import problem, read_manifest
 from internvl_ds.checkpoint.tag.hashing import write_hashed
 from internvl_ds.checkpoint.tag.manifest import FileEntry, Identity, Manifest
 from internvl_ds.checkpoint.tag.verify import (
+    Seen,
     damage,
     damage_of_tag,
     ema_files_of_rank,
@@ -147,6 +148,34 @@ def test_each_rank_verifies_what_it_goes_on_from():
     assert training_files(manifest) == ['state.json', whole, *NAMES, *loops]
     assert training_files(manifest, 1) == ['state.json', whole, NAMES[1], loops[1]]
     assert ema_files_of_rank(manifest, 1) == ['state.json', EMA[0], EMA[1]]
+
+
+def test_ranks_of_a_host_compare_what_all_of_them_read_once():
+    whole = 'mp_rank_00_model_states.pt'
+    manifest = manifest_of(1, whole, *NAMES, *EMA)
+    assert training_files(manifest, 0, [0, 1]) == ['state.json', whole, NAMES[0]]
+    assert training_files(manifest, 1, [0, 1]) == [NAMES[1]]
+    assert training_files(manifest, 1, [1]) == ['state.json', whole, NAMES[1]]  # another host
+    assert ema_files_of_rank(manifest, 0, [0, 1]) == ['state.json', EMA[0]]
+    assert ema_files_of_rank(manifest, 1, [0, 1]) == [EMA[1]]
+    assert ema_files_of_rank(manifest, 1, [1, 2]) == ['state.json', EMA[0], EMA[1]]
+    assert ema_files_of_rank(manifest, 2, [1, 2]) == [EMA[2]]
+
+
+def test_a_file_that_was_compared_counts_once_and_only_as_it_was(tmp_path):
+    names = ['a', 'b', 'c', 'd']
+    for name in names:
+        (tmp_path / name).write_bytes(b'x' * 9)
+    seen = Seen()
+    seen.look(tmp_path, names[:3])
+    with (tmp_path / 'b').open('r+b') as file:
+        file.write(b'y')
+    (tmp_path / 'c').unlink()
+    assert [seen.take(tmp_path, name) for name in names] == [True, False, False, False]
+    assert not seen.take(tmp_path, 'a')
+    seen.look(tmp_path, ['d'])
+    seen.forget()
+    assert not seen.take(tmp_path, 'd')
 
 
 @pytest.mark.parametrize('kind', ['json', 'safetensors', 'pt'])
