@@ -35,7 +35,7 @@ class _Save(threading.Thread):
         self.peers = connect_peers()
 
     def run(self) -> None:
-        _step_back()
+        step_back()
         try:
             with background_meetings(self.peers):
                 self.action()
@@ -44,7 +44,7 @@ class _Save(threading.Thread):
             logger.error('%s failed: %s', self.name, error)
 
 
-def _step_back() -> None:
+def step_back() -> None:
     """Lowers the priority of this thread alone, where the system has one for each thread."""
     if sys.platform == 'linux':
         thread = threading.get_native_id()
@@ -57,10 +57,18 @@ class _Saves:
     pending: _Save | None = None
     last: _Save | None = None
 
-    def start(self, save: _Save) -> None:
-        if self.last is None:
+    def __init__(self) -> None:
+        self.endings: list[Callable[[], None]] = []
+        self.is_registered = False
+
+    def register(self) -> None:
+        if not self.is_registered:
+            self.is_registered = True
             before_shutdown(self.at_shutdown)
             atexit.register(self.at_exit)
+
+    def start(self, save: _Save) -> None:
+        self.register()
         self.pending = self.last = save
         save.start()
 
@@ -80,6 +88,8 @@ class _Saves:
         if self.last is not None:
             self.last.peers = None  # shutdown itself parts from the others
         self.wait()
+        for ending in self.endings:
+            ending()
 
     def at_exit(self) -> None:
         # sys.last_type is set when an exception is about to end the program.
@@ -87,6 +97,8 @@ class _Saves:
         try:
             # Other ranks may not come any more where an exception ends the program.
             self.wait(current_group().limit('EXIT_TIMEOUT') if failing else None)
+            for ending in () if failing else self.endings:
+                ending()
             if self.last is not None and self.last.peers is not None and not failing:
                 part_from(self.last.peers)
         except Exception:
@@ -109,6 +121,17 @@ def start(name: str, action: Callable[[], None], limit: float) -> None:
         limit: seconds after which a `wait` gives up.
     """
     current_group().part(_Saves).start(_Save(name, action, limit))
+
+
+def at_end(ending: Callable[[], None]) -> None:
+    """Has ``ending`` called after the last save, by `internvl_ds.shutdown` or the program's end.
+
+    Every rank calls it, and it may meet the other ranks' endings. Not where an exception ends the
+    program.
+    """
+    saves = current_group().part(_Saves)
+    saves.register()
+    saves.endings.append(ending)
 
 
 def is_pending() -> bool:

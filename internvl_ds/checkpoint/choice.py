@@ -13,12 +13,14 @@ from yacs.config import CfgNode
 from internvl_ds.checkpoint import async_save
 from internvl_ds.checkpoint.formats.state_json import state_of
 from internvl_ds.checkpoint.load_context import Load
+from internvl_ds.checkpoint.mirror.fetching import fetch_newer
 from internvl_ds.checkpoint.sources import downloads
 from internvl_ds.checkpoint.sources.open_weights import open_weights
 from internvl_ds.checkpoint.tag import discovery, sweep
 from internvl_ds.checkpoint.tag.manifest import epoch_of, step_of
 from internvl_ds.checkpoint.tag.verify import Seen, damage, share_of
 from internvl_ds.config.counts import require_counts
+from internvl_ds.config.mirror import mirror_of
 from internvl_ds.config.tree import checkpoint_option, default_config, get_option
 from internvl_ds.dist.group import current_group
 from internvl_ds.dist.rendezvous import exchange, rank, world_size
@@ -37,19 +39,22 @@ class _Last:
 
     settings: tuple[str, str, bool, bool] | None = None
     path: Path | None = None
+    mirrored: Path | None = None  # the OUTPUT whose mirror was looked into
 
 
 def auto_resume_helper(output_dir: str, *, config: CfgNode | None = None) -> str | None:
     """The newest checkpoint in a directory, for MODEL.RESUME. Collective: every rank calls it.
 
     The newest is what was saved last; every rank gets the same answer. Its checksums are verified;
-    a damaged tag is passed over with a warning. What dead saves left is swept away.
+    a damaged tag is passed over with a warning. What dead saves left is swept away. Where
+    CHECKPOINT.MIRROR has a newer whole tag of this OUTPUT, that is fetched into it.
 
     Args:
         output_dir: the directory.
-        config: its CHECKPOINT time limits hold. Without it those of the environment
-            (INTERNVL_DS_RENDEZVOUS_TIMEOUT and INTERNVL_DS_IO_TIMEOUT, seconds), else those that
-            the last `internvl_ds.initialize` was given, else the defaults.
+        config: its CHECKPOINT time limits hold, and its mirror of OUTPUT. Without it no mirror, and
+            the limits of the environment (INTERNVL_DS_RENDEZVOUS_TIMEOUT and
+            INTERNVL_DS_IO_TIMEOUT, seconds), else those that the last `internvl_ds.initialize` was
+            given, else the defaults.
 
     Returns:
         A tag's path; None when there is no such directory, or no checkpoint was ever in it.
@@ -61,7 +66,7 @@ def auto_resume_helper(output_dir: str, *, config: CfgNode | None = None) -> str
     load = Load(_limits_without_config() if config is None else config, _log)
     age = checkpoint_option(load.config, 'LEFTOVER_AGE')
     load.from_rank_0('sweep', lambda: _sweep(Path(output_dir), age))
-    newest = _newest(load, Path(output_dir))
+    newest = _newest_of_both(load, Path(output_dir))
     if newest is None:
         return None
     if newest.warning and rank() == 0:
@@ -171,6 +176,9 @@ def _choose(
         return None
 
     if output and not evaluates and auto_resume:
+        if current_group().part(_Last).mirrored != Path(output):
+            with contextlib.suppress(CheckpointNotFound):  # told below
+                _newest_of_both(load, Path(output))
         try:
             newest = _find_verified(load, find)
         except CheckpointNotFound as error:
@@ -252,6 +260,24 @@ def _sweep(output: Path, age: float) -> None:
 
 def _newest(load: Load, output: Path) -> discovery.Resume | None:
     return _find_verified(load, lambda damages: discovery.newest(output, damages))
+
+
+def _newest_of_both(load: Load, output: Path) -> discovery.Resume | None:
+    """As `_newest`; what CHECKPOINT.MIRROR has of newer tags is in ``output`` then."""
+    if not mirror_of(load.config) or output != Path(get_option(load.config, 'OUTPUT', '')):
+        return _newest(load, output)
+    failure, newest = None, None
+    try:
+        newest = _newest(load, output)
+    except CheckpointNotFound as error:
+        failure = error
+    fetched = fetch_newer(load, output, newest.path if newest else None)
+    current_group().part(_Last).mirrored = output
+    if fetched is not None:
+        return discovery.Resume(fetched, None)
+    if failure is not None:
+        raise failure
+    return newest
 
 
 def _find_verified(load: Load, find: Find) -> discovery.Resume | None:

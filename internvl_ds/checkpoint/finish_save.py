@@ -10,6 +10,8 @@ from typing import Any
 
 from internvl_ds.checkpoint.checkpoint_engine import ShardWriter
 from internvl_ds.checkpoint.formats.state_json import state_text
+from internvl_ds.checkpoint.mirror.places import Place
+from internvl_ds.checkpoint.mirror.uploads import uploads
 from internvl_ds.checkpoint.proof import Wanted, prove
 from internvl_ds.checkpoint.tag import commit
 from internvl_ds.checkpoint.tag.discovery import sizes_of
@@ -66,9 +68,9 @@ class Save:
 def finish(save: Save) -> None:
     """Writes the files, reports, commits; on any thread. Collective: every rank calls it."""
 
-    def commit_or_abandon() -> None:
+    def commit_or_abandon() -> int:
         try:
-            _commit(save, reports)
+            return _commit(save, reports)
         except Exception:
             abandon(save)  # before the others hear of it
             raise
@@ -76,7 +78,7 @@ def finish(save: Save) -> None:
     try:
         report = _write_own_files(save)
         reports = gather('write checkpoint', report, save.io_timeout)
-        from_rank_0('commit', commit_or_abandon, save.io_timeout)
+        sequence = from_rank_0('commit', commit_or_abandon, save.io_timeout)
     except Exception as error:
         abandon(save)
         if save.writer.error is not None:
@@ -85,6 +87,8 @@ def finish(save: Save) -> None:
     save.writer.unchanged.committed(save.output / save.tag)
     save.writer.last_size = sum(entry.size for entry in save.writer.entries.values())
     save.logger.info('%s saved !!!', save.output / save.tag)
+    place = Place(sequence, save.tag, save.header['save'])
+    uploads().submit(save.output, place, save.policies)
 
 
 def abandon(save: Save) -> None:
@@ -128,7 +132,8 @@ def _write_text(save: Save, name: str, text: str) -> None:
     save.writer.entries[path] = write_hashed(path, lambda file: file.write(text.encode()))
 
 
-def _commit(save: Save, reports: list[dict[str, Any]] | None) -> None:
+def _commit(save: Save, reports: list[dict[str, Any]] | None) -> int:
+    """Publishes the tag; returns the number of the save."""
     assert save.staging is not None  # this is rank 0
     assert reports is not None
     errors = {r: report['error'] for r, report in enumerate(reports) if 'error' in report}
@@ -147,7 +152,7 @@ def _commit(save: Save, reports: list[dict[str, Any]] | None) -> None:
             save.header |= {'linked': linked, 'format': FORMAT_LINKED}
         header = Header(
             tag=save.tag,
-            sequence=commit.next_sequence(save.output),
+            sequence=max(commit.next_sequence(save.output), uploads().next_sequence()),
             saved_at=datetime.now(timezone.utc).isoformat(timespec='seconds'),
             size=sum(entry.size for entry in files.values()),
             **save.header,
@@ -159,6 +164,7 @@ def _commit(save: Save, reports: list[dict[str, Any]] | None) -> None:
     note_save(save.output, save.tag, header.save)
     if save.policies is not None:
         try:
-            commit.prune(save.output, save.policies)
+            commit.prune(save.output, [*save.policies, uploads().held()])
         except OSError as error:
             save.logger.warning('%s: old tags stay for now: %s', save.output, error)
+    return header.sequence

@@ -29,6 +29,7 @@ from internvl_ds.checkpoint.formats.ema_tensors import ema_file, warn_of_roundin
 from internvl_ds.checkpoint.formats.rng import rng_state
 from internvl_ds.checkpoint.frozen.apart import apart_of
 from internvl_ds.checkpoint.frozen.sharing import apart_from
+from internvl_ds.checkpoint.mirror.uploads import uploads
 from internvl_ds.checkpoint.optimizer_state import optimizer_name
 from internvl_ds.checkpoint.proof import wanted_of
 from internvl_ds.checkpoint.tag import commit
@@ -265,6 +266,7 @@ def _begin(save: Save, wrapper: Wrapper, average: EmaFile | None, config: CfgNod
 
     save.staging_path = save.output / from_rank_0('begin save', make_staging, timeout)
     save.header['save'] = save.staging_path.name.rpartition('-')[2]
+    uploads().begin(config)
     save.logger.info('%s saving......', save.output / save.tag)
 
 

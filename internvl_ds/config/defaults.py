@@ -300,6 +300,14 @@ _C.CHECKPOINT.LOCK_AGE = 60.0
 # Seconds without a write after which a save of such a job was left by a dead one, and is removed.
 _C.CHECKPOINT.LEFTOVER_AGE = 86400.0
 
+# A second place for the tags, beside OUTPUT: s3://BUCKET/DIR, gs://BUCKET/DIR or file:///DIR; ''
+# for none. Each tag is uploaded after its commit, while training goes on; auto resume takes the
+# newest whole tag of both places. The training program appends what it appends to OUTPUT: the
+# YAML's stem, and the tag of the experiment.
+_C.CHECKPOINT.MIRROR = ''
+# Seconds that the end of a run, and a stop by a signal, waits for uploads that are under way.
+_C.CHECKPOINT.MIRROR_WAIT = 300.0
+
 _C.BENCH = CN()  # (new)
 # Train so many updates, write how fast they were to OUTPUT/bench.json, and end without evaluating
 # or saving anything; 0: train as usual. EVAL_MODE and THROUGHPUT_MODE come first.

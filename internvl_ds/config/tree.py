@@ -51,7 +51,7 @@ def get_config(args: Namespace) -> CN:
 
     Returns:
         A frozen CfgNode. OUTPUT is ``<output>/<YAML stem>``, as in the original, with ``/<tag>``
-        behind it when a tag other than 'default' is given.
+        behind it when a tag other than 'default' is given; so is CHECKPOINT.MIRROR, if set.
 
     Raises:
         ConfigError: for a missing file, an unknown key (with the nearest known one), or a type
@@ -65,9 +65,12 @@ def get_config(args: Namespace) -> CN:
         value = getattr(args, flag, None)
         if value is not None and value is not False and value != '':
             _merge_tree(config, nest(key.split('.'), value), source=f'--{flag.replace("_", "-")}')
-    config.OUTPUT = os.path.join(config.OUTPUT or 'output', path.stem)
+    folders = [path.stem]
     if config.TAG != 'default':
-        config.OUTPUT = os.path.join(config.OUTPUT, config.TAG)
+        folders.append(config.TAG)
+    config.OUTPUT = os.path.join(config.OUTPUT or 'output', *folders)
+    if config.CHECKPOINT.MIRROR:  # runs that differ in these must not take each other's tags
+        config.CHECKPOINT.MIRROR = '/'.join([config.CHECKPOINT.MIRROR.rstrip('/'), *folders])
     config.freeze()
     return config
 

@@ -16,6 +16,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from yacs.config import CfgNode
 
 from internvl_ds.checkpoint import async_save
+from internvl_ds.checkpoint.mirror.uploads import uploads
 from internvl_ds.dist.group import current_group
 from internvl_ds.dist.preemption import STOP, Preempted, Preemption
 from internvl_ds.dist.reduce import reduce_tensor
@@ -189,9 +190,11 @@ def _train(state: Run) -> float:
             except Preempted:
                 _save_step(state, epoch)
                 async_save.wait()  # while the log is open
+                uploads().finish()
                 _tell_all_skipped(state, f'epoch {epoch}, preempted')
                 raise
         async_save.wait()  # before signals mean something else again
+        uploads().finish()
     _tell_all_skipped(state, 'end')
     name = 'mAP' if config.DATA.MULTI_LABEL else 'top-1'
     logger.info('trained in %.1f s; best %s %.2f %%', time.perf_counter() - start, name, state.best)

@@ -36,7 +36,7 @@ def test_the_thread_of_a_save_steps_back_and_no_other_does():
         return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
 
     before, inside = niceness(), []
-    thread = threading.Thread(target=lambda: [async_save._step_back(), inside.append(niceness())])
+    thread = threading.Thread(target=lambda: [async_save.step_back(), inside.append(niceness())])
     thread.start()
     thread.join(10)
     assert inside == [min(19, before + async_save._NICENESS)]

@@ -245,6 +245,8 @@ def test_keys_that_the_original_lacks_are_these():
         'CHECKPOINT.LEFTOVER_AGE',
         'CHECKPOINT.LOCK_AGE',
         'CHECKPOINT.LOCK_WAIT',
+        'CHECKPOINT.MIRROR',
+        'CHECKPOINT.MIRROR_WAIT',
         'CHECKPOINT.RENDEZVOUS_TIMEOUT',
         'CHECKPOINT.SHARED_OUTPUT',
         'COMM.ABORT_TIMEOUT',

@@ -37,6 +37,7 @@ from internvl_ds import (
     load_ema_checkpoint,
     load_pretrained,
 )
+from internvl_ds.checkpoint.mirror.uploads import uploads
 from internvl_ds.checkpoint.sources import downloads
 from internvl_ds.dist import preemption as preemption_module
 from internvl_ds.dist import rendezvous as meetings
@@ -214,6 +215,21 @@ def resume(shared: Path, limits: dict[str, Any]) -> None:
     shutdown()
 
 
+def mirror(shared: Path, limits: dict[str, Any]) -> None:
+    """A script that saves to two places, loses one of them, and goes on from the other."""
+    Path('mirror').mkdir(exist_ok=True)
+    address = f'file://{Path("mirror").absolute()}'
+    limits = {**limits, 'CHECKPOINT__MIRROR': address, 'CHECKPOINT__MIRROR_WAIT': 2.0}
+    run = Run(1, 'fp32', 'output', **limits)
+    run.steps(0, 1)
+    run.save(0)
+    uploads().finish()
+    run.close()
+    run = Run(1, 'fp32', 'new', seed=1, **limits)
+    run.load(auto_resume_helper('new', config=run.config))
+    shutdown()
+
+
 def resume_other(shared: Path, limits: dict[str, Any]) -> None:
     """On another layout."""
     run = Run(2, 'fp32', 'output', seed=1, **limits)
@@ -330,8 +346,8 @@ def _train(
 STORIES: dict[str, Callable[[Path, dict[str, Any]], None]] = {
     story.__name__: story
     for story in (
-        join, save, save_behind, save_at_the_end, resume, resume_other, resume_file, evaluate,
-        pretrained, stop, leave_out, train, time_updates, fine_tune, probe,
+        join, save, save_behind, save_at_the_end, resume, mirror, resume_other, resume_file,
+        evaluate, pretrained, stop, leave_out, train, time_updates, fine_tune, probe,
     )
 }  # fmt: skip
 

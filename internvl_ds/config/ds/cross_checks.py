@@ -22,7 +22,9 @@ from internvl_ds.config.ds.pairs import ACCUMULATION, BATCH, MICRO_BATCH
 from internvl_ds.config.ds.schema import Key
 from internvl_ds.config.ds.unsupported import NAMES_OF_DTYPE, unsupported_settings
 from internvl_ds.config.ds.validate_keys import Shape, check_shape
+from internvl_ds.config.mirror import mirror_of
 from internvl_ds.config.tree import value_at
+from internvl_ds.errors import ConfigError
 
 _ZERO = 'zero_optimization'
 
@@ -267,9 +269,17 @@ def unsupported_rule(facts: Facts) -> Iterator[Diagnostic]:
     )
 
 
+def mirror_rule(facts: Facts) -> Iterator[Diagnostic]:
+    """What `mirror_of` refuses: found before a run rather than at its first save."""
+    try:
+        mirror_of(facts.config)
+    except ConfigError as error:
+        yield diagnostic('', str(error), yacs='CHECKPOINT.MIRROR')
+
+
 RULES: tuple[Callable[[Facts], Iterator[Diagnostic]], ...] = (
     batch_rule, precision_rule, fates_rule, stage_rule, offload_rule, optimizer_rule,
-    scheduler_rule, unsupported_rule,
+    scheduler_rule, unsupported_rule, mirror_rule,
 )  # fmt: skip
 
 
