@@ -258,8 +258,7 @@ class Wrapper:
     def saving(self, defer: Callable[[Callable[[], None]], None]) -> Iterator[None]:
         """Around ``engine.save_checkpoint``: all names of shared parameters, and no needless work.
 
-        DeepSpeed misses the further names of a module, or of a parameter, that its parent has
-        twice, and reduces the name of the tag, which the ranks have compared.
+        DeepSpeed misses further names of what its parent has twice, and reduces the tag's name.
 
         Args:
             defer: called with the copying of DeepSpeed's recovery scripts, to do it later.

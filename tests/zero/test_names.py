@@ -61,6 +61,7 @@ STAGE_3 = 'DeepSpeedZeroOptimizer_Stage3'
 TABLE = [
     Names(ENGINE, ENGINE_CLASS, 'wrapper',
           'basic_optimizer param_names _config _copy_recovery_script _get_shared_params '
+          'checkpoint_tag_validation_enabled '
           '_get_all_ckpt_names _get_param_fragment_func', '0.17.6'),
     Names(ENGINE, ENGINE_CLASS, 'guards',
           '_backward_prologue _backward_prologue_per_tensor _running_engine_backward '

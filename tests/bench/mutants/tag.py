@@ -104,8 +104,8 @@ MUTANTS = [
     *mutants_of('checkpoint/tag', 'checkpoint/tag/test_verify.py', [
         ('file_rank(name) % world_size == rank', 'file_rank(name) == rank'),
         ("ending = '_states.pt' if manifest.header.zero_stage == 3 else '_model_states.pt'", "ending = '_model_states.pt'"),
-        ('if file_rank(name) in (0, rank))', 'if file_rank(name) == rank)'),
-        ('if name in shared or file_rank(name) == rank]', 'if file_rank(name) == rank]'),
+        ('*(name for name in files if file_rank(name) == 0)', '*()'),
+        ('host[file_rank(n) % len(host)]) == rank', 'file_rank(n)) == rank'),
         ('        elif actual.digest != entry.digest:', '        elif False:'),
         ('            damages += _foreign(path, manifest)', '            pass'),
         ('        return [str(error)]\n    return []\n\n\ndef damage_of_tag', '        return []\n    return []\n\n\ndef damage_of_tag'),
