@@ -27,10 +27,12 @@ _NICENESS = 10
 
 
 class _Save(threading.Thread):
-    def __init__(self, name: str, action: Callable[[], None], limit: float) -> None:
+    def __init__(
+        self, name: str, action: Callable[[], None], hurry: Callable[[], None], limit: float
+    ) -> None:
         # A daemon: the interpreter would join others before `_Saves.at_exit` can report.
         super().__init__(name=f'save {name}', daemon=True)
-        self.action, self.limit = action, limit
+        self.action, self.hurry, self.limit = action, hurry, limit
         self.error: Exception | None = None
         self.peers = connect_peers()
 
@@ -77,6 +79,7 @@ class _Saves:
         if save is None:
             return
         limit = save.limit if limit is None else limit
+        save.hurry()
         save.join(limit)
         if save.is_alive():
             self.pending = save  # nothing may be saved beside it, nor its buffers be used again
@@ -110,7 +113,13 @@ class _Saves:
             os._exit(1)
 
 
-def start(name: str, action: Callable[[], None], limit: float) -> None:
+def start(
+    name: str,
+    action: Callable[[], None],
+    *,
+    hurry: Callable[[], None] = lambda: None,
+    limit: float,
+) -> None:
     """Runs ``action`` in the background. Collective: every rank calls it.
 
     It may meet the other ranks' actions. The save before must have been waited for.
@@ -118,9 +127,10 @@ def start(name: str, action: Callable[[], None], limit: float) -> None:
     Args:
         name: what is saved, for messages.
         action: writes, meets, commits.
+        hurry: called when somebody waits for it.
         limit: seconds after which a `wait` gives up.
     """
-    current_group().part(_Saves).start(_Save(name, action, limit))
+    current_group().part(_Saves).start(_Save(name, action, hurry, limit))
 
 
 def at_end(ending: Callable[[], None]) -> None:

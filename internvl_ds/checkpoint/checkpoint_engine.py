@@ -23,6 +23,7 @@ from internvl_ds.checkpoint.frozen.omitting import Compared, Omitting
 from internvl_ds.checkpoint.frozen.sharing import Seen, Sharing
 from internvl_ds.checkpoint.proof import Wanted
 from internvl_ds.checkpoint.tag.manifest import FileEntry, Identity
+from internvl_ds.checkpoint.tag.pace import Pace, paced
 from internvl_ds.checkpoint.tag.unchanged import Unchanged, write_anew
 from internvl_ds.errors import CheckpointError
 
@@ -42,6 +43,7 @@ class ShardWriter(CheckpointEngine):
         apart: how this save keeps frozen parameters apart; None where each tag holds them.
         wanted: what the files of each save must hold; None before one.
         seen, compared: what it may trust of earlier saves.
+        pace: the rate of the writes of a background save.
         unchanged: links what is as the save before wrote it.
     """
 
@@ -56,6 +58,7 @@ class ShardWriter(CheckpointEngine):
         self.wanted: Wanted | None = None
         self.seen: Seen = set()
         self.compared: Compared = {}
+        self.pace = Pace(0)
         self.unchanged = Unchanged()
         self._collects = self._in_background = False
         self._files: list[tuple[Path, Any]] = []
@@ -75,6 +78,7 @@ class ShardWriter(CheckpointEngine):
         apart: Sharing | Omitting | None = None,
         steady: Container[Memory] = (),
         limit: int = 0,
+        rate: float = 0,
         patience: float = 1800.0,
     ) -> None:
         """Begins a save, which `finish` or `forget` ends; a background save collects copies.
@@ -86,9 +90,10 @@ class ShardWriter(CheckpointEngine):
             apart: how frozen parameters are kept apart.
             steady, limit: see `Snapshot.begin`; who writes to that memory calls `finish_copy`
                 first.
+            rate: bytes a second that it writes, once all is copied; 0 for no limit.
             patience: seconds that `finish_copy` waits for what is not copied to be written.
         """
-        self._patience = patience
+        self._patience, self.pace = patience, Pace(rate)
         self.identity, self.apart, self.error, self.entries = identity, apart, None, {}
         self.forget()
         self.unchanged.begin(identity, updates)
@@ -155,10 +160,11 @@ class ShardWriter(CheckpointEngine):
         """Writes what was collected; a failure is kept in ``error``."""
         try:
             self._write_first()
-            while self._files and self.error is None:
-                path, value = self._files.pop(0)
-                self._write(value, path)
-                del value  # of the state that was made for the file nothing is kept
+            with paced(self.pace):
+                while self._files and self.error is None:
+                    path, value = self._files.pop(0)
+                    self._write(value, path)
+                    del value  # of the state that was made for the file nothing is kept
             while self._tasks and self.error is None:
                 self._tasks.pop(0)()
         except Exception as error:

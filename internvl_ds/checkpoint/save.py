@@ -79,8 +79,7 @@ def save_checkpoint(
     The tag appears under its name, and ``latest`` names it, once all of it is on disk with a
     checksum for every file; then the tags go that no retention policy keeps. A save that fails
     leaves what was there. With CHECKPOINT.ASYNC the call returns before the state is copied, which
-    the next update waits for; the next save, a load or `internvl_ds.shutdown` waits for the rest
-    and raises its error.
+    the next update waits for; the next save, a load or `shutdown` waits for the rest and its error.
 
     Args:
         config: OUTPUT, SAVE_CKPT_NUM and CHECKPOINT are read; all of it is kept as text.
@@ -122,7 +121,8 @@ def save_checkpoint(
         abandon(save)
         raise
     if save.in_background:
-        async_save.start(save.tag, functools.partial(finish, save), limit=3 * save.io_timeout)
+        action, hurry = functools.partial(finish, save), save.writer.pace.lift
+        async_save.start(save.tag, action, hurry=hurry, limit=3 * save.io_timeout)
     else:
         finish(save)
     return str(Path(config.OUTPUT) / save.tag)
@@ -296,6 +296,7 @@ def _begin_copy(save: Save, wrapper: Wrapper, model_ema: Any, config: CfgNode) -
         apart=apart_of(wrapper, config, save.staging_path, writer, save.logger),
         steady=steady,
         limit=int(checkpoint_option(config, 'ASYNC_MEMORY') * 2**30),
+        rate=checkpoint_option(config, 'ASYNC_RATE') * 1e6 if save.in_background else 0,
         patience=save.io_timeout,
     )
 

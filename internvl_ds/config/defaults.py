@@ -268,9 +268,10 @@ _C.CHECKPOINT.ASYNC = False
 # writes to weights and optimizer state by updates and this package alone. 'at once': before the
 # call returns. 'auto': 'overlap' in the training program without a MODEL.FACTORY, else 'at once'.
 _C.CHECKPOINT.ASYNC_COPY = 'auto'
-# GiB of host memory for the copy of each rank; the next update waits until what is more has been
-# written from where it lies (0: as much as the state takes).
+# GiB of memory for each rank's copy; the next update waits for the rest to be written (0: all).
 _C.CHECKPOINT.ASYNC_MEMORY = 0.0
+# MB a second that a rank writes of a background save, until somebody waits for it (0: no limit).
+_C.CHECKPOINT.ASYNC_RATE = 0.0
 # How many epoch tags stay for their accuracy, beside the newest SAVE_CKPT_NUM (0: none).
 _C.CHECKPOINT.KEEP_BEST = 0
 # Every epoch that this divides stays for good (0: none).

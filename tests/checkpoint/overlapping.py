@@ -86,6 +86,12 @@ def _plain_step(run: Run) -> None:
         run.engine.step()
 
 
+def _update_beside(run: Run) -> None:
+    """At a byte a second nothing would be written for an hour; who waits for it ends that."""
+    run.steps(3, 4)
+    assert async_save.is_running()
+
+
 AFTER: dict[str, Callable[[Run], Any]] = {
     'updates': lambda run: run.steps(3, 5),
     'an update of the average': lambda run: run.ema.update(),
@@ -115,7 +121,9 @@ def go_on(root: str, cases: list[list[Any]]) -> dict[str, Any]:
         wrapper = wrapper_of(run.engine)
         _set(run, ASYNC_MEMORY=1e-6)
         report['no memory'] = _differences(run, AFTER['updates'])
-        _set(run, ASYNC_MEMORY=0.0)
+        _set(run, ASYNC_MEMORY=0.0, ASYNC_RATE=1e-6)
+        report['a slow rate'] = _differences(run, _update_beside)
+        _set(run, ASYNC_RATE=0.0)
         _micro_step(run, 12, 0)  # and the other half of the update after the save
         report['half an update'] = _differences(run, lambda run: _micro_step(run, 12, 1))
 

@@ -237,6 +237,7 @@ def test_keys_that_the_original_lacks_are_these():
         'CHECKPOINT.ASYNC',
         'CHECKPOINT.ASYNC_COPY',
         'CHECKPOINT.ASYNC_MEMORY',
+        'CHECKPOINT.ASYNC_RATE',
         'CHECKPOINT.FROZEN',
         'CHECKPOINT.IO_TIMEOUT',
         'CHECKPOINT.KEEP_BEST',

@@ -23,6 +23,7 @@ import xxhash
 from internvl_ds.checkpoint.formats.allowed import PortablePickle
 from internvl_ds.checkpoint.frozen.frozen_bytes import bytes_of
 from internvl_ds.checkpoint.tag.manifest import FileEntry
+from internvl_ds.checkpoint.tag.pace import wait_after
 from internvl_ds.files import flush
 from internvl_ds.files.reading import open_data
 
@@ -170,6 +171,7 @@ class _HashingFile(io.RawIOBase):
 
     def _write_piece(self, piece: memoryview) -> None:
         self.hash.update(piece)
+        length = len(piece)
         while len(piece):
             count = os.write(self._descriptor, piece)
             piece = piece[count:]
@@ -177,6 +179,7 @@ class _HashingFile(io.RawIOBase):
         if self.size - self._started >= _WRITE_BACK:
             _start_write_back(self._descriptor, self._started, self.size - self._started)
             self._started = self.size
+        wait_after(length)
 
     def sync(self) -> None:
         """Flushes to disk; raises any write error since the file was opened."""
