@@ -176,7 +176,7 @@ def _choose(
         return None
 
     if output and not evaluates and auto_resume:
-        if current_group().part(_Last).mirrored != Path(output):
+        if mirror_of(load.config) and current_group().part(_Last).mirrored != Path(output):
             with contextlib.suppress(CheckpointNotFound):  # told below
                 _newest_of_both(load, Path(output))
         try:
