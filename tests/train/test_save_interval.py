@@ -87,7 +87,7 @@ def test_a_run_saves_first_to_measure_and_then_as_seldom_as_it_must(tmp_path, as
     steps = sorted(int(path.name.rpartition('_')[2]) for path in out.glob('ckpt_epoch_0_step_*'))
     assert 20 <= steps[0] <= 30
     # On a loaded machine nothing may be seen of what a background save costs: then another follows.
-    assert len(steps) == 1 or (asynchronous and min(map(int.__sub__, steps[1:], steps)) >= 20)
+    assert len(steps) == 1 or (asynchronous and min(map(int.__sub__, steps[1:], steps)) >= 10)
     assert 'for TRAIN.SAVE_OVERHEAD 1e-06' in (out / 'log_rank0.txt').read_text()
     # What 'auto' is here: the program alone writes to the weights.
     checkpoint = json.loads((out / 'config.json').read_text())['CHECKPOINT']
