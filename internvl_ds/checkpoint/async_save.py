@@ -113,13 +113,7 @@ class _Saves:
             os._exit(1)
 
 
-def start(
-    name: str,
-    action: Callable[[], None],
-    *,
-    hurry: Callable[[], None] = lambda: None,
-    limit: float,
-) -> None:
+def start(name: str, action: Callable[[], None], hurry: Callable[[], None], limit: float) -> None:
     """Runs ``action`` in the background. Collective: every rank calls it.
 
     It may meet the other ranks' actions. The save before must have been waited for.

@@ -122,7 +122,7 @@ def save_checkpoint(
         raise
     if save.in_background:
         action, hurry = functools.partial(finish, save), save.writer.pace.lift
-        async_save.start(save.tag, action, hurry=hurry, limit=3 * save.io_timeout)
+        async_save.start(save.tag, action, hurry, limit=3 * save.io_timeout)
     else:
         finish(save)
     return str(Path(config.OUTPUT) / save.tag)
